@@ -1,0 +1,366 @@
+"""What the scripts share: opening models, sampling policies on held-out prompts, exporting."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax import checkpoint, data, generation, loop, reporting, rewards, sharding, simulation
+from rlhf_jax.losses import logprobs as logprobs_lib
+from rlhf_jax.losses import masked
+from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
+from rlhf_jax.train_step import init_state
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+
+EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """Which model.
+
+  Attributes:
+    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty makes a new model for
+      the built-in task with the sizes below, unless --init_from gives one.
+    layers: Blocks of a new model.
+    width: Width of a new model.
+    heads: Attention heads of a new model.
+    mlp_width: Width of the MLP of a new model.
+    dtype: Type of the computation; params and optimizer state stay float32.
+    remat: Recompute blocks in the backward pass: less memory, a third more work.
+  """
+
+  path: str = ""
+  layers: int = 4
+  width: int = 128
+  heads: int = 4
+  mlp_width: int = 384
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  remat: bool = False
+
+  def __post_init__(self):
+    for name in ("layers", "width", "heads", "mlp_width"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.width % (2 * self.heads):
+      raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+
+
+def model_folder(path: str) -> pathlib.Path | None:
+  """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
+  if not path:
+    return None
+  folder = checkpoint.local_path(path)
+  if (folder / EXPORT / "config.json").exists():
+    return folder / EXPORT
+  if (folder / "config.json").exists():
+    return folder
+  if (folder / "checkpoints").exists():
+    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
+  raise hf.ModelFolderError(
+    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
+  )
+
+
+def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
+  """The folder to start from, given by one of two flags."""
+  if options.path and init_from:
+    raise ValueError("give either --init_from or --model.path, not both")
+  return model_folder(init_from or options.path)
+
+
+def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tokenizer:
+  """The tokenizer of a model folder; of the built-in task without one."""
+  if folder is None:
+    return data.word_level_tokenizer(simulation.WORDS)
+  return data.load_tokenizer(folder, end_token or None)
+
+
+def open_model(
+  run: loop.Run,
+  options: ModelOptions,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  head: Literal["language", "scalar"] = "language",
+) -> tuple[Model, Params]:
+  """A model and its params, created or loaded in place on the mesh of the run."""
+  if folder is None:
+    config = ModelConfig(
+      vocab_size=tokenizer.vocab_size,
+      width=options.width,
+      layers=options.layers,
+      heads=options.heads,
+      kv_heads=options.heads,
+      head_dim=options.width // options.heads,
+      mlp_width=options.mlp_width,
+    )
+  else:
+    config, _ = hf.parse_config(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+      raise hf.ModelFolderError(
+        f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has"
+        f" {config.vocab_size} rows; they do not belong together"
+      )
+  config = dataclasses.replace(config, dtype=options.dtype, remat=options.remat)
+  model = build(config, head)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  key = run.key_for(1)
+  if folder is None:
+    return model, jax.jit(model.init, out_shardings=shardings)(key)
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+  place = lambda path, value: jax.device_put(value, flat[path])  # noqa: E731
+  return model, hf.load_params(folder, model, key=key, place=place)
+
+
+def open_reward_model(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params]:
+  """The reward model behind `--reward.path`, which must read the policy's tokens."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "scalar":
+    raise hf.ModelFolderError(f"{path}: not a reward model; train one with experiments.reward_model")
+  own = data.load_tokenizer(folder)
+  if own.digest != tokenizer.digest:
+    raise hf.ModelFolderError(
+      f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
+    )
+  return open_model(run, options, folder, tokenizer, "scalar")
+
+
+def place_state(
+  run: loop.Run, params: Params, tx: optax.GradientTransformation
+) -> TrainState:
+  """Train state with buffers of its own, each moment sharded like its parameter."""
+  make = lambda params: init_state(params, tx)  # noqa: E731
+  shapes = jax.eval_shape(make, params)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  return jax.jit(make, out_shardings=shardings)(params)
+
+
+def describe(
+  run: loop.Run, title: str, model: Model, state: Any, rows: Mapping[str, object]
+) -> None:
+  """The panel at the start of a run."""
+  params = state.params if isinstance(state, TrainState) else state
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  config = model.config
+  mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+  devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+  reporting.start_panel(
+    title,
+    {
+      "workdir": run.workdir,
+      "model": f"{config.layers} layers, width {config.width}, {config.heads} heads,"
+      f" vocabulary {config.vocab_size}, {config.dtype}",
+      "parameters": reporting.human(count_params(params)),
+      "mesh": f"{devices}{' (' + mesh + ')' if mesh else ''}",
+      "memory": f"{reporting.human_bytes(state_bytes + gradient_bytes)} for parameters, gradients"
+      " and optimizer state, activations not counted",
+      **rows,
+    },
+  )
+
+
+def export(
+  folder: pathlib.Path, params: Params, model: Model, tokenizer: data.Tokenizer
+) -> pathlib.Path:
+  """Writes a folder that `--init_from` and transformers read."""
+  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  if tokenizer.bos_id is not None:
+    token_ids["bos_token_id"] = tokenizer.bos_id
+  tokenizer.save(folder)
+  hf.save_folder(folder, params, model.config, token_ids=token_ids)
+  return folder
+
+
+def evaluate_batches(
+  run: loop.Run,
+  dataset: data.Dataset,
+  batch_size: int,
+  pad_id: int,
+  measure: Callable[[Any], Metrics],
+) -> dict[str, float]:
+  """Means over a held-out set of the [B] arrays that `measure` gives for each batch."""
+  collected: dict[str, list[np.ndarray]] = {}
+  for batch, valid in data.eval_batches(dataset, batch_size, pad_id):
+    values = jax.device_get(measure(sharding.place_batch(batch, run.mesh)))
+    for name, value in values.items():
+      collected.setdefault(name, []).append(value[valid])
+  return {name: float(np.mean(np.concatenate(parts))) for name, parts in collected.items()}
+
+
+def as_prompts(dataset: data.Dataset, limit: int) -> data.Dataset:
+  """The first prompts of any data set, as something to sample responses to."""
+  examples, rows = dataset.examples[:limit], dataset.rows[:limit]
+  longest = max((len(example["prompt"]) for example in examples), default=1)
+  return dataset._replace(kind="prompts", examples=examples, rows=rows, padded_length=longest)
+
+
+def gold_rewards(
+  config: data.DataConfig, prompts: data.Dataset, tokenizer: data.Tokenizer
+) -> dict[str, rewards.RewardFn]:
+  """The gold reward, if the prompts are those of the built-in task."""
+  if config.path or config.tfds:
+    return {}
+  gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)
+  return {"gold": gold}
+
+
+class Samples(NamedTuple):
+  """One response of a policy to every held-out prompt.
+
+  Attributes:
+    prompts: [B] texts.
+    responses: [B] texts.
+    rewards: Reward name -> [B].
+    kl: [B] sum over the response of log pi - log ref, nats.
+    lengths: [B] tokens.
+    ended: [B] bool, whether a stop token was reached.
+  """
+
+  prompts: list[str]
+  responses: list[str]
+  rewards: dict[str, np.ndarray]
+  kl: np.ndarray
+  lengths: np.ndarray
+  ended: np.ndarray
+
+
+def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
+  """Jitted `(ref_params, rollout) -> [B]`: log pi - log ref summed over each response."""
+
+  @jax.jit
+  def kl(ref_params: Params, rollout: Rollout) -> jax.Array:
+    length = rollout.logprobs.shape[1]
+    segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
+    logits = model.apply(ref_params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
+    tokens = rollout.tokens[:, -length - 1 :]
+    ref = logprobs_lib.next_token_logprobs(logits / temperature, tokens)[:, 1:]
+    mask = rollout.response_mask[:, -length:]
+    return masked.masked_sum(rollout.logprobs - ref, mask, axis=1)
+
+  return kl
+
+
+def sample_heldout(
+  run: loop.Run,
+  model: Model,
+  params: Params,
+  dataset: data.Dataset,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  reward_fns: Mapping[str, rewards.RewardFn],
+  ref_params: Params | None = None,
+  batch_size: int = 128,
+  seed: int = 0,
+) -> Samples:
+  """Samples one response per held-out prompt and scores it.
+
+  Args:
+    run: Gives the mesh and the key.
+    model: Architecture of the policy (and of the reference).
+    params: Policy.
+    dataset: Held-out prompts.
+    tokenizer: The policy's.
+    config: Sampling rule.
+    reward_fns: Rewards to compute, by name.
+    ref_params: Reference of the KL; the policy itself if None, which gives 0.
+    batch_size: Prompts per call.
+    seed: Which draw.
+  """
+  config = dataclasses.replace(config, samples_per_prompt=1)
+  stops = (tokenizer.eos_id,)
+  generate = generation.make_generate(
+    model.decode, model.init_cache, config, stop_ids=stops, pad_id=tokenizer.pad_id
+  )
+  kl_fn = sequence_kl(model, config.temperature or 1.0)
+  key = jax.random.fold_in(run.key_for(2), seed)
+  batch_size = min(batch_size, max(len(dataset.examples), 1))
+  batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+  parts: list[dict[str, np.ndarray]] = []
+  responses: list[str] = []
+  for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+    placed = sharding.place_batch(prompts, run.mesh)
+    rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
+    kl = np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout)
+    values = {f"reward/{name}": fn(rollout, prompts.prompt_id) for name, fn in reward_fns.items()}
+    values |= {
+      "kl": kl,
+      "lengths": jnp.sum(rollout.response_mask, axis=1),
+      "ended": generation.ended(rollout, stops),
+    }
+    parts.append({name: np.asarray(v)[valid] for name, v in jax.device_get(values).items()})
+    texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+    responses += [text for text, on in zip(texts, valid, strict=True) if on]
+  joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  return Samples(
+    prompts=[row["prompt_text"] for row in dataset.rows],
+    responses=responses,
+    rewards={name: joined[f"reward/{name}"] for name in reward_fns},
+    kl=joined["kl"],
+    lengths=joined["lengths"],
+    ended=joined["ended"],
+  )
+
+
+def win_rate(a: np.ndarray, b: np.ndarray) -> float:
+  """Share of pairs in which `a` is higher; a tie counts half."""
+  return float(np.mean((a > b) + 0.5 * (a == b)))
+
+
+def sample_rows(samples: Samples, limit: int | None = None) -> Sequence[dict[str, Any]]:
+  """Rows for a sample table or file."""
+  return [
+    {
+      "prompt": samples.prompts[i],
+      "response": samples.responses[i],
+      **{name: float(values[i]) for name, values in samples.rewards.items()},
+    }
+    for i in range(len(samples.responses) if limit is None else min(limit, len(samples.responses)))
+  ]
+
+
+def compare(before: Samples, after: Samples) -> dict[str, float]:
+  """Figures of a trained policy beside those of its start, on the same prompts."""
+  figures: dict[str, float] = {
+    "kl": float(np.mean(after.kl)),
+    "length": float(np.mean(after.lengths)),
+    "length_before": float(np.mean(before.lengths)),
+    "eos_fraction": float(np.mean(after.ended)),
+  }
+  for name, values in after.rewards.items():
+    start = before.rewards[name]
+    figures[f"{name}/mean"] = float(np.mean(values))
+    figures[f"{name}/mean_before"] = float(np.mean(start))
+    figures[f"{name}/win_rate"] = win_rate(values, start)
+  return figures
+
+
+def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
+  """The same figures as rows of the table at the end of a script."""
+  rows: dict[str, dict[str, float]] = {}
+  for name, values in after.rewards.items():
+    start = before.rewards[name]
+    rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
+    rows[f"{name}: win rate against the start"] = {"trained": win_rate(values, start)}
+  rows["KL to the start, nats"] = {"start": 0.0, "trained": float(np.mean(after.kl))}
+  rows["length, tokens"] = {
+    "start": float(np.mean(before.lengths)),
+    "trained": float(np.mean(after.lengths)),
+  }
+  rows["ended by itself"] = {
+    "start": float(np.mean(before.ended)),
+    "trained": float(np.mean(after.ended)),
+  }
+  return rows

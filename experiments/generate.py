@@ -1,0 +1,86 @@
+"""Samples responses of a trained model to prompts from a file, or to one prompt.
+
+  python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo --limit=16
+  python -m experiments.generate --workdir=runs/samples --init_from=FOLDER \
+    --prompt="What is the capital of France?" --sampling.temperature=0
+
+Writes `samples/step_00000000.jsonl` and shows the first few.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from experiments import common
+from rlhf_jax import data, flags, generation, loop, reporting, rewards, sharding
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to sample.
+
+  Attributes:
+    init_from: Workdir of a finished run, or a Hugging Face folder.
+    prompt: One prompt to answer; empty takes the held-out prompts of the data.
+    limit: Number of prompts to take from the data.
+    batch_size: Prompts per call.
+  """
+
+  init_from: str
+  prompt: str = ""
+  limit: int = 64
+  batch_size: int = 16
+  model: common.ModelOptions = common.ModelOptions()
+  data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig()
+
+  def __post_init__(self):
+    for name in ("limit", "batch_size"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
+  """Samples, writes and shows; returns the rows that were written."""
+  folder = common.source_folder(config.model, config.init_from)
+  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  if config.prompt:
+    prompts = data.prompts_from_texts([config.prompt], tokenizer)
+  else:
+    _, prompts = data.load("prompts", config.data, tokenizer, seed=session.seed)
+    prompts = common.as_prompts(prompts, config.limit)
+  with loop.open_run(session) as run:
+    model, params = common.open_model(run, config.model, folder, tokenizer)
+    stops = (tokenizer.eos_id,)
+    generate = generation.make_generate(
+      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
+    )
+    batch_size = min(config.batch_size, len(prompts.examples))
+    batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    rows: list[dict[str, str | float]] = []
+    for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(batch, run.mesh)
+      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
+      repeats = config.sampling.samples_per_prompt
+      texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+      logprobs = np.asarray(jax.device_get(rollout.logprobs.sum(axis=1)))
+      ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
+      rows += [
+        {
+          "prompt": prompts.rows[i]["prompt_text"],
+          "response": text,
+          "logprob": float(logprob),
+        }
+        for i, text, logprob, on in zip(ids.tolist(), texts, logprobs, keep, strict=True)
+        if on
+      ]
+    reporting.save_samples(run.workdir, 0, rows)
+    reporting.show_samples(rows, f"Samples of {config.init_from}")
+  return rows
+
+
+if __name__ == "__main__":
+  flags.run_script(run_samples, loop.Session, Config)

@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: next-token loss on response tokens, the end-of-sequence token included.
+
+Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, section 3.5.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.losses import masked, supervised
+from rlhf_jax.train_step import make_train_step
+from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep
+
+SFTBatch = TokenBatch  # tokens [B, T] right padded; mask [B, T] on response tokens with their EOS.
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+  """Supervised fine-tuning.
+
+  Attributes:
+    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+  """
+
+  microbatches: int = 1
+
+
+def loss_fn(
+  params: Params, batch: SFTBatch, key: jax.Array, *, apply_fn: ApplyFn
+) -> tuple[jax.Array, Metrics]:
+  """Mean negative log-likelihood over the scored tokens of the batch.
+
+  Args:
+    params: Policy.
+    batch: Right-padded sequences.
+    key: Unused.
+    apply_fn: `(params, tokens) -> logits [B, T, V]`.
+
+  Returns:
+    Loss in nats per token, and metrics; `weight` is the number of scored tokens.
+  """
+  del key  # The loss is deterministic given the batch.
+  logits = apply_fn(params, batch.tokens)
+  mask = batch.mask.at[:, 0].set(False)  # The first token has no prediction.
+  loss = masked.masked_mean(supervised.nll(logits, batch.tokens), mask)
+  hit = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
+  return loss, {
+    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask[:, 1:]),
+    "weight": jnp.sum(mask).astype(jnp.float32),
+  }
+
+
+def make_sft_step(
+  apply_fn: ApplyFn, tx: optax.GradientTransformation, config: SFTConfig
+) -> TrainStep:
+  """Jitted `step(state, SFTBatch, key) -> (state, metrics)`."""
+  loss = functools.partial(loss_fn, apply_fn=apply_fn)
+  return make_train_step(loss, tx, microbatches=config.microbatches)

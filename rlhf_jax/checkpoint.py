@@ -1,0 +1,635 @@
+"""Checkpoints that are whole, verified and never mixed up.
+
+A step is one orbax composite: every item of the run (params, optimizer state, ...) and its metadata
+become visible in one rename or not at all. Orbax does not notice a flipped bit, so a manifest
+`<step>.digest.json` with the size and SHA-256 of every file is written next to the step, and a step
+is restored only if it still matches. An exclusive lock keeps a second process out of a run
+directory, because orbax would let it overwrite committed steps.
+
+Directories are local or on a shared POSIX file system: the lock and the durable rename need one.
+With several processes, call everything here from all of them, after `jax.distributed.initialize`.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+PyTree = Any
+PathLike = str | os.PathLike[str]
+
+_META = "meta"
+_DIGEST_SUFFIX = ".digest.json"
+_TMP_MARK = ".orbax-checkpoint-tmp"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LOCKED: set[pathlib.Path] = set()  # Directories this process holds the lock of.
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint does not fit this run, or none in the directory is usable."""
+
+  exit_code = 78  # EX_CONFIG
+
+
+class CheckpointWriteError(RuntimeError):
+  """A checkpoint could not be written; the steps committed before it are untouched."""
+
+  exit_code = 74  # EX_IOERR
+
+
+class LockedError(RuntimeError):
+  """The run directory belongs to another process or cannot be locked."""
+
+  exit_code = 73  # EX_CANTCREAT
+
+
+class NonFiniteError(FloatingPointError):
+  """A NaN or infinity was about to be saved."""
+
+  exit_code = 70  # EX_SOFTWARE
+
+
+class Restored(NamedTuple):
+  """What `Checkpointer.restore` read.
+
+  Attributes:
+    step: The step the checkpoint was saved at.
+    items: Item name -> tree, with the structure, dtypes, shapes and shardings asked for.
+    meta: The metadata given to `save`, as JSON gives it back (tuples become lists).
+  """
+
+  step: int
+  items: dict[str, PyTree]
+  meta: dict[str, Any]
+
+
+def local_path(path: PathLike) -> pathlib.Path:
+  """Returns an absolute path; raises CheckpointError for a URL such as `gs://bucket/run`."""
+  if "://" in os.fspath(path):
+    raise CheckpointError(
+      f"--workdir={os.fspath(path)} is not a file system path: locking and atomic renames need one;"
+      " mount the bucket or the share and pass the mounted folder"
+    )
+  return pathlib.Path(path).absolute()
+
+
+def atomic_write(path: PathLike, text: str) -> None:
+  """Replaces a text file so that a crash or power loss leaves the old file or the new one."""
+  path = pathlib.Path(path)
+  tmp = path.with_name(path.name + ".tmp")
+  with open(tmp, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(tmp, path)
+  _sync_directory(path.parent)
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def run_lock(workdir: PathLike) -> Iterator[None]:
+  """Holds `<workdir>/.lock`, so that no second process works in the same directory.
+
+  The operating system releases the lock when its owner dies, however it dies. Process 0 of a
+  multi-process run holds it for all.
+
+  Raises:
+    LockedError: Another process holds it (named with host, pid and start time), or `workdir`
+      cannot be written.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  directory = local_path(workdir)
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise LockedError(f"--workdir={directory} cannot be written: {error}") from error
+  with os.fdopen(fd, "r+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        raise LockedError(f"--workdir={directory} cannot be locked: {error}") from error
+      raise LockedError(
+        f"--workdir={directory} is in use by {_owner(file) or 'another process'};"
+        " stop it first, or use another --workdir"
+      ) from error
+    if previous := _owner(file):
+      logging.info("Took over the lock of %s, left by %s", directory, previous)
+    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.seek(0)
+    file.truncate()
+    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": start}, file)
+    file.flush()
+    _LOCKED.add(directory)
+    try:
+      yield
+    finally:
+      # The file stays: unlinking it would let two processes lock two files of the same name.
+      _LOCKED.discard(directory)
+      os.ftruncate(fd, 0)
+
+
+def _owner(file) -> str:
+  file.seek(0)
+  try:
+    owner = json.load(file)
+    return f"pid {owner['pid']} on host {owner['host']} since {owner['start']}"
+  except (ValueError, KeyError, TypeError):
+    return ""
+
+
+def check_identity(workdir: PathLike, identity: Mapping[str, Any]) -> None:
+  """Refuses to continue a run as something else than what it was started as.
+
+  The first call writes `<workdir>/identity.json`; later calls compare with it.
+
+  Args:
+    workdir: The run directory; created if missing.
+    identity: JSON-able values that must not change over the life of a run.
+
+  Raises:
+    CheckpointError: A key differs; the message has one line per key.
+  """
+  if jax.process_index() != 0:
+    return
+  path = local_path(workdir) / "identity.json"
+  now = json.loads(json.dumps(identity, sort_keys=True))
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(now, indent=2) + "\n")
+    return
+  try:
+    was = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{path} cannot be read: {error}; use another --workdir") from error
+  lines = [
+    f"  {key}: was {_show(was, key)}, now {_show(now, key)}"
+    for key in sorted(was.keys() | now.keys())
+    if _show(was, key) != _show(now, key)
+  ]
+  if lines:
+    raise CheckpointError(
+      f"--workdir={path.parent} holds another run; use another --workdir, or its flags\n"
+      + "\n".join(lines)
+    )
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+  return json.dumps(values[key], sort_keys=True) if key in values else "absent"
+
+
+def params_digest(tree: PyTree) -> str:
+  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of all leaves.
+
+  It depends on neither the sharding nor the container types. One leaf at a time is on the host.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in sorted(_flatten("tree", tree).items()):
+    if not getattr(leaf, "is_fully_addressable", True):
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    digest.update(f"{path}\0{_kind(leaf)}\0".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+class Checkpointer:
+  """Saves and restores named trees of arrays, one atomic unit per step.
+
+  Attributes:
+    directory: Where the steps are; `<directory>/<step>/` and `<directory>/<step>.digest.json`.
+  """
+
+  def __init__(self, directory: PathLike, *, keep: int = 2):
+    """Opens a directory, creating nothing until the first `save`.
+
+    Left-overs of killed saves are removed if this process holds the `run_lock` of the directory or
+    of one above it; otherwise another process may still be writing them.
+
+    Args:
+      directory: The folder of the steps, `<workdir>/checkpoints` for a run.
+      keep: How many of the newest steps stay on disk. With 1 there is no older step to fall back
+        to when the newest is damaged.
+    """
+    if keep < 1:
+      raise ValueError(f"keep must be at least 1, got {keep}")
+    self.directory = local_path(directory)
+    self._keep = keep
+    self._manager: ocp.CheckpointManager | None = None
+    # One thread waits for the commit and hashes the files, so that training does not.
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_digest")
+    self._commit: concurrent.futures.Future[None] | None = None
+    self._last: int | None = None  # New steps must be greater; None before a restore or save.
+    if _LOCKED & {self.directory, *self.directory.parents}:
+      self._remove_leftovers()
+
+  def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
+    """Saves a step; returns once the arrays are copied and may be donated or changed.
+
+    Steps newer than the restored one (damaged, or of a run continued from an older step) are
+    deleted first. The step counts as saved after `wait`, `close` or the next `save`.
+
+    Args:
+      step: Greater than the restored or last saved step.
+      items: Item name -> tree of arrays. Typed PRNG keys are not accepted: save
+        `jax.random.key_data`, or better the seed in `meta`.
+      meta: JSON-able values.
+
+    Raises:
+      NonFiniteError: A float leaf holds NaN or infinity; nothing is written.
+      CheckpointError: The directory holds `step` or a newer one that was not restored from.
+      CheckpointWriteError: This or the previous step could not be written.
+      TypeError: A leaf is not an array that jax holds without a cast.
+    """
+    flat = {}
+    for name, tree in items.items():
+      if name == _META or not _NAME.fullmatch(name):
+        raise ValueError(f"item name {name!r} must match {_NAME.pattern} and not be {_META!r}")
+      flat[name] = _flatten(name, tree)
+      for path, leaf in flat[name].items():
+        if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+          raise TypeError(f"item {name!r}, leaf {path!r}: jax would cast {leaf.dtype} on restore")
+    _check_finite(flat)
+    leaves = {
+      name: {path: _kind(leaf) for path, leaf in tree.items()} for name, tree in flat.items()
+    }
+    meta = json.loads(json.dumps({"leaves": leaves, "user": dict(meta)}, allow_nan=False))
+
+    self.wait()
+    if self._last is None:
+      self._last = max(self._known_steps(), default=-1)
+    if step <= self._last:
+      raise CheckpointError(
+        f"{self.directory} already holds step {self._last}, so step {step} cannot be saved;"
+        " restore from it, or use another --workdir"
+      )
+    try:
+      self._discard_from(step)
+      manager = self._open()
+      # A save may outlive the call, so what the caller can still write to is copied.
+      arrays = {
+        name: {
+          path: leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+          for path, leaf in tree.items()
+          if leaf.size
+        }
+        for name, tree in flat.items()
+      }
+      args: dict[str, ocp.args.CheckpointArgs] = {
+        name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree
+      }
+      args[_META] = ocp.args.JsonSave(meta)
+      manager.save(step, args=ocp.args.Composite(**args), force=True)
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._last = step
+    self._commit = self._worker.submit(self._finish, step, manager)
+
+  def restore(self, like: Mapping[str, PyTree], *, step: int | None = None) -> Restored | None:
+    """Reads the newest step that is undamaged, bit for bit as it was saved.
+
+    A damaged step is logged with the reason and the next older one is tried. A step without a
+    manifest (the process was killed between commit and manifest) is whole, since the commit is
+    atomic; it is read with a warning that its bits are not verified.
+
+    Args:
+      like: Item name -> tree of arrays or `jax.ShapeDtypeStruct` with a sharding. Gives the
+        structure, dtypes, shapes and shardings; nothing is ever cast. Items of the checkpoint that
+        are not named here are not read.
+      step: Read exactly this step.
+
+    Returns:
+      The step, its items and metadata; None if the directory holds no checkpoint.
+
+    Raises:
+      CheckpointError: An item or leaf is missing, extra or of another shape or dtype; or there
+        are steps but none (or not the one asked for) is usable.
+    """
+    self.wait()
+    wanted = {name: _flatten(name, tree) for name, tree in like.items()}
+    steps = self._known_steps() if step is None else [step]
+    if not steps:
+      return None
+    rejected: dict[int, str] = {}
+    while (chosen := self._choose(steps, rejected)) is not None:
+      try:
+        items, meta = self._read(chosen, wanted)
+      except CheckpointError:
+        raise
+      except Exception as error:
+        if jax.process_count() > 1:
+          raise CheckpointError(f"step {chosen} of {self.directory} cannot be read") from error
+        self._reject(chosen, f"cannot be read: {_first_line(error)}", rejected)
+        continue
+      self._last = chosen
+      trees = {name: _unflatten(like[name], items[name]) for name in like}
+      return Restored(chosen, trees, meta)
+    reasons = "".join(f"\n  step {s}: {rejected.get(s, 'not usable')}" for s in steps)
+    raise CheckpointError(
+      f"{self.directory} holds no usable checkpoint; restore a copy, or start afresh with another"
+      f" --workdir{reasons}"
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the newest committed step, None if there is none."""
+    return max(self._committed_steps(), default=None)
+
+  def wait(self) -> None:
+    """Blocks until the last save is committed and its manifest written.
+
+    Raises:
+      CheckpointWriteError: The save failed, for example because the disk is full.
+    """
+    commit, self._commit = self._commit, None
+    if commit is not None:
+      try:
+        commit.result()
+      except Exception as error:
+        failed, self._last = self._last, None
+        raise self._failed(failed, error) from error
+
+  def close(self) -> None:
+    """Waits for the last save and releases the threads."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+      self._close_manager()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      policy = checkpoint_managers.LatestN(self._keep)
+      options = ocp.CheckpointManagerOptions(preservation_policy=policy)
+      self._manager = ocp.CheckpointManager(self.directory, options=options)
+    return self._manager
+
+  def _close_manager(self) -> None:
+    manager, self._manager = self._manager, None
+    if manager is not None:
+      manager.close()
+
+  def _finish(self, step: int, manager: ocp.CheckpointManager) -> None:
+    """Runs on the worker: waits for the commit of `step`, then writes its manifest."""
+    manager.wait_until_finished()
+    if jax.process_index() == 0:
+      files = _files(self.directory / str(step))
+      with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        digests = pool.map(_sha256, files.values())
+        content = {
+          n: [p.stat().st_size, d] for (n, p), d in zip(files.items(), digests, strict=True)
+        }
+      _sync_directory(self.directory)  # The rename of the step itself, which orbax does not sync.
+      atomic_write(self._digest_path(step), json.dumps({"step": step, "files": content}, indent=1))
+      for other in set(self._known_steps()) - set(self._committed_steps()):
+        self._digest_path(other).unlink(missing_ok=True)  # Its step was rotated out.
+
+  def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
+    # Orbax counts a failed step as saved and leaves its data, which may be what fills the disk.
+    with contextlib.suppress(Exception):
+      self._close_manager()
+    self._remove_leftovers()
+    return CheckpointWriteError(
+      f"step {step} could not be saved in {self.directory}: {_first_line(error)};"
+      f" steps still there: {self._committed_steps()}"
+    )
+
+  def _committed_steps(self) -> list[int]:
+    return sorted(s for s in self._known_steps() if (self.directory / str(s)).is_dir())
+
+  def _known_steps(self) -> list[int]:
+    """Steps with a directory or a manifest: a step that lost its directory is not forgotten."""
+    if not self.directory.is_dir():
+      return []
+    names = {p.name.removesuffix(_DIGEST_SUFFIX) for p in self.directory.iterdir()}
+    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+
+  def _digest_path(self, step: int) -> pathlib.Path:
+    return self.directory / f"{step}{_DIGEST_SUFFIX}"
+
+  def _remove_leftovers(self) -> None:
+    if jax.process_index() == 0 and self.directory.is_dir():
+      for path in self.directory.iterdir():
+        if _TMP_MARK in path.name:
+          logging.info("Removing %s, left by a save that did not finish", path)
+          shutil.rmtree(path, ignore_errors=True)
+
+  def _discard_from(self, step: int) -> None:
+    stale = [other for other in self._known_steps() if other >= step]
+    if jax.process_count() > 1:  # All have to see the same steps, so none is deleted before.
+      multihost_utils.sync_global_devices("checkpoint_list")
+    if not stale:
+      return
+    logging.warning("Deleting steps %s of %s to save step %d", stale, self.directory, step)
+    self._close_manager()  # It keeps a list of the steps.
+    if jax.process_index() == 0:
+      for other in stale:
+        # The manifest goes last: while a part of the step is there, it is known as damaged.
+        shutil.rmtree(self.directory / str(other), ignore_errors=True)
+        self._digest_path(other).unlink(missing_ok=True)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("checkpoint_discard")
+
+  def _reject(self, step: int, reason: str, rejected: dict[int, str]) -> None:
+    rejected[step] = reason
+    logging.warning("Rejected step %d of %s: %s", step, self.directory, reason)
+
+  def _choose(self, steps: list[int], rejected: dict[int, str]) -> int | None:
+    """Returns the newest step whose files match its manifest, as process 0 sees them."""
+    chosen = -1
+    if jax.process_index() == 0:
+      for step in sorted(set(steps) - rejected.keys(), reverse=True):
+        reason = _damage(self.directory / str(step), self._digest_path(step))
+        if not reason:
+          chosen = step
+          break
+        self._reject(step, reason, rejected)
+    if jax.process_count() > 1:
+      chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+    return None if chosen < 0 else chosen
+
+  def _read(self, step: int, wanted: Mapping[str, Mapping[str, Any]]):
+    manager = self._open()
+    meta_args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
+    meta = manager.restore(step, args=meta_args)[_META]
+    _check_leaves(self.directory / str(step), meta["leaves"], wanted)
+    args = {}
+    for name, tree in wanted.items():
+      abstract = {path: _abstract(leaf) for path, leaf in tree.items() if leaf.size}
+      if abstract:
+        args[name] = ocp.args.StandardRestore(abstract)
+    restored = manager.restore(step, args=ocp.args.Composite(**args)) if args else {}
+    items = {}
+    for name, tree in wanted.items():
+      items[name] = {
+        path: _like(restored[name][path], leaf) if leaf.size else _empty(leaf)
+        for path, leaf in tree.items()
+      }
+      # Not a mismatch of this run's config, which `_check_leaves` names, but of the stored arrays.
+      for path, leaf in tree.items():
+        if _kind(items[name][path]) != _kind(leaf):
+          raise ValueError(f"item {name!r}, leaf {path!r} was read as {_kind(items[name][path])}")
+    return items, meta["user"]
+
+
+def _flatten(name: str, tree: PyTree) -> dict[str, Any]:
+  """Returns path -> leaf, so that what is stored depends on no container type."""
+  flat = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    key = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+    where = f"item {name!r}, leaf {key!r}"
+    if not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+      raise TypeError(f"{where} is a {type(leaf).__name__}, not an array")
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      raise TypeError(f"{where} is a typed PRNG key; save jax.random.key_data of it")
+    if key in flat:
+      raise ValueError(f"{where}: two leaves have this path")
+    flat[key] = leaf
+  return flat
+
+
+def _unflatten(like: PyTree, flat: Mapping[str, Any]) -> PyTree:
+  return jax.tree.unflatten(jax.tree.structure(like), list(flat.values()))
+
+
+def _kind(leaf: Any) -> str:
+  return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+  return jnp.all(jnp.isfinite(x))
+
+
+def _check_finite(flat: Mapping[str, Mapping[str, Any]]) -> None:
+  floats = {
+    f"item {name!r}, leaf {path!r}": leaf
+    for name, tree in flat.items()
+    for path, leaf in tree.items()
+    if jnp.issubdtype(leaf.dtype, jnp.inexact)
+  }
+  # Leaf by leaf, because items may live on different devices; read back in one transfer.
+  finite = jax.device_get({where: _all_finite(leaf) for where, leaf in floats.items()})
+  if bad := [where for where, ok in finite.items() if not ok]:
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    raise NonFiniteError(f"NaN or infinity in {'; '.join(bad[:3])}{more}: not saved")
+
+
+def _check_leaves(
+  where: pathlib.Path,
+  saved: Mapping[str, Mapping[str, str]],
+  wanted: Mapping[str, Mapping[str, Any]],
+) -> None:
+  lines = []
+  for name, tree in wanted.items():
+    if name not in saved:
+      lines.append(f"item {name!r} missing; saved are {sorted(saved)}")
+      continue
+    for path in [*tree, *(p for p in saved[name] if p not in tree)]:
+      expected = _kind(tree[path]) if path in tree else "nothing"
+      found = saved[name].get(path, "missing")
+      if found != expected:
+        lines.append(f"item {name!r}, leaf {path!r}: saved {found}, expected {expected}")
+  if lines:
+    shown = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
+    raise CheckpointError(
+      f"{where} does not fit this run; use the flags it was written with, or another --workdir\n  "
+      + "\n  ".join(shown)
+    )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _like(restored: jax.Array, leaf: Any) -> jax.Array:
+  # Orbax pins every array to its devices. A scalar that was free to follow the other arguments of
+  # a jitted step must stay so, or the step fails on a mesh that this device is not all of.
+  if isinstance(leaf, jax.Array) and not leaf.committed:
+    return jnp.asarray(np.asarray(restored))
+  return restored
+
+
+def _empty(leaf: Any) -> jax.Array:
+  abstract = _abstract(leaf)
+  return jax.device_put(np.zeros(abstract.shape, abstract.dtype), abstract.sharding)
+
+
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+  return {
+    path.relative_to(directory).as_posix(): path
+    for path in sorted(directory.rglob("*"))
+    if path.is_file()
+  }
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
+  """Returns why the files of a step cannot be trusted; empty if they can."""
+  if not directory.is_dir():
+    return f"folder {directory.name}/ missing"
+  if not digest_path.exists():
+    logging.warning("%s has no digest manifest: its bits are not verified", directory)
+    return ""
+  try:
+    files = json.loads(digest_path.read_text(encoding="utf-8"))["files"]
+    for name, (size, _) in files.items():
+      path = directory / name
+      if not path.is_file():
+        return f"{name} missing"
+      if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      found = pool.map(lambda name: _sha256(directory / name), files)
+      for (name, (_, digest)), now in zip(files.items(), found, strict=True):
+        if now != digest:
+          return f"{name} has changed since it was written (SHA-256 differs)"
+  except OSError as error:
+    return f"cannot be read: {error}"
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    return f"{digest_path.name} is not a digest manifest: {_first_line(error)}"
+  return ""
+
+
+def _first_line(error: BaseException) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:300]

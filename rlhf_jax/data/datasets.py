@@ -1,0 +1,498 @@
+"""Rows to token arrays: read, checked and tokenised before anything is compiled, then batched.
+
+`load` gives a training set and a held-out set. `batches` runs over one of them forever in fixed
+shapes, from a position that can be saved; `eval_batches` runs over it once, in order.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import grain
+import numpy as np
+
+from rlhf_jax.data import schema, sources
+from rlhf_jax.data.schema import Example, Kind
+from rlhf_jax.data.sources import DataError, Row
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.types import TokenBatch
+
+_BUILTIN_ROWS = 4096
+# Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
+_LENGTH_MULTIPLE = 8
+_OVERLONG = ("drop", "truncate_prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where rows come from and which of them are used.
+
+  Attributes:
+    path: JSON Lines file with one row per line; empty together with tfds means the built-in task.
+    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the split is train if not given.
+    tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
+    eval_path: JSON Lines file of held-out rows; empty holds out a part of the rows themselves.
+    eval_fraction: Part of the prompts to hold out, chosen by a hash of the prompt, if there is no
+      eval_path; 0 holds out nothing.
+    rows: Use only the first so many rows; 0 uses all. For the built-in task, the number to write
+      (0 writes 4096).
+    eval_rows: Use at most this many held-out rows.
+    max_prompt_length: Longest prompt in tokens.
+    max_response_length: Longest response in tokens, its end token included.
+    overlong: What to do with a longer prompt: drop the row, or truncate_prompt to keep the end of
+      the prompt. A row with a longer response is always dropped.
+    bad_rows: Skip and count up to this many unusable rows; with 0 the first one is an error.
+    end_token: Token that ends a response, such as <s>; empty takes the tokenizer's own.
+  """
+
+  path: str = ""
+  tfds: str = ""
+  tfds_dir: str = ""
+  eval_path: str = ""
+  eval_fraction: float = 0.05
+  rows: int = 0
+  eval_rows: int = 512
+  max_prompt_length: int = 256
+  max_response_length: int = 256
+  overlong: Literal["drop", "truncate_prompt"] = "drop"
+  bad_rows: int = 0
+  end_token: str = ""
+
+  def __post_init__(self):
+    if self.path and self.tfds:
+      raise ValueError("tfds cannot be used together with path; give one of the two")
+    if self.tfds_dir and not self.tfds:
+      raise ValueError("tfds_dir needs the name of a data set; set tfds as well")
+    if self.tfds:
+      sources.parse_tfds(self.tfds)
+    if not 0 <= self.eval_fraction < 1:
+      raise ValueError(
+        f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}; "
+        "0.05 holds out one prompt in twenty"
+      )
+    for name, least in (("rows", 0), ("bad_rows", 0), ("eval_rows", 1)):
+      if getattr(self, name) < least:
+        raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    for name in ("max_prompt_length", "max_response_length"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"{name} must be positive, got {getattr(self, name)}; it counts tokens, 256 is usual"
+        )
+    if self.overlong not in _OVERLONG:
+      raise ValueError(f"overlong must be one of {', '.join(_OVERLONG)}, got {self.overlong!r}")
+
+
+class Dataset(NamedTuple):
+  """Tokenised rows. Count them with `len(dataset.examples)`.
+
+  Attributes:
+    kind: "demonstrations", "preferences" or "prompts".
+    examples: One dict of int32 [length] ids per row: "prompt" and, by kind, "response", or
+      "chosen" and "rejected".
+    rows: The original columns of each example, and under "prompt_text" the whole prompt as text,
+      as the tokenizer renders it.
+    padded_length: Length to pad to, shared by the training and the held-out set: of prompts for
+      the kind "prompts", else of prompt and response together.
+    digest: sha256 of all token ids in order: two runs with the same digest see the same data.
+    report: Counts: `rows_read`, `bad_rows` (training set only), `kept`, `dropped_overlong`,
+      `truncated_prompts`, `dropped_identical_pairs`, `duplicates` (repeated examples),
+      `flipped_pairs` (pairs that are there the other way round too) and, for the held-out set,
+      `eval_prompts_in_train`.
+  """
+
+  kind: Kind
+  examples: list[dict[str, np.ndarray]]
+  rows: list[dict[str, Any]]
+  padded_length: int
+  digest: str
+  report: dict[str, int]
+
+
+class PromptBatch(NamedTuple):
+  """Prompts to sample from.
+
+  Attributes:
+    tokens: [B, P] int32, left padded.
+    mask: [B, P] bool, True on prompt tokens.
+    prompt_id: [B] int32, index into `dataset.rows`.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  prompt_id: np.ndarray
+
+
+Batch = TokenBatch | PromptBatch
+
+
+def load(
+  kind: Kind, config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+  """Reads, checks and tokenises all rows.
+
+  Args:
+    kind: What the rows are for; see `schema` for the columns.
+    config: Sources and limits.
+    tokenizer: Made with `config.end_token`.
+    seed: Seed of the built-in task; data from outside does not depend on it.
+
+  Returns:
+    The training set and the held-out set.
+
+  Raises:
+    DataError: A bad row beyond `config.bad_rows`, no rows left, or most rows too long.
+  """
+  if kind not in schema.COLUMNS:
+    raise ValueError(f"kind must be one of {', '.join(schema.COLUMNS)}, got {kind!r}")
+  if config.end_token and tokenizer.token_id(config.end_token) != tokenizer.eos_id:
+    raise ValueError(
+      f"end_token is {config.end_token!r} but the tokenizer ends with id {tokenizer.eos_id}; "
+      "load it with load_tokenizer(path, eos_token=config.end_token)"
+    )
+  bad: list[DataError] = []
+
+  def on_bad_row(error: DataError):
+    if len(bad) >= config.bad_rows:
+      hint = f" ({len(bad)} earlier ones skipped)" if bad else ""
+      raise DataError(f"{error}; or skip some with data.bad_rows{hint}") from error
+    bad.append(error)
+
+  def read(rows: Iterator[Row], limit: int) -> list[tuple[Row, Example]]:
+    return _parse(kind, itertools.islice(rows, limit or None), tokenizer, on_bad_row)
+
+  train_rows, source = _open(kind, config, seed, on_bad_row)
+  train = read(train_rows, config.rows)
+  if config.eval_path:
+    heldout = read(sources.read_jsonl(config.eval_path, on_bad_row), config.eval_rows)
+  elif config.path or config.tfds:
+    train, heldout = _split(train, config.eval_fraction)
+  else:
+    heldout = read(sources.read_builtin(kind, "eval", config.eval_rows, seed), 0)
+  heldout = heldout[: config.eval_rows]
+
+  train_part = _tokenize(kind, train, config, tokenizer)
+  heldout_part = _tokenize(kind, heldout, config, tokenizer)
+  _check_lengths(train_part, heldout_part, config, source)
+  wants_heldout = config.eval_path or config.eval_fraction > 0
+  for part, name in (
+    (train_part, source),
+    (heldout_part, config.eval_path or f"held-out {source}"),
+  ):
+    if not part.examples and (part is train_part or wants_heldout):
+      raise DataError(
+        f"{name}: no rows are left of {len(part.lengths)} read ({_summary(part.report)}); "
+        "give more rows, or raise the limits"
+      )
+  train_part.report["bad_rows"] = len(bad)
+  train_keys = set(train_part.keys)
+  heldout_part.report["eval_prompts_in_train"] = sum(k in train_keys for k in heldout_part.keys)
+  longest = max(_padded_need(kind, e) for e in train_part.examples + heldout_part.examples)
+  padded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+  return _finish(kind, train_part, padded), _finish(kind, heldout_part, padded)
+
+
+def batches(
+  dataset: Dataset,
+  batch_size: int,
+  *,
+  seed: int,
+  pad_id: int,
+  shuffle: bool = True,
+  epochs: int | None = None,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> grain.DatasetIterator:
+  """Runs over a data set in batches of one shape.
+
+  Every epoch has its own order. A batch may hold the end of one epoch and the start of the next,
+  so that no row is left out; only after the last epoch are rows that do not fill a batch dropped.
+  The order depends on `seed` alone: `shard_count` processes together read what one would.
+
+  Args:
+    dataset: The rows.
+    batch_size: Rows of a global batch, over all shards.
+    seed: Seed of the order.
+    pad_id: Id to pad with; masks do not depend on it.
+    shuffle: False keeps the order of the rows.
+    epochs: Number of passes; None never ends.
+    shard_index: Which contiguous part of each global batch to yield.
+    shard_count: Number of such parts.
+
+  Returns:
+    An iterator of numpy batches of B = batch_size / shard_count rows: `TokenBatch` with [B, T]
+    arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected), or
+    `PromptBatch`. `get_state()` is a small JSON-compatible dict; `set_state()` continues from it.
+
+  Raises:
+    ValueError: The data set is smaller than a batch, or a batch cannot be cut into shards.
+  """
+  rows = len(dataset.examples)
+  if batch_size < 1 or rows < batch_size:
+    raise ValueError(
+      f"batch_size {batch_size} does not fit a data set of {rows} rows; "
+      f"choose between 1 and {rows}, or give more rows"
+    )
+  part = _shard(batch_size, shard_index, shard_count)
+  order = grain.MapDataset.range(rows).seed(seed % 2**32)
+  if shuffle:
+    order = order.shuffle()
+  # The global batch is formed before it is cut, so that the order is the same for any shard_count.
+  order = order.repeat(epochs).batch(batch_size, drop_remainder=True)
+  mapped = order.map(lambda indices: _collate(dataset, indices[part], pad_id))
+  # Padding a batch takes microseconds; reading ahead would only add threads to stop.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  return iter(mapped.to_iter_dataset(options))
+
+
+def eval_batches(
+  dataset: Dataset,
+  batch_size: int,
+  pad_id: int,
+  *,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> Iterator[tuple[Batch, np.ndarray]]:
+  """Runs over a data set once, in order.
+
+  Args:
+    dataset: The rows.
+    batch_size: Rows of a global batch; may be larger than the data set.
+    pad_id: Id to pad with.
+    shard_index: Which contiguous part of each global batch to yield.
+    shard_count: Number of such parts.
+
+  Yields:
+    A batch as from `batches`, and [B] bool: False on rows that repeat earlier ones to fill the
+    last batch.
+
+  Raises:
+    ValueError: `batch_size` is not positive, or a batch cannot be cut into shards.
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size must be positive, got {batch_size}")
+  part = _shard(batch_size, shard_index, shard_count)
+  rows = len(dataset.examples)
+  for start in range(0, rows, batch_size):
+    positions = np.arange(start, start + batch_size)[part]
+    yield _collate(dataset, positions % rows, pad_id), positions < rows
+
+
+class _Part(NamedTuple):
+  """Tokenised rows before the padded length is known.
+
+  Attributes:
+    examples, rows: As in `Dataset`.
+    keys: `Example.key` of each kept row.
+    lengths: [rows, 2] int, prompt and longest response of every row, dropped ones included.
+    report: As in `Dataset`.
+  """
+
+  examples: list[dict[str, np.ndarray]]
+  rows: list[dict[str, Any]]
+  keys: list[str]
+  lengths: np.ndarray
+  report: dict[str, int]
+
+
+def _open(
+  kind: Kind, config: DataConfig, seed: int, on_bad_row: sources.OnBadRow
+) -> tuple[Iterator[Row], str]:
+  """The training rows, and the name of their source for messages."""
+  if config.path:
+    return sources.read_jsonl(config.path, on_bad_row), config.path
+  if config.tfds:
+    rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row)
+    return rows, f"tfds:{config.tfds}"
+  count = config.rows or _BUILTIN_ROWS
+  return sources.read_builtin(kind, "train", count, seed), f"built-in {kind}"
+
+
+def _parse(
+  kind: Kind, rows: Iterator[Row], tokenizer: Tokenizer, on_bad_row: sources.OnBadRow
+) -> list[tuple[Row, Example]]:
+  """The usable rows, with the prompt as rendered text added to their columns."""
+  parsed = []
+  for row in rows:
+    try:
+      example = schema.parse_row(kind, row, prefer_messages=tokenizer.has_chat_template)
+      try:
+        text = tokenizer.render_prompt(example.prompt)
+      except DataError as error:
+        raise DataError(f"{row.where}: {error}") from error
+    except DataError as error:
+      on_bad_row(error)
+      continue
+    parsed.append((row._replace(fields={**row.fields, "prompt_text": text}), example))
+  return parsed
+
+
+def _split(
+  parsed: list[tuple[Row, Example]], fraction: float
+) -> tuple[list[tuple[Row, Example]], list[tuple[Row, Example]]]:
+  """Holds out a part of the prompts.
+
+  The choice depends on the prompt alone, so the stages of a chain that read the same prompts from
+  different files hold out the same ones.
+  """
+  if not fraction:
+    return parsed, []
+  places = [_place(example.key) for _, example in parsed]
+  # A file too small for its share still gives one prompt.
+  limit = max(fraction, min(places, default=0.0))
+  train = [item for item, place in zip(parsed, places, strict=True) if place > limit]
+  heldout = [item for item, place in zip(parsed, places, strict=True) if place <= limit]
+  return train, heldout
+
+
+def _place(key: str) -> float:
+  """A number in [0, 1) that looks random and depends on the text alone."""
+  return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+
+
+def _tokenize(
+  kind: Kind, parsed: list[tuple[Row, Example]], config: DataConfig, tokenizer: Tokenizer
+) -> _Part:
+  """Tokenises rows and drops those that cannot be trained on."""
+  columns = [tokenizer.encode_prompts([example.prompt for _, example in parsed])]
+  for i in range(len(schema.COLUMNS[kind]) - 1):
+    columns.append(tokenizer.encode_responses([example.answers[i] for _, example in parsed]))
+  part = _Part([], [], [], np.zeros([len(parsed), 2], np.int64), collections.Counter())
+  part.report.update(dict.fromkeys(("dropped_overlong", "truncated_prompts"), 0))
+  if kind == "preferences":
+    part.report["dropped_identical_pairs"] = 0
+  for i, ((row, example), ids) in enumerate(zip(parsed, zip(*columns, strict=True), strict=True)):
+    _check_ids(row, ids, tokenizer.vocab_size)
+    prompt, *answers = ids
+    part.lengths[i] = len(prompt), max(map(len, answers), default=0)
+    too_long, answer_too_long = part.lengths[i] > _limits(config)
+    if answer_too_long or (too_long and config.overlong == "drop"):
+      part.report["dropped_overlong"] += 1
+      continue
+    if kind == "preferences" and answers[0] == answers[1]:
+      part.report["dropped_identical_pairs"] += 1
+      continue
+    if too_long:
+      part.report["truncated_prompts"] += 1
+      prompt = _keep_end(prompt, config.max_prompt_length, tokenizer.bos_id)
+    arrays = [np.asarray(x, np.int32) for x in (prompt, *answers)]
+    part.examples.append(dict(zip(schema.COLUMNS[kind], arrays, strict=True)))
+    part.rows.append(row.fields)
+    part.keys.append(example.key)
+  part.report.update(rows_read=len(parsed), kept=len(part.examples), **_repeats(part.examples))
+  return part
+
+
+def _check_ids(row: Row, columns: Sequence[Sequence[int]], vocab_size: int) -> None:
+  for ids in columns:
+    # An id outside the embedding would be clamped silently on the device.
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+      raise DataError(
+        f"{row.where}: token ids {min(ids)} to {max(ids)} do not fit a vocabulary of {vocab_size}; "
+        "the tokenizer files do not belong together"
+      )
+
+
+def _limits(config: DataConfig) -> np.ndarray:
+  return np.asarray([config.max_prompt_length, config.max_response_length])
+
+
+def _keep_end(ids: list[int], length: int, bos_id: int | None) -> list[int]:
+  """The last `length` ids; a BOS in front stays in front, as models expect to see it."""
+  if ids[0] == bos_id and length > 1:
+    return [ids[0], *ids[len(ids) - length + 1 :]]
+  return ids[len(ids) - length :]
+
+
+def _repeats(examples: list[dict[str, np.ndarray]]) -> dict[str, int]:
+  """Counts repeated examples, and pairs that are there with both labels."""
+  seen: set[tuple[bytes, ...]] = set()
+  counts = {"duplicates": 0, "flipped_pairs": 0}
+  for example in examples:
+    key = tuple(ids.tobytes() for ids in example.values())
+    counts["duplicates"] += key in seen
+    counts["flipped_pairs"] += len(key) == 3 and (key[0], key[2], key[1]) in seen
+    seen.add(key)
+  return counts
+
+
+def _check_lengths(train: _Part, heldout: _Part, config: DataConfig, source: str) -> None:
+  """Refuses data of which most would be dropped: then a limit is wrong, not the rows."""
+  lengths = np.concatenate([train.lengths, heldout.lengths])
+  dropped = train.report["dropped_overlong"] + heldout.report["dropped_overlong"]
+  if 2 * dropped <= len(lengths):
+    return
+  over = np.mean(lengths > _limits(config), axis=0)
+  described = []
+  for i, name in enumerate(("max_prompt_length", "max_response_length")):
+    if not over[i]:
+      continue
+    p50, p90, p99, most = np.percentile(lengths[:, i], [50, 90, 99, 100]).astype(int)
+    described.append(
+      f"data.{name}={_limits(config)[i]} is too short for {over[i]:.0%} (lengths in tokens: "
+      f"median {p50}, 90 % below {p90}, 99 % below {p99}, longest {most})"
+    )
+  raise DataError(
+    f"{source}: {dropped} of {len(lengths)} rows are too long: {'; '.join(described)}; raise the "
+    "limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+  )
+
+
+def _summary(report: dict[str, int]) -> str:
+  return ", ".join(f"{name} {count}" for name, count in sorted(report.items()) if count) or "none"
+
+
+def _padded_need(kind: Kind, example: dict[str, np.ndarray]) -> int:
+  prompt, *answers = (len(example[name]) for name in schema.COLUMNS[kind])
+  return prompt + max(answers, default=0)
+
+
+def _finish(kind: Kind, part: _Part, padded_length: int) -> Dataset:
+  digest = hashlib.sha256(kind.encode())
+  for example in part.examples:
+    for ids in example.values():
+      digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
+  return Dataset(
+    kind, part.examples, part.rows, padded_length, digest.hexdigest(), dict(part.report)
+  )
+
+
+def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
+  if not 0 <= shard_index < shard_count:
+    raise ValueError(f"shard_index {shard_index} is not below shard_count {shard_count}")
+  if batch_size % shard_count:
+    raise ValueError(
+      f"batch_size {batch_size} cannot be cut into {shard_count} equal shards; use a multiple"
+    )
+  size = batch_size // shard_count
+  return slice(shard_index * size, (shard_index + 1) * size)
+
+
+def _collate(dataset: Dataset, indices: np.ndarray, pad_id: int) -> Batch:
+  """The rows at `indices` [B] as arrays."""
+  examples = [dataset.examples[i] for i in indices]
+  length = dataset.padded_length
+  if dataset.kind == "prompts":
+    tokens = np.full([len(examples), length], pad_id, np.int32)
+    mask = np.zeros([len(examples), length], bool)
+    for row, example in enumerate(examples):
+      start = length - len(example["prompt"])
+      tokens[row, start:] = example["prompt"]
+      mask[row, start:] = True
+    return PromptBatch(tokens, mask, np.asarray(indices, np.int32))
+  answers = schema.COLUMNS[dataset.kind][1:]
+  tokens = np.full([len(examples), len(answers), length], pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, example in enumerate(examples):
+    for column, name in enumerate(answers):
+      prompt, answer = example["prompt"], example[name]
+      end = len(prompt) + len(answer)
+      tokens[row, column, : len(prompt)] = prompt
+      tokens[row, column, len(prompt) : end] = answer
+      mask[row, column, len(prompt) : end] = True
+  if len(answers) == 1:
+    tokens, mask = tokens[:, 0], mask[:, 0]
+  return TokenBatch(typing.cast(Any, tokens), typing.cast(Any, mask))

@@ -1,0 +1,251 @@
+"""Rows from JSON Lines, TFDS or the built-in task: plain dicts that know where they came from.
+
+A source is strict: what it cannot read as text it refuses with the file, the line and the field,
+because a row that is silently wrong costs more than a run that does not start.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+MAX_LINE_BYTES = 8 * 2**20
+
+# NAME, NAME/CONFIG, either with a :VERSION, either with a :SPLIT such as train[:10%].
+_TFDS_SPEC = re.compile(
+  r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?(:\d+\.\d+\.\d+)?)"
+  r"(:(?P<split>[A-Za-z_]\S*))?"
+)
+_UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class DataError(ValueError):
+  """Data that cannot be used. The message is "where: field: problem; fix"."""
+
+
+class Row(NamedTuple):
+  """One row.
+
+  Attributes:
+    where: Its origin for messages, such as "pairs.jsonl:12".
+    fields: Column name to value: text, numbers, lists and dicts.
+  """
+
+  where: str
+  fields: dict[str, Any]
+
+
+# Called with the error of a bad row: raises it, or returns to have the row skipped.
+OnBadRow = Callable[[DataError], None]
+
+
+def raise_error(error: DataError) -> None:
+  """The strict `OnBadRow`."""
+  raise error
+
+
+def read_jsonl(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
+  """Reads a JSON Lines file: UTF-8, one object per line, blank lines ignored.
+
+  Args:
+    path: The file.
+    on_bad_row: Called for every line that is not an object of clean text.
+
+  Yields:
+    The rows in order.
+
+  Raises:
+    DataError: The file cannot be opened, or from `on_bad_row`.
+  """
+  try:
+    file = open(path, "rb")  # noqa: SIM115, closed below: errors of the caller are not ours.
+  except OSError as error:
+    raise DataError(
+      f"{path}: cannot be read ({error.strerror}); check data.path and data.eval_path"
+    ) from error
+  with file:
+    number = 0
+    # Lines are cut at "\n" bytes only: str.splitlines would also cut at U+2028 inside a text.
+    while line := file.readline(MAX_LINE_BYTES + 1):
+      number += 1
+      where = f"{path}:{number}"
+      too_long = len(line) > MAX_LINE_BYTES
+      while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+        line = file.readline(MAX_LINE_BYTES + 1)
+      try:
+        if too_long:
+          raise DataError(
+            f"{where}: the line is longer than {MAX_LINE_BYTES} bytes; "
+            "put one JSON object on each line"
+          )
+        if number == 1:
+          line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+          yield Row(where, _parse_line(line, where))
+      except DataError as error:
+        on_bad_row(error)
+
+
+def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
+  """Reads a prepared TFDS data set that is stored as ArrayRecord; TensorFlow is not needed.
+
+  Args:
+    spec: NAME[/CONFIG][:VERSION][:SPLIT]; the split is "train" unless given.
+    data_dir: Where the data set was prepared; "" is the TFDS default.
+    on_bad_row: Called for every row whose text is not clean.
+
+  Yields:
+    The rows in stored order, bytes decoded to text, arrays turned into lists.
+
+  Raises:
+    DataError: A malformed name, a data set that is not there, or from `on_bad_row`.
+  """
+  name, split = parse_tfds(spec)
+  from tensorflow_datasets.core import read_only_builder
+
+  try:
+    # From the files alone: `tfds.data_source` would first import the code that built them, and on
+    # a pod every host would try to download what is missing.
+    builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+    source: Any = builder.as_data_source(split=split)
+  except Exception as error:  # TFDS raises bare AssertionError, ValueError and its own kinds.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise DataError(
+      f"tfds:{name}:{split}: cannot be read ({reason}); check data.tfds and data.tfds_dir, and "
+      f"prepare it once with `tfds build {name} --file_format=array_record`"
+    ) from error
+  for i in range(len(source)):
+    where = f"tfds:{name}:{split}[{i}]"
+    try:
+      row = {key: _to_plain(value, where, key) for key, value in source[i].items()}
+      for key, value in row.items():
+        _check_text(value, where, key)
+      yield Row(where, row)
+    except DataError as error:
+      on_bad_row(error)
+
+
+def parse_tfds(spec: str) -> tuple[str, str]:
+  """Splits "NAME[:SPLIT]" into the name and the split.
+
+  Raises:
+    DataError: Not such a name. Names with a namespace would import code, so they are refused.
+  """
+  match = _TFDS_SPEC.fullmatch(spec)
+  if not match:
+    raise DataError(f"tfds: {spec!r} is not NAME[/CONFIG][:VERSION][:SPLIT], as in imdb:train")
+  return match["name"], match["split"] or "train"
+
+
+def read_builtin(kind: str, split: str, n: int, seed: int) -> Iterator[Row]:
+  """Writes rows of the built-in task.
+
+  Args:
+    kind: "demonstrations", "preferences" or "prompts".
+    split: "train" or "eval".
+    n: Number of rows.
+    seed: Seed of the rows.
+
+  Yields:
+    The rows.
+  """
+  from rlhf_jax import simulation
+
+  write = {
+    "demonstrations": simulation.demonstrations,
+    "preferences": simulation.preferences,
+    "prompts": simulation.prompts,
+  }[kind]
+  for i, fields in enumerate(write(split, n, seed)):
+    yield Row(f"built-in {kind}:{split}[{i}]", fields)
+
+
+def _parse_line(line: bytes, where: str) -> dict[str, Any]:
+  """Parses one line into an object of clean text."""
+  torn = "" if line.endswith(b"\n") else " (the file ends here: it looks cut off; copy it again)"
+  try:
+    text = line.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise DataError(
+      f"{where}: byte {error.start + 1}: not UTF-8 (0x{line[error.start]:02x}){torn}; "
+      "save the file as UTF-8"
+    ) from error
+  if "\0" in text:
+    raise DataError(f"{where}: byte {line.index(0) + 1}: a NUL byte{torn}; remove it")
+  try:
+    row = json.loads(text, parse_constant=_refuse_constant)
+    if not isinstance(row, dict):
+      raise DataError(
+        f"{where}: expected a JSON object such as "
+        f'{{"prompt": "..."}}, found {_json_type(row)}; put one object on each line'
+      )
+    # Unclean characters can only come from escapes here, as the bytes are valid UTF-8.
+    if "\\u" in text:
+      for key, value in row.items():
+        _check_text(value, where, key)
+  except json.JSONDecodeError as error:
+    raise DataError(
+      f"{where}: column {error.colno}: malformed JSON ({error.msg}){torn}; fix or remove the line"
+    ) from error
+  except RecursionError as error:
+    raise DataError(f"{where}: nested too deeply; remove the line") from error
+  except DataError:
+    raise
+  except ValueError as error:  # NaN, or an integer of thousands of digits.
+    raise DataError(f"{where}: malformed JSON ({error}){torn}; fix or remove the line") from error
+  return row
+
+
+def _refuse_constant(name: str) -> None:
+  raise ValueError(f"{name} is not a JSON value")
+
+
+def _check_text(value: Any, where: str, field: str) -> None:
+  """Refuses NUL and unpaired surrogates in any text inside `value`."""
+  if isinstance(value, str):
+    if "\0" in value:
+      raise DataError(f"{where}: {field}: the text has a NUL character; remove it")
+    if found := _UNPAIRED_SURROGATE.search(value):
+      raise DataError(
+        f"{where}: {field}: the text has an unpaired surrogate (U+{ord(found[0]):04X} at "
+        f"character {found.start() + 1}), which is not Unicode text; write the file as UTF-8"
+      )
+  elif isinstance(value, list):
+    for i, item in enumerate(value):
+      _check_text(item, where, f"{field}[{i}]")
+  elif isinstance(value, dict):
+    for key, item in value.items():
+      _check_text(item, where, f"{field}.{key}")
+
+
+def _to_plain(value: Any, where: str, field: str) -> Any:
+  """Turns what TFDS decodes into plain Python values."""
+  if isinstance(value, bytes):
+    try:
+      return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+      raise DataError(f"{where}: {field}: not UTF-8 text; encode it when building") from error
+  if isinstance(value, (np.ndarray, np.generic)):
+    return _to_plain(value.tolist(), where, field)
+  if isinstance(value, (list, tuple)):
+    return [_to_plain(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
+  if isinstance(value, dict):
+    plain = {key: _to_plain(item, where, f"{field}.{key}") for key, item in value.items()}
+    if plain.keys() == {"role", "content"} and isinstance(plain["role"], list):
+      # TFDS turns a list of messages into a message of lists.
+      turns = zip(plain["role"], plain["content"], strict=True)
+      return [{"role": role, "content": content} for role, content in turns]
+    return plain
+  return value
+
+
+def _json_type(value: Any) -> str:
+  """What a JSON value is called in a message."""
+  if value is None:
+    return "null"
+  names = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+  names |= {list: "a list", dict: "an object"}
+  return names.get(type(value), type(value).__name__)

@@ -1,0 +1,437 @@
+"""Command-line flags from frozen dataclasses, and back.
+
+A script describes its options once, as a frozen dataclass with an "Attributes:" section:
+
+  config = flags.define(Config)
+
+  def main(argv):
+    train(config())
+
+  if __name__ == "__main__":
+    flags.run(main)
+
+Every field is a plain absl flag: `--steps` for a field of `Config`, `--dpo.beta` for a field of its
+nested dataclass `dpo`. Values are checked before anything is compiled: by type here, by range in
+the `__post_init__` of the dataclass, whose messages start with the name of the field.
+"""
+
+import collections
+import dataclasses
+import inspect
+import math
+import os
+import pathlib
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+
+# A flag belongs to the script that calls `define`, whose --help then lists it.
+flags.disclaim_key_flags()
+
+EX_USAGE = 64  # sysexits.h
+
+T = TypeVar("T")
+_Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
+
+
+class UsageError(app.UsageError):
+  """The command line asks for something impossible. The message names the flag and the fix."""
+
+  def __init__(self, message: str):
+    super().__init__(message, exitcode=EX_USAGE)
+
+
+def define(
+  cls: type[T],
+  *,
+  prefix: str = "",
+  flag_values: flags.FlagValues = flags.FLAGS,
+  defaults: T | None = None,
+) -> Callable[[], T]:
+  """Registers one flag per field of a frozen dataclass, nested dataclasses included.
+
+  A name that repeats the one before it is written once: the field `kl_coef` of `ppo` of `ppo` is
+  `--ppo.kl_coef`. Field types are int, float, bool, str, Literal, `X | None` (the word `none`) and
+  `tuple[X, ...]` (comma separated). A field without a default is a required flag.
+
+  Args:
+    cls: A frozen dataclass; the help of a flag is the field's text under "Attributes:".
+    prefix: Written before every name: `prefix="dpo"` makes `--dpo.beta`.
+    flag_values: The registry; another than the global one is for tests.
+    defaults: Defaults, if not those of `cls`.
+
+  Returns:
+    A function that builds the dataclass from the parsed flags. It raises UsageError for what a
+    `__post_init__` refuses.
+
+  Raises:
+    TypeError: The dataclass is not frozen, or a field has a type no flag can hold.
+    ValueError: Two fields get the same name, or a default cannot be written as a flag.
+  """
+  taken: dict[str, _Names] = {}
+  outer = tuple(prefix.split(".")) if prefix else ()
+  return _define(cls, outer, flag_values, defaults, taken)
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Parses a command line, program name first, and refuses what absl would let pass.
+
+  Raises:
+    UsageError: A flag is given twice, or a word is left over.
+    absl.flags.Error: An unknown flag or an unreadable value.
+  """
+  given, last_flag = _scan(argv[1:], flag_values)
+  for name, count in given.items():
+    if count > 1:
+      raise UsageError(f"--{name} is given {count} times; keep one")
+  left_over = flag_values(argv)[1:]
+  if left_over:
+    raise UsageError(_explain(left_over[0], last_flag, flag_values))
+
+
+def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
+  """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
+
+  The exit code is 1 for an unknown flag, 64 for a wrong value, and `error.exit_code` for an
+  exception with that attribute. Their message is the last line on stderr; every other exception
+  propagates with its traceback.
+  """
+
+  def flags_parser(args: Sequence[str]) -> list[str]:
+    try:
+      parse(args)
+    except UsageError as error:
+      _exit(str(error), error.exitcode)
+    except flags.Error as error:
+      code = 1 if isinstance(error, flags.UnrecognizedFlagError) else EX_USAGE
+      _exit(f"FATAL Flags parsing error: {error}", code)
+    return list(args[:1])
+
+  def checked_main(args: Sequence[str]) -> Any:
+    try:
+      return main(args)
+    except UsageError as error:
+      _exit(str(error), error.exitcode)
+    except Exception as error:
+      code = getattr(error, "exit_code", None)
+      if not isinstance(code, int):
+        raise
+      _exit(f"{type(error).__name__}: {error}", code)
+
+  app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
+
+
+def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
+  """Runs `train(*configs)` with one config per dataclass, each read from the command line.
+
+  The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`.
+  """
+  readers = [define(cls) for cls in classes]
+
+  def main(argv: Sequence[str]) -> None:
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
+    configs = [read() for read in readers]
+    path = pathlib.Path(configs[0].workdir) / "flags"
+    # The flags of another run stay until this one has been accepted and has finished.
+    if not path.exists():
+      save_flags(path)
+    train(*configs)
+    save_flags(path)
+
+  run(main)
+
+
+def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Writes the value of every flag of the script, so that `--flagfile=path` repeats the run.
+
+  Written are the flags made by `define` and those the main script defines itself, defaults
+  included: a later change of a default does not change the repetition. One process writes.
+  """
+  own = {flag.name for flag in flag_values.get_flags_for_module(sys.argv[0])}
+  lines = []
+  for name in sorted(flag_values):
+    flag = flag_values[name]
+    if name != flag.name:  # A short name.
+      continue
+    if isinstance(flag.parser, _Parser):
+      lines.append(f"--{name}={flag.parser.write(flag.value)}")
+    elif name in own and flag.value is not None:
+      lines.append(flag.serialize())
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tmp = path.with_name(path.name + ".tmp")
+  with open(tmp, "w", encoding="utf-8") as file:
+    file.write("".join(line + "\n" for line in lines))
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(tmp, path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """Returns a dataclass as nested plain dicts and lists, ready for JSON."""
+
+  def plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+      return to_dict(value)
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+  return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _define(
+  cls: type[Any],
+  outer: _Names,
+  flag_values: flags.FlagValues,
+  defaults: Any,
+  taken: dict[str, _Names],
+) -> Callable[[], Any]:
+  if not dataclasses.is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009
+    raise TypeError(f"{cls.__name__} must be a frozen dataclass")
+  hints = typing.get_type_hints(cls)
+  docs = _field_docs(cls)
+  readers: dict[str, Callable[[], Any]] = {}
+  for field in dataclasses.fields(cls):
+    if not field.init:
+      continue
+    names = (*outer, field.name)
+    default = _default(field, defaults)
+    if dataclasses.is_dataclass(hints[field.name]):
+      readers[field.name] = _define(hints[field.name], names, flag_values, default, taken)
+      continue
+    name = _flag_name(names)
+    if name in taken:
+      raise ValueError(
+        f"{'.'.join(taken[name])} and {'.'.join(names)} would both be --{name}; rename one field"
+      )
+    taken[name] = names
+    _register(name, hints[field.name], default, docs.get(field.name), flag_values)
+    readers[field.name] = _reader(name, flag_values)
+
+  def build() -> Any:
+    values = {name: read() for name, read in readers.items()}
+    try:
+      return cls(**values)
+    except ValueError as error:
+      raise UsageError(_name_flag(str(error), readers, outer)) from error
+
+  return build
+
+
+def _default(field: dataclasses.Field, defaults: Any) -> Any:
+  """Returns the default value of a field, MISSING if it has none."""
+  if defaults is not None and defaults is not dataclasses.MISSING:
+    return getattr(defaults, field.name)
+  if field.default_factory is not dataclasses.MISSING:
+    return field.default_factory()
+  return field.default
+
+
+def _reader(name: str, flag_values: flags.FlagValues) -> Callable[[], Any]:
+  return lambda: getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
+
+
+def _flag_name(names: _Names) -> str:
+  """Joins names with dots, leaving out every one that repeats the one before it."""
+  return ".".join(n for i, n in enumerate(names) if i == 0 or n != names[i - 1])
+
+
+def _name_flag(message: str, fields: typing.Container[str], outer: _Names) -> str:
+  """Turns "beta must be positive" into "--dpo.beta must be positive"."""
+  match = re.match(r"\w+(\.\w+)*", message)
+  if match and match[0].split(".")[0] in fields:
+    return f"--{_flag_name((*outer, *match[0].split('.')))}{message[match.end() :]}"
+  return f"--{_flag_name(outer)}: {message}" if outer else message
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+  """Returns the text of each field under "Attributes:", base classes included."""
+  docs: dict[str, str] = {}
+  for base in reversed(cls.__mro__):
+    text = inspect.cleandoc(base.__dict__.get("__doc__") or "")
+    if text.startswith("Attributes:"):  # Without a summary, cleandoc takes the indent away.
+      text = text.replace("\n", "\n  ")
+    section = re.search(r"^Attributes:[ \t]*\n((?:[ \t]+\S.*(?:\n|$)|[ \t]*\n)+)", text, re.M)
+    if not section or not dataclasses.is_dataclass(base):
+      continue
+    lines = section[1].expandtabs().splitlines()
+    indent = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+    name = ""
+    for line in lines:
+      entry = re.match(r"(\w+)(?: \(.*?\))?:\s*(.*)", line[indent:])
+      if entry:
+        name = entry[1]
+        docs[name] = entry[2]
+      elif name and line.strip():
+        docs[name] = f"{docs[name]} {line.strip()}".strip()
+  return docs
+
+
+class _Parser(flags.ArgumentParser):
+  """Reads a flag's text with `read`; `write` is its inverse."""
+
+  def __init__(self, read: Callable[[str], Any], write: Callable[[Any], str], syntactic_help: str):
+    super().__init__()
+    self.read = read
+    self.write = write
+    self.syntactic_help = syntactic_help
+
+  def parse(self, argument: Any) -> Any:
+    return self.read(argument if isinstance(argument, str) else self.write(argument))
+
+  def flag_type(self) -> str:
+    return self.syntactic_help
+
+
+class _Serializer(flags.ArgumentSerializer):
+  def __init__(self, write: Callable[[Any], str]):
+    super().__init__()
+    self._write = write
+
+  def serialize(self, value: Any) -> str:
+    return self._write(value)
+
+
+def _register(
+  name: str, hint: Any, default: Any, help_text: str | None, flag_values: flags.FlagValues
+) -> None:
+  try:
+    parser = _parser(hint)
+  except TypeError as error:
+    raise TypeError(f"--{name}: {error}") from None
+  required = default is dataclasses.MISSING
+  if required:
+    help_text = f"{help_text or ''} Required.".strip()
+  value = None if required else default
+  try:
+    flag = flags.Flag(
+      parser, _Serializer(parser.write), name, value, help_text, boolean=_is_bool(hint)
+    )
+  except flags.IllegalFlagValueError as error:
+    raise ValueError(f"the default of {error}") from None
+  if flag.value != value:
+    raise ValueError(f"--{name}: the default {value!r} would be read back as {flag.value!r}")
+  flags.DEFINE_flag(flag, flag_values, required=required)
+
+
+def _is_bool(hint: Any) -> bool:
+  return hint is bool or set(typing.get_args(hint)) == {bool, types.NoneType}
+
+
+def _parser(hint: Any) -> _Parser:
+  """Returns the parser of a field type; TypeError if there is none."""
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if hint is bool:
+    return _Parser(_read_bool, lambda v: str(v).lower(), "true or false")
+  if hint is int:
+    return _Parser(flags.IntegerParser().parse, str, "an integer")
+  if hint is float:
+    return _Parser(_read_float, str, "a number")
+  if hint is str:
+    return _Parser(_read_line, str, "")
+  if origin is typing.Literal:
+    return _choice_parser(args)
+  if origin in (typing.Union, types.UnionType) and types.NoneType in args and len(args) == 2:
+    return _optional_parser(_parser(next(a for a in args if a is not types.NoneType)))
+  if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
+    return _tuple_parser(_parser(args[0]))
+  raise TypeError(f"a flag cannot hold {hint}")
+
+
+def _read_bool(text: str) -> bool:
+  return flags.BooleanParser().parse(text)
+
+
+def _read_float(text: str) -> float:
+  value = float(text)
+  if not math.isfinite(value):
+    raise ValueError("must be a finite number")
+  return value
+
+
+def _read_line(text: str) -> str:
+  # A flag file holds one value per line and strips it; other control characters break terminals.
+  if text != text.strip() or not text.isprintable():
+    raise ValueError("must be printable and without spaces at its ends")
+  return text
+
+
+def _choice_parser(choices: tuple[Any, ...]) -> _Parser:
+  words = {str(choice): choice for choice in choices}
+
+  def read(text: str) -> Any:
+    if text not in words:
+      raise ValueError(f"must be one of {', '.join(words)}")
+    return words[text]
+
+  return _Parser(read, str, f"<{'|'.join(words)}>")
+
+
+def _optional_parser(inner: _Parser) -> _Parser:
+  return _Parser(
+    lambda text: None if text.lower() == "none" else inner.read(text),
+    lambda value: "none" if value is None else inner.write(value),
+    f"{inner.syntactic_help} or none".strip(),
+  )
+
+
+def _tuple_parser(inner: _Parser) -> _Parser:
+  return _Parser(
+    lambda text: tuple(inner.read(part.strip()) for part in text.split(",")) if text else (),
+    lambda values: ",".join(map(inner.write, values)),
+    f"{inner.syntactic_help}, comma separated".lstrip(", "),
+  )
+
+
+def _scan(
+  args: Sequence[str], flag_values: flags.FlagValues
+) -> tuple[dict[str, int], flags.Flag | None]:
+  """Counts the known flags on the command line itself, up to the first stray word.
+
+  Returns:
+    Flag name -> count, and the flag right before the stray word.
+  """
+  counts: dict[str, int] = collections.Counter()
+  last: flags.Flag | None = None
+  rest: Iterator[str] = iter(args)
+  for arg in rest:
+    if not arg.startswith("-") or arg == "--":
+      return counts, last
+    last = None
+    name, has_value, _ = arg.lstrip("-").partition("=")
+    negated = name.removeprefix("no")
+    if name not in flag_values and negated in flag_values and flag_values[negated].boolean:
+      name = negated
+    if name in flag_values:
+      flag = flag_values[name]
+      if not flag.boolean and not has_value:
+        next(rest, None)
+      last = flag
+      if not isinstance(flag, flags.MultiFlag):
+        counts[flag.name] += 1
+    elif name in ("flagfile", "undefok") and not has_value:
+      next(rest, None)
+  return counts, None
+
+
+def _explain(word: str, last_flag: flags.Flag | None, flag_values: flags.FlagValues) -> str:
+  name, has_value, _ = word.partition("=")
+  if last_flag is not None and last_flag.boolean:
+    if word.lower() in ("true", "t", "1"):
+      return f"stray word {word!r}: write --{last_flag.name}"
+    if word.lower() in ("false", "f", "0"):
+      return f"stray word {word!r}: write --no{last_flag.name} or --{last_flag.name}=false"
+  if name in flag_values:
+    return f"stray word {word!r}: write --{word if has_value else name + '=VALUE'}"
+  return f"stray word {word!r}: flags are written --name=value (quote values with spaces)"
+
+
+def _exit(message: str, code: int) -> typing.NoReturn:
+  sys.stderr.write(message + "\n")
+  sys.exit(code)

@@ -1,0 +1,6 @@
+"""Sampling on device: one jitted program of prefill and a decode loop."""
+
+from rlhf_jax.generation.generate import ended, make_generate
+from rlhf_jax.generation.sampling import SamplingConfig, adjust_logits, sample
+
+__all__ = ["SamplingConfig", "adjust_logits", "ended", "make_generate", "sample"]

@@ -1,0 +1,111 @@
+"""Prefill and decode as one jitted program that stops when every row has ended."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.generation.sampling import SamplingConfig, sample
+from rlhf_jax.types import Params, Rollout
+
+
+class _Decoding(NamedTuple):
+  step: jax.Array  # [] int32, response tokens drawn so far.
+  done: jax.Array  # [B] bool, rows whose stop token was drawn.
+  cache: Any
+  tokens: jax.Array  # [B, R] int32.
+  logprobs: jax.Array  # [B, R] float32.
+  mask: jax.Array  # [B, R] bool.
+
+
+def make_generate(
+  decode: Callable[..., tuple[jax.Array, Any]],
+  init_cache: Callable[..., Any],
+  config: SamplingConfig,
+  *,
+  stop_ids: Sequence[int],
+  pad_id: int,
+) -> Callable[..., Rollout]:
+  """Builds the jitted sampler.
+
+  A token depends on (key, prompt id, sample id, position in the response) and the logits only:
+  not on the other rows, their order or number, nor on the mesh.
+
+  Args:
+    decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)`.
+    init_cache: `(batch, slots) -> cache` with a method `repeat(n)` that repeats its rows.
+    config: Sampling rule and longest response R.
+    stop_ids: Tokens that end a response; each is kept, with its log-probability.
+    pad_id: Written after the end of a response; nothing reads it.
+
+  Returns:
+    `generate(params, tokens [B, P], mask [B, P], prompt_ids [B], key) -> Rollout` of
+    `B * samples_per_prompt` rows, the samples of a prompt next to each other. Prompts are left
+    padded.
+  """
+  if not stop_ids:
+    raise ValueError("stop_ids is empty: no response could ever end")
+  length, samples = config.max_new_tokens, config.samples_per_prompt
+
+  @jax.jit
+  def generate(
+    params: Params, tokens: jax.Array, mask: jax.Array, prompt_ids: jax.Array, key: jax.Array
+  ) -> Rollout:
+    batch, prompt_length = tokens.shape
+    rows = batch * samples
+    # The last sampled token is never read back, so it needs no slot.
+    cache = init_cache(batch, prompt_length + length - 1)
+    logits, cache = decode(params, tokens, cache, mask=mask)
+    logits, cache = jnp.repeat(logits, samples, axis=0), cache.repeat(samples)
+    tokens, mask = jnp.repeat(tokens, samples, axis=0), jnp.repeat(mask, samples, axis=0)
+    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.repeat(prompt_ids, samples))
+    row_keys = jax.vmap(jax.random.fold_in)(prompt_keys, jnp.tile(jnp.arange(samples), batch))
+
+    def draw(state: _Decoding, logits: jax.Array) -> _Decoding:
+      keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
+      token, logprob = sample(logits, keys, config)
+      token = jnp.where(state.done, pad_id, token)
+      logprob = jnp.where(state.done, 0.0, logprob)
+      stopped = jnp.any(token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None], axis=1)
+      return _Decoding(
+        step=state.step + 1,
+        done=state.done | stopped,
+        cache=state.cache,
+        tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, 1),
+        logprobs=jax.lax.dynamic_update_index_in_dim(state.logprobs, logprob, state.step, 1),
+        mask=jax.lax.dynamic_update_index_in_dim(state.mask, ~state.done, state.step, 1),
+      )
+
+    def unfinished(state: _Decoding) -> jax.Array:
+      return (state.step < length) & ~jnp.all(state.done)
+
+    def advance(state: _Decoding) -> _Decoding:
+      token = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
+      written = ~state.done[:, None]
+      logits, cache = decode(params, token, state.cache, mask=written)
+      return draw(state._replace(cache=cache), logits)
+
+    start = _Decoding(
+      step=jnp.int32(0),
+      done=jnp.zeros(rows, bool),
+      cache=cache,
+      tokens=jnp.full((rows, length), pad_id, jnp.int32),
+      logprobs=jnp.zeros((rows, length), jnp.float32),
+      mask=jnp.zeros((rows, length), bool),
+    )
+    end = jax.lax.while_loop(unfinished, advance, draw(start, logits))
+    return Rollout(
+      tokens=jnp.concatenate([tokens, end.tokens], axis=1),
+      prompt_mask=jnp.concatenate([mask, jnp.zeros_like(end.mask)], axis=1),
+      response_mask=jnp.concatenate([jnp.zeros_like(mask), end.mask], axis=1),
+      logprobs=end.logprobs,
+    )
+
+  return generate
+
+
+def ended(rollout: Rollout, stop_ids: Sequence[int]) -> jax.Array:
+  """Whether each response ended in a stop token, and was not cut at the longest length. [B]."""
+  stops = jnp.asarray(stop_ids, jnp.int32)[None, None]
+  return jnp.any((rollout.tokens[..., None] == stops).any(-1) & rollout.response_mask, axis=1)

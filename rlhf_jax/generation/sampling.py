@@ -1,0 +1,94 @@
+"""How a token is drawn from logits."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses import logprobs as logprobs_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How responses are sampled.
+
+  Attributes:
+    max_new_tokens: Longest response, tokens, the stop token included.
+    temperature: Divides the logits; 0 takes the most likely token.
+    top_k: Samples among the k most likely tokens only; 0 among all.
+    top_p: Samples among the most likely tokens that together reach this probability.
+    samples_per_prompt: Responses per prompt, which share one prefill.
+  """
+
+  max_new_tokens: int = 64
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  samples_per_prompt: int = 1
+
+  def __post_init__(self):
+    if self.max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+    if self.temperature < 0:
+      raise ValueError(f"temperature must not be negative, got {self.temperature}")
+    if self.top_k < 0:
+      raise ValueError(f"top_k must not be negative (0 is off), got {self.top_k}")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
+    if self.samples_per_prompt < 1:
+      raise ValueError(f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+
+
+def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+  """Sets the logits of excluded tokens to -inf. The most likely token always stays.
+
+  `top_p` is nucleus sampling (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751): the
+  smallest set of most likely tokens whose probability reaches `top_p`, after `top_k`.
+
+  Args:
+    logits: [..., V] float.
+    top_k: 0 keeps all.
+    top_p: 1 keeps all.
+
+  Returns:
+    [..., V] float.
+  """
+  if 0 < top_k < logits.shape[-1]:
+    threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits >= threshold, logits, -jnp.inf)
+  if top_p < 1:
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs  # Probability of everything more likely.
+    kept = jnp.where(before < top_p, ordered, jnp.inf)
+    logits = jnp.where(logits >= jnp.min(kept, axis=-1, keepdims=True), logits, -jnp.inf)
+  return logits
+
+
+def sample(
+  logits: jax.Array, keys: jax.Array, config: SamplingConfig
+) -> tuple[jax.Array, jax.Array]:
+  """Draws one token per row, each row with its own key.
+
+  Args:
+    logits: [B, V] float.
+    keys: [B] typed random keys.
+    config: Sampling rule.
+
+  Returns:
+    Tokens [B] int32, and their log-probabilities [B] float32 under the softmax at
+    `config.temperature` (at temperature 0: at 1). `top_k` and `top_p` do not enter the
+    log-probability, so it is the one that a trainer computes.
+  """
+  chex.assert_rank([logits, keys], [2, 1])
+  chex.assert_equal_shape_prefix([logits, keys], 1)
+  logits = logits.astype(jnp.float32)
+  if config.temperature > 0:
+    logits = logits / config.temperature
+    allowed = adjust_logits(logits, top_k=config.top_k, top_p=config.top_p)
+    tokens = jax.vmap(jax.random.categorical)(keys, allowed)
+  else:
+    tokens = jnp.argmax(logits, axis=-1)
+  tokens = tokens.astype(jnp.int32)
+  return tokens, logprobs_lib.token_logprobs(logits, tokens)

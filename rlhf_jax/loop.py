@@ -1,0 +1,256 @@
+"""The host loop of every training script: dispatch, log one step late, evaluate, save, resume."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax import checkpoint, metrics, reporting, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """Where and how a script runs.
+
+  Attributes:
+    workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. Resumed if it holds
+      an unfinished run.
+    seed: Seed of everything that is random.
+    mesh: Devices per mesh axis, such as data:8 or fsdp:4,tensor:2; -1 takes the rest, empty puts
+      all devices on data.
+    trackers: Dashboards to log to beside metrics.jsonl: tensorboard, wandb, trackio.
+  """
+
+  workdir: str
+  seed: int = 0
+  mesh: str = ""
+  trackers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """How long a training run is and when it reports.
+
+  Attributes:
+    init_from: Folder to start from: the workdir of a finished run, or a Hugging Face folder.
+    steps: Number of steps.
+    batch_size: Rows per step, over all devices.
+    log_every: Steps between lines in metrics.jsonl.
+    eval_every: Steps between evaluations on held-out rows; 0 evaluates at the end only.
+    checkpoint_every: Steps between checkpoints; the last step is always saved.
+  """
+
+  init_from: str = ""
+  steps: int = 100
+  batch_size: int = 32
+  log_every: int = 1
+  eval_every: int = 0
+  checkpoint_every: int = 100
+
+  def __post_init__(self):
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.eval_every < 0:
+      raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
+
+
+# Settings that may differ when a run is continued: they do not change what a step computes.
+FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
+# A run whose every gradient is broken has nothing left to save.
+_MAX_SKIPPED_IN_A_ROW = 5
+
+
+class Preempted(RuntimeError):
+  """The process was asked to stop and has saved its state; start it again to continue."""
+
+  exit_code = 75
+
+
+class NumericsError(RuntimeError):
+  """Several steps in a row had no finite gradient. The last checkpoint is from before them."""
+
+  exit_code = 70
+
+
+class Run(NamedTuple):
+  """An opened run.
+
+  Attributes:
+    workdir: Its folder, locked while the run is open.
+    session: The flags it was opened with.
+    mesh: Devices.
+    key: Random key of the run.
+  """
+
+  workdir: pathlib.Path
+  session: Session
+  mesh: jax.sharding.Mesh
+  key: jax.Array
+
+  def key_for(self, purpose: int) -> jax.Array:
+    """A key of its own for each purpose, such as initialisation or sampling."""
+    return jax.random.fold_in(self.key, purpose)
+
+
+@contextlib.contextmanager
+def open_run(session: Session) -> Iterator[Run]:
+  """Creates and locks the workdir and lays out the devices.
+
+  Raises:
+    LockedError: Another process runs in the workdir.
+  """
+  workdir = checkpoint.local_path(session.workdir)
+  mesh = sharding.make_mesh(session.mesh)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with checkpoint.run_lock(workdir):
+    yield Run(workdir, session, mesh, jax.random.key(session.seed))
+
+
+def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -> None:
+  """Refuses a workdir that holds another run.
+
+  Args:
+    run: The run being opened or continued.
+    name: Name of the script.
+    settings: Its config as a plain dict; `FREE_SETTINGS` do not count.
+    **digests: Fingerprints of what the config only points to: data, tokenizer, initial params.
+  """
+  fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
+  checkpoint.check_identity(
+    run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
+  )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[threading.Event]:
+  """Set when SIGTERM arrives, which then does not kill the process."""
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  previous = signal.signal(signal.SIGTERM, lambda *unused: event.set())
+  try:
+    yield event
+  finally:
+    signal.signal(signal.SIGTERM, previous)
+
+
+class _Log:
+  """Turns the device metrics of a step into a written line, one step later."""
+
+  def __init__(self, writer: metrics.MetricWriter, progress: reporting.Progress, every: int):
+    self._writer, self._progress, self._every = writer, progress, every
+    self._pending: tuple[int, Mapping[str, Any], bool] | None = None
+    self._last_time = time.monotonic()
+    self._skipped = 0
+
+  def push(self, step: int, values: Mapping[str, Any], *, keep: bool) -> None:
+    """Takes the values of a step and writes those of the step before it."""
+    self.flush()
+    self._pending = (step, values, keep or step == 1 or step % self._every == 0)
+
+  def flush(self) -> None:
+    """Writes what was pushed last."""
+    if self._pending is not None:
+      pending, self._pending = self._pending, None
+      self._write(*pending)
+
+  def _write(self, step: int, values: Mapping[str, Any], keep: bool) -> None:
+    scalars = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+    now = time.monotonic()
+    seconds, self._last_time = now - self._last_time, now
+    scalars["step_seconds"] = seconds
+    tokens = scalars.pop("tokens", None)
+    scalars.pop("weight", None)
+    if tokens is not None:
+      scalars["tokens_per_second"] = tokens / max(seconds, 1e-9)
+    self._progress.update(step, scalars)
+    if keep:
+      self._writer.write(step, scalars)
+    self._skipped = self._skipped + 1 if scalars.get("skipped_steps", 0) >= 1 else 0
+    if self._skipped >= _MAX_SKIPPED_IN_A_ROW:
+      raise NumericsError(
+        f"no finite gradient in {self._skipped} steps up to {step}; lower --optim.learning_rate"
+        " or look at the batches of these steps"
+      )
+
+
+def fit(
+  run: Run,
+  config: RunConfig,
+  step: Callable[[Any, Any, jax.Array], tuple[Any, Mapping[str, Any]]],
+  state: Any,
+  batches,
+  *,
+  evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
+  learning_rate: Callable[[int], Any] | None = None,
+  title: str = "train",
+) -> Any:
+  """Runs `config.steps` steps, from the newest checkpoint of the workdir if there is one.
+
+  A run that was killed at any time and started again ends with bitwise the same state as one
+  that was not: the state, the step and the position in the data are saved as one unit, and every
+  key is made from the seed and the step.
+
+  Args:
+    run: The opened run.
+    config: Length and intervals.
+    step: `(state, batch, key) -> (state, metrics)`; it may donate the state. `metrics["tokens"]`
+      becomes `tokens_per_second`.
+    state: State before the first step.
+    batches: Iterator of numpy batches with `get_state` and `set_state`.
+    evaluate: `(state, step) -> scalars`, on held-out rows.
+    learning_rate: Step -> learning rate, for the log.
+    title: Shown beside the progress bar.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    Preempted: SIGTERM arrived; the state was saved.
+    NumericsError: Five steps in a row had no finite gradient.
+  """
+  key = run.key_for(0)
+  with (
+    checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
+    _stop_signal() as stop,
+    contextlib.ExitStack() as stack,
+  ):
+    restored = saver.restore({"state": state})
+    start = 0
+    if restored is not None:
+      start, state = restored.step, restored.items["state"]
+      batches.set_state(restored.meta["data"])
+      reporting.note(f"continuing from step {start} of {run.workdir}")
+    if start >= config.steps:
+      return state
+    writer = metrics.make_writer(run.workdir, run.session.trackers, resume_step=start)
+    stack.callback(writer.close)
+    progress = stack.enter_context(reporting.Progress(config.steps, start, title))
+    log = _Log(writer, progress, config.log_every)
+    for index in range(start, config.steps):
+      batch = sharding.place_batch(next(batches), run.mesh)
+      state, values = step(state, batch, key)
+      done = index + 1
+      last = done == config.steps
+      if learning_rate is not None:
+        values = {**values, "lr": learning_rate(index)}
+      due = last or (config.eval_every > 0 and done % config.eval_every == 0)
+      if evaluate is not None and due:
+        values = {**values, **evaluate(state, done)}
+      log.push(done, values, keep=due)
+      if last or done % config.checkpoint_every == 0 or stop.is_set():
+        saver.save(done, {"state": state}, {"data": batches.get_state()})
+      if stop.is_set() and not last:
+        log.flush()
+        saver.wait()
+        raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
+    log.flush()
+  return state

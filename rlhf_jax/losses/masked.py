@@ -1,0 +1,103 @@
+"""Means and variances over masked positions. Masked values may be NaN: they are never read."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Axis = int | tuple[int, ...] | None
+
+
+def _keep(x: jax.Array, mask: jax.Array) -> jax.Array:
+  # `where` and not `x * mask`: 0 * NaN is NaN, in the value and in the gradient.
+  return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Sum of `x` where `mask` is set.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to reduce; all when None.
+
+  Returns:
+    `x` reduced over `axis`; 0 where nothing is unmasked.
+  """
+  chex.assert_equal_shape([x, mask])
+  return jnp.sum(_keep(x, mask), axis=axis)
+
+
+def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """Mean of `x` where `mask` is set; 0, with zero gradient, where nothing is.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to reduce; all when None.
+
+  Returns:
+    `x` reduced over `axis`.
+  """
+  total = masked_sum(x, mask, axis)
+  count = jnp.sum(mask, axis=axis)
+  return total / jnp.maximum(count, 1).astype(total.dtype)
+
+
+def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) -> jax.Array:
+  """Variance of `x` where `mask` is set, from deviations (no catastrophic cancellation).
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to reduce; all when None.
+    ddof: 1 for Bessel's correction. With `count <= ddof` unmasked entries the result is 0.
+
+  Returns:
+    `x` reduced over `axis`.
+  """
+  axes = tuple(range(x.ndim)) if axis is None else axis
+  count = jnp.sum(mask, axis=axes, keepdims=True)
+  mean = jnp.sum(_keep(x, mask), axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
+  squares = jnp.square(_keep(x - mean, mask))
+  degrees = jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
+  return jnp.sum(squares, axis=axis) / degrees.astype(x.dtype)
+
+
+def whiten(
+  x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, ddof: int = 0, eps: float = 1e-8
+) -> jax.Array:
+  """Scales `x` to unit variance over all masked positions (and zero mean if `shift_mean`).
+
+  Under `jit` the statistics are those of the global batch, however it is sharded.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    shift_mean: False keeps the mean.
+    ddof: 1 for Bessel's correction.
+    eps: Added to the variance.
+
+  Returns:
+    Same shape; 0 where masked.
+  """
+  chex.assert_equal_shape([x, mask])
+  x = _keep(x, mask)  # Before the product: its gradient would multiply a masked NaN by 0.
+  mean = masked_mean(x, mask)
+  scaled = (x - mean) * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)
+  return _keep(scaled if shift_mean else scaled + mean, mask)
+
+
+def last_real(x: jax.Array, mask: jax.Array) -> jax.Array:
+  """Value of `x` at the last position where `mask` is set, whatever the padding side.
+
+  Args:
+    x: [..., T] float.
+    mask: [..., T] bool.
+
+  Returns:
+    [...]; 0 for a row without unmasked position.
+  """
+  chex.assert_equal_shape([x, mask])
+  # Unmasked positions to the right of each position, itself included: 1 at the last one only.
+  remaining = jnp.flip(jnp.cumsum(jnp.flip(mask, -1), axis=-1), -1)
+  return jnp.sum(_keep(x, mask & (remaining == 1)), axis=-1)

@@ -1,0 +1,133 @@
+"""Losses that train reward models, and the normalisation of the scores they give."""
+
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses import masked
+
+
+def bradley_terry_loss(
+  chosen: jax.Array,
+  rejected: jax.Array,
+  *,
+  margin: float | jax.Array = 0.0,
+  label_smoothing: float = 0.0,
+) -> jax.Array:
+  """Negative log-likelihood of a comparison: `-log sigmoid(chosen - rejected - margin)`.
+
+  Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, eq. 1; margin from Touvron et al., 2023,
+  https://arxiv.org/abs/2307.09288, eq. 2.
+
+  Args:
+    chosen: [B] score of the preferred response.
+    rejected: [B] score of the other one.
+    margin: Scalar or [B], difference asked for before the loss goes down.
+    label_smoothing: Assumed probability that a label is flipped.
+
+  Returns:
+    [B] loss, nats.
+  """
+  chex.assert_rank([chosen, rejected], 1)
+  chex.assert_equal_shape([chosen, rejected])
+  difference = chosen - rejected - margin
+  keep = -(1 - label_smoothing) * jax.nn.log_sigmoid(difference)
+  return keep - label_smoothing * jax.nn.log_sigmoid(-difference)
+
+
+def ranking_loss(scores: jax.Array, ranks: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean Bradley-Terry loss over all ordered pairs of one prompt's responses.
+
+  Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, eq. 1: the pairs of one prompt stay
+  together, so each response is scored once.
+
+  Args:
+    scores: [B, K] scores of K responses.
+    ranks: [B, K] int, 0 is best; equal ranks are ties and form no pair.
+    mask: [B, K] bool, True on real responses.
+
+  Returns:
+    [B] loss, nats; 0 for a row without a pair.
+  """
+  chex.assert_rank([scores, ranks, mask], 2)
+  chex.assert_equal_shape([scores, ranks, mask])
+  better = ranks[:, :, None] < ranks[:, None, :]
+  pair = better & mask[:, :, None] & mask[:, None, :]
+  scores = jnp.where(mask, scores, 0.0)
+  losses = -jax.nn.log_sigmoid(scores[:, :, None] - scores[:, None, :])
+  count = jnp.maximum(jnp.sum(pair, axis=(1, 2)), 1)
+  return jnp.sum(losses, axis=(1, 2), where=pair) / count.astype(scores.dtype)
+
+
+def centering_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+  """Squared sum of a pair's scores, which keeps scores near mean 0.
+
+  Eisenstein et al., 2023, https://arxiv.org/abs/2312.09244, eq. 2.
+
+  Args:
+    chosen: [B] score of the preferred response.
+    rejected: [B] score of the other one.
+
+  Returns:
+    [B] penalty.
+  """
+  chex.assert_rank([chosen, rejected], 1)
+  chex.assert_equal_shape([chosen, rejected])
+  return jnp.square(chosen + rejected)
+
+
+class RunningMoments(NamedTuple):
+  """Mean and variance of every score seen so far, as explicit state.
+
+  Attributes:
+    count: [] float32, number of scores.
+    mean: [] float32.
+    m2: [] float32, sum of squared deviations from the mean.
+  """
+
+  count: jax.Array
+  mean: jax.Array
+  m2: jax.Array
+
+  @classmethod
+  def zero(cls) -> "RunningMoments":
+    return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
+
+
+def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> RunningMoments:
+  """Adds a batch to the moments by the parallel-variance rule of Chan et al. (1979).
+
+  Args:
+    moments: Moments of what came before.
+    x: [B] new scores.
+    mask: [B] bool, False on scores to leave out.
+
+  Returns:
+    Moments of both.
+  """
+  chex.assert_rank([x, mask], 1)
+  added = jnp.sum(mask).astype(jnp.float32)
+  count = moments.count + added
+  mean = masked.masked_mean(x, mask)
+  delta = jnp.where(added > 0, mean - moments.mean, 0.0)
+  share = added / jnp.maximum(count, 1.0)
+  m2 = moments.m2 + masked.masked_sum(jnp.square(x - mean), mask)
+  m2 += jnp.square(delta) * moments.count * share
+  return RunningMoments(count, moments.mean + delta * share, m2)
+
+
+def normalize_scores(x: jax.Array, moments: RunningMoments, *, eps: float = 1e-8) -> jax.Array:
+  """`(x - mean) / std` by running moments (PPO-max, https://arxiv.org/abs/2307.04964, eq. 15).
+
+  Args:
+    x: [B] scores.
+    moments: Moments, normally already updated with `x`.
+    eps: Added to the variance.
+
+  Returns:
+    [B].
+  """
+  variance = moments.m2 / jnp.maximum(moments.count, 1.0)
+  return (x - moments.mean) * jax.lax.rsqrt(variance + eps)

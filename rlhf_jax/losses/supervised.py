@@ -1,0 +1,18 @@
+"""Supervised losses on given tokens."""
+
+import jax
+
+from rlhf_jax.losses import logprobs as logprobs_lib
+
+
+def nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Negative log-likelihood of each token given the ones before it.
+
+  Args:
+    logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
+    tokens: [B, T] int.
+
+  Returns:
+    [B, T] float32, nats. Column 0 has no prediction and is 0: leave it out of the mask.
+  """
+  return -logprobs_lib.next_token_logprobs(logits, tokens)

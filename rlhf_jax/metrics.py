@@ -1,0 +1,370 @@
+"""Where scalars go: `metrics.jsonl` always, dashboards on request.
+
+A line of `metrics.jsonl` is one object, `{"step": 120, "loss": 0.53, ...}`. The lines stay in step
+order across kills and resumes, and each is on disk before the next step is logged, so sweeps,
+plots and people may read the file while it grows. It is strict JSON: NaN and the infinities, which
+JSON lacks, are the strings "NaN", "Infinity" and "-Infinity", which `float()` of any value undoes.
+"""
+
+import hashlib
+import json
+import math
+import operator
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+from etils import epath
+
+# Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
+_REMOTE_SECONDS = 30.0
+
+
+class MetricWriter(Protocol):
+  """A sink of scalars."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Records `scalars` (host floats, or arrays of one element) as of `step`."""
+    ...
+
+  def close(self) -> None:
+    """Flushes and releases everything; `write` must not be called afterwards."""
+    ...
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether `path` is in a bucket (`gs://...`) rather than on a file system."""
+  return "://" in os.fspath(path)
+
+
+def write_atomic(path: epath.PathLike, text: str) -> None:
+  """Writes `text` so that a reader, or a crash, sees the old file or the new one, never a part."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    path.write_text(text)  # Bucket objects appear when complete.
+    return
+  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def json_number(value: Any) -> int | float | str:
+  """The strict-JSON form of a scalar: an int, a finite float, or the name of a non-finite one.
+
+  Args:
+    value: Number, or numpy or jax array with one element.
+
+  Raises:
+    TypeError: If `value` is not a scalar number.
+  """
+  if isinstance(value, int) and not isinstance(value, bool):
+    return value
+  if isinstance(value, str):
+    raise TypeError(f"expected a number, got the string {value!r}")
+  number = float(value)
+  if math.isfinite(number):
+    return number
+  return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def _encode(step: int, scalars: Mapping[str, float]) -> str:
+  if "step" in scalars:
+    raise ValueError("a metric may not be called 'step': that is the first field of every line")
+  row: dict[str, Any] = {"step": operator.index(step)}
+  for name, value in scalars.items():
+    try:
+      row[name] = json_number(value)
+    except (TypeError, ValueError) as error:
+      raise TypeError(f"metric {name!r} must be one number: {error}") from error
+  return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _decode(line: str) -> dict[str, Any]:
+  """One row. Raises ValueError if `line` is not an object of numbers with an integer `step`."""
+  row = json.loads(line)
+  if not isinstance(row, dict) or type(row.get("step")) is not int:
+    raise ValueError("not an object with an integer 'step'")
+  try:
+    return {k: v if isinstance(v, int) else float(v) for k, v in row.items()}
+  except TypeError as error:
+    raise ValueError(f"not a number: {error}") from error
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+  """Rows of a `metrics.jsonl` in file order, non-finite values as floats again.
+
+  A last line without its newline is being written, or was torn by a kill, and is left out.
+
+  Raises:
+    FileNotFoundError: If there is no such file.
+    ValueError: If another line is not a row; the message gives file and line.
+  """
+  rows = []
+  lines = epath.Path(path).read_bytes().split(b"\n")[:-1]
+  for number, line in enumerate(lines, start=1):
+    try:
+      rows.append(_decode(line.decode("utf-8")))
+    except ValueError as error:
+      raise ValueError(f"{os.fspath(path)}:{number}: {error}") from error
+  return rows
+
+
+def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
+  """Lines that a run continued from `resume_step` keeps; unreadable ones are dropped, and logged.
+
+  Reading them back is not worth refusing to train: a full disk leaves such a line.
+  """
+  if resume_step is None or not path.exists():
+    return []
+  kept = []
+  *lines, torn = path.read_bytes().split(b"\n")
+  if torn:
+    logging.warning("%s: dropped a torn last line", os.fspath(path))
+  for number, line in enumerate(lines, start=1):
+    try:
+      text = line.decode("utf-8")
+      if _decode(text)["step"] <= resume_step:
+        kept.append(text + "\n")
+    except ValueError as error:
+      logging.warning("%s:%d: dropped an unreadable line: %s", os.fspath(path), number, error)
+  return kept
+
+
+class JsonlWriter:
+  """Appends one JSON object per logged step to a file.
+
+  On a file system every line is handed to the kernel at once, so a kill loses nothing. An object
+  in a bucket is rewritten at most every 30 seconds and on `close`.
+  """
+
+  def __init__(self, path: epath.PathLike, *, resume_step: int | None):
+    """Opens `path`, rewritten atomically to hold just the steps that happened.
+
+    Args:
+      path: File to append to; its folder is created.
+      resume_step: Step of the checkpoint the run continues from: later lines are dropped, for
+        those steps will be taken and logged again. None starts the file anew.
+    """
+    self._path = epath.Path(path)
+    kept = _lines_until(self._path, resume_step)
+    write_atomic(self._path, "".join(kept))
+    # Unbuffered: one write call per line, so a concurrent reader never sees half of one.
+    self._file = None
+    self._lines = kept
+    if not is_remote(self._path):
+      self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
+      self._lines = []
+    self._uploaded = time.monotonic()
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Appends one line.
+
+    Raises:
+      TypeError: If a value is not one number.
+      ValueError: If a metric is called `step`.
+    """
+    line = _encode(step, scalars)
+    if self._file is not None:
+      self._file.write(line.encode("utf-8"))
+      return
+    self._lines.append(line)
+    if time.monotonic() - self._uploaded >= _REMOTE_SECONDS:
+      self._upload()
+
+  def _upload(self) -> None:
+    write_atomic(self._path, "".join(self._lines))
+    self._uploaded = time.monotonic()
+
+  def close(self) -> None:
+    """Closes the file, or uploads what is not uploaded yet."""
+    if self._file is not None:
+      self._file.close()
+    else:
+      self._upload()
+
+
+class NullWriter:
+  """Writes nothing: what processes other than the first get."""
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Does nothing."""
+
+  def close(self) -> None:
+    """Does nothing."""
+
+
+def _missing(package: str, extra: str) -> ImportError:
+  return ImportError(
+    f"the package {package} is not installed: pip install 'rlhf_jax[{extra}]', or drop the tracker"
+  )
+
+
+class TensorBoardWriter:
+  """Event files under `WORKDIR/tensorboard`, through tensorboardX (no TensorFlow)."""
+
+  def __init__(
+    self, workdir: epath.PathLike, *, run_name: str, resume_step: int | None, config: Mapping
+  ):
+    """Opens the folder; steps after `resume_step` disappear from the charts."""
+    del run_name, config  # TensorBoard names a run by its folder.
+    try:
+      import tensorboardX
+    except ImportError as error:
+      raise _missing("tensorboardX", "track") from error
+    purge = None if resume_step is None else resume_step + 1
+    folder = os.fspath(epath.Path(workdir) / "tensorboard")
+    self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge)
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds one point to each chart."""
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, float(value), step)
+
+  def close(self) -> None:
+    """Flushes the event file."""
+    self._writer.close()
+
+
+class WandbWriter:
+  """Weights & Biases. Project, entity and offline mode come from its `WANDB_*` variables."""
+
+  def __init__(
+    self, workdir: epath.PathLike, *, run_name: str, resume_step: int | None, config: Mapping
+  ):
+    """Starts the run, or continues the one that this workdir started before."""
+    del resume_step  # The service keeps the first value of a step that is logged twice.
+    try:
+      import wandb
+    except ImportError as error:
+      raise _missing("wandb", "wandb") from error
+    # The same workdir is the same run, so a resumed job draws on in the same chart.
+    where = os.fspath(workdir) if is_remote(workdir) else os.path.realpath(workdir)
+    self._run = wandb.init(
+      project=os.environ.get("WANDB_PROJECT", "rlhf_jax"),
+      name=run_name,
+      id=hashlib.sha256(where.encode("utf-8")).hexdigest()[:16],
+      resume="allow",  # Also anew: a job killed before its first checkpoint starts over.
+      dir=None if is_remote(workdir) else os.fspath(workdir),
+      config=dict(config),
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Logs one row."""
+    self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+  def close(self) -> None:
+    """Finishes the run and waits for the upload."""
+    self._run.finish()
+
+
+class TrackioWriter:
+  """Trackio: a local SQLite dashboard (`trackio show`)."""
+
+  def __init__(
+    self, workdir: epath.PathLike, *, run_name: str, resume_step: int | None, config: Mapping
+  ):
+    """Starts the run, or continues the one of the same name."""
+    del workdir, resume_step  # Trackio keeps its own database.
+    try:
+      import trackio
+    except ImportError as error:
+      raise _missing("trackio", "trackio") from error
+    self._run = trackio.init(
+      project=os.environ.get("TRACKIO_PROJECT", "rlhf_jax"),
+      name=run_name,
+      resume="allow",
+      config=dict(config),
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Logs one row."""
+    self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+  def close(self) -> None:
+    """Finishes the run."""
+    self._run.finish()
+
+
+class CompositeWriter:
+  """Writes to several writers: the first is the record, the others are conveniences.
+
+  An error of the first propagates. Another that fails (a dashboard that is down) is logged once and
+  left out from then on: training does not stop for it.
+  """
+
+  def __init__(self, writers: Sequence[MetricWriter]):
+    """Takes over `writers`; there must be at least one."""
+    if not writers:
+      raise ValueError("CompositeWriter needs at least one writer")
+    self._record, *self._others = writers
+
+  def _each(self, call) -> None:
+    for writer in list(self._others):
+      try:
+        call(writer)
+      except Exception:
+        logging.exception("%s failed and is switched off", type(writer).__name__)
+        self._others.remove(writer)
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes to each writer."""
+    self._record.write(step, scalars)
+    self._each(lambda writer: writer.write(step, scalars))
+
+  def close(self) -> None:
+    """Closes each writer, the record first."""
+    self._record.close()
+    self._each(lambda writer: writer.close())
+
+
+TRACKERS = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}
+
+
+def make_writer(
+  workdir: epath.PathLike,
+  trackers: Sequence[str] = (),
+  *,
+  resume_step: int | None = None,
+  run_name: str | None = None,
+  config: Mapping[str, Any] | None = None,
+) -> MetricWriter:
+  """The writer of a run: `WORKDIR/metrics.jsonl`, and the named trackers.
+
+  Args:
+    workdir: The run's folder.
+    trackers: Keys of `TRACKERS`.
+    resume_step: See `JsonlWriter`.
+    run_name: What dashboards call the run; by default the name of the folder.
+    config: What dashboards show as the run's settings.
+
+  Returns:
+    A writer; on processes other than the first, one that does nothing.
+
+  Raises:
+    ValueError: If a tracker is unknown.
+    ImportError: If a tracker's package is missing.
+  """
+  if unknown := [name for name in trackers if name not in TRACKERS]:
+    raise ValueError(f"unknown tracker {unknown[0]!r}: choose from {', '.join(sorted(TRACKERS))}")
+  if jax.process_index() != 0:
+    return NullWriter()
+  workdir = epath.Path(workdir)
+  run_name = run_name or workdir.name or "run"
+  writers: list[MetricWriter] = [
+    TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
+    for name in dict.fromkeys(trackers)
+  ]
+  # Last to open, so that a tracker that is not installed leaves an existing file as it was.
+  record = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
+  return CompositeWriter([record, *writers])

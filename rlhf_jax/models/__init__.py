@@ -1,0 +1,15 @@
+"""Model definitions and Hugging Face folders. The only package that imports flax."""
+
+from rlhf_jax.models.build import Model, actor_critic, build, count_params
+from rlhf_jax.models.heads import shift_scores, zero_scores
+from rlhf_jax.models.transformer import ModelConfig
+
+__all__ = [
+  "Model",
+  "ModelConfig",
+  "actor_critic",
+  "build",
+  "count_params",
+  "shift_scores",
+  "zero_scores",
+]

@@ -1,0 +1,183 @@
+"""From a config to pure functions: the boundary where NNX ends.
+
+`build(config)` gives `Model(init, apply, decode, init_cache)`. Params are a plain nested dict:
+
+    embed/embedding [V, D]
+    layers/attention/{q,k,v,o}/kernel, layers/mlp/{gate,up,down}/kernel  [L, in, out]
+    layers/{attention_norm,mlp_norm}/scale [L, D], final_norm/scale [D]
+    lm_head/kernel [D, V]  (untied models)   or   score/{kernel [D, 1], bias [1]}
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rlhf_jax.models.heads import LanguageHead, ScalarHead
+from rlhf_jax.models.transformer import (
+  Block,
+  Cache,
+  Embedding,
+  ModelConfig,
+  RMSNorm,
+  rope_frequencies,
+)
+from rlhf_jax.types import Params
+
+
+class Model(NamedTuple):
+  """A decoder as pure functions.
+
+  Attributes:
+    config: Its architecture.
+    init: `key -> params`.
+    apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
+      [B, T, V] float32, or scores [B, T] float32 for a scalar head. `segment_ids` [B, T] int is 0
+      on padding (left or right) and numbers packed sequences; attention stays inside a segment.
+      `last` computes only the final `last` positions.
+    decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
+      the cache after writing `tokens`; `mask` [B, T] is False on padding.
+    init_cache: `(batch, slots, dtype)` -> empty cache.
+  """
+
+  config: ModelConfig
+  init: Callable[[jax.Array], Params]
+  apply: Callable[..., jax.Array]
+  decode: Callable[..., tuple[jax.Array, Cache]]
+  init_cache: Callable[..., Cache]
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+  """Position of every token in its own segment, counted from 0.
+
+  Args:
+    segment_ids: [B, T] int, 0 on padding; equal ids are contiguous.
+
+  Returns:
+    [B, T] int32; padding gets a position too, which nothing reads.
+  """
+  index = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+  previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  start = jnp.where(segment_ids != previous, index, 0)
+  return index - jax.lax.cummax(start, axis=1)
+
+
+def _pure(module: type[nnx.Module], *args):
+  """`init(key) -> params` and `call(params, *inputs)` of one module."""
+  abstract = nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0)))
+  graph, _ = nnx.split(abstract, nnx.Param)
+
+  def init(key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(module(*args, rngs=nnx.Rngs(key)), nnx.Param))
+
+  def call(params: Params, *inputs):
+    return nnx.merge(graph, params)(*inputs)
+
+  return init, call
+
+
+def build(config: ModelConfig, head: Literal["language", "scalar"] = "language") -> Model:
+  """Pure functions of a decoder with a language-model or a scalar head."""
+  init_embed, embed = _pure(Embedding, config)
+  init_block, block = _pure(Block, config)
+  init_norm, norm = _pure(RMSNorm, config)
+  init_lm_head, lm_head = _pure(LanguageHead, config)
+  init_score, score = _pure(ScalarHead, config)
+  compute = jnp.dtype(config.dtype)
+
+  def init(key: jax.Array) -> Params:
+    embed_key, layers_key, head_key = jax.random.split(key, 3)
+    params = {
+      "embed": init_embed(embed_key),
+      "layers": jax.vmap(init_block)(jax.random.split(layers_key, config.layers)),
+      "final_norm": init_norm(head_key),
+    }
+    if head == "scalar":
+      params["score"] = init_score(head_key)
+    elif not config.tied:
+      params["lm_head"] = init_lm_head(head_key)
+    return params
+
+  def read_out(params: Params, hidden: jax.Array) -> jax.Array:
+    hidden = norm(params["final_norm"], hidden)
+    if head == "scalar":
+      return score(params["score"], hidden)
+    if config.tied:
+      table = params["embed"]["embedding"].astype(hidden.dtype)
+      return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+    return lm_head(params["lm_head"], hidden)
+
+  def apply(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    last: int | None = None,
+  ) -> jax.Array:
+    length = tokens.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+      mask = causal
+    else:
+      # Padding attends to itself only, so that no row of the softmax is empty.
+      mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    if positions is None:
+      positions = segment_positions(segment_ids)
+    frequencies = rope_frequencies(config)
+
+    def layer(x: jax.Array, layer_params: Params):
+      return block(layer_params, x, positions, mask[:, None], frequencies)[0], None
+
+    layer = jax.checkpoint(layer) if config.remat else layer
+    x = embed(params["embed"], tokens).astype(compute)
+    x, _ = jax.lax.scan(layer, x, params["layers"])
+    return read_out(params, x if last is None else x[:, -last:])
+
+  def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), bool)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.int32(0))
+
+  def decode(
+    params: Params, tokens: jax.Array, cache: Cache, *, mask: jax.Array
+  ) -> tuple[jax.Array, Cache]:
+    length, slots = tokens.shape[1], cache.mask.shape[1]
+    seen = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
+    positions = seen + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    valid = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
+    slot = jnp.arange(slots)[None, None]
+    here = cache.index + jnp.arange(length)[None, :, None]
+    # A padding query sees its own slot, so that no row of the softmax is empty.
+    visible = (valid[:, None] & (slot <= here)) | (slot == here)
+    frequencies = rope_frequencies(config)
+
+    def layer(x: jax.Array, xs):
+      layer_params, keys, values = xs
+      state = (keys, values, cache.index)
+      return block(layer_params, x, positions, visible[:, None], frequencies, state)
+
+    x = embed(params["embed"], tokens).astype(compute)
+    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v))
+    logits = read_out(params, x[:, -1:])[:, 0]
+    return logits, Cache(k, v, valid, cache.index + length)
+
+  return Model(config, init, apply, decode, init_cache)
+
+
+def count_params(params: Params) -> int:
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def actor_critic(policy: Model, critic: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """One apply function over `{"policy": ..., "value": ...}` -> (logits, values)."""
+
+  def apply(params: Params, tokens: jax.Array, **kwargs) -> tuple[jax.Array, jax.Array]:
+    logits = policy.apply(params["policy"], tokens, **kwargs)
+    return logits, critic.apply(params["value"], tokens, **kwargs)
+
+  return apply

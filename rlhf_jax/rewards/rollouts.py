@@ -1,0 +1,73 @@
+"""From a scorer of text or of tokens to scores of a `Rollout`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.losses import masked
+from rlhf_jax.rewards.functions import TextReward
+from rlhf_jax.types import ApplyFn, Params, Rollout
+
+# (rollout, prompt_ids [B]) -> scores [B] float32.
+RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
+
+
+def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
+  """Scores by a reward model that reads the tokens as they were sampled.
+
+  Args:
+    apply_fn: `(params, tokens, *, segment_ids) -> scores [B, T]`; the score of a response is the
+      one at its last token.
+    params: Reward model, with the tokenizer of the policy.
+  """
+
+  @jax.jit
+  def score(params: Params, rollout: Rollout) -> jax.Array:
+    segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
+    scores = apply_fn(params, rollout.tokens, segment_ids=segment_ids)
+    return masked.last_real(scores, rollout.response_mask)
+
+  return lambda rollout, prompt_ids: score(params, rollout)
+
+
+def response_texts(rollout: Rollout, decode: Callable[[list[list[int]]], list[str]]) -> list[str]:
+  """Text of every response, without special tokens.
+
+  Args:
+    rollout: B sampled responses.
+    decode: Token ids of several texts -> texts.
+  """
+  tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+  return decode([row[on].tolist() for row, on in zip(tokens, mask, strict=True)])
+
+
+def text_reward(
+  function: TextReward,
+  rows: Sequence[Mapping[str, Any]],
+  decode: Callable[[list[list[int]]], list[str]],
+) -> RewardFn:
+  """Scores by a Python function of prompt and response.
+
+  Args:
+    function: The scorer.
+    rows: Data rows, indexed by prompt id, with the prompt under "prompt_text".
+    decode: Token ids of several texts -> texts.
+  """
+
+  def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
+    responses = response_texts(rollout, decode)
+    chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
+    scores = np.asarray(
+      function([row["prompt_text"] for row in chosen], responses, chosen), np.float32
+    )
+    if scores.shape != (len(responses),):
+      raise ValueError(
+        f"reward function {function.__name__} gave shape {scores.shape} for {len(responses)}"
+        " responses; it must return one number per response"
+      )
+    return scores
+
+  return score

@@ -1,0 +1,160 @@
+"""Where arrays live: the device mesh, the placement of parameters and of batches.
+
+Three axes always exist, whatever their sizes: `data` splits the batch and copies the parameters,
+`fsdp` splits both, `tensor` splits the width of the model. Axes are Auto: the compiler propagates
+the placement of the inputs, and model code names no axis.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, P]]
+
+# Matched against the end of a path, so that optimizer moments follow their parameter.
+DECODER_RULES: Rules = (
+  # The width of the embedding is not on fsdp: the token gather would rebuild the whole table.
+  (r"(^|/)embed/embedding$", P("fsdp", "tensor")),  # [V, D]
+  (r"(^|/)layers/attention/[qkv]/kernel$", P(None, "fsdp", "tensor")),  # [L, D, H * K]
+  (r"(^|/)layers/attention/o/kernel$", P(None, "tensor", "fsdp")),  # [L, H * K, D]
+  (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
+  (r"(^|/)layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
+  (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
+)
+
+
+def make_mesh(spec: str = "") -> Mesh:
+  """Builds the (data, fsdp, tensor) mesh over all devices of all processes.
+
+  Args:
+    spec: Such as `data:8,fsdp:4,tensor:2`. Axes that are not named have size 1; one may be -1 and
+      takes the devices that are left. Empty puts all devices on `data`.
+
+  Raises:
+    ValueError: The spec cannot be read or does not fit the number of devices.
+  """
+  devices = jax.device_count()
+  sizes = _parse_mesh(spec or "data:-1")
+  named = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if -1 in sizes.values():
+    if devices % fixed:
+      raise ValueError(
+        f"--mesh={named}: {fixed} does not divide the {devices} devices, nothing fits -1;"
+        " change the fixed sizes"
+      )
+    sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+  elif fixed != devices:
+    free = next((axis for axis in AXES if axis not in sizes), None)
+    fix = f"--mesh={named},{free}:-1 takes the rest" if free else "use -1 for one axis"
+    raise ValueError(
+      f"--mesh={named} needs {fixed} devices, there are {devices};"
+      f" {fix if fixed < devices else 'make an axis smaller'}"
+    )
+  shape = tuple(sizes.get(axis, 1) for axis in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _parse_mesh(spec: str) -> dict[str, int]:
+  sizes = {}
+  for part in spec.split(","):
+    match = re.fullmatch(r"\s*(\w+)\s*:\s*(-1|[1-9][0-9]*)\s*", part)
+    if not match:
+      raise ValueError(f"--mesh={spec}: {part!r} is not AXIS:SIZE, such as fsdp:4 or data:-1")
+    axis, size = match.groups()
+    if axis not in AXES:
+      raise ValueError(f"--mesh={spec}: unknown axis {axis!r}; the axes are {', '.join(AXES)}")
+    if axis in sizes:
+      raise ValueError(f"--mesh={spec}: axis {axis!r} is given twice; keep one")
+    sizes[axis] = int(size)
+  if list(sizes.values()).count(-1) > 1:
+    raise ValueError(f"--mesh={spec}: only one axis can be -1; give the others a size")
+  return sizes
+
+
+def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Gives every leaf a sharding by the first rule that matches its '/'-joined path.
+
+  A leaf that no rule matches is replicated. So is one of lower rank than its rule, such as the
+  factored moments that some optimizers keep under the path of a parameter.
+
+  Args:
+    tree: Arrays or `jax.ShapeDtypeStruct`; parameters, or an optimizer state that mirrors them.
+    mesh: A mesh with the axes that the rules name.
+    rules: Pairs of a regular expression for `re.search` and a spec for the leaf.
+
+  Returns:
+    The same tree of NamedSharding.
+
+  Raises:
+    ValueError: A dimension does not split evenly.
+  """
+
+  def place(path, leaf) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
+    if len(spec) > len(leaf.shape):
+      spec = P()
+    for dimension, axes in enumerate(spec):
+      _check_divides(name, dimension, leaf.shape[dimension], axes, mesh)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _check_divides(name: str, dimension: int, size: int, axes: Any, mesh: Mesh) -> None:
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  if size % math.prod(mesh.shape[axis] for axis in axes):
+    sizes = " * ".join(f"{axis}:{mesh.shape[axis]}" for axis in axes)
+    raise ValueError(
+      f"{name}: dimension {dimension} of size {size} is not divisible by {sizes};"
+      " change --mesh or the model size"
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of [B, ...] arrays: the leading axis over data and fsdp."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def place_batch(tree: Any, mesh: Mesh) -> Any:
+  """Puts a batch on the mesh.
+
+  Args:
+    tree: Numpy arrays [B / process_count, ...], the rows of this process.
+    mesh: From `make_mesh`.
+
+  Returns:
+    The same tree of jax.Array [B, ...], split by `batch_sharding`.
+
+  Raises:
+    ValueError: B does not split evenly.
+  """
+  sharding = batch_sharding(mesh)
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def place(path, x) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if x.ndim == 0:
+      raise ValueError(f"batch array {name!r} is a scalar; batch arrays are [B, ...]")
+    rows = x.shape[0] * jax.process_count()
+    if rows % shards:
+      raise ValueError(
+        f"--batch_size={rows} is not divisible by data:{mesh.shape['data']} *"
+        f" fsdp:{mesh.shape['fsdp']} = {shards} of --mesh (array {name!r});"
+        f" use a multiple of {shards}"
+      )
+    return jax.make_array_from_process_local_data(sharding, x)
+
+  return jax.tree_util.tree_map_with_path(place, tree)

@@ -1,0 +1,19 @@
+"""The built-in task: short reviews on demand, with a known gold reward and simulated annotators."""
+
+from rlhf_jax.simulation.annotators import ANNOTATORS, preference_probability
+from rlhf_jax.simulation.demands import parse_prompt
+from rlhf_jax.simulation.gold import gold_parts, gold_reward
+from rlhf_jax.simulation.tasks import demonstrations, preferences, prompts
+from rlhf_jax.simulation.world import WORDS
+
+__all__ = [
+  "ANNOTATORS",
+  "WORDS",
+  "demonstrations",
+  "gold_parts",
+  "gold_reward",
+  "parse_prompt",
+  "preference_probability",
+  "preferences",
+  "prompts",
+]

@@ -1,0 +1,92 @@
+"""What a prompt asks for, how it is worded, and which demands belong to which split."""
+
+import functools
+import hashlib
+import itertools
+import re
+from typing import NamedTuple
+
+from rlhf_jax.simulation import world
+
+SPLITS = ("train", "eval")
+EVAL_SHARE = 0.1
+
+
+class Demands(NamedTuple):
+  """What a prompt asks for.
+
+  Attributes:
+    subject: the thing to review, a key of `world.SUBJECTS`.
+    tone: `world.PRAISE` (+1) or `world.CRITICISE` (-1).
+    aspects: the two aspects to mention, in the order of the prompt.
+    length: one of `world.LENGTHS`.
+  """
+
+  subject: str
+  tone: int
+  aspects: tuple[str, str]
+  length: str
+
+
+def write_prompt(demands: Demands, wording: int) -> str:
+  """Words the demands in the `wording`-th of `world.PROMPT_WORDINGS`."""
+  tone = next(word for word, sign in world.TONES.items() if sign == demands.tone)
+  first, second = demands.aspects
+  return world.PROMPT_WORDINGS[wording].format(
+    subject=demands.subject, tone=tone, first=first, second=second, length=demands.length
+  )
+
+
+_WORDING_REGEXES = tuple(
+  re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(wording)))
+  for wording in world.PROMPT_WORDINGS
+)
+
+
+@functools.lru_cache(maxsize=1 << 15)
+def parse_prompt(text: str) -> Demands:
+  """Recovers the demands of a prompt.
+
+  Raises:
+    ValueError: if the text is not a prompt of this world.
+  """
+  for regex in _WORDING_REGEXES:
+    match = regex.fullmatch(text)
+    if match and match["tone"] in world.TONES and match["length"] in world.LENGTHS:
+      aspects = (match["first"], match["second"])
+      known = world.aspects_of(match["subject"])
+      if set(aspects) <= set(known) and aspects[0] != aspects[1]:
+        return Demands(match["subject"], world.TONES[match["tone"]], aspects, match["length"])
+  raise ValueError(
+    f"not a prompt of the built-in task: {text[:200]!r}; prompts look like "
+    f"{world.PROMPT_WORDINGS[0]!r}"
+  )
+
+
+def split_of(demands: Demands) -> str:
+  """The split that the demands belong to.
+
+  The hash ignores the order of the aspects, so a mere rewording of a train prompt is never in eval.
+  """
+  key = f"{demands.subject} {demands.tone} {sorted(demands.aspects)} {demands.length}"
+  digest = hashlib.sha256(key.encode()).digest()
+  return "eval" if int.from_bytes(digest[:8], "big") < EVAL_SHARE * 2**64 else "train"
+
+
+@functools.cache
+def all_demands(split: str) -> tuple[Demands, ...]:
+  """Every combination of demands of a split, in a fixed order.
+
+  Raises:
+    ValueError: if the split is not one of `SPLITS`.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+  combinations = (
+    Demands(subject, tone, aspects, length)
+    for subject in world.SUBJECTS
+    for aspects in itertools.permutations(world.aspects_of(subject), 2)
+    for tone in world.TONES.values()
+    for length in world.LENGTHS
+  )
+  return tuple(demands for demands in combinations if split_of(demands) == split)

@@ -1,0 +1,103 @@
+"""Data sets of the built-in task: prompts, demonstrations and preferences.
+
+Rows depend on the split, the seed and their position only, so a larger `n` extends a smaller one.
+All three functions give row `i` of a split and seed the same id and the same prompt: take another
+seed where stages should see other prompts. Prompts do not repeat until all of a split are used.
+"""
+
+import numpy as np
+
+from rlhf_jax.simulation import annotators, world, writer
+from rlhf_jax.simulation import demands as demands_lib
+
+# One random stream per purpose, so that no data set shares its randomness with another.
+_PROMPT_STREAM, _DEMONSTRATION_STREAM, _PREFERENCE_STREAM = range(3)
+
+
+def _rng(stream: int, split: str, *numbers: int) -> np.random.Generator:
+  return np.random.default_rng([stream, demands_lib.SPLITS.index(split), *numbers])
+
+
+def _responses(rng: np.random.Generator, prompt: str, count: int) -> list[str]:
+  """Different responses of independent writers to one prompt."""
+  demands = demands_lib.parse_prompt(prompt)
+  responses = []
+  while len(responses) < count:
+    response = writer.write_response(demands, rng)
+    if response not in responses:
+      responses.append(response)
+  return responses
+
+
+def prompts(split: str, n: int, seed: int) -> list[dict[str, str]]:
+  """Prompts of a split.
+
+  Args:
+    split: "train" or "eval"; no combination of demands is in both.
+    n: number of rows, at least 0.
+    seed: at least 0.
+
+  Returns:
+    `n` rows with `id` and `prompt`.
+
+  Raises:
+    ValueError: if an argument is out of range.
+  """
+  if n < 0 or seed < 0:
+    raise ValueError(f"n and seed must be at least 0, got n={n}, seed={seed}")
+  demands = demands_lib.all_demands(split)
+  wordings = len(world.PROMPT_WORDINGS)
+  order = _rng(_PROMPT_STREAM, split, seed).permutation(len(demands) * wordings)
+  rows = []
+  for i in range(n):
+    which, wording = divmod(int(order[i % len(order)]), wordings)
+    text = demands_lib.write_prompt(demands[which], wording)
+    rows.append({"id": f"{split}-{seed}-{i}", "prompt": text})
+  return rows
+
+
+def demonstrations(split: str, n: int, seed: int) -> list[dict[str, str]]:
+  """Demonstrations of mixed quality, by `writer.write_response`.
+
+  Arguments and errors are those of `prompts`.
+
+  Returns:
+    `n` rows with `id`, `prompt` and `response`.
+  """
+  rows = prompts(split, n, seed)
+  for i, row in enumerate(rows):
+    rng = _rng(_DEMONSTRATION_STREAM, split, seed, i)
+    (row["response"],) = _responses(rng, row["prompt"], 1)
+  return rows
+
+
+def preferences(split: str, n: int, seed: int, annotator: str = "expert") -> list[dict[str, str]]:
+  """Pairs of responses to one prompt, labelled by an annotator.
+
+  All annotators are shown the same pairs.
+
+  Args:
+    split: "train" or "eval"; no combination of demands is in both.
+    n: number of rows, at least 0.
+    seed: at least 0.
+    annotator: a key of `annotators.ANNOTATORS`.
+
+  Returns:
+    `n` rows with `id`, `prompt`, `chosen`, `rejected` and `annotator`.
+
+  Raises:
+    ValueError: if an argument is out of range or the annotator is unknown.
+  """
+  rows = prompts(split, n, seed)
+  pairs, draws = [], []
+  for i, row in enumerate(rows):
+    rng = _rng(_PREFERENCE_STREAM, split, seed, i)
+    pairs.append(_responses(rng, row["prompt"], 2))
+    draws.append(rng.random())
+  probability = annotators.preference_probability(
+    annotator, [row["prompt"] for row in rows], [a for a, _ in pairs], [b for _, b in pairs]
+  )
+  for row, (a, b), prefers_a in zip(rows, pairs, np.asarray(draws) < probability, strict=True):
+    row["chosen"], row["rejected"] = (a, b) if prefers_a else (b, a)
+    row["annotator"] = annotator
+  return rows

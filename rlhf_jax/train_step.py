@@ -1,0 +1,255 @@
+"""The one place that turns a loss into an update: jitted, donated, micro-batched, guarded."""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW.
+
+  Attributes:
+    learning_rate: Peak learning rate.
+    schedule: What the rate does after the warm-up: stays, or falls to 0 at the last step along a
+      line or a cosine.
+    warmup: Fraction of all optimizer steps over which the rate rises from 0.
+    weight_decay: Decoupled weight decay, on matrices only.
+    b1: Decay of the first moment.
+    b2: Decay of the second moment.
+    eps: Added to the root of the second moment.
+    max_grad_norm: Gradients are scaled down to this global norm; 0 does not clip.
+  """
+
+  learning_rate: float = 1e-5
+  schedule: Literal["constant", "linear", "cosine"] = "cosine"
+  warmup: float = 0.05
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  max_grad_norm: float = 1.0
+
+  def __post_init__(self):
+    for name in ("learning_rate", "eps"):
+      if getattr(self, name) <= 0:
+        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    for name in ("warmup", "b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+    for name in ("weight_decay", "max_grad_norm"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
+  """Learning rate as a function of the number of optimizer steps taken."""
+  warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
+  rest = max(1, updates - warmup)
+  after = {
+    "constant": optax.constant_schedule(config.learning_rate),
+    "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+    "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+  }[config.schedule]
+  if not warmup:
+    return after
+  rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+  # Joined one step early: the first update is not at rate 0.
+  return optax.join_schedules([lambda count: rise(count + 1), after], [warmup])
+
+
+def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
+  """AdamW behind a clip by global norm.
+
+  Args:
+    config: Its settings.
+    updates: Optimizer steps of the whole run, over which the schedule falls.
+  """
+  adamw = optax.adamw(
+    make_schedule(config, updates),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    # Stacked norms and biases are [L, D], matrices [L, in, out]: the last name tells them apart.
+    mask=lambda params: jax.tree_util.tree_map_with_path(
+      lambda path, _: path[-1].key in ("kernel", "embedding"), params
+    ),
+  )
+  if not config.max_grad_norm:
+    return adamw
+  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+  """State before the first step. The step donates its state: keep no other use of `params`."""
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def _merge(name: str, values: jax.Array, weights: jax.Array) -> jax.Array:
+  """One figure from those of several micro-batches or minibatches."""
+  if name == "weight":
+    return jnp.sum(values)
+  if name.endswith("/max"):
+    return jnp.max(values)
+  if name.endswith("/min"):
+    return jnp.min(values)
+  return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
+def merge_metrics(metrics: Metrics) -> Metrics:
+  """Reduces metrics stacked over updates: sums `weight`, keeps extremes, averages the rest."""
+  weights = metrics.get("weight", jnp.ones_like(metrics["loss"]))
+  return {name: _merge(name, values, weights) for name, values in metrics.items()}
+
+
+def _split_rows(batch, parts: int):
+  """Every leaf [B, ...] -> [parts, B / parts, ...]."""
+
+  def split(x: jax.Array) -> jax.Array:
+    if x.shape[0] % parts:
+      raise ValueError(f"batch of {x.shape[0]} rows cannot be cut into {parts} equal parts")
+    # Strided, so that each part keeps an equal share of every device's rows.
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def gradients(
+  loss_fn: LossFn, params: Params, batch, key: jax.Array, microbatches: int = 1
+) -> tuple[Params, Metrics]:
+  """Gradient and metrics of `loss_fn` over a batch, computed in `microbatches` pieces.
+
+  Exact for a loss that is a mean over some units, if it reports their number in
+  `metrics["weight"]`: micro-batches then count by their units and not equally.
+
+  Args:
+    loss_fn: `(params, batch, key) -> (loss, metrics)`.
+    params: Tree to differentiate.
+    batch: Tree of arrays with a common leading axis B, divisible by `microbatches`.
+    key: Random key, folded with the index of the micro-batch when there are several.
+    microbatches: Number of pieces; peak memory falls with it.
+
+  Returns:
+    Gradient and metrics, `loss` among them.
+  """
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def one(batch, key: jax.Array) -> tuple[Params, Metrics]:
+    (loss, metrics), grads = value_and_grad(params, batch, key)
+    return grads, metrics | {"loss": loss}
+
+  if microbatches == 1:
+    return one(batch, key)
+
+  def accumulate(total, xs):
+    index, part = xs
+    grads, metrics = one(part, jax.random.fold_in(key, index))
+    weight = metrics.get("weight", jnp.ones(()))
+    return jax.tree.map(lambda t, g: t + weight * g, total, grads), metrics
+
+  zero = jax.tree.map(jnp.zeros_like, params)
+  parts = _split_rows(batch, microbatches)
+  total, metrics = jax.lax.scan(accumulate, zero, (jnp.arange(microbatches), parts))
+  weight = jnp.sum(metrics["weight"]) if "weight" in metrics else jnp.float32(microbatches)
+  scale = 1 / jnp.maximum(weight, 1e-9)
+  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), total), merge_metrics(metrics)
+
+
+def update(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  batch,
+  key: jax.Array,
+  *,
+  microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step, not jitted. A step whose gradient is not finite changes no parameter.
+
+  Such a step leaves params and optimizer state bitwise as they were, advances `state.step` and
+  sets the metric `skipped_steps` to 1.
+  """
+  grads, metrics = gradients(loss_fn, state.params, batch, key, microbatches)
+  grad_norm = optax.tree.norm(grads)
+  ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  # Chosen by value: multiplying a NaN update by zero would still be NaN.
+  params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+  )
+  metrics |= {"grad_norm": grad_norm, "skipped_steps": 1.0 - ok}
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def make_train_step(
+  loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1
+) -> TrainStep:
+  """Jitted `step(state, batch, key) -> (state, metrics)` with a donated state.
+
+  Args:
+    loss_fn: `(params, batch, key) -> (loss, metrics)`; see `rlhf_jax.types.LossFn`.
+    tx: Optimizer.
+    microbatches: Pieces the batch is cut into; the result does not depend on it.
+
+  Returns:
+    The step. `key` is folded with `state.step`, so one key serves a whole run.
+  """
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: TrainState, batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(key, state.step)
+    return update(loss_fn, tx, state, batch, key, microbatches=microbatches)
+
+  return step
+
+
+def update_epochs(
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  batch,
+  key: jax.Array,
+  *,
+  epochs: int,
+  minibatches: int,
+  microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+  """Several epochs of shuffled minibatches over one batch as one scan, not jitted.
+
+  Args:
+    loss_fn: `(params, batch, key) -> (loss, metrics)`.
+    tx: Optimizer.
+    state: State before; its step is advanced by one, however many minibatches there are.
+    batch: Tree of arrays with a common leading axis, divisible by `minibatches`.
+    key: Random key of the shuffles and of the losses.
+    epochs: Passes over the batch, each in a new order.
+    minibatches: Optimizer steps per pass.
+    microbatches: Pieces each minibatch is cut into.
+
+  Returns:
+    New state, and metrics with one entry per optimizer step, [epochs * minibatches] each.
+  """
+  rows = jax.tree.leaves(batch)[0].shape[0]
+
+  def epoch(state: TrainState, epoch_key: jax.Array):
+    order_key, loss_key = jax.random.split(epoch_key)
+    order = jax.random.permutation(order_key, rows)
+    parts = _split_rows(jax.tree.map(lambda x: x[order], batch), minibatches)
+
+    def minibatch(state: TrainState, xs):
+      index, part = xs
+      part_key = jax.random.fold_in(loss_key, index)
+      return update(loss_fn, tx, state, part, part_key, microbatches=microbatches)
+
+    return jax.lax.scan(minibatch, state, (jnp.arange(minibatches), parts))
+
+  end, metrics = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
+  return end._replace(step=state.step + 1), jax.tree.map(lambda x: x.reshape(-1), metrics)

@@ -1,0 +1,66 @@
+"""The vocabulary every module shares. Nothing here imports another rlhf_jax module.
+
+Dimension letters, everywhere: `B` batch, `T` tokens, `P` prompt tokens, `R` response tokens,
+`V` vocabulary, `D` width, `H` heads, `K` head width, `L` layers, `N` samples per prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+Params = Any  # A nested dict of jax.Array.
+Metrics = dict[str, jax.Array]  # Scalars, already reduced over the global batch.
+
+
+class TokenBatch(NamedTuple):
+  """Right-padded sequences and the positions a loss may score.
+
+  Attributes:
+    tokens: [B, T] int32, prompt then response then padding.
+    mask: [B, T] bool, True on scored tokens (the response with its end-of-sequence token).
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+
+
+class TrainState(NamedTuple):
+  """Everything a train step reads and writes.
+
+  Attributes:
+    step: [] int32, number of steps taken.
+    params: Nested dict of arrays.
+    opt_state: State of the optax transformation.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+
+
+class Rollout(NamedTuple):
+  """Sampled responses behind their prompts: columns `[:P]` prompt, `[P:]` response.
+
+  Attributes:
+    tokens: [B, P + R] int32; prompts are left padded to P, responses right padded to R.
+    prompt_mask: [B, P + R] bool, True on prompt tokens.
+    response_mask: [B, P + R] bool, True on sampled tokens, the stop token included.
+    logprobs: [B, R] float32, log-probability of each sampled token at the sampling temperature;
+      0 after the stop token.
+  """
+
+  tokens: jax.Array
+  prompt_mask: jax.Array
+  response_mask: jax.Array
+  logprobs: jax.Array
+
+
+# (params, tokens, ...) -> logits [B, T, V], or scores [B, T] for a model with a scalar head.
+ApplyFn = Callable[..., jax.Array]
+# (params, batch, key) -> (loss, metrics). `loss` is a mean; a loss whose mean is over something
+# else than rows says how many units it averaged in `metrics["weight"]`, so that gradient
+# accumulation over micro-batches stays exact.
+LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]

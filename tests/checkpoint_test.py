@@ -1,0 +1,491 @@
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import checkpoint, sharding
+from rlhf_jax.types import TrainState
+
+# Saves every step as fast as it can; the content of a step follows from its number.
+_SAVER = """
+import sys
+import numpy as np
+from rlhf_jax import checkpoint
+def tree(step):
+  rngs = [np.random.default_rng((step, i)) for i in range(4)]
+  return {f"w{i}": rng.random((64, 1024), np.float32) for i, rng in enumerate(rngs)}
+with checkpoint.run_lock(sys.argv[1]), checkpoint.Checkpointer(sys.argv[1]) as ckpt:
+  restored = ckpt.restore({"state": tree(0)})
+  start = restored.step if restored else 0
+  print("READY", flush=True)
+  for step in range(start + 1, start + 500):
+    ckpt.save(step, {"state": tree(step)}, {"step": step})
+"""
+_HOLDER = """
+import sys, time
+from rlhf_jax import checkpoint
+with checkpoint.run_lock(sys.argv[1]):
+  print("READY", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.fixture
+def warnings_logged(monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+  return lines
+
+
+def start(program: str, repository: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
+  env = os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
+  command = [sys.executable, "-c", program, str(workdir)]
+  child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+  assert child.stdout is not None
+  assert child.stdout.readline() == "READY\n"
+  return child
+
+
+def kill(child: subprocess.Popen) -> None:
+  child.send_signal(signal.SIGKILL)
+  child.wait()
+  child.stdout.close()
+
+
+def weights(step: int, size: int = 4096):
+  return {"w": np.random.default_rng(step).random(size, np.float32)}
+
+
+def save_steps(directory, *steps, keep=3) -> None:
+  with checkpoint.Checkpointer(directory, keep=keep) as ckpt:
+    for step in steps:
+      ckpt.save(step, {"state": weights(step), "extra": {"n": np.int32(step)}}, {"step": step})
+
+
+def restore(directory, **kwargs):
+  with checkpoint.Checkpointer(directory) as ckpt:
+    return ckpt.restore({"state": weights(0), "extra": {"n": np.int32(0)}}, **kwargs)
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_bit(path: pathlib.Path) -> None:
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def bits(x) -> bytes:
+  return np.asarray(x).tobytes()
+
+
+def assert_same(actual, expected) -> None:
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert (a.dtype, a.shape, bits(a)) == (b.dtype, b.shape, bits(b))
+
+
+def odd_tree():
+  names = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int4", "int8", "uint8", "int32"]
+  key = jax.random.key(0)
+  return {
+    **{name: (jax.random.normal(key, (3, 5)) * 3).astype(name) for name in names},
+    "bool": jnp.array([True, False]),
+    "scalar": jnp.int32(7),
+    "scalar_bf16": jnp.bfloat16(0.1),
+    "negative_zero": jnp.array([-0.0, 0.0]),
+    "empty": jnp.zeros((0, 4), jnp.float16),
+    "none": None,
+    "nothing": {},
+    "a.b/c d": [jnp.ones(2), (jnp.zeros(1),)],
+    "key_data": jax.random.key_data(key),
+  }
+
+
+def test_round_trip_is_bitwise_for_every_dtype(tmp_path):
+  params = odd_tree()
+  tx = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.masked(optax.adamw(1e-3, mu_dtype=jnp.bfloat16), {"w": True, "b": False}),
+    optax.scale_by_schedule(lambda _: 1.0),
+  )
+  opt_state = tx.init({"w": jnp.ones((4, 3)), "b": jnp.ones(3)})
+  state = TrainState(jnp.int32(3), params, opt_state)
+  meta = {"iterator": {"epoch": 1, "index": [3, 4]}, "digest": "é", "none": None}
+  with checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+    assert ckpt.restore({"state": state}) is None
+    assert ckpt.latest_step() is None
+    ckpt.save(3, {"state": state, "stateless": optax.EmptyState()}, meta)
+    ckpt.wait()
+    assert ckpt.latest_step() == 3
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  for like in (state, abstract, jax.tree.map(np.asarray, state)):
+    with checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+      restored = ckpt.restore({"state": like, "stateless": optax.EmptyState()})
+    assert restored is not None
+    assert (restored.step, restored.meta) == (3, meta)
+    assert_same(restored.items["state"], state)
+    assert restored.items["stateless"] == optax.EmptyState()
+
+
+def test_donated_and_overwritten_arrays_are_saved_as_they_were(tmp_path):
+  add = jax.jit(lambda x: x + 1, donate_argnums=0)
+  x, host = jax.jit(lambda: jnp.zeros((1024, 1024)))(), np.zeros(1000, np.float32)
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    for step in range(1, 4):
+      x = add(x)
+      host += 1
+      ckpt.save(step, {"x": x, "host": host}, {})
+      for _ in range(5):
+        x = add(x)
+        host += 1
+      restored = ckpt.restore({"x": x, "host": host}, step=step)
+      assert restored is not None
+      assert (np.unique(restored.items["x"]), np.unique(restored.items["host"])) == (
+        6 * step - 5,
+        6 * step - 5,
+      )
+
+
+def test_restored_arrays_are_committed_only_where_the_originals_were(tmp_path):
+  mesh = sharding.make_mesh("fsdp:8")
+  tree = {"w": jax.device_put(jnp.ones(16), NamedSharding(mesh, P("fsdp"))), "n": jnp.int32(1)}
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, {"t": tree}, {})
+    restored = ckpt.restore({"t": tree})
+  assert restored is not None
+  new = restored.items["t"]
+  assert (new["w"].committed, new["n"].committed) == (True, False)
+  jax.jit(lambda t: t["w"] * t["n"])(new)  # Would fail with `n` pinned to device 0.
+
+
+def test_other_meshes_restore_the_same_bits(tmp_path):
+  rules = [("w$", P("fsdp", "tensor"))]
+  tree = {"w": jax.random.normal(jax.random.key(0), (16, 8)), "b": jnp.ones(3, jnp.bfloat16)}
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  placements = [
+    jax.tree.map(lambda _: one, tree),
+    sharding.named_shardings(tree, sharding.make_mesh("fsdp:8"), rules),
+    sharding.named_shardings(tree, sharding.make_mesh("fsdp:4,tensor:2"), rules),
+    jax.tree.map(lambda _: one, tree),
+  ]
+  current = jax.device_put(tree, placements[0])
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    for step, placement in enumerate(placements):
+      ckpt.save(step, {"params": current}, {})
+      like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placement
+      )
+      restored = ckpt.restore({"params": like})
+      assert restored is not None
+      current = restored.items["params"]
+      assert_same(current, tree)
+      assert all(
+        jax.tree.leaves(
+          jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), current, placement)
+        )
+      )
+
+
+def test_keeps_the_newest_steps_and_their_manifests(tmp_path):
+  save_steps(tmp_path, 1, 2, 5, 9, keep=2)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["5", "5.digest.json", "9", "9.digest.json"]
+  restored = restore(tmp_path, step=5)
+  assert restored is not None
+  assert (restored.step, restored.meta) == (5, {"step": 5})
+  np.testing.assert_array_equal(restored.items["state"]["w"], weights(5)["w"])
+
+
+def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path, repository):
+  rng, newest = random.Random(0), 0
+  like = {f"w{i}": np.zeros((64, 1024), np.float32) for i in range(4)}
+  for _ in range(15):
+    child = start(_SAVER, repository, tmp_path)
+    time.sleep(rng.uniform(0.02, 0.5))
+    kill(child)
+    with checkpoint.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path) as ckpt:
+      assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
+      restored = ckpt.restore({"state": like})
+      if restored is None:
+        assert newest == 0
+        continue
+      assert restored.step >= newest
+      newest = restored.step
+      assert restored.meta == {"step": newest}
+      for i, name in enumerate(like):
+        expected = np.random.default_rng((newest, i)).random((64, 1024), np.float32)
+        np.testing.assert_array_equal(restored.items["state"][name], expected)
+  assert newest > 15
+
+
+def truncate(path: pathlib.Path) -> None:
+  os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda step: flip_bit(largest_file(step / "state")),
+    lambda step: truncate(largest_file(step / "state")),
+    lambda step: os.truncate(largest_file(step / "extra"), 0),
+    lambda step: largest_file(step / "state").unlink(),
+    lambda step: flip_bit(step / "meta" / "metadata"),
+    lambda step: shutil.rmtree(step / "extra"),
+    lambda step: (step / "commit_success.txt").unlink(),
+    lambda step: shutil.rmtree(step),
+    lambda step: step.with_name("3.digest.json").write_text("{"),
+  ],
+  ids=["flip", "truncate", "empty", "delete", "meta", "item", "marker", "step", "manifest"],
+)
+def test_damaged_step_is_rejected_and_replaced(tmp_path, warnings_logged, damage):
+  save_steps(tmp_path, 2, 3)
+  damage(tmp_path / "3")
+  restored = restore(tmp_path)
+  assert restored is not None
+  assert restored.step == 2
+  np.testing.assert_array_equal(restored.items["state"]["w"], weights(2)["w"])
+  assert [line for line in warnings_logged if line.startswith("Rejected step 3")]
+  with pytest.raises(checkpoint.CheckpointError, match="step 3: "):
+    restore(tmp_path, step=3)
+
+  with checkpoint.Checkpointer(tmp_path) as ckpt:  # The run goes on from 2 and saves 3 again.
+    assert ckpt.restore({"state": weights(0)})
+    ckpt.save(3, {"state": weights(33)}, {"again": True})
+    restored = ckpt.restore({"state": weights(0)})
+    assert restored is not None
+    assert (restored.step, restored.meta) == (3, {"again": True})
+    np.testing.assert_array_equal(restored.items["state"]["w"], weights(33)["w"])
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+  save_steps(tmp_path, 1)
+  files = [p for p in (tmp_path / "1").rglob("*") if p.is_file() and p.stat().st_size]
+  for path in files:
+    data = path.read_bytes()
+    flip_bit(path)
+    with pytest.raises(checkpoint.CheckpointError, match=path.name):
+      restore(tmp_path)
+    path.write_bytes(data)
+  assert len(files) > 8
+  assert restore(tmp_path) is not None
+
+
+def test_never_starts_afresh_when_steps_are_unusable(tmp_path):
+  save_steps(tmp_path, 1)
+  shutil.rmtree(tmp_path / "1")
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"(?s)no usable.*step 1: folder 1/ missing"
+  ) as e:
+    restore(tmp_path)
+  assert e.value.exit_code == 78
+
+
+def test_step_without_manifest_is_restored_with_a_warning(tmp_path, warnings_logged):
+  save_steps(tmp_path, 1, 2)
+  (tmp_path / "2.digest.json").unlink()
+  restored = restore(tmp_path)
+  assert restored is not None
+  assert restored.step == 2
+  assert [line for line in warnings_logged if "no digest manifest" in line]
+  shutil.rmtree(tmp_path / "2" / "state")
+  restored = restore(tmp_path)
+  assert restored is not None
+  assert restored.step == 1
+
+
+@pytest.mark.parametrize(
+  "like, words",
+  [
+    (
+      {"p": {"a": jnp.ones((2, 4)), "b": jnp.ones(3)}},
+      ["'p', leaf 'a': saved float32[2,3]", "float32[2,4]"],
+    ),
+    ({"p": {"a": jnp.ones((2, 3), "bfloat16"), "b": jnp.ones(3)}}, ["expected bfloat16[2,3]"]),
+    ({"p": {"a": jnp.ones((2, 3)), "b": jnp.ones(3, "int32")}}, ["'b': saved float32[3]"]),
+    ({"p": {"a": jnp.ones((2, 3))}}, ["leaf 'b': saved float32[3], expected nothing"]),
+    (
+      {"p": {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": {"d": jnp.ones(())}}},
+      ["leaf 'c/d': saved missing, expected float32[]"],
+    ),
+    ({"critic": {"a": jnp.ones((2, 3))}}, ["item 'critic' missing; saved are ['p']"]),
+  ],
+)
+def test_mismatch_names_the_leaf(tmp_path, like, words):
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, {"p": {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}}, {})
+    with pytest.raises(checkpoint.CheckpointError) as e:
+      ckpt.restore(like)
+  assert all(word in str(e.value) for word in words), str(e.value)
+
+
+def test_saved_step_cannot_be_overwritten_unseen(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    with pytest.raises(checkpoint.CheckpointError, match="already holds step 2"):
+      ckpt.save(2, {"state": weights(0)}, {})
+    assert ckpt.restore({"state": weights(0)}, step=1)  # Continuing from 1 gives up 2.
+    ckpt.save(2, {"state": weights(7)}, {})
+    with pytest.raises(checkpoint.CheckpointError, match="already holds step 2"):
+      ckpt.save(2, {"state": weights(0)}, {})
+    restored = ckpt.restore({"state": weights(0)})
+    assert restored is not None
+    np.testing.assert_array_equal(restored.items["state"]["w"], weights(7)["w"])
+
+
+def test_nonfinite_leaf_is_refused(tmp_path):
+  tree = {"ok": jnp.ones(3), "layers": {"q": jnp.ones((2, 2), jnp.bfloat16).at[0, 1].set(jnp.inf)}}
+  with checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+    with pytest.raises(FloatingPointError, match="item 'p', leaf 'layers/q'") as e:
+      ckpt.save(1, {"p": tree}, {})
+    assert getattr(e.value, "exit_code", None) == 70
+    ckpt.wait()
+  assert not (tmp_path / "c").exists()
+
+
+def test_leaves_that_would_change_are_refused(tmp_path):
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    for leaf, words in (
+      (jax.random.key(0), "typed PRNG key"),
+      (1.5, "is a float, not an array"),
+      (np.arange(3, dtype=np.int64), "would cast int64"),
+    ):
+      with pytest.raises(TypeError, match=f"item 's', leaf 'x'.*{words}"):
+        ckpt.save(1, {"s": {"x": leaf}}, {})
+    with pytest.raises(ValueError, match="item name"):
+      ckpt.save(1, {"../x": {}}, {})
+    with pytest.raises(ValueError, match="JSON"):
+      ckpt.save(1, {"s": weights(0)}, {"x": float("nan")})
+
+
+def test_failed_write_keeps_the_older_steps(tmp_path, monkeypatch):
+  with checkpoint.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+    ckpt.save(1, {"state": weights(1)}, {})
+    ckpt.wait()
+    # As on a full disk: files stop growing, the write fails after `save` returned.
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent.parent)!r})
+import numpy as np
+from rlhf_jax import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+ckpt = checkpoint.Checkpointer({str(tmp_path / "c")!r})
+big = {{"w": np.random.default_rng(0).random((1024, 1024))[:, :512].astype(np.float32)}}
+assert ckpt.restore({{"state": {{"w": np.zeros(4096, np.float32)}}}}).step == 1
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+try:
+  ckpt.save(2, {{"state": big}}, {{}})
+  ckpt.wait()
+except checkpoint.CheckpointWriteError as error:
+  print(error.exit_code, error)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+ckpt.save(2, {{"state": {{"w": np.ones(4096, np.float32)}}}}, {{}})
+ckpt.close()
+"""
+  child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert child.returncode == 0, child.stderr[-2000:]
+  assert child.stdout.startswith("74 step 2 could not be saved"), child.stdout
+  assert child.stdout.endswith("steps still there: [1]\n")
+  assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+    "1",
+    "1.digest.json",
+    "2",
+    "2.digest.json",
+  ]
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path, repository):
+  child = start(_HOLDER, repository, tmp_path)
+  try:
+    locked = pytest.raises(checkpoint.LockedError, match=f"pid {child.pid} on host .* since 2")
+    with locked as e, checkpoint.run_lock(tmp_path):
+      pass
+    assert e.value.exit_code == 73
+  finally:
+    kill(child)
+  locked = pytest.raises(checkpoint.LockedError, match=f"pid {os.getpid()} ")
+  with checkpoint.run_lock(tmp_path), locked, checkpoint.run_lock(tmp_path):
+    pass
+  with checkpoint.run_lock(tmp_path):
+    pass
+
+
+def test_lock_of_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  locked = pytest.raises(checkpoint.LockedError, match="cannot be written")
+  with locked, checkpoint.run_lock(tmp_path / "file" / "run"):
+    pass
+
+
+def test_leftovers_are_removed_only_under_the_lock(tmp_path):
+  leftover = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
+  leftover.mkdir(parents=True)
+  checkpoint.Checkpointer(tmp_path / "checkpoints").close()
+  assert leftover.exists()
+  with checkpoint.run_lock(tmp_path):
+    checkpoint.Checkpointer(tmp_path / "checkpoints").close()
+  assert not leftover.exists()
+
+
+def test_urls_are_refused():
+  with pytest.raises(checkpoint.CheckpointError, match="mount the bucket"):
+    checkpoint.Checkpointer("gs://bucket/run")
+
+
+def test_identity(tmp_path):
+  checkpoint.check_identity(tmp_path / "run", {"model": "tiny", "shape": (2, 3), "old": 1})
+  checkpoint.check_identity(tmp_path / "run", {"shape": [2, 3], "model": "tiny", "old": 1})
+  with pytest.raises(checkpoint.CheckpointError) as e:
+    checkpoint.check_identity(tmp_path / "run", {"model": "base", "shape": [2, 3], "new": None})
+  assert e.value.exit_code == 78
+  assert str(e.value).splitlines()[1:] == [
+    '  model: was "tiny", now "base"',
+    "  new: was absent, now null",
+    "  old: was 1, now absent",
+  ]
+  assert "another --workdir" in str(e.value)
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+  path = tmp_path / "x.json"
+  checkpoint.atomic_write(path, json.dumps([1]))
+  checkpoint.atomic_write(path, "é")
+  assert path.read_text(encoding="utf-8") == "é"
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_params_digest_sees_values_paths_and_dtypes_but_not_placement():
+  class Pair(NamedTuple):
+    a: jax.Array
+    b: jax.Array
+
+  tree = {"a": jnp.arange(16.0), "b": jnp.ones((), jnp.bfloat16)}
+  digest = checkpoint.params_digest(tree)
+  mesh = sharding.make_mesh("fsdp:8")
+  placed = {**tree, "a": jax.device_put(tree["a"], NamedSharding(mesh, P("fsdp")))}
+  assert checkpoint.params_digest(placed) == digest
+  assert checkpoint.params_digest(Pair(**tree)) == digest
+  others = [
+    {**tree, "a": tree["a"].at[3].set(-3.0)},
+    {**tree, "a": tree["a"].reshape(4, 4)},
+    {**tree, "b": jnp.ones((), jnp.float16)},
+    {"c": tree["a"], "b": tree["b"]},
+  ]
+  assert len({digest, *map(checkpoint.params_digest, others)}) == 5

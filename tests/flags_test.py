@@ -1,0 +1,384 @@
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+from typing import Any, Literal
+
+import pytest
+from absl import app
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+from rlhf_jax import flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+  """What all share.
+
+  Attributes:
+    seed: Of everything random.
+    steps: Number of updates, of which every
+      one counts: warm-up too.
+
+  And more.
+  """
+
+  seed: int = 0
+  steps: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class DPO:
+  """Attributes:
+  beta: Strength of the implied KL penalty; larger stays
+    closer to the reference.
+  loss: Link function.
+  """
+
+  beta: float = 0.1
+  loss: Literal["sigmoid", "ipo"] = "sigmoid"
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    if self.beta <= 0:
+      raise ValueError(f"beta must be positive, got {self.beta}; 0.1 is usual")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Common):
+  """The options.
+
+  Attributes:
+    shuffle (bool): Whether batches come in random order.
+    name: Of the run.
+  """
+
+  shuffle: bool = True
+  name: str = "run"
+  max_length: int | None = None
+  lr: float | None = 1e-3
+  cache: bool | None = None
+  layers: tuple[int, ...] = (2, 3)
+  tags: tuple[str, ...] = ()
+  level: Literal[1, 2] = 1
+  dpo: DPO = DPO(beta=0.25)
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f"steps must be at least 1, got {self.steps}")
+    if self.name == "both":
+      raise ValueError("dpo.loss ipo cannot go with name")
+    if self.name == "odd":
+      raise ValueError("this is odd")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+  """PPO.
+
+  Attributes:
+    kl_coef: Of the penalty.
+  """
+
+  kl_coef: float = 0.1
+
+  def __post_init__(self):
+    if self.kl_coef < 0:
+      raise ValueError("kl_coef must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPORun(Common):
+  """A run of PPO."""
+
+  ppo: PPO = PPO()
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Common):
+  """Several runs."""
+
+  ppo: PPORun = PPORun(steps=7)
+
+
+def values(cls=Config, *args: str, **kwargs) -> Any:
+  flag_values = absl_flags.FlagValues()
+  build = flags.define(cls, flag_values=flag_values, **kwargs)
+  flags.parse(["prog", *args], flag_values)
+  return build()
+
+
+def registry(cls=Config, **kwargs) -> absl_flags.FlagValues:
+  flag_values = absl_flags.FlagValues()
+  flags.define(cls, flag_values=flag_values, **kwargs)
+  return flag_values
+
+
+def test_defaults_are_those_of_the_dataclass():
+  assert values() == Config()
+  assert values(Config, defaults=Config(steps=3, dpo=DPO(beta=9.0))).dpo.beta == 9.0
+  assert values(DPO, "--d.beta=2", prefix="d").beta == 2.0
+
+
+def test_every_type_is_read():
+  assert values(
+    Config,
+    "--steps=3",
+    "--noshuffle",
+    "--name=",
+    "--max_length",
+    "5",
+    "--lr=none",
+    "--cache=false",
+    "--layers=4, 5",
+    "--tags=a,b",
+    "--level=2",
+    "--dpo.beta=1e-2",
+    "--dpo.loss=ipo",
+  ) == Config(0, 3, False, "", 5, None, False, (4, 5), ("a", "b"), 2, DPO(0.01, "ipo"))
+  assert values(Config, "--layers=").layers == ()
+  assert type(values(DPO, "--beta=1").beta) is float
+
+
+def test_repeated_name_is_written_once():
+  chain = values(Chain, "--ppo.kl_coef=0.5", "--steps=1")
+  assert (chain.steps, chain.ppo.steps, chain.ppo.ppo.kl_coef) == (1, 7, 0.5)
+  with pytest.raises(flags.UsageError, match=r"^--ppo.kl_coef must not be negative"):
+    values(Chain, "--ppo.kl_coef=-1")
+
+  @dataclasses.dataclass(frozen=True)
+  class Clash(Chain):
+    ppo: Any = None
+
+  Clash.__annotations__["ppo"] = dataclasses.make_dataclass(
+    "Inner", [("kl_coef", float, 0.0), ("ppo", PPO, PPO())], frozen=True
+  )
+  with pytest.raises(
+    ValueError, match=r"ppo.kl_coef and ppo.ppo.kl_coef would both be --ppo.kl_coef"
+  ):
+    registry(Clash, defaults=Clash(ppo=Clash.__annotations__["ppo"]()))
+
+
+def test_help_comes_from_the_docstrings():
+  found = registry()
+  assert {name: found[name].help for name in ("seed", "steps", "shuffle", "dpo.beta")} == {
+    "seed": "Of everything random.",
+    "steps": "Number of updates, of which every one counts: warm-up too.",
+    "shuffle": "Whether batches come in random order.",
+    "dpo.beta": "Strength of the implied KL penalty; larger stays closer to the reference.",
+  }
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    ("--dpo.beta=-1", "--dpo.beta must be positive, got -1.0; 0.1 is usual"),
+    ("--steps=0", "--steps must be at least 1, got 0"),
+    ("--name=both", "--dpo.loss ipo cannot go with name"),
+    ("--name=odd", "this is odd"),
+    ("--dpo.beta=nan", "flag --dpo.beta=nan: must be a finite number"),
+    ("--lr=-inf", "flag --lr=-inf: must be a finite number"),
+    ("--lr=1e999", "flag --lr=1e999: must be a finite number"),
+    ("--steps=1.5", "flag --steps=1.5: invalid literal for int()"),
+    ("--steps=", "flag --steps=: invalid literal"),
+    ("--steps", "Missing value for flag --steps"),
+    ("--max_length=never", "flag --max_length=never: invalid literal"),
+    ("--layers=1,x", "flag --layers=1,x: invalid literal"),
+    ("--dpo.loss=hinge", "flag --dpo.loss=hinge: must be one of sigmoid, ipo"),
+    ("--level=3", "flag --level=3: must be one of 1, 2"),
+    ("--shuffle=maybe", "flag --shuffle=maybe: "),
+    ("--name=a\x1b[0m", "flag --name=a\x1b[0m: must be printable"),
+    ("--dpo.btea=1", "Unknown command line flag 'dpo.btea'. Did you mean: dpo.beta ?"),
+    ("--steps=1|--steps=1", "--steps is given 2 times; keep one"),
+    ("--steps|1|-steps|2", "--steps is given 2 times"),
+    ("--shuffle|--noshuffle", "--shuffle is given 2 times"),
+    ("--shuffle|False", "stray word 'False': write --noshuffle or --shuffle=false"),
+    ("--shuffle|true|--steps=5", "stray word 'true': write --shuffle"),
+    ("lr=5", "stray word 'lr=5': write --lr=5"),
+    ("steps|5", "stray word 'steps': write --steps=VALUE"),
+    ("train|--steps=5", "stray word 'train': flags are written --name=value"),
+    ("--name=a|b", "stray word 'b': flags are written --name=value (quote"),
+    ("--|--steps=5", "stray word '--steps=5'"),
+    ("-|x", "stray word '-'"),
+  ],
+)
+def test_bad_command_lines_are_refused(args, message):
+  with pytest.raises((flags.UsageError, absl_flags.Error)) as e:
+    values(Config, *args.split("|"))
+  assert str(e.value).startswith(message)
+  if isinstance(e.value, app.UsageError):
+    assert e.value.exitcode == 64
+
+
+def test_bad_definitions_are_refused():
+  def field(kind, default):
+    return dataclasses.make_dataclass("C", [("x", kind, default)], frozen=True)
+
+  for cls, error, words in (
+    (dataclasses.make_dataclass("C", [("x", int, 1)]), TypeError, "C must be a frozen dataclass"),
+    (field(dict, None), TypeError, "--x: a flag cannot hold <class 'dict'>"),
+    (field(int | str, 1), TypeError, "--x: a flag cannot hold"),
+    (field(tuple[int, int], (1, 2)), TypeError, "--x: a flag cannot hold"),
+    (field(float, float("nan")), ValueError, "the default of flag --x=nan: must be a finite"),
+    (field(tuple[str, ...], ("a,b",)), ValueError, "would be read back as"),
+    (field(str, "a\n"), ValueError, "must be printable"),
+    (field(str | None, "none"), ValueError, "would be read back as None"),
+  ):
+    with pytest.raises(error, match=words.replace("(", r"\(")):
+      registry(cls)
+
+
+def test_field_without_default_is_required():
+  cls = dataclasses.make_dataclass("C", [("workdir", str), ("dpo", DPO)], frozen=True)
+  with pytest.raises(absl_flags.IllegalFlagValueError, match="--workdir must have a value"):
+    values(cls)
+  assert values(cls, "--workdir=w").workdir == "w"
+
+
+def test_flagfile_replays_the_run_and_can_be_overridden(tmp_path):
+  args = ["--steps=3", "--lr=none", "--noshuffle", "--name=a b", "--dpo.beta=0.1", "--tags=x,y"]
+  flag_values = absl_flags.FlagValues()
+  build = flags.define(Config, flag_values=flag_values)
+  flags.parse(["prog", *args], flag_values)
+  path = tmp_path / "run" / "flags"
+  flags.save_flags(path, flag_values)
+  assert [p.name for p in path.parent.iterdir()] == ["flags"]
+  assert "--max_length=none\n" in path.read_text()
+  assert values(Config, f"--flagfile={path}") == build()
+  # A later change of a default changes nothing.
+  assert values(Config, "--flagfile", str(path), defaults=Config(seed=5)) == build()
+  assert values(Config, f"--flagfile={path}", "--steps=4").steps == 4
+  with pytest.raises(flags.UsageError, match="--steps is given 2 times"):
+    values(Config, "--steps=4", f"--flagfile={path}", "--steps=5")
+
+
+def test_to_dict_is_plain_json():
+  config = Config(tags=("a",))
+  assert json.loads(json.dumps(flags.to_dict(config))) == flags.to_dict(config)
+  assert flags.to_dict(config)["dpo"] == {"beta": 0.25, "loss": "sigmoid", "label_smoothing": 0.0}
+  assert flags.to_dict(config)["layers"] == [2, 3]
+
+
+def test_flagsaver_overrides_values():
+  flag_values = absl_flags.FLAGS
+  build = flags.define(Config, prefix="flags_test")
+  try:
+    if not flag_values.is_parsed():
+      flag_values.mark_as_parsed()
+    with flagsaver.flagsaver(**{"flags_test.dpo.beta": 0.5}):
+      assert build().dpo.beta == 0.5
+    with flagsaver.as_parsed(**{"flags_test.tags": "a,b"}):
+      assert build().tags == ("a", "b")
+    assert build() == Config()
+  finally:
+    for name in [name for name in flag_values if name.startswith("flags_test.")]:
+      delattr(flag_values, name)
+
+
+_FATAL = "FATAL Flags parsing error:"
+_SCRIPT = '''
+"""Trains a toy to 98 % of nothing.
+
+  python toy.py --workdir=DIR
+"""
+
+import dataclasses
+
+from absl import flags as absl_flags
+
+from rlhf_jax import flags
+{dataclasses}
+_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where the run lives.")
+config = flags.define(Config)
+
+
+class DiskFull(Exception):
+  exit_code = 74
+
+
+def main(argv):
+  print(argv[1:], config().dpo.beta)
+  if config().steps == 74:
+    raise DiskFull("no space")
+  if config().steps == 99:
+    raise RuntimeError("a bug")
+  flags.save_flags(_WORKDIR.value + "/flags")
+
+
+if __name__ == "__main__":
+  flags.run(main)
+'''
+_DATACLASSES = '''
+@dataclasses.dataclass(frozen=True)
+class DPO:
+  beta: float = 0.1
+
+  def __post_init__(self):
+    if self.beta <= 0:
+      raise ValueError("beta must be positive")
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options.
+
+  Attributes:
+    steps: Number of updates.
+  """
+  steps: int = 10
+  shuffle: bool = True
+  dpo: DPO = DPO()
+'''
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory, repository):
+  path = tmp_path_factory.mktemp("script") / "toy.py"
+  path.write_text(_SCRIPT.format(dataclasses=_DATACLASSES).lstrip())
+
+  def run(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(path), *args]
+    env = os.environ | {"PYTHONPATH": str(repository)}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+  return run
+
+
+def test_script_help_lists_its_own_flags(script):
+  out = script("--help").stdout
+  assert out.startswith("Trains a toy to 98 % of nothing.\n")
+  assert "  --steps: Number of updates.\n    (default: '10')\n    (an integer)\n" in out
+  assert "  --[no]shuffle: " in out
+  assert "  --workdir: Where the run lives.\n" in out
+  assert "--verbosity" not in out
+  assert textwrap.dedent(out).count("--dpo.beta:") == 1
+
+
+@pytest.mark.parametrize(
+  "args, code, last_line",
+  [
+    ("--dpo.beta=-1", 64, "--dpo.beta must be positive"),
+    ("--shuffle False", 64, "stray word 'False': write --noshuffle or --shuffle=false"),
+    ("--steps=1 --steps=2", 64, "--steps is given 2 times; keep one"),
+    ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
+    ("--stesp=3", 1, f"{_FATAL} Unknown command line flag 'stesp'. Did you mean: steps ?"),
+    ("--steps=74", 74, "DiskFull: no space"),
+    ("--steps=99", 1, "RuntimeError: a bug"),
+  ],
+)
+def test_script_exit_codes(script, args, code, last_line):
+  result = script(*args.split())
+  assert result.returncode == code
+  assert result.stderr.splitlines()[-1] == last_line
+  assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)
+
+
+def test_script_flags_replay(script, tmp_path):
+  first = script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
+  assert (first.returncode, first.stdout) == (0, "[] 0.5\n"), first.stderr
+  lines = pathlib.Path(tmp_path, "flags").read_text().splitlines()
+  assert lines == ["--dpo.beta=0.5", "--shuffle=true", "--steps=10", f"--workdir={tmp_path}"]
+  assert script(f"--flagfile={tmp_path}/flags").stdout == first.stdout

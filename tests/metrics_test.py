@@ -1,0 +1,272 @@
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics
+
+
+def _write(path, steps, resume_step=None):
+  writer = metrics.JsonlWriter(path, resume_step=resume_step)
+  for step in steps:
+    writer.write(step, {"loss": float(step)})
+  writer.close()
+
+
+def _steps(path):
+  return [row["step"] for row in metrics.read_metrics(path)]
+
+
+def test_lines_are_strict_json_with_step_first(tmp_path):
+  path = tmp_path / "run" / "metrics.jsonl"
+  writer = metrics.JsonlWriter(path, resume_step=None)
+  writer.write(3, {"loss": jnp.float32(0.1), "tokens": 512, "x": np.float64(2.5)})
+  writer.close()
+  assert path.read_text() == '{"step": 3, "loss": 0.10000000149011612, "tokens": 512, "x": 2.5}\n'
+  assert metrics.read_metrics(path) == [
+    {"step": 3, "loss": np.float32(0.1), "tokens": 512, "x": 2.5}
+  ]
+
+
+def test_a_line_is_in_the_file_before_the_next_is_written(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  writer = metrics.JsonlWriter(path, resume_step=None)
+  for step in range(3):
+    writer.write(step, {"loss": 1.0})
+    assert _steps(path) == list(range(step + 1))
+  writer.close()
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  code = (
+    "import os, sys; from rlhf_jax import metrics\n"
+    "writer = metrics.JsonlWriter(sys.argv[1], resume_step=None)\n"
+    "for step in range(5): writer.write(step, {'loss': 1.0})\n"
+    "os.kill(os.getpid(), 9)"
+  )
+  assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
+  assert _steps(path) == [0, 1, 2, 3, 4]
+
+
+def test_non_finite_values_survive(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  writer = metrics.JsonlWriter(path, resume_step=None)
+  writer.write(1, {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf)})
+  writer.close()
+
+  def refuse(name):
+    raise AssertionError(f"{name} is not JSON")
+
+  raw = json.loads(path.read_text(), parse_constant=refuse)
+  assert raw == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+  (row,) = metrics.read_metrics(path)
+  assert math.isnan(row["a"]) and row["b"] == math.inf and row["c"] == -math.inf
+
+
+@pytest.mark.parametrize(
+  "resume_step, kept", [(None, []), (0, [0]), (3, [0, 1, 2, 3]), (9, range(6))]
+)
+def test_resume_drops_the_steps_after_the_checkpoint(tmp_path, resume_step, kept):
+  path = tmp_path / "metrics.jsonl"
+  _write(path, range(6))
+  _write(path, [100], resume_step)
+  assert _steps(path) == [*kept, 100]
+
+
+def test_resume_without_a_file_starts_one(tmp_path):
+  _write(tmp_path / "metrics.jsonl", [5], resume_step=4)
+  assert _steps(tmp_path / "metrics.jsonl") == [5]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lo', b'{"step": 3, "loss": 1.0}', b'{"a": "\xc3'])
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+  path = tmp_path / "metrics.jsonl"
+  _write(path, range(3))
+  with open(path, "ab") as file:
+    file.write(torn)
+  assert _steps(path) == [0, 1, 2]
+  _write(path, [3], resume_step=3)
+  assert _steps(path) == [0, 1, 2, 3]
+
+
+def test_an_unreadable_line_is_named_by_the_reader_and_dropped_on_resume(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  _write(path, range(2))
+  with open(path, "ab") as file:
+    file.write(b'{"step": 2, "lo{"step": 3}\n[1]\n{"loss": 1}\n{"step": 4, "loss": null}\n')
+  with pytest.raises(ValueError, match=r"metrics\.jsonl:3: "):
+    metrics.read_metrics(path)
+  _write(path, [5], resume_step=9)
+  assert _steps(path) == [0, 1, 5]
+
+
+@pytest.mark.parametrize("value", [jnp.zeros(2), "0.5", None, 1j, {}])
+def test_a_value_that_is_not_a_number_is_refused_by_name(tmp_path, value):
+  writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
+  with pytest.raises(TypeError, match="'reward/mean'"):
+    writer.write(1, {"loss": 1.0, "reward/mean": value})
+  writer.close()
+  assert _steps(tmp_path / "metrics.jsonl") == []  # Not even a part of the line.
+
+
+def test_a_metric_called_step_is_refused(tmp_path):
+  writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
+  with pytest.raises(ValueError, match="'step'"):
+    writer.write(1, {"step": 2.0})
+  writer.close()
+
+
+def test_a_bucket_object_is_rewritten_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+  # A local file stands in for the object; what is tested is when it is replaced.
+  now = [0.0]
+  monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  path = tmp_path / "metrics.jsonl"
+  _write(path, range(3))
+  writer = metrics.JsonlWriter(path, resume_step=1)
+  writer.write(2, {"loss": 0.0})
+  assert _steps(path) == [0, 1]
+  now[0] = 31.0
+  writer.write(3, {"loss": 0.0})
+  assert _steps(path) == [0, 1, 2, 3]
+  writer.write(4, {"loss": 0.0})
+  assert _steps(path) == [0, 1, 2, 3]
+  writer.close()
+  assert _steps(path) == [0, 1, 2, 3, 4]
+
+
+def test_is_remote():
+  assert metrics.is_remote("gs://bucket/run") and not metrics.is_remote("runs/dpo")
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  metrics.write_atomic(path, "old")
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(metrics.os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    metrics.write_atomic(path, "new")
+  assert path.read_text() == "old"
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class _List:
+  def __init__(self, fail=False):
+    self.rows, self.fail, self.closed, self.calls = [], fail, False, 0
+
+  def write(self, step, scalars):
+    self.calls += 1
+    if self.fail:
+      raise RuntimeError("dashboard is down")
+    self.rows.append((step, dict(scalars)))
+
+  def close(self):
+    self.closed = True
+
+
+def test_a_failing_tracker_is_switched_off_and_the_others_go_on():
+  record, broken, fine = _List(), _List(fail=True), _List()
+  writer = metrics.CompositeWriter([record, broken, fine])
+  writer.write(1, {"loss": 1.0})
+  writer.write(2, {"loss": 2.0})
+  writer.close()
+  assert record.rows == fine.rows == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
+  assert broken.calls == 1 and record.closed and fine.closed
+
+
+def test_a_failing_record_stops_the_run():
+  other = _List()
+  with pytest.raises(RuntimeError, match="down"):
+    metrics.CompositeWriter([_List(fail=True), other]).write(1, {"loss": 1.0})
+  assert not other.rows
+
+
+def test_composite_writer_needs_a_writer():
+  with pytest.raises(ValueError, match="at least one"):
+    metrics.CompositeWriter([])
+
+
+def test_make_writer_always_writes_jsonl(tmp_path):
+  writer = metrics.make_writer(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  writer.close()
+  assert _steps(tmp_path / "metrics.jsonl") == [1]
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  writer = metrics.make_writer(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  writer.close()
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path):
+  with pytest.raises(ValueError, match=r"'wndb': choose from tensorboard, trackio, wandb"):
+    metrics.make_writer(tmp_path, ["wndb"])
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "tracker, package, extra",
+  [
+    ("tensorboard", "tensorboardX", "track"),
+    ("wandb", "wandb", "wandb"),
+    ("trackio", "trackio", "trackio"),
+  ],
+)
+def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch, tracker, package, extra):
+  monkeypatch.setitem(sys.modules, package, None)  # Makes the import fail.
+  with pytest.raises(ImportError, match=rf"pip install 'rlhf_jax\[{extra}\]'"):
+    metrics.make_writer(tmp_path, [tracker])
+  assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_writes_event_files(tmp_path):
+  pytest.importorskip("tensorboardX")
+  writer = metrics.make_writer(tmp_path, ["tensorboard"], resume_step=3)
+  writer.write(4, {"loss": 1.0})
+  writer.close()
+  (events,) = (tmp_path / "tensorboard").iterdir()
+  assert b"loss" in events.read_bytes()
+
+
+class _FakeTracker:
+  """Stands in for wandb and trackio, whose `init` returns a run with `log` and `finish`."""
+
+  def __init__(self):
+    self.settings, self.rows, self.finished = [], [], 0
+
+  def init(self, **settings):
+    self.settings.append(settings)
+    return self
+
+  def log(self, row, step):
+    self.rows.append((step, row))
+
+  def finish(self):
+    self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_dashboards_get_rows_and_settings_and_keep_the_run_on_resume(tmp_path, monkeypatch, name):
+  fake = _FakeTracker()
+  monkeypatch.setitem(sys.modules, name, fake)
+  for resume_step in (None, 1):
+    writer = metrics.make_writer(tmp_path, [name], resume_step=resume_step, config={"seed": 1})
+    writer.write(2, {"loss": jnp.float32(0.5)})
+    writer.close()
+  assert fake.rows == [(2, {"loss": 0.5})] * 2 and fake.finished == 2
+  first, second = fake.settings
+  assert first == second
+  assert first["name"] == tmp_path.name and first["config"] == {"seed": 1}
+  assert first["resume"] == "allow"

@@ -10,11 +10,12 @@ continues where it was stopped.
 """
 
 import dataclasses
-import json
-import pathlib
 
-from experiments import common, evaluate, ppo, reward_model, sft
-from rlhf_jax import flags, loop, reporting
+from experiments import evaluate, ppo, reward_model, sft
+from experiments.ppo import Config as PPOStage
+from experiments.reward_model import Config as RewardModelStage
+from experiments.sft import Config as SFTStage
+from rlhf_jax import checkpoint, flags, loop, metrics, reporting
 from rlhf_jax.data import DataConfig
 
 
@@ -22,19 +23,21 @@ from rlhf_jax.data import DataConfig
 class Config:
   """The three stages. `--sft.steps`, `--ppo.kl_coef` and so on change one of them."""
 
-  sft: sft.Config = sft.Config()
-  reward_model: reward_model.Config = reward_model.Config()
-  ppo: ppo.Config = ppo.Config()
+  sft: SFTStage = SFTStage()
+  reward_model: RewardModelStage = RewardModelStage()
+  ppo: PPOStage = PPOStage()
 
   def __post_init__(self):
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by the chain; leave it empty")
+    if self.ppo.reward != PPOStage().reward:
+      raise ValueError("ppo.reward is set by the chain: PPO is trained on the reward model")
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the stages that have not finished, then compares; returns summary.json."""
-  workdir = pathlib.Path(session.workdir)
+  workdir = checkpoint.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed_offset):
     # Each stage draws its own rows of the built-in task.
@@ -75,5 +78,29 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     "ppo/length": judged["length"],
   }
   show(summary)
+  runs = {
+    name: metrics.read_metrics(workdir / name / "metrics.jsonl")
+    for name in ("sft", "reward_model", "ppo")
+  }
+  for name, rows in runs.items():
+    reporting.save_panels({name: rows}, workdir / "plots" / name)
   reporting.write_summary(workdir, summary)
   return summary
+
+
+def show(summary: dict[str, float]) -> None:
+  """The table at the end of the chain."""
+  reporting.show_summary(
+    "The chain, on held-out prompts",
+    {
+      "gold reward": {"SFT": summary["sft/gold_reward"], "PPO": summary["ppo/gold_reward"]},
+      "win rate against SFT": {"SFT": 0.5, "PPO": summary["ppo/win_rate"]},
+      "KL to SFT, nats": {"SFT": 0.0, "PPO": summary["ppo/kl"]},
+      "length, tokens": {"SFT": summary["sft/length"], "PPO": summary["ppo/length"]},
+      "reward model accuracy": {"reward model": summary["reward_model/accuracy"]},
+    },
+  )
+
+
+if __name__ == "__main__":
+  flags.run_script(train, loop.Session, Config)

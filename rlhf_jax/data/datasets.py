@@ -195,6 +195,21 @@ def load(
   return _finish(kind, train_part, padded), _finish(kind, heldout_part, padded)
 
 
+def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
+  """Prompts given directly, as a data set for `eval_batches`.
+
+  Raises:
+    DataError: A prompt is empty.
+  """
+  for i, text in enumerate(texts):
+    if not text.strip():
+      raise DataError(f"prompt {i} is empty; write something to answer")
+  examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
+  rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
+  padded = max(len(example["prompt"]) for example in examples)
+  return _finish("prompts", _Part(examples, rows, list(texts), np.zeros((0, 2)), {}), padded)
+
+
 def batches(
   dataset: Dataset,
   batch_size: int,

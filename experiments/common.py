@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import checkpoint, data, generation, loop, reporting, rewards, sharding, simulation
+from rlhf_jax import (
+  checkpoint,
+  data,
+  flags,
+  generation,
+  loop,
+  reporting,
+  rewards,
+  sharding,
+  simulation,
+)
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
@@ -51,6 +61,32 @@ class ModelOptions:
       raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardOptions:
+  """What responses are judged by; give one of the two.
+
+  Attributes:
+    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer.
+    name: Name of a Python reward in rlhf_jax.rewards.REWARDS, such as sentiment or gold.
+  """
+
+  path: str = ""
+  name: str = ""
+
+  def __post_init__(self):
+    if self.path and self.name:
+      raise ValueError("name and path are both given; keep one")
+    if self.name and self.name not in rewards.REWARDS:
+      known = ", ".join(sorted(rewards.REWARDS))
+      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+
+  def require(self) -> None:
+    """Refuses options that name no reward."""
+    if not (self.path or self.name):
+      known = ", ".join(sorted(rewards.REWARDS))
+      raise flags.UsageError(f"no reward: give --reward.path=DIR or --reward.name, one of {known}")
+
+
 def model_folder(path: str) -> pathlib.Path | None:
   """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
   if not path:
@@ -70,7 +106,7 @@ def model_folder(path: str) -> pathlib.Path | None:
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
   """The folder to start from, given by one of two flags."""
   if options.path and init_from:
-    raise ValueError("give either --init_from or --model.path, not both")
+    raise flags.UsageError("--init_from and --model.path are both given; keep one")
   return model_folder(init_from or options.path)
 
 
@@ -98,6 +134,7 @@ def open_model(
       kv_heads=options.heads,
       head_dim=options.width // options.heads,
       mlp_width=options.mlp_width,
+      init_std=options.width**-0.5,  # Narrow models learn to copy much sooner than from 0.02.
     )
   else:
     config, _ = hf.parse_config(folder)
@@ -134,6 +171,22 @@ def open_reward_model(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
   return open_model(run, options, folder, tokenizer, "scalar")
+
+
+def reward_fn(
+  run: loop.Run,
+  options: RewardOptions,
+  model_options: ModelOptions,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+) -> rewards.RewardFn:
+  """The reward that the options name, for responses to these prompts."""
+  options.require()
+  if options.path:
+    model, params = open_reward_model(run, options.path, model_options, tokenizer)
+    return rewards.model_reward(model.apply, params)
+  function = rewards.REWARDS[options.name]
+  return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
 
 
 def place_state(

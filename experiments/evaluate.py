@@ -13,8 +13,7 @@ import dataclasses
 import functools
 
 from experiments import common
-from experiments.ppo import RewardOptions
-from rlhf_jax import data, flags, loop, reporting, rewards
+from rlhf_jax import data, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -35,7 +34,7 @@ class Config:
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=48)
-  reward: RewardOptions = RewardOptions(name="gold")
+  reward: common.RewardOptions = common.RewardOptions()
 
 
 def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
@@ -44,22 +43,18 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
   baseline_folder = common.model_folder(config.baseline)
   tokenizer = common.open_tokenizer(policy_folder, config.data.end_token)
   if common.open_tokenizer(baseline_folder, config.data.end_token).digest != tokenizer.digest:
-    raise ValueError("--policy and --baseline have different tokenizers: no KL between them")
+    raise flags.UsageError("--policy and --baseline have different tokenizers: no KL between them")
   _, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     model, params = common.open_model(run, config.model, policy_folder, tokenizer)
     base_model, base_params = common.open_model(run, config.model, baseline_folder, tokenizer)
     if base_model.config != model.config:
-      raise ValueError("--policy and --baseline have different architectures")
-    if config.reward.path:
-      critic, critic_params = common.open_reward_model(
-        run, config.reward.path, config.model, tokenizer
+      raise flags.UsageError("--policy and --baseline have different architectures")
+    reward_fns = common.gold_rewards(config.data, heldout, tokenizer)
+    if config.reward != common.RewardOptions() or not reward_fns:
+      reward_fns["reward"] = common.reward_fn(
+        run, config.reward, config.model, tokenizer, heldout
       )
-      reward_fn = rewards.model_reward(critic.apply, critic_params)
-    else:
-      function = rewards.REWARDS[config.reward.name]
-      reward_fn = rewards.text_reward(function, heldout.rows, tokenizer.batch_decode)
-    name = config.reward.name or "reward"
     sample = functools.partial(
       common.sample_heldout,
       run,
@@ -67,7 +62,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
       dataset=heldout,
       tokenizer=tokenizer,
       config=config.sampling,
-      reward_fns={name: reward_fn} | common.gold_rewards(config.data, heldout, tokenizer),
+      reward_fns=reward_fns,
       ref_params=base_params,
       batch_size=config.batch_size,
     )

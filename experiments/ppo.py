@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop, reporting, rewards
+from rlhf_jax import data, flags, generation, loop, reporting
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -29,26 +29,6 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import actor_critic, zero_scores
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
 from rlhf_jax.types import TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardOptions:
-  """What is maximised; give one of the two.
-
-  Attributes:
-    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer.
-    name: Name of a Python reward in rlhf_jax.rewards.REWARDS, such as sentiment or gold.
-  """
-
-  path: str = ""
-  name: str = ""
-
-  def __post_init__(self):
-    if bool(self.path) == bool(self.name):
-      raise ValueError("path or name must be given, and not both: where does the reward come from?")
-    if self.name and self.name not in rewards.REWARDS:
-      known = ", ".join(sorted(rewards.REWARDS))
-      raise ValueError(f"name must be one of {known}, got {self.name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +42,7 @@ class Config(loop.RunConfig):
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=48)
-  reward: RewardOptions = RewardOptions(name="gold")
+  reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="constant")
   value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant")
@@ -94,6 +74,7 @@ class PPOState(NamedTuple):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
+  config.reward.require()
   folder = common.source_folder(config.model, config.init_from)
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
@@ -102,9 +83,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       run, "ppo", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
-    reward_fn, heldout_reward_fn, critic, critic_params = open_reward(
-      run, config, folder, tokenizer, train_set, heldout
-    )
+    critic, critic_params = open_critic(run, config, folder, tokenizer)
+    reward_of = functools.partial(common.reward_fn, run, config.reward, config.model, tokenizer)
+    reward_fn = reward_of(train_set)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
 
     apply_fn = actor_critic(model, critic)
@@ -142,8 +123,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     update = ppo.make_ppo_step(apply_fn, tx, config.ppo, temperature=temperature)
 
     def iteration(state: PPOState, prompts: data.PromptBatch, key: jax.Array):
+      policy = jax.block_until_ready(state.train.params["policy"])
       start = time.monotonic()
-      policy = state.train.params["policy"]
       sample_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.train.step)
       rollout = jax.block_until_ready(
         generate(policy, prompts.tokens, prompts.mask, prompts.prompt_id, sample_key)
@@ -180,7 +161,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       dataset=heldout,
       tokenizer=tokenizer,
       config=config.sampling,
-      reward_fns={"reward": heldout_reward_fn}
+      reward_fns={"reward": reward_of(heldout)}
       | common.gold_rewards(config.data, heldout, tokenizer),
       ref_params=ref_params,
     )
@@ -224,16 +205,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   return summary
 
 
-def open_reward(run, config, folder, tokenizer, train_set, heldout):
-  """Reward functions over training and held-out prompts, and the critic with its first params."""
+def open_critic(run, config, folder, tokenizer):
+  """The critic with its first params: the reward model, or else the policy with a head of zeros."""
   if config.reward.path:
-    critic, params = common.open_reward_model(run, config.reward.path, config.model, tokenizer)
-    score = rewards.model_reward(critic.apply, params)
-    return score, score, critic, params
-  function = rewards.REWARDS[config.reward.name]
+    return common.open_reward_model(run, config.reward.path, config.model, tokenizer)
   critic, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-  of_rows = lambda rows: rewards.text_reward(function, rows, tokenizer.batch_decode)  # noqa: E731
-  return of_rows(train_set.rows), of_rows(heldout.rows), critic, zero_scores(params)
+  return critic, zero_scores(params)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ continues where it was stopped.
 
 import dataclasses
 
-from experiments import evaluate, ppo, reward_model, sft
+from experiments import common, evaluate, ppo, reward_model, sft
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -51,7 +51,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   of_reward = stage(
     "reward_model", reward_model.train, dataclasses.replace(config.reward_model, init_from=start), 2
   )
-  options = ppo.RewardOptions(path=str(workdir / "reward_model"))
+  options = common.RewardOptions(path=str(workdir / "reward_model"))
   stage(
     "ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3
   )

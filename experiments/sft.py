@@ -27,8 +27,8 @@ from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
 class Config(loop.RunConfig):
   """Supervised fine-tuning."""
 
-  steps: int = 300
-  batch_size: int = 64
+  steps: int = 600
+  batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()

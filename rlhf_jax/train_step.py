@@ -154,12 +154,16 @@ def gradients(
     weight = metrics.get("weight", jnp.ones(()))
     return jax.tree.map(lambda t, g: t + weight * g, total, grads), metrics
 
-  zero = jax.tree.map(jnp.zeros_like, params)
+  # Summed in float32: params may be bfloat16.
+  zero = jax.tree.map(
+    lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
+  )
   parts = _split_rows(batch, microbatches)
   total, metrics = jax.lax.scan(accumulate, zero, (jnp.arange(microbatches), parts))
   weight = jnp.sum(metrics["weight"]) if "weight" in metrics else jnp.float32(microbatches)
   scale = 1 / jnp.maximum(weight, 1e-9)
-  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), total), merge_metrics(metrics)
+  grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), total, params)
+  return grads, merge_metrics(metrics)
 
 
 def update(

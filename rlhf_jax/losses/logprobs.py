@@ -33,7 +33,8 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
   logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
-  vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+  # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
+  vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   hit = vocabulary == targets[..., None]
   return jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 

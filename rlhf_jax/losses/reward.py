@@ -108,6 +108,7 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
     Moments of both.
   """
   chex.assert_rank([x, mask], 1)
+  x = jnp.where(mask, x, 0.0)  # Before the square: its gradient would multiply a NaN by 0.
   added = jnp.sum(mask).astype(jnp.float32)
   count = moments.count + added
   mean = masked.masked_mean(x, mask)

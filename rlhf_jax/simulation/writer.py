@@ -6,7 +6,7 @@ from rlhf_jax.simulation import demands as demands_lib
 from rlhf_jax.simulation import grammar, world
 
 # Beta distribution of the skill of one text, from 0 (careless) to 1 (flawless).
-SKILL = (1.0, 3.0)
+SKILL = (2.0, 2.0)
 
 
 def _choose_aspects(demands, rng, slip) -> tuple[str, ...]:

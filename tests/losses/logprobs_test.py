@@ -1,0 +1,148 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax.losses import logprobs
+
+
+def log_softmax(logits):
+  """In float64."""
+  x = np.asarray(logits).astype(np.float64)
+  top = x.max(axis=-1, keepdims=True)
+  return x - top - np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+
+
+def random_logits(shape, scale=3.0, seed=0):
+  rng = np.random.default_rng(seed)
+  logits = (scale * rng.normal(size=shape)).astype(np.float32)
+  return logits, rng.integers(shape[-1], size=shape[:-1]).astype(np.int32)
+
+
+def pick(table, targets):
+  """Entry `targets[i]` of row i, one index at a time."""
+  return np.array([table[i][targets[i]] for i in np.ndindex(targets.shape)]).reshape(targets.shape)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 5, 7), (2, 3, 5, 7), (1, 1, 1)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_token_logprobs_match_float64(shape, scale):
+  logits, targets = random_logits(shape, scale)
+  result = logprobs.token_logprobs(logits, targets)
+  assert result.dtype == jnp.float32
+  np.testing.assert_allclose(result, pick(log_softmax(logits), targets), rtol=1e-6, atol=1e-6)
+
+
+def test_token_logprobs_keep_small_values_beside_large_logits():
+  logits = np.float32([[[100.0, 88.0]]])  # log p = -log(1 + e^-12) = -6.1e-6.
+  result = logprobs.token_logprobs(logits, np.zeros((1, 1), np.int32))
+  np.testing.assert_allclose(result, -np.log1p(np.exp(-12.0)), rtol=0.01)
+
+
+def test_token_logprobs_of_bfloat16_are_computed_in_float32():
+  logits, targets = random_logits((4, 512))
+  logits = jnp.asarray(logits, jnp.bfloat16)
+  result = logprobs.token_logprobs(logits, targets)
+  assert result.dtype == jnp.float32
+  np.testing.assert_allclose(result, pick(log_softmax(logits), targets), rtol=1e-6, atol=1e-6)
+  # Were a softmax taken in bfloat16, the probability of a sequence would be off by per cents.
+  assert jax.grad(lambda x: logprobs.token_logprobs(x, targets).sum())(logits).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.uint32])
+def test_token_logprobs_accept_narrow_token_types(dtype):
+  logits, targets = random_logits((4, 300))
+  targets %= 100  # Fits every type, though the vocabulary does not.
+  result = logprobs.token_logprobs(logits, targets.astype(dtype))
+  np.testing.assert_allclose(result, pick(log_softmax(logits), targets), rtol=1e-6, atol=1e-6)
+
+
+def test_token_logprobs_gradient_is_one_hot_minus_softmax():
+  logits, targets = random_logits((3, 5, 7))
+  grad = jax.grad(lambda x: jnp.sum(logprobs.token_logprobs(x, targets)))(logits)
+  want = np.eye(7)[targets] - np.exp(log_softmax(logits))
+  np.testing.assert_allclose(grad, want, atol=1e-6)
+
+
+def test_token_logprobs_with_excluded_tokens():
+  logits, targets = random_logits((6, 9))
+  excluded = (np.arange(9) + 1) % 9 == targets[:, None]
+  logits = np.where(excluded, -np.inf, logits).astype(np.float32)
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(logprobs.token_logprobs(x, targets)))(logits)
+  np.testing.assert_allclose(value, pick(log_softmax(logits), targets).sum(), rtol=1e-6)
+  assert np.isfinite(grad).all()
+  assert (np.asarray(grad)[excluded] == 0).all()
+
+
+def test_next_token_logprobs_shift_by_one():
+  logits, tokens = random_logits((3, 5, 7))
+  table = log_softmax(logits)
+  want = np.zeros((3, 5))
+  for b in range(3):
+    for t in range(1, 5):
+      want[b, t] = table[b, t - 1, tokens[b, t]]
+  np.testing.assert_allclose(logprobs.next_token_logprobs(logits, tokens), want, atol=1e-6)
+  # The output after the last token predicts nothing that is there.
+  logits[:, -1] = np.nan
+  np.testing.assert_allclose(logprobs.next_token_logprobs(logits, tokens), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [(3, 4), (2, 5), (3, 5, 7), (5,)])
+@pytest.mark.parametrize("function", [logprobs.token_logprobs, logprobs.next_token_logprobs])
+def test_bad_shapes_are_refused(function, targets):
+  with pytest.raises(AssertionError):
+    function(jnp.zeros((3, 5, 7)), jnp.zeros(targets, jnp.int32))
+
+
+def test_entropy_matches_float64():
+  logits, _ = random_logits((4, 6, 9))
+  table = log_softmax(logits)
+  want = np.zeros((4, 6))
+  for b, t, v in np.ndindex(4, 6, 9):
+    want[b, t] -= np.exp(table[b, t, v]) * table[b, t, v]
+  result = logprobs.entropy(logits)
+  np.testing.assert_allclose(result, want, rtol=1e-5)
+  assert logprobs.entropy(jnp.asarray(logits, jnp.bfloat16)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_entropy_of_uniform_over_the_allowed_tokens(n):
+  logits = jnp.where(jnp.arange(8) < n, 2.5, -jnp.inf)
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(logprobs.entropy(x)))(logits)
+  np.testing.assert_allclose(value, np.log(n), atol=1e-6)
+  np.testing.assert_allclose(grad, np.zeros(8), atol=1e-6)  # The maximum; NaN is not close to 0.
+
+
+def test_entropy_gradient():
+  logits, _ = random_logits((9,))
+  table = log_softmax(logits)
+  p = np.exp(table)
+  want = -p * (table - (p * table).sum())
+  np.testing.assert_allclose(jax.grad(logprobs.entropy)(logits), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("function", [logprobs.token_logprobs, logprobs.next_token_logprobs])
+def test_sharded_vocabulary(axis_type, function):
+  mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(axis_type,) * 2)
+  logits, targets = random_logits((4, 6, 16))
+
+  def loss(logits, targets):
+    return jnp.sum(jnp.sin(function(logits, targets)))
+
+  # On one device first: the mesh is not set yet.
+  want, want_grad = jax.device_get(jax.jit(jax.value_and_grad(loss))(logits, targets))
+  with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, P("data", None, "vocab"))
+    x = jax.device_put(logits, place)
+    y = jax.device_put(targets, NamedSharding(mesh, P("data", None)))
+    step = jax.jit(jax.value_and_grad(loss)).lower(x, y).compile()
+    value, grad = step(x, y)
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  np.testing.assert_allclose(grad, want_grad, atol=1e-6)
+  assert grad.sharding.is_equivalent_to(place, grad.ndim)
+  # No device ever sees the logits of the whole vocabulary.
+  assert "all-gather" not in step.as_text()
+  assert "f32[2,6,16]" not in step.as_text()

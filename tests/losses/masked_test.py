@@ -1,0 +1,163 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import sharding
+from rlhf_jax.losses import masked
+
+
+def random_masked(shape=(4, 6), seed=0):
+  rng = np.random.default_rng(seed)
+  x = rng.normal(2.0, 3.0, size=shape).astype(np.float32)
+  return x, rng.random(shape) < 0.6
+
+
+def kept(x, mask, axis):
+  """Lists of unmasked values, one per entry of the result."""
+  if axis is None:
+    return [[float(x[i]) for i in np.ndindex(x.shape) if mask[i]]]
+  x, mask = np.moveaxis(x, axis, -1), np.moveaxis(mask, axis, -1)
+  return [
+    [float(v) for v, on in zip(x[i], mask[i], strict=True) if on] for i in np.ndindex(x.shape[:-1])
+  ]
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize("seed", range(3))
+def test_sum_and_mean_match_loops(axis, seed):
+  x, mask = random_masked(seed=seed)
+  mask[0] = mask[:, 0] = False  # A row and a column without any.
+  groups = kept(x, mask, axis)
+  total = [sum(g) for g in groups]
+  mean = [sum(g) / len(g) if g else 0.0 for g in groups]
+  np.testing.assert_allclose(np.ravel(masked.masked_sum(x, mask, axis)), total, atol=1e-5)
+  np.testing.assert_allclose(np.ravel(masked.masked_mean(x, mask, axis)), mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_var_matches_loops(axis, ddof):
+  x, mask = random_masked((5, 7))
+  mask[0] = False
+  mask[1] = np.arange(7) == 3  # A row with a single value.
+  want = []
+  for group in kept(x, mask, axis):
+    mean = sum(group) / max(len(group), 1)
+    want.append(sum((v - mean) ** 2 for v in group) / max(len(group) - ddof, 1))
+  np.testing.assert_allclose(np.ravel(masked.masked_var(x, mask, axis, ddof)), want, rtol=1e-5)
+
+
+def test_reducing_two_of_three_axes():
+  x, mask = random_masked((2, 3, 4))
+  for n in range(3):
+    on = mask[:, n]
+    np.testing.assert_allclose(
+      masked.masked_mean(x, mask, (0, 2))[n], x[:, n][on].mean(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      masked.masked_var(x, mask, (0, 2), 1)[n], x[:, n][on].var(ddof=1), rtol=1e-5
+    )
+
+
+def test_variance_far_from_zero():
+  x = np.float32([10000.0, 10001.0, 10002.0, 5.0])
+  on = np.array([True, True, True, False])
+  np.testing.assert_allclose(masked.masked_var(x, on), 2 / 3, rtol=1e-3)
+
+
+def test_gradient_of_mean():
+  x, mask = random_masked()
+  grad = jax.grad(masked.masked_mean)(x, mask)
+  np.testing.assert_allclose(grad, mask / mask.sum(), rtol=1e-6)
+  nothing = np.zeros_like(mask)
+  value, grad = jax.value_and_grad(masked.masked_mean)(x, nothing)
+  assert value == 0
+  np.testing.assert_array_equal(grad, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_whiten_matches_numpy_over_the_real_tokens(shift_mean, ddof):
+  x, mask = random_masked((6, 9))
+  mask[2:4] = False  # Padded rows.
+  x[2:4] = 1e4
+  values = x[mask].astype(np.float64)
+  want = (values - values.mean()) / np.sqrt(values.var(ddof=ddof) + 1e-8)
+  want = want if shift_mean else want + values.mean()
+  result = np.asarray(masked.whiten(x, mask, shift_mean=shift_mean, ddof=ddof))
+  np.testing.assert_allclose(result[mask], want, atol=1e-5)
+  assert (result[~mask] == 0).all()
+  # Without the padded rows nothing changes.
+  rows = mask.any(axis=1)
+  alone = masked.whiten(x[rows], mask[rows], shift_mean=shift_mean, ddof=ddof)
+  np.testing.assert_allclose(result[rows], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_whiten_few_values_is_finite(n, ddof):
+  x, _ = random_masked((2, 3))
+  mask = np.arange(6).reshape(2, 3) < n
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(masked.whiten(x, mask, ddof=ddof) ** 2))(x)
+  assert np.isfinite(value)
+  assert np.isfinite(grad).all()
+  if n == 1:
+    np.testing.assert_array_equal(masked.whiten(x, mask, ddof=ddof), np.zeros((2, 3)))
+
+
+def test_whiten_equal_values_are_zero():
+  x, mask = np.full((2, 3), 3.0, np.float32), np.ones((2, 3), bool)
+  grad = jax.grad(lambda x: jnp.sum(jnp.sin(masked.whiten(x, mask))))(x)
+  np.testing.assert_allclose(masked.whiten(x, mask), np.zeros((2, 3)), atol=1e-6)
+  assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("spec", ["data:8", "data:2,fsdp:4"])
+def test_statistics_are_those_of_the_global_batch(spec):
+  x, mask = random_masked((16, 5))
+  x += np.arange(16, dtype=np.float32)[:, None]  # Every device holds another mean.
+  want = jax.jit(masked.whiten)(x, mask)
+  placed = sharding.place_batch((x, mask), sharding.make_mesh(spec))
+  np.testing.assert_allclose(jax.jit(masked.whiten)(*placed), want, atol=1e-6)
+  np.testing.assert_allclose(
+    jax.jit(masked.masked_mean)(*placed), masked.masked_mean(x, mask), rtol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  "row",
+  [
+    [1, 1, 1, 0, 0],  # Right padding.
+    [0, 0, 1, 1, 1],  # Left padding.
+    [0, 1, 1, 0, 0],  # Both.
+    [1, 0, 1, 0, 1],  # Gaps.
+    [1, 0, 0, 0, 0],
+    [0, 0, 0, 0, 1],
+    [1, 1, 1, 1, 1],
+    [0, 0, 0, 0, 0],  # Empty.
+  ],
+)
+def test_last_real(row):
+  x, _ = random_masked((3, 5))
+  mask = np.tile(np.array(row, bool), (3, 1))
+  want, want_grad = np.zeros(3, np.float32), np.zeros((3, 5), np.float32)
+  for b in range(3):
+    for t in range(5):
+      if row[t]:
+        want[b], want_grad[b] = x[b, t], np.arange(5) == t
+  np.testing.assert_array_equal(masked.last_real(x, mask), want)
+  grad = jax.grad(lambda x: jnp.sum(masked.last_real(x, mask)))(x)
+  np.testing.assert_array_equal(grad, want_grad)
+
+
+def test_last_real_of_several_leading_axes():
+  x, mask = random_masked((2, 3, 5))
+  each = [[masked.last_real(x[i, j], mask[i, j]) for j in range(3)] for i in range(2)]
+  np.testing.assert_array_equal(masked.last_real(x, mask), np.array(each))
+
+
+@pytest.mark.parametrize("function", [masked.masked_mean, masked.whiten, masked.last_real])
+def test_bad_shapes_are_refused(function):
+  with pytest.raises(AssertionError):
+    function(jnp.zeros((3, 4)), jnp.ones((3, 1), bool))

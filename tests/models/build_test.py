@@ -1,0 +1,395 @@
+"""The decoder against a second implementation in numpy, and its layouts against each other."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
+from rlhf_jax.models.build import actor_critic, segment_positions
+from rlhf_jax.models.transformer import Block, RopeScaling, rope_frequencies
+
+V = 24
+TINY = ModelConfig(
+  vocab_size=V, width=16, layers=3, heads=4, kv_heads=2, head_dim=6, mlp_width=20, init_std=0.3
+)
+VARIANTS = {
+  "tied": TINY,
+  "untied": dataclasses.replace(TINY, tied=False),
+  "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, kv_heads=1),
+  "llama3": dataclasses.replace(
+    TINY, rope_theta=100.0, rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 16)
+  ),
+  "linear": dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.5), kv_heads=4),
+}
+
+
+@functools.cache
+def compiled(config, head="language"):
+  model = build(config, head)
+  return model._replace(
+    init=jax.jit(model.init),
+    apply=jax.jit(model.apply, static_argnames="last"),
+    decode=jax.jit(model.decode),
+  )
+
+
+@functools.cache
+def make(config, head="language", seed=0):
+  """A model and params in which no leaf has its special initial value (biases 0, scales 1)."""
+  model = compiled(config, head)
+  leaves, tree = jax.tree.flatten(model.init(jax.random.key(seed)))
+  rng = np.random.default_rng(seed)
+  noisy = [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+  return model, jax.tree.unflatten(tree, noisy)
+
+
+def oracle(params, config: ModelConfig, tokens) -> np.ndarray:
+  """Logits or scores of one row without padding, in float64, one query and one head at a time."""
+  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  frequencies = np.asarray(rope_frequencies(config), np.float64)  # transformer_test checks these.
+  half = config.head_dim // 2
+
+  def linear(layer, x):
+    return x @ layer["kernel"] + layer.get("bias", 0.0)
+
+  def norm(layer, x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * layer["scale"]
+
+  def turn(x):  # [T, K]
+    pairs = x[:, :half] + 1j * x[:, half:]
+    pairs = pairs * np.exp(1j * np.arange(len(x))[:, None] * frequencies)
+    return np.concatenate([pairs.real, pairs.imag], -1)
+
+  x = p["embed"]["embedding"][np.asarray(tokens)]
+  for i in range(config.layers):
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
+    y = norm(layer["attention_norm"], x)
+    q, k, v = (linear(layer["attention"][name], y) for name in "qkv")
+    heads = []
+    for h in range(config.heads):
+      group = h // (config.heads // config.kv_heads)
+      cut = [slice(j * config.head_dim, (j + 1) * config.head_dim) for j in (h, group)]
+      qh, kh, vh = turn(q[:, cut[0]]), turn(k[:, cut[1]]), v[:, cut[1]]
+      out = []
+      for t in range(len(x)):
+        weight = np.exp(kh[: t + 1] @ qh[t] / np.sqrt(config.head_dim))
+        out.append(weight @ vh[: t + 1] / weight.sum())
+      heads.append(np.stack(out))
+    x = x + linear(layer["attention"]["o"], np.concatenate(heads, -1))
+    y = norm(layer["mlp_norm"], x)
+    gate = linear(layer["mlp"]["gate"], y)
+    x = x + linear(layer["mlp"]["down"], gate / (1 + np.exp(-gate)) * linear(layer["mlp"]["up"], y))
+  x = norm(p["final_norm"], x)
+  if "score" in p:
+    return (x @ p["score"]["kernel"])[:, 0] + p["score"]["bias"]
+  return x @ (p["embed"]["embedding"].T if config.tied else p["lm_head"]["kernel"])
+
+
+def random_tokens(*shape, seed=0):
+  return np.random.default_rng(seed).integers(0, V, shape)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_layout_of_a_row_equals_the_oracle(name):
+  config = VARIANTS[name]
+  model, params = make(config)
+  row, other = random_tokens(9), random_tokens(7, seed=1)
+  expected = oracle(params, config, row)
+  # One batch: left padding 0 to 7, right padding, behind and before another packed sequence.
+  width = 16
+  tokens = random_tokens(11, width, seed=2)  # What is not set below is padding with any ids.
+  segments = np.zeros((11, width), np.int32)
+  starts = [*range(8), 0, 7, 0]
+  for i, start in enumerate(starts):
+    tokens[i, start : start + 9] = row
+    segments[i, start : start + 9] = 1
+  tokens[9, :7], segments[9, :7], segments[9, 7:] = other, 1, 2
+  tokens[10, 9:], segments[10, 9:] = other, 2
+  logits = np.asarray(model.apply(params, tokens, segment_ids=segments))
+  for i, start in enumerate(starts):
+    np.testing.assert_allclose(logits[i, start : start + 9], expected, atol=1e-5)
+  both = oracle(params, config, other)
+  np.testing.assert_allclose(logits[9, :7], both, atol=1e-5)
+  np.testing.assert_allclose(logits[10, 9:], both, atol=1e-5)
+  # Without segment ids nothing is padding.
+  np.testing.assert_allclose(model.apply(params, row[None])[0], expected, atol=1e-5)
+
+
+def test_scalar_head_equals_the_oracle():
+  model, params = make(dataclasses.replace(TINY, tied=False), "scalar")
+  assert "lm_head" not in params
+  row = random_tokens(10)
+  scores = model.apply(params, row[None])
+  assert scores.shape == (1, 10) and scores.dtype == jnp.float32
+  expected = oracle(params, TINY, row)
+  np.testing.assert_allclose(scores[0], expected, atol=1e-5)
+  shifted = shift_scores(params, jnp.float32(-2.5))
+  np.testing.assert_allclose(model.apply(shifted, row[None])[0], expected - 2.5, atol=1e-5)
+  zeroed = zero_scores(params)
+  np.testing.assert_array_equal(model.apply(zeroed, row[None]), np.zeros((1, 10)))
+  for changed in (shifted, zeroed):  # The trunk is the same, and so is the argument.
+    rest = [{k: v for k, v in tree.items() if k != "score"} for tree in (changed, params)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, *rest))
+  np.testing.assert_allclose(model.apply(params, row[None])[0], expected, atol=1e-5)
+
+
+def test_segment_positions():
+  segments = jnp.array([[0, 0, 1, 1, 1, 2, 2, 0], [3, 3, 3, 1, 2, 2, 2, 2]])
+  positions = segment_positions(segments)
+  np.testing.assert_array_equal(positions[0, 2:7], [0, 1, 2, 0, 1])
+  np.testing.assert_array_equal(positions[1], [0, 1, 2, 0, 0, 1, 2, 3])
+  assert positions.dtype == jnp.int32
+
+
+def test_explicit_positions_are_used_and_only_distances_matter():
+  model, params = make(TINY)
+  tokens = random_tokens(2, 8)
+  positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+  plain = model.apply(params, tokens)
+  np.testing.assert_allclose(model.apply(params, tokens, positions=positions), plain, atol=1e-6)
+  np.testing.assert_allclose(
+    model.apply(params, tokens, positions=positions + 50), plain, atol=2e-4
+  )
+  stretched = model.apply(params, tokens, positions=3 * positions)
+  assert np.abs(stretched - plain).max() > 1e-2
+  other = compiled(dataclasses.replace(TINY, rope_theta=10.0))  # The base is not ignored.
+  assert np.abs(other.apply(params, tokens) - plain).max() > 1e-2
+
+
+def test_ids_of_padding_change_nothing():
+  model, params = make(TINY)
+  tokens = random_tokens(3, 10)
+  segments = np.zeros((3, 10), np.int32)
+  segments[0, 4:], segments[1, :6], segments[2, 2:7], segments[2, 7:9] = 1, 1, 1, 2
+  before = model.apply(params, tokens, segment_ids=segments)
+  for seed in range(3):
+    changed = np.where(segments > 0, tokens, random_tokens(3, 10, seed=seed))
+    after = model.apply(params, changed, segment_ids=segments)
+    np.testing.assert_array_equal(after[segments > 0], before[segments > 0])
+
+
+def test_causality():
+  model, params = make(TINY)
+  tokens = random_tokens(1, 8)
+  before = np.asarray(model.apply(params, tokens))
+  for t in range(8):
+    changed = tokens.copy()
+    changed[0, t] = (changed[0, t] + 1) % V
+    after = np.asarray(model.apply(params, changed))
+    np.testing.assert_array_equal(after[0, :t], before[0, :t])
+    assert (np.abs(after[0, t:] - before[0, t:]).max(-1) > 1e-4).all()
+
+
+def test_params_are_a_plain_dict_with_the_documented_paths():
+  c = dataclasses.replace(TINY, tied=False)
+  expected = {
+    "embed/embedding": (V, c.width),
+    "layers/attention/q/kernel": (3, c.width, 24),
+    "layers/attention/k/kernel": (3, c.width, 12),
+    "layers/attention/v/kernel": (3, c.width, 12),
+    "layers/attention/o/kernel": (3, 24, c.width),
+    "layers/attention_norm/scale": (3, c.width),
+    "layers/mlp_norm/scale": (3, c.width),
+    "layers/mlp/gate/kernel": (3, c.width, 20),
+    "layers/mlp/up/kernel": (3, c.width, 20),
+    "layers/mlp/down/kernel": (3, 20, c.width),
+    "final_norm/scale": (c.width,),
+    "lm_head/kernel": (c.width, V),
+  }
+  params = compiled(c).init(jax.random.key(0))
+
+  def walk(tree, prefix=""):
+    assert type(tree) is dict
+    for name, value in tree.items():
+      if isinstance(value, dict):
+        yield from walk(value, f"{prefix}{name}/")
+      else:
+        assert isinstance(value, jax.Array) and value.dtype == jnp.float32
+        yield prefix + name, value.shape
+
+  assert dict(walk(params)) == expected
+  size = sum(math.prod(shape) for shape in expected.values())
+  assert count_params(params) == size
+  assert count_params(jax.eval_shape(build(c).init, jax.random.key(0))) == size
+
+  def shapes(config, head="language"):
+    return jax.eval_shape(build(config, head).init, jax.random.key(0))
+
+  assert "lm_head" not in shapes(TINY)
+  scalar = shapes(c, "scalar")
+  assert "lm_head" not in scalar
+  assert scalar["score"]["kernel"].shape == (c.width, 1) and scalar["score"]["bias"].shape == (1,)
+  biased = shapes(VARIANTS["biases"])["layers"]
+  assert biased["attention"]["o"]["bias"].shape == (3, c.width)
+  assert biased["mlp"]["up"]["bias"].shape == (3, 20)
+
+
+def test_initial_weights():
+  config = dataclasses.replace(TINY, width=64, head_dim=16, mlp_width=96, init_std=0.02, layers=2)
+  params = compiled(config).init(jax.random.key(3))
+  kernels = params["layers"]["attention"] | params["layers"]["mlp"]
+  for name, layer in kernels.items():
+    # Branches that are added to the residual stream start smaller.
+    std = 0.01 if name in ("o", "down") else 0.02
+    np.testing.assert_allclose(np.std(layer["kernel"], axis=(1, 2)), std, rtol=0.1)
+    assert not np.array_equal(layer["kernel"][0], layer["kernel"][1])
+  score = compiled(config, "scalar").init(jax.random.key(3))["score"]
+  np.testing.assert_allclose(np.std(score["kernel"]), 65**-0.5, rtol=0.3)
+  np.testing.assert_array_equal(score["bias"], 0.0)
+
+
+def loss(model, params, tokens, segments):
+  logits = model.apply(params, tokens, segment_ids=segments)
+  scored = jnp.where(segments[..., None] > 0, jax.nn.log_softmax(logits), 0.0)
+  return jnp.mean(jnp.square(scored))
+
+
+def test_remat_changes_no_gradient_and_every_weight_has_one():
+  tokens, segments = random_tokens(2, 7), np.ones((2, 7), np.int32)
+  config = dataclasses.replace(VARIANTS["biases"], tied=False)
+  grads = []
+  for remat in (True, False):
+    model = compiled(dataclasses.replace(config, remat=remat))
+    params = model.init(jax.random.key(0))  # As initialised: no branch may start at zero.
+    grads.append(jax.jit(jax.grad(functools.partial(loss, model)))(params, tokens, segments))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), *grads)
+  key_bias = grads[0]["layers"]["attention"]["k"].pop("bias")
+  assert jax.tree.all(jax.tree.map(lambda g: float(jnp.abs(g).max()) > 1e-7, grads[0]))
+  # Not exactly 0 because of the rotation, but small: a softmax ignores a common shift.
+  assert np.isfinite(key_bias).all()
+
+
+def test_scan_equals_block_by_block():
+  config = VARIANTS["biases"]
+  model, params = make(config)
+  tokens = jnp.asarray(random_tokens(2, 6))
+  graph, _ = nnx.split(Block(config, rngs=nnx.Rngs(0)), nnx.Param)
+  mask = jnp.tril(jnp.ones((6, 6), bool))[None, None]
+  positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+  x = params["embed"]["embedding"][tokens]
+  for i in range(config.layers):
+    block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))
+    x, _ = block(x, positions, mask, rope_frequencies(config))
+  x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
+  logits = x * params["final_norm"]["scale"].reshape(1, 1, -1) @ params["embed"]["embedding"].T
+  np.testing.assert_allclose(model.apply(params, tokens), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["language", "scalar"])
+def test_last_equals_slicing(head):
+  model, params = make(TINY, head)
+  tokens = random_tokens(2, 9)
+  segments = (np.arange(9)[None] >= np.array([[0], [4]])).astype(np.int32)
+  full = model.apply(params, tokens, segment_ids=segments)
+  for k in (1, 4, 9):
+    part = model.apply(params, tokens, segment_ids=segments, last=k)
+    np.testing.assert_allclose(part, full[:, -k:], atol=1e-6)
+    assert part.shape[1] == k
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decoding_equals_teacher_forcing(name):
+  model, params = make(VARIANTS[name])
+  tokens = random_tokens(3, 11)
+  mask = np.arange(11)[None] >= np.array([[0], [2], [3]])
+  full = np.asarray(model.apply(params, tokens, segment_ids=mask.astype(np.int32)))
+
+  def run(*cuts):
+    """Feeds the tokens in chunks and checks the logits after each."""
+    cache = model.init_cache(3, 12)
+    for start, stop in zip((0, *cuts), (*cuts, 11), strict=True):
+      part = slice(start, stop)
+      logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
+      np.testing.assert_allclose(logits, full[:, stop - 1], atol=1e-5)
+      assert int(cache.index) == stop
+    np.testing.assert_array_equal(cache.mask[:, :11], mask)
+
+  run(4, *range(5, 11))  # A prefill, then one token at a time.
+  run(4, 8)  # A prefill in chunks.
+  run()
+  # One at a time from the start: a row that has not begun yet gives no logits to compare.
+  cache = model.init_cache(3, 11)
+  for t in range(11):
+    logits, cache = model.decode(params, tokens[:, t : t + 1], cache, mask=mask[:, t : t + 1])
+    np.testing.assert_allclose(logits[mask[:, t]], full[mask[:, t], t], atol=1e-5)
+    assert np.isfinite(logits).all()
+
+
+def test_padding_between_decoded_tokens_changes_nothing():
+  model, params = make(TINY)
+  tokens = random_tokens(1, 6)
+  expected = model.apply(params, tokens)[:, -1]
+  spread = np.zeros((1, 10), np.int64)
+  mask = np.zeros((1, 10), bool)
+  mask[0, [1, 2, 3, 6, 8, 9]] = True
+  spread[mask] = tokens[0]
+  cache = model.init_cache(1, 10)
+  for start, stop in ((0, 5), (5, 7), (7, 8), (8, 9), (9, 10)):
+    logits, cache = model.decode(
+      params, jnp.asarray(spread[:, start:stop]), cache, mask=jnp.asarray(mask[:, start:stop])
+    )
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_fully_padded_rows_are_finite():
+  model, params = make(TINY)
+  tokens = random_tokens(3, 6)
+  segments = np.zeros((3, 6), np.int32)
+  segments[1] = 1
+  assert np.isfinite(model.apply(params, tokens, segment_ids=segments)).all()
+  grad = jax.jit(jax.grad(functools.partial(loss, model)))
+  grads = grad(params, tokens, segments)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  alone = grad(params, tokens[1:2], segments[1:2])
+  # The empty rows only dilute the mean.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-4, atol=1e-6), grads, alone
+  )
+  cache = model.init_cache(3, 8)
+  logits, cache = model.decode(params, tokens, cache, mask=segments > 0)
+  assert np.isfinite(logits).all()
+  logits, _ = model.decode(params, tokens[:, :1], cache, mask=np.zeros((3, 1), bool))
+  assert np.isfinite(logits).all()
+
+
+def test_bfloat16_computes_float32_logits():
+  model, params = make(dataclasses.replace(TINY, dtype="bfloat16", init_std=0.2))
+  assert jax.tree.leaves(params)[0].dtype == jnp.float32
+  tokens = random_tokens(4, 9)
+  logits = model.apply(params, tokens)
+  assert logits.dtype == jnp.float32
+  exact = compiled(dataclasses.replace(TINY, init_std=0.2)).apply(params, tokens)
+  error = np.abs(logits - exact).max()
+  assert 0 < error < 0.1 * np.abs(exact).max()
+  # Not rounded to bfloat16 after the sum over the width: the low bits are used.
+  assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
+  cache = model.init_cache(4, 9)
+  assert cache.k.dtype == jnp.bfloat16
+  last, _ = model.decode(params, tokens, cache, mask=np.ones((4, 9), bool))
+  assert last.dtype == jnp.float32
+  scorer, scorer_params = make(model.config, "scalar")
+  assert scorer.apply(scorer_params, tokens).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_forwards_are_bitwise_equal(dtype):
+  model, params = make(dataclasses.replace(TINY, dtype=dtype))
+  tokens = random_tokens(4, 9)
+  np.testing.assert_array_equal(model.apply(params, tokens), model.apply(params, tokens))
+
+
+def test_actor_critic_runs_both_models():
+  policy, policy_params = make(TINY)
+  critic, critic_params = make(TINY, "scalar", seed=5)
+  tokens, segments = random_tokens(2, 6), np.ones((2, 6), np.int32)
+  logits, values = actor_critic(policy, critic)(
+    {"policy": policy_params, "value": critic_params}, tokens, segment_ids=segments, last=3
+  )
+  np.testing.assert_array_equal(logits, policy.apply(policy_params, tokens, last=3))
+  np.testing.assert_array_equal(values, critic.apply(critic_params, tokens, last=3))

@@ -1,0 +1,108 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models.build import build
+from rlhf_jax.models.transformer import (
+  Cache,
+  ModelConfig,
+  RopeScaling,
+  rope_frequencies,
+  rotate,
+)
+
+LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64)
+
+
+def llama3_oracle(frequency: float, scaling: RopeScaling) -> float:
+  """The rule of the Llama 3.1 reference code, one frequency at a time, in its three cases."""
+  wavelength = 2 * math.pi / frequency
+  if wavelength < scaling.original_length / scaling.high_freq_factor:
+    return frequency
+  if wavelength > scaling.original_length / scaling.low_freq_factor:
+    return frequency / scaling.factor
+  smooth = scaling.original_length / wavelength - scaling.low_freq_factor
+  smooth /= scaling.high_freq_factor - scaling.low_freq_factor
+  return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 3.0), LLAMA3])
+@pytest.mark.parametrize("theta", [100.0, 10000.0, 500000.0])
+def test_rope_frequencies(scaling, theta):
+  config = ModelConfig(vocab_size=8, head_dim=32, rope_theta=theta, rope_scaling=scaling)
+  expected = [theta ** (-2 * i / 32) for i in range(16)]
+  if scaling is not None and scaling.kind == "linear":
+    expected = [f / 3.0 for f in expected]
+  elif scaling is not None:
+    expected = [llama3_oracle(f, scaling) for f in expected]
+    cases = {f / theta ** (-2 * i / 32) for i, f in enumerate(expected)}
+    assert {1.0, 1 / 8} < cases, "the three cases must all occur"
+  actual = rope_frequencies(config)
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, expected, rtol=2e-6)
+
+
+def test_rotate_is_a_rotation_of_pairs():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
+  positions = rng.integers(0, 500, (2, 5))
+  frequencies = rng.uniform(0.01, 1.0, 4).astype(np.float32)
+  # A pair (i, i + K / 2) is one complex number, turned by position * frequency.
+  angle = positions[:, :, None, None] * frequencies.astype(np.float64)
+  turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
+  expected = np.concatenate([turned.real, turned.imag], -1)
+  actual = rotate(jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies))
+  np.testing.assert_allclose(actual, expected, atol=2e-4)  # float32 angles of up to 500.
+  zero = rotate(jnp.asarray(x), jnp.zeros((2, 5), jnp.int32), jnp.asarray(frequencies))
+  np.testing.assert_array_equal(zero, x)
+  assert rotate(x.astype(jnp.bfloat16), positions, frequencies).dtype == jnp.bfloat16
+
+
+def test_scores_depend_on_distance_only():
+  rng = np.random.default_rng(1)
+  q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+  frequencies = rope_frequencies(ModelConfig(vocab_size=8, head_dim=8))
+
+  def score(i: int, j: int) -> float:
+    at = [rotate(x, jnp.full((1, 1), p), frequencies) for x, p in ((q, i), (k, j))]
+    return float(jnp.sum(at[0] * at[1]))
+
+  np.testing.assert_allclose(score(107, 100), score(7, 0), atol=1e-4)
+  assert abs(score(107, 100) - score(100, 107)) > 1e-2
+
+
+def test_grouped_queries_equal_repeated_key_heads():
+  grouped = ModelConfig(
+    vocab_size=16, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, mlp_width=24, init_std=0.3
+  )
+  full = dataclasses.replace(grouped, kv_heads=4)
+  params = jax.jit(build(grouped).init)(jax.random.key(0))
+  attention = dict(params["layers"]["attention"])
+  for name in "kv":
+    kernel = attention[name]["kernel"].reshape(2, 16, 2, 4)
+    # Query heads 0, 1 read key head 0 and 2, 3 read key head 1.
+    attention[name] = {"kernel": jnp.repeat(kernel, 2, axis=2).reshape(2, 16, 16)}
+  repeated = params | {"layers": params["layers"] | {"attention": attention}}
+  tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 16)
+  np.testing.assert_allclose(
+    jax.jit(build(grouped).apply)(params, tokens),
+    jax.jit(build(full).apply)(repeated, tokens),
+    atol=1e-5,
+  )
+  with pytest.raises(ValueError, match="heads 4 is not a multiple of kv_heads 3"):
+    dataclasses.replace(grouped, kv_heads=3)
+
+
+def test_cache_repeats_rows_next_to_each_other():
+  k = jnp.arange(6.0).reshape(1, 2, 3, 1, 1)
+  mask = jnp.array([[True, False, True], [False, True, True]])
+  cache = Cache(k, -k, mask, jnp.int32(2)).repeat(3)
+  for i in range(6):
+    np.testing.assert_array_equal(cache.k[:, i], k[:, i // 3])
+    np.testing.assert_array_equal(cache.v[:, i], -k[:, i // 3])
+    np.testing.assert_array_equal(cache.mask[i], mask[i // 3])
+  assert int(cache.index) == 2

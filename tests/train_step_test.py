@@ -1,0 +1,390 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import train_step
+from rlhf_jax.losses import masked
+from rlhf_jax.train_step import OptimConfig
+
+ROWS, T, D, V = 16, 6, 4, 5
+
+
+class Batch(NamedTuple):
+  tokens: jax.Array  # [B, T] int32.
+  target: jax.Array  # [B, T] float32.
+  mask: jax.Array  # [B, T] bool.
+
+
+def init_params():
+  key = jax.random.key(0)
+  return {
+    "embed": {"embedding": jax.random.normal(key, (V, D))},
+    "layers": {"out": {"kernel": jnp.ones((D, 1)), "bias": jnp.float32([0.3])}},
+    "norm": {"scale": jnp.float32([1.1] * D)},
+  }
+
+
+def make_batch(seed=0, rows=ROWS):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(1, T + 1, size=(rows, 1))  # Unequal: micro-batches must not count alike.
+  return Batch(
+    jnp.asarray(rng.integers(V, size=(rows, T)), jnp.int32),
+    jnp.asarray(rng.normal(size=(rows, T)), jnp.float32),
+    jnp.asarray(np.arange(T) < lengths),
+  )
+
+
+def token_loss(params, batch: Batch, key):
+  """A mean over tokens, so that rows of other lengths weigh differently."""
+  del key
+  hidden = params["embed"]["embedding"][batch.tokens] * params["norm"]["scale"].reshape(1, 1, -1)
+  out = (hidden @ params["layers"]["out"]["kernel"])[..., 0]
+  error = out + params["layers"]["out"]["bias"].reshape(1, 1) - batch.target
+  return masked.masked_mean(jnp.square(error), batch.mask), {
+    "error": masked.masked_mean(jnp.abs(error), batch.mask),
+    "error/max": jnp.max(jnp.where(batch.mask, jnp.abs(error), -jnp.inf)),
+    "error/min": jnp.min(jnp.where(batch.mask, jnp.abs(error), jnp.inf)),
+    "weight": jnp.sum(batch.mask).astype(jnp.float32),
+  }
+
+
+def row_loss(params, batch: Batch, key):
+  """A mean over rows, which needs no weight."""
+  loss, _ = jax.vmap(lambda row: token_loss(params, jax.tree.map(lambda x: x[None], row), key))(
+    batch
+  )
+  return jnp.mean(loss), {"first": jnp.mean(batch.target[:, 0])}
+
+
+def assert_same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, atol):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("loss_fn", [token_loss, row_loss])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_microbatches_do_not_change_the_result(loss_fn, parts):
+  params, batch, key = init_params(), make_batch(), jax.random.key(0)
+  want_grads, want = train_step.gradients(loss_fn, params, batch, key)
+  grads, metrics = train_step.gradients(loss_fn, params, batch, key, parts)
+  assert_close(grads, want_grads, 1e-6)
+  assert_close(metrics, want, 1e-6)
+
+
+def test_equal_weights_would_be_wrong():
+  # The lengths above do tell a mean of means from the mean.
+  params, batch, key = init_params(), make_batch(), jax.random.key(0)
+  unweighted = lambda *x: (token_loss(*x)[0], {})  # noqa: E731
+  want, _ = train_step.gradients(token_loss, params, batch, key)
+  grads, _ = train_step.gradients(unweighted, params, batch, key, 8)
+  difference = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), grads, want)
+  assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+def test_a_microbatch_without_tokens_adds_nothing():
+  params, batch, key = init_params(), make_batch(), jax.random.key(0)
+  # Strided parts: the last quarter of every four rows is the last micro-batch.
+  off = (jnp.arange(ROWS) % 4 == 3)[:, None]
+  batch = batch._replace(mask=batch.mask & ~off)
+  want, _ = train_step.gradients(token_loss, params, batch, key)
+  grads, metrics = train_step.gradients(token_loss, params, batch, key, 4)
+  assert_close(grads, want, 1e-6)
+  assert metrics["weight"] == np.sum(batch.mask)
+  nothing = batch._replace(mask=jnp.zeros_like(batch.mask))
+  grads, _ = train_step.gradients(token_loss, params, nothing, key, 4)
+  assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
+
+
+def test_microbatches_of_bfloat16_params():
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params())
+  batch, key = make_batch(), jax.random.key(0)
+  want, _ = train_step.gradients(token_loss, params, batch, key)
+  grads, _ = train_step.gradients(token_loss, params, batch, key, 4)
+  assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+  wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+  assert_close(wide(grads), wide(want), 0.02)
+
+
+def test_microbatches_get_different_keys():
+  def noisy(params, batch, key):
+    noise = jax.random.uniform(key)
+    return jnp.sum(params) * noise, {"noise/max": noise, "noise/min": noise}
+
+  _, metrics = train_step.gradients(noisy, jnp.ones(2), jnp.zeros((4, 1)), jax.random.key(0), 4)
+  assert metrics["noise/max"] > metrics["noise/min"]
+
+
+def test_rows_must_divide():
+  with pytest.raises(ValueError, match="16 rows cannot be cut into 3 equal parts"):
+    train_step.gradients(token_loss, init_params(), make_batch(), jax.random.key(0), 3)
+
+
+def run(step, tx, batches, key=None):
+  state = train_step.init_state(init_params(), tx)
+  metrics = []
+  for batch in batches:
+    state, m = step(state, batch, jax.random.key(7) if key is None else key)
+    metrics.append(jax.device_get(m))
+  return state, metrics
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_without_finite_gradient_changes_nothing(bad, parts):
+  tx = train_step.make_optimizer(OptimConfig(learning_rate=0.05, weight_decay=0.1), 10)
+  step = train_step.make_train_step(token_loss, tx, microbatches=parts)
+  good = [make_batch(seed) for seed in range(3)]
+  # In one real token of the batch.
+  poisoned = good[1]._replace(target=good[1].target.at[2, 0].set(bad))
+  before, _ = run(step, tx, good[:1])
+  after, metrics = run(step, tx, [good[0], poisoned])
+  assert_same(after.params, before.params)
+  assert_same(after.opt_state, before.opt_state)
+  assert [m["skipped_steps"] for m in metrics] == [0, 1]
+  assert after.step == 2
+
+  # And the run goes on as if that batch had not been there.
+  with_it, metrics = run(step, tx, [good[0], poisoned, good[2]])
+  without_it, _ = run(step, tx, [good[0], good[2]])
+  assert_same(with_it.params, without_it.params)
+  assert_same(with_it.opt_state, without_it.opt_state)
+  assert metrics[-1]["skipped_steps"] == 0
+  moved = jax.tree.map(lambda a, b: jnp.any(a != b), with_it.params, before.params)
+  assert all(jax.tree.leaves(moved))
+  assert step._cache_size() == 1
+
+
+def test_finite_loss_with_a_nan_gradient_is_skipped():
+  def loss(params, batch, key):
+    del batch, key
+    return jnp.sum(jnp.where(params > 0, jnp.sqrt(params), 0.0)), {}
+
+  tx = optax.sgd(0.1)
+  state = train_step.init_state(jnp.zeros(3), tx)
+  after, metrics = train_step.update(loss, tx, state, None, jax.random.key(0))
+  assert metrics["loss"] == 0
+  assert metrics["skipped_steps"] == 1
+  assert_same(after.params, jnp.zeros(3))
+
+
+def test_step_compiles_once_and_donates_its_state():
+  tx = train_step.make_optimizer(OptimConfig(), 10)
+  step = train_step.make_train_step(token_loss, tx, microbatches=2)
+  first = train_step.init_state(init_params(), tx)
+  state = first
+  for seed in range(3):
+    state, metrics = step(state, make_batch(seed), jax.random.key(seed))
+    assert all(x.shape == () for x in metrics.values())
+  assert step._cache_size() == 1
+  assert state.step == 3
+  donated = [x.is_deleted() for x in jax.tree.leaves((first.params, first.opt_state))]
+  assert all(donated)
+
+
+def test_key_is_folded_with_the_step():
+  def loss(params, batch, key):
+    del batch
+    return jnp.sum(params), {"draw": jax.random.uniform(key)}
+
+  tx = optax.sgd(0.1)
+  step = train_step.make_train_step(loss, tx)
+  state = train_step.init_state(jnp.ones(2), tx)
+  draws = []
+  for _ in range(3):
+    state, metrics = step(state, None, jax.random.key(0))
+    draws.append(float(metrics["draw"]))
+  assert len(set(draws)) == 3
+  # Step 1 again, from a state that says so.
+  again = train_step.init_state(jnp.ones(2), tx)._replace(step=jnp.int32(1))
+  assert float(step(again, None, jax.random.key(0))[1]["draw"]) == draws[1]
+
+
+def test_step_runs_over_seeds_under_vmap():
+  tx = optax.adam(0.1)
+  step = train_step.make_train_step(token_loss, tx)
+  batch = make_batch()
+
+  def train(scale):
+    params = jax.tree.map(lambda x: scale * x, init_params())
+    state, metrics = step(train_step.init_state(params, tx), batch, jax.random.key(0))
+    return state.params, metrics["loss"]
+
+  scales = jnp.float32([0.5, 1.0, 2.0])
+  many = jax.jit(jax.vmap(train))(scales)
+  for i in range(3):
+    assert_close(jax.tree.map(lambda x, i=i: x[i], many), train(scales[i]), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 0.001, 0.1, 0.5])
+def test_schedule(name, warmup):
+  peak, updates = 3e-3, 100
+  config = OptimConfig(learning_rate=peak, schedule=name, warmup=warmup)
+  schedule = train_step.make_schedule(config, updates)
+  rates = np.array([schedule(i) for i in range(updates + 1)])
+  rise = max(1, round(warmup * updates)) if warmup else 0
+  want = []
+  for i in range(updates + 1):
+    done = (i - rise) / (updates - rise)
+    after = {"constant": 1, "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}[name]
+    want.append(peak * ((i + 1) / rise if i < rise else after))
+  np.testing.assert_allclose(rates, want, atol=1e-8)
+  assert rates[0] > 0, "an update at rate 0 is a batch thrown away"
+  np.testing.assert_allclose(rates.max(), peak, rtol=1e-6)
+  assert (np.diff(rates[rise:]) <= 1e-9).all()
+  if name != "constant":
+    np.testing.assert_allclose(rates[-1], 0, atol=1e-9)
+
+
+def test_schedule_of_a_single_update_trains():
+  for name in ("constant", "linear", "cosine"):
+    schedule = train_step.make_schedule(OptimConfig(learning_rate=1.0, schedule=name), 1)
+    assert schedule(0) == 1.0
+
+
+def test_weight_decay_is_on_matrices_only():
+  config = OptimConfig(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup=0.0)
+  tx = train_step.make_optimizer(config, 10)
+  # Stacked layers: norms and biases have two axes as well.
+  params = init_params() | {
+    "stack": {
+      "norm": {"scale": jnp.ones((3, D))},
+      "q": {"kernel": jnp.ones((3, D, D)), "bias": jnp.ones((3, D))},
+    },
+    "score": {"kernel": jnp.ones((D, 1)), "bias": jnp.ones((1,))},
+  }
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zero, tx.init(params), params)
+  for path, update in jax.tree_util.tree_leaves_with_path(updates):
+    value = functools.reduce(lambda tree, entry: tree[entry.key], path, params)
+    want = -0.1 * 0.5 * value if path[-1].key in ("kernel", "embedding") else 0 * value
+    np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_gradient_clip(limit):
+  params = {"kernel": jnp.zeros(2)}
+  grads = {"kernel": jnp.float32([3.0, 4.0])}
+  # With b1 = 0 and a huge eps Adam is SGD at rate 1 / eps.
+  config = OptimConfig(learning_rate=1.0, b1=0.0, b2=0.0, eps=1e6, max_grad_norm=limit, warmup=0.0)
+  tx = train_step.make_optimizer(config, 10)
+  update, _ = tx.update(grads, tx.init(params), params)
+  scale = limit / 5 if 0 < limit < 5 else 1.0
+  np.testing.assert_allclose(-1e6 * update["kernel"], [3 * scale, 4 * scale], rtol=1e-4)
+
+
+def test_grad_norm_is_the_one_before_the_clip():
+  tx = train_step.make_optimizer(OptimConfig(max_grad_norm=1e-3), 10)
+  state = train_step.init_state(init_params(), tx)
+  grads, _ = train_step.gradients(token_loss, init_params(), make_batch(), jax.random.key(0))
+  _, metrics = train_step.update(token_loss, tx, state, make_batch(), jax.random.key(0))
+  want = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+  np.testing.assert_allclose(metrics["grad_norm"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings, word",
+  [
+    ({"learning_rate": 0.0}, "learning_rate must be positive"),
+    ({"eps": -1.0}, "eps must be positive"),
+    ({"warmup": 1.0}, "warmup must be in"),
+    ({"b2": 1.0}, "b2 must be in"),
+    ({"weight_decay": -0.1}, "weight_decay must not be negative"),
+    ({"max_grad_norm": -1.0}, "max_grad_norm must not be negative"),
+  ],
+)
+def test_impossible_settings_are_refused(settings, word):
+  with pytest.raises(ValueError, match=word):
+    OptimConfig(**settings)
+
+
+def test_merge_metrics():
+  stacked = {
+    "loss": jnp.float32([1.0, 3.0]),
+    "ratio/max": jnp.float32([1.5, 1.2]),
+    "error/min": jnp.float32([0.5, 0.2]),
+    "weight": jnp.float32([3.0, 1.0]),
+  }
+  merged = {k: float(v) for k, v in train_step.merge_metrics(stacked).items()}
+  assert merged["loss"] == 1.5
+  assert merged["ratio/max"] == 1.5
+  np.testing.assert_allclose(merged["error/min"], 0.2, rtol=1e-6)
+  assert merged["weight"] == 4
+  del stacked["weight"]
+  assert train_step.merge_metrics(stacked)["loss"] == 2
+
+
+def visits(epochs, minibatches, microbatches=1, rows=12, seed=0):
+  """Which rows each optimizer step of `update_epochs` saw, [epochs, minibatches, rows]."""
+
+  def loss(params, batch, key):
+    del key
+    # The gradient is a histogram of the rows: one-hot rows, summed.
+    return jnp.mean(batch["one_hot"] @ params), {"seen": jnp.mean(batch["one_hot"], axis=0)}
+
+  def loss_of_scalars(params, batch, key):
+    value, metrics = loss(params, batch, key)
+    return value, {f"seen_{i}": metrics["seen"][i] for i in range(rows)}
+
+  tx = optax.sgd(1.0)
+  state = train_step.init_state(jnp.zeros(rows), tx)
+  state, metrics = train_step.update_epochs(
+    loss_of_scalars,
+    tx,
+    state,
+    {"one_hot": jnp.eye(rows)},
+    jax.random.key(seed),
+    epochs=epochs,
+    minibatches=minibatches,
+    microbatches=microbatches,
+  )
+  assert metrics["loss"].shape == (epochs * minibatches,)
+  seen = np.stack([metrics[f"seen_{i}"] for i in range(rows)], axis=-1) * (rows // minibatches)
+  return seen.reshape(epochs, minibatches, rows), state
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_every_row_is_visited_once_per_epoch_in_a_new_order(microbatches):
+  seen, state = visits(epochs=4, minibatches=3, microbatches=microbatches)
+  np.testing.assert_allclose(seen.sum(axis=1), np.ones((4, 12)), atol=1e-6)
+  np.testing.assert_allclose(seen, np.round(seen), atol=1e-6)  # A row is there or it is not.
+  orders = {tuple(np.round(epoch).argmax(axis=0)) for epoch in seen}
+  assert len(orders) == 4
+  assert state.step == 1, "an iteration is one step, however many updates it makes"
+  # Each update moved by minus its rate times the mean of its rows.
+  np.testing.assert_allclose(state.params, -4 * np.ones(12) / 4, atol=1e-6)
+  other, _ = visits(epochs=4, minibatches=3, seed=1)
+  assert (np.round(other) != np.round(seen)).any()
+
+
+def test_update_epochs_is_the_same_as_its_updates_one_by_one():
+  tx = optax.adam(0.01)
+  batch, key = make_batch(), jax.random.key(5)
+  state = train_step.init_state(init_params(), tx)
+  end, metrics = train_step.update_epochs(
+    token_loss, tx, state, batch, key, epochs=1, minibatches=1
+  )
+  want, want_metrics = train_step.update(token_loss, tx, state, batch, key)
+  assert_close(end.params, want.params, 1e-6)
+  assert_close(jax.tree.map(lambda x: x[0], metrics), want_metrics, 1e-5)
+
+
+def test_a_bad_minibatch_does_not_stop_the_others():
+  tx = optax.adam(0.01)
+  batch = make_batch()
+  batch = batch._replace(target=batch.target.at[3, 0].set(jnp.nan))
+  state = train_step.init_state(init_params(), tx)
+  end, metrics = train_step.update_epochs(
+    token_loss, tx, state, batch, jax.random.key(0), epochs=2, minibatches=4
+  )
+  assert np.sum(metrics["skipped_steps"]) == 2  # One minibatch of each epoch.
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(end.params))
+  assert optax.tree.get(end.opt_state, "count") == 6

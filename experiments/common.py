@@ -164,7 +164,9 @@ def open_reward_model(
   """The reward model behind `--reward.path`, which must read the policy's tokens."""
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "scalar":
-    raise hf.ModelFolderError(f"{path}: not a reward model; train one with experiments.reward_model")
+    raise hf.ModelFolderError(
+      f"{path}: not a reward model; train one with experiments.reward_model"
+    )
   own = data.load_tokenizer(folder)
   if own.digest != tokenizer.digest:
     raise hf.ModelFolderError(
@@ -189,9 +191,7 @@ def reward_fn(
   return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
 
 
-def place_state(
-  run: loop.Run, params: Params, tx: optax.GradientTransformation
-) -> TrainState:
+def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
   """Train state with buffers of its own, each moment sharded like its parameter."""
   make = lambda params: init_state(params, tx)  # noqa: E731
   shapes = jax.eval_shape(make, params)

@@ -52,9 +52,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
       raise flags.UsageError("--policy and --baseline have different architectures")
     reward_fns = common.gold_rewards(config.data, heldout, tokenizer)
     if config.reward != common.RewardOptions() or not reward_fns:
-      reward_fns["reward"] = common.reward_fn(
-        run, config.reward, config.model, tokenizer, heldout
-      )
+      reward_fns["reward"] = common.reward_fn(run, config.reward, config.model, tokenizer, heldout)
     sample = functools.partial(
       common.sample_heldout,
       run,

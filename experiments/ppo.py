@@ -35,7 +35,7 @@ from rlhf_jax.types import TrainState
 class Config(loop.RunConfig):
   """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
 
-  steps: int = 60
+  steps: int = 40
   batch_size: int = 128
   eval_every: int = 0
   checkpoint_every: int = 20
@@ -175,9 +175,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         **{f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()},
       }
 
-    batches = data.batches(
-      train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id
-    )
+    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
     schedule = make_schedule(config.optim, updates)
     state = loop.fit(
       run,
@@ -189,9 +187,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       learning_rate=lambda step: schedule(step * updates // config.steps),
       title="ppo",
     )
-    common.export(
-      run.workdir / common.EXPORT, state.train.params["policy"], model, tokenizer
-    )
+    common.export(run.workdir / common.EXPORT, state.train.params["policy"], model, tokenizer)
     summary: dict[str, float] = {}
     if heldout.examples:
       before, after = sample(params=ref_params), sample(params=state.train.params["policy"])

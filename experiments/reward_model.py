@@ -31,7 +31,7 @@ _CENTRE_ON = 512
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 150
+  steps: int = 250
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
@@ -78,9 +78,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       del step
       return evaluate_on(heldout, state.params)
 
-    batches = data.batches(
-      train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id
-    )
+    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
     state = loop.fit(
       run,
       config,

@@ -52,9 +52,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     "reward_model", reward_model.train, dataclasses.replace(config.reward_model, init_from=start), 2
   )
   options = common.RewardOptions(path=str(workdir / "reward_model"))
-  stage(
-    "ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3
-  )
+  stage("ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3)
   judged = stage(
     "evaluate",
     evaluate.evaluate,

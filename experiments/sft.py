@@ -74,9 +74,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         functools.partial(measure, state.params),
       )
 
-    batches = data.batches(
-      train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id
-    )
+    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
     state = loop.fit(
       run,
       config,

@@ -119,6 +119,8 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
       _exit(str(error), error.exitcode)
     except Exception as error:
       code = getattr(error, "exit_code", None)
+      if isinstance(error, ValueError) and str(error).startswith("--"):
+        _exit(str(error), EX_USAGE)  # By convention the message of a wrong flag starts with it.
       if not isinstance(code, int):
         raise
       _exit(f"{type(error).__name__}: {error}", code)

@@ -21,6 +21,9 @@ from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.train_step import merge_metrics, update_epochs
 from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainState, TrainStep
 
+# (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last].
+ActorCriticFn = Callable[..., tuple[jax.Array, jax.Array]]
+
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
@@ -54,7 +57,7 @@ class PPOConfig:
   clip_high: float = 0.2
   value_clip: float = 0.2
   value_coef: float = 0.5
-  epochs: int = 4
+  epochs: int = 2
   minibatches: int = 4
   microbatches: int = 1
   whiten: bool = True
@@ -105,11 +108,12 @@ class Control(NamedTuple):
 
 
 def init_control(config: PPOConfig) -> Control:
+  """Control before the first iteration."""
   return Control(jnp.float32(config.kl_coef), reward.RunningMoments.zero())
 
 
 def response_outputs(
-  apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float
+  apply_fn: ActorCriticFn, params: Params, rollout: Rollout, temperature: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """What a model says about the response tokens of a rollout.
 
@@ -208,7 +212,7 @@ def rollout_to_batch(
 
 
 def make_experience(
-  apply_fn: ApplyFn,
+  apply_fn: ActorCriticFn,
   ref_apply_fn: ApplyFn,
   config: PPOConfig,
   *,
@@ -242,7 +246,7 @@ def loss_fn(
   batch: PPOBatch,
   key: jax.Array,
   *,
-  apply_fn: ApplyFn,
+  apply_fn: ActorCriticFn,
   config: PPOConfig,
   temperature: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
@@ -292,7 +296,7 @@ def loss_fn(
 
 
 def make_ppo_step(
-  apply_fn: ApplyFn,
+  apply_fn: ActorCriticFn,
   tx: optax.GradientTransformation,
   config: PPOConfig,
   *,

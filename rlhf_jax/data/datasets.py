@@ -248,7 +248,7 @@ def batches(
   rows = len(dataset.examples)
   if batch_size < 1 or rows < batch_size:
     raise ValueError(
-      f"batch_size {batch_size} does not fit a data set of {rows} rows; "
+      f"--batch_size={batch_size} does not fit a data set of {rows} rows; "
       f"choose between 1 and {rows}, or give more rows"
     )
   part = _shard(batch_size, shard_index, shard_count)

@@ -25,6 +25,8 @@ _UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 class DataError(ValueError):
   """Data that cannot be used. The message is "where: field: problem; fix"."""
 
+  exit_code = 65  # sysexits.h: EX_DATAERR
+
 
 class Row(NamedTuple):
   """One row.

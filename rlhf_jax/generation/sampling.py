@@ -1,6 +1,7 @@
 """How a token is drawn from logits."""
 
 import dataclasses
+import math
 
 import chex
 import jax
@@ -30,8 +31,8 @@ class SamplingConfig:
   def __post_init__(self):
     if self.max_new_tokens < 1:
       raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-    if self.temperature < 0:
-      raise ValueError(f"temperature must not be negative, got {self.temperature}")
+    if not 0 <= self.temperature < math.inf:
+      raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
     if self.top_k < 0:
       raise ValueError(f"top_k must not be negative (0 is off), got {self.top_k}")
     if not 0 < self.top_p <= 1:

@@ -64,7 +64,7 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
   return index - jax.lax.cummax(start, axis=1)
 
 
-def _pure(module: type[nnx.Module], *args):
+def _pure(module: Callable[..., nnx.Module], *args):
   """`init(key) -> params` and `call(params, *inputs)` of one module."""
   abstract = nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0)))
   graph, _ = nnx.split(abstract, nnx.Param)

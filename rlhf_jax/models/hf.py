@@ -5,6 +5,7 @@ either understood or refused by name; weights come from safetensors only.
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,17 @@ _FIELDS: Mapping[str, tuple[str, type, Any]] = {
   "mlp_bias": ("mlp_bias", bool, False),
   "initializer_range": ("init_std", float, 0.02),
 }
+# Kind of rope scaling -> its fields -> fields of RopeScaling.
+_ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
+  "default": {},
+  "linear": {"factor": "factor"},
+  "llama3": {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_length",
+  },
+}
 # Fields that change the computation and for which only one value is implemented.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
   "hidden_act": ("silu",),
@@ -69,10 +81,31 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 # Fields that say nothing about the forward pass.
 _IGNORED = frozenset(
-  """_name_or_path architectures attention_dropout bos_token_id dtype eos_token_id id2label
-  is_llama_config label2id model_type output_attentions output_hidden_states pad_token_id
-  pretraining_tp problem_type return_dict rope_parameters rope_scaling torch_dtype
-  transformers.js_config transformers_version unk_token_id use_cache""".split()
+  {
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "is_llama_config",
+    "label2id",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "rope_parameters",
+    "rope_scaling",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+  }
 )
 
 
@@ -86,38 +119,56 @@ def _refuse(path: pathlib.Path, problem: str) -> ModelFolderError:
   return ModelFolderError(f"{path}: {problem}")
 
 
+def _typed(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
+  """The value of a field, which must be of type `kind`, and positive if a number."""
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    raise _refuse(path, f"{name} is {value!r}, expected {kind.__name__}")
+  if kind is not bool and not 0 < value < math.inf:
+    raise _refuse(path, f"{name} is {value!r}, expected a positive number")
+  return value
+
+
 def _parse_rope(
   path: pathlib.Path, raw: Mapping[str, Any]
 ) -> tuple[float | None, RopeScaling | None]:
   """Base and scaling from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`."""
-  found = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+  found: dict[str, Any] = {}
+  for field in ("rope_scaling", "rope_parameters"):
+    part = raw.get(field) or {}
+    if not isinstance(part, dict):
+      raise _refuse(path, f"{field} is {part!r}, expected an object")
+    older = {"rope_type": part["type"]} if "type" in part else {}
+    part = older | {name: value for name, value in part.items() if name != "type"}
+    if any(found[name] != part[name] for name in found.keys() & part.keys()):
+      raise _refuse(path, "rope_scaling and rope_parameters differ; keep one")
+    found |= part
   theta = found.pop("rope_theta", raw.get("rope_theta"))
-  if "rope_theta" in raw and theta != raw["rope_theta"]:
+  if raw.get("rope_theta") not in (None, theta):
     raise _refuse(path, f"rope_theta is both {raw['rope_theta']} and {theta}; keep one")
-  kind = found.pop("rope_type", None) or found.pop("type", None) or "default"
-  found.pop("type", None)
+  if theta is not None:
+    theta = _typed(path, "rope_theta", theta, float)
+  kind = found.pop("rope_type", None) or "default"
   if found.pop("partial_rotary_factor", 1.0) != 1.0:
     raise _refuse(path, "rope_parameters.partial_rotary_factor: only 1.0 is supported")
-  if kind == "default":
-    names = {}
-  elif kind == "linear":
-    names = {"factor": "factor"}
-  elif kind == "llama3":
-    names = {
-      "factor": "factor",
-      "low_freq_factor": "low_freq_factor",
-      "high_freq_factor": "high_freq_factor",
-      "original_max_position_embeddings": "original_length",
-    }
-  else:
-    raise _refuse(path, f"rope scaling {kind!r} is not supported; default, linear, llama3 are")
+  if kind not in _ROPE_FIELDS:
+    known = ", ".join(_ROPE_FIELDS)
+    raise _refuse(path, f"rope scaling {kind!r} is not supported; {known} are")
+  names = _ROPE_FIELDS[kind]
   if set(found) != set(names):
     raise _refuse(
       path, f"rope scaling {kind!r} needs exactly {sorted(names)}, found {sorted(found)}"
     )
   if not names:
     return theta, None
-  return theta, RopeScaling(kind, **{ours: found[theirs] for theirs, ours in names.items()})
+  values = {
+    ours: _typed(path, theirs, found[theirs], int if ours == "original_length" else float)
+    for theirs, ours in names.items()
+  }
+  if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+    raise _refuse(path, "high_freq_factor must be greater than low_freq_factor")
+  return theta, RopeScaling(kind=kind, **values)  # pyrefly: ignore[bad-argument-type]
 
 
 def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
@@ -138,15 +189,13 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
     raw = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise _refuse(path, "not found; give a folder with config.json and safetensors") from None
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
+  except (ValueError, RecursionError) as error:
     raise _refuse(path, f"not JSON: {error}") from None
   if not isinstance(raw, dict):
     raise _refuse(path, "not a JSON object")
   names = raw.get("architectures")
-  if not isinstance(names, list) or len(names) != 1 or names[0] not in ARCHITECTURES:
-    raise _refuse(
-      path, f"architectures is {names!r}; one of {sorted(ARCHITECTURES)} can be loaded"
-    )
+  if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
+    raise _refuse(path, f"architectures is {names!r}; one of {sorted(ARCHITECTURES)} can be loaded")
   if raw.get("model_type") != "llama":
     raise _refuse(path, f"model_type is {raw.get('model_type')!r}, expected 'llama'")
   for name, allowed in _ONLY.items():
@@ -154,8 +203,11 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
       raise _refuse(path, f"{name} is {raw[name]!r}; only {allowed[0]!r} is implemented")
   if "hidden_act" not in raw:
     raise _refuse(path, "hidden_act is missing; 'silu' is implemented")
-  if len(raw.get("id2label") or {"0": ""}) != 1 and ARCHITECTURES[names[0]] == "scalar":
-    raise _refuse(path, f"a reward model has one label, this one has {len(raw['id2label'])}")
+  labels = raw.get("id2label") or {"0": ""}
+  if not isinstance(labels, dict):
+    raise _refuse(path, f"id2label is {labels!r}, expected an object")
+  if len(labels) != 1 and ARCHITECTURES[names[0]] == "scalar":
+    raise _refuse(path, f"a reward model has one label, this one has {len(labels)}")
 
   fields: dict[str, Any] = {}
   for name, (ours, kind, default) in _FIELDS.items():
@@ -165,13 +217,7 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
         raise _refuse(path, f"{name} is missing")
       fields[ours] = default
       continue
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-      value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-      raise _refuse(path, f"{name} is {value!r}, expected {kind.__name__}")
-    if kind is not bool and value <= 0:
-      raise _refuse(path, f"{name} is {value!r}, expected a positive number")
-    fields[ours] = value
+    fields[ours] = _typed(path, name, value, kind)
   theta, fields["rope_scaling"] = _parse_rope(path, raw)
   fields["rope_theta"] = 10000.0 if theta is None else float(theta)
   fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
@@ -232,10 +278,12 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
     try:
       weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
       files = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise _refuse(index, f"not a safetensors index: {error!r}") from None
     for name in files:
-      if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name):
+      if not isinstance(name, str) or not re.fullmatch(
+        r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name
+      ):
         raise _refuse(index, f"shard {name!r} is not a bare .safetensors file name")
   elif single.exists():
     weight_map, files = None, [single.name]
@@ -310,10 +358,15 @@ def load_params(
   def read(name: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
     if name not in tensors:
       raise _refuse(folder, f"tensor {name} is missing")
-    value = tensors[name]()
+    try:
+      value = tensors[name]()
+    except (AttributeError, KeyError, TypeError) as error:
+      raise _refuse(folder, f"tensor {name} is of a type that is not read: {error}") from None
     value = value.T if transpose else value
     if value.shape != shape:
       raise _refuse(folder, f"tensor {name} gives shape {value.shape}, config.json says {shape}")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise _refuse(folder, f"tensor {name} is of type {value.dtype}; weights must be floats")
     value = np.ascontiguousarray(value).astype(jnp.dtype(dtype))
     if not np.isfinite(value.astype(np.float32)).all():
       raise _refuse(folder, f"tensor {name} holds NaN or Inf")
@@ -325,7 +378,9 @@ def load_params(
     if leaf.path[0] == "score" and stored_head == "language":
       if key is None:
         raise _refuse(folder, "has no scalar head; give a key to initialise one")
-      value = np.asarray(_get(jax.jit(model.init)(key), leaf.path)).astype(jnp.dtype(dtype))
+      # Returned alone, so that the compiler drops the trunk that is made with it.
+      fresh = jax.jit(lambda key, path=leaf.path: _get(model.init(key), path))(key)
+      value = np.asarray(fresh).astype(jnp.dtype(dtype))
     elif leaf.name == "score.bias" and leaf.name not in tensors:
       value = np.zeros(shape, jnp.dtype(dtype))  # The classification format has no bias.
     elif leaf.stacked:
@@ -399,6 +454,11 @@ def save_folder(
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   head: Head = "scalar" if "score" in params else "language"
+  # The weights of an earlier save could be read in place of these.
+  ours = r"config\.json|model\.safetensors\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+  for file in folder.iterdir():
+    if re.fullmatch(ours, file.name):
+      file.unlink()
 
   shards: list[dict[str, np.ndarray]] = [{}]
   size = 0

@@ -10,12 +10,13 @@ from rlhf_jax import simulation
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
 # with all their columns: a reference answer, a label, anything the score needs.
-TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+Scores = Sequence[float] | np.ndarray
+TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
 
 
 def gold(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> Sequence[float]:
+) -> Scores:
   """The known reward of the built-in task."""
   del rows
   return simulation.gold_reward(list(prompts), list(responses))
@@ -34,7 +35,7 @@ def _sentiment_analyzer():
 
 def sentiment(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
-) -> Sequence[float]:
+) -> Scores:
   """VADER's compound sentiment of the response, in [-1, 1].
 
   Hutto and Gilbert, 2014, https://github.com/cjhutto/vaderSentiment.

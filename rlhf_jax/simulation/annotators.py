@@ -41,7 +41,7 @@ FEATURES = (*gold.WEIGHTS, "shortness", *TOPICS)
 _CONTENT = {"tone": 3.0, "coverage": 4.0, "fluency": 1.5}
 
 ANNOTATORS = {
-  "expert": Annotator("judges by the gold reward", (gold.WEIGHTS,), 0.75),
+  "expert": Annotator("judges by the gold reward", (gold.WEIGHTS,), 0.5),
   "novice": Annotator("judges by the gold reward, carelessly", (gold.WEIGHTS,), 2.0),
   "terse": Annotator(
     "likes short texts, whatever the prompt asks", ({**_CONTENT, "shortness": 20.0},), 0.75

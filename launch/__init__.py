@@ -1,0 +1,1 @@
+"""Renders and submits jobs. Imports neither jax nor rlhf_jax, so it runs on a bare login node."""

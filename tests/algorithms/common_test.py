@@ -1,0 +1,158 @@
+"""What holds for every algorithm: neither mesh nor micro-batches change what is learnt."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax import sharding
+from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.models import ModelConfig, actor_critic, build
+from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
+from rlhf_jax.types import Rollout, TokenBatch
+
+CONFIG = ModelConfig(
+  vocab_size=16,
+  width=16,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  mlp_width=32,
+  init_std=0.3,
+  remat=False,
+)
+ROWS, PROMPT, T = 16, 3, 8
+STEPS = 3
+
+
+def optimizer():
+  # A larger eps than usual: Adam turns the rounding of a gradient near 0 into a full step.
+  return make_optimizer(OptimConfig(learning_rate=3e-3, eps=1e-4, weight_decay=0.01), STEPS)
+
+
+def token_batch(*leading, seed=0) -> TokenBatch:
+  """Responses of unequal lengths."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, 16, size=(*leading, T)).astype(np.int32)
+  end = rng.integers(PROMPT + 1, T + 1, size=(*leading, 1))
+  return TokenBatch(tokens, (np.arange(T) >= PROMPT) & (np.arange(T) < end))
+
+
+def run_sft(put, microbatches):
+  model, tx = build(CONFIG), optimizer()
+  step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(microbatches=microbatches))
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+  return loop(step, state, lambda i, state: put(token_batch(ROWS, seed=i)))
+
+
+def run_reward_model(put, microbatches):
+  model, tx = build(CONFIG, head="scalar"), optimizer()
+  config = reward_model.RewardModelConfig(centering_coef=0.1, microbatches=microbatches)
+  step = reward_model.make_reward_model_step(model.apply, tx, config)
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+  return loop(step, state, lambda i, state: put(token_batch(ROWS, 2, seed=i)))
+
+
+def run_ppo(put, microbatches):
+  policy, critic, tx = build(CONFIG), build(CONFIG, head="scalar"), optimizer()
+  config = ppo.PPOConfig(epochs=2, minibatches=2, microbatches=microbatches, normalize_scores=True)
+  apply = actor_critic(policy, critic)
+  step = ppo.make_ppo_step(apply, tx, config, temperature=0.7)
+  experience = ppo.make_experience(apply, policy.apply, config, temperature=0.7)
+  init = lambda key: {"policy": policy.init(key), "value": critic.init(key)}  # noqa: E731
+  state = put(init_state(jax.jit(init)(jax.random.key(0)), tx), is_state=True)
+  reference = put(jax.jit(policy.init)(jax.random.key(9)), is_state=True)  # Another model.
+  control = ppo.init_control(config)
+  first_params = state.params
+
+  def next_batch(i, state):
+    nonlocal control, first_params
+    rng = np.random.default_rng(i)
+    tokens, response = token_batch(ROWS, seed=i)
+    # Left padding before prompts of one to three tokens.
+    prompt = np.arange(T) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1))
+    prompt &= np.arange(T) < PROMPT
+    scores = rng.normal(size=ROWS).astype(np.float32)
+    scores[i] = np.nan  # A row without a score.
+    rollout = Rollout(tokens, prompt, response, np.zeros((ROWS, T - PROMPT), np.float32))
+    rollout, scores, done = put((rollout, scores, rng.random(ROWS) < 0.7))
+    logprobs, _, _ = outputs(state.params, rollout)
+    rollout = rollout._replace(logprobs=logprobs)
+    batch, control, metrics = experience(state.params, reference, control, rollout, scores, done)
+    assert abs(metrics["kl/ref"]) > 0.1
+    return batch
+
+  outputs = jax.jit(lambda params, rollout: ppo.response_outputs(apply, params, rollout, 0.7))
+  return loop(step, state, next_batch)
+
+
+def loop(step, state, next_batch) -> tuple[Any, list[dict[str, float]]]:
+  """Params and metrics after three steps; checks what every step must keep."""
+  placed, metrics = jax.tree.map(lambda x: x.sharding, state), []
+  for i in range(STEPS):
+    batch, before = next_batch(i, state), state
+    state, now = step(state, batch, jax.random.key(0))
+    metrics.append({name: float(value) for name, value in now.items()})
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.params)), "state is not donated"
+  assert step._cache_size() == 1, "compiled more than once"
+  assert state.step == STEPS
+  jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail("moved"), state, placed
+  )
+  return jax.device_get(state.params), metrics
+
+
+RUNS = {"sft": run_sft, "reward_model": run_reward_model, "ppo": run_ppo}
+
+
+@functools.cache
+def single_device(name):
+  def put(tree, is_state=False):
+    del is_state
+    return jax.device_put(tree, jax.devices()[0])
+
+  return RUNS[name](put, 1)
+
+
+def assert_close(a, b, atol):
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_three_steps_change_the_params(name):
+  params, metrics = single_device(name)
+  assert all(np.isfinite(list(m.values())).all() for m in metrics)
+  assert all(m["skipped_steps"] == 0 and m["grad_norm"] > 1e-3 for m in metrics)
+  other, _ = single_device(name)
+  assert other is params
+
+
+@pytest.mark.parametrize("spec", ["data:8", "fsdp:4,tensor:2"])
+@pytest.mark.parametrize("name", RUNS)
+def test_eight_devices_equal_one(name, spec):
+  mesh = sharding.make_mesh(spec)
+
+  def put(tree, is_state=False):
+    if is_state:
+      return jax.device_put(tree, sharding.named_shardings(tree, mesh, sharding.DECODER_RULES))
+    return sharding.place_batch(tree, mesh)
+
+  want_params, want_metrics = single_device(name)
+  params, metrics = RUNS[name](put, 1)
+  assert_close(params, want_params, 1e-5)
+  assert_close(metrics, want_metrics, 1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_microbatches_change_nothing(name):
+  def put(tree, is_state=False):
+    del is_state
+    return jax.device_put(tree, jax.devices()[0])
+
+  want_params, want_metrics = single_device(name)
+  params, metrics = RUNS[name](put, 4)
+  assert_close(params, want_params, 1e-5)
+  assert_close(metrics, want_metrics, 1e-4)

@@ -1,0 +1,216 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.algorithms import reward_model
+from rlhf_jax.losses import masked
+from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.rewards import model_reward
+from rlhf_jax.train_step import init_state
+from rlhf_jax.types import Rollout, TokenBatch
+
+CONFIG = ModelConfig(
+  vocab_size=16,
+  width=16,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  mlp_width=32,
+  init_std=0.3,
+  remat=False,
+)
+PAD, EOS, V = 0, 2, 16
+GOOD = 7  # More of this token is better.
+PROMPT, T = 3, 10
+
+
+def make_batch(rows=16, seed=0):
+  """Pairs that share a prompt, of unequal lengths; the one with more `GOOD` tokens is chosen."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(8, V, size=(rows, 2, T))
+  tokens[:, 1, :PROMPT] = tokens[:, 0, :PROMPT]
+  end = rng.integers(PROMPT + 2, T, size=(rows, 2, 1))
+  at = np.arange(T)
+  response = (at >= PROMPT) & (at < end)
+  good = rng.random((rows, 2, T)) < np.array([0.6, 0.1])[None, :, None]
+  tokens = np.where(response & good, GOOD, tokens)
+  tokens[:, 0, PROMPT], tokens[:, 1, PROMPT] = GOOD, 8  # Never a draw.
+  tokens = np.where(at == end, EOS, np.where(at > end, PAD, tokens)).astype(np.int32)
+  return TokenBatch(jnp.asarray(tokens), jnp.asarray((at >= PROMPT) & (at <= end)))
+
+
+@functools.cache
+def model_and_params(init_std=0.3):
+  """With a jitted `apply`: called eagerly, the scan over layers would compile at each call."""
+  model = build(dataclasses.replace(CONFIG, init_std=init_std), head="scalar")
+  return model._replace(apply=jax.jit(model.apply)), jax.jit(model.init)(jax.random.key(0))
+
+
+def loss_of(model, params, batch, **settings):
+  config = reward_model.RewardModelConfig(**settings)
+  return reward_model.loss_fn(params, batch, jax.random.key(0), apply_fn=model.apply, config=config)
+
+
+def test_score_is_read_at_the_end_of_each_response():
+  model, params = model_and_params()
+  batch = make_batch()
+  scores = reward_model.pair_scores(model.apply, params, batch)
+  assert scores.shape == (16, 2)
+  for b in range(3):
+    for side in range(2):
+      n = int(np.flatnonzero(batch.mask[b, side])[-1]) + 1
+      alone = model.apply(params, batch.tokens[b, side, :n][None])[0, -1]
+      np.testing.assert_allclose(scores[b, side], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("extra", [1, 6])
+def test_score_does_not_depend_on_right_padding(extra):
+  model, params = model_and_params()
+  batch = make_batch()
+  want = reward_model.pair_scores(model.apply, params, batch)
+  wide = ((0, 0), (0, 0), (0, extra))
+  padded = TokenBatch(jnp.pad(batch.tokens, wide, constant_values=13), jnp.pad(batch.mask, wide))
+  np.testing.assert_allclose(reward_model.pair_scores(model.apply, params, padded), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("left, right", [(0, 0), (4, 0), (0, 4), (3, 5)])
+def test_score_does_not_depend_on_the_side_of_the_padding(left, right):
+  """A rollout has its padding on both sides; the same text gets the same score as in training."""
+  model, params = model_and_params()
+  batch = make_batch()
+  want = reward_model.pair_scores(model.apply, params, batch)[:, 0]
+  rng = np.random.default_rng(3)
+  tokens = rng.integers(V, size=(16, left + T + right)).astype(np.int32)
+  prompt, response = np.zeros((2, *tokens.shape), bool)
+  tokens[:, left : left + T] = batch.tokens[:, 0]
+  prompt[:, left : left + PROMPT] = True
+  response[:, left : left + T] = batch.mask[:, 0]
+  rollout = Rollout(
+    jnp.asarray(tokens),
+    jnp.asarray(prompt),
+    jnp.asarray(response),
+    jnp.zeros((16, T + right - PROMPT)),
+  )
+  scores = model_reward(model.apply, params)(rollout, np.arange(16))
+  np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+def test_swapping_the_sides_flips_the_margin():
+  model, params = model_and_params()
+  batch = make_batch()
+  swapped = TokenBatch(batch.tokens[:, ::-1], batch.mask[:, ::-1])
+  loss, a = loss_of(model, params, batch)
+  other, b = loss_of(model, params, swapped)
+  np.testing.assert_allclose(a["reward/margin"], -b["reward/margin"], atol=1e-6)
+  np.testing.assert_allclose(a["reward/accuracy"], 1 - b["reward/accuracy"], atol=1e-6)
+  np.testing.assert_allclose(a["reward/chosen"], b["reward/rejected"], atol=1e-6)
+  # -log sigmoid(d) + log sigmoid(-d) = -d.
+  np.testing.assert_allclose(loss - other, -a["reward/margin"], atol=1e-5)
+
+
+def test_order_of_the_pairs_changes_nothing():
+  model, params = model_and_params()
+  batch = make_batch()
+  order = np.random.default_rng(0).permutation(16)
+  want = reward_model.pair_scores(model.apply, params, batch)
+  shuffled = jax.tree.map(lambda x: x[order], batch)
+  np.testing.assert_allclose(
+    reward_model.pair_scores(model.apply, params, shuffled), want[order], atol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  "settings", [{}, {"label_smoothing": 0.1}, {"margin": 0.5}, {"centering_coef": 0.3}]
+)
+def test_loss_matches_numpy(settings):
+  model, params = model_and_params()
+  batch = make_batch()
+  scores = np.asarray(reward_model.pair_scores(model.apply, params, batch), np.float64)
+  d = scores[:, 0] - scores[:, 1] - settings.get("margin", 0.0)
+  smoothing = settings.get("label_smoothing", 0.0)
+  want = (1 - smoothing) * np.logaddexp(0, -d) + smoothing * np.logaddexp(0, d)
+  want += settings.get("centering_coef", 0.0) * scores.sum(axis=1) ** 2
+  loss, _ = loss_of(model, params, batch, **settings)
+  np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+
+
+def test_a_tie_is_half_correct():
+  scores = jnp.float32([[1, 0], [0, 1], [2, 2], [3, 1]])
+  metrics = reward_model.pair_metrics(scores)
+  assert metrics["reward/accuracy"] == 2.5 / 4
+  assert metrics["reward/chosen"] == 1.5
+  assert metrics["reward/rejected"] == 1.0
+  assert metrics["reward/margin"] == 0.5
+  model, params = model_and_params()
+  batch = make_batch()
+  same = jax.tree.map(lambda x: x.at[:, 1].set(x[:, 0]), batch)
+  loss, metrics = loss_of(model, params, same)
+  assert metrics["reward/accuracy"] == 0.5
+  np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_poisoned_scores_outside_the_last_token_change_nothing(bad):
+  batch = make_batch()
+  shape = batch.tokens.shape
+  scores = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  last = np.zeros(shape, bool)
+  for i in np.ndindex(shape[:2]):
+    last[i][np.flatnonzero(batch.mask[i])[-1]] = True
+
+  @jax.jit
+  def function(table):
+    config = reward_model.RewardModelConfig(centering_coef=0.1)
+    return jax.value_and_grad(
+      lambda x: reward_model.loss_fn(
+        x,
+        batch,
+        jax.random.key(0),
+        apply_fn=lambda x, tokens: x.reshape(tokens.shape),
+        config=config,
+      ),
+      has_aux=True,
+    )(table)
+
+  want, want_grad = function(scores)
+  assert (np.asarray(want_grad)[last] != 0).all()
+  (value, metrics), grad = function(np.where(last, scores, bad).astype(np.float32))
+  assert (value, metrics) == want
+  np.testing.assert_array_equal(grad, want_grad)
+  assert (np.asarray(grad)[~last] == 0).all()
+
+
+def test_learns_a_planted_preference():
+  model, params = model_and_params(init_std=0.1)
+  tx = optax.adam(5e-3)
+  step = reward_model.make_reward_model_step(
+    model.apply, tx, reward_model.RewardModelConfig(centering_coef=0.01)
+  )
+  state = init_state(jax.tree.map(jnp.copy, params), tx)
+  first = None
+  for i in range(150):
+    state, metrics = step(state, make_batch(32, seed=i), jax.random.key(0))
+    first = metrics if first is None else first
+  assert metrics["loss"] < 0.2 < first["loss"]
+  assert step._cache_size() == 1
+  # On pairs it has not seen.
+  held_out = make_batch(128, seed=1000)
+  scores = reward_model.pair_scores(model.apply, state.params, held_out)
+  assert reward_model.pair_metrics(scores)["reward/accuracy"] > 0.95
+  # And it does score the token, whatever the pair.
+  score = lambda token: masked.last_real(  # noqa: E731
+    model.apply(state.params, jnp.full((1, 6), token).at[:, -1].set(EOS)), jnp.ones((1, 6), bool)
+  )
+  assert score(GOOD)[0] > score(9)[0] + 1
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5])
+def test_impossible_label_smoothing_is_refused(smoothing):
+  with pytest.raises(ValueError, match="label_smoothing must be in"):
+    reward_model.RewardModelConfig(label_smoothing=smoothing)

@@ -1,0 +1,157 @@
+"""Every script: what it writes, that it resumes bitwise after SIGKILL, and how it refuses."""
+
+import json
+
+import pytest
+
+STEPS = {"sft": 150, "reward_model": 120, "ppo": 30}
+
+
+def chained(script, sft_run, reward_run):
+  """The flags that put a script behind the ones before it."""
+  if script == "sft":
+    return ()
+  first = (f"--init_from={sft_run}",)
+  return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "ppo"])
+def test_a_killed_run_ends_with_the_same_bits(
+  script, tmp_path, run_script, kill_script, sft_run, reward_run
+):
+  flags = (
+    *chained(script, sft_run, reward_run),
+    f"--steps={STEPS[script]}",
+    "--checkpoint_every=3",
+    "--log_every=5",
+  )
+  whole = run_script(script, tmp_path / "whole", *flags)
+  assert whole.code == 0, whole.output
+  kill_script(script, tmp_path / "killed", *flags, after_step=6)
+  again = run_script(script, tmp_path / "killed", *flags)
+  assert again.code == 0, again.output
+  assert "continuing from step" in again.output
+  weights = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+  lines = [
+    [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
+    for run in (whole, again)
+  ]
+  clock = ("step_seconds", "tokens_per_second", "time/generate", "time/reward")
+  timeless = [[{k: v for k, v in row.items() if k not in clock} for row in rows] for rows in lines]
+  assert timeless[0] == timeless[1]
+
+
+def test_sft_writes_what_it_says(sft_run):
+  for name in ("flags", "metrics.jsonl", "summary.json", "identity.json"):
+    assert (sft_run / name).stat().st_size > 0, name
+  assert list((sft_run / "plots").glob("*.png"))
+  assert list((sft_run / "samples").glob("step_*.jsonl"))
+  rows = [json.loads(line) for line in (sft_run / "metrics.jsonl").read_text().splitlines()]
+  assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"} <= set(rows[0])
+  assert rows[-1]["step"] == 4
+
+
+def test_reward_model_is_centred(reward_run):
+  summary = json.loads((reward_run / "summary.json").read_text())
+  assert 0 <= summary["accuracy"] <= 1
+  config = json.loads((reward_run / "export" / "config.json").read_text())
+  assert config["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_run):
+  trained = run_script("ppo", tmp_path / "ppo", f"--init_from={sft_run}", "--reward.name=gold")
+  assert trained.code == 0, trained.output
+  summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+  assert {"kl", "gold/mean", "gold/win_rate", "reward/mean"} <= set(summary)
+  metrics = [
+    json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert metrics[0]["ratio/first_deviation"] < 1e-5
+  assert abs(metrics[0]["kl/ref"]) < 1e-4
+  for name in ("reward/mean", "kl/ref", "entropy", "clip_fraction", "eos_fraction"):
+    assert name in metrics[-1], name
+
+  judged = run_script(
+    "evaluate",
+    tmp_path / "evaluate",
+    f"--policy={tmp_path / 'ppo'}",
+    f"--baseline={sft_run}",
+    "--data.rows=64",
+    "--data.eval_rows=8",
+    "--sampling.max_new_tokens=8",
+  )
+  assert judged.code == 0, judged.output
+  assert "gold (mean)" in judged.output
+
+  answered = run_script(
+    "generate",
+    tmp_path / "generate",
+    f"--init_from={tmp_path / 'ppo'}",
+    "--prompt=write a brief review of the film",
+    "--sampling.samples_per_prompt=3",
+    "--sampling.max_new_tokens=8",
+  )
+  assert answered.code == 0, answered.output
+  rows = (tmp_path / "generate" / "samples" / "step_00000000.jsonl").read_text().splitlines()
+  assert len(rows) == 3
+  assert len({json.loads(row)["response"] for row in rows}) > 1
+
+
+def test_sft_on_a_mesh_of_eight_devices(tmp_path, monkeypatch):
+  """In this process, which has eight devices."""
+  from experiments import common, sft
+  from rlhf_jax import loop
+  from rlhf_jax.data import DataConfig
+  from rlhf_jax.generation import SamplingConfig
+
+  config = sft.Config(
+    steps=2,
+    batch_size=8,
+    model=common.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
+    data=DataConfig(rows=64, eval_rows=8),
+    sampling=SamplingConfig(max_new_tokens=4),
+  )
+  summary = sft.train(loop.Session(str(tmp_path), mesh="data:2,fsdp:2,tensor:2"), config)
+  assert 0 < summary["eval/loss"] < 20
+
+
+BAD_FLAGS = [
+  (("sft", "--stesp=3"), 1, "steps"),
+  (("sft", "--steps=0"), 64, "--steps"),
+  (("sft", "--optim.learning_rate=nan"), 64, "optim.learning_rate"),
+  (("sft", "--optim.learning_rate=-1"), 64, "--optim.learning_rate"),
+  (("sft", "stray"), 64, "stray"),
+  (("sft", "--init_from=nowhere"), 78, "nowhere"),
+  (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
+  (("sft", "--mesh=data:64"), 64, "--mesh"),
+  (("ppo", "--sampling.top_k=5", "--reward.name=gold"), 64, "top_k"),
+  (("ppo", "--ppo.minibatches=3", "--reward.name=gold"), 64, "minibatches"),
+  (("ppo",), 64, "--reward.path"),
+  (("ppo", "--reward.name=best"), 64, "sentiment"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "message"), BAD_FLAGS, ids=lambda x: str(x)[:40])
+def test_bad_input_is_refused_in_words(command, code, message, tmp_path, run_script):
+  script, *flags = command
+  finished = run_script(script, tmp_path / "run", *flags)
+  assert finished.code == code, finished.output
+  assert "Traceback" not in finished.output
+  assert message in finished.output
+
+
+def test_a_bad_row_is_named_before_anything_is_compiled(tmp_path, run_script):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n')
+  finished = run_script("sft", tmp_path / "run", f"--data.path={path}")
+  assert finished.code == 65, finished.output
+  assert "rows.jsonl:2" in finished.output
+  assert "response" in finished.output
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_run_is_refused(tmp_path, run_script, sft_run):
+  finished = run_script("sft", sft_run, "--optim.learning_rate=0.5")
+  assert finished.code == 78, finished.output
+  assert "learning_rate" in finished.output

@@ -1,0 +1,155 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.generation import SamplingConfig, adjust_logits, sample
+
+DRAWS = 20_000
+# 0.9999 quantile of chi-square by degrees of freedom.
+CHI_SQUARE = {1: 15.14, 2: 18.42, 3: 21.11, 4: 23.51, 5: 25.74, 6: 27.86, 7: 29.88}
+
+
+def softmax(x):
+  x = np.exp(np.asarray(x, np.float64) - np.max(x))
+  return x / x.sum()
+
+
+def support(logits, top_k, top_p):
+  """The tokens that may be drawn, by the definition, one at a time."""
+  order = sorted(range(len(logits)), key=lambda i: -logits[i])
+  if top_k:
+    order = order[:top_k]
+  probs = dict(zip(order, softmax([logits[i] for i in order]), strict=True))
+  kept, total = set(), 0.0
+  for i in order:
+    kept.add(i)
+    total += probs[i]
+    if total >= top_p:
+      break
+  return kept
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 5, 9, 50])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.6, 0.95, 1.0])
+def test_support(top_k, top_p):
+  rng = np.random.default_rng(top_k)
+  logits = rng.normal(size=(30, 9)).astype(np.float32) * rng.uniform(0.1, 5.0, (30, 1))
+  adjusted = np.asarray(adjust_logits(jnp.asarray(logits, jnp.float32), top_k=top_k, top_p=top_p))
+  for row, out in zip(logits.astype(np.float32), adjusted, strict=True):
+    kept = sorted(support(row, top_k, top_p))
+    np.testing.assert_array_equal(np.flatnonzero(out > -np.inf), kept)
+    np.testing.assert_array_equal(out[kept], row[kept])
+    assert np.argmax(row) in kept
+
+
+def test_support_of_hand_made_logits():
+  logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]]))
+
+  def kept(**kwargs):
+    return (adjust_logits(logits, **kwargs) > -jnp.inf).tolist()
+
+  assert kept(top_k=2) == [[False, True, False, True], [True, True, True, True]]  # Ties stay.
+  assert kept(top_p=0.5) == [[False, True, False, True], [True, False, False, False]]
+  assert kept(top_p=0.35) == [[False, True, False, False], [True, False, False, False]]
+  # After top_k the rest is a distribution of its own: 4/7 of it is reached by one token.
+  assert kept(top_k=2, top_p=0.55)[0] == [False, True, False, False]
+  assert kept() == [[True] * 4] * 2
+  # Any leading shape, and tokens that were excluded before stay so.
+  shaped = adjust_logits(logits.reshape(2, 1, 4).at[0, 0, 1].set(-jnp.inf), top_p=0.99)
+  assert shaped.shape == (2, 1, 4) and shaped[0, 0, 1] == -jnp.inf
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.7),
+    SamplingConfig(temperature=3.0),
+    SamplingConfig(top_k=4),
+    SamplingConfig(top_p=0.8),
+    SamplingConfig(temperature=0.7, top_k=5, top_p=0.9),
+  ],
+  ids=str,
+)
+def test_frequencies(config):
+  logits = np.array([0.3, -1.0, 1.2, 0.0, 0.9, -0.2, 0.5, -2.0], np.float32)
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(DRAWS))
+  tokens, logprobs = jax.jit(sample, static_argnums=2)(
+    jnp.broadcast_to(logits, (DRAWS, 8)), keys, config
+  )
+  assert tokens.dtype == jnp.int32 and logprobs.dtype == jnp.float32
+  scaled = logits / config.temperature
+  kept = sorted(support(scaled, config.top_k, config.top_p))
+  expected = DRAWS * softmax(scaled[kept])
+  counts = np.bincount(tokens, minlength=8)
+  assert counts.sum() == counts[kept].sum()
+  statistic = np.sum((counts[kept] - expected) ** 2 / expected)
+  assert statistic < CHI_SQUARE[len(kept) - 1]
+  # The log-probability is that of the whole softmax, without top_k and top_p.
+  whole = np.log(softmax(scaled))
+  np.testing.assert_allclose(logprobs, whole[np.asarray(tokens)], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [SamplingConfig(temperature=0.0), SamplingConfig(top_k=1), SamplingConfig(top_p=1e-6)],
+  ids=str,
+)
+def test_most_likely_token(config):
+  logits = jax.random.normal(jax.random.key(1), (50, 11))
+  tokens, logprobs = sample(logits, jax.random.split(jax.random.key(2), 50), config)
+  np.testing.assert_array_equal(tokens, jnp.argmax(logits, -1))
+  np.testing.assert_allclose(logprobs, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
+
+
+def test_a_row_depends_on_its_own_key_only():
+  config = SamplingConfig()
+  logits = jax.random.normal(jax.random.key(0), (64, 30))
+  keys = jax.random.split(jax.random.key(1), 64)
+  tokens, logprobs = sample(logits, keys, config)
+  order = np.random.default_rng(0).permutation(64)
+  mixed, mixed_logprobs = sample(logits[order], keys[order], config)
+  np.testing.assert_array_equal(mixed, tokens[order])
+  np.testing.assert_array_equal(mixed_logprobs, logprobs[order])
+  for i in (0, 17, 63):
+    np.testing.assert_array_equal(sample(logits[i : i + 1], keys[i : i + 1], config)[0], tokens[i])
+
+
+def test_half_precision_logits_are_widened():
+  logits = (8 * jax.random.normal(jax.random.key(0), (4, 1000))).astype(jnp.bfloat16)
+  keys = jax.random.split(jax.random.key(1), 4)
+  tokens, logprobs = sample(logits, keys, SamplingConfig(temperature=0.7))
+  wide = sample(logits.astype(jnp.float32), keys, SamplingConfig(temperature=0.7))
+  np.testing.assert_array_equal(tokens, wide[0])
+  np.testing.assert_array_equal(logprobs, wide[1])
+  assert logprobs.dtype == jnp.float32
+
+
+def test_shapes_are_checked():
+  keys = jax.random.split(jax.random.key(0), 3)
+  with pytest.raises(AssertionError):
+    sample(jnp.zeros((2, 5)), keys, SamplingConfig())
+  with pytest.raises(AssertionError):
+    sample(jnp.zeros((3, 1, 5)), keys, SamplingConfig())
+
+
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("max_new_tokens", 0),
+    ("temperature", -0.1),
+    ("top_k", -1),
+    ("top_p", 0.0),
+    ("top_p", 1.01),
+    ("top_p", float("nan")),
+    ("temperature", float("nan")),
+    ("temperature", float("inf")),
+    ("samples_per_prompt", 0),
+  ],
+)
+def test_impossible_settings_are_refused(field, value):
+  with pytest.raises(ValueError, match=f"{field} must.*got {value}"):
+    dataclasses.replace(SamplingConfig(), **{field: value})

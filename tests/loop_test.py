@@ -1,0 +1,404 @@
+"""The host loop on a problem of one vector: what it writes, and that a stopped run ends the same."""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import checkpoint, loop, metrics
+
+STEPS = 8
+CONFIG = loop.RunConfig(steps=STEPS, batch_size=8, log_every=3, checkpoint_every=2)
+_TIMES = {"step_seconds", "tokens_per_second"}
+
+
+class Batches:
+  """Resumable iterator: batch n follows from n."""
+
+  def __init__(self, fail_at=None):
+    self.index, self.fail_at = 0, fail_at
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    if self.index == self.fail_at:
+      raise OSError("the disk of the data is gone")
+    self.index += 1
+    return {"x": np.random.default_rng(self.index).normal(size=(8, 3)).astype(np.float32)}
+
+  def get_state(self):
+    return {"index": self.index}
+
+  def set_state(self, state):
+    self.index = state["index"]
+
+
+@jax.jit
+def quadratic(state, batch, key):
+  """One step of noisy gradient descent on |w - x|^2 with momentum."""
+  error = state["w"][None] - batch["x"]
+  noise = jax.random.normal(jax.random.fold_in(key, state["step"]), (3,))
+  velocity = 0.9 * state["velocity"] + jnp.mean(error, axis=0) + 0.1 * noise
+  new = {"w": state["w"] - 0.1 * velocity, "velocity": velocity, "step": state["step"] + 1}
+  values = {"loss": jnp.mean(error**2), "tokens": jnp.float32(24), "weight": jnp.float32(8)}
+  return new, values
+
+
+def start_state():
+  return {"w": jnp.ones(3), "velocity": jnp.zeros(3), "step": jnp.int32(0)}
+
+
+def fit(workdir, config=CONFIG, step=quadratic, batches=None, seed=0, **kwargs):
+  with loop.open_run(loop.Session(str(workdir), seed=seed)) as run:
+    state = loop.fit(run, config, step, start_state(), batches or Batches(), **kwargs)
+    return jax.device_get(state)
+
+
+def lines(workdir):
+  """The rows of metrics.jsonl without what depends on the clock."""
+  rows = metrics.read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
+
+
+def fails_in(step, call):
+  """`step`, but call number `call` raises after the update."""
+  count = iter(range(1, 1000))
+
+  def wrapped(*args):
+    out = step(*args)
+    if next(count) == call:
+      raise RuntimeError("planted")
+    return out
+
+  return wrapped
+
+
+def signals_in(step, call):
+  """`step`, but SIGTERM arrives during call number `call`."""
+  count = iter(range(1, 1000))
+
+  def wrapped(*args):
+    if next(count) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return step(*args)
+
+  return wrapped
+
+
+def assert_same_end(workdir, state, expected):
+  expected_state, expected_lines = expected
+  jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+  assert lines(workdir) == expected_lines
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  return fit(workdir), lines(workdir)
+
+
+def test_it_computes_what_a_plain_loop_does(uninterrupted):
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  state, batches, losses = start_state(), Batches(), {}
+  for i in range(STEPS):
+    state, values = quadratic(state, jax.tree.map(jnp.asarray, next(batches)), key)
+    losses[i + 1] = float(values["loss"])
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), uninterrupted[0], state)
+  rows = uninterrupted[1]
+  assert [row["step"] for row in rows] == [1, 3, 6, 8]
+  for row in rows:
+    assert set(row) == {"step", "loss"}
+    np.testing.assert_allclose(row["loss"], losses[row["step"]], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "log_every, eval_every, logged, evaluated",
+  [
+    (1, 0, [1, 2, 3, 4, 5, 6, 7, 8], [8]),
+    (100, 0, [1, 8], [8]),
+    (4, 3, [1, 3, 4, 6, 8], [3, 6, 8]),
+  ],
+)
+def test_lines_of_metrics(tmp_path, log_every, eval_every, logged, evaluated):
+  config = loop.RunConfig(STEPS, 8, log_every=log_every, eval_every=eval_every)
+  config = loop.RunConfig(
+    steps=STEPS, batch_size=8, log_every=log_every, eval_every=eval_every, checkpoint_every=5
+  )
+  calls = []
+
+  def evaluate(state, step):
+    assert int(state["step"]) == step
+    calls.append(step)
+    return {"win_rate": step / 10}
+
+  fit(tmp_path, config, evaluate=evaluate, learning_rate=lambda index: 0.5 * index)
+  rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in rows] == logged
+  assert calls == evaluated
+  for row in rows:
+    assert row["lr"] == 0.5 * (row["step"] - 1)
+    assert row["tokens_per_second"] > 0 and row["step_seconds"] > 0
+    assert row.get("win_rate") == (row["step"] / 10 if row["step"] in evaluated else None)
+    assert not {"tokens", "weight"} & set(row)
+  saved = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()}
+  assert saved == {"5", "8"}
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+@pytest.mark.parametrize("call", [1, 2, 3, 5, 8])
+def test_a_crash_changes_neither_the_end_nor_the_lines(tmp_path, call, log_every, uninterrupted):
+  config = loop.RunConfig(steps=STEPS, batch_size=8, log_every=log_every, checkpoint_every=2)
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path / "a", config, fails_in(quadratic, call))
+  state = fit(tmp_path / "a", config)
+  if log_every == 3:
+    expected = uninterrupted
+  else:
+    expected = fit(tmp_path / "b", config), lines(tmp_path / "b")
+    assert [row["step"] for row in expected[1]] == list(range(1, STEPS + 1))
+  assert_same_end(tmp_path / "a", state, expected)
+
+
+def test_a_crash_of_the_data_right_after_a_save(tmp_path, uninterrupted):
+  for fail_at in (4, 6):
+    with pytest.raises(OSError, match="disk"):
+      fit(tmp_path, batches=Batches(fail_at))
+    with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+      assert saver.latest_step() == fail_at
+    # The metrics of the saved step are on disk: no later process could write them.
+    assert lines(tmp_path) == [row for row in uninterrupted[1] if row["step"] <= fail_at]
+  assert_same_end(tmp_path, fit(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 7])
+def test_sigterm_saves_and_the_run_continues(tmp_path, call, uninterrupted):
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(loop.Preempted, match=f"saved step {call} of {STEPS}; run the same") as e:
+    fit(tmp_path, step=signals_in(quadratic, call))
+  assert e.value.exit_code == 75
+  assert signal.getsignal(signal.SIGTERM) is before
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == call
+  taken = []
+
+  def counted(*args):
+    taken.append(1)
+    return quadratic(*args)
+
+  assert_same_end(tmp_path, fit(tmp_path, step=counted), uninterrupted)
+  assert len(taken) == STEPS - call
+
+
+def test_sigterm_in_the_last_step_ends_the_run(tmp_path, uninterrupted):
+  assert_same_end(tmp_path, fit(tmp_path, step=signals_in(quadratic, STEPS)), uninterrupted)
+
+
+def test_sigterm_at_any_moment_is_not_reported_without_a_save(tmp_path, monkeypatch):
+  # The signal arrives between two looks at the flag, in a step that is not due for a checkpoint.
+  class Flag:
+    looks = 0
+
+    def is_set(self):
+      self.looks += 1
+      return self.looks > 1
+
+  class Handler:
+    def __enter__(self):
+      return Flag()
+
+    def __exit__(self, *unused):
+      pass
+
+  monkeypatch.setattr(loop, "_stop_signal", Handler)
+  with pytest.raises(loop.Preempted) as e:
+    fit(tmp_path)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert str(e.value).startswith(f"saved step {saver.latest_step()} of")
+
+
+def test_a_finished_run_takes_no_step(tmp_path, uninterrupted):
+  fit(tmp_path)
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+  def never(*args):
+    raise AssertionError("a step was taken")
+
+  assert_same_end(tmp_path, fit(tmp_path, step=never), uninterrupted)
+  after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+  assert after == before
+
+
+def test_more_steps_continue_a_finished_run(tmp_path, uninterrupted):
+  short = loop.RunConfig(steps=5, batch_size=8, log_every=3, checkpoint_every=2)
+  fit(tmp_path, short)
+  state = fit(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, state, uninterrupted[0])
+  # The old last step has its line too.
+  assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
+
+
+def test_the_seed_decides(tmp_path, uninterrupted):
+  assert (fit(tmp_path, seed=1)["w"] != uninterrupted[0]["w"]).any()
+
+
+def skipping(bad):
+  """A step that reports an update without finite gradient for the calls in `bad`."""
+  count = iter(range(1, 1000))
+
+  def step(state, batch, key):
+    skipped = next(count) in bad
+    new, values = quadratic(state, batch, key)
+    new = state | {"step": new["step"]} if skipped else new
+    return new, {**values, "skipped_steps": jnp.float32(skipped)}
+
+  return step
+
+
+def test_five_steps_without_finite_gradient_end_the_run(tmp_path):
+  config = loop.RunConfig(steps=30, batch_size=8, checkpoint_every=3)
+  with pytest.raises(loop.NumericsError, match="in 5 steps up to 9; lower --optim.lear") as e:
+    fit(tmp_path, config, skipping(range(5, 30)))
+  assert e.value.exit_code == 70
+  assert [row["step"] for row in lines(tmp_path)][-1] == 9
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 3, "the last checkpoint is from before the bad steps"
+
+
+def test_five_bad_steps_at_the_very_end(tmp_path):
+  config = loop.RunConfig(steps=10, batch_size=8, checkpoint_every=5)
+  with pytest.raises(loop.NumericsError):
+    fit(tmp_path, config, skipping(range(6, 11)))
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 5
+
+
+def test_fewer_bad_steps_in_a_row_are_survived(tmp_path):
+  bad = {2, 3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15}
+  config = loop.RunConfig(steps=16, batch_size=8, checkpoint_every=4)
+  fit(tmp_path, config, skipping(bad))
+  assert [row["skipped_steps"] for row in lines(tmp_path)] == [
+    float(i in bad) for i in range(1, 17)
+  ]
+
+
+SETTINGS = {"steps": 10, "log_every": 1, "batch_size": 8, "optim.learning_rate": 1e-3}
+
+
+def test_identity(tmp_path):
+  with loop.open_run(loop.Session(str(tmp_path))) as run:
+    loop.identify(run, "dpo", SETTINGS, data="abc")
+    loop.identify(run, "dpo", SETTINGS, data="abc")
+    free = {"steps": 99, "log_every": 7, "eval_every": 3, "checkpoint_every": 2}
+    loop.identify(run, "dpo", SETTINGS | free, data="abc")
+    for name, settings, digests, words in (
+      ("dpo", SETTINGS | {"optim.learning_rate": 2e-3}, {"data": "abc"}, "learning_rate.*0.002"),
+      ("dpo", SETTINGS | {"batch_size": 16}, {"data": "abc"}, "settings"),
+      ("dpo", SETTINGS | {"dpo.beta": 0.1}, {"data": "abc"}, "dpo.beta"),
+      ("ppo", SETTINGS, {"data": "abc"}, 'script: was "dpo", now "ppo"'),
+      ("dpo", SETTINGS, {"data": "abd"}, 'data: was "abc", now "abd"'),
+      ("dpo", SETTINGS, {}, 'data: was "abc", now absent'),
+    ):
+      with pytest.raises(checkpoint.CheckpointError, match=words) as e:
+        loop.identify(run, name, settings, **digests)
+      assert e.value.exit_code == 78
+  with loop.open_run(loop.Session(str(tmp_path), seed=1)) as run:
+    with pytest.raises(checkpoint.CheckpointError, match="seed: was 0, now 1"):
+      loop.identify(run, "dpo", SETTINGS, data="abc")
+
+
+def test_keys_of_a_run(tmp_path):
+  with loop.open_run(loop.Session(str(tmp_path), seed=3)) as run:
+    keys = [jax.random.key_data(run.key_for(i)).tolist() for i in range(4)]
+    again = [jax.random.key_data(run.key_for(i)).tolist() for i in range(4)]
+  assert keys == again and len({tuple(k) for k in keys}) == 4
+
+
+_SECOND = """
+import sys
+from rlhf_jax import checkpoint, loop
+try:
+  with loop.open_run(loop.Session(sys.argv[1])):
+    print("opened")
+except checkpoint.LockedError as error:
+  print(error.exit_code, error)
+"""
+_TRAINER = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from rlhf_jax import loop
+class Batches:
+  index = 0
+  def __next__(self):
+    self.index += 1
+    return {"x": np.zeros((8, 1), np.float32)}
+  def get_state(self): return {"index": self.index}
+  def set_state(self, state): self.index = state["index"]
+def step(state, batch, key):
+  print("STEP", flush=True)
+  time.sleep(0.02)
+  return state + 1, {}
+config = loop.RunConfig(steps=5000, batch_size=8, checkpoint_every=5000)
+with loop.open_run(loop.Session(sys.argv[1])) as run:
+  try:
+    loop.fit(run, config, step, jnp.float32(0), Batches())
+  except loop.Preempted as error:
+    sys.exit(error.exit_code)
+"""
+
+
+def child_env(repository):
+  return os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
+
+
+def test_a_second_process_is_refused(tmp_path, repository):
+  command = [sys.executable, "-c", _SECOND, str(tmp_path)]
+  run = functools.partial(
+    subprocess.run, command, env=child_env(repository), capture_output=True, text=True
+  )
+  with loop.open_run(loop.Session(str(tmp_path))):
+    output = run().stdout
+  assert output.startswith(f"73 --workdir={tmp_path} is in use by pid {os.getpid()} "), output
+  assert run().stdout == "opened\n"
+
+
+def test_sigterm_of_a_process(tmp_path, repository):
+  child = subprocess.Popen(
+    [sys.executable, "-c", _TRAINER, str(tmp_path)],
+    env=child_env(repository),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  with child, child.stdout as output:
+    for line in output:
+      if line == "STEP\n":
+        break
+    child.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    taken = 1 + sum(line == "STEP\n" for line in output)
+    assert child.wait(60) == 75
+  assert time.monotonic() - began < 30
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    restored = saver.restore({"state": jnp.float32(0)})
+  assert restored.step == taken and float(restored.items["state"]) == taken
+  assert restored.meta["data"] == {"index": taken}
+  last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+  assert json.loads(last)["step"] == taken
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "log_every", "checkpoint_every"])
+def test_impossible_settings_are_refused(name):
+  with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    loop.RunConfig(**{name: 0})
+  with pytest.raises(ValueError, match="eval_every must not be negative"):
+    loop.RunConfig(eval_every=-1)

@@ -151,6 +151,11 @@ class _Log:
     self._last_time = time.monotonic()
     self._skipped = 0
 
+  @property
+  def skipping(self) -> bool:
+    """Whether the newest written step had no finite gradient."""
+    return self._skipped > 0
+
   def push(self, step: int, values: Mapping[str, Any], *, keep: bool) -> None:
     """Takes the values of a step and writes those of the step before it."""
     self.flush()
@@ -235,6 +240,7 @@ def fit(
     stack.callback(writer.close)
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(writer, progress, config.log_every)
+    owed = False
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
       state, values = step(state, batch, key)
@@ -246,10 +252,16 @@ def fit(
       if evaluate is not None and due:
         values = {**values, **evaluate(state, done)}
       log.push(done, values, keep=due)
-      if last or done % config.checkpoint_every == 0 or stop.is_set():
-        saver.save(done, {"state": state}, {"data": batches.get_state()})
-      if stop.is_set() and not last:
+      stopping = stop.is_set() and not last  # Read once: it may change between two lines.
+      owed = owed or done % config.checkpoint_every == 0
+      if last or stopping or owed:
+        # Before the save: a process that continues from it cannot write this line any more.
         log.flush()
+        # A periodic save waits for a finite gradient, so that `NumericsError` finds none after it.
+        if last or stopping or not log.skipping:
+          saver.save(done, {"state": state}, {"data": batches.get_state()})
+          owed = False
+      if stopping:
         saver.wait()
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
     log.flush()

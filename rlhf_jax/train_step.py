@@ -94,7 +94,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 def _merge(name: str, values: jax.Array, weights: jax.Array) -> jax.Array:
   """One figure from those of several micro-batches or minibatches."""
-  if name == "weight":
+  if name in ("weight", "tokens"):
     return jnp.sum(values)
   if name.endswith("/max"):
     return jnp.max(values)
@@ -104,7 +104,7 @@ def _merge(name: str, values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def merge_metrics(metrics: Metrics) -> Metrics:
-  """Reduces metrics stacked over updates: sums `weight`, keeps extremes, averages the rest."""
+  """Reduces metrics stacked over updates: sums counts, keeps extremes, averages the rest."""
   weights = metrics.get("weight", jnp.ones_like(metrics["loss"]))
   return {name: _merge(name, values, weights) for name, values in metrics.items()}
 

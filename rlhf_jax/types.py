@@ -61,6 +61,6 @@ class Rollout(NamedTuple):
 ApplyFn = Callable[..., jax.Array]
 # (params, batch, key) -> (loss, metrics). `loss` is a mean; a loss whose mean is over something
 # else than rows says how many units it averaged in `metrics["weight"]`, so that gradient
-# accumulation over micro-batches stays exact.
+# accumulation over micro-batches stays exact. `metrics["tokens"]` counts what it trained on.
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]

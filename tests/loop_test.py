@@ -1,4 +1,4 @@
-"""The host loop on a problem of one vector: what it writes, and that a stopped run ends the same."""
+"""The host loop on a problem of one vector: what it writes, how it stops, how it goes on."""
 
 import functools
 import json
@@ -130,7 +130,6 @@ def test_it_computes_what_a_plain_loop_does(uninterrupted):
   ],
 )
 def test_lines_of_metrics(tmp_path, log_every, eval_every, logged, evaluated):
-  config = loop.RunConfig(STEPS, 8, log_every=log_every, eval_every=eval_every)
   config = loop.RunConfig(
     steps=STEPS, batch_size=8, log_every=log_every, eval_every=eval_every, checkpoint_every=5
   )
@@ -280,6 +279,17 @@ def test_five_bad_steps_at_the_very_end(tmp_path):
     fit(tmp_path, config, skipping(range(6, 11)))
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() == 5
+
+
+def test_a_save_waits_for_a_finite_gradient(tmp_path):
+  config = loop.RunConfig(steps=9, batch_size=8, checkpoint_every=3)
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path, config, fails_in(skipping({3, 4}), 6))
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 5
+  fit(tmp_path, config, skipping({4}))  # Step 9, the last: saved nevertheless.
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 9
 
 
 def test_fewer_bad_steps_in_a_row_are_survived(tmp_path):

@@ -63,7 +63,7 @@ def loss_fn(
   apply_fn: ApplyFn,
   config: RewardModelConfig,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean Bradley-Terry loss of the batch, and the metrics of `pair_metrics`."""
+  """Mean Bradley-Terry loss of the batch, `pair_metrics`, and the number of response tokens."""
   del key  # The loss is deterministic given the batch.
   scores = pair_scores(apply_fn, params, batch)
   chosen, rejected = scores[:, 0], scores[:, 1]
@@ -71,7 +71,8 @@ def loss_fn(
     chosen, rejected, margin=config.margin, label_smoothing=config.label_smoothing
   )
   loss += config.centering_coef * reward.centering_penalty(chosen, rejected)
-  return jnp.mean(loss), pair_metrics(scores)
+  tokens = jnp.sum(batch.mask).astype(jnp.float32)
+  return jnp.mean(loss), pair_metrics(scores) | {"tokens": tokens}
 
 
 def pair_metrics(scores: jax.Array) -> Metrics:

@@ -47,9 +47,11 @@ def loss_fn(
   mask = batch.mask.at[:, 0].set(False)  # The first token has no prediction.
   loss = masked.masked_mean(supervised.nll(logits, batch.tokens), mask)
   hit = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
+  tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
     "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask[:, 1:]),
-    "weight": jnp.sum(mask).astype(jnp.float32),
+    "weight": tokens,
+    "tokens": tokens,
   }
 
 

@@ -64,8 +64,9 @@ def text_reward(
       function([row["prompt_text"] for row in chosen], responses, chosen), np.float32
     )
     if scores.shape != (len(responses),):
+      name = getattr(function, "__name__", repr(function))
       raise ValueError(
-        f"reward function {function.__name__} gave shape {scores.shape} for {len(responses)}"
+        f"reward function {name} gave shape {scores.shape} for {len(responses)}"
         " responses; it must return one number per response"
       )
     return scores

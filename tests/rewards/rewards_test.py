@@ -81,8 +81,8 @@ def test_text_reward_must_give_one_number_per_response(value, shape):
 
 
 def test_gold_reward_of_the_built_in_task():
-  prompts = ["Write about soup.", "Write about tea."]
-  responses = ["It was good.", "It was bad."]
+  prompts = [row["prompt"] for row in simulation.prompts("eval", 2, seed=0)]
+  responses = ["i loved it .", "it was bad ."]
   scores = REWARDS["gold"](prompts, responses, [{}, {}])
   np.testing.assert_array_equal(scores, simulation.gold_reward(prompts, responses))
   assert len(scores) == 2

@@ -144,7 +144,7 @@ def open_model(
         f" {config.vocab_size} rows; they do not belong together"
       )
   config = dataclasses.replace(config, dtype=options.dtype, remat=options.remat)
-  model = build(config, head)
+  model = build(config, head, known_tokens=tokenizer.vocab_size)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   key = run.key_for(1)

@@ -1,4 +1,4 @@
-"""Compares a policy with a baseline on held-out prompts: reward, win rate, KL, length.
+r"""Compares a policy with a baseline on held-out prompts: reward, win rate, KL, length.
 
 Built-in task, judged by its gold reward:
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo --baseline=runs/sft

@@ -1,4 +1,4 @@
-"""Samples responses of a trained model to prompts from a file, or to one prompt.
+r"""Samples responses of a trained model to prompts from a file, or to one prompt.
 
   python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo --limit=16
   python -m experiments.generate --workdir=runs/samples --init_from=FOLDER \

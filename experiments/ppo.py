@@ -1,4 +1,4 @@
-"""Improves a policy against a reward with PPO, held near its start by a KL penalty.
+r"""Improves a policy against a reward with PPO, held near its start by a KL penalty.
 
 Built-in task, after SFT and reward model (two minutes on a laptop CPU):
   python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward.path=runs/rm

@@ -240,7 +240,6 @@ def fit(
     stack.callback(writer.close)
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(writer, progress, config.log_every)
-    owed = False
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
       state, values = step(state, batch, key)
@@ -253,14 +252,12 @@ def fit(
         values = {**values, **evaluate(state, done)}
       log.push(done, values, keep=due)
       stopping = stop.is_set() and not last  # Read once: it may change between two lines.
-      owed = owed or done % config.checkpoint_every == 0
-      if last or stopping or owed:
+      if last or stopping or done % config.checkpoint_every == 0:
         # Before the save: a process that continues from it cannot write this line any more.
         log.flush()
-        # A periodic save waits for a finite gradient, so that `NumericsError` finds none after it.
+        # After a broken gradient there is nothing new to save, and `NumericsError` may be near.
         if last or stopping or not log.skipping:
           saver.save(done, {"state": state}, {"data": batches.get_state()})
-          owed = False
       if stopping:
         saver.wait()
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")

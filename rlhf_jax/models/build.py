@@ -78,8 +78,20 @@ def _pure(module: Callable[..., nnx.Module], *args):
   return init, call
 
 
-def build(config: ModelConfig, head: Literal["language", "scalar"] = "language") -> Model:
-  """Pure functions of a decoder with a language-model or a scalar head."""
+def build(
+  config: ModelConfig,
+  head: Literal["language", "scalar"] = "language",
+  *,
+  known_tokens: int | None = None,
+) -> Model:
+  """Pure functions of a decoder with a language-model or a scalar head.
+
+  Args:
+    config: Architecture.
+    head: What is read out of the final hidden states.
+    known_tokens: Ids that the tokenizer knows, if the embedding has more rows than that: the logits of
+      the others are -inf, so that neither sampling nor training gives them probability.
+  """
   init_embed, embed = _pure(Embedding, config)
   init_block, block = _pure(Block, config)
   init_norm, norm = _pure(RMSNorm, config)
@@ -106,8 +118,13 @@ def build(config: ModelConfig, head: Literal["language", "scalar"] = "language")
       return score(params["score"], hidden)
     if config.tied:
       table = params["embed"]["embedding"].astype(hidden.dtype)
-      return jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
-    return lm_head(params["lm_head"], hidden)
+      logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+    else:
+      logits = lm_head(params["lm_head"], hidden)
+    if known_tokens is None or known_tokens >= config.vocab_size:
+      return logits
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return jnp.where(ids < known_tokens, logits, -jnp.inf)
 
   def apply(
     params: Params,

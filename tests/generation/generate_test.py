@@ -201,7 +201,9 @@ def test_logprobs_of_a_trained_model(shared, temperature):
   rollout = jax.device_get(rollout)
   expected = teacher_forced(model, params, rollout, temperature, 40)
   on = rollout.response_mask[:, 12:]
-  np.testing.assert_allclose(rollout.logprobs[on], expected[on], atol=1e-5)
+  # Its logits reach 20: 1e-6 of that is the round-off of float32. Neither side is exact.
+  np.testing.assert_allclose(rollout.logprobs[on], expected[on], rtol=0, atol=2e-5)
+  assert np.abs(rollout.logprobs[on] - expected[on]).mean() < 2e-6
   # The model has learnt something: better than 1 in 20 per token.
   assert rollout.logprobs[on].mean() > -3.0
 

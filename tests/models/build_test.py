@@ -258,7 +258,8 @@ def test_remat_changes_no_gradient_and_every_weight_has_one():
     model = compiled(dataclasses.replace(config, remat=remat))
     params = model.init(jax.random.key(0))  # As initialised: no branch may start at zero.
     grads.append(jax.jit(jax.grad(functools.partial(loss, model)))(params, tokens, segments))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), *grads)
+  # The two programs are fused differently: round-off of gradients of size 1.
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *grads)
   key_bias = grads[0]["layers"]["attention"]["k"].pop("bias")
   assert jax.tree.all(jax.tree.map(lambda g: float(jnp.abs(g).max()) > 1e-7, grads[0]))
   # Not exactly 0 because of the rotation, but small: a softmax ignores a common shift.
@@ -296,26 +297,25 @@ def test_last_equals_slicing(head):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_equals_teacher_forcing(name):
   model, params = make(VARIANTS[name])
-  tokens = random_tokens(3, 11)
-  mask = np.arange(11)[None] >= np.array([[0], [2], [3]])
+  tokens = random_tokens(3, 12)
+  mask = np.arange(12)[None] >= np.array([[0], [2], [3]])
   full = np.asarray(model.apply(params, tokens, segment_ids=mask.astype(np.int32)))
 
   def run(*cuts):
     """Feeds the tokens in chunks and checks the logits after each."""
     cache = model.init_cache(3, 12)
-    for start, stop in zip((0, *cuts), (*cuts, 11), strict=True):
+    for start, stop in zip((0, *cuts), (*cuts, 12), strict=True):
       part = slice(start, stop)
       logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
       np.testing.assert_allclose(logits, full[:, stop - 1], atol=1e-5)
       assert int(cache.index) == stop
-    np.testing.assert_array_equal(cache.mask[:, :11], mask)
+    np.testing.assert_array_equal(cache.mask, mask)
 
-  run(4, *range(5, 11))  # A prefill, then one token at a time.
+  run(4, *range(5, 12))  # A prefill, then one token at a time.
   run(4, 8)  # A prefill in chunks.
-  run()
   # One at a time from the start: a row that has not begun yet gives no logits to compare.
-  cache = model.init_cache(3, 11)
-  for t in range(11):
+  cache = model.init_cache(3, 12)
+  for t in range(12):
     logits, cache = model.decode(params, tokens[:, t : t + 1], cache, mask=mask[:, t : t + 1])
     np.testing.assert_allclose(logits[mask[:, t]], full[mask[:, t], t], atol=1e-5)
     assert np.isfinite(logits).all()
@@ -393,3 +393,25 @@ def test_actor_critic_runs_both_models():
   )
   np.testing.assert_array_equal(logits, policy.apply(policy_params, tokens, last=3))
   np.testing.assert_array_equal(values, critic.apply(critic_params, tokens, last=3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_the_embedding_that_no_token_has_get_no_probability(tied):
+  plain, params = make(dataclasses.replace(TINY, tied=tied))
+  known = build(plain.config, known_tokens=V - 5)
+  tokens = random_tokens(2, 6) % (V - 5)
+  expected = np.asarray(plain.apply(params, tokens))
+  logits = jax.jit(known.apply)(params, tokens)
+  np.testing.assert_allclose(logits[..., : V - 5], expected[..., : V - 5], atol=1e-6)
+  assert (logits[..., V - 5 :] == -jnp.inf).all()
+  last, _ = jax.jit(known.decode)(
+    params, tokens, known.init_cache(2, 6), mask=np.ones((2, 6), bool)
+  )
+  np.testing.assert_allclose(last, logits[:, -1], atol=1e-5)
+
+  @jax.jit
+  @jax.grad
+  def grad(params):
+    return -jnp.mean(jax.nn.log_softmax(known.apply(params, tokens))[..., 0])
+
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad(params)))

@@ -5,7 +5,7 @@ Built-in task, from the SFT model (under a minute on a laptop CPU; held-out accu
 Your model and data (rows with prompt, chosen, rejected):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft --data.path=FILE.jsonl
 
-After training the scores are centred: the mean over the training pairs is 0.
+After training the scores are centred: their mean over `--data.eval_rows` training pairs is 0.
 Starting the same command again continues a run that was stopped.
 """
 
@@ -22,9 +22,6 @@ from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-
-# Pairs whose mean score becomes 0.
-_CENTRE_ON = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +86,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       learning_rate=make_schedule(config.optim, config.steps),
       title="reward model",
     )
-    some = train_set._replace(examples=train_set.examples[:_CENTRE_ON])
+    some = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
     means = evaluate_on(some, state.params)
     centre = (means["eval/reward/chosen"] + means["eval/reward/rejected"]) / 2
     params = shift_scores(state.params, -jnp.float32(centre))

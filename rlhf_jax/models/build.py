@@ -89,8 +89,8 @@ def build(
   Args:
     config: Architecture.
     head: What is read out of the final hidden states.
-    known_tokens: Ids that the tokenizer knows, if the embedding has more rows than that: the logits of
-      the others are -inf, so that neither sampling nor training gives them probability.
+    known_tokens: Number of ids that the tokenizer knows, if the embedding has more rows: the
+      logits of the others are -inf, so that neither sampling nor training gives them probability.
   """
   init_embed, embed = _pure(Embedding, config)
   init_block, block = _pure(Block, config)

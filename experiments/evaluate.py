@@ -33,7 +33,7 @@ class Config:
   batch_size: int = 128
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=48)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
 
 

@@ -41,11 +41,11 @@ class Config(loop.RunConfig):
   checkpoint_every: int = 20
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=48)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="constant")
-  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant")
+  optim: OptimConfig = OptimConfig(learning_rate=5e-4, schedule="constant")
+  value_optim: OptimConfig = OptimConfig(learning_rate=2e-3, schedule="constant")
 
   def __post_init__(self):
     super().__post_init__()

@@ -11,12 +11,11 @@ continues where it was stopped.
 
 import dataclasses
 
-from experiments import common, evaluate, ppo, reward_model, sft
+from experiments import common, ppo, reward_model, sft
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
 from rlhf_jax import checkpoint, flags, loop, metrics, reporting
-from rlhf_jax.data import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,28 +51,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     "reward_model", reward_model.train, dataclasses.replace(config.reward_model, init_from=start), 2
   )
   options = common.RewardOptions(path=str(workdir / "reward_model"))
-  stage("ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3)
-  judged = stage(
-    "evaluate",
-    evaluate.evaluate,
-    evaluate.Config(
-      policy=str(workdir / "ppo"),
-      baseline=start,
-      data=DataConfig(eval_rows=512),
-      sampling=config.ppo.sampling,
-      reward=options,
-    ),
-    4,
+  of_ppo = stage(
+    "ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3
   )
   summary = {
     "reward_model/accuracy": of_reward["accuracy"],
-    "sft/gold_reward": judged["gold/mean_before"],
-    "sft/length": judged["length_before"],
-    "ppo/gold_reward": judged["gold/mean"],
-    "ppo/win_rate": judged["gold/win_rate"],
-    "ppo/reward": judged["reward/mean"],
-    "ppo/kl": judged["kl"],
-    "ppo/length": judged["length"],
+    "sft/gold_reward": of_ppo["gold/mean_before"],
+    "sft/length": of_ppo["length_before"],
+    "ppo/gold_reward": of_ppo["gold/mean"],
+    "ppo/win_rate": of_ppo["gold/win_rate"],
+    "ppo/reward": of_ppo["reward/mean"],
+    "ppo/kl": of_ppo["kl"],
+    "ppo/length": of_ppo["length"],
   }
   show(summary)
   runs = {

@@ -34,7 +34,7 @@ class Config(loop.RunConfig):
   data: DataConfig = DataConfig()
   sft: SFTConfig = SFTConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-3)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=48)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

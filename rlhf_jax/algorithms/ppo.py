@@ -57,7 +57,7 @@ class PPOConfig:
   clip_high: float = 0.2
   value_clip: float = 0.2
   value_coef: float = 0.5
-  epochs: int = 2
+  epochs: int = 1
   minibatches: int = 4
   microbatches: int = 1
   whiten: bool = True

@@ -199,6 +199,11 @@ def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation)
   return jax.jit(make, out_shardings=shardings)(params)
 
 
+def shardings_of(tree: Any) -> Any:
+  """Where each array of a tree is."""
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def describe(
   run: loop.Run, title: str, model: Model, state: Any, rows: Mapping[str, object]
 ) -> None:
@@ -381,6 +386,19 @@ def sample_rows(samples: Samples, limit: int | None = None) -> Sequence[dict[str
       **{name: float(values[i]) for name, values in samples.rewards.items()},
     }
     for i in range(len(samples.responses) if limit is None else min(limit, len(samples.responses)))
+  ]
+
+
+def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
+  """Both answers to the first prompts, each with its reward (the gold one, where it is known)."""
+  name = list(after.rewards)[-1]
+  return [
+    {
+      "prompt": after.prompts[i],
+      "start": f"{before.responses[i]}  [{name} {before.rewards[name][i]:.2f}]",
+      "trained": f"{after.responses[i]}  [{name} {after.rewards[name][i]:.2f}]",
+    }
+    for i in range(min(limit, len(after.responses)))
   ]
 
 

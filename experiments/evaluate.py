@@ -68,7 +68,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
     summary = common.compare(before, after)
     reporting.save_samples(run.workdir, 0, common.sample_rows(before))
     reporting.save_samples(run.workdir, 1, common.sample_rows(after))
-    reporting.show_samples(common.sample_rows(after, 4), f"Samples of {config.policy}")
+    reporting.show_samples(common.side_by_side(before, after), "Baseline and policy")
     reporting.show_summary("Held-out prompts", common.comparison_table(before, after))
     reporting.write_summary(run.workdir, summary)
   return summary

@@ -6,6 +6,7 @@ Your model and prompts, against a Python reward function of rlhf_jax/rewards/fun
   python -m experiments.ppo --workdir=runs/ppo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
 
+The default learning rates suit the built-in task; a pretrained model wants about 1e-6.
 At the end the policy and its start answer the held-out prompts, and both are scored.
 Starting the same command again continues a run that was stopped.
 """
@@ -120,7 +121,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
     )
     experience = ppo.make_experience(apply_fn, model.apply, config.ppo, temperature=temperature)
-    update = ppo.make_ppo_step(apply_fn, tx, config.ppo, temperature=temperature)
+    update = ppo.make_ppo_step(
+      apply_fn,
+      tx,
+      config.ppo,
+      temperature=temperature,
+      state_shardings=common.shardings_of(state.train),
+    )
 
     def iteration(state: PPOState, prompts: data.PromptBatch, key: jax.Array):
       policy = jax.block_until_ready(state.train.params["policy"])
@@ -192,9 +199,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     if heldout.examples:
       before, after = sample(params=ref_params), sample(params=state.train.params["policy"])
       summary = common.compare(before, after)
-      rows = common.sample_rows(after)
-      reporting.save_samples(run.workdir, config.steps, rows)
-      reporting.show_samples(rows, "Samples of the policy")
+      reporting.save_samples(run.workdir, 0, common.sample_rows(before))
+      reporting.save_samples(run.workdir, config.steps, common.sample_rows(after))
+      reporting.show_samples(common.side_by_side(before, after), "Before and after")
       reporting.show_summary("PPO, held-out prompts", common.comparison_table(before, after))
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)

@@ -6,6 +6,7 @@ Your model and data (rows with prompt, chosen, rejected):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft --data.path=FILE.jsonl
 
 After training the scores are centred: their mean over `--data.eval_rows` training pairs is 0.
+The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
 Starting the same command again continues a run that was stopped.
 """
 
@@ -79,7 +80,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      reward_model.make_reward_model_step(model.apply, tx, config.reward_model),
+      reward_model.make_reward_model_step(
+        model.apply, tx, config.reward_model, state_shardings=common.shardings_of(state)
+      ),
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,

@@ -5,6 +5,7 @@ Built-in task (a minute on a laptop CPU; held-out loss falls to about 1.2 nats p
 Your model and data (rows with prompt and response, instruction and output, or messages):
   python -m experiments.sft --workdir=runs/sft --model.path=FOLDER --data.path=FILE.jsonl
 
+The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
 Starting the same command again continues a run that was stopped.
 """
 
@@ -78,7 +79,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      sft.make_sft_step(model.apply, tx, config.sft),
+      sft.make_sft_step(model.apply, tx, config.sft, state_shardings=common.shardings_of(state)),
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,

@@ -1,8 +1,7 @@
 """The one place that turns a loss into an update: jitted, donated, micro-batched, guarded."""
 
 import dataclasses
-import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -193,8 +192,25 @@ def update(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def jit_step(step: TrainStep, state_shardings: Any = None) -> TrainStep:
+  """Jits a step with a donated state.
+
+  Args:
+    step: `(state, batch, key) -> (state, metrics)`.
+    state_shardings: Tree of shardings of the state, which then stays where it is. Left to the
+      compiler, parts of it may move on a mesh, and the second call compiles anew.
+  """
+  if state_shardings is None:
+    return jax.jit(step, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
 def make_train_step(
-  loss_fn: LossFn, tx: optax.GradientTransformation, *, microbatches: int = 1
+  loss_fn: LossFn,
+  tx: optax.GradientTransformation,
+  *,
+  microbatches: int = 1,
+  state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, batch, key) -> (state, metrics)` with a donated state.
 
@@ -202,17 +218,17 @@ def make_train_step(
     loss_fn: `(params, batch, key) -> (loss, metrics)`; see `rlhf_jax.types.LossFn`.
     tx: Optimizer.
     microbatches: Pieces the batch is cut into; the result does not depend on it.
+    state_shardings: See `jit_step`; wanted on a mesh.
 
   Returns:
     The step. `key` is folded with `state.step`, so one key serves a whole run.
   """
 
-  @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch, key: jax.Array) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(key, state.step)
     return update(loss_fn, tx, state, batch, key, microbatches=microbatches)
 
-  return step
+  return jit_step(step, state_shardings)
 
 
 def update_epochs(

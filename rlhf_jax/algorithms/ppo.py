@@ -9,7 +9,7 @@ and `apply_fn(params, tokens, *, segment_ids, last) -> (logits [B, last, V], val
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import optax
 from rlhf_jax.losses import advantages as advantages_lib
 from rlhf_jax.losses import kl, masked, policy_gradient, reward
 from rlhf_jax.losses import logprobs as logprobs_lib
-from rlhf_jax.train_step import merge_metrics, update_epochs
+from rlhf_jax.train_step import jit_step, merge_metrics, update_epochs
 from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainState, TrainStep
 
 # (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last].
@@ -301,6 +301,7 @@ def make_ppo_step(
   config: PPOConfig,
   *,
   temperature: float = 1.0,
+  state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, PPOBatch, key) -> (state, metrics)`: all epochs and minibatches at once.
 
@@ -309,7 +310,6 @@ def make_ppo_step(
   """
   loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config, temperature=temperature)
 
-  @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, batch: PPOBatch, key: jax.Array) -> tuple[TrainState, Metrics]:
     state, metrics = update_epochs(
       loss,
@@ -324,4 +324,4 @@ def make_ppo_step(
     first_deviation = metrics.pop("ratio/deviation/max")[0]
     return state, merge_metrics(metrics) | {"ratio/first_deviation": first_deviation}
 
-  return step
+  return jit_step(step, state_shardings)

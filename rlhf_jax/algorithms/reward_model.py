@@ -5,6 +5,7 @@ Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,14 @@ def pair_metrics(scores: jax.Array) -> Metrics:
 
 
 def make_reward_model_step(
-  apply_fn: ApplyFn, tx: optax.GradientTransformation, config: RewardModelConfig
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: RewardModelConfig,
+  *,
+  state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, RewardModelBatch, key) -> (state, metrics)`."""
   loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
-  return make_train_step(loss, tx, microbatches=config.microbatches)
+  return make_train_step(
+    loss, tx, microbatches=config.microbatches, state_shardings=state_shardings
+  )

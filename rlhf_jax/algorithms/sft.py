@@ -5,6 +5,7 @@ Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, section 3.5.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,14 @@ def loss_fn(
 
 
 def make_sft_step(
-  apply_fn: ApplyFn, tx: optax.GradientTransformation, config: SFTConfig
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: SFTConfig,
+  *,
+  state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, SFTBatch, key) -> (state, metrics)`."""
   loss = functools.partial(loss_fn, apply_fn=apply_fn)
-  return make_train_step(loss, tx, microbatches=config.microbatches)
+  return make_train_step(
+    loss, tx, microbatches=config.microbatches, state_shardings=state_shardings
+  )

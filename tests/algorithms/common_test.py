@@ -155,16 +155,11 @@ def test_microbatches_change_nothing(name):
   assert_close(metrics, want_metrics, 1e-4)
 
 
-@pytest.mark.xfail(
-  reason="out_shardings are left to the compiler: it splits norm scales over fsdp, which costs a"
-  " second compilation and the donation of some moments",
-)
-@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_a_step_keeps_the_placement_of_its_state():
   mesh, model, tx = sharding.make_mesh("fsdp:4,tensor:2"), build(CONFIG), optimizer()
-  step = sft.make_sft_step(model.apply, tx, sft.SFTConfig())
   before = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
   places = sharding.named_shardings(before, mesh, sharding.DECODER_RULES)
+  step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(), state_shardings=places)
   before = jax.device_put(before, places)
   batch = sharding.place_batch(token_batch(ROWS), mesh)
   after, _ = step(before, batch, jax.random.key(0))

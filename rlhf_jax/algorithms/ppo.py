@@ -58,7 +58,7 @@ class PPOConfig:
   value_clip: float = 0.2
   value_coef: float = 0.5
   epochs: int = 1
-  minibatches: int = 4
+  minibatches: int = 2
   microbatches: int = 1
   whiten: bool = True
   normalize_scores: bool = False

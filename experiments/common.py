@@ -127,7 +127,8 @@ def open_model(
   """A model and its params, created or loaded in place on the mesh of the run."""
   if folder is None:
     config = ModelConfig(
-      vocab_size=tokenizer.vocab_size,
+      # Rows that no token uses let the embedding split evenly.
+      vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
       width=options.width,
       layers=options.layers,
       heads=options.heads,

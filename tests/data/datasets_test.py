@@ -360,7 +360,7 @@ def test_shards_together_are_the_global_batch(dataset, shard_count):
 def test_batches_refuses(dataset):
   with pytest.raises(ValueError, match="--batch_size=14 does not fit a data set of 13 rows"):
     data.batches(dataset, 14, seed=0, pad_id=0)
-  with pytest.raises(ValueError, match="batch_size 0"):
+  with pytest.raises(ValueError, match="--batch_size=0 does not fit"):
     data.batches(dataset, 0, seed=0, pad_id=0)
   with pytest.raises(ValueError, match="batch_size 6 cannot be cut into 4"):
     data.batches(dataset, 6, seed=0, pad_id=0, shard_count=4)

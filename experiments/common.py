@@ -176,20 +176,17 @@ def open_reward_model(
   return open_model(run, options, folder, tokenizer, "scalar")
 
 
-def reward_fn(
-  run: loop.Run,
-  options: RewardOptions,
-  model_options: ModelOptions,
-  tokenizer: data.Tokenizer,
-  prompts: data.Dataset,
-) -> rewards.RewardFn:
-  """The reward that the options name, for responses to these prompts."""
+def open_reward(
+  run: loop.Run, options: RewardOptions, model_options: ModelOptions, tokenizer: data.Tokenizer
+) -> Callable[[data.Dataset], rewards.RewardFn]:
+  """The reward that the options name, opened once: prompts -> reward of responses to them."""
   options.require()
   if options.path:
     model, params = open_reward_model(run, options.path, model_options, tokenizer)
-    return rewards.model_reward(model.apply, params)
+    score = rewards.model_reward(model.apply, params)
+    return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
   function = rewards.REWARDS[options.name]
-  return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+  return lambda prompts: rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
 
 
 def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -311,10 +308,9 @@ def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
   return kl
 
 
-def sample_heldout(
+def heldout_sampler(
   run: loop.Run,
   model: Model,
-  params: Params,
   dataset: data.Dataset,
   tokenizer: data.Tokenizer,
   config: generation.SamplingConfig,
@@ -322,21 +318,18 @@ def sample_heldout(
   reward_fns: Mapping[str, rewards.RewardFn],
   ref_params: Params | None = None,
   batch_size: int = 128,
-  seed: int = 0,
-) -> Samples:
-  """Samples one response per held-out prompt and scores it.
+) -> Callable[[Params], Samples]:
+  """`sample(params)`: one scored response of a policy per held-out prompt, compiled once.
 
   Args:
-    run: Gives the mesh and the key.
-    model: Architecture of the policy (and of the reference).
-    params: Policy.
+    run: Gives the mesh and the key; every call draws with the same one.
+    model: Architecture of the policies (and of the reference).
     dataset: Held-out prompts.
-    tokenizer: The policy's.
+    tokenizer: The policies'.
     config: Sampling rule.
     reward_fns: Rewards to compute, by name.
     ref_params: Reference of the KL; the policy itself if None, which gives 0.
-    batch_size: Prompts per call.
-    seed: Which draw.
+    batch_size: Prompts per call of the model.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
   stops = (tokenizer.eos_id,)
@@ -344,33 +337,36 @@ def sample_heldout(
     model.decode, model.init_cache, config, stop_ids=stops, pad_id=tokenizer.pad_id
   )
   kl_fn = sequence_kl(model, config.temperature or 1.0)
-  key = jax.random.fold_in(run.key_for(2), seed)
+  key = jax.random.fold_in(run.key_for(2), 0)
   batch_size = min(batch_size, max(len(dataset.examples), 1))
   batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
-  parts: list[dict[str, np.ndarray]] = []
-  responses: list[str] = []
-  for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
-    placed = sharding.place_batch(prompts, run.mesh)
-    rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
-    kl = np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout)
-    values = {f"reward/{name}": fn(rollout, prompts.prompt_id) for name, fn in reward_fns.items()}
-    values |= {
-      "kl": kl,
-      "lengths": jnp.sum(rollout.response_mask, axis=1),
-      "ended": generation.ended(rollout, stops),
-    }
-    parts.append({name: np.asarray(v)[valid] for name, v in jax.device_get(values).items()})
-    texts = rewards.response_texts(rollout, tokenizer.batch_decode)
-    responses += [text for text, on in zip(texts, valid, strict=True) if on]
-  joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-  return Samples(
-    prompts=[row["prompt_text"] for row in dataset.rows],
-    responses=responses,
-    rewards={name: joined[f"reward/{name}"] for name in reward_fns},
-    kl=joined["kl"],
-    lengths=joined["lengths"],
-    ended=joined["ended"],
-  )
+
+  def sample(params: Params) -> Samples:
+    parts: list[dict[str, np.ndarray]] = []
+    responses: list[str] = []
+    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(prompts, run.mesh)
+      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
+      values = {f"reward/{name}": fn(rollout, prompts.prompt_id) for name, fn in reward_fns.items()}
+      values |= {
+        "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
+        "lengths": jnp.sum(rollout.response_mask, axis=1),
+        "ended": generation.ended(rollout, stops),
+      }
+      parts.append({name: np.asarray(v)[valid] for name, v in jax.device_get(values).items()})
+      texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+      responses += [text for text, on in zip(texts, valid, strict=True) if on]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Samples(
+      prompts=[row["prompt_text"] for row in dataset.rows],
+      responses=responses,
+      rewards={name: joined[f"reward/{name}"] for name in reward_fns},
+      kl=joined["kl"],
+      lengths=joined["lengths"],
+      ended=joined["ended"],
+    )
+
+  return sample
 
 
 def win_rate(a: np.ndarray, b: np.ndarray) -> float:
@@ -378,7 +374,7 @@ def win_rate(a: np.ndarray, b: np.ndarray) -> float:
   return float(np.mean((a > b) + 0.5 * (a == b)))
 
 
-def sample_rows(samples: Samples, limit: int | None = None) -> Sequence[dict[str, Any]]:
+def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
   """Rows for a sample table or file."""
   return [
     {
@@ -386,7 +382,7 @@ def sample_rows(samples: Samples, limit: int | None = None) -> Sequence[dict[str
       "response": samples.responses[i],
       **{name: float(values[i]) for name, values in samples.rewards.items()},
     }
-    for i in range(len(samples.responses) if limit is None else min(limit, len(samples.responses)))
+    for i in range(len(samples.responses))
   ]
 
 

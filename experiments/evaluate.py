@@ -10,7 +10,6 @@ Prints a table; writes summary.json, and both policies' responses to `samples/`.
 """
 
 import dataclasses
-import functools
 
 from experiments import common
 from rlhf_jax import data, flags, loop, reporting
@@ -52,19 +51,19 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, float]:
       raise flags.UsageError("--policy and --baseline have different architectures")
     reward_fns = common.gold_rewards(config.data, heldout, tokenizer)
     if config.reward != common.RewardOptions() or not reward_fns:
-      reward_fns["reward"] = common.reward_fn(run, config.reward, config.model, tokenizer, heldout)
-    sample = functools.partial(
-      common.sample_heldout,
+      reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
+      reward_fns["reward"] = reward_of(heldout)
+    sample = common.heldout_sampler(
       run,
       model,
-      dataset=heldout,
-      tokenizer=tokenizer,
-      config=config.sampling,
+      heldout,
+      tokenizer,
+      config.sampling,
       reward_fns=reward_fns,
       ref_params=base_params,
       batch_size=config.batch_size,
     )
-    before, after = sample(params=base_params), sample(params=params)
+    before, after = sample(base_params), sample(params)
     summary = common.compare(before, after)
     reporting.save_samples(run.workdir, 0, common.sample_rows(before))
     reporting.save_samples(run.workdir, 1, common.sample_rows(after))

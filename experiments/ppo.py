@@ -12,7 +12,6 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
-import functools
 import time
 from typing import NamedTuple
 
@@ -85,7 +84,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     critic, critic_params = open_critic(run, config, folder, tokenizer)
-    reward_of = functools.partial(common.reward_fn, run, config.reward, config.model, tokenizer)
+    reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
     reward_fn = reward_of(train_set)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
 
@@ -161,20 +160,19 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       }
       return PPOState(new, control), metrics
 
-    sample = functools.partial(
-      common.sample_heldout,
+    sample = common.heldout_sampler(
       run,
       model,
-      dataset=heldout,
-      tokenizer=tokenizer,
-      config=config.sampling,
+      heldout,
+      tokenizer,
+      config.sampling,
       reward_fns={"reward": reward_of(heldout)}
       | common.gold_rewards(config.data, heldout, tokenizer),
       ref_params=ref_params,
     )
 
     def evaluate(state: PPOState, step: int) -> dict[str, float]:
-      samples = sample(params=state.train.params["policy"])
+      samples = sample(state.train.params["policy"])
       rows = common.sample_rows(samples)
       reporting.save_samples(run.workdir, step, rows)
       return {
@@ -197,7 +195,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     common.export(run.workdir / common.EXPORT, state.train.params["policy"], model, tokenizer)
     summary: dict[str, float] = {}
     if heldout.examples:
-      before, after = sample(params=ref_params), sample(params=state.train.params["policy"])
+      before, after = sample(ref_params), sample(state.train.params["policy"])
       summary = common.compare(before, after)
       reporting.save_samples(run.workdir, 0, common.sample_rows(before))
       reporting.save_samples(run.workdir, config.steps, common.sample_rows(after))

@@ -98,16 +98,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 def show_samples(run, config, model, params, heldout, tokenizer) -> None:
   """A few responses to held-out prompts, on the terminal and in `samples/`."""
   prompts = common.as_prompts(heldout, 8)
-  samples = common.sample_heldout(
+  sample = common.heldout_sampler(
     run,
     model,
-    params,
     prompts,
     tokenizer,
     config.sampling,
     reward_fns=common.gold_rewards(config.data, prompts, tokenizer),
   )
-  rows = common.sample_rows(samples)
+  rows = common.sample_rows(sample(params))
   reporting.save_samples(run.workdir, config.steps, rows)
   reporting.show_samples(rows, "Samples of the fine-tuned model")
 

@@ -10,21 +10,11 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo, reward_model, sft
-from rlhf_jax.models import ModelConfig, actor_critic, build
+from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
 from rlhf_jax.types import Rollout, TokenBatch
+from tests.testing import TINY_MODEL as CONFIG
 
-CONFIG = ModelConfig(
-  vocab_size=16,
-  width=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp_width=32,
-  init_std=0.3,
-  remat=False,
-)
 ROWS, PROMPT, T = 16, 3, 8
 STEPS = 3
 

@@ -11,9 +11,10 @@ import pytest
 
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.generation import SamplingConfig, ended, make_generate
-from rlhf_jax.models import ModelConfig, actor_critic, build
+from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import Rollout
+from tests.testing import TINY_MODEL as CONFIG
 
 V, T = 3, 2  # Nine sequences of two tokens behind an empty prompt of one column.
 
@@ -99,17 +100,6 @@ def test_reaches_the_exact_optimum_of_the_regularised_objective():
 # Below: the same tables, responses that stop after token 0, and a small transformer.
 
 EOS = 0
-CONFIG = ModelConfig(
-  vocab_size=16,
-  width=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp_width=32,
-  init_std=0.3,
-  remat=False,
-)
 PROMPT, LENGTH = 4, 6  # Columns of the transformer's rollouts.
 
 

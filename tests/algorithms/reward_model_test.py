@@ -9,22 +9,12 @@ import pytest
 
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.losses import masked
-from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.models import build
 from rlhf_jax.rewards import model_reward
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import Rollout, TokenBatch
+from tests.testing import TINY_MODEL as CONFIG
 
-CONFIG = ModelConfig(
-  vocab_size=16,
-  width=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp_width=32,
-  init_std=0.3,
-  remat=False,
-)
 PAD, EOS, V = 0, 2, 16
 GOOD = 7  # More of this token is better.
 PROMPT, T = 3, 10

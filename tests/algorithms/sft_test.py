@@ -8,21 +8,11 @@ import optax
 import pytest
 
 from rlhf_jax.algorithms import sft
-from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.models import build
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import TokenBatch
+from tests.testing import TINY_MODEL as CONFIG
 
-CONFIG = ModelConfig(
-  vocab_size=16,
-  width=16,
-  layers=2,
-  heads=2,
-  kv_heads=1,
-  head_dim=8,
-  mlp_width=32,
-  init_std=0.3,
-  remat=False,
-)
 PAD, EOS, V = 0, 2, 16
 PROMPT, T = 3, 10
 

@@ -98,7 +98,7 @@ def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_
   assert len({json.loads(row)["response"] for row in rows}) > 1
 
 
-def test_sft_on_a_mesh_of_eight_devices(tmp_path, monkeypatch):
+def test_sft_on_a_mesh_of_eight_devices(tmp_path):
   """In this process, which has eight devices."""
   from experiments import common, sft
   from rlhf_jax import loop

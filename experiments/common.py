@@ -46,7 +46,7 @@ class ModelOptions:
   """
 
   path: str = ""
-  layers: int = 4
+  layers: int = 3
   width: int = 128
   heads: int = 4
   mlp_width: int = 384

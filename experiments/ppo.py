@@ -35,16 +35,16 @@ from rlhf_jax.types import TrainState
 class Config(loop.RunConfig):
   """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
 
-  steps: int = 60
+  steps: int = 50
   batch_size: int = 128
   eval_every: int = 0
-  checkpoint_every: int = 20
+  checkpoint_every: int = 25
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(learning_rate=5e-4, schedule="linear")
   value_optim: OptimConfig = OptimConfig(learning_rate=2e-3, schedule="constant")
 
   def __post_init__(self):

@@ -4,6 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import masked
+
 
 def gae(
   rewards: jax.Array,
@@ -31,8 +33,8 @@ def gae(
   """
   chex.assert_rank([rewards, values, mask], 2)
   chex.assert_equal_shape([rewards, values, mask])
-  rewards = jnp.where(mask, rewards, 0.0)
-  values = jnp.where(mask, values, 0.0)
+  rewards = jnp.where(mask, masked.widen(rewards), 0.0)
+  values = jnp.where(mask, masked.widen(values), 0.0)
 
   def backward(carry: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array, jax.Array]):
     next_advantage, next_value = carry
@@ -60,7 +62,7 @@ def leave_one_out(rewards: jax.Array) -> jax.Array:
   """
   chex.assert_rank(rewards, 2)
   chex.assert_axis_dimension_gteq(rewards, 1, 2)
-  n = rewards.shape[1]
+  rewards, n = masked.widen(rewards), rewards.shape[1]
   return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) * (n / (n - 1))
 
 
@@ -80,6 +82,7 @@ def group_normalize(rewards: jax.Array, *, eps: float = 1e-4, scale: bool = True
   """
   chex.assert_rank(rewards, 2)
   chex.assert_axis_dimension_gteq(rewards, 1, 2)
+  rewards = masked.widen(rewards)
   centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
   if not scale:
     return centred

@@ -14,10 +14,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import masked
+
 # exp(89) overflows float32; at a log-ratio of 20 the estimate is already 5e8 nats.
 _MAX_LOG_RATIO = 20.0
 
 
+@masked.elementwise
 def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """Log-ratio: unbiased, may be negative.
 
@@ -32,6 +35,7 @@ def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   return logprobs - ref_logprobs
 
 
+@masked.elementwise
 def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """Half the squared log-ratio: biased, small variance, true gradient of the reverse KL.
 
@@ -45,6 +49,7 @@ def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   return 0.5 * jnp.square(k1(logprobs, ref_logprobs))
 
 
+@masked.elementwise
 def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """`exp(-l) - 1 + l`: unbiased and never negative.
 

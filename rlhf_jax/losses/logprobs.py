@@ -4,10 +4,19 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import masked
 
-def _widen(x: jax.Array) -> jax.Array:
-  # bfloat16 keeps 8 bits: over 512 tokens a bfloat16 softmax is off by a factor in the ratio.
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+def _shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Logits less their maximum, [..., V], and whether there is a finite maximum, [...].
+
+  Next to a logit of 30, float32 keeps only five decimals of a log-probability. Logits without a
+  finite maximum (padding may hold anything) become zeros, so that they pass no gradient.
+  """
+  logits = masked.widen(logits)
+  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  fine = jnp.isfinite(highest)
+  return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -28,15 +37,14 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits = _widen(logits)
-  # Shifted first: next to a logit of 30, float32 keeps only five decimals of a log-probability.
-  logits = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  logits, fine = _shifted(logits)
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
   # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
   vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
   hit = vocabulary == targets[..., None]
-  return jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+  logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+  return jnp.where(fine, logprobs, jnp.nan)
 
 
 def next_token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -63,6 +71,8 @@ def entropy(logits: jax.Array) -> jax.Array:
   Returns:
     [...] float32.
   """
-  logprobs = jax.nn.log_softmax(_widen(logits), axis=-1)
+  logits, fine = _shifted(logits)
+  logprobs = jax.nn.log_softmax(logits, axis=-1)
   probs = jnp.exp(logprobs)
-  return -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
+  result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
+  return jnp.where(fine, result, jnp.nan)

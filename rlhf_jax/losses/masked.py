@@ -1,14 +1,64 @@
 """Means and variances over masked positions. Masked values may be NaN: they are never read."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Axis = int | tuple[int, ...] | None
+Arguments = ParamSpec("Arguments")
+
+
+def widen(x: jax.Array) -> jax.Array:
+  """`x` in float32, or in float64 where it was. bfloat16 keeps only 8 bits: sums need more."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def elementwise(loss: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
+  """Makes a loss without a mask safe to use under one.
+
+  For a function whose result at an index depends on its array arguments at that index alone. It
+  is computed in float32 or wider, and an entry that is not finite (padding may hold anything)
+  passes no gradient: by the chain rule, the zero that a mask sends back would become 0 * NaN.
+
+  Args:
+    loss: Function of arrays of one shape, and of scalars, to an array of that shape.
+
+  Returns:
+    A function with the same signature and values.
+  """
+
+  def is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray)) and x.ndim > 0
+
+  def wide(x: Any) -> Any:
+    return widen(x) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  @functools.wraps(loss)
+  def contained(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
+    args, kwargs = jax.tree.map(wide, (args, kwargs))
+    value = jax.lax.stop_gradient(loss(*args, **kwargs))
+    arrays = [x for x in jax.tree.leaves((args, kwargs)) if is_array(x) and x.shape == value.shape]
+    fine = functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays), jnp.isfinite(value))
+
+    def safe(x: Any) -> Any:
+      if is_array(x) and x.shape == value.shape:
+        return jnp.where(fine, x, jnp.zeros((), x.dtype))
+      return x
+
+    args, kwargs = jax.tree.map(safe, (args, kwargs))
+    return jnp.where(fine, loss(*args, **kwargs), value)
+
+  return contained
 
 
 def _keep(x: jax.Array, mask: jax.Array) -> jax.Array:
   # `where` and not `x * mask`: 0 * NaN is NaN, in the value and in the gradient.
+  x = widen(x)
   return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -55,9 +105,10 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
   Returns:
     `x` reduced over `axis`.
   """
+  x = _keep(x, mask)
   axes = tuple(range(x.ndim)) if axis is None else axis
   count = jnp.sum(mask, axis=axes, keepdims=True)
-  mean = jnp.sum(_keep(x, mask), axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
+  mean = jnp.sum(x, axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
   squares = jnp.square(_keep(x - mean, mask))
   degrees = jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
   return jnp.sum(squares, axis=axis) / degrees.astype(x.dtype)

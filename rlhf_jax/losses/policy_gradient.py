@@ -10,6 +10,7 @@ from rlhf_jax.losses import masked
 _MAX_LOG_RATIO = 20.0
 
 
+@masked.elementwise
 def ppo_policy_loss(
   logprobs: jax.Array,
   old_logprobs: jax.Array,
@@ -47,6 +48,7 @@ def ppo_policy_loss(
   return jnp.where(advantages < 0, jnp.minimum(loss, -dual_clip * advantages), loss)
 
 
+@masked.elementwise
 def ppo_value_loss(
   values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float = 0.2
 ) -> jax.Array:
@@ -68,6 +70,7 @@ def ppo_value_loss(
   return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 
 
+@masked.elementwise
 def reinforce_loss(logprobs: jax.Array, rewards_minus_baseline: jax.Array) -> jax.Array:
   """`-(R - b) log pi(y_t)`: the policy gradient (Williams, 1992).
 
@@ -109,11 +112,12 @@ def kl_shaped_rewards(
   chex.assert_rank([scores, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
   chex.assert_equal_shape_prefix([scores, mask], 1)
+  scores, logprobs, ref_logprobs = map(masked.widen, (scores, logprobs, ref_logprobs))
   penalty = jnp.where(mask, kl_coef * (logprobs - ref_logprobs), 0.0)
   # The last unmasked position is the only one with an index equal to the row's maximum.
   position = jax.lax.broadcasted_iota(jnp.int32, mask.shape, 1)
   last = position == jnp.max(jnp.where(mask, position, -1), axis=1, keepdims=True)
-  rewards = jnp.where(last & mask, scores[:, None].astype(penalty.dtype), 0.0) - penalty
+  rewards = jnp.where(last & mask, scores[:, None], 0.0) - penalty
   return jax.lax.stop_gradient(rewards)
 
 
@@ -128,6 +132,7 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
   Returns:
     [] float; 0 where the returns do not vary.
   """
+  values, returns = (jnp.where(mask, masked.widen(x), 0.0) for x in (values, returns))
   variance = masked.masked_var(returns, mask)
   residual = masked.masked_var(returns - values, mask)
   return jnp.where(variance > 0, 1 - residual / jnp.where(variance > 0, variance, 1.0), 0.0)

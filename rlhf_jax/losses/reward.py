@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rlhf_jax.losses import masked
 
 
+@masked.elementwise
 def bradley_terry_loss(
   chosen: jax.Array,
   rejected: jax.Array,
@@ -55,12 +56,13 @@ def ranking_loss(scores: jax.Array, ranks: jax.Array, mask: jax.Array) -> jax.Ar
   chex.assert_equal_shape([scores, ranks, mask])
   better = ranks[:, :, None] < ranks[:, None, :]
   pair = better & mask[:, :, None] & mask[:, None, :]
-  scores = jnp.where(mask, scores, 0.0)
+  scores = jnp.where(mask, masked.widen(scores), 0.0)
   losses = -jax.nn.log_sigmoid(scores[:, :, None] - scores[:, None, :])
   count = jnp.maximum(jnp.sum(pair, axis=(1, 2)), 1)
   return jnp.sum(losses, axis=(1, 2), where=pair) / count.astype(scores.dtype)
 
 
+@masked.elementwise
 def centering_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
   """Squared sum of a pair's scores, which keeps scores near mean 0.
 
@@ -108,7 +110,9 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
     Moments of both.
   """
   chex.assert_rank([x, mask], 1)
-  x = jnp.where(mask, x, 0.0)  # Before the square: its gradient would multiply a NaN by 0.
+  x = jnp.where(
+    mask, masked.widen(x), 0.0
+  )  # Before the square: its gradient would multiply a NaN by 0.
   added = jnp.sum(mask).astype(jnp.float32)
   count = moments.count + added
   mean = masked.masked_mean(x, mask)
@@ -119,6 +123,7 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
   return RunningMoments(count, moments.mean + delta * share, m2)
 
 
+@masked.elementwise
 def normalize_scores(x: jax.Array, moments: RunningMoments, *, eps: float = 1e-8) -> jax.Array:
   """`(x - mean) / std` by running moments (PPO-max, https://arxiv.org/abs/2307.04964, eq. 15).
 

@@ -98,6 +98,8 @@ def build(
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
+  # A loop over so few layers costs more time than it saves in compiling.
+  unroll = config.layers if config.layers <= 4 else 1
 
   def init(key: jax.Array) -> Params:
     embed_key, layers_key, head_key = jax.random.split(key, 3)
@@ -151,7 +153,7 @@ def build(
 
     layer = jax.checkpoint(layer) if config.remat else layer
     x = embed(params["embed"], tokens).astype(compute)
-    x, _ = jax.lax.scan(layer, x, params["layers"])
+    x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
     return read_out(params, x if last is None else x[:, -last:])
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
@@ -178,7 +180,7 @@ def build(
       return block(layer_params, x, positions, visible[:, None], frequencies, state)
 
     x = embed(params["embed"], tokens).astype(compute)
-    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v))
+    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v), unroll=unroll)
     logits = read_out(params, x[:, -1:])[:, 0]
     return logits, Cache(k, v, valid, cache.index + length)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses import advantages
+from tests.losses.case import B, Case, K, T, squash
 
 EOS = 2
 # EOS first, in the middle, last, and absent: the response runs to its EOS, which counts.
@@ -168,3 +169,22 @@ def test_groups_need_two_samples(function, shape):
 def test_gae_refuses_other_shapes():
   with pytest.raises(AssertionError):
     advantages.gae(jnp.zeros((2, 3)), jnp.zeros((2, 4)), jnp.ones((2, 3), bool))
+
+
+def gae(mask, rewards, values, **hyper):
+  advantage, returns = advantages.gae(rewards, values, mask, **hyper)
+  return squash(advantage) + squash(returns)
+
+
+def over_groups(function, **hyper):
+  """A function of one array [B, K] without a mask: every sample is real."""
+  call = lambda m, x, **hyper: squash(function(jnp.where(m[:, None], x, 0.0), **hyper))  # noqa: E731
+  return Case(call, ((B, K),), mask_shape=(B,), hyper=hyper)
+
+
+CASES = {
+  "gae": Case(gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
+  "leave_one_out": over_groups(advantages.leave_one_out),
+  "group_normalize": over_groups(advantages.group_normalize, eps=1e-2),
+  "group_normalize/centred": over_groups(lambda x: advantages.group_normalize(x, scale=False)),
+}

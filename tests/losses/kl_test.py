@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses import kl
+from tests.losses.case import per_token
 
 LOGITS = np.float32([0.3, -0.2, 0.5])
 REFERENCES = {"uniform": np.float32([0.0, 0.0, 0.0]), "other": np.float32([-0.4, 0.9, 0.1])}
@@ -99,3 +100,6 @@ def test_k3_keeps_small_values():
 def test_bad_shapes_are_refused(estimator):
   with pytest.raises(AssertionError):
     estimator(jnp.zeros((3, 4)), jnp.zeros(4))
+
+
+CASES = {name: per_token(getattr(kl, name), 2) for name in ("k1", "k2", "k3")}

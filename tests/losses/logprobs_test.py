@@ -5,7 +5,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import logprobs
+from rlhf_jax.losses import logprobs, masked
+from tests.losses.case import B, Case, T, V
 
 
 def log_softmax(logits):
@@ -146,3 +147,25 @@ def test_sharded_vocabulary(axis_type, function):
   # No device ever sees the logits of the whole vocabulary.
   assert "all-gather" not in step.as_text()
   assert "f32[2,6,16]" not in step.as_text()
+
+
+def tokens_for(logits):
+  return jax.lax.broadcasted_iota(jnp.int32, logits.shape[:-1], 1) % V
+
+
+def over_logits(function):
+  """A function of logits to [B, T], used under a mask."""
+  return Case(lambda m, x: masked.masked_mean(function(x), m), ((B, T, V),))
+
+
+CASES = {
+  "token_logprobs": over_logits(lambda x: logprobs.token_logprobs(x, tokens_for(x))),
+  "entropy": over_logits(logprobs.entropy),
+  # The last column of logits predicts nothing: here the mask is that of the logits.
+  "next_token_logprobs": Case(
+    lambda m, x: masked.masked_mean(
+      logprobs.next_token_logprobs(x, tokens_for(x))[:, 1:], m[:, :-1]
+    ),
+    ((B, T, V),),
+  ),
+}

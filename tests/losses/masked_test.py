@@ -5,6 +5,7 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked
+from tests.losses.case import B, Case, T, squash
 
 
 def random_masked(shape=(4, 6), seed=0):
@@ -161,3 +162,19 @@ def test_last_real_of_several_leading_axes():
 def test_bad_shapes_are_refused(function):
   with pytest.raises(AssertionError):
     function(jnp.zeros((3, 4)), jnp.ones((3, 1), bool))
+
+
+def with_mask(function, **hyper):
+  """A function of one array [B, T] that reads the mask itself."""
+  return Case(lambda m, x, **hyper: squash(function(x, m, **hyper)), ((B, T),), hyper=hyper)
+
+
+CASES = {
+  "widen": Case(lambda m, x: squash(jnp.where(m, masked.widen(x), 0.0)), ((B, T),)),
+  "masked_sum": with_mask(lambda x, m: masked.masked_sum(x, m, 1)),
+  "masked_mean": with_mask(lambda x, m: masked.masked_mean(x, m, 1)),
+  "masked_var": with_mask(lambda x, m: masked.masked_var(x, m, 1)),
+  "masked_var/all": Case(lambda m, x: masked.masked_var(x, m, ddof=1), ((B, T),)),
+  "whiten": with_mask(lambda x, m, eps: masked.whiten(x, m, eps=eps), eps=1e-3),
+  "last_real": with_mask(masked.last_real),
+}

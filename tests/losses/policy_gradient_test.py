@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import advantages, policy_gradient
+from rlhf_jax.losses import advantages, masked, policy_gradient
+from tests.losses.case import B, Case, T, per_token, squash
 
 LOW, HIGH = 0.2, 0.3
 
@@ -268,3 +269,23 @@ def test_shaped_rewards_refuse_bad_shapes(scores, mask):
   x = jnp.zeros((2, 3))
   with pytest.raises(AssertionError):
     policy_gradient.kl_shaped_rewards(jnp.zeros(scores), x, x, jnp.ones(mask, bool), kl_coef=1.0)
+
+
+def shaped(mask, scores, logprobs, ref_logprobs, kl_coef):
+  """The shaped rewards have no gradient: they weigh log-probabilities, as they are used."""
+  rewards = policy_gradient.kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef)
+  return squash(rewards) + masked.masked_sum(
+    policy_gradient.reinforce_loss(logprobs, rewards), mask
+  )
+
+
+CASES = {
+  "ppo_policy_loss": per_token(policy_gradient.ppo_policy_loss, 3, clip_low=0.2, clip_high=0.3),
+  "ppo_policy_loss/dual_clip": per_token(policy_gradient.ppo_policy_loss, 3, dual_clip=3.0),
+  "ppo_value_loss": per_token(policy_gradient.ppo_value_loss, 3, clip=0.2),
+  "reinforce_loss": per_token(policy_gradient.reinforce_loss, 2),
+  "kl_shaped_rewards": Case(shaped, ((B,), (B, T), (B, T)), padded=(1, 2), hyper={"kl_coef": 0.3}),
+  "explained_variance": Case(
+    lambda m, v, r: policy_gradient.explained_variance(v, r, m), ((B, T),) * 2
+  ),
+}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.losses import reward
+from tests.losses.case import B, Case, K, per_row, squash
 
 
 def softplus(x):
@@ -200,3 +201,30 @@ def test_moments_of_history_resist_one_corrupted_score():
 def test_bad_shapes_are_refused(function, shapes):
   with pytest.raises(AssertionError):
     function(*(jnp.zeros(shape) for shape in shapes))
+
+
+MOMENTS = reward.RunningMoments(jnp.float32(3), jnp.float32(0.5), jnp.float32(2))
+
+
+def ranking(mask, scores):
+  ranks = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) % 3
+  return squash(reward.ranking_loss(scores, ranks, mask))
+
+
+def updated_moments(mask, x):
+  after = reward.update_moments(MOMENTS, x, mask)
+  return jnp.tanh(after.mean) + jnp.log(after.m2) * after.count
+
+
+CASES = {
+  "bradley_terry_loss": per_row(reward.bradley_terry_loss, 2, margin=0.1, label_smoothing=0.1),
+  "ranking_loss": Case(ranking, ((B, K),), mask_shape=(B, K)),
+  "centering_penalty": per_row(reward.centering_penalty, 2),
+  "update_moments": Case(updated_moments, ((B,),), mask_shape=(B,)),
+  "normalize_scores": Case(
+    lambda m, x, eps: squash(jnp.where(m, reward.normalize_scores(x, MOMENTS, eps=eps), 0.0)),
+    ((B,),),
+    mask_shape=(B,),
+    hyper={"eps": 0.1},
+  ),
+}

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses import masked, supervised
+from tests.losses.case import B, Case, T, V
 
 
 def test_nll_matches_float64():
@@ -37,3 +38,12 @@ def test_gradient_is_softmax_minus_one_hot_of_the_next_token():
     e = np.exp(logits[b, t - 1].astype(np.float64))
     want[b, t - 1] = (e / e.sum() - np.eye(5)[tokens[b, t]]) / mask.sum()
   np.testing.assert_allclose(grad, want, atol=1e-6)
+
+
+def nll(mask, logits):
+  tokens = jax.lax.broadcasted_iota(jnp.int32, logits.shape[:-1], 1) % V
+  # Scored positions t read the logits at t - 1: here the mask is that of the logits.
+  return masked.masked_mean(supervised.nll(logits, tokens)[:, 1:], mask[:, :-1])
+
+
+CASES = {"nll": Case(nll, ((B, T, V),))}

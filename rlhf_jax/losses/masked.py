@@ -7,7 +7,6 @@ from typing import Any, ParamSpec
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Axis = int | tuple[int, ...] | None
 Arguments = ParamSpec("Arguments")
@@ -33,10 +32,10 @@ def elementwise(loss: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax
   """
 
   def is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray)) and x.ndim > 0
+    return isinstance(x, (jax.Array, chex.ArrayNumpy)) and x.ndim > 0
 
   def wide(x: Any) -> Any:
-    return widen(x) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+    return widen(jnp.asarray(x)) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
 
   @functools.wraps(loss)
   def contained(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:

@@ -6,20 +6,28 @@ anything, NaN included: they change neither a value nor a gradient.
 
 from rlhf_jax.losses import (
   advantages,
+  game,
   kl,
+  listwise,
   logprobs,
   masked,
   policy_gradient,
+  preference,
   reward,
+  shaping,
   supervised,
 )
 
 __all__ = [
   "advantages",
+  "game",
   "kl",
+  "listwise",
   "logprobs",
   "masked",
   "policy_gradient",
+  "preference",
   "reward",
+  "shaping",
   "supervised",
 ]

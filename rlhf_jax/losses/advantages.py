@@ -14,11 +14,13 @@ def gae(
   *,
   gamma: float = 1.0,
   lam: float = 0.95,
+  bootstrap: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Generalised advantage estimation (Schulman et al., 2015, https://arxiv.org/abs/1506.02438).
 
   With `delta_t = r_t + gamma V_{t+1} - V_t` (eq. 10) and `A_t = delta_t + gamma lam A_{t+1}`
-  (eq. 16); both successors are 0 after the last unmasked token, where the episode ends.
+  (eq. 16). After the last unmasked token `A` is 0, and `V` is 0 as well, since the episode ends
+  there, unless `bootstrap` says otherwise.
 
   Args:
     rewards: [B, T] reward of each token.
@@ -26,6 +28,8 @@ def gae(
     mask: [B, T] bool, True on response tokens, which must be contiguous in each row.
     gamma: Discount per token.
     lam: Weight of longer returns; 1 is Monte Carlo, 0 the one-step error.
+    bootstrap: [B] value after the last token: the critic's for a response that was cut, 0 for one
+      that ended. All 0 when None.
 
   Returns:
     Advantages and returns (`advantages + values`), [B, T] each, 0 where masked. No gradient is
@@ -34,7 +38,11 @@ def gae(
   chex.assert_rank([rewards, values, mask], 2)
   chex.assert_equal_shape([rewards, values, mask])
   rewards = jnp.where(mask, masked.widen(rewards), 0.0)
-  values = jnp.where(mask, masked.widen(values), 0.0)
+  values = masked.widen(values)
+  end = jnp.zeros_like(values[:, 0])
+  after = end if bootstrap is None else masked.widen(bootstrap)
+  chex.assert_equal_shape([end, after])
+  values = jnp.where(mask, values, after[:, None])
 
   def backward(carry: tuple[jax.Array, jax.Array], now: tuple[jax.Array, jax.Array, jax.Array]):
     next_advantage, next_value = carry
@@ -43,30 +51,108 @@ def gae(
     advantage = jnp.where(on, advantage, 0.0)
     return (advantage, value), advantage
 
-  end = jnp.zeros_like(values[:, 0])
-  # Padding has value 0 and advantage 0, so scanning over it is the same as ending before it.
-  _, advantages = jax.lax.scan(backward, (end, end), (rewards.T, values.T, mask.T), reverse=True)
-  return advantages.T, advantages.T + values
+  # Padding has the value after the end and advantage 0: scanning over it is ending before it.
+  _, advantages = jax.lax.scan(backward, (end, after), (rewards.T, values.T, mask.T), reverse=True)
+  return advantages.T, jnp.where(mask, advantages.T + values, 0.0)
 
 
-def leave_one_out(rewards: jax.Array) -> jax.Array:
+def ngram_segments(mask: jax.Array, n: int | jax.Array) -> jax.Array:
+  """Cuts each response into macro actions of n tokens, the last one shorter, for `macro_gae`.
+
+  Args:
+    mask: [B, T] bool, True on response tokens.
+    n: Tokens per macro action, at least 1.
+
+  Returns:
+    [B, T] int32, index of the macro action of each response token.
+  """
+  chex.assert_rank(mask, 2)
+  return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0) // n
+
+
+def macro_gae(
+  rewards: jax.Array,
+  values: jax.Array,
+  segment_ids: jax.Array,
+  mask: jax.Array,
+  *,
+  gamma: float = 1.0,
+  lam: float = 0.95,
+  bootstrap: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """`gae` over macro actions instead of tokens: credit travels segments, not tokens.
+
+  MA-RLHF (Chai et al., 2024, https://arxiv.org/abs/2410.02743). A macro action has the sum of its
+  tokens' rewards, so that the return of a response does not depend on how it is cut (the released
+  code takes their mean, which shrinks the KL penalty), and the mean of their values. Ratio, clip
+  and losses stay per token. One token per macro action is `gae`.
+
+  Args:
+    rewards: [B, T] reward of each token.
+    values: [B, T] value before each token.
+    segment_ids: [B, T] int, index of the macro action of each response token: 0 for the first,
+      then the same or one more than that of the token before.
+    mask: [B, T] bool, True on response tokens.
+    gamma: Discount per macro action.
+    lam: Weight of longer returns.
+    bootstrap: [B] value after the last token; see `gae`.
+
+  Returns:
+    Advantages and returns of each token's macro action, [B, T] each, 0 where masked.
+  """
+  chex.assert_rank([rewards, values, segment_ids, mask], 2)
+  chex.assert_equal_shape([rewards, values, segment_ids, mask])
+  length = mask.shape[1]
+  segment_ids = jnp.where(mask, segment_ids, 0)
+
+  @jax.vmap
+  def total(x: jax.Array, ids: jax.Array) -> jax.Array:
+    return jax.ops.segment_sum(x, ids, num_segments=length)
+
+  tokens = total(mask.astype(jnp.int32), segment_ids)
+  rewards, values = (
+    total(jnp.where(mask, masked.widen(x), 0.0), segment_ids) for x in (rewards, values)
+  )
+  values = values / jnp.maximum(tokens, 1).astype(values.dtype)
+  of_segments = gae(rewards, values, tokens > 0, gamma=gamma, lam=lam, bootstrap=bootstrap)
+  advantages, returns = (
+    jnp.where(mask, jnp.take_along_axis(x, segment_ids, axis=1), 0.0) for x in of_segments
+  )
+  return advantages, returns
+
+
+def _group(rewards: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+  chex.assert_rank(rewards, 2)
+  chex.assert_axis_dimension_gteq(rewards, 1, 2)
+  mask = jnp.ones_like(rewards, dtype=bool) if mask is None else mask
+  chex.assert_equal_shape([rewards, mask])
+  return jnp.where(mask, masked.widen(rewards), 0.0), mask
+
+
+def _centre(rewards: jax.Array, mask: jax.Array) -> jax.Array:
+  return jnp.where(mask, rewards - masked.masked_mean(rewards, mask, axis=1)[:, None], 0.0)
+
+
+def leave_one_out(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Reward minus the mean reward of the other samples of the same prompt (RLOO).
 
   Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, eq. 7.
 
   Args:
     rewards: [B, N] with N >= 2 samples per prompt.
+    mask: [B, N] bool, False on samples to leave out; all count when None.
 
   Returns:
-    [B, N] advantages; each row sums to 0.
+    [B, N] advantages; each row sums to 0. 0 where masked or alone.
   """
-  chex.assert_rank(rewards, 2)
-  chex.assert_axis_dimension_gteq(rewards, 1, 2)
-  rewards, n = masked.widen(rewards), rewards.shape[1]
-  return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) * (n / (n - 1))
+  rewards, mask = _group(rewards, mask)
+  n = jnp.sum(mask, axis=1, keepdims=True).astype(rewards.dtype)
+  return _centre(rewards, mask) * (n / jnp.maximum(n - 1, 1))
 
 
-def group_normalize(rewards: jax.Array, *, eps: float = 1e-4, scale: bool = True) -> jax.Array:
+def group_normalize(
+  rewards: jax.Array, *, eps: float = 1e-4, scale: bool = True, mask: jax.Array | None = None
+) -> jax.Array:
   """Reward standardised over the samples of the same prompt (GRPO).
 
   Shao et al., 2024, https://arxiv.org/abs/2402.03300, section 4.1.2. The standard deviation has
@@ -76,17 +162,16 @@ def group_normalize(rewards: jax.Array, *, eps: float = 1e-4, scale: bool = True
     rewards: [B, N] with N >= 2 samples per prompt.
     eps: Added to the standard deviation.
     scale: False only centres (Dr. GRPO, https://arxiv.org/abs/2503.20783).
+    mask: [B, N] bool, False on samples to leave out; all count when None.
 
   Returns:
-    [B, N] advantages.
+    [B, N] advantages; 0 where masked or alone.
   """
-  chex.assert_rank(rewards, 2)
-  chex.assert_axis_dimension_gteq(rewards, 1, 2)
-  rewards = masked.widen(rewards)
-  centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+  rewards, mask = _group(rewards, mask)
+  centred = _centre(rewards, mask)
   if not scale:
     return centred
   # The square root has no finite gradient at 0, where all rewards of a group are equal.
-  variance = jnp.sum(jnp.square(centred), axis=1, keepdims=True) / (rewards.shape[1] - 1)
+  variance = masked.masked_var(rewards, mask, axis=1, ddof=1)[:, None]
   std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
   return centred / (std + eps)

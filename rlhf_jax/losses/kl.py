@@ -1,19 +1,26 @@
-"""Per-token estimators of KL(policy || ref) from tokens sampled by the policy.
+"""KL(policy || ref): per-token estimators from tokens sampled by the policy, and exact.
 
 Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html. With
 `l = log pi(y_t) - log ref(y_t)` for `y_t ~ pi`:
 
-| function | value    | expectation | gradient in expectation when used as a loss            |
-|----------|----------|-------------|--------------------------------------------------------|
-| `k1`     | l        | KL          | 0: put it into the reward, never into the loss         |
-| `k2`     | l^2 / 2  | about KL    | that of KL(pi || ref)                                  |
-| `k3`     | e^-l-1+l | KL, >= 0    | that of KL(ref || pi), the forward KL                  |
+| function          | value         | expectation | gradient in expectation when used as a loss    |
+|-------------------|---------------|-------------|------------------------------------------------|
+| `k1`              | l             | KL          | 0: put it into the reward, never into the loss |
+| `k2`              | l^2 / 2       | about KL    | that of KL(pi || ref) at this token            |
+| `k3`              | e^-l - 1 + l  | KL, >= 0    | that of KL(ref || pi) at this token            |
+| `reverse_kl_loss` | l             | KL          | that of KL(pi || ref) of the whole response    |
+| `full_kl`         | sum over V    | exact KL    | of either side, at this token                  |
+
+"At this token" takes the tokens before it as given. That a token also decides which later tokens
+are met is left out by all but `reverse_kl_loss`; `k1` inside the reward of a policy gradient has it
+too. `k3` times `exp(logprobs - sg(logprobs))`, which is 1, has the gradient of `k2`.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 
 # exp(89) overflows float32; at a log-ratio of 20 the estimate is already 5e8 nats.
@@ -64,3 +71,49 @@ def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """
   log_ratio = k1(logprobs, ref_logprobs)
   return jnp.expm1(jnp.minimum(-log_ratio, _MAX_LOG_RATIO)) + log_ratio
+
+
+def reverse_kl_loss(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+  """KL(policy || ref) of whole responses, with its unbiased policy gradient.
+
+  The gradient of a row's sum is `sum_t (sum_{s >= t} l_s) grad log pi_t`, with `l` the log-ratio: a
+  token answers for its own log-ratio and for all later ones (reward-to-go; those before it have no
+  gradient in expectation). A token that answers only for its own is biased.
+
+  Args:
+    logprobs: [B, T] of the sampled tokens under the policy, which has sampled them.
+    ref_logprobs: [B, T] under the reference.
+    mask: [B, T] bool, True on response tokens.
+
+  Returns:
+    [B, T] log-ratios, nats, 0 where masked. Sum them over tokens: with other weights the gradient
+    is no longer that of the KL.
+  """
+  chex.assert_rank([logprobs, ref_logprobs, mask], 2)
+  chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+  logprobs, ref_logprobs = (jnp.where(mask, masked.widen(x), 0.0) for x in (logprobs, ref_logprobs))
+  log_ratio = jax.lax.stop_gradient(logprobs - ref_logprobs)
+  to_go = jax.lax.cumsum(log_ratio, axis=1, reverse=True)
+  return log_ratio + to_go * (logprobs - jax.lax.stop_gradient(logprobs))
+
+
+def full_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+  """Exact KL between the next-token distributions at each position.
+
+  The arguments swapped give KL(ref || policy), the forward KL, whose gradient is that of a
+  cross-entropy with the reference as target (SuperHF's penalty, https://arxiv.org/abs/2310.16763).
+
+  Args:
+    logits: [..., V] of the first distribution; an entry of -inf has probability 0.
+    ref_logits: [..., V] of the second one, which needs support wherever the first has it.
+
+  Returns:
+    [...] nats, >= 0 up to rounding.
+  """
+  chex.assert_equal_shape([logits, ref_logits])
+  (logits, fine), (ref_logits, ref_fine) = map(logprobs_lib.shifted, (logits, ref_logits))
+  logprobs, ref_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
+  probs = jnp.exp(logprobs)
+  # Where probs is 0 both may be -inf, whose difference is NaN.
+  log_ratio = jnp.where(probs > 0, logprobs - ref_logprobs, 0.0)
+  return jnp.where(fine & ref_fine, jnp.sum(probs * log_ratio, axis=-1), jnp.nan)

@@ -7,11 +7,17 @@ import jax.numpy as jnp
 from rlhf_jax.losses import masked
 
 
-def _shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Logits less their maximum, [..., V], and whether there is a finite maximum, [...].
 
   Next to a logit of 30, float32 keeps only five decimals of a log-probability. Logits without a
   finite maximum (padding may hold anything) become zeros, so that they pass no gradient.
+
+  Args:
+    logits: [..., V] float.
+
+  Returns:
+    [..., V] float32 and [...] bool.
   """
   logits = masked.widen(logits)
   highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -37,7 +43,7 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits, fine = _shifted(logits)
+  logits, fine = shifted(logits)
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
   # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
@@ -71,7 +77,7 @@ def entropy(logits: jax.Array) -> jax.Array:
   Returns:
     [...] float32.
   """
-  logits, fine = _shifted(logits)
+  logits, fine = shifted(logits)
   logprobs = jax.nn.log_softmax(logits, axis=-1)
   probs = jnp.exp(logprobs)
   result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)

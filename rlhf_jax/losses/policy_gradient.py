@@ -1,4 +1,28 @@
-"""Policy-gradient losses over response tokens, and the reward PPO optimises."""
+"""Policy-gradient losses over response tokens, and the reward PPO optimises.
+
+A method is an advantage, a loss per token and a weight per token; the objective is
+`sum(loss * weights)`, with `advantages` as `adv`, [B, N] groups as rows [B * N] and an advantage of
+a response repeated at each of its tokens:
+
+| method      | advantage                                      | loss              | weights    |
+|-------------|------------------------------------------------|-------------------|------------|
+| REINFORCE   | reward minus any baseline, a batch mean say    | `reinforce_loss`  | "dr_grpo"  |
+| ReMax       | reward minus that of the greedy response       | `reinforce_loss`  | "dr_grpo"  |
+| RLOO        | `adv.leave_one_out`                            | `reinforce_loss`  | "dr_grpo"  |
+| PPO         | `adv.gae` of `kl_shaped_rewards`, whitened     | `ppo_policy_loss` | "dapo"     |
+| GRPO        | `adv.group_normalize`                          | `ppo_policy_loss` | "grpo"     |
+| Dr. GRPO    | `adv.group_normalize(scale=False)`             | `ppo_policy_loss` | "dr_grpo"  |
+| DAPO, BNPO  | `adv.group_normalize`                          | `ppo_policy_loss` | "dapo"     |
+| CISPO       | `adv.group_normalize`                          | `cispo_loss`      | "dapo"     |
+| GSPO        | `adv.group_normalize`                          | `gspo_loss`       | "grpo"     |
+| CGPO's CRPG | `group_normalize(scale=False)` of              | `reinforce_loss`  | "dr_grpo"  |
+|             | `shaping.constrained_reward`                   |                   |            |
+
+A penalty `beta KL` enters the reward (`kl_shaped_rewards`, RLOO, PPO) or is added to the loss
+(`kl.k3`, GRPO); see `kl` for which gradient each has. PPO-ptx (Ouyang et al., 2022, eq. 2) adds
+`coef * supervised.nll` of a batch of pretraining text to the PPO loss. Where the sampler's
+probabilities differ from the trainer's, multiply the loss by `truncated_importance_weights`.
+"""
 
 import chex
 import jax
@@ -84,6 +108,203 @@ def reinforce_loss(logprobs: jax.Array, rewards_minus_baseline: jax.Array) -> ja
   chex.assert_rank([logprobs, rewards_minus_baseline], 2)
   chex.assert_equal_shape([logprobs, rewards_minus_baseline])
   return -jax.lax.stop_gradient(rewards_minus_baseline) * logprobs
+
+
+@masked.elementwise
+def cispo_loss(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  *,
+  clip_low: float = 1.0,
+  clip_high: float = 4.0,
+) -> jax.Array:
+  """Clipped importance weight times log-probability: no token loses its gradient.
+
+  CISPO (MiniMax-M1, 2025, https://arxiv.org/abs/2506.13585, eq. 4 and 5), negated, with `sg` the
+  stopped gradient: `-sg(clip(rho, 1 - low, 1 + high)) A log pi(y_t)`.
+
+  Args:
+    logprobs: [B, T] of the sampled tokens under the policy being trained.
+    old_logprobs: [B, T] under the policy that sampled them.
+    advantages: [B, T].
+    clip_low: How far the weight may fall below 1; 1 is no bound.
+    clip_high: How far the weight may rise above 1.
+
+  Returns:
+    [B, T] loss. The gradient flows through `logprobs` only.
+  """
+  chex.assert_rank([logprobs, old_logprobs, advantages], 2)
+  chex.assert_equal_shape([logprobs, old_logprobs, advantages])
+  ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  weight = jax.lax.stop_gradient(jnp.clip(ratio, 1 - clip_low, 1 + clip_high))
+  return reinforce_loss(logprobs, weight * advantages)
+
+
+def gspo_loss(
+  logprobs: jax.Array,
+  old_logprobs: jax.Array,
+  advantages: jax.Array,
+  mask: jax.Array,
+  *,
+  clip_low: float = 3e-4,
+  clip_high: float = 4e-4,
+) -> jax.Array:
+  """Clipped surrogate with one ratio for all tokens of a response, its geometric mean.
+
+  GSPO-token (Zheng et al., 2025, https://arxiv.org/abs/2507.18071, eq. 13 and 14): the ratio of
+  token t has the value `s = exp(mean_t (log pi_t - log old_t))` and the gradient
+  `s grad log pi_t`. With one advantage for all tokens, its mean over tokens is GSPO (eq. 5 to 7).
+
+  Args:
+    logprobs: [B, T] of the sampled tokens under the policy being trained.
+    old_logprobs: [B, T] under the policy that sampled them.
+    advantages: [B, T].
+    mask: [B, T] bool, True on response tokens.
+    clip_low: How far the ratio may fall below 1; far less than for the ratio of one token.
+    clip_high: How far the ratio may rise above 1.
+
+  Returns:
+    [B, T] loss. The gradient flows through `logprobs` only.
+  """
+  chex.assert_rank([logprobs, old_logprobs, advantages, mask], 2)
+  chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
+  old_logprobs = jax.lax.stop_gradient(masked.widen(old_logprobs))
+  log_ratio = jnp.where(mask, masked.widen(logprobs) - old_logprobs, 0.0)
+  own, mean = log_ratio, masked.masked_mean(log_ratio, mask, axis=1)[:, None]
+  shared = jax.lax.stop_gradient(mean) + own - jax.lax.stop_gradient(own)
+  return ppo_policy_loss(
+    shared, jnp.zeros_like(shared), advantages, clip_low=clip_low, clip_high=clip_high
+  )
+
+
+def _pairs(
+  logprobs: jax.Array, old_logprobs: jax.Array, rewards: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Log-ratios [B, 2] of two responses, and the difference of their rewards [B]."""
+  chex.assert_rank([logprobs, old_logprobs, rewards], 2)
+  chex.assert_equal_shape([logprobs, old_logprobs, rewards])
+  chex.assert_axis_dimension(logprobs, 1, 2)
+  logprobs, old_logprobs, rewards = map(masked.widen, (logprobs, old_logprobs, rewards))
+  return logprobs - jax.lax.stop_gradient(old_logprobs), rewards[:, 0] - rewards[:, 1]
+
+
+@masked.elementwise
+def _joint_clip(first: jax.Array, second: jax.Array, gap: jax.Array, *, clip: float) -> jax.Array:
+  product = jnp.exp(jnp.clip(first + second, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  weight = jax.lax.stop_gradient(product * gap)
+  bound = jnp.log1p(clip)
+  moved = first - second
+  return 0.5 * jnp.maximum(-weight * moved, -weight * jnp.clip(moved, -bound, bound))
+
+
+def p3o_loss(
+  logprobs: jax.Array, old_logprobs: jax.Array, rewards: jax.Array, *, clip: float = 0.2
+) -> jax.Array:
+  """Pairwise PPO with one clip on the ratio of the two ratios: a trust region without a critic.
+
+  P3O (Wu et al., 2023, https://arxiv.org/abs/2310.00212), variant 2. With
+  `v = log rho_1 - log rho_2`, `d = r_1 - r_2` and `c = log(1 + clip)`:
+  `-sg(rho_1 rho_2) min(d v, d clip(v, -c, c)) / 2`. At ratio 1 it is RLOO of two samples, and
+  nothing that shifts both rewards changes it. Inside the clip both variants have the gradient of
+  the paper; where exactly the clip acts is our reading of it.
+
+  Args:
+    logprobs: [B, 2] sums over the tokens of two responses to one prompt, policy being trained.
+    old_logprobs: [B, 2] under the policy that sampled them.
+    rewards: [B, 2], the KL penalty taken off: `r - beta (log old - log ref)`.
+    clip: How far the ratio of the two probabilities may move from where it was.
+
+  Returns:
+    [B] loss. The gradient flows through `logprobs` only.
+  """
+  log_ratios, gap = _pairs(logprobs, old_logprobs, rewards)
+  return _joint_clip(log_ratios[:, 0], log_ratios[:, 1], gap, clip=clip)
+
+
+def p3o_separate_loss(
+  logprobs: jax.Array, old_logprobs: jax.Array, rewards: jax.Array, *, clip: float = 0.2
+) -> jax.Array:
+  """Pairwise PPO with a clip on each response's own ratio: P3O, variant 1; see `p3o_loss`.
+
+  The two clipped surrogates of advantages `sg(rho_2) (r_1 - r_2)` and `sg(rho_1) (r_2 - r_1)`,
+  halved.
+
+  Args:
+    logprobs: [B, 2] sums over the tokens of two responses to one prompt, policy being trained.
+    old_logprobs: [B, 2] under the policy that sampled them.
+    rewards: [B, 2], the KL penalty taken off.
+    clip: How far each ratio may move from 1.
+
+  Returns:
+    [B] loss. The gradient flows through `logprobs` only.
+  """
+  log_ratios, gap = _pairs(logprobs, old_logprobs, rewards)
+  gaps = jnp.stack([gap, -gap], axis=1)
+  other = jnp.exp(jnp.clip(log_ratios[:, ::-1], -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  losses = ppo_policy_loss(
+    log_ratios, jnp.zeros_like(log_ratios), gaps * other, clip_low=clip, clip_high=clip
+  )
+  return 0.5 * jnp.sum(losses, axis=1)
+
+
+@masked.elementwise
+def truncated_importance_weights(
+  logprobs: jax.Array, sampler_logprobs: jax.Array, *, cap: float = 2.0
+) -> jax.Array:
+  """`min(pi(y_t) / mu(y_t), cap)`: makes up for a sampler that is not quite the policy.
+
+  Espeholt et al., 2018, https://arxiv.org/abs/1802.01561, eq. 1 (`rho` there). A sampler in other
+  kernels or precision gives the same token another probability; without the weight the policy
+  drifts, and without the cap a rare token has a weight without bound.
+
+  Args:
+    logprobs: [...] of the sampled tokens under the policy, by the code that trains it.
+    sampler_logprobs: Same shape, by the code that sampled them.
+    cap: Largest weight.
+
+  Returns:
+    Same shape, in (0, cap], a constant in the gradient: a factor of any loss per token.
+  """
+  chex.assert_equal_shape([logprobs, sampler_logprobs])
+  log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
+
+
+def token_weights(
+  mask: jax.Array, aggregation: str, *, length: float | jax.Array | None = None
+) -> jax.Array:
+  """How much each token counts, so that `sum(losses * weights)` is the objective of the batch.
+
+  - "grpo": mean over tokens, then over responses (https://arxiv.org/abs/2402.03300, eq. 3).
+    Tokens of long responses count less.
+  - "dr_grpo": sum over tokens divided by a constant, then mean over responses
+    (https://arxiv.org/abs/2503.20783, section 3.2): the policy gradient up to that factor, which
+    is what REINFORCE and RLOO ask for, with length 1.
+  - "dapo": mean over all tokens (https://arxiv.org/abs/2503.14476, eq. 8).
+
+  Call it once on the whole batch, before micro-batches are cut: their sums then add up to the
+  objective. "dapo" of each micro-batch on its own is BNPO.
+
+  Args:
+    mask: [B, T] bool, True on response tokens that count.
+    aggregation: One of the names above.
+    length: The constant of "dr_grpo"; T when None.
+
+  Returns:
+    [B, T] float32; 0 where masked. Responses without a token leave the means.
+
+  Raises:
+    KeyError: If there is no aggregation of this name.
+  """
+  chex.assert_rank(mask, 2)
+  responses = jnp.sum(jnp.any(mask, axis=1))
+  units = {
+    "grpo": responses * jnp.sum(mask, axis=1, keepdims=True),
+    "dr_grpo": responses * (mask.shape[1] if length is None else length),
+    "dapo": jnp.sum(mask),
+  }[aggregation]
+  return jnp.where(mask, 1 / jnp.maximum(units, 1).astype(jnp.float32), 0.0)
 
 
 def kl_shaped_rewards(

@@ -15,7 +15,7 @@ def bradley_terry_loss(
   rejected: jax.Array,
   *,
   margin: float | jax.Array = 0.0,
-  label_smoothing: float = 0.0,
+  label_smoothing: float | jax.Array = 0.0,
 ) -> jax.Array:
   """Negative log-likelihood of a comparison: `-log sigmoid(chosen - rejected - margin)`.
 
@@ -26,7 +26,8 @@ def bradley_terry_loss(
     chosen: [B] score of the preferred response.
     rejected: [B] score of the other one.
     margin: Scalar or [B], difference asked for before the loss goes down.
-    label_smoothing: Assumed probability that a label is flipped.
+    label_smoothing: Scalar or [B], assumed probability that a label is flipped. For a soft label
+      `p`, the probability that the first response is the better one, it is `1 - p`.
 
   Returns:
     [B] loss, nats.
@@ -36,6 +37,28 @@ def bradley_terry_loss(
   difference = chosen - rejected - margin
   keep = -(1 - label_smoothing) * jax.nn.log_sigmoid(difference)
   return keep - label_smoothing * jax.nn.log_sigmoid(-difference)
+
+
+def binary_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
+  """Negative log-likelihood of a label on one response: thumbs up, a principle met, correct.
+
+  `-y log sigmoid(r) - (1 - y) log sigmoid(-r)`: a comparison with a response of score 0, so 0 is
+  the threshold, which comparisons alone leave open. RLUF (https://arxiv.org/abs/2505.14946);
+  RLBFF (https://arxiv.org/abs/2509.21319), where the score is `log P(yes) - log P(no)`. Of rare
+  labels keep every positive and a share of the negatives, and add the log of that share to the
+  trained scores.
+
+  Args:
+    scores: [B] score of each response.
+    labels: [B] in [0, 1], 1 is good; soft labels may lie between.
+
+  Returns:
+    [B] loss, nats.
+  """
+  chex.assert_rank([scores, labels], 1)
+  chex.assert_equal_shape([scores, labels])
+  labels = masked.widen(labels)
+  return bradley_terry_loss(scores, jnp.zeros_like(scores), label_smoothing=1 - labels)
 
 
 def ranking_loss(scores: jax.Array, ranks: jax.Array, mask: jax.Array) -> jax.Array:

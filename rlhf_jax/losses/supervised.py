@@ -1,4 +1,9 @@
-"""Supervised losses on given tokens."""
+"""Supervised losses on given tokens.
+
+Weighed per response it is the loss of iterated fine-tuning: ReST keeps what passes a threshold,
+RAFT the best of N (`shaping.selection_weights`), SuperHF adds
+`kappa * kl.full_kl(ref_logits, logits)`, and PPO-ptx adds it to PPO.
+"""
 
 import jax
 

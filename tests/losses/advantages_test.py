@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import advantages
+from rlhf_jax.losses import advantages, masked
 from tests.losses.case import B, Case, K, T, squash
 
 EOS = 2
@@ -36,15 +36,16 @@ def random_inputs(shape=MASK.shape, seed=0):
   return rng.normal(size=(2, *shape)).astype(np.float32)
 
 
-def gae_by_definition(rewards, values, mask, gamma, lam):
+def gae_by_definition(rewards, values, mask, gamma, lam, bootstrap=None):
   """The sum over later errors, one pair of tokens at a time."""
+  bootstrap = np.zeros(len(rewards)) if bootstrap is None else bootstrap
   result = np.zeros(rewards.shape)
   for b in range(rewards.shape[0]):
     real = np.flatnonzero(mask[b])
     for i, t in enumerate(real):
       for j in range(i, len(real)):
         s = real[j]
-        successor = values[b, real[j + 1]] if j + 1 < len(real) else 0.0
+        successor = values[b, real[j + 1]] if j + 1 < len(real) else bootstrap[b]
         result[b, t] += (gamma * lam) ** (j - i) * (
           rewards[b, s] + gamma * successor - values[b, s]
         )
@@ -120,6 +121,114 @@ def test_gae_stops_no_gradient():
   np.testing.assert_allclose(jacobian, want, atol=1e-6)
 
 
+# The rows of `RESPONSES` without their stop token: the last was cut, the others ended.
+AFTER = np.float32([0.0, 0.0, 0.0, 0.8])
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 0.0), (1.0, 1.0)])
+def test_a_cut_response_bootstraps_from_the_value_after_it(gamma, lam):
+  rewards, values = random_inputs()
+  result, returns = advantages.gae(rewards, values, MASK, gamma=gamma, lam=lam, bootstrap=AFTER)
+  want = gae_by_definition(rewards, values, MASK, gamma, lam, AFTER)
+  np.testing.assert_allclose(result, want, atol=1e-5)
+  np.testing.assert_allclose(returns, np.where(MASK, want + values, 0), atol=1e-5)
+  # To receive the value of what follows is to be paid it with the last token.
+  paid = rewards.copy()
+  paid[3, -1] += gamma * AFTER[3]
+  same, _ = advantages.gae(paid, values, MASK, gamma=gamma, lam=lam)
+  np.testing.assert_allclose(result, same, atol=1e-6)
+  plain, _ = advantages.gae(rewards, values, MASK, gamma=gamma, lam=lam)
+  np.testing.assert_array_equal(result[:3], plain[:3])
+  assert np.abs(result[3] - plain[3])[-1] > 0.5
+
+
+def test_bootstrapping_behind_a_prompt_and_before_padding():
+  rewards, values = random_inputs((2, 6))
+  mask = np.array([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]], bool)
+  after = np.float32([0.5, -2.0])
+  result, returns = advantages.gae(rewards, values, mask, gamma=0.9, lam=0.7, bootstrap=after)
+  want = gae_by_definition(rewards, values, mask, 0.9, 0.7, after)
+  np.testing.assert_allclose(result, want, atol=1e-6)
+  assert (np.asarray(result)[~mask] == 0).all() and (np.asarray(returns)[~mask] == 0).all()
+
+
+def test_the_first_of_two_halves_bootstraps_from_the_second():
+  # With lambda 0 a response cut in two and bootstrapped is the response in one piece.
+  rewards, values = random_inputs((1, 8))
+  on = np.ones((1, 8), bool)
+  whole, _ = advantages.gae(rewards, values, on, gamma=0.9, lam=0.0)
+  half, _ = advantages.gae(
+    rewards[:, :3], values[:, :3], on[:, :3], gamma=0.9, lam=0.0, bootstrap=values[:, 3]
+  )
+  np.testing.assert_array_equal(half, whole[:, :3])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 99])
+def test_ngram_segments_match_loops(n):
+  mask = np.array([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [0] * 7], bool)
+  ids = np.asarray(advantages.ngram_segments(mask, n))
+  assert ids.dtype == np.int32
+  for row, got in zip(mask, ids, strict=True):
+    assert got[row].tolist() == [i // n for i in range(row.sum())]
+
+
+# Right padded, behind a prompt, alone, none; with ids that are none where masked.
+MACRO_MASK = np.array([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0] * 6], bool)
+MACRO_IDS = np.array(
+  [[0, 0, 1, 2, 2, 77], [-5, 0, 1, 1, 1, 2], [9, 9, 0, 9, 9, 9], [3, 1, 4, 1, 5, 9]]
+)
+
+
+def macro_gae_by_loops(rewards, values, ids, mask, gamma, lam, bootstrap):
+  result, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
+  for b in range(len(rewards)):
+    names = sorted(set(ids[b][mask[b]].tolist()))
+    where = [np.flatnonzero(mask[b] & (ids[b] == name)) for name in names]
+    reward = [np.float64(rewards[b, at]).sum() for at in where]
+    value = [np.float64(values[b, at]).mean() for at in where]
+    advantage, following = 0.0, bootstrap[b]
+    for m in reversed(range(len(names))):
+      error = reward[m] + gamma * following - value[m]
+      advantage, following = error + gamma * lam * advantage, value[m]
+      result[b, where[m]], returns[b, where[m]] = advantage, advantage + value[m]
+  return result, returns
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5)])
+@pytest.mark.parametrize("after", [None, np.float32([0.3, -0.7, 2.0, 1.0])])
+def test_macro_gae_matches_loops(gamma, lam, after):
+  rewards, values = random_inputs(MACRO_MASK.shape)
+  result = advantages.macro_gae(
+    rewards, values, MACRO_IDS, MACRO_MASK, gamma=gamma, lam=lam, bootstrap=after
+  )
+  end = np.zeros(4) if after is None else after
+  want = macro_gae_by_loops(rewards, values, MACRO_IDS, MACRO_MASK, gamma, lam, end)
+  np.testing.assert_allclose(result, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [MASK, MACRO_MASK])
+def test_macro_gae_of_single_tokens_is_gae_bit_for_bit(mask):
+  rewards, values = random_inputs(mask.shape)
+  ids = advantages.ngram_segments(mask, 1)
+  macro = advantages.macro_gae(rewards, values, ids, mask, gamma=0.9, lam=0.8)
+  plain = advantages.gae(rewards, values, mask, gamma=0.9, lam=0.8)
+  np.testing.assert_array_equal(macro, plain)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 64])
+def test_macro_actions_conserve_the_return_and_shorten_the_way_of_credit(n):
+  # Without values and discount the first advantage is the return, however it is cut.
+  mask = np.ones((1, 64), bool)
+  rewards = np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
+  ids, zeros = advantages.ngram_segments(mask, n), np.zeros((1, 64), np.float32)
+  result, _ = advantages.macro_gae(rewards, zeros, ids, mask, lam=1.0)
+  np.testing.assert_allclose(result[0, 0], rewards.sum(dtype=np.float64), rtol=1e-5)
+  last = np.zeros((1, 64), np.float32)
+  last[0, -1] = 1.0
+  result, _ = advantages.macro_gae(last, zeros, ids, mask, lam=0.95)
+  np.testing.assert_allclose(result[0, 0], 0.95 ** (-(-64 // n) - 1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_leave_one_out_matches_loops(n):
   rewards = np.random.default_rng(n).normal(5.0, 1.0, size=(4, n)).astype(np.float32)
@@ -166,6 +275,42 @@ def test_groups_need_two_samples(function, shape):
     function(jnp.zeros(shape))
 
 
+def test_leaving_one_out_takes_noise_from_the_policy_gradient():
+  rng = np.random.default_rng(0)
+  policy, score = rng.dirichlet(np.ones(9)), rng.normal(3.0, 1.0, size=9)
+  drawn = rng.choice(9, size=(4000, 4), p=policy)
+  directions = (np.eye(9) - policy)[drawn]  # Of the logits, [4000, 4, 9].
+  exact = policy * (score - policy @ score)
+  rewards = score[drawn]
+  without = np.mean(rewards[:, :, None] * directions, axis=1)
+  gain = np.float64(advantages.leave_one_out(np.float32(rewards)))
+  with_rloo = np.mean(gain[:, :, None] * directions, axis=1)
+  for estimate in (without, with_rloo):
+    assert np.abs(estimate.mean(axis=0) - exact).max() < 4 * estimate.std(axis=0).max() / 4000**0.5
+  assert with_rloo.var(axis=0).sum() < 0.2 * without.var(axis=0).sum()
+
+
+GROUPS = np.array([[1, 1, 0, 1, 1], [0, 1, 0, 0, 1], [0, 0, 1, 0, 0], [0] * 5], bool)
+
+
+@pytest.mark.parametrize(
+  "function",
+  [
+    advantages.leave_one_out,
+    advantages.group_normalize,
+    lambda x, mask=None: advantages.group_normalize(x, scale=False, mask=mask),
+  ],
+)
+def test_a_sample_left_out_of_its_group_is_not_there(function):
+  rewards = np.random.default_rng(0).normal(size=GROUPS.shape).astype(np.float32)
+  rewards[~GROUPS] = np.nan
+  result = np.asarray(function(rewards, mask=GROUPS))
+  for row, on, got in zip(rewards[:2], GROUPS[:2], result[:2], strict=True):
+    np.testing.assert_allclose(got[on], function(row[None, on])[0], rtol=1e-5, atol=1e-6)
+  assert (result[~GROUPS] == 0).all()
+  np.testing.assert_array_equal(result[2:], np.zeros((2, 5)))  # Alone, and nobody.
+
+
 def test_gae_refuses_other_shapes():
   with pytest.raises(AssertionError):
     advantages.gae(jnp.zeros((2, 3)), jnp.zeros((2, 4)), jnp.ones((2, 3), bool))
@@ -176,15 +321,35 @@ def gae(mask, rewards, values, **hyper):
   return squash(advantage) + squash(returns)
 
 
+def macro_gae(mask, rewards, values, **hyper):
+  ids = advantages.ngram_segments(mask, 2)
+  advantage, returns = advantages.macro_gae(rewards, values, ids, mask, **hyper)
+  return squash(advantage) + squash(returns)
+
+
+def cut_gae(mask, rewards, values, after, **hyper):
+  bootstrap = jnp.where(mask.any(axis=1), after, 0.0)
+  return gae(mask, rewards, values, bootstrap=bootstrap, **hyper)
+
+
+def segments(mask, x):
+  return masked.masked_sum(masked.widen(x) * advantages.ngram_segments(mask, 2), mask)
+
+
 def over_groups(function, **hyper):
-  """A function of one array [B, K] without a mask: every sample is real."""
-  call = lambda m, x, **hyper: squash(function(jnp.where(m[:, None], x, 0.0), **hyper))  # noqa: E731
-  return Case(call, ((B, K),), mask_shape=(B,), hyper=hyper)
+  """A function of one array [B, K] under a mask of samples."""
+  call = lambda m, x, **hyper: squash(function(x, mask=m, **hyper))  # noqa: E731
+  return Case(call, ((B, K),), mask_shape=(B, K), hyper=hyper)
 
 
 CASES = {
   "gae": Case(gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
+  "gae/bootstrap": Case(cut_gae, ((B, T), (B, T), (B,)), padded=(0, 1), hyper={"lam": 0.8}),
+  "ngram_segments": Case(segments, ((B, T),)),
+  "macro_gae": Case(macro_gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
   "leave_one_out": over_groups(advantages.leave_one_out),
   "group_normalize": over_groups(advantages.group_normalize, eps=1e-2),
-  "group_normalize/centred": over_groups(lambda x: advantages.group_normalize(x, scale=False)),
+  "group_normalize/centred": over_groups(
+    lambda x, mask: advantages.group_normalize(x, scale=False, mask=mask)
+  ),
 }

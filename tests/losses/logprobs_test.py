@@ -153,12 +153,24 @@ def tokens_for(logits):
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape[:-1], 1) % V
 
 
+def test_shifted_keeps_the_distribution_and_flags_rows_without_one():
+  logits, _ = random_logits((4, V), scale=30.0)
+  logits[1, 0], logits[2, 0], logits[3] = -np.inf, np.nan, -np.inf
+  result, fine = logprobs.shifted(jnp.asarray(logits))
+  np.testing.assert_array_equal(fine, [True, True, False, False])
+  assert (result[:2].max(axis=-1) == 0).all() and (result[2:] == 0).all()
+  np.testing.assert_allclose(
+    log_softmax(result[:1]), log_softmax(logits[:1]), rtol=1e-5, atol=1e-5
+  )
+
+
 def over_logits(function):
   """A function of logits to [B, T], used under a mask."""
   return Case(lambda m, x: masked.masked_mean(function(x), m), ((B, T, V),))
 
 
 CASES = {
+  "shifted": over_logits(lambda x: jnp.sum(jnp.tanh(logprobs.shifted(x)[0]), axis=-1)),
   "token_logprobs": over_logits(lambda x: logprobs.token_logprobs(x, tokens_for(x))),
   "entropy": over_logits(logprobs.entropy),
   # The last column of logits predicts nothing: here the mask is that of the logits.

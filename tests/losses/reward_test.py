@@ -59,6 +59,65 @@ def test_bradley_terry_is_minimal_at_the_smoothed_log_odds():
   np.testing.assert_allclose(grad, [0.0], atol=1e-6)
 
 
+SOFT = np.float32([0.0, 0.1, 0.4, 0.5, 0.6, 0.97, 1.0])
+
+
+def test_soft_labels_are_the_cross_entropy_with_the_probability():
+  first, second = pair()
+  d = np.float64(first) - second
+  want = SOFT * softplus(-d) + (1 - SOFT) * softplus(d)
+  loss = reward.bradley_terry_loss(first, second, label_smoothing=1 - SOFT)
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  # Either response may be the first.
+  swapped = reward.bradley_terry_loss(second, first, label_smoothing=SOFT)
+  np.testing.assert_allclose(swapped, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda gap, p: reward.bradley_terry_loss(gap, jnp.zeros_like(gap), label_smoothing=1 - p),
+    reward.binary_loss,
+  ],
+)
+def test_soft_labels_are_met_at_their_log_odds(loss):
+  # Labels of a judge that may only say 0.4 to 0.6 hold scores within 0.405.
+  labels = SOFT[1:-1]
+  odds = np.log(labels / (1 - labels))
+  grad = jax.grad(lambda gap: jnp.sum(loss(gap, labels)))(odds)
+  np.testing.assert_allclose(grad, np.zeros(5), atol=1e-6)
+  np.testing.assert_allclose(odds[[1, 3]], [-0.405, 0.405], atol=1e-3)
+
+
+def test_binary_loss_closed_form():
+  scores, _ = pair()
+  want = SOFT * softplus(-scores) + (1 - SOFT) * softplus(scores)
+  np.testing.assert_allclose(reward.binary_loss(scores, SOFT), want, rtol=1e-5)
+  hard = reward.binary_loss(scores, np.array([True, False, True, True, False, False, True]))
+  np.testing.assert_allclose(hard, softplus(-scores * np.float32([1, -1, 1, 1, -1, -1, 1])), 1e-5)
+
+
+@pytest.mark.parametrize("score", [-200.0, 200.0])
+def test_binary_loss_of_extreme_scores_is_finite(score):
+  value, grad = jax.value_and_grad(lambda x: jnp.sum(reward.binary_loss(x, jnp.ones(1))))(
+    jnp.full(1, score)
+  )
+  np.testing.assert_allclose(value, max(-score, 0.0), atol=1e-6)
+  np.testing.assert_allclose(grad, [-1.0 if score < 0 else 0.0], atol=1e-6)
+
+
+def test_scores_trained_on_a_share_of_the_negatives_are_calibrated_by_its_log():
+  positives, share = 0.02, 0.1
+  weights = np.float32([positives, share * (1 - positives)])
+  # The score that the kept labels ask for, then the correction.
+  trained = np.log(positives / (share * (1 - positives)))
+  grad = jax.grad(
+    lambda x: jnp.sum(weights * reward.binary_loss(jnp.stack([x, x]), jnp.float32([1, 0])))
+  )(jnp.float32(trained))
+  np.testing.assert_allclose(grad, 0.0, atol=1e-7)
+  np.testing.assert_allclose(1 / (1 + np.exp(-(trained + np.log(share)))), positives, rtol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_ranking_loss_matches_loops(seed):
   rng = np.random.default_rng(seed)
@@ -194,6 +253,7 @@ def test_moments_of_history_resist_one_corrupted_score():
     (reward.bradley_terry_loss, [(3,), (4,)]),
     (reward.bradley_terry_loss, [(3, 1), (3, 1)]),
     (reward.centering_penalty, [(3,), (3, 1)]),
+    (reward.binary_loss, [(3,), (3, 1)]),
     (reward.ranking_loss, [(3, 2), (3, 2), (3, 1)]),
     (reward.ranking_loss, [(3,), (3,), (3,)]),
   ],
@@ -216,8 +276,14 @@ def updated_moments(mask, x):
   return jnp.tanh(after.mean) + jnp.log(after.m2) * after.count
 
 
+def soft(first, second, labels, **hyper):
+  return reward.bradley_terry_loss(first, second, label_smoothing=labels, **hyper)
+
+
 CASES = {
   "bradley_terry_loss": per_row(reward.bradley_terry_loss, 2, margin=0.1, label_smoothing=0.1),
+  "bradley_terry_loss/soft": per_row(soft, 3, margin=0.1),
+  "binary_loss": per_row(reward.binary_loss, 2),
   "ranking_loss": Case(ranking, ((B, K),), mask_shape=(B, K)),
   "centering_penalty": per_row(reward.centering_penalty, 2),
   "update_moments": Case(updated_moments, ((B,),), mask_shape=(B,)),

@@ -1,6 +1,7 @@
 """What the scripts share: opening models, sampling policies on held-out prompts, exporting."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ import optax
 from rlhf_jax import (
   checkpoint,
   data,
+  evaluation,
   flags,
   generation,
   loop,
@@ -24,8 +26,8 @@ from rlhf_jax import (
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
-from rlhf_jax.train_step import init_state
-from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from rlhf_jax.train_step import init_state, make_optimizer, make_schedule
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 
@@ -66,12 +68,18 @@ class RewardOptions:
   """What responses are judged by; give one of the two.
 
   Attributes:
-    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer.
+    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
+      separated by commas, are an ensemble.
     name: Name of a Python reward in rlhf_jax.rewards.REWARDS, such as sentiment or gold.
+    ensemble: What the scores of an ensemble are reduced to: their mean, the worst one, or the mean
+      less `ensemble_coef` times their variance.
+    ensemble_coef: Weight of the variance.
   """
 
   path: str = ""
   name: str = ""
+  ensemble: Literal["mean", "min", "uwo"] = "mean"
+  ensemble_coef: float = 0.5
 
   def __post_init__(self):
     if self.path and self.name:
@@ -79,6 +87,11 @@ class RewardOptions:
     if self.name and self.name not in rewards.REWARDS:
       known = ", ".join(sorted(rewards.REWARDS))
       raise ValueError(f"name must be one of {known}, got {self.name!r}")
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """The folders that `path` names."""
+    return tuple(part for part in self.path.split(",") if part)
 
   def require(self) -> None:
     """Refuses options that name no reward."""
@@ -181,9 +194,16 @@ def open_reward(
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
   """The reward that the options name, opened once: prompts -> reward of responses to them."""
   options.require()
-  if options.path:
-    model, params = open_reward_model(run, options.path, model_options, tokenizer)
-    score = rewards.model_reward(model.apply, params)
+  if options.paths:
+    scorers = [
+      rewards.model_reward(model.apply, params)
+      for model, params in (
+        open_reward_model(run, path, model_options, tokenizer) for path in options.paths
+      )
+    ]
+    score = scorers[0]
+    if len(scorers) > 1:
+      score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
     return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
   function = rewards.REWARDS[options.name]
   return lambda prompts: rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
@@ -239,6 +259,23 @@ def export(
   return folder
 
 
+def measure_rows(
+  run: loop.Run,
+  dataset: data.Dataset,
+  batch_size: int,
+  pad_id: int,
+  measure: Callable[[Any], Metrics],
+  columns: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+  """The [B, ...] arrays that `measure` gives for each batch, for every row of a data set."""
+  collected: dict[str, list[np.ndarray]] = {}
+  for batch, valid in data.eval_batches(dataset, batch_size, pad_id, columns=columns):
+    values = jax.device_get(measure(sharding.place_batch(batch, run.mesh)))
+    for name, value in values.items():
+      collected.setdefault(name, []).append(value[valid])
+  return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
 def evaluate_batches(
   run: loop.Run,
   dataset: data.Dataset,
@@ -247,17 +284,15 @@ def evaluate_batches(
   measure: Callable[[Any], Metrics],
 ) -> dict[str, float]:
   """Means over a held-out set of the [B] arrays that `measure` gives for each batch."""
-  collected: dict[str, list[np.ndarray]] = {}
-  for batch, valid in data.eval_batches(dataset, batch_size, pad_id):
-    values = jax.device_get(measure(sharding.place_batch(batch, run.mesh)))
-    for name, value in values.items():
-      collected.setdefault(name, []).append(value[valid])
-  return {name: float(np.mean(np.concatenate(parts))) for name, parts in collected.items()}
+  rows = measure_rows(run, dataset, batch_size, pad_id, measure)
+  return {name: float(np.mean(values)) for name, values in rows.items()}
 
 
 def as_prompts(dataset: data.Dataset, limit: int) -> data.Dataset:
-  """The first prompts of any data set, as something to sample responses to."""
-  examples, rows = dataset.examples[:limit], dataset.rows[:limit]
+  """The first prompts of any data set, each once, as something to sample responses to."""
+  first = {row["prompt_text"]: i for i, row in reversed(list(enumerate(dataset.rows)))}
+  kept = sorted(first.values())[:limit]
+  examples, rows = [dataset.examples[i] for i in kept], [dataset.rows[i] for i in kept]
   longest = max((len(example["prompt"]) for example in examples), default=1)
   return dataset._replace(kind="prompts", examples=examples, rows=rows, padded_length=longest)
 
@@ -369,11 +404,6 @@ def heldout_sampler(
   return sample
 
 
-def win_rate(a: np.ndarray, b: np.ndarray) -> float:
-  """Share of pairs in which `a` is higher; a tie counts half."""
-  return float(np.mean((a > b) + 0.5 * (a == b)))
-
-
 def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
   """Rows for a sample table or file."""
   return [
@@ -411,7 +441,9 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     start = before.rewards[name]
     figures[f"{name}/mean"] = float(np.mean(values))
     figures[f"{name}/mean_before"] = float(np.mean(start))
-    figures[f"{name}/win_rate"] = win_rate(values, start)
+    rate = evaluation.win_rate(values, start)
+    figures[f"{name}/win_rate"] = rate.value
+    figures[f"{name}/win_rate_low"], figures[f"{name}/win_rate_high"] = rate.low, rate.high
   return figures
 
 
@@ -421,7 +453,9 @@ def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, flo
   for name, values in after.rewards.items():
     start = before.rewards[name]
     rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
-    rows[f"{name}: win rate against the start"] = {"trained": win_rate(values, start)}
+    rows[f"{name}: win rate against the start"] = {
+      "trained": evaluation.win_rate(values, start).value
+    }
   rows["KL to the start, nats"] = {"start": 0.0, "trained": float(np.mean(after.kl))}
   rows["length, tokens"] = {
     "start": float(np.mean(before.lengths)),
@@ -432,3 +466,194 @@ def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, flo
     "trained": float(np.mean(after.ended)),
   }
   return rows
+
+
+class Judge:
+  """Compares a policy in training with its start, on held-out prompts.
+
+  Args:
+    run: The opened run.
+    model: Architecture of both.
+    tokenizer: Of both.
+    prompts: Held-out prompts; none of what follows happens without them.
+    sampling: How responses are sampled.
+    reward_fns: What they are judged by.
+    ref_params: The start.
+  """
+
+  def __init__(
+    self,
+    run: loop.Run,
+    model: Model,
+    tokenizer: data.Tokenizer,
+    prompts: data.Dataset,
+    sampling: generation.SamplingConfig,
+    reward_fns: Mapping[str, rewards.RewardFn],
+    ref_params: Params,
+  ):
+    self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
+    self._ref_params = ref_params
+    self._sample = heldout_sampler(
+      run, model, prompts, tokenizer, sampling, reward_fns=reward_fns, ref_params=ref_params
+    )
+
+  def evaluate(
+    self, params_of: Callable[[Any], Params]
+  ) -> Callable[[Any, int], dict[str, float]] | None:
+    """`(state, step) -> metrics` for `loop.fit`; the samples are written beside."""
+    if not self._prompts.examples:
+      return None
+
+    def evaluate(state: Any, step: int) -> dict[str, float]:
+      samples = self._sample(params_of(state))
+      reporting.save_samples(self._run.workdir, step, sample_rows(samples))
+      means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
+      return {"eval/kl": float(np.mean(samples.kl)), **means}
+
+    return evaluate
+
+  def finish(
+    self, params: Params, step: int, title: str, more: Mapping[str, float] | None = None
+  ) -> dict[str, float]:
+    """Exports the trained policy, compares it with its start and writes summary.json."""
+    run = self._run
+    export(run.workdir / EXPORT, params, self._model, self._tokenizer)
+    summary = dict(more or {})
+    if self._prompts.examples:
+      before, after = self._sample(self._ref_params), self._sample(params)
+      summary |= compare(before, after)
+      reporting.save_samples(run.workdir, 0, sample_rows(before))
+      reporting.save_samples(run.workdir, step, sample_rows(after))
+      reporting.show_samples(side_by_side(before, after), "Before and after")
+      reporting.show_summary(f"{title}, held-out prompts", comparison_table(before, after))
+    reporting.plot_metrics(run.workdir)
+    reporting.write_summary(run.workdir, summary)
+    return summary
+
+
+def train_offline(
+  session: loop.Session,
+  config: Any,
+  settings: Any,
+  *,
+  kind: data.Kind,
+  title: str,
+  make_batch: Callable[[Any, jax.Array], Any],
+  reference: Callable[..., jax.Array],
+  row_figures: Callable[..., Metrics],
+  make_step: Callable[..., TrainStep],
+) -> dict[str, float]:
+  """Trains a policy on judged responses against fixed log-probabilities of its start.
+
+  Args:
+    session: Where to run.
+    config: Of the script: RunConfig, `model`, `data`, `optim`, `sampling` and `reward`.
+    settings: Of the algorithm.
+    kind: Of the data.
+    title: Shown.
+    make_batch: `(rows, ref_logprobs [B, ...]) -> batch` of the loss.
+    reference: `(apply_fn, params, rows, settings) -> ref_logprobs [B, ...]`.
+    row_figures: `(params, batch, *, apply_fn, config) -> metrics`, [B] each, NaN where undefined.
+    make_step: `(apply_fn, tx, settings, *, state_shardings) -> step`.
+
+  Returns:
+    The figures of summary.json.
+  """
+  folder = source_folder(config.model, config.init_from)
+  tokenizer = open_tokenizer(folder, config.data.end_token)
+  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
+  with loop.open_run(session) as run:
+    loop.identify(
+      run, title, flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+    )
+    model, ref_params = open_model(run, config.model, folder, tokenizer)
+    tx = make_optimizer(config.optim, config.steps)
+    state = place_state(run, ref_params, tx)
+    width = max(train_set.width, 1)
+    describe(
+      run,
+      title,
+      model,
+      state,
+      {
+        "data": f"{len(train_set.examples)} examples ({kind})",
+        "tokens per step": f"{config.batch_size * width * train_set.padded_length}",
+      },
+    )
+    refer = jax.jit(lambda params, rows: {"ref": reference(model.apply, params, rows, settings)})
+    measure = functools.partial(
+      measure_rows, run, batch_size=config.batch_size, pad_id=tokenizer.pad_id
+    )
+    reporting.note(f"log-probabilities of the reference for {len(train_set.examples)} examples")
+    refs = [
+      measure(dataset, measure=functools.partial(refer, ref_params))["ref"]
+      for dataset in (train_set, heldout)
+      if dataset.examples
+    ]
+
+    @jax.jit
+    def figures(params, rows, ref):
+      found = row_figures(params, make_batch(rows, ref), apply_fn=model.apply, config=settings)
+      return {f"eval/{name}": values for name, values in found.items()}
+
+    def evaluate(state: TrainState, step: int) -> dict[str, float]:
+      del step
+      found = measure(heldout, columns=refs[1], measure=lambda batch: figures(state.params, *batch))
+      return {name: float(np.nanmean(values)) for name, values in found.items()}
+
+    step = make_step(model.apply, tx, settings, state_shardings=shardings_of(state))
+    batches = data.batches(
+      train_set,
+      config.batch_size,
+      seed=session.seed,
+      pad_id=tokenizer.pad_id,
+      columns=refs[0],
+    )
+    state = loop.fit(
+      run,
+      config,
+      lambda state, batch, key: step(state, make_batch(*batch), key),
+      state,
+      batches,
+      evaluate=evaluate if heldout.examples else None,
+      learning_rate=make_schedule(config.optim, config.steps),
+      title=title,
+    )
+    prompts = as_prompts(heldout, len(heldout.examples))
+    reward_fns = gold_rewards(config.data, prompts, tokenizer)
+    if config.reward.path or config.reward.name:
+      reward_fns["reward"] = open_reward(run, config.reward, config.model, tokenizer)(prompts)
+    judge = Judge(run, model, tokenizer, prompts, config.sampling, reward_fns, ref_params)
+    more = evaluate(state, config.steps) if heldout.examples else {}
+    return judge.finish(state.params, config.steps, title, more)
+
+
+class Zipped:
+  """Batches from several sources at once, as one source with one position to save."""
+
+  def __init__(self, combine: Callable[..., Any], sources: Sequence[Any]):
+    self._combine, self._sources = combine, sources
+
+  def __next__(self) -> Any:
+    return self._combine(*(next(source) for source in self._sources))
+
+  def get_state(self) -> list[Any]:
+    return [source.get_state() for source in self._sources]
+
+  def set_state(self, states: Sequence[Any]) -> None:
+    for source, state in zip(self._sources, states, strict=True):
+      source.set_state(state)
+
+
+def short_names(flag: str, paths: Sequence[str]) -> list[str]:
+  """The shortest endings of paths that tell them apart: `ppo`, or `seed_0/ppo` and `seed_1/ppo`.
+
+  Raises:
+    UsageError: A path is given twice; the message starts with the name of the flag.
+  """
+  parts = [checkpoint.local_path(path).resolve().parts for path in paths]
+  if len(set(parts)) < len(parts):
+    raise flags.UsageError(f"--{flag} names a folder twice: {', '.join(paths)}")
+  lengths = range(1, max(map(len, parts)) + 1)
+  endings = (["/".join(part[-length:]) for part in parts] for length in lengths)
+  return next(names for names in endings if len(set(names)) == len(names))

@@ -1,10 +1,15 @@
-r"""Improves a policy against a reward with PPO, held near its start by a KL penalty.
+r"""Improves a policy against a reward by policy gradients, held near its start by a KL penalty.
 
 Built-in task, after SFT and reward model (two minutes on a laptop CPU):
   python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, against a Python reward function of rlhf_jax/rewards/functions.py:
   python -m experiments.ppo --workdir=runs/ppo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
+Without a critic, from several samples per prompt:
+  RLOO  --ppo.advantage=rloo --ppo.objective=reinforce --sampling.samples_per_prompt=4 ...
+  GRPO  --ppo.advantage=grpo --ppo.aggregation=grpo --ppo.kl_in=loss ...
+PPO-max (https://arxiv.org/abs/2307.04964):
+  --ppo.normalize_scores --ppo.score_clip=... --critic_warmup=... --ppo.ptx_coef=...
 
 The default learning rates suit the built-in task; a pretrained model wants about 1e-6.
 At the end the policy and its start answer the held-out prompts, and both are scored.
@@ -21,24 +26,33 @@ import numpy as np
 import optax
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop, reporting
+from rlhf_jax import data, flags, generation, loop
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import actor_critic, zero_scores
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import TrainState
+from rlhf_jax.types import TokenBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
+  """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates.
+
+  Attributes:
+    critic_warmup: Iterations at the start that train the critic alone.
+    reference_samples: Responses of the reference to each prompt, if `ppo.shaping` compares with it.
+    ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
+  """
 
   steps: int = 50
   batch_size: int = 128
   eval_every: int = 0
   checkpoint_every: int = 25
+  critic_warmup: int = 0
+  reference_samples: int = 1
+  ptx_path: str = ""
   model: common.ModelOptions = common.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
@@ -56,13 +70,32 @@ class Config(loop.RunConfig):
         "sampling.top_k and top_p must be off: they sample from another distribution than the"
         " one that is trained"
       )
-    rows = self.batch_size * self.sampling.samples_per_prompt
+    samples = self.sampling.samples_per_prompt
     parts = self.ppo.minibatches * self.ppo.microbatches
-    if rows % parts:
+    if self.batch_size * samples % parts:
       raise ValueError(
         f"batch_size {self.batch_size} * sampling.samples_per_prompt does not split into"
         f" {parts} = ppo.minibatches * ppo.microbatches equal parts"
       )
+    if self.ppo.is_grouped and samples < 2:
+      raise ValueError(
+        f"sampling.samples_per_prompt must be at least 2 for ppo.advantage={self.ppo.advantage}"
+      )
+    if self.critic_warmup and not self.ppo.has_critic:
+      raise ValueError(f"critic_warmup needs a critic; ppo.advantage={self.ppo.advantage} has none")
+    if not 0 <= self.critic_warmup < self.steps:
+      raise ValueError(f"critic_warmup must be in [0, steps), got {self.critic_warmup}")
+    if self.reference_samples < 1:
+      raise ValueError(f"reference_samples must be at least 1, got {self.reference_samples}")
+    if self.ptx_path and not self.ppo.ptx_coef:
+      raise ValueError("ptx_path is not read without ppo.ptx_coef; set both")
+    if self.ppo.ptx_coef and not self.ptx_path and (self.data.path or self.data.tfds):
+      raise ValueError("ptx_path must name a file of demonstrations for ppo.ptx_coef")
+
+  @property
+  def updates(self) -> int:
+    """Optimizer steps of the whole run."""
+    return self.steps * self.ppo.epochs * self.ppo.minibatches
 
 
 class PPOState(NamedTuple):
@@ -72,39 +105,45 @@ class PPOState(NamedTuple):
   control: ppo.Control
 
 
+class Batch(NamedTuple):
+  """What an iteration reads.
+
+  Attributes:
+    prompts: To sample responses to.
+    demonstrations: One per response, for the ptx term, or None.
+  """
+
+  prompts: data.PromptBatch
+  demonstrations: TokenBatch | None = None
+
+
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
   config.reward.require()
   folder = common.source_folder(config.model, config.init_from)
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  responses = config.batch_size * config.sampling.samples_per_prompt
+  sources = [data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)]
+  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest}
+  if config.ppo.ptx_coef:
+    own = dataclasses.replace(config.data, path=config.ptx_path, tfds="", eval_path="")
+    texts, _ = data.load("demonstrations", own, tokenizer, seed=session.seed)
+    digests["ptx"] = texts.digest
+    sources += [data.batches(texts, responses, seed=session.seed, pad_id=tokenizer.pad_id)]
   with loop.open_run(session) as run:
-    loop.identify(
-      run, "ppo", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
-    )
+    loop.identify(run, "ppo", flags.to_dict(config), **digests)
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
-    critic, critic_params = open_critic(run, config, folder, tokenizer)
     reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
-    reward_fn = reward_of(train_set)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
-
-    apply_fn = actor_critic(model, critic)
-    updates = config.steps * config.ppo.epochs * config.ppo.minibatches
-    tx = optax.partition(
-      {
-        "policy": make_optimizer(config.optim, updates),
-        "value": make_optimizer(config.value_optim, updates),
-      },
-      lambda params: {name: jax.tree.map(lambda _, n=name: n, params[name]) for name in params},
-    )
-    params = {"policy": ref_params, "value": critic_params}
+    apply_fn, params = open_actor(run, config, folder, tokenizer, model, ref_params)
+    tx, schedule = make_transformation(config)
     state = PPOState(common.place_state(run, params, tx), ppo.init_control(config.ppo))
-    del params, critic_params  # The state has its own copy.
-    responses = config.batch_size * config.sampling.samples_per_prompt
+    del params  # The state has its own copy.
     length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
       run,
-      "PPO",
+      "PPO" if config.ppo.has_critic else config.ppo.advantage.upper(),
       model,
       state.train,
       {
@@ -114,44 +153,70 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         f" {config.ppo.epochs} epochs of {config.ppo.minibatches} minibatches",
       },
     )
-
-    temperature, stops = config.sampling.temperature, (tokenizer.eos_id,)
+    stops = (tokenizer.eos_id,)
     generate = generation.make_generate(
       model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
     )
-    experience = ppo.make_experience(apply_fn, model.apply, config.ppo, temperature=temperature)
+    refer = generation.make_generate(
+      model.decode,
+      model.init_cache,
+      dataclasses.replace(config.sampling, samples_per_prompt=config.reference_samples),
+      stop_ids=stops,
+      pad_id=tokenizer.pad_id,
+    )
+    reward_fn = reward_of(train_set)
+    experience = ppo.make_experience(
+      apply_fn,
+      model.apply,
+      config.ppo,
+      temperature=config.sampling.temperature,
+      samples_per_prompt=config.sampling.samples_per_prompt,
+    )
     update = ppo.make_ppo_step(
       apply_fn,
       tx,
       config.ppo,
-      temperature=temperature,
+      temperature=config.sampling.temperature,
       state_shardings=common.shardings_of(state.train),
     )
 
-    def iteration(state: PPOState, prompts: data.PromptBatch, key: jax.Array):
+    def iteration(state: PPOState, batch: Batch, key: jax.Array):
+      prompts = batch.prompts
+      keys = [
+        jax.random.fold_in(jax.random.fold_in(key, purpose), state.train.step) for purpose in (1, 2)
+      ]
+
+      def sample_and_score(generate, params, key):
+        rollout = generate(params, prompts.tokens, prompts.mask, prompts.prompt_id, key)
+        rollout = jax.block_until_ready(rollout)
+        sampled = time.monotonic()
+        repeats = rollout.tokens.shape[0] // prompts.tokens.shape[0]
+        prompt_ids = np.repeat(np.asarray(prompts.prompt_id), repeats)
+        return rollout, prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids)), sampled
+
       policy = jax.block_until_ready(state.train.params["policy"])
       start = time.monotonic()
-      sample_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.train.step)
-      rollout = jax.block_until_ready(
-        generate(policy, prompts.tokens, prompts.mask, prompts.prompt_id, sample_key)
-      )
-      sampled = time.monotonic()
-      prompt_ids = np.repeat(np.asarray(prompts.prompt_id), config.sampling.samples_per_prompt)
-      scores = jnp.asarray(reward_fn(rollout, prompt_ids))
+      rollout, prompt_ids, scores, sampled = sample_and_score(generate, policy, keys[0])
       metrics = {
         f"{name}_reward/mean": float(np.mean(fn(rollout, prompt_ids)))
         for name, fn in gold_fns.items()
       }
+      more = {} if batch.demonstrations is None else {"demonstrations": batch.demonstrations}
+      if config.ppo.reads_reference_scores:
+        ref_scores = sample_and_score(refer, ref_params, keys[1])[2]
+        ref_scores = ref_scores.reshape(config.batch_size, -1)
+        more["ref_scores"] = jnp.repeat(ref_scores, config.sampling.samples_per_prompt, axis=0)
       scored = time.monotonic()
-      batch, control, of_rollout = experience(
+      experienced, control, of_rollout = experience(
         state.train.params,
         ref_params,
         state.control,
         rollout,
         scores,
         generation.ended(rollout, stops),
+        **more,
       )
-      new, of_update = update(state.train, batch, key)
+      new, of_update = update(state.train, experienced, key)
       metrics |= of_rollout | of_update
       metrics |= {
         "tokens": jnp.sum(rollout.response_mask),
@@ -160,58 +225,61 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       }
       return PPOState(new, control), metrics
 
-    sample = common.heldout_sampler(
-      run,
-      model,
-      heldout,
-      tokenizer,
-      config.sampling,
-      reward_fns={"reward": reward_of(heldout)}
-      | common.gold_rewards(config.data, heldout, tokenizer),
-      ref_params=ref_params,
-    )
-
-    def evaluate(state: PPOState, step: int) -> dict[str, float]:
-      samples = sample(state.train.params["policy"])
-      rows = common.sample_rows(samples)
-      reporting.save_samples(run.workdir, step, rows)
-      return {
-        "eval/kl": float(np.mean(samples.kl)),
-        **{f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()},
-      }
-
-    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
-    schedule = make_schedule(config.optim, updates)
+    heldout_fns = {"reward": reward_of(heldout)}
+    heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
+    judge = common.Judge(run, model, tokenizer, heldout, config.sampling, heldout_fns, ref_params)
     state = loop.fit(
       run,
       config,
       iteration,
       state,
-      batches,
-      evaluate=evaluate if heldout.examples and config.eval_every else None,
-      learning_rate=lambda step: schedule(step * updates // config.steps),
+      common.Zipped(Batch, sources),
+      # The end is judged by `finish`.
+      evaluate=judge.evaluate(lambda s: s.train.params["policy"]) if config.eval_every else None,
+      learning_rate=lambda step: schedule(step * config.updates // config.steps),
       title="ppo",
     )
-    common.export(run.workdir / common.EXPORT, state.train.params["policy"], model, tokenizer)
-    summary: dict[str, float] = {}
-    if heldout.examples:
-      before, after = sample(ref_params), sample(state.train.params["policy"])
-      summary = common.compare(before, after)
-      reporting.save_samples(run.workdir, 0, common.sample_rows(before))
-      reporting.save_samples(run.workdir, config.steps, common.sample_rows(after))
-      reporting.show_samples(common.side_by_side(before, after), "Before and after")
-      reporting.show_summary("PPO, held-out prompts", common.comparison_table(before, after))
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
-  return summary
+    return judge.finish(state.train.params["policy"], config.steps, "PPO")
 
 
-def open_critic(run, config, folder, tokenizer):
-  """The critic with its first params: the reward model, or else the policy with a head of zeros."""
-  if config.reward.path:
-    return common.open_reward_model(run, config.reward.path, config.model, tokenizer)
-  critic, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-  return critic, zero_scores(params)
+def open_actor(run, config, folder, tokenizer, model, params):
+  """Apply function and first params of the policy, with a critic where the advantage needs one.
+
+  The critic starts as the reward model, or else as the policy with a head of zeros.
+  """
+  if not config.ppo.has_critic:
+    apply_fn = lambda params, tokens, **kwargs: (  # noqa: E731
+      model.apply(params["policy"], tokens, **kwargs),
+      None,
+    )
+    return apply_fn, {"policy": params}
+  if config.reward.paths:
+    critic, value = common.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
+  else:
+    critic, value = common.open_model(run, config.model, folder, tokenizer, "scalar")
+    value = zero_scores(value)
+  return actor_critic(model, critic), {"policy": params, "value": value}
+
+
+def make_transformation(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """One optimizer for the policy and one for the critic, and the learning rate of the policy.
+
+  At rate 0 an update leaves the policy bitwise as it is: so it waits for the critic.
+  """
+  wait = config.critic_warmup * config.ppo.epochs * config.ppo.minibatches
+  schedule = optax.join_schedules(
+    [optax.constant_schedule(0.0), make_schedule(config.optim, config.updates - wait)], [wait]
+  )
+  policy = make_optimizer(config.optim, config.updates, schedule=schedule)
+  if not config.ppo.has_critic:
+    return optax.partition({"policy": policy}, label_parts), schedule
+  value = make_optimizer(config.value_optim, config.updates)
+  return optax.partition({"policy": policy, "value": value}, label_parts), schedule
+
+
+def label_parts(params):
+  """The name of the part that each parameter belongs to."""
+  return {name: jax.tree.map(lambda _, n=name: n, part) for name, part in params.items()}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""Trains a reward model on preference pairs.
+"""Trains a reward model on preference pairs or rankings.
 
 Built-in task, from the SFT model (under a minute on a laptop CPU; held-out accuracy about 0.85):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft
-Your model and data (rows with prompt, chosen, rejected):
+Your model and data (rows with prompt, chosen, rejected, or those of rlhf_jax/data/schema.py):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft --data.path=FILE.jsonl
 
-After training the scores are centred: their mean over `--data.eval_rows` training pairs is 0.
+Rows that rank a list of responses are learnt from as a whole: each response is scored once, and
+the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
+see `--data.votes` and `--data.annotator`.
+
+The held-out accuracy is shown beside that of preferring the longer response. After training the
+scores are centred: their mean over `--data.eval_rows` training rows is 0.
 The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
 Starting the same command again continues a run that was stopped.
 """
@@ -15,9 +20,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import common
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -29,7 +35,7 @@ from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 250
+  steps: int = 200
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
@@ -42,7 +48,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, centres, exports to `workdir/export` and returns the figures of summary.json."""
   folder = common.source_folder(config.model, config.init_from)
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
-  train_set, heldout = data.load("preferences", config.data, tokenizer, seed=session.seed)
+  kind = data.comparison_kind(config.data)
+  settings = config.reward_model
+  if kind == "rankings" and (settings.margin or settings.label_smoothing):
+    raise flags.UsageError(
+      "--reward_model.margin and --reward_model.label_smoothing are for pairs, and"
+      f" {config.data.path or config.data.tfds} holds rankings; set them to 0"
+    )
+  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     loop.identify(
       run, "reward_model", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
@@ -51,37 +64,40 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     tx = make_optimizer(config.optim, config.steps)
     state = common.place_state(run, params, tx)
     del params  # The state has its own copy.
-    tokens = config.batch_size * 2 * train_set.padded_length
+    tokens = config.batch_size * train_set.width * train_set.padded_length
     common.describe(
       run,
       "Reward model",
       model,
       state,
-      {"data": f"{len(train_set.examples)} pairs", "tokens per step": f"{tokens}"},
+      {
+        "data": f"{len(train_set.examples)} {kind} of {train_set.width} responses",
+        "left out": train_set.dropped or "nothing",
+        "tokens per step": f"{tokens}",
+      },
     )
 
     @jax.jit
     def measure(params, batch):
-      scores = reward_model.pair_scores(model.apply, params, batch)
-      # Metrics of each pair on its own, so that their means are those of the whole set.
-      each = jax.vmap(lambda pair: reward_model.pair_metrics(pair[None]))(scores)
-      return {f"eval/{name}": value for name, value in each.items()}
+      return {"score": reward_model.response_scores(model.apply, params, batch)}
 
-    def evaluate_on(dataset, params):
-      return common.evaluate_batches(
+    def pairs_of(dataset, params):
+      rows = common.measure_rows(
         run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
       )
+      return compared(dataset, rows["score"])
 
     def evaluate(state, step):
       del step
-      return evaluate_on(heldout, state.params)
+      metrics = reward_model.pair_metrics(pairs_of(heldout, state.params))
+      return {f"eval/{name}": value for name, value in metrics.items()}
 
     batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
     state = loop.fit(
       run,
       config,
       reward_model.make_reward_model_step(
-        model.apply, tx, config.reward_model, state_shardings=common.shardings_of(state)
+        model.apply, tx, settings, state_shardings=common.shardings_of(state)
       ),
       state,
       batches,
@@ -90,30 +106,67 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="reward model",
     )
     some = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
-    means = evaluate_on(some, state.params)
-    centre = (means["eval/reward/chosen"] + means["eval/reward/rejected"]) / 2
+    seen = reward_model.pair_metrics(pairs_of(some, state.params))
+    centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
     params = shift_scores(state.params, -jnp.float32(centre))
     common.export(run.workdir / common.EXPORT, params, model, tokenizer)
 
-    summary = {"train/accuracy": means["eval/reward/accuracy"]}
+    summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
-      scores = evaluate_on(heldout, params)
-      longer = [len(pair["chosen"]) > len(pair["rejected"]) for pair in heldout.examples]
-      summary |= {
-        "accuracy": scores["eval/reward/accuracy"],
-        "margin": scores["eval/reward/margin"],
-        "longer_wins": sum(longer) / len(longer),
-      }
-      reporting.show_summary(
-        "Reward model, held-out pairs",
-        {
-          "accuracy": {"reward model": summary["accuracy"], "longer wins": summary["longer_wins"]},
-          "margin": {"reward model": summary["margin"]},
-        },
-      )
+      summary |= judge(heldout, pairs_of(heldout, params))
+      show(summary)
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)
   return summary
+
+
+def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
+  """Values [rows, K] of responses -> [N, 2], of the better and of the worse one of all pairs."""
+  pairs = []
+  for example, row in zip(dataset.examples, values, strict=True):
+    ranks = example.get("ranks", np.arange(2))  # A pair has the better one in front.
+    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+    pairs.append(np.stack([row[better], row[worse]], axis=1))
+  return np.concatenate(pairs)
+
+
+def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
+  """Figures of a reward model beside those of preferring the longer response.
+
+  Args:
+    dataset: Held-out pairs or rankings.
+    pairs: [N, 2] scores of the better and of the worse response of every pair.
+  """
+  lengths = np.zeros([len(dataset.examples), dataset.width])
+  for row, example in zip(lengths, dataset.examples, strict=True):
+    responses = data.responses_of(example)
+    row[: len(responses)] = [len(response) for response in responses]
+  lengths = compared(dataset, lengths)
+  metrics = reward_model.pair_metrics(pairs)
+  calibration = evaluation.calibration(pairs[:, 0], pairs[:, 1])
+  return {
+    "accuracy": float(metrics["reward/accuracy"]),
+    "margin": float(metrics["reward/margin"]),
+    "pairs": len(pairs),
+    "longer_wins": float(np.mean(lengths[:, 0] > lengths[:, 1])),
+    "length_baseline": float(reward_model.pair_metrics(lengths)["reward/accuracy"]),
+    "calibration_error": calibration.ece,
+    "log_loss": calibration.log_loss,
+  }
+
+
+def show(summary: dict[str, float]) -> None:
+  """The table at the end."""
+  model = "reward model"
+  reporting.show_summary(
+    f"Reward model, {summary['pairs']} held-out pairs",
+    {
+      "accuracy": {model: summary["accuracy"], "longer wins": summary["length_baseline"]},
+      "margin": {model: summary["margin"]},
+      "calibration error": {model: summary["calibration_error"]},
+      "log loss, nats": {model: summary["log_loss"], "coin": float(np.log(2))},
+    },
+  )
 
 
 if __name__ == "__main__":

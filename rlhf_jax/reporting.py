@@ -14,8 +14,8 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -396,6 +396,7 @@ PANELS = {
 # Okabe and Ito's palette: distinguishable with every kind of colour vision, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE = {
   "axes.axisbelow": True,
   "axes.edgecolor": "#888888",
@@ -437,6 +438,21 @@ def _smooth(y: np.ndarray) -> np.ndarray:
   return (total[last] - total[first]) / (last - first)
 
 
+def _png(draw: Callable[[Sequence[Any]], None], columns: int = 1) -> bytes:
+  """The figure that `draw` makes of `columns` axes side by side."""
+  import matplotlib  # A second or so, which only the scripts that plot should pay.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(6.4 * columns, 4.0), layout="tight")
+    FigureCanvasAgg(figure)  # No display and no global state, whatever backend is configured.
+    draw(figure.subplots(1, columns, squeeze=False)[0])
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+  return png.getvalue()
+
+
 def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
   """One plot as PNG: the figures as logged are faint, a moving average is drawn over them.
 
@@ -447,10 +463,6 @@ def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]
   Returns:
     The PNG, or None if no run has two points to join.
   """
-  import matplotlib  # A second or so, which only the scripts that plot should pay.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   several = len(runs) > 1
   lines = []
   for r, (run, rows) in enumerate(runs.items()):
@@ -465,10 +477,9 @@ def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]
         lines.append((label, points, colour, _DASHES[m % len(_DASHES)] if several else "-"))
   if not lines:
     return None
-  with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(6.4, 4.0), layout="tight")
-    FigureCanvasAgg(figure)  # No display and no global state, whatever backend is configured.
-    axes = figure.add_subplot()
+
+  def draw(all_axes: Sequence[Any]) -> None:
+    (axes,) = all_axes
     for label, points, colour, dash in lines:
       x, y = points.T
       smoothed = _smooth(y)
@@ -484,9 +495,8 @@ def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]
     axes.margins(x=0.02)
     if len(lines) > 1:
       axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-  return png.getvalue()
+
+  return _png(draw)
 
 
 def save_panels(
@@ -525,3 +535,218 @@ def plot_metrics(workdir: epath.PathLike, panels: Mapping[str, Panel] = PANELS) 
   workdir = epath.Path(workdir)
   rows = metrics_lib.read_metrics(workdir / "metrics.jsonl")
   return save_panels({workdir.name: rows}, workdir / "plots", panels)
+
+
+class Line(NamedTuple):
+  """A line of a chart.
+
+  Attributes:
+    label: Name in the legend.
+    x: [n], ascending.
+    y: [n].
+    low: [n] lower end of a band around it; None draws no band.
+    high: [n] upper end.
+    peak: Written at its highest point, with that point's {x} and {y}; empty marks none.
+  """
+
+  label: str
+  x: np.ndarray
+  y: np.ndarray
+  low: np.ndarray | None = None
+  high: np.ndarray | None = None
+  peak: str = ""
+
+
+class Point(NamedTuple):
+  """A labelled point of a chart.
+
+  Attributes:
+    label: Written beside it.
+    x: Figure on the x axis.
+    y: Figure on the y axis.
+    x_range: Ends of the error bar; None draws none.
+    y_range: The same for y.
+  """
+
+  label: str
+  x: float
+  y: float
+  x_range: tuple[float, float] | None = None
+  y_range: tuple[float, float] | None = None
+
+
+class Chart(NamedTuple):
+  """Lines and points on one pair of axes.
+
+  Attributes:
+    title: Heading.
+    xlabel: Label of the x axis, with the unit.
+    ylabel: Label of the y axis, with the unit.
+    lines: What to join.
+    points: What to label.
+    root_x: Whether distances along x are those of its square root, as is usual for a KL: rewards
+      rise nearly in proportion to it.
+  """
+
+  title: str
+  xlabel: str
+  ylabel: str
+  lines: Sequence[Line] = ()
+  points: Sequence[Point] = ()
+  root_x: bool = False
+
+
+def mean_line(
+  label: str,
+  runs: Sequence[Sequence[Mapping[str, float]]],
+  x: str,
+  y: str,
+  *,
+  root_x: bool = False,
+  peak: str = "",
+) -> Line | None:
+  """The mean of runs that differ in their seed, in a band from the lowest to the highest of them.
+
+  The points of each run are averaged within intervals of x. Intervals in which a run has no point
+  are left out, so the line ends where the first run does.
+
+  Args:
+    label: Name in the legend.
+    runs: Rows of `metrics.jsonl` of each run.
+    x: Metric of the x axis, or "step".
+    y: Metric of the y axis.
+    root_x: Whether the intervals are equal in the square root of x.
+    peak: As in `Line`.
+
+  Returns:
+    The line, or None if a run has fewer than two points.
+  """
+  curves = [_points(rows, x, y) for rows in runs]
+  fewest = min(map(len, curves))
+  if fewest < 2:
+    return None
+  bins = min(max(fewest // 3, 5), 30)
+  places = [np.sqrt(np.maximum(c[:, 0], 0)) if root_x else c[:, 0] for c in curves]
+  edges = np.linspace(min(map(np.min, places)), max(map(np.max, places)), bins + 1)
+  means = np.full([len(curves), bins, 2], np.nan)
+  for curve, place, of_run in zip(curves, places, means, strict=True):
+    which = np.searchsorted(edges[1:-1], place, side="right")
+    for i in np.unique(which):
+      of_run[i] = np.mean(curve[which == i], axis=0)
+  means = means[:, ~np.isnan(means).any(axis=(0, 2))]
+  low, high = (None, None) if len(runs) == 1 else (means[..., 1].min(0), means[..., 1].max(0))
+  centre, height = np.mean(means, axis=0).T
+  return Line(label, centre, height, low, high, peak)
+
+
+class _Label(NamedTuple):
+  x: float
+  y: float
+  text: str
+  colour: str
+
+
+def _draw_line(axes: Any, line: Line, colour: str, dash: str) -> None:
+  if line.low is not None:
+    axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
+  marker = "o" if len(line.x) <= 25 else None
+  style = {"color": colour, "linewidth": 1.8, "marker": marker, "markersize": 3.5}
+  axes.plot(line.x, line.y, dash, label=escape(line.label), **style)
+
+
+def _draw_point(axes: Any, point: Point, colour: str, marker: str) -> None:
+  sides = (("xerr", point.x, point.x_range), ("yerr", point.y, point.y_range))
+  bars = {
+    name: np.maximum([[value - ends[0]], [ends[1] - value]], 0)
+    for name, value, ends in sides
+    if ends is not None
+  }
+  style = {"color": colour, "markersize": 7, "elinewidth": 1.2, "capsize": 2.5}
+  axes.errorbar(point.x, point.y, **bars, fmt=marker, **style)
+
+
+def _use_root_scale(axes: Any) -> None:
+  """Scales x by its signed square root, with ticks at even distances."""
+  from matplotlib.ticker import MaxNLocator
+
+  root = lambda x: np.sign(x) * np.sqrt(np.abs(x))  # noqa: E731
+  square = lambda x: np.sign(x) * np.square(x)  # noqa: E731
+  axes.set_xscale("function", functions=(root, square))
+  low, high = axes.get_xlim()
+  locator = MaxNLocator(9, steps=[1, 2, 5, 10])
+  ticks = square(locator.tick_values(*root(np.array([low, high]))))
+  shown = ticks[(ticks >= low) & (ticks <= high)]
+  axes.set_xticks(shown, [f"{tick:.3g}" for tick in shown])
+
+
+def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
+  """Writes each label where it covers no line, no point and no other label, if there is room."""
+  axes.figure.draw_without_rendering()  # Lays the axes out: places are compared in pixels.
+  size = 7 * axes.figure.dpi / 72
+  corners = [line.get_xydata() for line in axes.get_lines()]
+  centres = axes.transData.transform(np.concatenate([*corners, np.zeros((0, 2))]))
+  taken = np.concatenate([centres - size, centres + size], axis=1)  # Left, bottom, right, top.
+  if axes.get_legend() is not None:
+    taken = np.append(taken, [axes.get_legend().get_window_extent().extents], axis=0)
+
+  def write(label: _Label, dx: int, dy: int) -> tuple[Any, np.ndarray]:
+    text = axes.annotate(
+      escape(label.text, newlines=True),
+      (label.x, label.y),
+      xytext=(8 * dx, 8 * dy),
+      textcoords="offset points",
+      ha=("right", "center", "left")[np.sign(dx) + 1],
+      va=("top", "center", "bottom")[np.sign(dy) + 1],
+      color=label.colour,
+    )
+    return text, text.get_window_extent().extents
+
+  directions = [(dx, dy) for dy in (1, -1, 0) for dx in (1, -1, 0) if dx or dy]
+  places = [(reach * dx, reach * dy) for reach in (1, 2, 4) for dx, dy in directions]
+  for label in labels:
+    for dx, dy in places:
+      text, (left, bottom, right, top) = write(label, dx, dy)
+      apart = (right < taken[:, 0]) | (taken[:, 2] < left)
+      apart |= (top < taken[:, 1]) | (taken[:, 3] < bottom)
+      if apart.all() and axes.bbox.contains(left, bottom) and axes.bbox.contains(right, top):
+        break
+      text.remove()
+    else:
+      _, (left, bottom, right, top) = write(label, 1, 1)
+    taken = np.append(taken, [[left, bottom, right, top]], axis=0)
+
+
+def render_charts(charts: Sequence[Chart]) -> bytes:
+  """Charts side by side as PNG. Lines differ in dash and points in marker, not only in colour."""
+
+  def draw(all_axes: Sequence[Any]) -> None:
+    for axes, chart in zip(all_axes, charts, strict=True):
+      labels = []
+      for i, line in enumerate(chart.lines):
+        colour = _COLOURS[i % len(_COLOURS)]
+        _draw_line(axes, line, colour, _DASHES[i % len(_DASHES)])
+        if line.peak:
+          x, y = line.x[np.argmax(line.y)], np.max(line.y)
+          axes.plot(x, y, "*", color=colour, markersize=14, markeredgecolor="white")
+          labels.append(_Label(x, y, line.peak.format(x=x, y=y), colour))
+      for i, point in enumerate(chart.points):
+        colour = _COLOURS[i % len(_COLOURS)]
+        _draw_point(axes, point, colour, _MARKERS[i % len(_MARKERS)])
+        labels.append(_Label(point.x, point.y, point.label, colour))
+      axes.set(title=chart.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
+      axes.margins(x=0.06, y=0.14)
+      if chart.root_x:
+        _use_root_scale(axes)
+      if chart.lines:
+        axes.legend(handlelength=3)
+      _write_labels(axes, labels)
+
+  return _png(draw, len(charts))
+
+
+def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:
+  """Writes charts side by side to a PNG file, whose folder is created."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(render_charts(charts))
+  return path

@@ -63,15 +63,18 @@ def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
   return optax.join_schedules([lambda count: rise(count + 1), after], [warmup])
 
 
-def make_optimizer(config: OptimConfig, updates: int) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimConfig, updates: int, *, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
   """AdamW behind a clip by global norm.
 
   Args:
     config: Its settings.
     updates: Optimizer steps of the whole run, over which the schedule falls.
+    schedule: Learning rate, if it is not that of `make_schedule`.
   """
   adamw = optax.adamw(
-    make_schedule(config, updates),
+    schedule or make_schedule(config, updates),
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,

@@ -26,6 +26,39 @@ class TokenBatch(NamedTuple):
   mask: jax.Array
 
 
+class RankingBatch(NamedTuple):
+  """K responses to each prompt, best first, and their order.
+
+  Attributes:
+    tokens: [B, K, T] int32, prompt then response then padding.
+    mask: [B, K, T] bool, True on the tokens of the response.
+    ranks: [B, K] int32, 0 is best, equal ranks are ties.
+    real: [B, K] bool, False on the places of a row that has fewer than K responses.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  ranks: jax.Array
+  real: jax.Array
+
+
+class UnpairedBatch(NamedTuple):
+  """Responses judged one at a time.
+
+  Attributes:
+    tokens: [B, T] int32, prompt then response then padding.
+    mask: [B, T] bool, True on the tokens of the response.
+    desirable: [B] bool.
+    mismatched: The same prompts, each with the response to another prompt of the data, [B, T]
+      each: what KTO estimates its KL from.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  desirable: jax.Array
+  mismatched: TokenBatch
+
+
 class TrainState(NamedTuple):
   """Everything a train step reads and writes.
 

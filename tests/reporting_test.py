@@ -7,6 +7,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.backends.backend_agg
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -352,3 +354,85 @@ def test_smoothing_is_centred_and_keeps_lines_and_means():
   np.testing.assert_allclose(reporting._smooth(np.full(200, 3.0)), 3.0)
   noise = np.random.default_rng(0).normal(size=400)
   assert reporting._smooth(noise).std() < 0.4 and len(reporting._smooth(noise[:3])) == 3
+
+
+def _rows(x, y):
+  pairs = zip(x, y, strict=True)
+  return [{"step": i, "x": float(a), "y": float(b)} for i, (a, b) in enumerate(pairs)]
+
+
+def test_mean_line_is_the_mean_in_a_band_over_seeds():
+  step = np.arange(30.0)
+  runs = [_rows(step, 2 * step + shift) for shift in (-1.0, 0.0, 4.0)]
+  line = reporting.mean_line("a", runs, "x", "y", peak="top")
+  assert line.label == "a" and line.peak == "top" and len(line.x) == 10
+  np.testing.assert_allclose(line.x, step.reshape(10, 3).mean(1))
+  np.testing.assert_allclose(line.y, 2 * line.x + 1)
+  np.testing.assert_allclose([line.low, line.high], [2 * line.x - 1, 2 * line.x + 4])
+  alone = reporting.mean_line("a", runs[:1], "x", "y")
+  assert alone.low is None and alone.high is None
+
+
+def test_mean_line_ends_with_the_first_run():
+  long, short = np.linspace(0, 16, 48), np.linspace(0, 8.9, 48)
+  line = reporting.mean_line("a", [_rows(long, long), _rows(short, short)], "x", "y", root_x=True)
+  # Sixteen intervals of a quarter in the square root; the short run reaches into the twelfth.
+  assert 10 <= len(line.x) <= 12 and np.all(np.diff(line.x) > 0) and line.x[-1] < 9
+  np.testing.assert_allclose(line.x, line.y)
+  # Negative estimates of a KL near 0 fall into the first interval.
+  assert reporting.mean_line("a", [_rows([-0.1, 0.0, 1.0], [0, 0, 1])], "x", "y", root_x=True)
+
+
+def test_mean_line_needs_two_points_of_every_run():
+  full, single = _rows([0, 1], [0, 1]), _rows([0], [0])
+  assert reporting.mean_line("a", [full, single], "x", "y") is None
+  assert reporting.mean_line("a", [full, full], "x", "z") is None
+
+
+CHART = reporting.Chart(
+  "Gold [reward]",
+  "KL",
+  "Reward",
+  lines=[
+    reporting.Line("$x_{", np.array([0.0, 1.0, 4.0, 9.0]), np.array([0.0, 1.0, 2.0, 1.0])),
+    reporting.Line(
+      "band",
+      np.array([0.0, 2.0]),
+      np.array([0.0, 1.0]),
+      np.array([-1.0, 0.0]),
+      np.array([1.0, 2.0]),
+      peak="peak {y:.1f} at {x:.1f}",
+    ),
+  ],
+  points=[
+    reporting.Point("sft\x1b[2J", -0.01, 0.5),
+    reporting.Point("ppo", 5.0, 1.5, (4.0, 6.0), (1.2, 1.8)),
+    reporting.Point("ppo again", 5.05, 1.51, None, (1.2, 1.8)),
+  ],
+  root_x=True,
+)
+
+
+def test_charts_side_by_side(tmp_path):
+  path = reporting.save_chart(tmp_path / "plots" / "a.png", CHART, CHART._replace(root_x=False))
+  image = matplotlib.image.imread(path)[..., :3]
+  assert image.shape == (600, 1920, 3)
+  assert 0.001 < (np.ptp(image, axis=-1) > 0.2).mean() < 0.5
+  assert path.read_bytes() == reporting.render_charts([CHART, CHART._replace(root_x=False)])
+
+
+def test_labels_cover_neither_each_other_nor_a_point():
+  figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), layout="tight")
+  matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
+  axes = figure.add_subplot()
+  points = [(x, y) for x in (0.0, 5.0, 5.1, 5.2) for y in (1.0, 1.04)]
+  for x, y in points:
+    axes.plot(x, y, "o")
+  labels = [reporting._Label(x, y, f"policy {i}", "black") for i, (x, y) in enumerate(points)]
+  reporting._write_labels(axes, labels)
+  assert [text.get_text() for text in axes.texts] == [label.text for label in labels]
+  boxes = [text.get_window_extent() for text in axes.texts]
+  centres = axes.transData.transform(points)
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[:i])
+    assert not any(box.contains(*centre) for centre in centres)

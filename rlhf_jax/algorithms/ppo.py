@@ -1,91 +1,161 @@
-"""PPO on sampled responses, with a separate critic and a KL penalty inside the reward.
+"""Policy-gradient RLHF: PPO with a critic, or RLOO, GRPO and REINFORCE without one.
 
 Schulman et al., 2017, https://arxiv.org/abs/1707.06347; Ziegler et al., 2019,
 https://arxiv.org/abs/1909.08593. An iteration is: sample a `Rollout`, score it, turn both into a
 `PPOBatch` (`make_experience`), update (`make_ppo_step`). Params are `{"policy": ..., "value": ...}`
-and `apply_fn(params, tokens, *, segment_ids, last) -> (logits [B, last, V], values [B, last])`.
+and `apply_fn(params, tokens, *, segment_ids, last) -> (logits [B, last, V], values [B, last])`;
+without a critic there is no "value" and the values are None.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.algorithms import sft
 from rlhf_jax.losses import advantages as advantages_lib
-from rlhf_jax.losses import kl, masked, policy_gradient, reward
+from rlhf_jax.losses import kl, masked, policy_gradient, reward, shaping
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.train_step import jit_step, merge_metrics, update_epochs
-from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainState, TrainStep
+from rlhf_jax.types import (
+  ApplyFn,
+  Metrics,
+  Params,
+  Rollout,
+  TokenBatch,
+  TrainState,
+  TrainStep,
+)
 
-# (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last].
-ActorCriticFn = Callable[..., tuple[jax.Array, jax.Array]]
+# (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last] or None.
+ActorCriticFn = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-  """PPO.
+  """PPO and its relatives; the defaults are PPO.
 
   Attributes:
+    advantage: What a token is credited with. gae: a critic's estimate. Without a critic, for a
+      whole response: rloo, its reward less the mean of the other samples of the prompt; grpo,
+      standardised over the samples of the prompt; reinforce, less the mean of the batch.
+    objective: Loss of a token: ppo, gspo (one ratio for a response), cispo (clipped weight), or
+      reinforce (no ratio: for one update per batch).
+    aggregation: How tokens are averaged: dapo, over all tokens; grpo, over each response, then
+      over responses; dr_grpo, sums divided by the longest length, then over responses.
+    scale_groups: grpo only: divide by the standard deviation of the group (False is Dr. GRPO).
+    kl_in: Whether the penalty is part of the reward, or a term of the loss.
+    kl_estimator: Of the term of the loss. k2 has the gradient of each token's KL(policy ||
+      reference), k3 that of KL(reference || policy); both leave out what a token does to later
+      ones. reverse_kl has that of whole responses, with aggregation=dr_grpo.
     kl_coef: Weight of the KL penalty to the reference, per nat; the first one if it adapts.
     kl_target: KL to the reference to hold, nats per response; 0 keeps `kl_coef` fixed.
     kl_horizon: Responses over which an adaptive `kl_coef` changes.
+    entropy_coef: Weight of an entropy bonus.
     gamma: Discount per token.
     lam: Weight of longer returns in the advantage.
+    segment: gae only: tokens per macro action (MA-RLHF); 1 credits every token on its own.
     clip_low: How far the probability ratio may fall below 1.
     clip_high: How far the probability ratio may rise above 1.
+    dual_clip: Bound on the ratio for negative advantages, above 1; 0 is none.
     value_clip: How far a value may move in one iteration.
     value_coef: Weight of the value loss.
+    normalize_values: Let the critic predict returns in running standard deviations.
+    ptx_coef: Weight of the loss on demonstrations (PPO-ptx).
+    importance_cap: Largest weight that makes up for a sampler with other probabilities than the
+      trainer's; 0 takes the sampler's as they are.
     epochs: Passes over each batch of responses.
     minibatches: Optimizer steps per pass; divides the number of responses.
     microbatches: Pieces each minibatch is cut into; saves memory, does not change the result.
-    whiten: Scale advantages to mean 0 and variance 1 over the whole batch.
+    whiten: Scale gae's advantages to mean 0 and variance 1 over the whole batch.
+    shaping: What is made of a score first. none; par, how often it beats the reference's own
+      responses to the prompt; center, its distance from their mean; log_sigmoid, of that distance.
     normalize_scores: Divide scores by the running standard deviation around the running mean.
     score_clip: Scores are held in [-score_clip, score_clip]; 0 does not clip.
     missing_eos_penalty: Taken off the score of a response that was cut at the longest length.
   """
 
+  advantage: Literal["gae", "rloo", "grpo", "reinforce"] = "gae"
+  objective: Literal["ppo", "gspo", "cispo", "reinforce"] = "ppo"
+  aggregation: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+  scale_groups: bool = True
+  kl_in: Literal["reward", "loss"] = "reward"
+  kl_estimator: Literal["k2", "k3", "reverse_kl"] = "k2"
   kl_coef: float = 0.05
   kl_target: float = 0.0
   kl_horizon: int = 10000
+  entropy_coef: float = 0.0
   gamma: float = 1.0
   lam: float = 0.95
+  segment: int = 1
   clip_low: float = 0.2
   clip_high: float = 0.2
+  dual_clip: float = 0.0
   value_clip: float = 0.2
   value_coef: float = 0.5
+  normalize_values: bool = False
+  ptx_coef: float = 0.0
+  importance_cap: float = 0.0
   epochs: int = 1
   minibatches: int = 2
   microbatches: int = 1
   whiten: bool = True
+  shaping: Literal["none", "par", "center", "log_sigmoid"] = "none"
   normalize_scores: bool = False
   score_clip: float = 0.0
   missing_eos_penalty: float = 1.0
 
   def __post_init__(self):
-    for name in ("kl_coef", "kl_target", "clip_low", "clip_high", "value_clip", "score_clip"):
+    not_negative = (
+      *("kl_coef", "kl_target", "entropy_coef", "clip_low", "clip_high", "dual_clip"),
+      *("value_clip", "value_coef", "ptx_coef", "importance_cap", "score_clip"),
+    )
+    for name in not_negative:
       if getattr(self, name) < 0:
         raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-    for name in ("kl_horizon", "epochs", "minibatches", "microbatches"):
+    for name in ("kl_horizon", "segment", "epochs", "minibatches", "microbatches"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     for name in ("gamma", "lam"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+    if self.kl_target and self.kl_in == "loss":
+      raise ValueError("kl_target adapts a penalty in the reward; use it with kl_in=reward")
+    if 0 < self.dual_clip <= 1:
+      raise ValueError(f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}")
+
+  @property
+  def has_critic(self) -> bool:
+    """Whether a value function is trained."""
+    return self.advantage == "gae"
+
+  @property
+  def is_grouped(self) -> bool:
+    """Whether advantages compare the samples of one prompt."""
+    return self.advantage in ("rloo", "grpo")
+
+  @property
+  def reads_reference_scores(self) -> bool:
+    """Whether scores are shaped by those of the reference's responses."""
+    return self.shaping != "none"
 
 
 class PPOBatch(NamedTuple):
-  """What the update reads. All but `rollout` are constants of the loss.
+  """What the update reads. All but the tokens are constants of the loss.
 
   Attributes:
-    rollout: B sampled responses with the log-probabilities they were sampled with.
+    rollout: B sampled responses with the log-probabilities that the ratio starts from.
     mask: [B, R] bool, response tokens that count (rows without a finite score do not).
     values: [B, R] float32, critic before each response token when the rollout was made.
     advantages: [B, R] float32, whitened if the config says so.
     returns: [B, R] float32, targets of the critic.
+    ref_logprobs: [B, R] float32 under the reference.
+    importance: [B, R] float32, factor of each token's policy loss.
+    demonstrations: B right-padded sequences of the ptx term, or None.
   """
 
   rollout: Rollout
@@ -93,23 +163,29 @@ class PPOBatch(NamedTuple):
   values: jax.Array
   advantages: jax.Array
   returns: jax.Array
+  ref_logprobs: jax.Array
+  importance: jax.Array
+  demonstrations: TokenBatch | None = None
 
 
 class Control(NamedTuple):
-  """What PPO carries from one iteration to the next beside the train state.
+  """What is carried from one iteration to the next beside the train state.
 
   Attributes:
     kl_coef: [] float32.
-    moments: Running moments of the raw scores.
+    moments: Running moments of the scores.
+    returns: Running moments of the returns.
   """
 
   kl_coef: jax.Array
   moments: reward.RunningMoments
+  returns: reward.RunningMoments
 
 
 def init_control(config: PPOConfig) -> Control:
   """Control before the first iteration."""
-  return Control(jnp.float32(config.kl_coef), reward.RunningMoments.zero())
+  zero = reward.RunningMoments.zero
+  return Control(jnp.float32(config.kl_coef), zero(), zero())
 
 
 def response_outputs(
@@ -124,15 +200,17 @@ def response_outputs(
     temperature: Divides the logits, as it did when sampling.
 
   Returns:
-    Log-probabilities [B, R], entropies [B, R] and values [B, R] of the response positions.
+    Log-probabilities [B, R], entropies [B, R] and values [B, R] of the response positions; zeros
+    for the values without a critic.
   """
   length = rollout.logprobs.shape[1]
   segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
   logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
   logits = logits / temperature
-  logprobs = logprobs_lib.next_token_logprobs(logits, rollout.tokens[:, -length - 1 :])
+  logprobs = logprobs_lib.next_token_logprobs(logits, rollout.tokens[:, -length - 1 :])[:, 1:]
   # The output before a token is what predicts it, and the value of the state it is drawn in.
-  return logprobs[:, 1:], logprobs_lib.entropy(logits[:, :-1]), values[:, :-1]
+  values = jnp.zeros_like(logprobs) if values is None else values[:, :-1]
+  return logprobs, logprobs_lib.entropy(logits[:, :-1]), values
 
 
 def adapt_kl_coef(
@@ -145,6 +223,65 @@ def adapt_kl_coef(
   return kl_coef * (1 + error * responses / config.kl_horizon)
 
 
+def shape_scores(
+  scores: jax.Array,
+  ended: jax.Array,
+  ref_scores: jax.Array | None,
+  moments: reward.RunningMoments,
+  config: PPOConfig,
+) -> tuple[jax.Array, reward.RunningMoments]:
+  """What the policy is trained on in place of the raw scores.
+
+  Args:
+    scores: [B] float; entries that are not finite are left out of the moments.
+    ended: [B] bool, whether the response ended in a stop token.
+    ref_scores: [B, M] scores of M responses of the reference to the same prompt, or None.
+    moments: Running moments of the scores before this batch.
+    config: Which steps to take.
+
+  Returns:
+    [B] shaped scores, and the moments with this batch.
+  """
+  finite = jnp.isfinite(scores)
+  scores = jnp.where(finite, scores, 0.0).astype(jnp.float32)
+  if config.reads_reference_scores:
+    if ref_scores is None:
+      raise ValueError(f"shaping={config.shaping} needs scores of the reference's responses")
+    typical = jnp.mean(ref_scores, axis=1)
+    if config.shaping == "par":
+      scores = shaping.preference_as_reward(scores, ref_scores)
+    elif config.shaping == "log_sigmoid":
+      scores = shaping.log_sigmoid_reward(scores, typical)
+    else:
+      scores = scores - typical
+  moments = reward.update_moments(moments, scores, finite)
+  if config.normalize_scores:
+    scores = reward.normalize_scores(scores, moments)
+  if config.score_clip:
+    scores = jnp.clip(scores, -config.score_clip, config.score_clip)
+  return scores - config.missing_eos_penalty * ~ended, moments
+
+
+def response_advantages(
+  rewards: jax.Array, valid: jax.Array, samples_per_prompt: int, config: PPOConfig
+) -> jax.Array:
+  """[B] advantages of whole responses, from their rewards alone.
+
+  Args:
+    rewards: [B] reward of each response; the samples of a prompt are next to each other.
+    valid: [B] bool, False on responses to leave out.
+    samples_per_prompt: N; B is a multiple of it.
+    config: Which baseline.
+  """
+  groups = 1 if config.advantage == "reinforce" else rewards.shape[0] // samples_per_prompt
+  rewards, valid = rewards.reshape(groups, -1), valid.reshape(groups, -1)
+  if config.advantage == "grpo":
+    result = advantages_lib.group_normalize(rewards, scale=config.scale_groups, mask=valid)
+  else:
+    result = advantages_lib.leave_one_out(rewards, mask=valid)
+  return result.reshape(-1)
+
+
 def rollout_to_batch(
   rollout: Rollout,
   scores: jax.Array,
@@ -153,6 +290,11 @@ def rollout_to_batch(
   values: jax.Array,
   control: Control,
   config: PPOConfig,
+  *,
+  trainer_logprobs: jax.Array | None = None,
+  ref_scores: jax.Array | None = None,
+  demonstrations: TokenBatch | None = None,
+  samples_per_prompt: int = 1,
 ) -> tuple[PPOBatch, Control, Metrics]:
   """Rewards, advantages and returns of scored responses.
 
@@ -161,54 +303,100 @@ def rollout_to_batch(
     scores: [B] float, reward of each response; a row with NaN or Inf is left out of everything.
     ended: [B] bool, whether the response ended in a stop token.
     ref_logprobs: [B, R] under the reference, at the sampling temperature.
-    values: [B, R] of the critic.
-    control: KL coefficient and score moments before this batch.
+    values: [B, R] of the critic, zeros without one.
+    control: KL coefficient and moments before this batch.
     config: PPO settings.
+    trainer_logprobs: [B, R] of the policy as the update computes them, for the importance
+      correction.
+    ref_scores: [B, M] scores of responses of the reference, for the shaping.
+    demonstrations: B sequences for the ptx term.
+    samples_per_prompt: Responses to one prompt, next to each other in the batch.
 
   Returns:
     The batch, the control for the next iteration, and metrics of the responses.
   """
   rows, length = rollout.logprobs.shape
   finite = jnp.isfinite(scores)
-  raw = jnp.where(finite, scores, 0.0).astype(jnp.float32)
   mask = rollout.response_mask[:, -length:] & finite[:, None]
   # Padding may hold anything; from here on it is zero.
-  logprobs, ref_logprobs, values = (
+  sampled, ref_logprobs, values = (
     jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs, values)
   )
-  moments = reward.update_moments(control.moments, raw, finite)
-  shaped = reward.normalize_scores(raw, moments) if config.normalize_scores else raw
-  if config.score_clip:
-    shaped = jnp.clip(shaped, -config.score_clip, config.score_clip)
-  shaped = shaped - config.missing_eos_penalty * ~ended
+  logprobs, importance = sampled, jnp.ones_like(sampled)
+  if config.importance_cap:
+    if trainer_logprobs is None:
+      raise ValueError("importance_cap needs the log-probabilities of the trainer")
+    logprobs = jnp.where(mask, trainer_logprobs, 0.0)
+    importance = policy_gradient.truncated_importance_weights(
+      logprobs, sampled, cap=config.importance_cap
+    )
 
+  shaped, moments = shape_scores(scores, ended, ref_scores, control.moments, config)
   rewards = policy_gradient.kl_shaped_rewards(
-    shaped, logprobs, ref_logprobs, mask, kl_coef=control.kl_coef
+    shaped,
+    logprobs,
+    ref_logprobs,
+    mask,
+    kl_coef=control.kl_coef if config.kl_in == "reward" else 0.0,
   )
-  advantages, returns = advantages_lib.gae(
-    rewards, values, mask, gamma=config.gamma, lam=config.lam
-  )
-  explained = policy_gradient.explained_variance(values, returns, mask)
-  if config.whiten:
-    advantages = masked.whiten(advantages, mask)
+  totals = jnp.sum(rewards, axis=1)
+  old_returns = control.returns
+  metrics: Metrics = {}
+  if config.has_critic:
+    scale, shift = jnp.float32(1.0), jnp.float32(0.0)
+    if config.normalize_values:
+      variance = old_returns.m2 / jnp.maximum(old_returns.count, 1.0)
+      scale = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
+      shift = old_returns.mean
+    real_values = jnp.where(mask, values * scale + shift, 0.0)
+    advantages, returns = advantages_lib.macro_gae(
+      rewards,
+      real_values,
+      advantages_lib.ngram_segments(mask, config.segment),
+      mask,
+      gamma=config.gamma,
+      lam=config.lam,
+    )
+    metrics["value/explained_variance"] = policy_gradient.explained_variance(
+      real_values, returns, mask
+    )
+    new_returns = reward.update_moments(old_returns, returns.reshape(-1), mask.reshape(-1))
+    returns = jnp.where(mask, (returns - shift) / scale, 0.0)
+    if config.whiten:
+      advantages = masked.whiten(advantages, mask)
+  else:
+    of_response = response_advantages(totals, finite, samples_per_prompt, config)
+    advantages = jnp.where(mask, of_response[:, None], 0.0)
+    returns, new_returns = jnp.zeros_like(values), old_returns
 
   sequence_kl = jnp.sum(kl.k1(logprobs, ref_logprobs), axis=1)  # [B], nats per response.
   mean_kl = masked.masked_mean(sequence_kl, finite)
+  raw = jnp.where(finite, scores, 0.0).astype(jnp.float32)
   lengths = jnp.sum(rollout.response_mask, axis=1)
-  metrics = {
+  metrics |= {
     "reward/mean": masked.masked_mean(raw, finite),
     "reward/std": jnp.sqrt(masked.masked_var(raw, finite)),
-    "reward/shaped": masked.masked_mean(jnp.sum(rewards, axis=1), finite),
+    "reward/shaped": masked.masked_mean(totals, finite),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
     "kl/ref": mean_kl,
     "kl/coef": control.kl_coef,
-    "value/explained_variance": explained,
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(ended.astype(jnp.float32)),
   }
+  if config.importance_cap:
+    metrics["importance/mean"] = masked.masked_mean(importance, mask)
+  batch = PPOBatch(
+    rollout._replace(logprobs=logprobs),
+    mask,
+    values,
+    advantages,
+    returns,
+    ref_logprobs,
+    importance,
+    demonstrations,
+  )
   kl_coef = adapt_kl_coef(control.kl_coef, mean_kl, rows, config)
-  batch = PPOBatch(rollout._replace(logprobs=logprobs), mask, values, advantages, returns)
-  return batch, Control(kl_coef, moments), metrics
+  return batch, Control(kl_coef, moments, new_returns), metrics
 
 
 def make_experience(
@@ -217,8 +405,10 @@ def make_experience(
   config: PPOConfig,
   *,
   temperature: float = 1.0,
+  samples_per_prompt: int = 1,
 ) -> Callable[..., tuple[PPOBatch, Control, Metrics]]:
-  """Jitted `(params, ref_params, control, rollout, scores, ended) -> (batch, control, metrics)`.
+  """Jitted `(params, ref_params, control, rollout, scores, ended, **more) -> (batch, control,
+  metrics)`, where `more` may give `ref_scores` and `demonstrations` of `rollout_to_batch`.
 
   Args:
     apply_fn: Policy and critic; see the module docstring.
@@ -226,19 +416,45 @@ def make_experience(
     config: PPO settings.
     temperature: Sampling temperature of the rollouts. It divides the reference's logits as well,
       so that the KL of a policy to itself is 0 at any temperature.
+    samples_per_prompt: Responses to one prompt, next to each other in the batch.
   """
 
-  def with_zero_values(params: Params, tokens: jax.Array, *, last: int, **kwargs):
-    logits = ref_apply_fn(params, tokens, last=last, **kwargs)
-    return logits, jnp.zeros(logits.shape[:2])
+  def reference(params: Params, tokens: jax.Array, **kwargs):
+    return ref_apply_fn(params, tokens, **kwargs), None
 
   @jax.jit
-  def experience(params, ref_params, control, rollout, scores, ended):
-    _, _, values = response_outputs(apply_fn, params, rollout, temperature)
-    ref_logprobs, _, _ = response_outputs(with_zero_values, ref_params, rollout, temperature)
-    return rollout_to_batch(rollout, scores, ended, ref_logprobs, values, control, config)
+  def experience(params, ref_params, control, rollout, scores, ended, **more):
+    logprobs, _, values = response_outputs(apply_fn, params, rollout, temperature)
+    ref_logprobs, _, _ = response_outputs(reference, ref_params, rollout, temperature)
+    return rollout_to_batch(
+      rollout,
+      scores,
+      ended,
+      ref_logprobs,
+      values,
+      control,
+      config,
+      trainer_logprobs=logprobs,
+      samples_per_prompt=samples_per_prompt,
+      **more,
+    )
 
   return experience
+
+
+def policy_losses(logprobs: jax.Array, batch: PPOBatch, config: PPOConfig) -> jax.Array:
+  """[B, R] loss of each response token, given its log-probability under the policy [B, R]."""
+  old, advantages = batch.rollout.logprobs, batch.advantages
+  clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+  if config.objective == "reinforce":
+    return policy_gradient.reinforce_loss(logprobs, advantages)
+  if config.objective == "cispo":
+    return policy_gradient.cispo_loss(logprobs, old, advantages, **clip)
+  if config.objective == "gspo":
+    return policy_gradient.gspo_loss(logprobs, old, advantages, batch.mask, **clip)
+  return policy_gradient.ppo_policy_loss(
+    logprobs, old, advantages, dual_clip=config.dual_clip or None, **clip
+  )
 
 
 def loss_fn(
@@ -250,49 +466,64 @@ def loss_fn(
   config: PPOConfig,
   temperature: float = 1.0,
 ) -> tuple[jax.Array, Metrics]:
-  """Clipped policy loss plus clipped value loss, both means over response tokens.
+  """Policy loss, and the value, KL, entropy and ptx terms that the config asks for.
 
   Args:
-    params: `{"policy": ..., "value": ...}`.
+    params: `{"policy": ..., "value": ...}`, without "value" for an advantage without critic.
     batch: Rows of a `PPOBatch`.
-    key: Unused.
+    key: Passed on to the loss on demonstrations.
     apply_fn: See the module docstring.
     config: PPO settings.
     temperature: Sampling temperature of the rollout.
 
   Returns:
-    Loss and metrics; `weight` is the number of response tokens.
+    Loss and metrics; `weight` is the number of units it is a mean over, tokens or responses.
   """
-  del key  # The loss is deterministic given the batch.
   mask = batch.mask
   logprobs, entropy, values = response_outputs(apply_fn, params, batch.rollout, temperature)
   logprobs, values = jnp.where(mask, logprobs, 0.0), jnp.where(mask, values, 0.0)
   old_logprobs = batch.rollout.logprobs
-  policy_losses = policy_gradient.ppo_policy_loss(
-    logprobs,
-    old_logprobs,
-    batch.advantages,
-    clip_low=config.clip_low,
-    clip_high=config.clip_high,
-  )
-  value_losses = policy_gradient.ppo_value_loss(
-    values, batch.values, batch.returns, clip=config.value_clip
-  )
-  policy_loss = masked.masked_mean(policy_losses, mask)
-  value_loss = masked.masked_mean(value_losses, mask)
+  weights = policy_gradient.token_weights(mask, config.aggregation)
+
+  def mean(x: jax.Array) -> jax.Array:
+    return jnp.sum(weights * jnp.where(mask, x, 0.0))
+
+  policy_loss = mean(policy_losses(logprobs, batch, config) * batch.importance)
   ratio = jnp.exp(logprobs - old_logprobs)
   clipped = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
-  return policy_loss + config.value_coef * value_loss, {
+  metrics = {
     "loss/policy": policy_loss,
-    "loss/value": value_loss,
     "entropy": masked.masked_mean(entropy, mask),
     "clip_fraction": masked.masked_mean(clipped.astype(jnp.float32), mask),
     "kl/old": masked.masked_mean(kl.k3(old_logprobs, logprobs), mask),
     "ratio/mean": masked.masked_mean(ratio, mask),
     "ratio/max": jnp.max(jnp.where(mask, ratio, 0.0)),
     "ratio/deviation/max": jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0.0)),
-    "weight": jnp.sum(mask).astype(jnp.float32),
+    "weight": jnp.sum(mask if config.aggregation == "dapo" else mask.any(axis=1)).astype(float),
   }
+  loss = policy_loss
+  if config.has_critic:
+    metrics["loss/value"] = mean(
+      policy_gradient.ppo_value_loss(values, batch.values, batch.returns, clip=config.value_clip)
+    )
+    loss += config.value_coef * metrics["loss/value"]
+  if config.kl_in == "loss":
+    if config.kl_estimator == "reverse_kl":
+      estimates = kl.reverse_kl_loss(logprobs, batch.ref_logprobs, mask)
+    else:
+      estimator = kl.k2 if config.kl_estimator == "k2" else kl.k3
+      estimates = estimator(logprobs, batch.ref_logprobs)
+    metrics["loss/kl"] = mean(estimates)
+    loss += config.kl_coef * metrics["loss/kl"]
+  if config.entropy_coef:
+    loss -= config.entropy_coef * mean(entropy)
+  if config.ptx_coef:
+    if batch.demonstrations is None:
+      raise ValueError("ptx_coef needs demonstrations in the batch")
+    policy = lambda params, tokens: apply_fn(params, tokens)[0]  # noqa: E731
+    metrics["loss/ptx"], _ = sft.loss_fn(params, batch.demonstrations, key, apply_fn=policy)
+    loss += config.ptx_coef * metrics["loss/ptx"]
+  return loss, metrics
 
 
 def make_ppo_step(

@@ -1,6 +1,7 @@
-"""Reward model from comparisons, with the score read at the last real token.
+"""Reward model from comparisons or rankings, with the score read at the last real token.
 
-Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4.
+Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4; rankings as in Ouyang et al.,
+2022, https://arxiv.org/abs/2203.02155, eq. 1.
 """
 
 import dataclasses
@@ -13,10 +14,11 @@ import optax
 
 from rlhf_jax.losses import masked, reward
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, Params, RankingBatch, TokenBatch, TrainStep
 
-# tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-RewardModelBatch = TokenBatch
+# Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
+# Or rankings of K responses, each of which is scored once.
+RewardModelBatch = TokenBatch | RankingBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +26,9 @@ class RewardModelConfig:
   """Reward model.
 
   Attributes:
-    label_smoothing: Assumed probability that a comparison is labelled the wrong way round.
-    margin: Score difference asked of every pair.
+    label_smoothing: Assumed probability that a pair is labelled the wrong way round; not for
+      rankings.
+    margin: Score difference asked of every pair; not for rankings.
     centering_coef: Weight of the penalty on the squared sum of a pair's scores.
     microbatches: Pieces each batch is cut into; saves memory, does not change the result.
   """
@@ -40,20 +43,41 @@ class RewardModelConfig:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
 
-def pair_scores(apply_fn: ApplyFn, params: Params, batch: RewardModelBatch) -> jax.Array:
-  """Scores of both responses, from one forward pass over all sequences.
+def response_scores(apply_fn: ApplyFn, params: Params, batch: RewardModelBatch) -> jax.Array:
+  """Scores of all responses, from one forward pass over all sequences.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
     params: Reward model.
-    batch: B pairs.
+    batch: B prompts with K responses each; two if they are pairs.
 
   Returns:
-    [B, 2] float32.
+    [B, K] float32; 0 for a place without a response.
   """
-  pairs, two, length = batch.tokens.shape
-  scores = apply_fn(params, batch.tokens.reshape(pairs * two, length))
-  return masked.last_real(scores.reshape(pairs, two, length), batch.mask)
+  rows, responses, length = batch.tokens.shape
+  scores = apply_fn(params, batch.tokens.reshape(rows * responses, length))
+  return masked.last_real(scores.reshape(rows, responses, length), batch.mask)
+
+
+def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array, jax.Array]:
+  """Every comparison that a batch makes.
+
+  Args:
+    scores: [B, K], of its responses.
+    batch: Pairs or rankings.
+
+  Returns:
+    [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
+    is no such pair. M is 1 for pairs and K * K for rankings.
+  """
+  if not isinstance(batch, RankingBatch):
+    return scores[:, None], jnp.ones((scores.shape[0], 1), bool)
+  rows, responses = scores.shape
+  better = batch.ranks[:, :, None] < batch.ranks[:, None, :]
+  mask = better & batch.real[:, :, None] & batch.real[:, None, :]
+  square = (rows, responses, responses)
+  sides = jnp.broadcast_to(scores[:, :, None], square), jnp.broadcast_to(scores[:, None], square)
+  return jnp.stack(sides, axis=-1).reshape(rows, -1, 2), mask.reshape(rows, -1)
 
 
 def loss_fn(
@@ -64,26 +88,56 @@ def loss_fn(
   apply_fn: ApplyFn,
   config: RewardModelConfig,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean Bradley-Terry loss of the batch, `pair_metrics`, and the number of response tokens."""
+  """Mean over the prompts of their mean Bradley-Terry loss over pairs.
+
+  Args:
+    params: Reward model.
+    batch: B prompts with their responses.
+    key: Unused.
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
+    config: Settings.
+
+  Returns:
+    Loss, `pair_metrics` and the number of response tokens.
+
+  Raises:
+    ValueError: A setting that is for pairs, and rankings.
+  """
   del key  # The loss is deterministic given the batch.
-  scores = pair_scores(apply_fn, params, batch)
-  chosen, rejected = scores[:, 0], scores[:, 1]
-  loss = reward.bradley_terry_loss(
-    chosen, rejected, margin=config.margin, label_smoothing=config.label_smoothing
-  )
-  loss += config.centering_coef * reward.centering_penalty(chosen, rejected)
+  scores = response_scores(apply_fn, params, batch)
+  if isinstance(batch, RankingBatch):
+    if config.margin or config.label_smoothing:
+      raise ValueError("margin and label_smoothing are for pairs; set them to 0 for rankings")
+    losses = reward.ranking_loss(scores, batch.ranks, batch.real)
+  else:
+    losses = reward.bradley_terry_loss(
+      scores[:, 0], scores[:, 1], margin=config.margin, label_smoothing=config.label_smoothing
+    )
+  pairs, mask = ordered_pairs(scores, batch)
+  penalty = reward.centering_penalty(pairs[..., 0].ravel(), pairs[..., 1].ravel())
+  losses += config.centering_coef * masked.masked_mean(penalty.reshape(mask.shape), mask, axis=1)
   tokens = jnp.sum(batch.mask).astype(jnp.float32)
-  return jnp.mean(loss), pair_metrics(scores) | {"tokens": tokens}
+  return jnp.mean(losses), pair_metrics(pairs, mask) | {"tokens": tokens}
 
 
-def pair_metrics(scores: jax.Array) -> Metrics:
-  """`reward/*` metrics from scores [B, 2]; a tie counts as half a correct pair."""
-  margin = scores[:, 0] - scores[:, 1]
+def pair_metrics(pairs: jax.Array, mask: jax.Array | None = None) -> Metrics:
+  """`reward/*` metrics; a tie counts as half a correct pair.
+
+  Args:
+    pairs: [..., 2] scores of the better and of the worse response.
+    mask: [B, M] bool for pairs [B, M, 2]: the means are over the pairs of a prompt, then over the
+      prompts, as in the loss. None counts all pairs alike.
+  """
+
+  def mean(x: jax.Array) -> jax.Array:
+    return jnp.mean(x if mask is None else masked.masked_mean(x, mask, axis=1))
+
+  margin = pairs[..., 0] - pairs[..., 1]
   return {
-    "reward/chosen": jnp.mean(scores[:, 0]),
-    "reward/rejected": jnp.mean(scores[:, 1]),
-    "reward/margin": jnp.mean(margin),
-    "reward/accuracy": jnp.mean((margin > 0) + 0.5 * (margin == 0)),
+    "reward/chosen": mean(pairs[..., 0]),
+    "reward/rejected": mean(pairs[..., 1]),
+    "reward/margin": mean(margin),
+    "reward/accuracy": mean((margin > 0) + 0.5 * (margin == 0)),
   }
 
 

@@ -5,9 +5,11 @@ from rlhf_jax.data.datasets import DataConfig as DataConfig
 from rlhf_jax.data.datasets import Dataset as Dataset
 from rlhf_jax.data.datasets import PromptBatch as PromptBatch
 from rlhf_jax.data.datasets import batches as batches
+from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import eval_batches as eval_batches
 from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
+from rlhf_jax.data.datasets import responses_of as responses_of
 from rlhf_jax.data.schema import Example as Example
 from rlhf_jax.data.schema import Kind as Kind
 from rlhf_jax.data.schema import parse_row as parse_row

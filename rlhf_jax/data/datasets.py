@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
-import typing
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,15 +16,32 @@ import grain
 import numpy as np
 
 from rlhf_jax.data import schema, sources
-from rlhf_jax.data.schema import Example, Kind
+from rlhf_jax.data.schema import Example, Kind, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.types import TokenBatch
+from rlhf_jax.types import RankingBatch, TokenBatch, UnpairedBatch
 
 _BUILTIN_ROWS = 4096
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
+# Names of the responses of an example; those of a ranking are numbered.
+_RESPONSES = {
+  "demonstrations": ("response",),
+  "preferences": ("chosen", "rejected"),
+  "unpaired": ("response",),
+  "prompts": (),
+}
+# Names of what is known about the responses of an example.
+_LABELS = {"rankings": "ranks", "unpaired": "desirable"}
+_COUNTS = (
+  "dropped_ties",
+  "dropped_not_judged",
+  "dropped_overlong",
+  "dropped_overlong_responses",
+  "dropped_identical_pairs",
+  "truncated_prompts",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +64,10 @@ class DataConfig:
       the prompt. A row with a longer response is always dropped.
     bad_rows: Skip and count up to this many unusable rows; with 0 the first one is an error.
     end_token: Token that ends a response, such as <s>; empty takes the tokenizer's own.
+    annotator: Learn preferences from the votes of this annotator or group alone; empty takes those
+      of all. For the built-in task, a key of simulation.ANNOTATORS (empty is the expert).
+    votes: How several votes on one pair count: by majority, ties dropped; or each as a pair of its
+      own, which teaches a model the share of the votes.
   """
 
   path: str = ""
@@ -61,6 +82,8 @@ class DataConfig:
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   bad_rows: int = 0
   end_token: str = ""
+  annotator: str = ""
+  votes: Votes = "majority"
 
   def __post_init__(self):
     if self.path and self.tfds:
@@ -82,24 +105,29 @@ class DataConfig:
         raise ValueError(
           f"{name} must be positive, got {getattr(self, name)}; it counts tokens, 256 is usual"
         )
-    if self.overlong not in _OVERLONG:
-      raise ValueError(f"overlong must be one of {', '.join(_OVERLONG)}, got {self.overlong!r}")
+    for name, known in (("overlong", _OVERLONG), ("votes", schema.VOTES)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 class Dataset(NamedTuple):
-  """Tokenised rows. Count them with `len(dataset.examples)`.
+  """Tokenised rows. Count the examples with `len(dataset.examples)`; a row may give several.
 
   Attributes:
-    kind: "demonstrations", "preferences" or "prompts".
-    examples: One dict of int32 [length] ids per row: "prompt" and, by kind, "response", or
-      "chosen" and "rejected".
-    rows: The original columns of each example, and under "prompt_text" the whole prompt as text,
-      as the tokenizer renders it.
+    kind: One of `schema.KINDS`.
+    examples: One dict of int32 [length] ids each: "prompt" and, by kind, "response"; "chosen" and
+      "rejected"; or "response_0", "response_1" and so on, best first. A ranking also has "ranks",
+      one per response, and an unpaired response "desirable", [1] or [0].
+    rows: The original columns of the row of each example, and under "prompt_text" the whole prompt
+      as text, as the tokenizer renders it.
     padded_length: Length to pad to, shared by the training and the held-out set: of prompts for
       the kind "prompts", else of prompt and response together.
+    width: Responses of an example, K: 2 of preferences, of rankings the most in both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
-    report: Counts: `rows_read`, `bad_rows` (training set only), `kept`, `dropped_overlong`,
-      `truncated_prompts`, `dropped_identical_pairs`, `duplicates` (repeated examples),
+    report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
+      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_overlong` and
+      `dropped_identical_pairs`, single responses left out of rankings as
+      `dropped_overlong_responses`, `truncated_prompts`, `duplicates` (repeated examples),
       `flipped_pairs` (pairs that are there the other way round too) and, for the held-out set,
       `eval_prompts_in_train`.
   """
@@ -108,8 +136,21 @@ class Dataset(NamedTuple):
   examples: list[dict[str, np.ndarray]]
   rows: list[dict[str, Any]]
   padded_length: int
+  width: int
   digest: str
   report: dict[str, int]
+
+  @property
+  def dropped(self) -> str:
+    """What was left out and how often, such as "ties 36, overlong 2"."""
+    prefix = "dropped_"
+    counts = {name.removeprefix(prefix): self.report[name] for name in _COUNTS if prefix in name}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+def responses_of(example: dict[str, np.ndarray]) -> list[np.ndarray]:
+  """Token ids of the responses of an example, in their order."""
+  return [ids for name, ids in example.items() if name not in ("prompt", *_LABELS.values())]
 
 
 class PromptBatch(NamedTuple):
@@ -126,7 +167,7 @@ class PromptBatch(NamedTuple):
   prompt_id: np.ndarray
 
 
-Batch = TokenBatch | PromptBatch
+Batch = TokenBatch | RankingBatch | UnpairedBatch | PromptBatch
 
 
 def load(
@@ -146,8 +187,8 @@ def load(
   Raises:
     DataError: A bad row beyond `config.bad_rows`, no rows left, or most rows too long.
   """
-  if kind not in schema.COLUMNS:
-    raise ValueError(f"kind must be one of {', '.join(schema.COLUMNS)}, got {kind!r}")
+  if kind not in schema.KINDS:
+    raise ValueError(f"kind must be one of {', '.join(schema.KINDS)}, got {kind!r}")
   if config.end_token and tokenizer.token_id(config.end_token) != tokenizer.eos_id:
     raise ValueError(
       f"end_token is {config.end_token!r} but the tokenizer ends with id {tokenizer.eos_id}; "
@@ -161,8 +202,8 @@ def load(
       raise DataError(f"{error}; or skip some with data.bad_rows{hint}") from error
     bad.append(error)
 
-  def read(rows: Iterator[Row], limit: int) -> list[tuple[Row, Example]]:
-    return _parse(kind, itertools.islice(rows, limit or None), tokenizer, on_bad_row)
+  def read(rows: Iterator[Row], limit: int) -> list[_Parsed]:
+    return _parse(kind, itertools.islice(rows, limit or None), config, tokenizer, on_bad_row)
 
   train_rows, source = _open(kind, config, seed, on_bad_row)
   train = read(train_rows, config.rows)
@@ -171,7 +212,8 @@ def load(
   elif config.path or config.tfds:
     train, heldout = _split(train, config.eval_fraction)
   else:
-    heldout = read(sources.read_builtin(kind, "eval", config.eval_rows, seed), 0)
+    rows = sources.read_builtin(kind, "eval", config.eval_rows, seed, config.annotator)
+    heldout = read(rows, 0)
   heldout = heldout[: config.eval_rows]
 
   train_part = _tokenize(kind, train, config, tokenizer)
@@ -184,15 +226,29 @@ def load(
   ):
     if not part.examples and (part is train_part or wants_heldout):
       raise DataError(
-        f"{name}: no rows are left of {len(part.lengths)} read ({_summary(part.report)}); "
-        "give more rows, or raise the limits"
+        f"{name}: no rows are left of {part.report['rows_read']} read ({_summary(part.report)}); "
+        f"{'choose another data.annotator' if config.annotator else 'give more rows'}, "
+        "or raise the limits"
       )
   train_part.report["bad_rows"] = len(bad)
   train_keys = set(train_part.keys)
   heldout_part.report["eval_prompts_in_train"] = sum(k in train_keys for k in heldout_part.keys)
-  longest = max(_padded_need(kind, e) for e in train_part.examples + heldout_part.examples)
-  padded = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-  return _finish(kind, train_part, padded), _finish(kind, heldout_part, padded)
+  shape = _shape(kind, train_part.examples + heldout_part.examples)
+  return _finish(kind, train_part, *shape), _finish(kind, heldout_part, *shape)
+
+
+def comparison_kind(config: DataConfig) -> Kind:
+  """The kind of data for a reward model: "rankings" or "preferences", by the first row.
+
+  Raises:
+    DataError: The rows cannot be read.
+  """
+  if not config.path and not config.tfds:
+    return "preferences"
+  # Bad rows are for `load` to report.
+  rows, _ = _open("preferences", config, 0, lambda error: None)
+  first = next(rows, None)
+  return schema.comparison_kind(first) if first else "preferences"
 
 
 def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
@@ -207,7 +263,7 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
   rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
   padded = max(len(example["prompt"]) for example in examples)
-  return _finish("prompts", _Part(examples, rows, list(texts), np.zeros((0, 2)), {}), padded)
+  return _finish("prompts", _Part(examples, rows, list(texts), np.zeros((0, 2)), {}), padded, 0)
 
 
 def batches(
@@ -218,6 +274,7 @@ def batches(
   pad_id: int,
   shuffle: bool = True,
   epochs: int | None = None,
+  columns: np.ndarray | None = None,
   shard_index: int = 0,
   shard_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -234,13 +291,15 @@ def batches(
     pad_id: Id to pad with; masks do not depend on it.
     shuffle: False keeps the order of the rows.
     epochs: Number of passes; None never ends.
+    columns: [rows, ...] figures known about each row; batches are then pairs `(batch, [B, ...])`.
     shard_index: Which contiguous part of each global batch to yield.
     shard_count: Number of such parts.
 
   Returns:
     An iterator of numpy batches of B = batch_size / shard_count rows: `TokenBatch` with [B, T]
-    arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected), or
-    `PromptBatch`. `get_state()` is a small JSON-compatible dict; `set_state()` continues from it.
+    arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected),
+    `RankingBatch`, `UnpairedBatch` or `PromptBatch`. `get_state()` is a small JSON-compatible dict;
+    `set_state()` continues from it.
 
   Raises:
     ValueError: The data set is smaller than a batch, or a batch cannot be cut into shards.
@@ -257,7 +316,7 @@ def batches(
     order = order.shuffle()
   # The global batch is formed before it is cut, so that the order is the same for any shard_count.
   order = order.repeat(epochs).batch(batch_size, drop_remainder=True)
-  mapped = order.map(lambda indices: _collate(dataset, indices[part], pad_id))
+  mapped = order.map(lambda indices: _with_columns(dataset, indices[part], pad_id, columns))
   # Padding a batch takes microseconds; reading ahead would only add threads to stop.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return iter(mapped.to_iter_dataset(options))
@@ -268,15 +327,17 @@ def eval_batches(
   batch_size: int,
   pad_id: int,
   *,
+  columns: np.ndarray | None = None,
   shard_index: int = 0,
   shard_count: int = 1,
-) -> Iterator[tuple[Batch, np.ndarray]]:
+) -> Iterator[tuple[Any, np.ndarray]]:
   """Runs over a data set once, in order.
 
   Args:
     dataset: The rows.
     batch_size: Rows of a global batch; may be larger than the data set.
     pad_id: Id to pad with.
+    columns: As for `batches`.
     shard_index: Which contiguous part of each global batch to yield.
     shard_count: Number of such parts.
 
@@ -293,7 +354,7 @@ def eval_batches(
   rows = len(dataset.examples)
   for start in range(0, rows, batch_size):
     positions = np.arange(start, start + batch_size)[part]
-    yield _collate(dataset, positions % rows, pad_id), positions < rows
+    yield _with_columns(dataset, positions % rows, pad_id, columns), positions < rows
 
 
 class _Part(NamedTuple):
@@ -302,7 +363,7 @@ class _Part(NamedTuple):
   Attributes:
     examples, rows: As in `Dataset`.
     keys: `Example.key` of each kept row.
-    lengths: [rows, 2] int, prompt and longest response of every row, dropped ones included.
+    lengths: [examples, 2] int, prompt and longest response, overlong examples included.
     report: As in `Dataset`.
   """
 
@@ -323,31 +384,47 @@ def _open(
     rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row)
     return rows, f"tfds:{config.tfds}"
   count = config.rows or _BUILTIN_ROWS
-  return sources.read_builtin(kind, "train", count, seed), f"built-in {kind}"
+  rows = sources.read_builtin(kind, "train", count, seed, config.annotator)
+  return rows, f"built-in {kind}"
+
+
+class _Parsed(NamedTuple):
+  """A row and its examples, of which there is at least one."""
+
+  row: Row
+  examples: list[Example]
 
 
 def _parse(
-  kind: Kind, rows: Iterator[Row], tokenizer: Tokenizer, on_bad_row: sources.OnBadRow
-) -> list[tuple[Row, Example]]:
-  """The usable rows, with the prompt as rendered text added to their columns."""
+  kind: Kind,
+  rows: Iterator[Row],
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  on_bad_row: sources.OnBadRow,
+) -> list[_Parsed]:
+  """The readable rows, with the prompt as rendered text added to their columns."""
   parsed = []
   for row in rows:
     try:
-      example = schema.parse_row(kind, row, prefer_messages=tokenizer.has_chat_template)
+      examples = schema.parse_row(
+        kind,
+        row,
+        prefer_messages=tokenizer.has_chat_template,
+        annotator=config.annotator,
+        votes=config.votes,
+      )
       try:
-        text = tokenizer.render_prompt(example.prompt)
+        text = tokenizer.render_prompt(examples[0].prompt)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
       on_bad_row(error)
       continue
-    parsed.append((row._replace(fields={**row.fields, "prompt_text": text}), example))
+    parsed.append(_Parsed(row._replace(fields={**row.fields, "prompt_text": text}), examples))
   return parsed
 
 
-def _split(
-  parsed: list[tuple[Row, Example]], fraction: float
-) -> tuple[list[tuple[Row, Example]], list[tuple[Row, Example]]]:
+def _split(parsed: list[_Parsed], fraction: float) -> tuple[list[_Parsed], list[_Parsed]]:
   """Holds out a part of the prompts.
 
   The choice depends on the prompt alone, so the stages of a chain that read the same prompts from
@@ -355,7 +432,7 @@ def _split(
   """
   if not fraction:
     return parsed, []
-  places = [_place(example.key) for _, example in parsed]
+  places = [_place(examples[0].key) for _, examples in parsed]
   # A file too small for its share still gives one prompt.
   limit = max(fraction, min(places, default=0.0))
   train = [item for item, place in zip(parsed, places, strict=True) if place > limit]
@@ -368,37 +445,69 @@ def _place(key: str) -> float:
   return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
-def _tokenize(
-  kind: Kind, parsed: list[tuple[Row, Example]], config: DataConfig, tokenizer: Tokenizer
-) -> _Part:
-  """Tokenises rows and drops those that cannot be trained on."""
-  columns = [tokenizer.encode_prompts([example.prompt for _, example in parsed])]
-  for i in range(len(schema.COLUMNS[kind]) - 1):
-    columns.append(tokenizer.encode_responses([example.answers[i] for _, example in parsed]))
-  part = _Part([], [], [], np.zeros([len(parsed), 2], np.int64), collections.Counter())
-  part.report.update(dict.fromkeys(("dropped_overlong", "truncated_prompts"), 0))
-  if kind == "preferences":
-    part.report["dropped_identical_pairs"] = 0
-  for i, ((row, example), ids) in enumerate(zip(parsed, zip(*columns, strict=True), strict=True)):
-    _check_ids(row, ids, tokenizer.vocab_size)
-    prompt, *answers = ids
+def _tokenize(kind: Kind, parsed: list[_Parsed], config: DataConfig, tokenizer: Tokenizer) -> _Part:
+  """Tokenises examples and drops those that cannot be trained on."""
+  report = collections.Counter(dict.fromkeys(_COUNTS, 0) | {"rows_read": len(parsed)})
+  report.update(f"dropped_{e.skip}" for _, examples in parsed for e in examples if e.skip)
+  prompts = tokenizer.encode_prompts([examples[0].prompt for _, examples in parsed])
+  usable = [
+    (row, prompt, example)
+    for (row, examples), prompt in zip(parsed, prompts, strict=True)
+    for example in examples
+    if not example.skip
+  ]
+  # The pairs of a row share answers. Where there are none, there may be no end token either.
+  texts = list(dict.fromkeys(answer for *_, example in usable for answer in example.answers))
+  encoded = dict(zip(texts, tokenizer.encode_responses(texts) if texts else [], strict=True))
+  part = _Part([], [], [], np.zeros([len(usable), 2], np.int64), report)
+  for i, (row, prompt, example) in enumerate(usable):
+    answers, labels = [encoded[answer] for answer in example.answers], list(example.labels)
+    _check_ids(row, (prompt, *answers), tokenizer.vocab_size)
     part.lengths[i] = len(prompt), max(map(len, answers), default=0)
-    too_long, answer_too_long = part.lengths[i] > _limits(config)
-    if answer_too_long or (too_long and config.overlong == "drop"):
-      part.report["dropped_overlong"] += 1
+    prompt_too_long, answer_too_long = part.lengths[i] > _limits(config)
+    if kind == "rankings":
+      answers, labels = _fitting(answers, labels, config.max_response_length)
+      answer_too_long = not any(labels)
+    if answer_too_long or (prompt_too_long and config.overlong == "drop"):
+      report["dropped_overlong"] += 1
       continue
     if kind == "preferences" and answers[0] == answers[1]:
-      part.report["dropped_identical_pairs"] += 1
+      report["dropped_identical_pairs"] += 1
       continue
-    if too_long:
-      part.report["truncated_prompts"] += 1
+    if prompt_too_long:
+      report["truncated_prompts"] += 1
       prompt = _keep_end(prompt, config.max_prompt_length, tokenizer.bos_id)
-    arrays = [np.asarray(x, np.int32) for x in (prompt, *answers)]
-    part.examples.append(dict(zip(schema.COLUMNS[kind], arrays, strict=True)))
+    report["dropped_overlong_responses"] += len(example.answers) - len(answers)
+    part.examples.append(_arrays(kind, prompt, answers, labels))
     part.rows.append(row.fields)
     part.keys.append(example.key)
-  part.report.update(rows_read=len(parsed), kept=len(part.examples), **_repeats(part.examples))
+  report.update(kept=len(part.examples), **_repeats(kind, part.examples))
   return part
+
+
+def _fitting(
+  answers: list[list[int]], ranks: list[int], max_length: int
+) -> tuple[list[list[int]], list[int]]:
+  """The responses of a ranking that are short enough, their ranks counted from 0 again."""
+  short = [
+    (answer, rank) for answer, rank in zip(answers, ranks, strict=True) if len(answer) <= max_length
+  ]
+  levels = sorted({rank for _, rank in short})
+  return [answer for answer, _ in short], [levels.index(rank) for _, rank in short]
+
+
+def _arrays(
+  kind: Kind, prompt: list[int], answers: list[list[int]], labels: list[int]
+) -> dict[str, np.ndarray]:
+  """An example as `Dataset` holds it."""
+  if kind == "rankings":
+    names = [f"response_{i}" for i in range(len(answers))]
+  else:
+    names = _RESPONSES[kind]
+  columns = {"prompt": prompt, **dict(zip(names, answers, strict=True))}
+  if kind in _LABELS:
+    columns[_LABELS[kind]] = labels
+  return {name: np.asarray(ids, np.int32) for name, ids in columns.items()}
 
 
 def _check_ids(row: Row, columns: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -422,14 +531,14 @@ def _keep_end(ids: list[int], length: int, bos_id: int | None) -> list[int]:
   return ids[len(ids) - length :]
 
 
-def _repeats(examples: list[dict[str, np.ndarray]]) -> dict[str, int]:
+def _repeats(kind: Kind, examples: list[dict[str, np.ndarray]]) -> dict[str, int]:
   """Counts repeated examples, and pairs that are there with both labels."""
   seen: set[tuple[bytes, ...]] = set()
   counts = {"duplicates": 0, "flipped_pairs": 0}
   for example in examples:
-    key = tuple(ids.tobytes() for ids in example.values())
+    prompt, *rest = key = tuple(ids.tobytes() for ids in example.values())
     counts["duplicates"] += key in seen
-    counts["flipped_pairs"] += len(key) == 3 and (key[0], key[2], key[1]) in seen
+    counts["flipped_pairs"] += kind == "preferences" and (prompt, *reversed(rest)) in seen
     seen.add(key)
   return counts
 
@@ -451,8 +560,8 @@ def _check_lengths(train: _Part, heldout: _Part, config: DataConfig, source: str
       f"median {p50}, 90 % below {p90}, 99 % below {p99}, longest {most})"
     )
   raise DataError(
-    f"{source}: {dropped} of {len(lengths)} rows are too long: {'; '.join(described)}; raise the "
-    "limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+    f"{source}: {dropped} of {len(lengths)} examples are too long: {'; '.join(described)}; raise "
+    "the limits, or set data.overlong=truncate_prompt if the prompts are what is long"
   )
 
 
@@ -460,18 +569,25 @@ def _summary(report: dict[str, int]) -> str:
   return ", ".join(f"{name} {count}" for name, count in sorted(report.items()) if count) or "none"
 
 
-def _padded_need(kind: Kind, example: dict[str, np.ndarray]) -> int:
-  prompt, *answers = (len(example[name]) for name in schema.COLUMNS[kind])
-  return prompt + max(answers, default=0)
+def _shape(kind: Kind, examples: list[dict[str, np.ndarray]]) -> tuple[int, int]:
+  """The `padded_length` and the `width` that all examples fit."""
+  prompts = [len(example["prompt"]) for example in examples]
+  responses = [responses_of(example) for example in examples]
+  longest = [max(map(len, some), default=0) for some in responses]
+  if kind == "unpaired":  # Any response is put behind any prompt.
+    length = max(prompts) + max(longest)
+  else:
+    length = max(map(operator.add, prompts, longest))
+  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, max(map(len, responses))
 
 
-def _finish(kind: Kind, part: _Part, padded_length: int) -> Dataset:
+def _finish(kind: Kind, part: _Part, padded_length: int, width: int) -> Dataset:
   digest = hashlib.sha256(kind.encode())
   for example in part.examples:
     for ids in example.values():
       digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
   return Dataset(
-    kind, part.examples, part.rows, padded_length, digest.hexdigest(), dict(part.report)
+    kind, part.examples, part.rows, padded_length, width, digest.hexdigest(), dict(part.report)
   )
 
 
@@ -486,28 +602,73 @@ def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
   return slice(shard_index * size, (shard_index + 1) * size)
 
 
+def _with_columns(
+  dataset: Dataset, indices: np.ndarray, pad_id: int, columns: np.ndarray | None
+) -> Any:
+  batch = _collate(dataset, indices, pad_id)
+  return batch if columns is None else (batch, columns[indices])
+
+
 def _collate(dataset: Dataset, indices: np.ndarray, pad_id: int) -> Batch:
   """The rows at `indices` [B] as arrays."""
   examples = [dataset.examples[i] for i in indices]
-  length = dataset.padded_length
   if dataset.kind == "prompts":
-    tokens = np.full([len(examples), length], pad_id, np.int32)
-    mask = np.zeros([len(examples), length], bool)
-    for row, example in enumerate(examples):
-      start = length - len(example["prompt"])
-      tokens[row, start:] = example["prompt"]
-      mask[row, start:] = True
-    return PromptBatch(tokens, mask, np.asarray(indices, np.int32))
-  answers = schema.COLUMNS[dataset.kind][1:]
-  tokens = np.full([len(examples), len(answers), length], pad_id, np.int32)
+    padded = _pad_left(examples, dataset.padded_length, pad_id)
+    return PromptBatch(*padded, np.asarray(indices, np.int32))
+  responses = [responses_of(example) for example in examples]
+  tokens, mask = _pad_right(dataset, examples, responses, pad_id)
+  if dataset.kind == "preferences":
+    return TokenBatch(tokens, mask)
+  if dataset.kind == "rankings":
+    ranks: Any = np.zeros(tokens.shape[:2], np.int32)
+    for row, example in zip(ranks, examples, strict=True):
+      row[: len(example["ranks"])] = example["ranks"]
+    # Every real response has at least its end token.
+    return RankingBatch(tokens, mask, ranks, mask.any(axis=-1))
+  tokens, mask = tokens[:, 0], mask[:, 0]
+  if dataset.kind == "demonstrations":
+    return TokenBatch(tokens, mask)
+  others = [responses_of(dataset.examples[_partner(dataset, i)]) for i in indices]
+  mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
+  desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
+  return UnpairedBatch(tokens, mask, desirable, mismatched)
+
+
+def _partner(dataset: Dataset, index: int) -> int:
+  """The next example, after the last the first, that has another prompt."""
+  size, prompt = len(dataset.examples), dataset.examples[index]["prompt"]
+  following = ((index + step) % size for step in range(1, size))
+  other = (i for i in following if not np.array_equal(dataset.examples[i]["prompt"], prompt))
+  return next(other, index)
+
+
+def _pad_left(
+  examples: Sequence[dict[str, np.ndarray]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens and mask of the prompts, [B, P] each."""
+  tokens = np.full([len(examples), length], pad_id, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, example in enumerate(examples):
-    for column, name in enumerate(answers):
-      prompt, answer = example["prompt"], example[name]
+    start = length - len(example["prompt"])
+    tokens[row, start:] = example["prompt"]
+    mask[row, start:] = True
+  return tokens, mask
+
+
+def _pad_right(
+  dataset: Dataset,
+  examples: Sequence[dict[str, np.ndarray]],
+  responses: Sequence[list[np.ndarray]],
+  pad_id: int,
+) -> tuple[Any, Any]:
+  """Tokens and mask of each prompt with each of its responses, [B, K, T] each."""
+  tokens = np.full([len(examples), dataset.width, dataset.padded_length], pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, (example, answers) in enumerate(zip(examples, responses, strict=True)):
+    prompt = example["prompt"]
+    for column, answer in enumerate(answers):
       end = len(prompt) + len(answer)
       tokens[row, column, : len(prompt)] = prompt
       tokens[row, column, len(prompt) : end] = answer
       mask[row, column, len(prompt) : end] = True
-  if len(answers) == 1:
-    tokens, mask = tokens[:, 0], mask[:, 0]
-  return TokenBatch(typing.cast(Any, tokens), typing.cast(Any, mask))
+  return tokens, mask

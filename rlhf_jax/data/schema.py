@@ -1,12 +1,18 @@
-"""What a row must hold: columns of the formats in use, turned into a prompt and its answers.
+"""What a row must hold: columns of the formats in use, turned into prompts and their answers.
 
-| kind           | columns                                                                        |
-|----------------|--------------------------------------------------------------------------------|
-| demonstrations | a prompt and `response`, `completion`, `output` or `chosen` (first one present) |
+| kind           | columns                                                                         |
+|----------------|---------------------------------------------------------------------------------|
+| demonstrations | a prompt and `response`, `completion`, `output`, `solution` or `chosen` (first  |
+|                | one present)                                                                    |
 |                | or `messages` that end with an assistant turn                                   |
 |                | or `text` alone: an empty prompt, plain language modelling                      |
-| preferences    | a prompt, `chosen` and `rejected`                                              |
-| prompts        | a prompt                                                                       |
+|                | or judged answers: the best one                                                 |
+| preferences    | judged answers: every two of them, unless they are tied                         |
+| rankings       | judged answers: all of them, best first                                         |
+| unpaired       | a demonstration and `label`: true if desirable, else false                      |
+|                | or judged answers: each, as desirable if it is `correct`, or else if it wins    |
+|                | more often than it loses                                                        |
+| prompts        | a prompt                                                                        |
 
 A prompt is `prompt` or `question` (text, or `prompt` as messages), or `instruction` with an
 optional `input`, or `messages` that end with a user turn (for prompts, a last assistant turn is
@@ -14,37 +20,60 @@ cut off). `chosen`, `rejected` and the other answers may be messages whose last 
 the turns before it are the prompt. Where a row has both a text and messages, the messages count if
 the tokenizer has a chat template, else the text. A null counts as an absent column. Other columns
 are ignored here and kept for reward functions.
+
+Judged answers are a prompt and
+
+- `chosen` and `rejected`; or
+- `responses`, a list of texts or of objects with `text`, which were judged in one of these ways:
+  - each has a `rank` (lower is better), a `score` (higher is better) or `correct` (true or false);
+  - `annotations` or `preferences` list votes: `preferred` is the index of the better response, or
+    null for a tie; `a` and `b` are the indices of the two that were compared (0 and 1 if there are
+    just two); `annotator` names who judged.
+
+Several votes on the same two answers count by majority: the verdict, tie included, that more votes
+name than any other, and a tie if there is no such verdict. With `votes="each"` every vote is a
+verdict of its own: trained on, they give a model the share of the votes as a soft label. In a
+ranking answers are ordered by wins minus losses. An `annotator` restricts all this to the votes of
+one annotator or group; for rows that were judged as a whole, the column `annotator` names who did.
 """
 
+import collections
+import itertools
 import json
-from collections.abc import Mapping
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
-Kind = Literal["demonstrations", "preferences", "prompts"]
-# Names of the token columns of each kind, the prompt first.
-COLUMNS: dict[str, tuple[str, ...]] = {
-  "demonstrations": ("prompt", "response"),
-  "preferences": ("prompt", "chosen", "rejected"),
-  "prompts": ("prompt",),
-}
+Kind = Literal["demonstrations", "preferences", "rankings", "unpaired", "prompts"]
+Votes = Literal["majority", "each"]
+KINDS: tuple[Kind, ...] = typing.get_args(Kind)
+VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant")
-_ANSWERS = ("response", "completion", "output", "chosen")
+_ANSWERS = ("response", "completion", "output", "solution", "chosen")
 _TEXT_PROMPTS = ("prompt", "question", "instruction")
+_VOTES = ("annotations", "preferences")
+_VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name to sign: 1 where more is better.
 
 
 class Example(NamedTuple):
-  """A row as text.
+  """What is learnt from at once, as text.
 
   Attributes:
     prompt: Text or messages; "" for plain language modelling.
-    answers: The response, or the chosen and the rejected one, or nothing.
+    answers: The response, or the chosen and the rejected one, or a ranking from the best to the
+      worst, or nothing.
+    labels: For rankings, the rank of each answer; for unpaired, 1 if it is desirable, else 0.
+    skip: Why nothing can be learnt from it: "ties", or "not_judged" by the annotator asked for.
   """
 
   prompt: Prompt
   answers: tuple[str, ...]
+  labels: tuple[int, ...] = ()
+  skip: str = ""
 
   @property
   def key(self) -> str:
@@ -56,39 +85,254 @@ class Example(NamedTuple):
     return self.prompt[0]["content"] if len(self.prompt) == 1 else json.dumps(self.prompt)
 
 
-def parse_row(kind: Kind, row: Row, *, prefer_messages: bool) -> Example:
+def parse_row(
+  kind: Kind,
+  row: Row,
+  *,
+  prefer_messages: bool,
+  annotator: str = "",
+  votes: Votes = "majority",
+) -> list[Example]:
   """Reads the columns that `kind` needs.
 
   Args:
     kind: What the row is for.
     row: The row.
     prefer_messages: Take `messages` where the row has a prompt as text too.
+    annotator: Whose judgements count; "" takes those of all.
+    votes: How several judgements of the same two answers count.
 
   Returns:
-    The example.
+    One or more examples that share the prompt.
 
   Raises:
-    DataError: A missing column, another type than text, or an empty text.
+    DataError: A missing column, another type than expected, or an empty text.
   """
-  if kind == "demonstrations":
-    return _demonstration(row, prefer_messages)
-  if kind == "preferences":
-    chosen_turns, chosen = _answer(row, "chosen")
-    rejected_turns, rejected = _answer(row, "rejected")
-    if chosen_turns != rejected_turns:
-      _fail(
-        row,
-        "rejected",
-        "its turns before the answer differ from those of `chosen`",
-        "give both answers the same prompt",
-      )
-    return Example(_prompt(row, prefer_messages, chosen_turns or None), (chosen, rejected))
-  return Example(_prompt(row, prefer_messages, cut_answer=True), ())
+  if kind == "prompts":
+    return [Example(_prompt(row, prefer_messages, cut_answer=True), ())]
+  answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
+  if kind == "demonstrations" and answered:
+    return [_demonstration(row, prefer_messages)]
+  if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
+    return labelled
+  judged = _judged(row, prefer_messages, annotator, votes)
+  if not judged.verdicts:
+    return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")]
+  return _FROM_JUDGED[kind](judged)
+
+
+def comparison_kind(row: Row) -> Kind:
+  """Rankings for a row that orders a list of responses, preferences for one that compares two."""
+  fields = row.fields
+  ranked = _given(fields, "responses") and not _given(fields, "annotations")
+  return "rankings" if ranked else "preferences"
+
+
+class _Verdict(NamedTuple):
+  """A comparison of the answers `a` and `b`; `preferred` is one of the two, or None for a tie."""
+
+  a: int
+  b: int
+  preferred: int | None
+  annotator: str | None = None
+
+
+class _Judged(NamedTuple):
+  """A prompt, its answers, and the verdicts on them that count."""
+
+  prompt: Prompt
+  answers: list[str]
+  verdicts: list[_Verdict]
+
+  @property
+  def merits(self) -> list[int]:
+    """Wins minus losses of each answer: positive if it is preferred more often than not."""
+    merits = [0] * len(self.answers)
+    for a, b, preferred, _ in self.verdicts:
+      if preferred is not None:
+        merits[preferred] += 1
+        merits[a + b - preferred] -= 1
+    return merits
+
+
+def _pairs(judged: _Judged) -> list[Example]:
+  """An example of every verdict."""
+  examples = []
+  for a, b, preferred, _ in judged.verdicts:
+    chosen, rejected = (b, a) if preferred == b else (a, b)
+    pair = judged.answers[chosen], judged.answers[rejected]
+    examples.append(Example(judged.prompt, pair, skip="ties" if preferred is None else ""))
+  return examples
+
+
+def _ranking(judged: _Judged) -> list[Example]:
+  """All answers as one example, best first."""
+  merits = judged.merits
+  levels = sorted(set(merits), reverse=True)
+  order = sorted(range(len(merits)), key=lambda i: -merits[i])
+  answers = tuple(judged.answers[i] for i in order)
+  ranks = tuple(levels.index(merits[i]) for i in order)
+  return [Example(judged.prompt, answers, ranks, skip="" if any(ranks) else "ties")]
+
+
+def _best(judged: _Judged) -> list[Example]:
+  """The first of the best answers."""
+  (ranking,) = _ranking(judged)
+  return [ranking._replace(answers=ranking.answers[:1], labels=())]
+
+
+def _good_and_bad(judged: _Judged) -> list[Example]:
+  """An example of every answer."""
+  return [
+    Example(judged.prompt, (answer,), (int(merit > 0),), skip="" if merit else "ties")
+    for answer, merit in zip(judged.answers, judged.merits, strict=True)
+  ]
+
+
+_FROM_JUDGED: dict[str, Callable[[_Judged], list[Example]]] = {
+  "demonstrations": _best,
+  "preferences": _pairs,
+  "rankings": _ranking,
+  "unpaired": _good_and_bad,
+}
+
+
+def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _Judged:
+  """The judged answers of a row, by the votes of those who were asked for."""
+  fields = row.fields
+  if _given(fields, "chosen") or not _given(fields, "responses"):
+    prompt, answers = _chosen_and_rejected(row, prefer_messages)
+    verdicts = [_Verdict(0, 1, 0, fields.get("annotator"))]
+  else:
+    prompt, answers = _prompt(row, prefer_messages), _responses(row)
+    verdicts = _verdicts(row, len(answers))
+  if annotator:
+    if any(verdict.annotator is None for verdict in verdicts):
+      _fail(row, "annotator", "missing", f"data.annotator={annotator} needs to know who judged")
+    verdicts = [verdict for verdict in verdicts if verdict.annotator == annotator]
+  return _Judged(prompt, answers, _majority(verdicts) if votes == "majority" else verdicts)
+
+
+def _majority(votes: Sequence[_Verdict]) -> list[_Verdict]:
+  """One verdict for each two answers that were compared."""
+  counts: dict[tuple[int, int], collections.Counter[int | None]] = {}
+  for a, b, preferred, _ in votes:
+    counts.setdefault((min(a, b), max(a, b)), collections.Counter())[preferred] += 1
+  verdicts = []
+  for (a, b), count in counts.items():
+    (preferred, most), *rest = count.most_common(2)
+    tied = rest and rest[0][1] == most
+    verdicts.append(_Verdict(a, b, None if tied else preferred))
+  return verdicts
+
+
+def _chosen_and_rejected(row: Row, prefer_messages: bool) -> tuple[Prompt, list[str]]:
+  if not _given(row.fields, "chosen"):
+    _fail_missing(row, ("chosen", "responses"))
+  chosen_turns, chosen = _answer(row, "chosen")
+  rejected_turns, rejected = _answer(row, "rejected")
+  if chosen_turns != rejected_turns:
+    _fail(
+      row,
+      "rejected",
+      "its turns before the answer differ from those of `chosen`",
+      "give both answers the same prompt",
+    )
+  return _prompt(row, prefer_messages, chosen_turns or None), [chosen, rejected]
+
+
+def _responses(row: Row) -> list[str]:
+  """Texts of a list of judged answers; they may be empty, as saying nothing can be judged too."""
+  responses = _list(row, "responses")
+  if len(responses) < 2:
+    _fail(row, "responses", "holds a single response", "give two or more to compare")
+  texts = []
+  for i, response in enumerate(responses):
+    text = response.get("text") if isinstance(response, dict) else response
+    if not isinstance(text, str):
+      problem = f"expected text or an object with `text`, found {_describe(response)}"
+      _fail(row, f"responses[{i}]", problem, "write it as text")
+    texts.append(text)
+  return texts
+
+
+def _verdicts(row: Row, count: int) -> list[_Verdict]:
+  """Every comparison of the `count` responses of a row."""
+  column = _first_given(row.fields, _VOTES)
+  if column:
+    return [_vote(row, column, i, vote, count) for i, vote in enumerate(_list(row, column))]
+  _, values = _values(row)
+  verdicts = []
+  for a, b in itertools.combinations(range(count), 2):
+    better = a if values[a] > values[b] else b
+    preferred = None if values[a] == values[b] else better
+    verdicts.append(_Verdict(a, b, preferred, row.fields.get("annotator")))
+  return verdicts
+
+
+def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
+  """Entry `i` of a column of votes on `count` responses."""
+  at = f"{column}[{i}]"
+  fix = 'write {"annotator": "...", "a": 0, "b": 1, "preferred": 0, 1 or null}'
+  if not isinstance(vote, dict):
+    _fail(row, at, f"expected a vote, found {_describe(vote)}", fix)
+  pair: tuple[Any, Any] = (vote.get("a"), vote.get("b"))
+  if count == 2 and pair == (None, None):
+    pair = (0, 1)
+  for name, index in zip("ab", pair, strict=True):
+    if type(index) is not int or not 0 <= index < count or pair[0] == pair[1]:
+      problem = f"expected one of two different indices below {count}, found {_describe(index)}"
+      _fail(row, f"{at}.{name}", problem, fix)
+  if "preferred" not in vote:
+    _fail(row, f"{at}.preferred", f"missing; the vote has only {sorted(vote)}", fix)
+  preferred = vote["preferred"]
+  if preferred is not None and (type(preferred) is not int or preferred not in pair):
+    problem = f"expected {pair[0]}, {pair[1]} or null, found {_describe(preferred)}"
+    _fail(row, f"{at}.preferred", problem, fix)
+  return _Verdict(*pair, preferred, vote.get("annotator", row.fields.get("annotator")))
+
+
+def _values(row: Row) -> tuple[str, list[float]]:
+  """What each response was given, higher for better ones, and the name of that field."""
+  responses = _list(row, "responses")
+  first = responses[0] if isinstance(responses[0], dict) else {}
+  name = _first_given(first, tuple(_VALUES))
+  if name is None:
+    wanted = ", ".join(f"`{name}`" for name in _VALUES)
+    fix = f"give every response one of {wanted}, or the row `{'` or `'.join(_VOTES)}`"
+    _fail(row, "responses[0]", "nobody has judged it", fix)
+  values = []
+  for i, response in enumerate(responses):
+    value: Any = response.get(name) if isinstance(response, dict) else None
+    at = f"responses[{i}].{name}"
+    if name == "correct":
+      value = _flag(row, at, value)
+    elif type(value) not in (int, float) or not -math.inf <= value <= math.inf:  # Not a NaN.
+      _fail(row, at, f"expected a number, found {_describe(value)}", "give every response one")
+    values.append(_VALUES[name] * value)
+  return name, values
+
+
+def _labelled(row: Row, prefer_messages: bool) -> list[Example]:
+  """Answers that were judged each on its own: by `label`, or by `correct` in `responses`."""
+  if _given(row.fields, "label"):
+    label = int(_flag(row, "label", row.fields["label"]))
+    return [_demonstration(row, prefer_messages)._replace(labels=(label,))]
+  if not _given(row.fields, "responses") or _first_given(row.fields, _VOTES):
+    return []
+  name, values = _values(row)
+  if name != "correct":
+    return []
+  prompt = _prompt(row, prefer_messages)
+  return [
+    Example(prompt, (answer,), (int(value),))
+    for answer, value in zip(_responses(row), values, strict=True)
+  ]
 
 
 def _demonstration(row: Row, prefer_messages: bool) -> Example:
   fields = row.fields
-  name = next((name for name in _ANSWERS if _given(fields, name)), None)
+  name = _first_given(fields, _ANSWERS)
   if name:
     turns, answer = _answer(row, name)
     return Example(_prompt(row, prefer_messages, turns or None), (answer,))
@@ -196,8 +440,25 @@ def _text(row: Row, name: str) -> str:
   return value
 
 
+def _list(row: Row, name: str) -> list[Any]:
+  value = row.fields[name]
+  if not isinstance(value, list) or not value:
+    _fail(row, name, f"expected a list, found {_describe(value)}", "write [...]")
+  return value
+
+
+def _flag(row: Row, at: str, value: Any) -> bool:
+  if not isinstance(value, bool):
+    _fail(row, at, f"expected true or false, found {_describe(value)}", "write one of the two")
+  return value
+
+
 def _given(fields: Mapping[str, Any], name: str) -> bool:
   return fields.get(name) is not None
+
+
+def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+  return next((name for name in names if _given(fields, name)), None)
 
 
 def _fail_missing(row: Row, names: tuple[str, ...]) -> NoReturn:

@@ -142,26 +142,36 @@ def parse_tfds(spec: str) -> tuple[str, str]:
   return match["name"], match["split"] or "train"
 
 
-def read_builtin(kind: str, split: str, n: int, seed: int) -> Iterator[Row]:
+def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") -> Iterator[Row]:
   """Writes rows of the built-in task.
 
   Args:
-    kind: "demonstrations", "preferences" or "prompts".
+    kind: "demonstrations", "prompts", or one that compares responses.
     split: "train" or "eval".
     n: Number of rows.
     seed: Seed of the rows.
+    annotator: Who compares; "" is the expert.
 
   Yields:
     The rows.
+
+  Raises:
+    DataError: There is no such annotator.
   """
   from rlhf_jax import simulation
 
-  write = {
-    "demonstrations": simulation.demonstrations,
-    "preferences": simulation.preferences,
-    "prompts": simulation.prompts,
-  }[kind]
-  for i, fields in enumerate(write(split, n, seed)):
+  if annotator and annotator not in simulation.ANNOTATORS:
+    raise DataError(
+      f"data.annotator: {annotator!r} does not judge the built-in task; "
+      f"choose one of {', '.join(simulation.ANNOTATORS)}"
+    )
+  if kind == "demonstrations":
+    rows = simulation.demonstrations(split, n, seed)
+  elif kind == "prompts":
+    rows = simulation.prompts(split, n, seed)
+  else:
+    rows = simulation.preferences(split, n, seed, annotator or "expert")
+  for i, fields in enumerate(rows):
     yield Row(f"built-in {kind}:{split}[{i}]", fields)
 
 

@@ -1,12 +1,14 @@
 """Rewards that are plain Python functions of text. Add yours to `REWARDS`."""
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax import simulation
+from rlhf_jax.data import DataError
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
 # with all their columns: a reference answer, a label, anything the score needs.
@@ -45,4 +47,81 @@ def sentiment(
   return np.array([score(response)["compound"] for response in responses], np.float32)
 
 
-REWARDS: dict[str, TextReward] = {"gold": gold, "sentiment": sentiment}
+# What announces an answer, the strongest sign first.
+_ANNOUNCEMENTS = tuple(
+  re.compile(pattern, re.IGNORECASE | re.MULTILINE)
+  for pattern in (
+    r"\\boxed\s*\{",
+    r"####",
+    r"\banswer\s*(?:is|:|=)|^\s*A:",
+    r"=(?=[^=\n]*\Z)",  # In the last line.
+  )
+)
+# Not a part of a word or an exponent, nor the left side of a sum or an equation. A minus sign that
+# does not subtract belongs to it.
+_NUMBER = re.compile(
+  r"(?:(?<![\w)])-)?(?<![\w.^])"
+  r"(?>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:e[-+]?[0-9]+)?(?:/[1-9][0-9]*)?)"
+  r"(?!\s*[-+*/×=]\s*[-(.0-9])",
+  re.IGNORECASE,
+)
+_PLAIN = (
+  (re.compile(r"(?<=[0-9])(?:,|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))"), ""),  # Thousands.
+  (re.compile(r"\\?[$€£]"), ""),
+  (re.compile("\N{MINUS SIGN}"), "-"),
+  (re.compile(r"\\[dt]?frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}"), r"\1/\2"),
+)
+
+
+def final_number(text: str) -> float | None:
+  r"""The number that a text gives as its answer.
+
+  It is the first one behind the last `\boxed{`, or else behind the last `####`, or else behind the
+  last "answer is", "answer:" or, at the start of a line, "A:", or else behind the last equals sign
+  of the last line. A text without any of these answers with its last number. Thousands separators,
+  currencies, units, fractions and LaTeX are understood.
+
+  Args:
+    text: A solution, such as "6 * 12 = 72, so the answer is $72.00 a week."
+
+  Returns:
+    The number; None if there is none.
+  """
+  text = text.strip()
+  for pattern, plain in _PLAIN:
+    text = pattern.sub(plain, text)
+  announced = next((found for p in _ANNOUNCEMENTS if (found := list(p.finditer(text)))), [])
+  numbers = list(_NUMBER.finditer(text, announced[-1].end() if announced else 0))
+  if not numbers:
+    return None
+  numerator, _, denominator = numbers[0 if announced else -1].group().partition("/")
+  return float(numerator) / float(denominator or 1)
+
+
+def exact_answer(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Scores:
+  """1 if the final number of the response is that of the column `answer`, else 0.
+
+  Raises:
+    DataError: A row has no number in `answer`.
+  """
+  del prompts
+  scores = np.zeros(len(responses), np.float32)
+  for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
+    answer = row.get("answer")
+    reference = None if answer is None else final_number(str(answer))
+    if reference is None:
+      raise DataError(
+        f"row {row.get('id', i)}: answer: {'missing' if answer is None else 'no number'}; "
+        "the reward exact_answer compares with a number in the column `answer`"
+      )
+    scores[i] = final_number(response) == reference
+  return scores
+
+
+REWARDS: dict[str, TextReward] = {
+  "exact_answer": exact_answer,
+  "gold": gold,
+  "sentiment": sentiment,
+}

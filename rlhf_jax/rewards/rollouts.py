@@ -1,13 +1,13 @@
 """From a scorer of text or of tokens to scores of a `Rollout`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.losses import masked
+from rlhf_jax.losses import masked, shaping
 from rlhf_jax.rewards.functions import TextReward
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
@@ -31,6 +31,28 @@ def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
     return masked.last_real(scores, rollout.response_mask)
 
   return lambda rollout, prompt_ids: score(params, rollout)
+
+
+def ensemble_reward(
+  scorers: Sequence[RewardFn], rule: Literal["mean", "min", "uwo"], coef: float = 0.5
+) -> RewardFn:
+  """One score from several reward models, against the errors that only one of them makes.
+
+  Coste et al., 2023, https://arxiv.org/abs/2310.02743.
+
+  Args:
+    scorers: The reward models; they should score on one scale.
+    rule: Their mean, the worst score, or the mean less `coef` times the variance (uwo).
+    coef: Weight of the variance.
+  """
+
+  def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    scores = jnp.stack([jnp.asarray(s(rollout, prompt_ids)) for s in scorers], axis=1)
+    if rule == "min":
+      return jnp.min(scores, axis=1)
+    return shaping.variance_penalized(scores, coef=coef if rule == "uwo" else 0.0)
+
+  return score
 
 
 def response_texts(rollout: Rollout, decode: Callable[[list[list[int]]], list[str]]) -> list[str]:

@@ -58,8 +58,27 @@ def sample_rollout(policy, key, rows):
   return Rollout(tokens, ~response, response, logprobs)
 
 
-def test_reaches_the_exact_optimum_of_the_regularised_objective():
-  beta, rows = 0.5, 512
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"normalize_values": True, "importance_cap": 2.0, "dual_clip": 3.0},
+    {"advantage": "rloo", "objective": "reinforce", "aggregation": "dr_grpo"},
+    {"advantage": "grpo", "scale_groups": False, "aggregation": "grpo"},
+    {
+      "advantage": "rloo",
+      "objective": "reinforce",
+      "aggregation": "dr_grpo",
+      "kl_in": "loss",
+      "kl_estimator": "reverse_kl",
+    },
+    {"advantage": "reinforce", "objective": "cispo", "clip_low": 1.0, "clip_high": 4.0},
+    {"advantage": "rloo", "objective": "gspo"},
+  ],
+  ids=lambda settings: "-".join(str(value) for value in settings.values()) or "ppo",
+)
+def test_reaches_the_exact_optimum_of_the_regularised_objective(settings):
+  beta, rows, samples = 0.5, 512, 8
   sequences = np.array(list(itertools.product(range(V), repeat=T)))
   reward = np.random.default_rng(0).normal(size=V**T).astype(np.float32)
   ref_params = tabular_params(jax.random.key(1))
@@ -68,14 +87,18 @@ def test_reaches_the_exact_optimum_of_the_regularised_objective():
   start_kl = jnp.sum(jnp.exp(ref) * (ref - optimum))
   assert start_kl > 0.3, "the problem must not start at its solution"
 
-  config = ppo.PPOConfig(kl_coef=beta, epochs=2, minibatches=4, missing_eos_penalty=0.0)
+  epochs = 1 if settings.get("objective") == "reinforce" else 2
+  config = ppo.PPOConfig(
+    kl_coef=beta, epochs=epochs, minibatches=4, missing_eos_penalty=0.0, **settings
+  )
   steps = 150
-  tx = optax.adam(optax.linear_schedule(0.03, 0.0, steps * 8))
+  tx = optax.adam(optax.linear_schedule(0.03, 0.0, steps * epochs * 4))
   step = ppo.make_ppo_step(tabular_apply, tx, config)
   experience = ppo.make_experience(
     tabular_apply,
     lambda params, tokens, **kwargs: tabular_apply(params, tokens, **kwargs)[0],
     config,
+    samples_per_prompt=samples,
   )
   draw = jax.jit(functools.partial(sample_rollout, rows=rows))
   state = init_state(jax.tree.map(jnp.copy, ref_params), tx)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from rlhf_jax.losses import masked
 from rlhf_jax.models import build
 from rlhf_jax.rewards import model_reward
 from rlhf_jax.train_step import init_state
-from rlhf_jax.types import Rollout, TokenBatch
+from rlhf_jax.types import RankingBatch, Rollout, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
 
 PAD, EOS, V = 0, 2, 16
@@ -35,11 +36,51 @@ def make_batch(rows=16, seed=0):
   return TokenBatch(jnp.asarray(tokens), jnp.asarray((at >= PROMPT) & (at <= end)))
 
 
+K = 4
+
+
+def make_rankings(rows=12, seed=0):
+  """Rankings of two to `K` responses with ties; what stands in empty places is arbitrary."""
+  rng = np.random.default_rng(seed)
+  pairs = [make_batch(rows, seed + i) for i in range(K)]
+  tokens = np.stack([pair.tokens[:, i % 2] for i, pair in enumerate(pairs)], axis=1)
+  mask = np.stack([pair.mask[:, i % 2] for i, pair in enumerate(pairs)], axis=1)
+  real = np.arange(K) < rng.integers(2, K + 1, size=(rows, 1))
+  ranks = np.sort(rng.integers(0, 3, size=(rows, K)), axis=1)
+  ranks -= ranks[:, :1]
+  ranks[:, 1] = np.maximum(ranks[:, 1], 1)  # Always a pair.
+  ranks = np.maximum.accumulate(ranks, axis=1)
+  ranks[1, :2] = 0
+  real[1] = np.arange(K) < 2  # But for this row.
+  batch = RankingBatch(tokens, mask & real[:, :, None], ranks.astype(np.int32), real)
+  return jax.tree.map(jnp.asarray, batch)
+
+
+def loop_over_pairs(scores, batch):
+  """Scores (better, worse) of every pair of every row, in float64."""
+  scores, ranks, real = (np.asarray(x) for x in (scores, batch.ranks, batch.real))
+  return [
+    [
+      (float(scores[b, i]), float(scores[b, j]))
+      for i in range(K)
+      for j in range(K)
+      if real[b, i] and real[b, j] and ranks[b, i] < ranks[b, j]
+    ]
+    for b in range(len(scores))
+  ]
+
+
 @functools.cache
 def model_and_params(init_std=0.3):
   """With a jitted `apply`: called eagerly, the scan over layers would compile at each call."""
   model = build(dataclasses.replace(CONFIG, init_std=init_std), head="scalar")
   return model._replace(apply=jax.jit(model.apply)), jax.jit(model.init)(jax.random.key(0))
+
+
+def bag_of_tokens():
+  """A model that compiles at once: the score of a text is the sum of those of its tokens."""
+  model = types.SimpleNamespace(apply=lambda table, tokens: jnp.cumsum(table[tokens], axis=-1))
+  return model, jnp.float32(np.random.default_rng(1).normal(size=V))
 
 
 def loss_of(model, params, batch, **settings):
@@ -50,7 +91,7 @@ def loss_of(model, params, batch, **settings):
 def test_score_is_read_at_the_end_of_each_response():
   model, params = model_and_params()
   batch = make_batch()
-  scores = reward_model.pair_scores(model.apply, params, batch)
+  scores = reward_model.response_scores(model.apply, params, batch)
   assert scores.shape == (16, 2)
   for b in range(3):
     for side in range(2):
@@ -63,10 +104,12 @@ def test_score_is_read_at_the_end_of_each_response():
 def test_score_does_not_depend_on_right_padding(extra):
   model, params = model_and_params()
   batch = make_batch()
-  want = reward_model.pair_scores(model.apply, params, batch)
+  want = reward_model.response_scores(model.apply, params, batch)
   wide = ((0, 0), (0, 0), (0, extra))
   padded = TokenBatch(jnp.pad(batch.tokens, wide, constant_values=13), jnp.pad(batch.mask, wide))
-  np.testing.assert_allclose(reward_model.pair_scores(model.apply, params, padded), want, atol=1e-5)
+  np.testing.assert_allclose(
+    reward_model.response_scores(model.apply, params, padded), want, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("left, right", [(0, 0), (4, 0), (0, 4), (3, 5)])
@@ -74,7 +117,7 @@ def test_score_does_not_depend_on_the_side_of_the_padding(left, right):
   """A rollout has its padding on both sides; the same text gets the same score as in training."""
   model, params = model_and_params()
   batch = make_batch()
-  want = reward_model.pair_scores(model.apply, params, batch)[:, 0]
+  want = reward_model.response_scores(model.apply, params, batch)[:, 0]
   rng = np.random.default_rng(3)
   tokens = rng.integers(V, size=(16, left + T + right)).astype(np.int32)
   prompt, response = np.zeros((2, *tokens.shape), bool)
@@ -108,10 +151,10 @@ def test_order_of_the_pairs_changes_nothing():
   model, params = model_and_params()
   batch = make_batch()
   order = np.random.default_rng(0).permutation(16)
-  want = reward_model.pair_scores(model.apply, params, batch)
+  want = reward_model.response_scores(model.apply, params, batch)
   shuffled = jax.tree.map(lambda x: x[order], batch)
   np.testing.assert_allclose(
-    reward_model.pair_scores(model.apply, params, shuffled), want[order], atol=1e-6
+    reward_model.response_scores(model.apply, params, shuffled), want[order], atol=1e-6
   )
 
 
@@ -121,13 +164,95 @@ def test_order_of_the_pairs_changes_nothing():
 def test_loss_matches_numpy(settings):
   model, params = model_and_params()
   batch = make_batch()
-  scores = np.asarray(reward_model.pair_scores(model.apply, params, batch), np.float64)
+  scores = np.asarray(reward_model.response_scores(model.apply, params, batch), np.float64)
   d = scores[:, 0] - scores[:, 1] - settings.get("margin", 0.0)
   smoothing = settings.get("label_smoothing", 0.0)
   want = (1 - smoothing) * np.logaddexp(0, -d) + smoothing * np.logaddexp(0, d)
   want += settings.get("centering_coef", 0.0) * scores.sum(axis=1) ** 2
   loss, _ = loss_of(model, params, batch, **settings)
   np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.3])
+def test_rankings_are_learnt_by_all_pairs_of_a_prompt(centering):
+  model, params = model_and_params()
+  batch = make_rankings()
+  scores = np.zeros((12, K))
+  for b, k in np.ndindex(12, K):
+    if batch.real[b, k]:
+      last = int(np.flatnonzero(batch.mask[b, k])[-1])
+      scores[b, k] = model.apply(params, batch.tokens[b, k][None])[0, last]
+  pairs = loop_over_pairs(scores, batch)
+  assert [len(row) for row in pairs].count(0) == 1  # A tie: no loss, but a prompt.
+
+  def mean(value):
+    return np.mean([np.mean([value(*pair) for pair in row]) if row else 0.0 for row in pairs])
+
+  loss, metrics = loss_of(model, params, batch, centering_coef=centering)
+  want = mean(lambda a, b: np.logaddexp(0, b - a) + centering * (a + b) ** 2)
+  np.testing.assert_allclose(loss, want, rtol=1e-4)
+  np.testing.assert_allclose(metrics["reward/margin"], mean(lambda a, b: a - b), atol=1e-5)
+  np.testing.assert_allclose(metrics["reward/accuracy"], mean(lambda a, b: a > b), atol=1e-6)
+  np.testing.assert_allclose(metrics["reward/chosen"], mean(lambda a, b: a), atol=1e-5)
+  np.testing.assert_allclose(metrics["reward/rejected"], mean(lambda a, b: b), atol=1e-5)
+  assert metrics["tokens"] == batch.mask.sum()
+
+
+def test_a_ranking_of_two_is_a_pair():
+  model, params = bag_of_tokens()
+  pairs = make_batch()
+  ranks = jnp.tile(jnp.int32([0, 1]), (16, 1))
+  rankings = RankingBatch(*pairs, ranks, jnp.ones((16, 2), bool))
+
+  def run(batch):
+    return jax.value_and_grad(
+      lambda params: loss_of(model, params, batch, centering_coef=0.1), has_aux=True
+    )(params)
+
+  (want, want_metrics), want_grad = run(pairs)
+  (loss, metrics), grad = run(rankings)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  close(loss, want)
+  jax.tree.map(close, metrics, want_metrics)
+  jax.tree.map(close, grad, want_grad)
+
+
+def test_each_response_of_a_ranking_is_read_once():
+  batch, calls = make_rankings(), []
+
+  def apply(params, tokens):
+    calls.append(tokens.shape)
+    return params * tokens
+
+  reward_model.loss_fn(
+    jnp.float32(0.1),
+    batch,
+    jax.random.key(0),
+    apply_fn=apply,
+    config=reward_model.RewardModelConfig(),
+  )
+  assert calls == [(12 * K, T)]
+
+
+def test_microbatches_of_rankings_change_nothing():
+  model, params = bag_of_tokens()
+  batch, tx = make_rankings(), optax.sgd(1e-2)
+
+  def run(microbatches):
+    config = reward_model.RewardModelConfig(centering_coef=0.1, microbatches=microbatches)
+    step = reward_model.make_reward_model_step(model.apply, tx, config)
+    state, metrics = step(init_state(jax.tree.map(jnp.copy, params), tx), batch, jax.random.key(0))
+    return state.params, metrics
+
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  jax.tree.map(close, run(3), run(1))
+
+
+@pytest.mark.parametrize("settings", [{"margin": 0.5}, {"label_smoothing": 0.1}])
+def test_settings_of_pairs_are_refused_for_rankings(settings):
+  model, params = bag_of_tokens()
+  with pytest.raises(ValueError, match="are for pairs"):
+    loss_of(model, params, make_rankings(), **settings)
 
 
 def test_a_tie_is_half_correct():
@@ -191,7 +316,7 @@ def test_learns_a_planted_preference():
   assert step._cache_size() == 1
   # On pairs it has not seen.
   held_out = make_batch(128, seed=1000)
-  scores = reward_model.pair_scores(model.apply, state.params, held_out)
+  scores = reward_model.response_scores(model.apply, state.params, held_out)
   assert reward_model.pair_metrics(scores)["reward/accuracy"] > 0.95
   # And it does score the token, whatever the pair.
   score = lambda token: masked.last_real(  # noqa: E731

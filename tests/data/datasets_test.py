@@ -2,13 +2,15 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import typing
 
+import jax
 import numpy as np
 import pytest
 
 from rlhf_jax import data
 from rlhf_jax.data import DataConfig, DataError, PromptBatch, word_level_tokenizer
-from rlhf_jax.types import TokenBatch
+from rlhf_jax.types import RankingBatch, TokenBatch, UnpairedBatch
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
 WORDS = tuple(f"w{i}" for i in range(40))
@@ -62,6 +64,7 @@ def assert_same(a, b):
     ({"bad_rows": -1}, "bad_rows must be at least 0"),
     ({"eval_rows": 0}, "eval_rows must be at least 1"),
     ({"overlong": "cut"}, "overlong must be one of drop, truncate_prompt"),
+    ({"votes": "one"}, "votes must be one of majority, each"),
     ({"path": "a", "tfds": "b"}, "tfds cannot be used together with path"),
     ({"tfds": "../b"}, "tfds: '../b' is not NAME"),
     ({"tfds_dir": "b"}, "tfds_dir needs"),
@@ -114,6 +117,86 @@ def test_preferences(tmp_path):
   )
 
 
+def test_rankings(tmp_path):
+  rows = [
+    {
+      "prompt": text(1),
+      "responses": [{"text": text(2), "rank": 1}, {"text": text(3, 4), "rank": 0}],
+    },
+    {
+      "prompt": text(5, 6),
+      "responses": [
+        {"text": text(7), "score": 0.1},
+        {"text": "", "score": 2},
+        {"text": text(8, 9), "score": 0.1},
+      ],
+    },
+  ]
+  train, _ = load("rankings", tmp_path, rows)
+  assert (train.width, train.padded_length) == (3, 8)
+  assert [len(data.responses_of(example)) for example in train.examples] == [2, 3]
+  batch = next(data.batches(train, 2, seed=0, pad_id=0, shuffle=False))
+  assert isinstance(batch, RankingBatch)
+  want = [
+    [[1, *ids(1, 3, 4), 2], [1, *ids(1, 2), 2], []],
+    [[1, *ids(5, 6), 2], [1, *ids(5, 6, 7), 2], [1, *ids(5, 6, 8, 9), 2]],
+  ]
+  prompts = [2, 3]
+  for b, row in enumerate(want):
+    for k, sequence in enumerate(row):
+      assert batch.tokens[b, k].tolist() == sequence + [0] * (8 - len(sequence))
+      scored = [bool(sequence) and prompts[b] <= t < len(sequence) for t in range(8)]
+      assert batch.mask[b, k].tolist() == scored
+  np.testing.assert_array_equal(batch.ranks, [[0, 1, 0], [0, 1, 1]])
+  np.testing.assert_array_equal(batch.real, [[True, True, False], [True] * 3])
+  assert (batch.ranks.dtype, batch.real.dtype) == (np.int32, bool)
+
+
+def test_unpaired(tmp_path):
+  rows = [
+    {"prompt": text(1), "response": text(2), "label": True},
+    {"prompt": text(3, 4), "chosen": text(5), "rejected": text(6, 7, 8)},
+  ]
+  train, _ = load("unpaired", tmp_path, rows)
+  batch = next(data.batches(train, 3, seed=0, pad_id=0, shuffle=False))
+  assert isinstance(batch, UnpairedBatch)
+  assert train.padded_length == 8  # For the longest response behind the longest prompt.
+  answers = [
+    [1, *ids(1), *ids(2), 2],
+    [1, *ids(3, 4), *ids(5), 2],
+    [1, *ids(3, 4), *ids(6, 7, 8), 2],
+  ]
+  # The next response to another prompt: that of the third row for the first, not for the second.
+  others = [[1, *ids(1), *ids(5), 2], [1, *ids(3, 4), *ids(2), 2], [1, *ids(3, 4), *ids(2), 2]]
+  for got, want in ((batch, answers), (batch.mismatched, others)):
+    for b, sequence in enumerate(want):
+      assert got.tokens[b].tolist() == sequence + [0] * (8 - len(sequence))
+      start = 2 if b == 0 else 3
+      assert got.mask[b].tolist() == [start <= t < len(sequence) for t in range(8)]
+  assert batch.desirable.tolist() == [True, True, False]
+  assert batch.desirable.dtype == bool
+
+
+def test_the_only_prompt_has_no_mismatched_response(tmp_path):
+  rows = [{"prompt": text(1), "response": text(i), "label": True} for i in range(3)]
+  train, _ = load("unpaired", tmp_path, rows)
+  batch = next(data.batches(train, 3, seed=0, pad_id=0))
+  np.testing.assert_array_equal(batch.mismatched.tokens, batch.tokens)
+
+
+def test_mismatched_responses_do_not_depend_on_the_batch(tmp_path):
+  rows = [{"prompt": text(i), "response": text(i, i), "label": True} for i in range(7)]
+  train, _ = load("unpaired", tmp_path, rows)
+  whole = next(data.batches(train, 7, seed=0, pad_id=0, shuffle=False))
+  np.testing.assert_array_equal(
+    whole.mismatched.tokens[:, 2:4], np.roll(whole.tokens[:, 2:4], -1, axis=0)
+  )
+  order = np.argsort(whole.tokens[:, 1])
+  for batch in itertools.islice(data.batches(train, 2, seed=3, pad_id=0), 5):
+    same = order[np.searchsorted(whole.tokens[order, 1], batch.tokens[:, 1])]
+    np.testing.assert_array_equal(batch.mismatched.tokens, whole.mismatched.tokens[same])
+
+
 def test_prompts(tmp_path):
   train, _ = load("prompts", tmp_path, [{"prompt": text(1), "n": 5}, {"prompt": text(2, 3)}])
   batch = next(data.batches(train, 2, seed=0, pad_id=0, shuffle=False))
@@ -143,6 +226,68 @@ def test_typed_specials_never_become_ids(tmp_path):
 # Which rows are kept.
 
 
+def votes(*preferred, names="abc"):
+  return [{"annotator": n, "preferred": p} for n, p in zip(names, preferred, strict=False)]
+
+
+def test_ties_are_dropped_and_counted(tmp_path):
+  row = {"prompt": text(1), "responses": [text(2), text(3)]}
+  rows = [{**row, "annotations": votes(*v)} for v in [(0, 0, 1), (0, 1), (1, 1, None), (None,)]]
+  train, _ = load("preferences", tmp_path, rows)
+  assert train.report["rows_read"] == 4
+  assert (train.report["kept"], train.report["dropped_ties"]) == (2, 2)
+  assert train.dropped == "ties 2"
+  train, _ = load("preferences", tmp_path, rows, votes="each")
+  assert (train.report["kept"], train.report["dropped_ties"]) == (7, 2)
+  assert len(train.rows) == 7
+  train, _ = load("preferences", tmp_path, rows, annotator="c")
+  assert (train.report["kept"], train.dropped) == (1, "ties 1, not_judged 2")
+  with pytest.raises(DataError, match="dropped_not_judged 4.*choose another data.annotator"):
+    load("preferences", tmp_path, rows, annotator="nobody")
+
+
+def test_all_pairs_of_a_row_stay_on_one_side(tmp_path):
+  rows = [
+    {
+      "prompt": text(i),
+      "responses": [{"text": text(i, k), "rank": k} for k in range(4)],
+    }
+    for i in range(40)
+  ]
+  train, heldout = load("preferences", tmp_path, rows, eval_fraction=0.3)
+  assert len(train.examples) + len(heldout.examples) == 40 * 6
+  assert len(heldout.examples) % 6 == 0 and heldout.examples
+  assert heldout.report["eval_prompts_in_train"] == 0
+  rankings, _ = load("rankings", tmp_path, rows, eval_fraction=0.3)
+  assert len(rankings.examples) * 6 == len(train.examples)
+
+
+def test_overlong_responses_leave_a_ranking(tmp_path):
+  row = {"prompt": text(1)}
+
+  def responses(*lengths):
+    return [{"text": text(*range(n)), "rank": i} for i, n in enumerate(lengths)]
+
+  rows = [
+    {**row, "responses": responses(9, 2, 1, 3)},
+    {**row, "responses": responses(2, 1)},
+    {**row, "responses": responses(2, 9)},
+  ]
+  train, _ = load("rankings", tmp_path, rows, max_response_length=4)
+  assert [e["ranks"].tolist() for e in train.examples] == [[0, 1, 2], [0, 1]]
+  assert train.width == 3
+  assert train.dropped == "overlong 1, overlong_responses 1"
+
+
+def test_kind_of_comparisons(tmp_path):
+  ranking = {"prompt": text(1), "responses": [{"text": text(2), "rank": 0}] * 2}
+  pair = {"prompt": text(1), "chosen": text(2), "rejected": text(3)}
+  for rows, kind in (([ranking, pair], "rankings"), ([pair, ranking], "preferences")):
+    config = DataConfig(path=write(tmp_path, rows))
+    assert data.comparison_kind(config) == kind
+  assert data.comparison_kind(DataConfig()) == "preferences"
+
+
 def test_overlong_rows_are_dropped_and_counted(tmp_path):
   rows = [*prompts(4), {"prompt": text(*range(9))}]
   train, _ = load("prompts", tmp_path, rows, max_prompt_length=9)
@@ -168,7 +313,9 @@ def test_overlong_responses_are_never_cut(tmp_path, overlong):
 
 def test_mostly_overlong_names_the_limits(tmp_path):
   rows = [{"prompt": text(*range(9)), "response": text(1)} for _ in range(4)]
-  with pytest.raises(DataError, match=r"4 of 4 rows are too long.*data\.max_prompt_length=8.*10"):
+  with pytest.raises(
+    DataError, match=r"4 of 4 examples are too long.*data\.max_prompt_length=8.*10"
+  ):
     load("demonstrations", tmp_path, rows, max_prompt_length=8)
   with pytest.raises(DataError, match=r"data\.max_response_length=1 .*median 2") as error:
     load("demonstrations", tmp_path, rows, max_response_length=1)
@@ -288,7 +435,7 @@ def test_eval_file_and_its_overlap(tmp_path):
   assert heldout.report["eval_prompts_in_train"] == 3
 
 
-@pytest.mark.parametrize("kind", ["demonstrations", "preferences", "prompts"])
+@pytest.mark.parametrize("kind", typing.get_args(data.Kind))
 def test_builtin_task(kind):
   from rlhf_jax import simulation
 
@@ -300,8 +447,26 @@ def test_builtin_task(kind):
   unknown = tokenizer.token_id("<unk>")
   for example in train.examples + heldout.examples:
     assert all(unknown not in tokens for tokens in example.values())
+  assert len(train.examples) == (100 if kind == "unpaired" else 50)
   assert data.load(kind, config, tokenizer, seed=1)[0].digest == train.digest
   assert data.load(kind, config, tokenizer, seed=2)[0].digest != train.digest
+
+
+def test_annotators_of_the_builtin_task():
+  from rlhf_jax import simulation
+
+  tokenizer = word_level_tokenizer(simulation.WORDS)
+
+  def chosen(annotator):
+    config = DataConfig(rows=200, eval_rows=100, annotator=annotator)
+    train, heldout = data.load("preferences", config, tokenizer)
+    return [np.mean([len(e["chosen"]) for e in part.examples]) for part in (train, heldout)]
+
+  assert chosen("") == chosen("expert")
+  for terse, lavish in zip(chosen("terse"), chosen("lavish"), strict=True):
+    assert terse < lavish - 1
+  with pytest.raises(DataError, match="data.annotator: 'me' does not judge.*expert, novice, terse"):
+    chosen("me")
 
 
 # Order and position.
@@ -355,6 +520,25 @@ def test_shards_together_are_the_global_batch(dataset, shard_count):
     parts = [leaves(next(shard)) for shard in shards]
     joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
     assert_same(PromptBatch(*joined), next(whole))
+
+
+@pytest.mark.parametrize("kind", ["preferences", "rankings", "unpaired"])
+def test_shards_of_judged_answers_together_are_the_global_batch(kind, tmp_path):
+  rows = [{"prompt": text(i), "chosen": text(i, 1), "rejected": text(i, 2)} for i in range(9)]
+  train, _ = load(kind, tmp_path, rows)
+
+  def global_batches(shard_count):
+    shards = [
+      data.batches(train, 4, seed=3, pad_id=0, shard_index=i, shard_count=shard_count)
+      for i in range(shard_count)
+    ]
+    for _ in range(6):
+      parts = [jax.tree.leaves(next(shard)) for shard in shards]
+      yield [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+  for whole, joined in zip(global_batches(1), global_batches(2), strict=True):
+    for a, b in zip(whole, joined, strict=True):
+      np.testing.assert_array_equal(a, b)
 
 
 def test_batches_refuses(dataset):
@@ -430,3 +614,123 @@ def test_transcript_of_messages_is_the_prompt_of_hh():
     pytest.skip(f"needs {path}")
   for row in data.read_jsonl(path):
     assert data.transcript(row.fields["messages"]).split() == row.fields["prompt"].split()
+
+
+def decided_and_tied(row):
+  """Comparisons of a judged row, counted from its columns by rules of their own."""
+  if "chosen" in row:
+    return 1, 0
+  if "annotations" in row:
+    preferred = [vote["preferred"] for vote in row["annotations"]]
+    counts = sorted((preferred.count(x) for x in (0, 1, None)), reverse=True)
+    winner = counts[0] > counts[1] and preferred.count(None) < counts[0]
+    return int(winner), int(not winner)
+  if "preferences" in row:
+    ties = sum(pair["preferred"] is None for pair in row["preferences"])
+    return len(row["preferences"]) - ties, ties
+  values = [r.get("rank", r.get("score", r.get("correct"))) for r in row["responses"]]
+  ties = sum(a == b for a, b in itertools.combinations(values, 2))
+  return len(values) * (len(values) - 1) // 2 - ties, ties
+
+
+def everything(shared, kind, family, **config):
+  """All rows of a data set of which the test split is held out."""
+  tokenizer = data.load_tokenizer(shared / "models" / "stories260k", eos_token="<s>")
+  paths = [str(shared / "data" / f"{family}_{split}.jsonl") for split in ("train", "test")]
+  limits = {"max_prompt_length": 10**6, "max_response_length": 10**6, "eval_rows": 10**6}
+  config = DataConfig(path=paths[0], eval_path=paths[1], end_token="<s>", **limits, **config)
+  rows = [[row.fields for row in data.read_jsonl(path)] for path in paths]
+  return data.load(kind, config, tokenizer), rows
+
+
+@pytest.mark.parametrize(
+  ("family", "digest"),
+  [
+    ("preference/hh_helpful", "f60b7651"),
+    ("preference/hh_harmless", "7f4340bd"),
+    ("annotators/hh_groups", "ec23e387"),
+    ("annotators/pandalm", "6a27567a"),
+    ("ranking/alpaca_eval_k6", "54572609"),
+    ("ranking/qa_feedback", "e5cdaebb"),
+    ("ranking/oasst", "e7be44d2"),
+  ],
+)
+def test_real_comparisons(shared, family, digest):
+  datasets, rows = everything(shared, "preferences", family)
+  for dataset, part in zip(datasets, rows, strict=True):
+    decided, tied = np.sum([decided_and_tied(row) for row in part], axis=0)
+    report = dataset.report
+    assert report["rows_read"] == len(part)
+    assert report["kept"] == len(dataset.examples) == decided
+    assert (report["dropped_ties"], report["dropped_overlong"]) == (tied, 0)
+    assert all(e["chosen"].tolist() != e["rejected"].tolist() for e in dataset.examples)
+  assert datasets[1].report["eval_prompts_in_train"] == 0
+  assert datasets[1].digest.startswith(digest)
+
+
+def merits(row):
+  """A number of each response that is higher for the better ones."""
+  return row.get("wins") or [r.get("score", -r.get("rank", 0)) for r in row["responses"]]
+
+
+@pytest.mark.parametrize("family", ["alpaca_eval_k6", "qa_feedback", "oasst"])
+def test_real_rankings(shared, family):
+  datasets, rows = everything(shared, "rankings", f"ranking/{family}")
+  tokenizer = data.load_tokenizer(shared / "models" / "stories260k", eos_token="<s>")
+  for dataset, part in zip(datasets, rows, strict=True):
+    ordered = sum(len(set(merits(row))) > 1 for row in part)
+    assert dataset.report["kept"] == len(dataset.examples) == ordered
+    assert dataset.report["dropped_ties"] == len(part) - ordered
+    assert datasets[1].report["eval_prompts_in_train"] == 0
+    for example, row in zip(dataset.examples, dataset.rows, strict=True):
+      texts = [r if isinstance(r, str) else r["text"] for r in row["responses"]]
+      merit = merits(row)
+      # The best first, and where two are tied, in the order of the file.
+      want = [texts[i] for i in sorted(range(len(texts)), key=lambda i: (-merit[i], i))]
+      assert [tokenizer.decode(ids) for ids in data.responses_of(example)] == want
+      levels = sorted(set(merit), reverse=True)
+      assert example["ranks"].tolist() == [levels.index(x) for x in sorted(merit, reverse=True)]
+
+
+def test_groups_of_annotators(shared):
+  """The humans judged all rows, each of the two groups a part of them."""
+  tokenizer = data.load_tokenizer(shared / "models" / "stories260k", eos_token="<s>")
+  path = str(shared / "data" / "annotators" / "hh_groups_test.jsonl")
+  votes = [vote for row in data.read_jsonl(path) for vote in row.fields["annotations"]]
+  config = DataConfig(
+    path=path,
+    end_token="<s>",
+    eval_fraction=0.0,
+    max_prompt_length=10**6,
+    max_response_length=10**6,
+  )
+  sizes = {}
+  for name in ("human", "ai-helpfulness", "ai-harmlessness"):
+    own = dataclasses.replace(config, annotator=name)
+    train, _ = data.load("preferences", own, tokenizer)
+    sizes[name] = len(train.examples)
+    assert sizes[name] == sum(vote["annotator"] == name for vote in votes) > 0
+    assert train.report["dropped_not_judged"] == 365 - sizes[name]
+  assert sizes["human"] == sizes["ai-helpfulness"] + sizes["ai-harmlessness"] == 365
+  train, _ = data.load("preferences", dataclasses.replace(config, votes="each"), tokenizer)
+  assert len(train.examples) == len(votes)
+
+
+def test_real_unpaired_rows(shared):
+  tokenizer = data.load_tokenizer(shared / "models" / "stories260k", eos_token="<s>")
+  path = shared / "data" / "verifiable" / "gsm8k_model_solutions.jsonl"
+  config = DataConfig(
+    path=str(path), end_token="<s>", max_prompt_length=10**6, max_response_length=10**6
+  )
+  train, heldout = data.load("unpaired", config, tokenizer)
+  right = [r["correct"] for row in data.read_jsonl(path) for r in row.fields["responses"]]
+  desirable = [e["desirable"][0] for part in (train, heldout) for e in part.examples]
+  assert (len(desirable), sum(desirable)) == (len(right), sum(right))
+  (train, heldout), rows = everything(shared, "unpaired", "preference/hh_harmless")
+  assert [len(train.examples), len(heldout.examples)] == [2 * len(part) for part in rows]
+  assert sum(e["desirable"][0] for e in train.examples) == len(rows[0])
+  for batch, valid in data.eval_batches(heldout, 16, pad_id=0):
+    tokens, mask, _, mismatched = batch
+    prompt = np.cumprod(~mask & ~mismatched.mask, axis=1).astype(bool)
+    np.testing.assert_array_equal(tokens[prompt], mismatched.tokens[prompt])
+    assert valid.sum() and (tokens != mismatched.tokens).any(axis=1).all()

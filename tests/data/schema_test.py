@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf_jax.data.schema import Example, parse_row
+from rlhf_jax.data.schema import Example, comparison_kind, parse_row
 from rlhf_jax.data.sources import DataError, Row
 
 
@@ -12,8 +12,42 @@ def bot(text):
   return {"role": "assistant", "content": text}
 
 
+def parse_all(kind, fields, prefer_messages=False, **judging):
+  row = Row("f.jsonl:7", fields)
+  return parse_row(kind, row, prefer_messages=prefer_messages, **judging)
+
+
 def parse(kind, fields, prefer_messages=False):
-  return parse_row(kind, Row("f.jsonl:7", fields), prefer_messages=prefer_messages)
+  (example,) = parse_all(kind, fields, prefer_messages)
+  return example
+
+
+def ranked(*ranks):
+  return [{"text": f"t{i}", "rank": rank} for i, rank in enumerate(ranks)]
+
+
+def scored(*scores):
+  return [{"text": f"t{i}", "score": score, "model": "m"} for i, score in enumerate(scores)]
+
+
+def checked(*correct):
+  return [{"text": f"t{i}", "correct": right} for i, right in enumerate(correct)]
+
+
+def voted(*preferred, names="abc"):
+  votes = [
+    {"annotator": name, "preferred": index} for name, index in zip(names, preferred, strict=False)
+  ]
+  return {"prompt": "p", "responses": ["t0", "t1"], "annotations": votes}
+
+
+def compared(*preferred):
+  """Comparisons of three responses: 0 with 1, 0 with 2, 1 with 2."""
+  pairs = [
+    {"a": a, "b": b, "preferred": index}
+    for (a, b), index in zip([(0, 1), (0, 2), (1, 2)], preferred, strict=True)
+  ]
+  return {"question": "p", "responses": ["t0", "t1", "t2"], "preferences": pairs}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +56,7 @@ def parse(kind, fields, prefer_messages=False):
     ({"prompt": "p", "response": "r"}, "p", "r"),
     ({"prompt": "p", "completion": "r"}, "p", "r"),
     ({"prompt": "p", "output": "r"}, "p", "r"),
+    ({"question": "p", "solution": "r", "answer": "4"}, "p", "r"),
     ({"prompt": "p", "chosen": "r", "rejected": "s"}, "p", "r"),
     ({"prompt": "p", "response": "r", "output": "s"}, "p", "r"),
     ({"question": "p", "response": "r"}, "p", "r"),
@@ -40,6 +75,12 @@ def parse(kind, fields, prefer_messages=False):
     ({"chosen": [user("p"), bot("r")]}, [user("p")], "r"),
     ({"text": "r"}, "", "r"),
     ({"text": "r", "mean": 1.0, "prompt": None}, "", "r"),
+    ({"prompt": "p", "response": "r", "responses": ranked(1, 0)}, "p", "r"),
+    ({"prompt": "p", "responses": ranked(1, 0, 2)}, "p", "t1"),
+    ({"prompt": "p", "responses": scored(1e-7, 0.5, 0.5)}, "p", "t1"),
+    ({"messages": [user("p")], "responses": ranked(2, 1, 0)}, [user("p")], "t2"),
+    (compared(1, None, 1), "p", "t1"),
+    (voted(1, 0, 1), "p", "t1"),
   ],
 )
 def test_demonstrations(fields, prompt, response):
@@ -60,6 +101,120 @@ def test_demonstrations(fields, prompt, response):
 )
 def test_preferences(fields, prompt):
   assert parse("preferences", fields) == Example(prompt, ("c", "r"))
+
+
+@pytest.mark.parametrize(
+  ("fields", "pairs", "ties"),
+  [
+    ({"prompt": "p", "responses": ranked(1, 0)}, ["10"], 0),
+    ({"prompt": "p", "responses": ranked(0, 1, 2)}, ["01", "02", "12"], 0),
+    ({"prompt": "p", "responses": ranked(1, 1, 0)}, ["20", "21"], 1),
+    ({"prompt": "p", "responses": scored(0.2, 3, -1.5)}, ["10", "02", "12"], 0),
+    ({"prompt": "p", "responses": scored(1e-7, 2e-7)}, ["10"], 0),
+    ({"prompt": "p", "responses": scored(5, 5)}, [], 1),
+    ({"prompt": "p", "responses": checked(False, True, False)}, ["10", "12"], 1),
+    ({"prompt": "p", "responses": checked(True, True)}, [], 1),
+    (compared(0, 2, 1), ["01", "20", "12"], 0),  # A cycle.
+    (compared(None, 2, None), ["20"], 2),
+    (voted(0), ["01"], 0),
+    (voted(1, 1, 0), ["10"], 0),
+    (voted(0, 1), [], 1),
+    (voted(0, 1, None), [], 1),
+    (voted(0, None, None), [], 1),
+    (voted(0, 0, None), ["01"], 0),
+  ],
+)
+def test_preferences_of_judged_answers(fields, pairs, ties):
+  examples = parse_all("preferences", fields)
+  found = ["".join(answer[1] for answer in e.answers) for e in examples if not e.skip]
+  assert sorted(found) == sorted(pairs)
+  assert [e.skip for e in examples if e.skip] == ["ties"] * ties
+  assert {e.prompt for e in examples} == {"p"}
+
+
+def test_every_vote_can_be_a_pair():
+  examples = parse_all("preferences", voted(1, 0, 1), votes="each")
+  assert [e.answers for e in examples] == [("t1", "t0"), ("t0", "t1"), ("t1", "t0")]
+  examples = parse_all("preferences", voted(1, None, 0), votes="each")
+  assert [e.skip for e in examples] == ["", "ties", ""]
+
+
+def test_votes_of_one_annotator():
+  row = voted(1, 0, None, names=["human", "ai-helpfulness", "human"])
+  (example,) = parse_all("preferences", row, annotator="ai-helpfulness")
+  assert example.answers == ("t0", "t1")
+  (example,) = parse_all("preferences", row, annotator="human")  # One for t1, one for neither.
+  assert example.skip == "ties"
+  (example,) = parse_all("preferences", row, annotator="ai-harmlessness")
+  assert example.skip == "not_judged"
+  pair = {"prompt": "p", "chosen": "c", "rejected": "r", "annotator": "expert"}
+  assert parse_all("preferences", pair, annotator="expert")[0].skip == ""
+  assert parse_all("preferences", pair, annotator="novice")[0].skip == "not_judged"
+  ranking = {"prompt": "p", "responses": ranked(0, 1), "annotator": "gpt-4"}
+  assert parse_all("rankings", ranking, annotator="gpt-4")[0].labels == (0, 1)
+  assert parse_all("rankings", ranking, annotator="gpt-3")[0].skip == "not_judged"
+  del pair["annotator"]
+  with pytest.raises(DataError, match=r"^f\.jsonl:7: annotator: missing; data\.annotator=x needs"):
+    parse_all("preferences", pair, annotator="x")
+
+
+@pytest.mark.parametrize(
+  ("fields", "order", "ranks"),
+  [
+    ({"prompt": "p", "responses": ranked(2, 0, 1)}, "120", (0, 1, 2)),
+    ({"prompt": "p", "responses": ranked(7, 3, 7, 3)}, "1302", (0, 0, 1, 1)),
+    ({"prompt": "p", "responses": scored(0.1, 0.9, 0.1, 0.5)}, "1302", (0, 1, 2, 2)),
+    ({"prompt": "p", "responses": checked(False, True, True)}, "120", (0, 0, 1)),
+    (compared(1, 2, 1), "120", (0, 1, 2)),
+    (compared(1, None, None), "120", (0, 1, 2)),  # Wins minus losses: -1, 1 and 0.
+    (voted(1, 1, 0), "10", (0, 1)),
+    ({"prompt": "p", "chosen": "t0", "rejected": "t1"}, "01", (0, 1)),
+  ],
+)
+def test_rankings(fields, order, ranks):
+  example = parse("rankings", fields)
+  assert example == Example("p", tuple(f"t{i}" for i in order), ranks)
+
+
+@pytest.mark.parametrize(
+  "fields", [compared(0, 2, 1), voted(0, 1), {"prompt": "p", "responses": ranked(3, 3, 3)}]
+)
+def test_a_ranking_without_order_is_a_tie(fields):
+  assert parse("rankings", fields).skip == "ties"
+  assert parse("demonstrations", fields).skip == "ties"
+
+
+@pytest.mark.parametrize(
+  ("fields", "labels"),
+  [
+    ({"prompt": "p", "response": "t0", "label": True}, {"t0": 1}),
+    ({"prompt": "p", "completion": "t0", "label": False}, {"t0": 0}),
+    ({"prompt": "p", "chosen": "t0", "rejected": "t1"}, {"t0": 1, "t1": 0}),
+    ({"prompt": "p", "responses": checked(False, True)}, {"t0": 0, "t1": 1}),
+    ({"prompt": "p", "responses": checked(True, True)}, {"t0": 1, "t1": 1}),
+    ({"prompt": "p", "responses": ranked(2, 0, 1)}, {"t0": 0, "t1": 1, "t2": None}),
+    (voted(1, 1, None), {"t0": 0, "t1": 1}),
+    (voted(0, 1), {"t0": None, "t1": None}),
+  ],
+)
+def test_unpaired(fields, labels):
+  examples = parse_all("unpaired", fields)
+  assert {e.prompt for e in examples} == {"p"}
+  assert {e.answers[0]: None if e.skip == "ties" else e.labels[0] for e in examples} == labels
+  assert len(examples) == len(labels)
+
+
+@pytest.mark.parametrize(
+  ("fields", "kind"),
+  [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences"),
+    ({"prompt": "p", "responses": ranked(0, 1)}, "rankings"),
+    (compared(0, 0, 1), "rankings"),
+    (voted(1, 1, 1), "preferences"),
+  ],
+)
+def test_what_a_reward_model_reads_a_row_as(fields, kind):
+  assert comparison_kind(Row("f.jsonl:7", fields)) == kind
 
 
 @pytest.mark.parametrize(
@@ -137,6 +292,80 @@ def test_messages_count_only_with_a_chat_template():
       r"rejected: its turns before the answer differ",
     ),
     ("preferences", {"prompt": "p", "chosen": [user("c")], "rejected": "r"}, r"chosen: the last"),
+    ("preferences", {"prompt": "p"}, r"chosen: missing.*; add `chosen` or `responses`"),
+    ("rankings", {"responses": ranked(0, 1)}, r"prompt: missing"),
+    ("rankings", {"prompt": "p", "responses": "t"}, r"responses: expected a list, found str 't'"),
+    ("rankings", {"prompt": "p", "responses": []}, r"responses: expected a list, found an empty"),
+    ("rankings", {"prompt": "p", "responses": ranked(0)}, r"responses: holds a single response"),
+    ("rankings", {"prompt": "p", "responses": ["t", "u"]}, r"responses\[0\]: nobody has judged it"),
+    (
+      "rankings",
+      {"prompt": "p", "responses": ["t", 3]},
+      r"responses\[1\]: expected text or an obj",
+    ),
+    (
+      "rankings",
+      {"prompt": "p", "responses": [*ranked(0), {"text": "t"}]},
+      r"responses\[1\]\.rank: expected a number, found null; give every response one",
+    ),
+    (
+      "rankings",
+      {"prompt": "p", "responses": scored(1, "2")},
+      r"responses\[1\]\.score: .*found str",
+    ),
+    (
+      "rankings",
+      {"prompt": "p", "responses": scored(True, 1)},
+      r"responses\[0\]\.score: .*found bool",
+    ),
+    (
+      "rankings",
+      {"prompt": "p", "responses": scored(1, float("nan"))},
+      r"responses\[1\]\.score: expected a number, found float nan",
+    ),
+    (
+      "unpaired",
+      {"prompt": "p", "responses": checked(True, 0)},
+      r"responses\[1\]\.correct: .*int 0",
+    ),
+    (
+      "unpaired",
+      {"prompt": "p", "response": "r", "label": "good"},
+      r"label: expected true or false",
+    ),
+    ("unpaired", {"prompt": "p", "label": True}, r"response: missing"),
+    (
+      "preferences",
+      voted("t1"),
+      r"annotations\[0\]\.preferred: expected 0, 1 or null, found str 't1'",
+    ),
+    ("preferences", voted(0, True), r"annotations\[1\]\.preferred: .*found bool True"),
+    (
+      "preferences",
+      voted(0) | {"annotations": [1]},
+      r"annotations\[0\]: expected a vote, found int 1",
+    ),
+    ("preferences", voted(0) | {"annotations": [{}]}, r"annotations\[0\]\.preferred: missing"),
+    (
+      "preferences",
+      voted(0) | {"annotations": {}},
+      r"annotations: expected a list, found an empty",
+    ),
+    (
+      "preferences",
+      compared(2, 0, 1),
+      r"preferences\[0\]\.preferred: expected 0, 1 or null, found int 2",
+    ),
+    (
+      "preferences",
+      compared(0, 0, 1) | {"preferences": [{"a": 0, "b": 3, "preferred": 0}]},
+      r"preferences\[0\]\.b: expected one of two different indices below 3, found int 3",
+    ),
+    (
+      "preferences",
+      compared(0, 0, 1) | {"preferences": [{"preferred": 0}]},
+      r"preferences\[0\]\.a: expected one of two different indices below 3, found null",
+    ),
   ],
 )
 def test_bad_rows(kind, fields, message):

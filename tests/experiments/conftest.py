@@ -21,6 +21,8 @@ _TINY = (
 _BASE = {
   "sft": (*_TINY, "--steps=4", "--batch_size=8", "--sampling.max_new_tokens=8"),
   "reward_model": ("--data.rows=64", "--data.eval_rows=8", "--steps=4", "--batch_size=8"),
+  "dpo": ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8", "--steps=4"),
+  "kto": ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8", "--steps=4"),
   "ppo": (
     "--data.rows=64",
     "--data.eval_rows=8",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-STEPS = {"sft": 150, "reward_model": 120, "ppo": 30}
+STEPS = {"sft": 150, "reward_model": 120, "dpo": 120, "ppo": 30}
 
 
 def chained(script, sft_run, reward_run):
@@ -15,7 +15,7 @@ def chained(script, sft_run, reward_run):
   return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "ppo"])
 def test_a_killed_run_ends_with_the_same_bits(
   script, tmp_path, run_script, kill_script, sft_run, reward_run
 ):
@@ -57,6 +57,51 @@ def test_reward_model_is_centred(reward_run):
   assert 0 <= summary["accuracy"] <= 1
   config = json.loads((reward_run / "export" / "config.json").read_text())
   assert config["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_kto_on_pairs_as_single_responses(tmp_path, run_script, sft_run):
+  finished = run_script("kto", tmp_path, f"--init_from={sft_run}", "--sampling.max_new_tokens=8")
+  assert finished.code == 0, finished.output
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  assert {"eval/loss", "eval/reward/chosen", "gold/win_rate", "kl"} <= set(summary)
+  first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+  # The policy starts as the reference, whose log-probabilities are those of another program.
+  assert first["loss"] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    (
+      "--ppo.advantage=rloo",
+      "--ppo.objective=reinforce",
+      "--sampling.samples_per_prompt=2",
+      "--ppo.shaping=par",
+      "--reward.ensemble=min",
+    ),
+    (
+      "--critic_warmup=2",
+      "--ppo.normalize_scores",
+      "--ppo.normalize_values",
+      "--ppo.ptx_coef=0.1",
+      "--ppo.importance_cap=2",
+      "--ppo.segment=4",
+      "--eval_every=2",
+    ),
+  ],
+  ids=["rloo", "ppo_max"],
+)
+def test_relatives_of_ppo(flags, tmp_path, run_script, sft_run, reward_run):
+  reward = f"--reward.path={reward_run},{reward_run}"
+  finished = run_script("ppo", tmp_path, f"--init_from={sft_run}", reward, *flags)
+  assert finished.code == 0, finished.output
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert ("loss/value" in rows[0]) == ("loss/ptx" in rows[0]) == ("--critic_warmup=2" in flags)
+  if "--critic_warmup=2" in flags:
+    # The policy waited for the critic: in the third iteration it still is the reference.
+    assert [row["lr"] for row in rows] == [0.0, 0.0, pytest.approx(5e-4, rel=0.5)]
+    assert abs(rows[2]["kl/ref"]) < 1e-4
+    assert rows[2]["importance/mean"] == pytest.approx(1, abs=1e-5)
 
 
 def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_run):

@@ -1,0 +1,56 @@
+"""Fine-tunes a policy on preference pairs directly: DPO and its relatives.
+
+Built-in task, from the SFT model (about two minutes on a laptop CPU):
+  python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
+Your model and data (rows with prompt, chosen, rejected), with another loss:
+  python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
+    --dpo.loss=ipo --optim.learning_rate=1e-6
+
+The start is the reference; its log-probabilities are computed once per pair. At the end the policy
+and its start answer the held-out prompts. The default learning rate suits the built-in task.
+Starting the same command again continues a run that was stopped.
+"""
+
+import dataclasses
+
+from experiments import common
+from rlhf_jax import flags, loop
+from rlhf_jax.algorithms import dpo
+from rlhf_jax.algorithms.dpo import DPOConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.train_step import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(loop.RunConfig):
+  """DPO on pairs. `reward` is what the policies are judged by at the end, if anything."""
+
+  steps: int = 250
+  batch_size: int = 32
+  log_every: int = 10
+  model: common.ModelOptions = common.ModelOptions()
+  data: DataConfig = DataConfig()
+  dpo: DPOConfig = DPOConfig()
+  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  reward: common.RewardOptions = common.RewardOptions()
+
+
+def train(session: loop.Session, config: Config) -> dict[str, float]:
+  """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
+  return common.train_offline(
+    session,
+    config,
+    config.dpo,
+    kind="preferences",
+    title="DPO",
+    make_batch=dpo.DPOBatch,
+    reference=dpo.reference_logprobs,
+    row_figures=dpo.row_figures,
+    make_step=dpo.make_dpo_step,
+  )
+
+
+if __name__ == "__main__":
+  flags.run_script(train, loop.Session, Config)

@@ -1,0 +1,97 @@
+"""Over-optimisation of a weak reward model, with and without a KL penalty, on the built-in task.
+
+  python -m experiments.overoptimization --workdir=runs/overoptimization
+
+No network and no download; about a quarter of an hour on two CPU cores. After SFT it trains, for
+each of three seeds, a reward model on 512 pairs only, and PPO against it twice: with a KL penalty
+and without. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
+
+It ends with `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy.
+Expect the proxy to rise throughout without the penalty, while the gold reward peaks early and falls
+below that of SFT; with the penalty the gold reward stays near its peak. `plots/` and summary.json
+are those of experiments.plot. Every stage is a run of its own in `workdir/sft`,
+`workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. Starting the same command
+again continues where it was stopped.
+"""
+
+import dataclasses
+from typing import Any
+
+from experiments import common, plot, ppo, reward_model, sft
+from experiments.ppo import Config as PPOStage
+from experiments.reward_model import Config as RewardModelStage
+from experiments.sft import Config as SFTStage
+from rlhf_jax import checkpoint, flags, loop, reporting
+from rlhf_jax.algorithms.ppo import PPOConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.train_step import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The stages; `--ppo.kl_coef` is that of the runs with a penalty.
+
+  Attributes:
+    seeds: Reward models, and PPO runs of each kind.
+  """
+
+  seeds: int = 3
+  sft: SFTStage = SFTStage()
+  reward_model: RewardModelStage = RewardModelStage(steps=100, data=DataConfig(rows=512))
+  ppo: PPOStage = PPOStage(
+    steps=80,
+    batch_size=64,
+    data=DataConfig(eval_rows=128),
+    ppo=PPOConfig(kl_coef=0.3),
+    optim=OptimConfig(learning_rate=3e-4, schedule="constant"),
+  )
+
+  def __post_init__(self):
+    if self.seeds < 1:
+      raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+    if not self.ppo.ppo.kl_coef:
+      raise ValueError("ppo.ppo.kl_coef must be positive: runs without a penalty are there anyway")
+    for name in ("reward_model", "ppo"):
+      if getattr(self, name).init_from:
+        raise ValueError(f"{name}.init_from is set by this script; leave it empty")
+    if self.ppo.reward != PPOStage().reward:
+      raise ValueError("ppo.reward is set by this script: the reward models are its own")
+
+
+def train(session: loop.Session, config: Config) -> dict[str, Any]:
+  """Runs the stages that have not finished, draws the plots; returns summary.json."""
+  workdir = checkpoint.local_path(session.workdir)
+
+  def stage(name, script, stage_config, seed):
+    # Each stage draws its own rows of the built-in task.
+    own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
+    return script(own, stage_config)
+
+  stage("sft", sft.train, config.sft, 1)
+  start = str(workdir / "sft")
+  kinds = {
+    "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo.ppo),
+    "no_kl": ("no KL penalty", dataclasses.replace(config.ppo.ppo, kl_coef=0.0)),
+  }
+  groups: plot.Groups = {label: [] for label, _ in kinds.values()}
+  accuracies = []
+  for seed in range(config.seeds):
+    name = f"reward_model_{seed}"
+    judge = dataclasses.replace(config.reward_model, init_from=start)
+    accuracies.append(stage(name, reward_model.train, judge, 10 * seed + 2)["accuracy"])
+    for kind, (label, options) in kinds.items():
+      policy = dataclasses.replace(
+        config.ppo,
+        init_from=start,
+        reward=common.RewardOptions(path=str(workdir / name)),
+        ppo=options,
+      )
+      stage(f"{kind}_{seed}", ppo.train, policy, 10 * seed + 3)
+      groups[label].append(plot.read_run(str(workdir / f"{kind}_{seed}")))
+  summary = {"reward_model/accuracy": accuracies, **plot.draw(workdir, groups)}
+  reporting.write_summary(workdir, summary)
+  return summary
+
+
+if __name__ == "__main__":
+  flags.run_script(train, loop.Session, Config)

@@ -1,0 +1,128 @@
+"""Kahneman-Tversky optimisation: a policy from single responses with a thumb up or down.
+
+Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.algorithms.dpo import score_tokens
+from rlhf_jax.losses import masked, preference
+from rlhf_jax.train_step import make_train_step
+from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep, UnpairedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class KTOConfig:
+  """KTO.
+
+  Attributes:
+    beta: Strength of the implied KL penalty.
+    desirable_weight: Weight of responses with a thumb up.
+    undesirable_weight: Weight of the others; the two balance unequal numbers.
+  """
+
+  beta: float = 0.1
+  desirable_weight: float = 1.0
+  undesirable_weight: float = 1.0
+
+  def __post_init__(self):
+    for name in ("beta", "desirable_weight", "undesirable_weight"):
+      if getattr(self, name) <= 0:
+        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+class KTOBatch(NamedTuple):
+  """Labelled responses.
+
+  Attributes:
+    responses: B of them, each with the same prompt before another response.
+    ref_logprobs: [B, 2] float32 of `reference_logprobs` under the reference.
+  """
+
+  responses: UnpairedBatch
+  ref_logprobs: jax.Array
+
+
+def reference_logprobs(
+  apply_fn: ApplyFn, params: Params, batch: UnpairedBatch, config: KTOConfig | None = None
+) -> jax.Array:
+  """[B, 2] log-probabilities of the own and of the mismatched response, summed over tokens."""
+  del config  # No setting of KTO changes them.
+
+  def total(tokens: TokenBatch) -> jax.Array:
+    logprobs, mask, _ = score_tokens(apply_fn, params, tokens)
+    return masked.masked_sum(logprobs, mask, axis=-1)
+
+  own = total(TokenBatch(batch.tokens, batch.mask))
+  # Only an estimate of the KL, which is a constant of the loss.
+  mismatched = jax.lax.stop_gradient(total(batch.mismatched))
+  return jnp.stack([own, mismatched], axis=1)
+
+
+def row_figures(
+  params: Params, batch: KTOBatch, *, apply_fn: ApplyFn, config: KTOConfig
+) -> Metrics:
+  """Loss and metrics of each response, [B] each; NaN where a metric is about the other label.
+
+  `reward/*` are the implicit rewards `beta * (log pi - log ref)`.
+
+  Args:
+    params: Policy.
+    batch: B responses with the log-probabilities of the reference; the KL is estimated from all.
+    apply_fn: `(params, tokens) -> logits [B, T, V]`.
+    config: Which weights.
+  """
+  desirable = batch.responses.desirable
+  policy = reference_logprobs(apply_fn, params, batch.responses)
+  (own, other), (ref, ref_other) = policy.T, batch.ref_logprobs.T
+  losses = preference.kto_loss(
+    own,
+    ref,
+    desirable,
+    other,
+    ref_other,
+    beta=config.beta,
+    desirable_weight=config.desirable_weight,
+    undesirable_weight=config.undesirable_weight,
+  )
+  reward = config.beta * (own - ref)
+  return {
+    "loss": losses,
+    "logprobs/chosen": jnp.where(desirable, own, jnp.nan),
+    "logprobs/rejected": jnp.where(desirable, jnp.nan, own),
+    "reward/chosen": jnp.where(desirable, reward, jnp.nan),
+    "reward/rejected": jnp.where(desirable, jnp.nan, reward),
+    "kl/estimate": other - ref_other,
+  }
+
+
+def loss_fn(
+  params: Params, batch: KTOBatch, key: jax.Array, *, apply_fn: ApplyFn, config: KTOConfig
+) -> tuple[jax.Array, Metrics]:
+  """Mean of `row_figures`: the loss, and the metrics with the number of response tokens."""
+  del key  # The loss is deterministic given the batch.
+  figures = row_figures(params, batch, apply_fn=apply_fn, config=config)
+  loss = jnp.mean(figures.pop("loss"))
+  means = {name: masked.masked_mean(x, ~jnp.isnan(x)) for name, x in figures.items()}
+  return loss, means | {"tokens": jnp.sum(batch.responses.mask).astype(jnp.float32)}
+
+
+def make_kto_step(
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: KTOConfig,
+  *,
+  state_shardings: Any = None,
+) -> TrainStep:
+  """Jitted `step(state, KTOBatch, key) -> (state, metrics)`.
+
+  Not cut into micro-batches: the KL is estimated from the whole batch.
+  """
+  loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
+  return make_train_step(loss, tx, state_shardings=state_shardings)

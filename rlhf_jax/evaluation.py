@@ -1,0 +1,363 @@
+"""Figures about scores and texts: win rates, calibration, diversity, over-optimisation.
+
+Numpy on the host, in float64. Scores are arrays with one entry per prompt; a text is a sequence of
+tokens (ids or words) without padding or end token.
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.special
+
+Text = Sequence[Hashable]
+
+
+class Estimate(NamedTuple):
+  """A figure and its confidence interval.
+
+  Attributes:
+    value: The figure.
+    low: Lower end of the interval.
+    high: Upper end.
+  """
+
+  value: float
+  low: float
+  high: float
+
+
+def mean(x: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+  """Mean of independent values with Student's t interval, which one value leaves unbounded.
+
+  Args:
+    x: [B] values, one per prompt (or per seed).
+    confidence: Probability that the interval covers the true mean.
+  """
+  x = _vector("x", x)
+  centre = float(np.mean(x))
+  if len(x) < 2:
+    return Estimate(centre, -math.inf, math.inf)
+  quantile = scipy.special.stdtrit(len(x) - 1, 0.5 + confidence / 2)
+  half = float(quantile * np.std(x, ddof=1) / math.sqrt(len(x)))
+  return Estimate(centre, centre - half, centre + half)
+
+
+def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+  """Share of prompts on which `a` scores higher than `b`; a tie counts half.
+
+  The interval inverts the score test of a difference of paired proportions (Tango, 1998, Statistics
+  in Medicine 17, 891-908). Without ties it is Wilson's interval of a binomial proportion; with ties
+  it is narrower, and ties alone do not shrink it to a point. Of several samples per prompt all
+  pairs are compared, and the interval is Student's over the prompts, whose pairs are not
+  independent.
+
+  Three readings: policies `a` and `b` on the same prompts; the accuracy of a reward model, for `a`
+  the scores of the chosen and `b` those of the rejected responses; and the accuracy that length
+  alone would have, for the lengths of the same responses.
+
+  Args:
+    a: [B] scores, or [B, N] of N samples per prompt.
+    b: Same shape, for the same prompts.
+    confidence: Probability that the interval covers the true rate.
+
+  Returns:
+    The rate and its interval; NaN if a score is NaN.
+
+  Raises:
+    ValueError: The shapes differ, or there are no prompts.
+  """
+  a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+  if a.shape != b.shape or a.ndim not in (1, 2) or not a.size:
+    raise ValueError(f"a and b must have the shape [B] or [B, N], got {a.shape} and {b.shape}")
+  if np.isnan([a, b]).any():
+    return Estimate(math.nan, math.nan, math.nan)
+  if a.ndim == 2 and a.shape[1] > 1:
+    a, b = a[:, :, None], b[:, None, :]
+    return mean(np.mean((a > b) + 0.5 * (a == b), axis=(1, 2)), confidence=confidence)
+  a, b = a.ravel(), b.ravel()
+  wins, losses, n = int(np.sum(a > b)), int(np.sum(a < b)), len(a)
+  critical = statistics.NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+  lead = (wins - losses) / n
+
+  def rejected(d: float) -> bool:
+    """Whether the test refuses a true lead P(win) - P(loss) of `d`."""
+    # The likeliest P(loss) given d solves 2n p^2 + linear p + constant = 0.
+    linear = d * (2 * n - wins + losses) - wins - losses
+    constant = -losses * d * (1 - d)
+    loss = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+    return n * (lead - d) ** 2 > critical * (2 * loss + d - d**2)
+
+  def edge(outside: float) -> float:
+    inside = lead
+    for _ in range(60):  # Halvings: more than a float64 has bits.
+      middle = (inside + outside) / 2
+      inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+    return (1 + inside) / 2
+
+  return Estimate((1 + lead) / 2, edge(-1.0), edge(1.0))
+
+
+class Calibration(NamedTuple):
+  """How well the predicted probabilities of preferences match their frequencies.
+
+  Attributes:
+    ece: Expected calibration error: mean distance of predicted from observed over the pairs, by
+      bin (Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3).
+    brier: Mean squared error of the probabilities; always saying 1/2 has 0.25.
+    log_loss: Mean negative log-likelihood, nats; always saying 1/2 has 0.693.
+    count: [bins] int, pairs in each bin.
+    predicted: [bins] mean probability given to the preferred response by the model, NaN in an
+      empty bin.
+    observed: [bins] how often that response was the chosen one, NaN in an empty bin.
+  """
+
+  ece: float
+  brier: float
+  log_loss: float
+  count: np.ndarray
+  predicted: np.ndarray
+  observed: np.ndarray
+
+
+def calibration(chosen: np.ndarray, rejected: np.ndarray, *, bins: int = 10) -> Calibration:
+  """Calibration of a reward model read as a Bradley-Terry model.
+
+  Its probability for the response that it scores higher is `sigmoid(|difference|)`, which the bins
+  of equal width divide from 1/2 to 1. Looking at the chosen response instead would find no bin in
+  which it is not always chosen.
+
+  Args:
+    chosen: [B] scores of the chosen responses.
+    rejected: [B] scores of the rejected ones.
+    bins: Number of bins.
+  """
+  margin = _vector("chosen", chosen) - _vector("rejected", rejected)
+  probability = scipy.special.expit(np.abs(margin))
+  right = 0.5 * (1 + np.sign(margin))
+  which = np.minimum(((2 * probability - 1) * bins).astype(int), bins - 1)
+  count = np.bincount(which, minlength=bins)
+  with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin.
+    predicted = np.bincount(which, probability, bins) / count
+    observed = np.bincount(which, right, bins) / count
+  gaps = np.where(count > 0, np.abs(predicted - observed), 0.0)
+  return Calibration(
+    ece=float(np.sum(gaps * count) / len(margin)),
+    brier=float(np.mean(scipy.special.expit(-margin) ** 2)),
+    log_loss=float(np.mean(np.logaddexp(0.0, -margin))),
+    count=count,
+    predicted=predicted,
+    observed=observed,
+  )
+
+
+def _ngrams(text: Text, n: int) -> Iterator[tuple[Hashable, ...]]:
+  return (tuple(text[i : i + n]) for i in range(len(text) - n + 1))
+
+
+def distinct(texts: Sequence[Text], n: int) -> float:
+  """Share of the n-grams of all texts that are different ones; NaN if there is none.
+
+  Li et al., 2016, https://arxiv.org/abs/1510.03055, section 5. It falls with the amount of text:
+  compare sets of equal size, or use `expectation_adjusted_distinct`.
+  """
+  grams = [gram for text in texts for gram in _ngrams(text, n)]
+  return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def expectation_adjusted_distinct(texts: Sequence[Text], n: int, vocab_size: int) -> float:
+  """Different n-grams over the number that uniformly random text of this length would have.
+
+  Liu et al., 2022, https://arxiv.org/abs/2202.13587: `N / (V (1 - ((V - 1) / V)^C))` for N
+  different ones among C n-grams, here with V = vocab_size ** n possible ones, so that random text
+  has 1 for any n and any amount of text.
+
+  Args:
+    texts: The texts, taken together.
+    n: Tokens per n-gram.
+    vocab_size: Number of tokens there are.
+
+  Returns:
+    The ratio, 0 or higher; NaN if no text has n tokens.
+  """
+  grams = [gram for text in texts for gram in _ngrams(text, n)]
+  if not grams:
+    return math.nan
+  possible = float(vocab_size) ** n
+  # log1p and expm1: possible is up to 1e23, whose (V - 1) / V would round to 1.
+  expected = -possible * math.expm1(len(grams) * math.log1p(-1 / possible))
+  return len(set(grams)) / expected
+
+
+def self_similarity(texts: Sequence[Text], *, max_n: int = 4) -> float:
+  """Mean cosine similarity of two of the texts, each a bag of its n-grams of 1 to `max_n` tokens.
+
+  1 for copies of one text, 0 for texts without a common token; the counterpart of self-BLEU (Zhu
+  et al., 2018, https://arxiv.org/abs/1802.01886) without its asymmetry. The time is linear in the
+  number of texts.
+
+  Raises:
+    ValueError: There are fewer than two texts.
+  """
+  if len(texts) < 2:
+    raise ValueError(f"similarity needs at least 2 texts, got {len(texts)}")
+  total: dict[tuple[Hashable, ...], float] = collections.defaultdict(float)
+  for text in texts:
+    bag = collections.Counter(gram for n in range(1, max_n + 1) for gram in _ngrams(text, n))
+    bag = bag or collections.Counter([()])  # Empty texts are alike, and unlike all others.
+    norm = math.sqrt(sum(count**2 for count in bag.values()))
+    for gram, count in bag.items():
+      total[gram] += count / norm
+  # The squared norm of a sum of unit vectors is their number plus the cosines of all pairs.
+  pairs = len(texts) * (len(texts) - 1)
+  return (sum(value**2 for value in total.values()) - len(texts)) / pairs
+
+
+def diversity(texts: Sequence[Text], vocab_size: int) -> dict[str, float]:
+  """The figures above: of one sample per prompt across inputs, of N of one prompt per input.
+
+  Kirk et al., 2023, https://arxiv.org/abs/2310.06452, with bags of n-grams in place of sentence
+  embeddings.
+
+  Args:
+    texts: At least two.
+    vocab_size: Number of tokens there are.
+
+  Returns:
+    `distinct_1`, `distinct_2`, `ead` (mean over n = 1 to 5) and `self_similarity`.
+  """
+  adjusted = [expectation_adjusted_distinct(texts, n, vocab_size) for n in range(1, 6)]
+  adjusted = [value for value in adjusted if not math.isnan(value)]
+  return {
+    "distinct_1": distinct(texts, 1),
+    "distinct_2": distinct(texts, 2),
+    "ead": statistics.fmean(adjusted) if adjusted else math.nan,
+    "self_similarity": self_similarity(texts),
+  }
+
+
+def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+  """Expected value of the response that the proxy picks among n, unbiased from a pool of N.
+
+  The mean over all draws of n from the pool without putting back: Nakano et al., 2021,
+  https://arxiv.org/abs/2112.09332, appendix I.
+
+  Args:
+    proxy: [..., N] scores that pick.
+    values: [..., N] what is asked about the picked response: the gold reward, or the proxy itself.
+    n: Responses to pick from, 1 to N.
+
+  Returns:
+    [...]; for n = 1 the mean of `values`, for n = N the value of the best of all.
+  """
+  proxy, values = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
+  size = proxy.shape[-1]
+  if proxy.shape != values.shape or not 1 <= n <= size:
+    raise ValueError(
+      f"n must be between 1 and the size of the pools, got n={n}, shapes {proxy.shape} and"
+      f" {values.shape}"
+    )
+  # The k-th best is picked if it is drawn with n - 1 of the N - k below it, which has the chance
+  # C(N - k, n - 1) / C(N, n): n / N for the best, times (N - k - n + 1) / (N - k) for each next.
+  below = np.arange(size - 1, 0, -1)
+  chances = n / size * np.cumprod(np.append(1, np.maximum(below - n + 1, 0) / below))
+  best_first = np.argsort(-proxy, axis=-1, kind="stable")
+  return np.take_along_axis(values, best_first, axis=-1) @ chances
+
+
+def best_of_n_kl(n: int) -> float:
+  """KL(best of n || one sample) = log n - (n - 1) / n, nats.
+
+  Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, appendix G.3. Exact if no two responses
+  tie, an upper bound otherwise (Beirami et al., 2024, https://arxiv.org/abs/2401.01879).
+  """
+  return math.log(n) - (n - 1) / n
+
+
+class OverOptimization(NamedTuple):
+  """A fitted law of how the gold reward depends on the distance d = sqrt(KL).
+
+  Attributes:
+    alpha: Slope at the start (per d at d = 1 for the form "rl").
+    beta: How fast the slope falls.
+    peak: The d of the highest gold reward; infinite if the fit does not turn.
+  """
+
+  alpha: float
+  beta: float
+  peak: float
+
+
+def fit_overoptimization(
+  distance: np.ndarray, gold: np.ndarray, form: Literal["best_of_n", "rl"]
+) -> OverOptimization:
+  """Least squares fit of the gold reward over the distance from the start.
+
+  Gao et al., 2022, https://arxiv.org/abs/2210.10760, section 1: `d (alpha - beta d)` for best of n
+  and `d (alpha - beta log d)` for reinforcement learning.
+
+  Args:
+    distance: [C] sqrt of the KL to the start, of C checkpoints. Those at 0 say nothing.
+    gold: [C] gold reward less that of the start.
+    form: Which law.
+  """
+  falls = {"best_of_n": lambda d: d, "rl": np.log}[form]
+  d, gold = _vector("distance", distance), _vector("gold", gold)
+  d, gold = d[d > 0], gold[d > 0]
+  columns = np.stack([d, -d * falls(d)], axis=1)
+  if np.linalg.matrix_rank(columns) < 2:
+    raise ValueError("a fit needs checkpoints at two or more different distances above 0")
+  alpha, beta = np.linalg.lstsq(columns, gold)[0].tolist()
+  if beta <= 0:
+    return OverOptimization(alpha, beta, math.inf)
+  return OverOptimization(
+    alpha, beta, alpha / (2 * beta) if form == "best_of_n" else math.exp(alpha / beta - 1)
+  )
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+  """Rank correlation, tied values sharing their mean rank; NaN if one of the two is constant."""
+  x, y = _ranks(_vector("x", x)), _ranks(_vector("y", y))
+  x, y = x - np.mean(x), y - np.mean(y)
+  scale = math.sqrt(np.sum(x**2) * np.sum(y**2))
+  return float(np.sum(x * y) / scale) if scale else math.nan
+
+
+def first_divergence(
+  proxy: np.ndarray, gold: np.ndarray, *, window: int, z: float = 2.5
+) -> int | None:
+  """Where training on a proxy begins to cost gold reward.
+
+  Slides a window over the checkpoints and looks for a rank correlation of proxy and gold below
+  what unrelated noise would give, `-z / sqrt(window - 1)`.
+
+  Args:
+    proxy: [C] proxy reward of each checkpoint, in the order of training.
+    gold: [C] gold reward.
+    window: Checkpoints to look at together.
+    z: Standard deviations of that noise.
+
+  Returns:
+    Index of the first checkpoint of the first such window; None if there is none.
+  """
+  limit = -z / math.sqrt(window - 1)
+  for start in range(len(proxy) - window + 1):
+    part = slice(start, start + window)
+    if spearman(proxy[part], gold[part]) < limit:
+      return start
+  return None
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+  _, which, count = np.unique(x, return_inverse=True, return_counts=True)
+  return (np.cumsum(count) - (count - 1) / 2)[which]
+
+
+def _vector(name: str, x: np.ndarray) -> np.ndarray:
+  x = np.asarray(x, np.float64)
+  if x.ndim != 1 or not len(x):
+    raise ValueError(f"{name} must be a vector of one or more numbers, got shape {x.shape}")
+  return x

@@ -1,0 +1,106 @@
+"""Training on rankings, and the figures beside the accuracy."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import common, reward_model
+from rlhf_jax import data, flags, loop
+from rlhf_jax.algorithms.reward_model import RewardModelConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.train_step import OptimConfig
+
+PROMPT = "write a brief review of the film"
+# The better a response, the fewer of its words are "bad".
+WORDS = ["good", "was", "the", "film"]
+
+
+def write_rankings(folder, rows=100):
+  path = folder / "rankings.jsonl"
+  rng = np.random.default_rng(0)
+  with path.open("w") as file:
+    for i in range(rows):
+      bad = rng.permutation(5)[: rng.integers(2, 5)]
+      responses = [
+        {"text": " ".join(["bad"] * n + list(rng.choice(WORDS, 5 - n))), "rank": int(n)}
+        for n in bad
+      ]
+      file.write(json.dumps({"prompt": f"{PROMPT} {i}", "responses": responses}) + "\n")
+  return str(path)
+
+
+def config_of(path, **settings):
+  return reward_model.Config(
+    steps=60,
+    batch_size=8,
+    model=common.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
+    data=DataConfig(path=path, eval_fraction=0.3),
+    optim=OptimConfig(learning_rate=1e-2),
+    **settings,
+  )
+
+
+def test_learns_from_rankings(tmp_path):
+  config = config_of(write_rankings(tmp_path))
+  session = loop.Session(str(tmp_path / "run"), mesh="data:8")
+  summary = reward_model.train(session, config)
+  assert summary["accuracy"] > 0.8
+  assert summary["length_baseline"] == pytest.approx(0.5)  # All of one length.
+  assert summary["log_loss"] < np.log(2)
+  assert 0 <= summary["calibration_error"] <= 1
+  assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == summary["pairs"]
+
+
+@pytest.mark.parametrize("setting", ["margin", "label_smoothing"])
+def test_settings_of_pairs_are_refused_for_rankings(tmp_path, setting):
+  settings = RewardModelConfig(**{setting: 0.1})
+  config = config_of(write_rankings(tmp_path), reward_model=settings)
+  with pytest.raises(flags.UsageError, match=f"reward_model.{setting}.*holds rankings"):
+    reward_model.train(loop.Session(str(tmp_path / "run")), config)
+
+
+def dataset(kind, *examples):
+  arrays = [{name: np.int32(ids) for name, ids in example.items()} for example in examples]
+  width = max(len(data.responses_of(example)) for example in arrays)
+  return data.Dataset(kind, arrays, [{}] * len(arrays), 8, width, "", {})
+
+
+def test_figures_of_pairs():
+  heldout = dataset(
+    "preferences",
+    {"prompt": [1], "chosen": [1, 2, 3], "rejected": [1]},
+    {"prompt": [1], "chosen": [1], "rejected": [1, 2]},
+    {"prompt": [1], "chosen": [1, 2], "rejected": [2, 1]},
+    {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
+  )
+  scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
+  pairs = reward_model.compared(heldout, scores)
+  np.testing.assert_array_equal(pairs, scores)
+  figures = reward_model.judge(heldout, pairs)
+  assert figures["accuracy"] == (1 + 1 + 0.5 + 0) / 4
+  assert figures["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
+  assert figures["longer_wins"] == 2 / 4
+  assert figures["margin"] == 0
+  assert figures["pairs"] == 4
+
+
+def test_figures_of_rankings():
+  heldout = dataset(
+    "rankings",
+    {
+      "prompt": [1],
+      "response_0": [1],
+      "response_1": [1, 2],
+      "response_2": [1, 2, 3],
+      "ranks": [0, 1, 1],
+    },
+    {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
+  )
+  scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
+  pairs = reward_model.compared(heldout, scores)
+  np.testing.assert_array_equal(pairs, [[3, 2], [3, 4], [1, 0]])
+  figures = reward_model.judge(heldout, pairs)
+  assert figures["accuracy"] == pytest.approx(2 / 3)
+  assert figures["length_baseline"] == pytest.approx(1 / 3)
+  assert figures["pairs"] == 3

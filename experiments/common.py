@@ -48,7 +48,7 @@ class ModelOptions:
   """
 
   path: str = ""
-  layers: int = 3
+  layers: int = 4
   width: int = 128
   heads: int = 4
   mlp_width: int = 384

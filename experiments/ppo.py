@@ -46,10 +46,10 @@ class Config(loop.RunConfig):
     ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
   """
 
-  steps: int = 50
+  steps: int = 60
   batch_size: int = 128
   eval_every: int = 0
-  checkpoint_every: int = 25
+  checkpoint_every: int = 20
   critic_warmup: int = 0
   reference_samples: int = 1
   ptx_path: str = ""
@@ -58,7 +58,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=5e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
   value_optim: OptimConfig = OptimConfig(learning_rate=2e-3, schedule="constant")
 
   def __post_init__(self):

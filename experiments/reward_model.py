@@ -35,7 +35,7 @@ from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 200
+  steps: int = 250
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()

@@ -159,9 +159,7 @@ def test_shifted_keeps_the_distribution_and_flags_rows_without_one():
   result, fine = logprobs.shifted(jnp.asarray(logits))
   np.testing.assert_array_equal(fine, [True, True, False, False])
   assert (result[:2].max(axis=-1) == 0).all() and (result[2:] == 0).all()
-  np.testing.assert_allclose(
-    log_softmax(result[:1]), log_softmax(logits[:1]), rtol=1e-5, atol=1e-5
-  )
+  np.testing.assert_allclose(log_softmax(result[:1]), log_softmax(logits[:1]), rtol=1e-5, atol=1e-5)
 
 
 def over_logits(function):

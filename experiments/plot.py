@@ -114,14 +114,10 @@ def draw(workdir: pathlib.Path, groups: Groups) -> dict[str, Any]:
   for name, make in (("frontier", frontier), ("overoptimization", overoptimization)):
     if charts := make(groups):
       written.append(reporting.save_chart(plots / f"{name}.png", *charts))
-  missing = [
-    f"{label} ({name})"
-    for label in groups
-    for name in (PROXY, GOLD, KL)
-    if not has(groups[label], name)
-  ]
-  if missing:
-    reporting.note(f"left out of frontier and over-optimisation for want of: {', '.join(missing)}")
+  for label, runs in groups.items():
+    missing = [name for name in (PROXY, GOLD, KL) if not has(runs, name)]
+    if 0 < len(missing) < 3:  # Without any of them it is no reinforcement learning.
+      reporting.note(f"{label} is not in every plot: no {' and no '.join(missing)} in every run")
   summary = {label: figures(runs) for label, runs in groups.items()}
   reporting.show_summary("At the end of training", table(summary))
   reporting.note("plots: " + ", ".join(str(path) for path in written))
@@ -139,7 +135,7 @@ def curves(panel: reporting.Panel, groups: Groups) -> list[reporting.Chart]:
   charts = []
   for i, name in enumerate(panel.metrics):
     lines = [reporting.mean_line(label, runs, "step", name) for label, runs in groups.items()]
-    title = panel.labels[i] if panel.labels else panel.title
+    title = f"{panel.ylabel}: {panel.labels[i].lower()}" if panel.labels else panel.title
     if any(lines):
       charts.append(
         reporting.Chart(title, "Step", panel.ylabel, [line for line in lines if line is not None])

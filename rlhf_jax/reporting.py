@@ -438,16 +438,17 @@ def _smooth(y: np.ndarray) -> np.ndarray:
   return (total[last] - total[first]) / (last - first)
 
 
-def _png(draw: Callable[[Sequence[Any]], None], columns: int = 1) -> bytes:
-  """The figure that `draw` makes of `columns` axes side by side."""
+def _png(draw: Callable[[Sequence[Any]], None], count: int = 1) -> bytes:
+  """The figure that `draw` makes of `count` axes, two in a row."""
   import matplotlib  # A second or so, which only the scripts that plot should pay.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
+  rows, columns = -(-count // 2), min(count, 2)
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(6.4 * columns, 4.0), layout="tight")
+    figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout="tight")
     FigureCanvasAgg(figure)  # No display and no global state, whatever backend is configured.
-    draw(figure.subplots(1, columns, squeeze=False)[0])
+    draw([figure.add_subplot(rows, columns, i + 1) for i in range(count)])
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
   return png.getvalue()
@@ -717,7 +718,7 @@ def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
 
 
 def render_charts(charts: Sequence[Chart]) -> bytes:
-  """Charts side by side as PNG. Lines differ in dash and points in marker, not only in colour."""
+  """Charts as PNG, two in a row. Lines differ in dash and points in marker, not only in colour."""
 
   def draw(all_axes: Sequence[Any]) -> None:
     for axes, chart in zip(all_axes, charts, strict=True):
@@ -745,7 +746,7 @@ def render_charts(charts: Sequence[Chart]) -> bytes:
 
 
 def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:
-  """Writes charts side by side to a PNG file, whose folder is created."""
+  """Writes charts, two in a row, to a PNG file, whose folder is created."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(render_charts(charts))

@@ -413,12 +413,14 @@ CHART = reporting.Chart(
 )
 
 
-def test_charts_side_by_side(tmp_path):
+def test_charts_are_two_in_a_row(tmp_path):
   path = reporting.save_chart(tmp_path / "plots" / "a.png", CHART, CHART._replace(root_x=False))
   image = matplotlib.image.imread(path)[..., :3]
   assert image.shape == (600, 1920, 3)
   assert 0.001 < (np.ptp(image, axis=-1) > 0.2).mean() < 0.5
   assert path.read_bytes() == reporting.render_charts([CHART, CHART._replace(root_x=False)])
+  three = matplotlib.image.imread(io.BytesIO(reporting.render_charts([CHART] * 3)))
+  assert three.shape[:2] == (1200, 1920) and np.all(three[700:, 1000:, :3] == 1)
 
 
 def test_labels_cover_neither_each_other_nor_a_point():

@@ -62,12 +62,18 @@ def value_and_grads(case: Case):
   return jax.value_and_grad(call, argnums=tuple(range(1, 1 + len(case.shapes))))
 
 
+@functools.cache
+def compiled(name: str):
+  """The same for all tests of a case: most of their time is compiling."""
+  return jax.jit(value_and_grads(CASES[name]))
+
+
 @CASE
 def test_padding_changes_nothing(name):
   case = CASES[name]
   mask, arrays = inputs_of(case)
   assert mask.any() and not mask.all()
-  function = jax.jit(value_and_grads(case))
+  function = compiled(name)
   want, want_grads = function(mask, *poison(case, mask, arrays, 0.0))
   assert np.isfinite(want) and want != 0
   for bad in (np.nan, 1e30, -1e30, np.inf, -np.inf):
@@ -82,7 +88,7 @@ def test_padding_changes_nothing(name):
 def test_everything_masked_is_finite(name):
   case = CASES[name]
   mask, arrays = inputs_of(case)
-  value, grads = jax.jit(value_and_grads(case))(np.zeros_like(mask), *arrays)
+  value, grads = compiled(name)(np.zeros_like(mask), *arrays)
   assert np.isfinite(value)
   assert all(np.isfinite(g).all() for g in grads)
 
@@ -92,7 +98,7 @@ def test_gradients_are_finite_at_extreme_inputs(name):
   """Differences of log-probabilities of up to 200 nats, either way."""
   case = CASES[name]
   mask, arrays = inputs_of(case)
-  function = jax.jit(value_and_grads(case))
+  function = compiled(name)
   for scale in (200.0, -200.0):
     extreme = [np.where(np.arange(x.size).reshape(x.shape) % 2, scale, 0.0) for x in arrays]
     for shifted in range(len(arrays)):
@@ -107,7 +113,7 @@ def test_jit_changes_nothing(name):
   case = CASES[name]
   mask, arrays = inputs_of(case)
   want = value_and_grads(case)(mask, *map(jnp.asarray, arrays))
-  result = jax.jit(value_and_grads(case))(mask, *arrays)
+  result = compiled(name)(mask, *arrays)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), result, want)
 
 
@@ -154,7 +160,7 @@ def test_bfloat16_inputs_are_computed_in_float32(name):
 def test_sharded_rows(name, axis_type):
   case = CASES[name]
   mask, arrays = inputs_of(case)
-  want = jax.device_get(jax.jit(value_and_grads(case))(mask, *arrays))
+  want = jax.device_get(compiled(name)(mask, *arrays))
   mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
   with jax.set_mesh(mesh):
     place = NamedSharding(mesh, P("data"))

@@ -417,14 +417,14 @@ def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
 
 
 def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
-  """Both answers to the first prompts, each with its reward (the gold one, where it is known)."""
-  name = list(after.rewards)[-1]
+  """Both answers to the first prompts, each with its last reward (the gold one), if it has any."""
+
+  def answer(of: Samples, i: int) -> str:
+    shown = [f"  [{name} {values[i]:.2f}]" for name, values in of.rewards.items()]
+    return of.responses[i] + "".join(shown[-1:])
+
   return [
-    {
-      "prompt": after.prompts[i],
-      "start": f"{before.responses[i]}  [{name} {before.rewards[name][i]:.2f}]",
-      "trained": f"{after.responses[i]}  [{name} {after.rewards[name][i]:.2f}]",
-    }
+    {"prompt": after.prompts[i], "start": answer(before, i), "trained": answer(after, i)}
     for i in range(min(limit, len(after.responses)))
   ]
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 STEPS = {"sft": 150, "reward_model": 120, "dpo": 120, "ppo": 30}
@@ -200,3 +201,14 @@ def test_another_run_is_refused(tmp_path, run_script, sft_run):
   finished = run_script("sft", sft_run, "--optim.learning_rate=0.5")
   assert finished.code == 78, finished.output
   assert "learning_rate" in finished.output
+
+
+@pytest.mark.parametrize("rewards", [{}, {"reward": 1.0, "gold": 2.0}], ids=["none", "two"])
+def test_answers_side_by_side_with_and_without_a_reward(rewards):
+  from experiments import common
+
+  values = {name: np.array([value]) for name, value in rewards.items()}
+  one = np.ones(1)
+  samples = common.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
+  (row,) = common.side_by_side(samples, samples)
+  assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")

@@ -39,8 +39,6 @@ class Config:
   sft: SFTStage = SFTStage()
   reward_model: RewardModelStage = RewardModelStage(steps=100, data=DataConfig(rows=512))
   ppo: PPOStage = PPOStage(
-    steps=80,
-    batch_size=64,
     data=DataConfig(eval_rows=128),
     ppo=PPOConfig(kl_coef=0.3),
     optim=OptimConfig(learning_rate=3e-4, schedule="constant"),

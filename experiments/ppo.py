@@ -46,8 +46,8 @@ class Config(loop.RunConfig):
     ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
   """
 
-  steps: int = 60
-  batch_size: int = 128
+  steps: int = 80
+  batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
   critic_warmup: int = 0

@@ -21,7 +21,7 @@ from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import RankingBatch, TokenBatch, UnpairedBatch
 
-_BUILTIN_ROWS = 4096
+_BUILTIN_ROWS = 8192
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
@@ -56,7 +56,7 @@ class DataConfig:
     eval_fraction: Part of the prompts to hold out, chosen by a hash of the prompt, if there is no
       eval_path; 0 holds out nothing.
     rows: Use only the first so many rows; 0 uses all. For the built-in task, the number to write
-      (0 writes 4096).
+      (0 writes 8192).
     eval_rows: Use at most this many held-out rows.
     max_prompt_length: Longest prompt in tokens.
     max_response_length: Longest response in tokens, its end token included.

@@ -23,13 +23,14 @@ from rlhf_jax import (
   sharding,
   simulation,
 )
-from rlhf_jax.losses import logprobs as logprobs_lib
+from rlhf_jax.algorithms import rollouts
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
 from rlhf_jax.train_step import init_state, make_optimizer, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,46 @@ class RewardOptions:
     if not (self.path or self.name):
       known = ", ".join(sorted(rewards.REWARDS))
       raise flags.UsageError(f"no reward: give --reward.path=DIR or --reward.name, one of {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions:
+  """What pairs of responses are judged by; give one of the two.
+
+  Attributes:
+    path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
+      reward model, whose scores are then compared as Bradley and Terry do.
+    name: Name of a Python function in rlhf_jax.rewards.PREFERENCES, such as panel.
+  """
+
+  path: str = ""
+  name: str = ""
+
+  def __post_init__(self):
+    if self.path and self.name:
+      raise ValueError("name and path are both given; keep one")
+    if self.name and self.name not in rewards.PREFERENCES:
+      known = ", ".join(sorted(rewards.PREFERENCES))
+      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+
+  def require(self) -> None:
+    """Refuses options that name no judge."""
+    if not (self.path or self.name):
+      known = ", ".join(sorted(rewards.PREFERENCES))
+      raise flags.UsageError(
+        f"no preference: give --preference.path=DIR or --preference.name, one of {known}"
+      )
+
+
+def require_random(sampling: generation.SamplingConfig) -> None:
+  """Refuses to learn from samples of another distribution than the one that is trained."""
+  if sampling.temperature == 0:
+    raise ValueError("sampling.temperature must be positive: this learns from random samples")
+  if sampling.top_k or sampling.top_p < 1:
+    raise ValueError(
+      "sampling.top_k and top_p must be off: they sample from another distribution than the one"
+      " that is trained"
+    )
 
 
 def model_folder(path: str) -> pathlib.Path | None:
@@ -172,10 +213,23 @@ def open_model(
   return model, hf.load_params(folder, model, key=key, place=place)
 
 
-def open_reward_model(
+def open_policy(
   run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
-) -> tuple[Model, Params]:
-  """The reward model behind `--reward.path`, which must read the policy's tokens."""
+) -> Params:
+  """Params of another policy of the same architecture, which must read the same tokens."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "language":
+    raise hf.ModelFolderError(f"{path}: not a language model")
+  own = data.load_tokenizer(folder, None)
+  if own.digest != tokenizer.digest:
+    raise hf.ModelFolderError(f"{folder}: its tokenizer is not that of the policy")
+  return open_model(run, options, folder, tokenizer)[1]
+
+
+def open_scorer(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params, str]:
+  """A model with a scalar head that reads the policy's tokens, and what its scalar is called."""
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "scalar":
     raise hf.ModelFolderError(
@@ -186,7 +240,37 @@ def open_reward_model(
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
-  return open_model(run, options, folder, tokenizer, "scalar")
+  model, params = open_model(run, options, folder, tokenizer, "scalar")
+  return model, params, hf.scalar_label(folder)
+
+
+def open_reward_model(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params]:
+  """The reward model behind `--reward.path`, which must read the policy's tokens."""
+  model, params, label = open_scorer(run, path, options, tokenizer)
+  if label == PREFERENCE:
+    raise hf.ModelFolderError(
+      f"{path}: a preference model, which scores no single response; train a reward model with"
+      " experiments.reward_model"
+    )
+  return model, params
+
+
+def open_preference(
+  run: loop.Run, options: PreferenceOptions, model_options: ModelOptions, tokenizer: data.Tokenizer
+) -> Callable[[data.Dataset], rewards.PreferenceFn]:
+  """The judge that the options name, opened once: prompts -> preference between responses."""
+  options.require()
+  if options.path:
+    model, params, label = open_scorer(run, options.path, model_options, tokenizer)
+    if label == PREFERENCE:
+      prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
+    else:
+      prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
+    return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
+  function = rewards.PREFERENCES[options.name]
+  return lambda prompts: rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
 
 
 def open_reward(
@@ -206,7 +290,13 @@ def open_reward(
       score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
     return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
   function = rewards.REWARDS[options.name]
-  return lambda prompts: rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+
+  def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+    for row in prompts.rows[:1]:
+      function([row["prompt_text"]], [""], [row])  # A missing column is found before compiling.
+    return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+
+  return of_prompts
 
 
 def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -248,14 +338,18 @@ def describe(
 
 
 def export(
-  folder: pathlib.Path, params: Params, model: Model, tokenizer: data.Tokenizer
+  folder: pathlib.Path,
+  params: Params,
+  model: Model,
+  tokenizer: data.Tokenizer,
+  label: str = "reward",
 ) -> pathlib.Path:
-  """Writes a folder that `--init_from` and transformers read."""
+  """Writes a folder that `--init_from` and transformers read; `label` names a scalar."""
   token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   tokenizer.save(folder)
-  hf.save_folder(folder, params, model.config, token_ids=token_ids)
+  hf.save_folder(folder, params, model.config, token_ids=token_ids, label=label)
   return folder
 
 
@@ -332,12 +426,8 @@ def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
 
   @jax.jit
   def kl(ref_params: Params, rollout: Rollout) -> jax.Array:
-    length = rollout.logprobs.shape[1]
-    segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
-    logits = model.apply(ref_params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
-    tokens = rollout.tokens[:, -length - 1 :]
-    ref = logprobs_lib.next_token_logprobs(logits / temperature, tokens)[:, 1:]
-    mask = rollout.response_mask[:, -length:]
+    ref, _ = rollouts.rollout_logprobs(model.apply, ref_params, rollout, temperature)
+    mask = rollout.response_mask[:, -ref.shape[1] :]
     return masked.masked_sum(rollout.logprobs - ref, mask, axis=1)
 
   return kl
@@ -373,8 +463,7 @@ def heldout_sampler(
   )
   kl_fn = sequence_kl(model, config.temperature or 1.0)
   key = jax.random.fold_in(run.key_for(2), 0)
-  batch_size = min(batch_size, max(len(dataset.examples), 1))
-  batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+  batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def sample(params: Params) -> Samples:
     parts: list[dict[str, np.ndarray]] = []
@@ -402,6 +491,51 @@ def heldout_sampler(
     )
 
   return sample
+
+
+def heldout_comparer(
+  run: loop.Run,
+  model: Model,
+  dataset: data.Dataset,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  prefer: rewards.PreferenceFn,
+  *,
+  batch_size: int = 128,
+) -> Callable[[Params, Params], np.ndarray]:
+  """`compare(params, other) -> [B]`: preference for the first policy on each held-out prompt.
+
+  Each policy answers once, with random numbers of its own.
+  """
+  config = dataclasses.replace(config, samples_per_prompt=1)
+  generate = generation.make_generate(
+    model.decode,
+    model.init_cache,
+    config,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+  keys = [jax.random.fold_in(run.key_for(2), i) for i in range(2)]
+  batch_size = heldout_batch_size(run, dataset, batch_size)
+
+  def compare(params: Params, other: Params) -> np.ndarray:
+    parts = []
+    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(prompts, run.mesh)
+      first, second = (
+        generate(policy, placed.tokens, placed.mask, placed.prompt_id, key)
+        for policy, key in zip((params, other), keys, strict=True)
+      )
+      parts.append(np.asarray(prefer(first, second, prompts.prompt_id))[valid])
+    return np.concatenate(parts)
+
+  return compare
+
+
+def heldout_batch_size(run: loop.Run, dataset: data.Dataset, most: int) -> int:
+  """At most `most` prompts or a few more, in equal parts for the devices."""
+  size = min(most, max(len(dataset.examples), 1))
+  return size + -size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
 
 
 def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
@@ -479,6 +613,7 @@ class Judge:
     sampling: How responses are sampled.
     reward_fns: What they are judged by.
     ref_params: The start.
+    prefer: Compares responses directly, if given.
   """
 
   def __init__(
@@ -490,12 +625,23 @@ class Judge:
     sampling: generation.SamplingConfig,
     reward_fns: Mapping[str, rewards.RewardFn],
     ref_params: Params,
+    *,
+    prefer: rewards.PreferenceFn | None = None,
   ):
     self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
+    self._compare = None
+    if prefer is not None:
+      self._compare = heldout_comparer(run, model, prompts, tokenizer, sampling, prefer)
     self._ref_params = ref_params
     self._sample = heldout_sampler(
       run, model, prompts, tokenizer, sampling, reward_fns=reward_fns, ref_params=ref_params
     )
+
+  def preference(self, params: Params, other: Params) -> evaluation.Estimate:
+    """How often the first policy is preferred to the second one on the held-out prompts."""
+    if self._compare is None:
+      raise ValueError("the judge was given no preference")
+    return evaluation.mean(self._compare(params, other))
 
   def evaluate(
     self, params_of: Callable[[Any], Params]
@@ -522,10 +668,19 @@ class Judge:
     if self._prompts.examples:
       before, after = self._sample(self._ref_params), self._sample(params)
       summary |= compare(before, after)
+      table = comparison_table(before, after)
+      if self._compare is not None:
+        rate = self.preference(params, self._ref_params)
+        summary |= {
+          "preference/win_rate": rate.value,
+          "preference/win_rate_low": rate.low,
+          "preference/win_rate_high": rate.high,
+        }
+        table["preferred to the start"] = {"start": 0.5, "trained": rate.value}
       reporting.save_samples(run.workdir, 0, sample_rows(before))
       reporting.save_samples(run.workdir, step, sample_rows(after))
       reporting.show_samples(side_by_side(before, after), "Before and after")
-      reporting.show_summary(f"{title}, held-out prompts", comparison_table(before, after))
+      reporting.show_summary(f"{title}, held-out prompts", table)
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)
     return summary

@@ -9,6 +9,10 @@ Your prompts, judged by a reward model or a Python reward:
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo --baseline=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm
 
+Who beats whom, by a preference model or function: a win-rate matrix of all of them
+  python -m experiments.evaluate --workdir=runs/eval --policy=runs/nash,runs/ppo \
+    --baseline=runs/sft --preference.name=panel
+
 Prints one row per policy. Writes summary.json (the figures of one policy, or of several by name),
 the responses of baseline and policies to `samples/` (steps 0, 1, ...), and `plots/frontier.png`:
 each reward over the KL to the baseline. Intervals are those of 95 %.
@@ -19,8 +23,9 @@ line and the diversity per input, that of the answers to one prompt. The time gr
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +54,7 @@ class Config:
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
+  preference: common.PreferenceOptions = common.PreferenceOptions()
 
   def __post_init__(self):
     if not self.policy:
@@ -86,9 +92,14 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       ref_params=base_params,
       batch_size=config.batch_size,
     )
+    is_pairwise = config.preference != common.PreferenceOptions()
     samples = {names[0]: sample(base_params)}
+    policies = {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
-      samples[name] = sample(common.open_model(run, config.model, folder, tokenizer)[1])
+      params = common.open_model(run, config.model, folder, tokenizer)[1]
+      samples[name] = sample(params)
+      if is_pairwise:
+        policies[name] = params
 
     figures = {
       name: common.compare(samples[names[0]], drawn)
@@ -103,6 +114,20 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     charts = frontier(figures, best_of_n(samples[names[0]], count), names[0])
     reporting.save_chart(run.workdir / "plots" / "frontier.png", *charts)
     summary = figures[names[1]] if len(names) == 2 else {name: figures[name] for name in names}
+    if is_pairwise:
+      prefer_of = common.open_preference(run, config.preference, config.model, tokenizer)
+      compare = common.heldout_comparer(
+        run,
+        model,
+        heldout,
+        tokenizer,
+        config.sampling,
+        prefer_of(heldout),
+        batch_size=config.batch_size,
+      )
+      matrix = win_rate_matrix(policies, compare)
+      show_matrix(matrix)
+      summary = summary | {"preference/win_rates": matrix}
     reporting.write_summary(run.workdir, summary)
   return summary
 
@@ -203,6 +228,42 @@ def answers(samples: Mapping[str, common.Samples], count: int) -> list[dict[str,
     {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
     for i in range(0, min(4 * count, len(prompts)), count)
   ]
+
+
+def win_rate_matrix(
+  policies: Mapping[str, Any], compare: Callable[[Any, Any], np.ndarray]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """How often each policy is preferred to each other one, with the 95 % interval.
+
+  Args:
+    policies: Params by name.
+    compare: `(params, other) -> [B]` preferences, one per prompt.
+
+  Returns:
+    Name -> name of the other -> `value`, `low` and `high`; both directions come from the same
+    responses, so they sum to 1.
+  """
+  matrix: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
+  for a, b in itertools.combinations(policies, 2):
+    wins = compare(policies[a], policies[b])
+    for first, second, values in ((a, b, wins), (b, a, 1 - wins)):
+      matrix[first][second] = evaluation.mean(values)._asdict()
+  return matrix
+
+
+def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+  """A row per policy: how often it is preferred to that of the column."""
+
+  def cell(rate: Mapping[str, float]) -> str:
+    return f"{rate['value']:.3f} ± {(rate['high'] - rate['low']) / 2:.3f}"
+
+  reporting.show_summary(
+    "The policy of the row is preferred to that of the column: share, half of the 95 % interval",
+    {
+      name: {other: cell(of[other]) if other in of else "" for other in matrix}
+      for name, of in matrix.items()
+    },
+  )
 
 
 def show(figures: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> None:

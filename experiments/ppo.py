@@ -63,13 +63,7 @@ class Config(loop.RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.sampling.temperature == 0:
-      raise ValueError("sampling.temperature must be positive: PPO learns from random samples")
-    if self.sampling.top_k or self.sampling.top_p < 1:
-      raise ValueError(
-        "sampling.top_k and top_p must be off: they sample from another distribution than the"
-        " one that is trained"
-      )
+    common.require_random(self.sampling)
     samples = self.sampling.samples_per_prompt
     parts = self.ppo.minibatches * self.ppo.microbatches
     if self.batch_size * samples % parts:

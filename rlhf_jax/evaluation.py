@@ -361,3 +361,26 @@ def _vector(name: str, x: np.ndarray) -> np.ndarray:
   if x.ndim != 1 or not len(x):
     raise ValueError(f"{name} must be a vector of one or more numbers, got shape {x.shape}")
   return x
+
+
+def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
+  """Agreement of two annotators beyond chance: 1 is complete, 0 what their habits alone would give.
+
+  Cohen, 1960, https://doi.org/10.1177/001316446002000104.
+
+  Args:
+    a: Verdicts of one on B items.
+    b: Verdicts of the other on the same items.
+
+  Returns:
+    `(observed - expected) / (1 - expected)`; NaN if both always say the same one thing.
+
+  Raises:
+    ValueError: The lengths differ, or there are no items.
+  """
+  if len(a) != len(b) or not a:
+    raise ValueError(f"two lists of the same items are needed, got {len(a)} and {len(b)}")
+  observed = np.mean([x == y for x, y in zip(a, b, strict=True)])
+  first, second = collections.Counter(a), collections.Counter(b)
+  expected = sum(first[name] * second[name] for name in first) / len(a) ** 2
+  return float((observed - expected) / (1 - expected)) if expected < 1 else math.nan

@@ -271,6 +271,33 @@ def show_samples(
   _CONSOLE.print(out)
 
 
+def show_pair(prompt: str, left: str, right: str, title: str, keys: Mapping[str, str]) -> None:
+  """Shows two responses side by side, and the keys that answer the question which is better."""
+  if _silent():
+    return
+  hint = "   ".join(f"[{key}] {meaning}" for key, meaning in keys.items())
+  if not _on_terminal():
+    _plain(f"== {escape(title)} ==")
+    for name, text in (("request", prompt), ("a", left), ("b", right), ("keys", hint)):
+      _plain(f"  {name}: {escape(text)}")
+    return
+  responses = table.Table.grid(expand=True, padding=(0, 1))
+  responses.add_column(ratio=1)
+  responses.add_column(ratio=1)
+  responses.add_row(
+    *(
+      RichPanel(Text(escape(text, newlines=True)), title=name, title_align="left")
+      for name, text in (("a", left), ("b", right))
+    )
+  )
+  _CONSOLE.clear()
+  _CONSOLE.print(
+    RichPanel(Text(escape(prompt, newlines=True)), title=Text(escape(title)), title_align="left")
+  )
+  _CONSOLE.print(responses)
+  _CONSOLE.print(Text(hint))
+
+
 def save_samples(workdir: epath.PathLike, step: int, rows: Sequence[Mapping[str, Cell]]) -> None:
   """Writes all rows to `WORKDIR/samples/step_00000100.jsonl`, one object a line, atomically.
 

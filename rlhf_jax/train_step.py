@@ -1,6 +1,7 @@
 """The one place that turns a loss into an update: jitted, donated, micro-batched, guarded."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -195,11 +196,11 @@ def update(
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def jit_step(step: TrainStep, state_shardings: Any = None) -> TrainStep:
+def jit_step(step: Callable[..., Any], state_shardings: Any = None) -> Callable[..., Any]:
   """Jits a step with a donated state.
 
   Args:
-    step: `(state, batch, key) -> (state, metrics)`.
+    step: `(state, ...) -> (state, metrics)`.
     state_shardings: Tree of shardings of the state, which then stays where it is. Left to the
       compiler, parts of it may move on a mesh, and the second call compiles anew.
   """

@@ -26,6 +26,21 @@ class TokenBatch(NamedTuple):
   mask: jax.Array
 
 
+class ComparisonBatch(NamedTuple):
+  """Two responses a and b to each prompt, one behind the other in both orders.
+
+  Attributes:
+    tokens: [B, 2, T] int32: 0 is prompt, a, b; 1 is prompt, b, a; then padding. The end token of a
+      response separates the two.
+    mask: [B, 2, T] bool, True on the tokens of both responses.
+    preference: [B] float32, how often a is preferred to b; 0.5 is a tie.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  preference: jax.Array
+
+
 class RankingBatch(NamedTuple):
   """K responses to each prompt, best first, and their order.
 

@@ -304,3 +304,20 @@ def test_divergence_is_seldom_seen_in_noise():
   noise = rng.normal(size=(200, 2, 60))
   alarms = [evaluation.first_divergence(*pair, window=20) is not None for pair in noise]
   assert np.mean(alarms) < 0.1
+
+
+def test_cohen_kappa():
+  """By its definition from a table of counts, and at its ends."""
+  table = np.array([[88, 14, 18], [10, 40, 10], [2, 6, 12]])
+  a = [i for i in range(3) for j in range(3) for _ in range(table[i, j])]
+  b = [j for i in range(3) for j in range(3) for _ in range(table[i, j])]
+  observed = np.trace(table) / table.sum()
+  expected = (table.sum(axis=0) @ table.sum(axis=1)) / table.sum() ** 2
+  want = (observed - expected) / (1 - expected)
+  assert evaluation.cohen_kappa(a, b) == pytest.approx(want)
+  assert evaluation.cohen_kappa("abba", "abba") == 1.0
+  assert evaluation.cohen_kappa("aabb", "abab") == 0.0
+  assert evaluation.cohen_kappa("aabb", "bbaa") == -1.0
+  assert math.isnan(evaluation.cohen_kappa("aa", "aa"))
+  with pytest.raises(ValueError, match="same items"):
+    evaluation.cohen_kappa("ab", "a")

@@ -43,6 +43,9 @@ class DPOConfig:
     sft_coef: Weight of the mean negative log-likelihood of a token of the chosen responses.
     length_alpha: Weight of the tokens beyond the length of the shorter response (LD-DPO).
     reweight: Weigh pairs by how likely the policy is to write them (WPO).
+    bonus_coef: Weight of the log-probability of the calibration responses of a batch, if it has
+      any: optimism with responses of the reference (XPO; online VPO with its alpha times beta),
+      pessimism if negative, with those of the data (offline VPO).
     microbatches: Pieces each batch is cut into; saves memory.
   """
 
@@ -53,6 +56,7 @@ class DPOConfig:
   sft_coef: float = 0.0
   length_alpha: float = 1.0
   reweight: bool = False
+  bonus_coef: float = 0.0
   microbatches: int = 1
 
   def __post_init__(self):
@@ -96,12 +100,13 @@ class DPOBatch(NamedTuple):
   Attributes:
     pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on
       responses.
-    ref_logprobs: [B, 2] float32 of `sequence_logprobs` under the reference; unread by a loss
-      without one.
+    ref_logprobs: [B, 2] float32 of `reference_logprobs`; unread by a loss without one.
+    calibration: B responses, [B, T] each, for `bonus_coef`, or None.
   """
 
   pairs: TokenBatch
   ref_logprobs: jax.Array
+  calibration: TokenBatch | None = None
 
 
 def pair_logprobs(
@@ -190,6 +195,12 @@ def row_figures(
   if config.reweight:
     for i in range(2):
       losses *= preference.wpo_weights(logprobs[:, i], collision[:, i], mask[:, i])
+  if config.bonus_coef:
+    if batch.calibration is None:
+      raise ValueError("bonus_coef needs calibration responses")
+    free, free_mask, _ = score_tokens(apply_fn, params, batch.calibration)
+    free = masked.masked_sum(free, free_mask, axis=1)
+    losses += preference.value_bonus(free, coef=config.bonus_coef)
   nll = -masked.masked_mean(logprobs[:, 0], mask[:, 0], axis=1)
   chosen, rejected = (config.beta * x for x in rewards)
   return {

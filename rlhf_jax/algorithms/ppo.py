@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.algorithms import sft
+from rlhf_jax.algorithms import rollouts, sft
 from rlhf_jax.losses import advantages as advantages_lib
 from rlhf_jax.losses import kl, masked, policy_gradient, reward, shaping
-from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.train_step import jit_step, merge_metrics, update_epochs
 from rlhf_jax.types import (
   ApplyFn,
@@ -203,14 +202,10 @@ def response_outputs(
     Log-probabilities [B, R], entropies [B, R] and values [B, R] of the response positions; zeros
     for the values without a critic.
   """
-  length = rollout.logprobs.shape[1]
-  segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
-  logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
-  logits = logits / temperature
-  logprobs = logprobs_lib.next_token_logprobs(logits, rollout.tokens[:, -length - 1 :])[:, 1:]
-  # The output before a token is what predicts it, and the value of the state it is drawn in.
+  logits, values = apply_fn(params, rollout.tokens, **rollouts.response_inputs(rollout))
+  logprobs, entropy = rollouts.response_logprobs(logits, rollout, temperature)
   values = jnp.zeros_like(logprobs) if values is None else values[:, :-1]
-  return logprobs, logprobs_lib.entropy(logits[:, :-1]), values
+  return logprobs, entropy, values
 
 
 def adapt_kl_coef(

@@ -7,6 +7,8 @@ from rlhf_jax.data.datasets import PromptBatch as PromptBatch
 from rlhf_jax.data.datasets import batches as batches
 from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import eval_batches as eval_batches
+from rlhf_jax.data.datasets import from_examples as from_examples
+from rlhf_jax.data.datasets import from_rows as from_rows
 from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
 from rlhf_jax.data.datasets import responses_of as responses_of

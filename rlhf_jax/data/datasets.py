@@ -19,7 +19,7 @@ from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import Example, Kind, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.types import RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.types import ComparisonBatch, RankingBatch, TokenBatch, UnpairedBatch
 
 _BUILTIN_ROWS = 8192
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
@@ -29,11 +29,12 @@ _OVERLONG = ("drop", "truncate_prompt")
 _RESPONSES = {
   "demonstrations": ("response",),
   "preferences": ("chosen", "rejected"),
+  "comparisons": ("response_a", "response_b"),
   "unpaired": ("response",),
   "prompts": (),
 }
 # Names of what is known about the responses of an example.
-_LABELS = {"rankings": "ranks", "unpaired": "desirable"}
+_LABELS = {"rankings": "ranks", "unpaired": "desirable", "comparisons": "preference"}
 _COUNTS = (
   "dropped_ties",
   "dropped_not_judged",
@@ -116,13 +117,15 @@ class Dataset(NamedTuple):
   Attributes:
     kind: One of `schema.KINDS`.
     examples: One dict of int32 [length] ids each: "prompt" and, by kind, "response"; "chosen" and
-      "rejected"; or "response_0", "response_1" and so on, best first. A ranking also has "ranks",
-      one per response, and an unpaired response "desirable", [1] or [0].
+      "rejected"; "response_a" and "response_b"; or "response_0", "response_1" and so on, the best
+      one first. A ranking also has "ranks", one per response, an unpaired response "desirable",
+      [1] or [0], and a comparison "preference", float32 [1], the share of the verdicts for the
+      first response.
     rows: The original columns of the row of each example, and under "prompt_text" the whole prompt
       as text, as the tokenizer renders it.
     padded_length: Length to pad to, shared by the training and the held-out set: of prompts for
-      the kind "prompts", else of prompt and response together.
-    width: Responses of an example, K: 2 of preferences, of rankings the most in both sets.
+      the kind "prompts", of prompt and both responses for comparisons, else of prompt and response.
+    width: Responses of an example, K: 2 of pairs, of rankings the most in both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_overlong` and
@@ -167,7 +170,7 @@ class PromptBatch(NamedTuple):
   prompt_id: np.ndarray
 
 
-Batch = TokenBatch | RankingBatch | UnpairedBatch | PromptBatch
+Batch = TokenBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
 
 
 def load(
@@ -266,6 +269,34 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   return _finish("prompts", _Part(examples, rows, list(texts), np.zeros((0, 2)), {}), padded, 0)
 
 
+def from_rows(kind: Kind, rows: Sequence[Row], config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+  """A data set of rows at hand, for `eval_batches`; it may turn out empty.
+
+  Args:
+    kind: What the rows are for.
+    rows: The rows.
+    config: Limits; its sources are not read.
+    tokenizer: Made with `config.end_token`.
+
+  Raises:
+    DataError: A bad row.
+  """
+
+  def on_bad_row(error: DataError):
+    raise error
+
+  part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
+  return _finish(kind, part, *(_shape(kind, part.examples) if part.examples else (0, 0)))
+
+
+def from_examples(
+  kind: Kind, examples: list[dict[str, np.ndarray]], rows: list[dict[str, Any]]
+) -> Dataset:
+  """A data set of tokenised examples at hand, such as sampled responses; see `Dataset`."""
+  part = _Part(examples, rows, [], np.zeros((0, 2)), {})
+  return _finish(kind, part, *(_shape(kind, examples) if examples else (0, 0)))
+
+
 def batches(
   dataset: Dataset,
   batch_size: int,
@@ -298,8 +329,8 @@ def batches(
   Returns:
     An iterator of numpy batches of B = batch_size / shard_count rows: `TokenBatch` with [B, T]
     arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected),
-    `RankingBatch`, `UnpairedBatch` or `PromptBatch`. `get_state()` is a small JSON-compatible dict;
-    `set_state()` continues from it.
+    `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`. `get_state()` is a small
+    JSON-compatible dict; `set_state()` continues from it.
 
   Raises:
     ValueError: The data set is smaller than a batch, or a batch cannot be cut into shards.
@@ -471,7 +502,7 @@ def _tokenize(kind: Kind, parsed: list[_Parsed], config: DataConfig, tokenizer: 
     if answer_too_long or (prompt_too_long and config.overlong == "drop"):
       report["dropped_overlong"] += 1
       continue
-    if kind == "preferences" and answers[0] == answers[1]:
+    if kind in ("preferences", "comparisons") and answers[0] == answers[1]:
       report["dropped_identical_pairs"] += 1
       continue
     if prompt_too_long:
@@ -486,8 +517,8 @@ def _tokenize(kind: Kind, parsed: list[_Parsed], config: DataConfig, tokenizer: 
 
 
 def _fitting(
-  answers: list[list[int]], ranks: list[int], max_length: int
-) -> tuple[list[list[int]], list[int]]:
+  answers: list[list[int]], ranks: list[float], max_length: int
+) -> tuple[list[list[int]], list[float]]:
   """The responses of a ranking that are short enough, their ranks counted from 0 again."""
   short = [
     (answer, rank) for answer, rank in zip(answers, ranks, strict=True) if len(answer) <= max_length
@@ -497,7 +528,7 @@ def _fitting(
 
 
 def _arrays(
-  kind: Kind, prompt: list[int], answers: list[list[int]], labels: list[int]
+  kind: Kind, prompt: list[int], answers: list[list[int]], labels: list[float]
 ) -> dict[str, np.ndarray]:
   """An example as `Dataset` holds it."""
   if kind == "rankings":
@@ -505,9 +536,11 @@ def _arrays(
   else:
     names = _RESPONSES[kind]
   columns = {"prompt": prompt, **dict(zip(names, answers, strict=True))}
+  example: dict[str, Any] = {name: np.asarray(ids, np.int32) for name, ids in columns.items()}
   if kind in _LABELS:
-    columns[_LABELS[kind]] = labels
-  return {name: np.asarray(ids, np.int32) for name, ids in columns.items()}
+    dtype = np.float32 if kind == "comparisons" else np.int32
+    example[_LABELS[kind]] = np.asarray(labels, dtype)
+  return example
 
 
 def _check_ids(row: Row, columns: Sequence[Sequence[int]], vocab_size: int) -> None:
@@ -576,6 +609,8 @@ def _shape(kind: Kind, examples: list[dict[str, np.ndarray]]) -> tuple[int, int]
   longest = [max(map(len, some), default=0) for some in responses]
   if kind == "unpaired":  # Any response is put behind any prompt.
     length = max(prompts) + max(longest)
+  elif kind == "comparisons":  # One response is put behind the other.
+    length = max(map(operator.add, prompts, (sum(map(len, some)) for some in responses)))
   else:
     length = max(map(operator.add, prompts, longest))
   return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, max(map(len, responses))
@@ -585,7 +620,9 @@ def _finish(kind: Kind, part: _Part, padded_length: int, width: int) -> Dataset:
   digest = hashlib.sha256(kind.encode())
   for example in part.examples:
     for ids in example.values():
-      digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
+      digest.update(
+        len(ids).to_bytes(8, "little") + ids.astype(ids.dtype.newbyteorder("<")).tobytes()
+      )
   return Dataset(
     kind, part.examples, part.rows, padded_length, width, digest.hexdigest(), dict(part.report)
   )
@@ -616,6 +653,10 @@ def _collate(dataset: Dataset, indices: np.ndarray, pad_id: int) -> Batch:
     padded = _pad_left(examples, dataset.padded_length, pad_id)
     return PromptBatch(*padded, np.asarray(indices, np.int32))
   responses = [responses_of(example) for example in examples]
+  if dataset.kind == "comparisons":
+    both_ways = [[np.concatenate([a, b]), np.concatenate([b, a])] for a, b in responses]
+    preference: Any = np.asarray([example["preference"][0] for example in examples], np.float32)
+    return ComparisonBatch(*_pad_right(dataset, examples, both_ways, pad_id), preference)
   tokens, mask = _pad_right(dataset, examples, responses, pad_id)
   if dataset.kind == "preferences":
     return TokenBatch(tokens, mask)

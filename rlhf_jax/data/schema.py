@@ -8,6 +8,8 @@
 |                | or `text` alone: an empty prompt, plain language modelling                      |
 |                | or judged answers: the best one                                                 |
 | preferences    | judged answers: every two of them, unless they are tied                         |
+| comparisons    | judged answers: every two that were compared, and the share of the verdicts     |
+|                | that prefer the first; a tie counts as half of one                              |
 | rankings       | judged answers: all of them, best first                                         |
 | unpaired       | a demonstration and `label`: true if desirable, else false                      |
 |                | or judged answers: each, as desirable if it is `correct`, or else if it wins    |
@@ -28,7 +30,8 @@ Judged answers are a prompt and
   - each has a `rank` (lower is better), a `score` (higher is better) or `correct` (true or false);
   - `annotations` or `preferences` list votes: `preferred` is the index of the better response, or
     null for a tie; `a` and `b` are the indices of the two that were compared (0 and 1 if there are
-    just two); `annotator` names who judged.
+    just two); `annotator` names who judged; `probability`, if given, is how sure the judge is that
+    `a` is the better one, a soft label for comparisons. Without any vote the row is left out.
 
 Several votes on the same two answers count by majority: the verdict, tie included, that more votes
 name than any other, and a tie if there is no such verdict. With `votes="each"` every vote is a
@@ -48,7 +51,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
-Kind = Literal["demonstrations", "preferences", "rankings", "unpaired", "prompts"]
+Kind = Literal["demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"]
 Votes = Literal["majority", "each"]
 KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
@@ -64,15 +67,16 @@ class Example(NamedTuple):
 
   Attributes:
     prompt: Text or messages; "" for plain language modelling.
-    answers: The response, or the chosen and the rejected one, or a ranking from the best to the
-      worst, or nothing.
-    labels: For rankings, the rank of each answer; for unpaired, 1 if it is desirable, else 0.
+    answers: The response, or the chosen and the rejected one, or the two of a comparison, or a
+      ranking from the best to the worst, or nothing.
+    labels: For rankings, the rank of each answer; for unpaired, 1 if it is desirable, else 0; for
+      comparisons, the share of the verdicts that prefer the first answer.
     skip: Why nothing can be learnt from it: "ties", or "not_judged" by the annotator asked for.
   """
 
   prompt: Prompt
   answers: tuple[str, ...]
-  labels: tuple[int, ...] = ()
+  labels: tuple[float, ...] = ()
   skip: str = ""
 
   @property
@@ -129,12 +133,23 @@ def comparison_kind(row: Row) -> Kind:
 
 
 class _Verdict(NamedTuple):
-  """A comparison of the answers `a` and `b`; `preferred` is one of the two, or None for a tie."""
+  """A comparison of the answers `a` and `b`; `preferred` is one of the two, or None for a tie.
+
+  `probability` that `a` is the better one, from a judge that says how sure it is.
+  """
 
   a: int
   b: int
   preferred: int | None
   annotator: str | None = None
+  probability: float | None = None
+
+  @property
+  def share(self) -> float:
+    """How much of the vote goes to `a`."""
+    if self.probability is not None:
+      return self.probability
+    return 0.5 if self.preferred is None else float(self.preferred == self.a)
 
 
 class _Judged(NamedTuple):
@@ -148,7 +163,7 @@ class _Judged(NamedTuple):
   def merits(self) -> list[int]:
     """Wins minus losses of each answer: positive if it is preferred more often than not."""
     merits = [0] * len(self.answers)
-    for a, b, preferred, _ in self.verdicts:
+    for a, b, preferred, *_ in self.verdicts:
       if preferred is not None:
         merits[preferred] += 1
         merits[a + b - preferred] -= 1
@@ -158,11 +173,24 @@ class _Judged(NamedTuple):
 def _pairs(judged: _Judged) -> list[Example]:
   """An example of every verdict."""
   examples = []
-  for a, b, preferred, _ in judged.verdicts:
+  for a, b, preferred, *_ in judged.verdicts:
     chosen, rejected = (b, a) if preferred == b else (a, b)
     pair = judged.answers[chosen], judged.answers[rejected]
     examples.append(Example(judged.prompt, pair, skip="ties" if preferred is None else ""))
   return examples
+
+
+def _shares(judged: _Judged) -> list[Example]:
+  """An example of every two answers that were compared; ties are among them."""
+  shares: dict[tuple[int, int], list[float]] = {}
+  for verdict in judged.verdicts:
+    pair = min(verdict[:2]), max(verdict[:2])
+    share = verdict.share if verdict.a == pair[0] else 1 - verdict.share
+    shares.setdefault(pair, []).append(share)
+  return [
+    Example(judged.prompt, (judged.answers[a], judged.answers[b]), (sum(votes) / len(votes),))
+    for (a, b), votes in shares.items()
+  ]
 
 
 def _ranking(judged: _Judged) -> list[Example]:
@@ -192,6 +220,7 @@ def _good_and_bad(judged: _Judged) -> list[Example]:
 _FROM_JUDGED: dict[str, Callable[[_Judged], list[Example]]] = {
   "demonstrations": _best,
   "preferences": _pairs,
+  "comparisons": _shares,
   "rankings": _ranking,
   "unpaired": _good_and_bad,
 }
@@ -214,15 +243,15 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
 
 
 def _majority(votes: Sequence[_Verdict]) -> list[_Verdict]:
-  """One verdict for each two answers that were compared."""
-  counts: dict[tuple[int, int], collections.Counter[int | None]] = {}
-  for a, b, preferred, _ in votes:
-    counts.setdefault((min(a, b), max(a, b)), collections.Counter())[preferred] += 1
+  """One verdict for each two answers that were compared; a single vote stays as it is."""
+  votes_on: dict[tuple[int, int], list[_Verdict]] = {}
+  for vote in votes:
+    votes_on.setdefault((min(vote[:2]), max(vote[:2])), []).append(vote)
   verdicts = []
-  for (a, b), count in counts.items():
-    (preferred, most), *rest = count.most_common(2)
+  for (a, b), some in votes_on.items():
+    (preferred, most), *rest = collections.Counter(v.preferred for v in some).most_common(2)
     tied = rest and rest[0][1] == most
-    verdicts.append(_Verdict(a, b, None if tied else preferred))
+    verdicts.append(some[0] if len(some) == 1 else _Verdict(a, b, None if tied else preferred))
   return verdicts
 
 
@@ -259,6 +288,8 @@ def _responses(row: Row) -> list[str]:
 def _verdicts(row: Row, count: int) -> list[_Verdict]:
   """Every comparison of the `count` responses of a row."""
   column = _first_given(row.fields, _VOTES)
+  if column and row.fields[column] == []:
+    return []
   if column:
     return [_vote(row, column, i, vote, count) for i, vote in enumerate(_list(row, column))]
   _, values = _values(row)
@@ -289,7 +320,11 @@ def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
   if preferred is not None and (type(preferred) is not int or preferred not in pair):
     problem = f"expected {pair[0]}, {pair[1]} or null, found {_describe(preferred)}"
     _fail(row, f"{at}.preferred", problem, fix)
-  return _Verdict(*pair, preferred, vote.get("annotator", row.fields.get("annotator")))
+  sure = vote.get("probability")
+  if sure is not None and (type(sure) not in (int, float) or not 0 <= sure <= 1):
+    problem = f"expected a number from 0 to 1, found {_describe(sure)}"
+    _fail(row, f"{at}.probability", problem, "write how probably `a` is the better one")
+  return _Verdict(*pair, preferred, vote.get("annotator", row.fields.get("annotator")), sure)
 
 
 def _values(row: Row) -> tuple[str, list[float]]:

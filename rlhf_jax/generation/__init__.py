@@ -1,6 +1,15 @@
 """Sampling on device: one jitted program of prefill and a decode loop."""
 
 from rlhf_jax.generation.generate import ended, make_generate
+from rlhf_jax.generation.mixture import MixtureParams, make_mixture
 from rlhf_jax.generation.sampling import SamplingConfig, adjust_logits, sample
 
-__all__ = ["SamplingConfig", "adjust_logits", "ended", "make_generate", "sample"]
+__all__ = [
+  "MixtureParams",
+  "SamplingConfig",
+  "adjust_logits",
+  "ended",
+  "make_generate",
+  "make_mixture",
+  "sample",
+]

@@ -405,7 +405,15 @@ def load_params(
   return params
 
 
-def config_json(config: ModelConfig, head: Head, token_ids: Mapping[str, int]) -> dict[str, Any]:
+def scalar_label(folder: str | pathlib.Path) -> str:
+  """What the scalar of a folder is called, such as "reward" or "preference"; "" without a name."""
+  raw = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+  return str((raw.get("id2label") or {}).get("0", ""))
+
+
+def config_json(
+  config: ModelConfig, head: Head, token_ids: Mapping[str, int], label: str = "reward"
+) -> dict[str, Any]:
   """The config.json that `parse_config` reads back to `config`."""
   architecture = next(name for name, kind in ARCHITECTURES.items() if kind == head)
   raw: dict[str, Any] = {"architectures": [architecture], "model_type": "llama"}
@@ -422,7 +430,7 @@ def config_json(config: ModelConfig, head: Head, token_ids: Mapping[str, int]) -
         "original_max_position_embeddings": scaling.original_length,
       }
   if head == "scalar":
-    raw |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    raw |= {"id2label": {"0": label}, "label2id": {label: 0}}
   return raw
 
 
@@ -440,6 +448,7 @@ def save_folder(
   config: ModelConfig,
   *,
   token_ids: Mapping[str, int],
+  label: str = "reward",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
@@ -449,6 +458,7 @@ def save_folder(
     params: Params of a model with either head.
     config: Its architecture.
     token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` as the tokenizer has them.
+    label: What the scalar of a scalar head is.
     shard_bytes: Largest size of one file.
   """
   folder = pathlib.Path(folder)
@@ -482,7 +492,7 @@ def save_folder(
     _write_json(folder / "model.safetensors.index.json", index)
   # Last, so that a folder with a config.json is a whole one.
   _write_json(folder / "generation_config.json", dict(token_ids))
-  _write_json(folder / "config.json", config_json(config, head, token_ids))
+  _write_json(folder / "config.json", config_json(config, head, token_ids, label))
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

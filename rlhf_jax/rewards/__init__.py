@@ -1,9 +1,20 @@
-"""Scores of sampled responses: a reward model on device, or a Python function of the text.
+"""Judges of sampled responses: models on device, or Python functions of the text.
 
-Both become a `RewardFn`: `(rollout, prompt_ids) -> [B] scores`.
+Of single responses all become a `RewardFn`, `(rollout, prompt_ids) -> [B] scores`; of pairs a
+`PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.functions import REWARDS, TextReward
+from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
+from rlhf_jax.rewards.preferences import (
+  PREFERENCES,
+  PreferenceFn,
+  TextPreference,
+  join_pairs,
+  model_preference,
+  reward_preference,
+  text_preference,
+)
 from rlhf_jax.rewards.rollouts import (
   RewardFn,
   ensemble_reward,
@@ -13,11 +24,21 @@ from rlhf_jax.rewards.rollouts import (
 )
 
 __all__ = [
+  "PREFERENCES",
+  "PRINCIPLES",
   "REWARDS",
+  "JudgeModel",
+  "PreferenceFn",
   "RewardFn",
+  "TextPreference",
   "TextReward",
+  "Verdicts",
   "ensemble_reward",
+  "join_pairs",
+  "model_preference",
   "model_reward",
   "response_texts",
+  "reward_preference",
+  "text_preference",
   "text_reward",
 ]

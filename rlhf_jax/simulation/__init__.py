@@ -3,7 +3,7 @@
 from rlhf_jax.simulation.annotators import ANNOTATORS, preference_probability
 from rlhf_jax.simulation.demands import parse_prompt
 from rlhf_jax.simulation.gold import gold_parts, gold_reward
-from rlhf_jax.simulation.tasks import demonstrations, preferences, prompts
+from rlhf_jax.simulation.tasks import demonstrations, preferences, prompts, votes
 from rlhf_jax.simulation.world import WORDS
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
   "preference_probability",
   "preferences",
   "prompts",
+  "votes",
 ]

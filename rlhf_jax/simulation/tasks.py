@@ -1,9 +1,12 @@
 """Data sets of the built-in task: prompts, demonstrations and preferences.
 
 Rows depend on the split, the seed and their position only, so a larger `n` extends a smaller one.
-All three functions give row `i` of a split and seed the same id and the same prompt: take another
+All functions give row `i` of a split and seed the same id and the same prompt: take another
 seed where stages should see other prompts. Prompts do not repeat until all of a split are used.
 """
+
+import itertools
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +14,7 @@ from rlhf_jax.simulation import annotators, world, writer
 from rlhf_jax.simulation import demands as demands_lib
 
 # One random stream per purpose, so that no data set shares its randomness with another.
-_PROMPT_STREAM, _DEMONSTRATION_STREAM, _PREFERENCE_STREAM = range(3)
+_PROMPT_STREAM, _DEMONSTRATION_STREAM, _PREFERENCE_STREAM, _VOTE_STREAM = range(4)
 
 
 def _rng(stream: int, split: str, *numbers: int) -> np.random.Generator:
@@ -100,4 +103,33 @@ def preferences(split: str, n: int, seed: int, annotator: str = "expert") -> lis
   for row, (a, b), prefers_a in zip(rows, pairs, np.asarray(draws) < probability, strict=True):
     row["chosen"], row["rejected"] = (a, b) if prefers_a else (b, a)
     row["annotator"] = annotator
+  return rows
+
+
+def votes(
+  split: str, n: int, seed: int, annotator: str = "expert", responses: int = 3
+) -> list[dict[str, Any]]:
+  """Several responses to each prompt, with the majority's verdict on every two of them.
+
+  Arguments and errors are those of `preferences`; `responses` is at least 2.
+
+  Returns:
+    `n` rows with `id`, `prompt`, `responses` and `annotations`, the votes of the annotator: for
+    each two responses `a`, `b` and the `preferred` one.
+  """
+  rows: list[dict[str, Any]] = [dict(row) for row in prompts(split, n, seed)]
+  for i, row in enumerate(rows):
+    rng = _rng(_VOTE_STREAM, split, seed, i)
+    row["responses"] = _responses(rng, row["prompt"], responses)
+  compared = list(itertools.combinations(range(responses), 2))
+  pairs = [(row, a, b) for row in rows for a, b in compared]
+  probability = annotators.preference_probability(
+    annotator,
+    [row["prompt"] for row, _, _ in pairs],
+    [row["responses"][a] for row, a, _ in pairs],
+    [row["responses"][b] for row, _, b in pairs],
+  )
+  for (row, a, b), prefers_a in zip(pairs, probability > 0.5, strict=True):
+    vote = {"annotator": annotator, "a": a, "b": b, "preferred": a if prefers_a else b}
+    row.setdefault("annotations", []).append(vote)
   return rows

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rlhf_jax import sharding
-from rlhf_jax.algorithms import ppo, reward_model, sft
+from rlhf_jax.algorithms import nash_md, ppo, preference_model, reward_model, sft
 from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
-from rlhf_jax.types import Rollout, TokenBatch
+from rlhf_jax.types import ComparisonBatch, Rollout, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
 
 ROWS, PROMPT, T = 16, 3, 8
@@ -77,6 +77,44 @@ def run_ppo(put, microbatches):
   return loop(step, state, next_batch)
 
 
+def run_preference_model(put, microbatches):
+  model, tx = build(CONFIG, head="scalar"), optimizer()
+  config = preference_model.PreferenceModelConfig(microbatches=microbatches)
+  step = preference_model.make_preference_model_step(model.apply, tx, config)
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+
+  def next_batch(i, state):
+    del state
+    shares = np.random.default_rng(i).choice([0.0, 0.3, 1.0], ROWS).astype(np.float32)
+    return put(ComparisonBatch(*token_batch(ROWS, 2, seed=i), shares))
+
+  return loop(step, state, next_batch)
+
+
+def run_nash_md(put, microbatches):
+  model, tx = build(CONFIG), optimizer()
+  config = nash_md.NashMDConfig(objective="regression", tau=0.5, microbatches=microbatches)
+  step = nash_md.make_nash_md_step(model.apply, tx, config, temperature=0.7)
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+
+  def next_batch(i, state):
+    del state
+    rng = np.random.default_rng(i)
+    tokens, response = token_batch(ROWS, 2, seed=i)
+    prompt = np.arange(T) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1, 1))
+    prompt = np.broadcast_to(prompt & (np.arange(T) < PROMPT), response.shape)
+    logprobs = rng.normal(-3, 0.3, (2, ROWS, 2, T - PROMPT)).astype(np.float32)
+    batch = nash_md.NashMDBatch(
+      rollout=Rollout(tokens, prompt, response, logprobs[0]),
+      ref_logprobs=logprobs[1],
+      preference=rng.random((ROWS, 2)).astype(np.float32),
+      tau=np.full(ROWS, 0.5, np.float32),
+    )
+    return put(batch)
+
+  return loop(step, state, next_batch)
+
+
 def loop(step, state, next_batch) -> tuple[Any, list[dict[str, float]]]:
   """Params and metrics after three steps."""
   metrics, on_one = [], len(state.step.sharding.device_set) == 1
@@ -92,7 +130,13 @@ def loop(step, state, next_batch) -> tuple[Any, list[dict[str, float]]]:
   return jax.device_get(state.params), metrics
 
 
-RUNS = {"sft": run_sft, "reward_model": run_reward_model, "ppo": run_ppo}
+RUNS = {
+  "sft": run_sft,
+  "reward_model": run_reward_model,
+  "preference_model": run_preference_model,
+  "ppo": run_ppo,
+  "nash_md": run_nash_md,
+}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_jax import data
 from rlhf_jax.data import DataConfig, DataError, PromptBatch, word_level_tokenizer
-from rlhf_jax.types import RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.types import ComparisonBatch, RankingBatch, TokenBatch, UnpairedBatch
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
 WORDS = tuple(f"w{i}" for i in range(40))
@@ -150,6 +150,43 @@ def test_rankings(tmp_path):
   np.testing.assert_array_equal(batch.ranks, [[0, 1, 0], [0, 1, 1]])
   np.testing.assert_array_equal(batch.real, [[True, True, False], [True] * 3])
   assert (batch.ranks.dtype, batch.real.dtype) == (np.int32, bool)
+
+
+def test_comparisons(tmp_path):
+  votes = lambda *preferred: [{"annotator": "a", "preferred": p} for p in preferred]  # noqa: E731
+  rows = [
+    {"prompt": text(1), "responses": [text(2), text(3, 4)], "annotations": votes(0, 0, 1)},
+    {"prompt": text(5, 6), "responses": [text(7), text(8)], "annotations": votes(None)},
+    {"prompt": text(9), "responses": [text(7), text(7)], "annotations": votes(0)},
+    {"prompt": text(9), "responses": [text(7), text(8)], "annotations": []},
+  ]
+  train, _ = load("comparisons", tmp_path, rows, votes="each")
+  assert train.report["dropped_identical_pairs"] == 1
+  assert train.report["dropped_not_judged"] == 1
+  assert (train.padded_length, train.width) == (8, 2)
+  ((batch, valid),) = data.eval_batches(train, 2, TOKENIZER.pad_id)
+  assert isinstance(batch, ComparisonBatch)
+  assert valid.all()
+  np.testing.assert_array_equal(batch.preference, np.float32([2 / 3, 0.5]))
+  end = TOKENIZER.eos_id
+  first, second = [*ids(2), end], [*ids(3, 4), end]
+  for order, answers in enumerate(([*first, *second], [*second, *first])):
+    want = [*train.examples[0]["prompt"].tolist(), *answers]
+    assert batch.tokens[0, order, : len(want)].tolist() == want
+    assert batch.tokens[0, order][batch.mask[0, order]].tolist() == answers
+  changed, _ = load("comparisons", tmp_path, rows)  # Other labels are other data.
+  assert changed.digest != train.digest
+
+
+def test_data_sets_of_rows_and_examples_at_hand(tmp_path):
+  rows = [{"prompt": text(i), "chosen": text(i, 2), "rejected": text(3)} for i in range(5)]
+  want, _ = load("preferences", tmp_path, rows)
+  path = write(tmp_path, rows)
+  got = data.from_rows("preferences", list(data.read_jsonl(path)), DataConfig(), TOKENIZER)
+  again = data.from_examples("preferences", want.examples, want.rows)
+  assert want.digest == got.digest == again.digest
+  assert want.padded_length == got.padded_length == again.padded_length
+  assert data.from_rows("preferences", [], DataConfig(), TOKENIZER).examples == []
 
 
 def test_unpaired(tmp_path):

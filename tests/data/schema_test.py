@@ -139,6 +139,53 @@ def test_every_vote_can_be_a_pair():
   assert [e.skip for e in examples] == ["", "ties", ""]
 
 
+@pytest.mark.parametrize(
+  ("fields", "votes", "shares"),
+  [
+    ({"prompt": "p", "chosen": "t0", "rejected": "t1"}, "majority", [("t0", "t1", 1.0)]),
+    (voted(0, 1, 1), "majority", [("t0", "t1", 0.0)]),
+    (voted(0, 1, 1), "each", [("t0", "t1", 1 / 3)]),
+    (voted(0, None, names="ab"), "each", [("t0", "t1", 0.75)]),
+    (voted(None), "majority", [("t0", "t1", 0.5)]),
+    (
+      compared(1, 0, None),
+      "majority",
+      [("t0", "t1", 0.0), ("t0", "t2", 1.0), ("t1", "t2", 0.5)],
+    ),
+    (
+      {"prompt": "p", "responses": scored(1, 3, 1)},
+      "majority",
+      [("t0", "t1", 0.0), ("t0", "t2", 0.5), ("t1", "t2", 1.0)],
+    ),
+  ],
+)
+def test_comparisons(fields, votes, shares):
+  examples = parse_all("comparisons", fields, votes=votes)
+  assert [(*e.answers, *e.labels) for e in examples] == shares
+  assert not any(example.skip for example in examples)
+
+
+def test_a_vote_may_say_how_sure_it_is():
+  row = voted(0, names="a")
+  row["annotations"][0]["probability"] = 0.7
+  for votes in ("majority", "each"):
+    (example,) = parse_all("comparisons", row, votes=votes)
+    assert example.labels == (0.7,)
+  (pair,) = parse_all("preferences", row)  # Here the verdict alone counts.
+  assert pair.answers == ("t0", "t1")
+  # The order of the two in the vote does not matter.
+  row["annotations"][0] |= {"a": 1, "b": 0}
+  (example,) = parse_all("comparisons", row)
+  assert example.labels == (1 - 0.7,)
+
+
+@pytest.mark.parametrize("kind", ["preferences", "comparisons", "rankings"])
+def test_a_row_without_a_vote_is_left_out(kind):
+  row = {"prompt": "p", "responses": ["t0", "t1"], "annotations": []}
+  (example,) = parse_all(kind, row)
+  assert example.skip == "not_judged"
+
+
 def test_votes_of_one_annotator():
   row = voted(1, 0, None, names=["human", "ai-helpfulness", "human"])
   (example,) = parse_all("preferences", row, annotator="ai-helpfulness")

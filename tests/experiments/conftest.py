@@ -18,18 +18,22 @@ _TINY = (
   "--data.rows=64",
   "--data.eval_rows=8",
 )
+_SMALL = ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8")
+_SAMPLED = (*_SMALL, "--sampling.max_new_tokens=8", "--steps=3")
 _BASE = {
   "sft": (*_TINY, "--steps=4", "--batch_size=8", "--sampling.max_new_tokens=8"),
-  "reward_model": ("--data.rows=64", "--data.eval_rows=8", "--steps=4", "--batch_size=8"),
-  "dpo": ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8", "--steps=4"),
-  "kto": ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8", "--steps=4"),
-  "ppo": (
-    "--data.rows=64",
-    "--data.eval_rows=8",
-    "--steps=3",
-    "--batch_size=8",
-    "--ppo.minibatches=2",
-    "--sampling.max_new_tokens=8",
+  "reward_model": (*_SMALL, "--steps=4"),
+  "preference_model": (*_SMALL, "--steps=4"),
+  "dpo": (*_SMALL, "--steps=4"),
+  "kto": (*_SMALL, "--steps=4"),
+  "ppo": (*_SAMPLED, "--ppo.minibatches=2"),
+  "nash_md": _SAMPLED,
+  "online_dpo": _SAMPLED,
+  "rest": (
+    *_SAMPLED,
+    "--prompts=16",
+    "--sampling.samples_per_prompt=4",
+    "--rest.quantiles=0.3,0.6",
   ),
 }
 
@@ -66,11 +70,11 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def kill_script():
-  """Starts a script and kills it with SIGKILL once `workdir/checkpoints/<step>` is there."""
+  """Starts a script and kills it with SIGKILL once a file is there: by default a checkpoint."""
 
-  def kill(script, workdir, *flags, after_step: int) -> None:
+  def kill(script, workdir, *flags, after_step: int = 0, mark: pathlib.Path | None = None) -> None:
     process = _start(script, workdir, flags)
-    mark = pathlib.Path(workdir) / "checkpoints" / str(after_step)
+    mark = mark or pathlib.Path(workdir) / "checkpoints" / str(after_step)
     deadline = time.monotonic() + 240
     while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
       time.sleep(0.002)
@@ -93,5 +97,13 @@ def sft_run(tmp_path_factory, run_script) -> pathlib.Path:
 def reward_run(tmp_path_factory, run_script, sft_run) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp("runs") / "reward_model"
   finished = run_script("reward_model", workdir, f"--init_from={sft_run}")
+  assert finished.code == 0, finished.output
+  return finished.workdir
+
+
+@pytest.fixture(scope="session")
+def preference_run(tmp_path_factory, run_script, sft_run) -> pathlib.Path:
+  workdir = tmp_path_factory.mktemp("runs") / "preference_model"
+  finished = run_script("preference_model", workdir, f"--init_from={sft_run}")
   assert finished.code == 0, finished.output
   return finished.workdir

@@ -5,18 +5,35 @@ import json
 import numpy as np
 import pytest
 
-STEPS = {"sft": 150, "reward_model": 120, "dpo": 120, "ppo": 30}
+STEPS = {
+  "sft": 150,
+  "reward_model": 120,
+  "preference_model": 120,
+  "dpo": 120,
+  "ppo": 30,
+  "nash_md": 40,
+  "online_dpo": 60,
+}
+MORE = {
+  "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
+  "online_dpo": (
+    "--preference.name=expert",
+    "--online.reference=previous",
+    "--online.round_steps=2",
+    "--dpo.bonus_coef=0.01",
+  ),
+}
 
 
 def chained(script, sft_run, reward_run):
   """The flags that put a script behind the ones before it."""
   if script == "sft":
     return ()
-  first = (f"--init_from={sft_run}",)
+  first = (f"--init_from={sft_run}", *MORE.get(script, ()))
   return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "ppo"])
+@pytest.mark.parametrize("script", STEPS)
 def test_a_killed_run_ends_with_the_same_bits(
   script, tmp_path, run_script, kill_script, sft_run, reward_run
 ):
@@ -38,8 +55,10 @@ def test_a_killed_run_ends_with_the_same_bits(
     [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     for run in (whole, again)
   ]
-  clock = ("step_seconds", "tokens_per_second", "time/generate", "time/reward")
-  timeless = [[{k: v for k, v in row.items() if k not in clock} for row in rows] for rows in lines]
+  timeless = [
+    [{k: v for k, v in row.items() if "second" not in k and "time/" not in k} for row in rows]
+    for rows in lines
+  ]
   assert timeless[0] == timeless[1]
 
 
@@ -103,6 +122,76 @@ def test_relatives_of_ppo(flags, tmp_path, run_script, sft_run, reward_run):
     assert [row["lr"] for row in rows] == [0.0, 0.0, pytest.approx(3e-4, rel=0.5)]
     assert abs(rows[2]["kl/ref"]) < 1e-4
     assert rows[2]["importance/mean"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ("--nash_md.mix=0.25", "--nash_md.mix_end=0.5", "--nash_md.tau_end=0.1", "--eval_every=2"),
+    ("--nash_md.objective=regression", "--nash_md.mix=0", "--nash_md.extragradient"),
+    ("--nash_md.objective=regression", "--nash_md.tau=0.1", "--nash_md.normalize_lengths"),
+  ],
+  ids=["schedules", "egpo", "ipo_md"],
+)
+def test_relatives_of_nash_md(flags, tmp_path, run_script, sft_run, preference_run):
+  judge = f"--preference.path={preference_run}"
+  finished = run_script("nash_md", tmp_path / "nash", f"--init_from={sft_run}", judge, *flags)
+  assert finished.code == 0, finished.output
+  rows = [json.loads(line) for line in (tmp_path / "nash/metrics.jsonl").read_text().splitlines()]
+  assert 0 < rows[0]["preference/mean"] < 1
+  assert abs(rows[0]["kl/ref"]) < 1e-4
+  if "--nash_md.mix_end=0.5" in flags:
+    assert [row["mix"] for row in rows] == pytest.approx([0.25, 0.375, 0.5])
+    assert [row["tau"] for row in rows] == pytest.approx([0.01, 0.055, 0.1])
+  summary = json.loads((tmp_path / "nash/summary.json").read_text())
+  assert summary["preference/win_rate_low"] <= summary["preference/win_rate"]
+
+
+def test_a_best_response_and_who_beats_whom(tmp_path, run_script, sft_run, preference_run):
+  judge = "--preference.name=panel"
+  best = run_script(
+    "nash_md",
+    tmp_path / "best",
+    f"--init_from={sft_run}",
+    f"--opponent={sft_run}",
+    "--nash_md.mix=0",
+    judge,
+  )
+  assert best.code == 0, best.output
+  summary = json.loads((tmp_path / "best/summary.json").read_text())
+  assert 0 <= summary["preference/over_opponent"] <= 1
+  finished = run_script(
+    "evaluate",
+    tmp_path / "matrix",
+    f"--policy={tmp_path / 'best'},{sft_run}",
+    f"--baseline={sft_run / 'export'}",
+    judge,
+    "--data.rows=64",
+    "--data.eval_rows=8",
+    "--sampling.max_new_tokens=8",
+  )
+  assert finished.code == 0, finished.output
+  rates = json.loads((tmp_path / "matrix/summary.json").read_text())["preference/win_rates"]
+  for one, of in rates.items():
+    assert len(of) == 2
+    for other, rate in of.items():
+      assert rate["value"] + rates[other][one]["value"] == pytest.approx(1.0)
+      assert rate["low"] <= rate["value"] <= rate["high"]
+
+
+def test_a_reward_model_judges_pairs_and_a_preference_model_scores_nothing(
+  tmp_path, run_script, sft_run, reward_run, preference_run
+):
+  first = f"--init_from={sft_run}"
+  for judge in (f"--preference.path={reward_run}", f"--reward.path={reward_run}"):
+    name = judge.split(".")[0].strip("-")
+    finished = run_script("online_dpo", tmp_path / name, first, judge)
+    assert finished.code == 0, finished.output
+  for script in ("ppo", "online_dpo"):
+    refused = run_script(script, tmp_path / script, first, f"--reward.path={preference_run}")
+    assert refused.code == 78, refused.output
+    assert "a preference model" in refused.output
+    assert "Traceback" not in refused.output
 
 
 def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_run):
@@ -175,6 +264,15 @@ BAD_FLAGS = [
   (("ppo", "--ppo.minibatches=3", "--reward.name=gold"), 64, "minibatches"),
   (("ppo",), 64, "--reward.path"),
   (("ppo", "--reward.name=best"), 64, "sentiment"),
+  (("ppo", "--reward.name=exact_answer"), 65, "answer: missing"),
+  (("nash_md",), 64, "--preference.path"),
+  (("nash_md", "--preference.name=nobody"), 64, "panel"),
+  (("nash_md", "--preference.name=panel", "--opponent=x", "--nash_md.ema=0.5"), 64, "opponent"),
+  (("online_dpo",), 64, "--reward.path"),
+  (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
+  (("rest", "--reward.name=gold"), 64, "--init_from"),
+  (("rest", "--reward.name=gold", "--rest.quantiles=0.9,0.99"), 64, "rest.quantiles"),
+  (("annotate",), 64, "judge.path"),
 ]
 
 

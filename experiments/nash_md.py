@@ -1,0 +1,228 @@
+r"""Improves a policy by preferences between its responses and an opponent's: Nash-MD and relatives.
+
+Built-in task, after SFT, judged by a panel whose majority is intransitive:
+  python -m experiments.nash_md --workdir=runs/nash --init_from=runs/sft --preference.name=panel
+By a trained preference model, or by a reward model whose scores are compared:
+  python -m experiments.nash_md --workdir=runs/nash --init_from=runs/sft --preference.path=runs/pm
+Self-play, best response to the start, Nash-EMA, Mirror Prox, IPO-MD, EGPO:
+  --nash_md.mix=0    --nash_md.mix=1    --nash_md.mix=0 --nash_md.ema=0.95
+  --nash_md.mix=0 --nash_md.extragradient
+  --nash_md.objective=regression --nash_md.tau=0.1
+  --nash_md.objective=regression --nash_md.tau=0.1 --nash_md.mix=0 --nash_md.extragradient
+What a policy can lose to (exploitability): the best response to it, from the same start:
+  --nash_md.mix=0 --opponent=runs/nash
+
+The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
+At the end the policy and its start answer the held-out prompts and are compared by the preference.
+Starting the same command again continues a run that was stopped.
+"""
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import common
+from rlhf_jax import data, flags, generation, loop
+from rlhf_jax.algorithms import nash_md, rollouts
+from rlhf_jax.algorithms.nash_md import NashMDConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.types import Params, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(loop.RunConfig):
+  """Nash-MD. `batch_size` counts prompts; each step samples and makes one update.
+
+  Attributes:
+    opponent: Workdir or Hugging Face folder of a fixed policy to play against; empty plays against
+      the policy itself.
+  """
+
+  steps: int = 120
+  batch_size: int = 64
+  eval_every: int = 0
+  checkpoint_every: int = 20
+  opponent: str = ""
+  model: common.ModelOptions = common.ModelOptions()
+  data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  preference: common.PreferenceOptions = common.PreferenceOptions()
+  nash_md: NashMDConfig = NashMDConfig()
+  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+
+  def __post_init__(self):
+    super().__post_init__()
+    common.require_random(self.sampling)
+    if self.sampling.samples_per_prompt != 1:
+      raise ValueError("sampling.samples_per_prompt must be 1: nash_md.objective sets the number")
+    if self.opponent and (self.nash_md.ema or self.nash_md.extragradient):
+      raise ValueError("opponent is fixed; leave nash_md.ema and nash_md.extragradient off")
+
+
+class NashState(NamedTuple):
+  """What an iteration carries on: the policy with its optimizer, and its moving average, if any."""
+
+  train: TrainState
+  average: Params | None
+
+
+def train(session: loop.Session, config: Config) -> dict[str, float]:
+  """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
+  config.preference.require()
+  settings = config.nash_md
+  folder = common.source_folder(config.model, config.init_from)
+  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  with loop.open_run(session) as run:
+    loop.identify(
+      run,
+      "nash_md",
+      flags.to_dict(config),
+      data=train_set.digest,
+      tokenizer=tokenizer.digest,
+    )
+    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
+    fixed = None
+    if config.opponent:
+      fixed = common.open_policy(run, config.opponent, config.model, tokenizer)
+    preference_of = common.open_preference(run, config.preference, config.model, tokenizer)
+    gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
+    tx = make_optimizer(config.optim, config.steps)
+    placed = common.place_state(run, ref_params, tx)
+    average = jax.tree.map(jnp.copy, placed.params) if settings.ema else None
+    state = NashState(placed, average)
+    length = train_set.padded_length + config.sampling.max_new_tokens
+    common.describe(
+      run,
+      "Nash-MD",
+      model,
+      state.train,
+      {
+        "preference": config.preference.path or config.preference.name,
+        "data": f"{len(train_set.examples)} prompts",
+        "tokens per step": f"{config.batch_size * (settings.responses + 1) * length}",
+      },
+    )
+    stops = (tokenizer.eos_id,)
+    sample, oppose = (
+      generation.make_generate(
+        *generation.make_mixture(model.decode, model.init_cache),
+        dataclasses.replace(config.sampling, samples_per_prompt=samples),
+        stop_ids=stops,
+        pad_id=tokenizer.pad_id,
+      )
+      for samples in (settings.responses, 1)
+    )
+    alone = generation.make_generate(
+      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
+    )
+    prefer = preference_of(train_set)
+    step = nash_md.make_nash_md_step(
+      model.apply,
+      tx,
+      settings,
+      temperature=config.sampling.temperature,
+      state_shardings=common.shardings_of(state.train),
+    )
+    mixes, taus = (
+      optax.linear_schedule(first, last, max(config.steps - 1, 1))
+      for first, last in ((settings.mix, settings.last_mix), (settings.tau, settings.last_tau))
+    )
+
+    @jax.jit
+    def refer(ref_params: Params, rollout: Rollout) -> jax.Array:
+      return rollouts.rollout_logprobs(
+        model.apply, ref_params, rollout, config.sampling.temperature
+      )[0]
+
+    def iteration(state: NashState, prompts: data.PromptBatch, key: jax.Array):
+      key = jax.random.fold_in(key, state.train.step)
+      mix, tau = mixes(state.train.step), taus(state.train.step)
+      inputs = prompts.tokens, prompts.mask, prompts.prompt_id
+      seconds = dict.fromkeys(("time/generate", "time/preference"), 0.0)
+      metrics = {}
+
+      def against(current: TrainState, opponent: Params, key: jax.Array):
+        """One step of `current` on fresh responses, judged against the mixture of `opponent`."""
+        start = time.monotonic()
+        keys = jax.random.split(key)
+        mixture = generation.MixtureParams(opponent, ref_params, mix)
+        if settings.objective == "policy_gradient":
+          own = alone(current.params, *inputs, keys[0])
+        else:
+          own = sample(generation.MixtureParams(current.params, ref_params, mix), *inputs, keys[0])
+        other = oppose(mixture, *inputs, keys[1])
+        other = jax.tree.map(lambda x: jnp.repeat(x, settings.responses, axis=0), other)
+        own, other = jax.block_until_ready((own, other))
+        sampled = time.monotonic()
+        ids = np.repeat(np.asarray(prompts.prompt_id), settings.responses)
+        preference = jnp.asarray(prefer(own, other, ids))
+        seconds["time/generate"] += sampled - start
+        seconds["time/preference"] += time.monotonic() - sampled
+        cut = ~generation.ended(own, stops)
+        metrics.update(
+          {
+            "preference/mean": jnp.mean(preference),
+            "eos_fraction": 1 - jnp.mean(cut),
+            **{f"{name}_reward/mean": np.mean(fn(own, ids)) for name, fn in gold_fns.items()},
+          }
+        )
+        rows = (config.batch_size, settings.responses)
+        batch = nash_md.NashMDBatch(
+          rollout=jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), own),
+          ref_logprobs=refer(ref_params, own).reshape(*rows, -1),
+          preference=(preference - settings.missing_eos_penalty * cut).reshape(rows),
+          tau=jnp.full([config.batch_size], tau, jnp.float32),
+        )
+        return step(current, batch, key)
+
+      if fixed is not None:
+        opponent = fixed
+      else:
+        # A copy, as the step donates the state.
+        opponent = jax.tree.map(
+          jnp.copy, state.train.params if state.average is None else state.average
+        )
+      stepped = nash_md.extragradient(against) if settings.extragradient else against
+      new, of_step = stepped(state.train, opponent, key)
+      average = state.average
+      if average is not None:
+        average = nash_md.moving_average(average, new.params, settings.ema)
+      return NashState(new, average), of_step | metrics | seconds | {"mix": mix, "tau": tau}
+
+    judge = common.Judge(
+      run,
+      model,
+      tokenizer,
+      heldout,
+      config.sampling,
+      common.gold_rewards(config.data, heldout, tokenizer),
+      ref_params,
+      prefer=preference_of(heldout),
+    )
+    state = loop.fit(
+      run,
+      config,
+      iteration,
+      state,
+      data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id),
+      # The end is judged by `finish`.
+      evaluate=judge.evaluate(lambda s: s.train.params) if config.eval_every else None,
+      learning_rate=make_schedule(config.optim, config.steps),
+      title="nash-md",
+    )
+    more = {}
+    if fixed is not None and heldout.examples:
+      more["preference/over_opponent"] = judge.preference(state.train.params, fixed).value
+    return judge.finish(state.train.params, config.steps, "Nash-MD", more)
+
+
+if __name__ == "__main__":
+  flags.run_script(train, loop.Session, Config)

@@ -1,0 +1,365 @@
+r"""Self-training on filtered samples: ReST, and as settings of the same loop RAFT and SuperHF.
+
+Built-in task, after SFT and reward model:
+  python -m experiments.rest --workdir=runs/rest --init_from=runs/sft --reward.path=runs/rm
+The best of 8 samples of each prompt (RAFT), with a forward KL to the start (SuperHF):
+  --rest.keep=best --rest.quantiles=0 --grow_steps=3
+  --rest.keep=best --rest.quantiles=0 --grow_steps=3 --rest.kappa=0.3
+Your model and prompts, against a Python reward function of rlhf_jax/rewards/functions.py:
+  python -m experiments.rest --workdir=runs/rest --init_from=FOLDER --data.path=PROMPTS.jsonl \
+    --reward.name=exact_answer
+
+Each Grow step samples `--sampling.samples_per_prompt` responses to `--prompts` prompts and scores
+them once, into `workdir/grow_0/responses.jsonl`. Each Improve step, one per `--rest.quantiles`,
+fine-tunes on those above its threshold, as a run of its own in `workdir/grow_0_improve_0` and on.
+`metrics.jsonl` has a line per Improve step and `plots/quality.png` shows what was kept.
+
+The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
+Starting the same command again continues where it was stopped; no scored sample is lost.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import common
+from rlhf_jax import checkpoint, data, flags, generation, loop, metrics, reporting, sharding
+from rlhf_jax.algorithms import rest
+from rlhf_jax.algorithms.rest import RestConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.rewards import RewardFn
+from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.types import TokenBatch
+
+_GROWN = "responses.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(loop.RunConfig):
+  """ReST. `steps` and `batch_size` are those of each Improve step.
+
+  Attributes:
+    grow_steps: How often new responses are sampled.
+    prompts: Prompts of each Grow step, every time other ones while there are any.
+    learning_rate_decay: What the learning rate is multiplied by after each Improve step of a Grow
+      step.
+    missing_eos_penalty: Taken off the reward of a response that was cut at the longest length.
+  """
+
+  steps: int = 60
+  batch_size: int = 32
+  log_every: int = 10
+  grow_steps: int = 2
+  prompts: int = 512
+  learning_rate_decay: float = 0.7
+  missing_eos_penalty: float = 1.0
+  model: common.ModelOptions = common.ModelOptions()
+  data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
+  reward: common.RewardOptions = common.RewardOptions()
+  rest: RestConfig = RestConfig()
+  optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+
+  def __post_init__(self):
+    super().__post_init__()
+    common.require_random(self.sampling)
+    for name in ("grow_steps", "prompts"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.rest.keep == "best" and self.sampling.samples_per_prompt < 2:
+      raise ValueError("sampling.samples_per_prompt must be at least 2 for rest.keep=best")
+    candidates = self.prompts
+    if self.rest.keep == "threshold":
+      candidates *= self.sampling.samples_per_prompt
+    fewest = int(candidates * (1 - self.rest.quantiles[-1]))
+    if fewest < self.batch_size:
+      raise ValueError(
+        f"batch_size {self.batch_size} is larger than the {fewest} responses that the last of"
+        " rest.quantiles keeps; raise prompts, or lower one of the two"
+      )
+    if not 0 < self.learning_rate_decay <= 1:
+      raise ValueError(f"learning_rate_decay must be in (0, 1], got {self.learning_rate_decay}")
+
+
+def train(session: loop.Session, config: Config) -> dict[str, float]:
+  """Runs the steps that have not finished, exports the last policy; returns summary.json."""
+  config.reward.require()
+  folder = common.source_folder(config.model, config.init_from)
+  if folder is None:
+    raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
+  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  workdir = checkpoint.local_path(session.workdir)
+  rows: list[dict[str, float]] = []
+  start = folder
+  for g in range(config.grow_steps):
+    grown = workdir / f"grow_{g}"
+    some = take_prompts(train_set, g, config.prompts)
+    own = dataclasses.replace(session, workdir=str(grown), seed=session.seed * 1000 + 100 * g)
+    responses = grow(own, config, start, tokenizer, some)
+    rewards = np.asarray([row["reward"] for row in responses]).reshape(len(some.examples), -1)
+    for i, quantile in enumerate(config.rest.quantiles):
+      weights = rest.kept_weights(rewards, quantile, config.rest)
+      kept = weights > 0
+      stage = workdir / f"grow_{g}_improve_{i}"
+      own = dataclasses.replace(
+        session, workdir=str(stage), seed=session.seed * 1000 + 100 * g + i + 1
+      )
+      after = improve(
+        own,
+        config,
+        i,
+        start,
+        folder,
+        tokenizer,
+        kept_examples(responses, weights.ravel(), tokenizer.pad_id),
+        heldout,
+      )
+      rows.append(
+        {
+          "grown_reward/mean": float(np.mean(rewards)),
+          "kept_reward/mean": float(np.mean(rewards[kept])),
+          "kept_reward/min": float(np.min(rewards[kept])),
+          "kept_share": float(np.mean(kept)),
+          **{f"eval/{name}": value for name, value in after.items() if name != "responses"},
+        }
+      )
+      start = stage / common.EXPORT
+  with loop.open_run(session) as run:
+    loop.identify(
+      run, "rest", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+    )
+    writer = metrics.make_writer(workdir, session.trackers, resume_step=0)
+    for step, row in enumerate(rows):
+      writer.write(step + 1, row)
+    writer.close()
+    draw(workdir, rows, len(config.rest.quantiles))
+    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
+    _, params = common.open_model(run, config.model, start, tokenizer)
+    reward_fns = {
+      "reward": common.open_reward(run, config.reward, config.model, tokenizer)(heldout)
+    }
+    reward_fns |= common.gold_rewards(config.data, heldout, tokenizer)
+    judge = common.Judge(run, model, tokenizer, heldout, config.sampling, reward_fns, ref_params)
+    return judge.finish(
+      params, len(rows), "ReST", {"kept_reward/mean": rows[-1]["kept_reward/mean"]}
+    )
+
+
+def take_prompts(dataset: data.Dataset, step: int, count: int) -> data.Dataset:
+  """The prompts of a Grow step: the next `count`, from the front again after the last."""
+  size = len(dataset.examples)
+  chosen = [(step * count + i) % size for i in range(min(count, size))]
+  return dataset._replace(
+    examples=[dataset.examples[i] for i in chosen], rows=[dataset.rows[i] for i in chosen]
+  )
+
+
+def grow(
+  session: loop.Session,
+  config: Config,
+  start: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+) -> list[dict[str, Any]]:
+  """Samples and scores what has not been yet, appended to a file; returns all of it, in order.
+
+  A line is written whole or, if the process was killed, dropped and written again; the samples of
+  a prompt depend on its number alone, so the others need not be drawn again.
+  """
+  count = config.sampling.samples_per_prompt
+  wanted = len(prompts.examples) * count
+  with loop.open_run(session) as run:
+    settings = {
+      name: flags.to_dict(config)[name] for name in ("sampling", "reward", "missing_eos_penalty")
+    }
+    loop.identify(
+      run, "grow", settings | {"start": str(start)}, data=prompts.digest, tokenizer=tokenizer.digest
+    )
+    path = run.workdir / _GROWN
+    done = read_whole_lines(path)
+    if len(done) >= wanted:
+      return done
+    model, params = common.open_model(run, config.model, start, tokenizer)
+    stops = (tokenizer.eos_id,)
+    generate = generation.make_generate(
+      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
+    )
+    reward_fn: RewardFn = common.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+    batch_size = common.heldout_batch_size(run, prompts, max(128 // count, 1))
+    key = run.key_for(0)
+    if done:
+      reporting.note(f"continuing from response {len(done)} of {path}")
+    with (
+      open(path, "a", encoding="utf-8") as file,
+      reporting.Progress(wanted, len(done), "grow") as progress,
+    ):
+      position = 0
+      for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
+        size = int(np.sum(valid)) * count
+        position += size
+        if position <= len(done):
+          continue
+        placed = sharding.place_batch(batch, run.mesh)
+        rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
+        ids = np.repeat(np.asarray(batch.prompt_id), count)
+        scores = np.asarray(reward_fn(rollout, ids), np.float64)
+        ended = np.asarray(generation.ended(rollout, stops))
+        tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+        answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
+        texts = tokenizer.batch_decode(answers)
+        lines = [
+          {
+            "prompt": prompts.rows[ids[n]]["prompt_text"],
+            "response": texts[n],
+            "reward": float(scores[n]) - config.missing_eos_penalty * (not ended[n]),
+            "ended": bool(ended[n]),
+            "sample": n % count,
+            "prompt_tokens": prompts.examples[ids[n]]["prompt"].tolist(),
+            "tokens": answers[n],
+          }
+          for n in range(size)
+        ][len(done) - position + size :]
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+        done += lines
+        progress.update(len(done), {"reward/mean": np.mean([line["reward"] for line in lines])})
+    rewards = [row["reward"] for row in done]
+    reporting.write_summary(
+      run.workdir, {"responses": len(done), "reward/mean": float(np.mean(rewards))}
+    )
+  return done
+
+
+def read_whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The lines of a file that were written to their end; the rest is cut off the file."""
+  if not path.exists():
+    return []
+  content = path.read_bytes()
+  whole = content[: content.rfind(b"\n") + 1]
+  if len(whole) < len(content):
+    with open(path, "r+b") as file:
+      file.truncate(len(whole))
+  return [json.loads(line) for line in whole.splitlines()]
+
+
+def kept_examples(
+  responses: list[dict[str, Any]], weights: np.ndarray, pad_id: int
+) -> tuple[data.Dataset, np.ndarray]:
+  """The grown responses of positive weight as demonstrations, and their weights."""
+  places = np.flatnonzero(weights > 0)
+  examples = [
+    {
+      "prompt": np.asarray(responses[i]["prompt_tokens"], np.int32),
+      "response": np.asarray(responses[i]["tokens"], np.int32),
+    }
+    for i in places
+  ]
+  rows = [{"prompt_text": responses[i]["prompt"], **responses[i]} for i in places]
+  return data.from_examples("demonstrations", examples, rows), weights[places].astype(np.float32)
+
+
+def improve(
+  session: loop.Session,
+  config: Config,
+  index: int,
+  start: pathlib.Path,
+  ref_folder: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  kept: tuple[data.Dataset, np.ndarray],
+  heldout: data.Dataset,
+) -> dict[str, float]:
+  """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards."""
+  dataset, weights = kept
+  finished = checkpoint.local_path(session.workdir) / "summary.json"
+  with loop.open_run(session) as run:
+    loop.identify(
+      run,
+      "improve",
+      flags.to_dict(config) | {"improve": index, "start": str(start)},
+      data=dataset.digest,
+      tokenizer=tokenizer.digest,
+    )
+    if finished.exists():
+      return json.loads(finished.read_text())
+    model, params = common.open_model(run, config.model, start, tokenizer)
+    ref_params = params
+    if config.rest.kappa:
+      _, ref_params = common.open_model(run, config.model, ref_folder, tokenizer)
+    rate = config.optim.learning_rate * config.learning_rate_decay**index
+    optim = dataclasses.replace(config.optim, learning_rate=rate)
+    tx = make_optimizer(optim, config.steps)
+    state = common.place_state(run, params, tx)
+    common.describe(
+      run,
+      f"Improve {index}",
+      model,
+      state,
+      {"data": f"{len(dataset.examples)} kept responses"},
+    )
+    step = rest.make_rest_step(
+      model.apply, tx, config.rest, state_shardings=common.shardings_of(state)
+    )
+    state = loop.fit(
+      run,
+      config,
+      lambda state, batch, key: step(
+        state, rest.RestBatch(TokenBatch(*batch[0]), batch[1]), ref_params, key
+      ),
+      state,
+      data.batches(
+        dataset, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id, columns=weights
+      ),
+      learning_rate=make_schedule(optim, config.steps),
+      title="improve",
+    )
+    common.export(run.workdir / common.EXPORT, state.params, model, tokenizer)
+    summary = {"responses": float(len(dataset.examples))}
+    if heldout.examples:
+      reward_fns = {
+        "reward": common.open_reward(run, config.reward, config.model, tokenizer)(heldout)
+      }
+      reward_fns |= common.gold_rewards(config.data, heldout, tokenizer)
+      sample = common.heldout_sampler(
+        run, model, heldout, tokenizer, config.sampling, reward_fns=reward_fns
+      )
+      summary |= {
+        f"{name}/mean": float(np.mean(r)) for name, r in sample(state.params).rewards.items()
+      }
+    reporting.plot_metrics(run.workdir)
+    reporting.write_summary(run.workdir, summary)
+  return json.loads(finished.read_text())
+
+
+def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int) -> None:
+  """`plots/quality.png`: what was grown and kept, and what the policy earns after each step."""
+  steps = np.arange(1, len(rows) + 1)
+
+  def line(label: str, name: str) -> reporting.Line:
+    return reporting.Line(label, steps, np.asarray([row[name] for row in rows]))
+
+  quality = [line("Grown", "grown_reward/mean"), line("Kept", "kept_reward/mean")]
+  if "eval/reward/mean" in rows[0]:
+    quality.append(line("Policy after the step (held out)", "eval/reward/mean"))
+  xlabel = f"Improve step ({improve_steps} per Grow step)"
+  reporting.save_chart(
+    workdir / "plots" / "quality.png",
+    reporting.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
+    reporting.Chart(
+      "Share of the grown responses that was kept",
+      xlabel,
+      "Share",
+      lines=[line("Kept", "kept_share")],
+    ),
+  )
+
+
+if __name__ == "__main__":
+  flags.run_script(train, loop.Session, Config)

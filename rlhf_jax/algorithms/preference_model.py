@@ -1,0 +1,137 @@
+"""Preference model: how probably one response is preferred to another, without a score of either.
+
+Munos et al., 2023, https://arxiv.org/abs/2312.00886. A model with a scalar head reads both
+responses one behind the other, in both orders: `P(a > b) = sigmoid(f(a, b) - f(b, a))`. So
+`P(a > b) + P(b > a) = 1` whatever the weights, the place of a response decides nothing, and unlike
+with a score per response `a > b`, `b > c` and `c > a` can all be likely.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.losses import masked, reward
+from rlhf_jax.train_step import make_train_step
+from rlhf_jax.types import ApplyFn, ComparisonBatch, Metrics, Params, TrainStep
+
+PreferenceModelBatch = ComparisonBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceModelConfig:
+  """Preference model.
+
+  Attributes:
+    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+  """
+
+  microbatches: int = 1
+
+
+def preference_logits(
+  apply_fn: ApplyFn, params: Params, tokens: jax.Array, mask: jax.Array
+) -> jax.Array:
+  """Log-odds that the first response is preferred, from one forward pass over both orders.
+
+  Args:
+    apply_fn: `(params, tokens [B, T], *, segment_ids) -> scores [B, T]`.
+    params: Preference model.
+    tokens: [B, 2, T] int32, right padded: prompt, a, b, and prompt, b, a.
+    mask: [B, 2, T] bool, True on the tokens of the responses.
+
+  Returns:
+    [B] float32; another sign where the two orders are exchanged.
+  """
+  rows, orders, length = tokens.shape
+  flat = tokens.reshape(rows * orders, length)
+  scores = masked.last_real(apply_fn(params, flat).reshape(tokens.shape), mask)
+  return scores[:, 0] - scores[:, 1]
+
+
+def loss_fn(
+  params: Params,
+  batch: PreferenceModelBatch,
+  key: jax.Array,
+  *,
+  apply_fn: ApplyFn,
+  config: PreferenceModelConfig,
+) -> tuple[jax.Array, Metrics]:
+  """Mean cross entropy between the predicted preference and the share of the votes.
+
+  Args:
+    params: Preference model.
+    batch: B comparisons; a tie is a preference of 1/2.
+    key: Unused.
+    apply_fn: As in `preference_logits`.
+    config: Settings.
+
+  Returns:
+    Loss and metrics.
+  """
+  del key, config
+  logits = preference_logits(apply_fn, params, batch.tokens, batch.mask)
+  losses = reward.bradley_terry_loss(
+    logits, jnp.zeros_like(logits), label_smoothing=1 - batch.preference
+  )
+  tokens = jnp.sum(batch.mask).astype(jnp.float32)
+  return jnp.mean(losses), preference_metrics(logits, batch.preference) | {"tokens": tokens}
+
+
+def preference_metrics(logits: jax.Array, preference: jax.Array) -> Metrics:
+  """Agreement with the votes.
+
+  Args:
+    logits: [B] log-odds of the first response.
+    preference: [B] share of the votes for it.
+
+  Returns:
+    `preference/accuracy`: how often the side of the majority is predicted, of the comparisons that
+    are not tied; `preference/confidence`: mean of `max(P, 1 - P)`; `preference/ties`: how many
+    are tied.
+  """
+  untied = preference != 0.5
+  right = jnp.where(logits == 0, 0.5, (logits > 0) == (preference > 0.5))
+  return {
+    "preference/accuracy": masked.masked_mean(right, untied),
+    "preference/confidence": jnp.mean(jax.nn.sigmoid(jnp.abs(logits))),
+    "preference/ties": jnp.mean(~untied),
+  }
+
+
+def transitivity_violations(preferences: np.ndarray) -> float:
+  """Share of triples of responses whose majorities form a cycle.
+
+  Args:
+    preferences: [N, K, K] probability that response i of a prompt is preferred to response j.
+
+  Returns:
+    A number in [0, 1]; 0 for anything that a score per response explains, 1/4 if all majorities
+    were tosses of a coin. NaN without a triple.
+  """
+  wins = np.asarray(preferences) > 0.5
+  cycles = [
+    (wins[:, i, j] & wins[:, j, k] & wins[:, k, i])
+    | (wins[:, j, i] & wins[:, k, j] & wins[:, i, k])
+    for i, j, k in itertools.combinations(range(wins.shape[1]), 3)
+  ]
+  return float(np.mean(cycles)) if cycles and len(wins) else float("nan")
+
+
+def make_preference_model_step(
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: PreferenceModelConfig,
+  *,
+  state_shardings: Any = None,
+) -> TrainStep:
+  """Jitted `step(state, PreferenceModelBatch, key) -> (state, metrics)`."""
+  loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
+  return make_train_step(
+    loss, tx, microbatches=config.microbatches, state_shardings=state_shardings
+  )

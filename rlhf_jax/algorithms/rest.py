@@ -1,0 +1,165 @@
+"""ReST: fine-tuning on a policy's own scored samples, of which ever fewer and better ones are kept.
+
+Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998. Grow samples N responses to each prompt and
+scores them once; each Improve step keeps what passes a higher threshold and fine-tunes on it.
+Keeping the best of the N is RAFT (https://arxiv.org/abs/2304.06767), with a forward KL to the start
+it is SuperHF (https://arxiv.org/abs/2310.16763).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.losses import kl, masked, shaping, supervised
+from rlhf_jax.train_step import jit_step, update
+from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
+
+# (state, batch, ref_params, key) -> (state, metrics)
+RestStep = Callable[[TrainState, "RestBatch", Params, jax.Array], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RestConfig:
+  """What is kept of the grown responses, and how it is learnt from.
+
+  Attributes:
+    keep: threshold keeps the responses of the highest rewards of all prompts together; best keeps
+      the best one of each prompt.
+    quantiles: One Improve step each: the share of the responses whose rewards lie below the
+      threshold, rising. With keep=best, the share of the prompts whose best response does.
+    loss: bc is the likelihood of what is kept; weighted weighs it by exp(reward / temperature);
+      gold is offline RL: also by the policy's own probability of each token.
+    temperature: Of the weights, in standard deviations of the grown rewards.
+    kappa: Weight of the forward KL from the start to the policy, over the whole vocabulary.
+    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+  """
+
+  keep: Literal["threshold", "best"] = "threshold"
+  quantiles: tuple[float, ...] = (0.5, 0.7, 0.85)
+  loss: Literal["bc", "weighted", "gold"] = "bc"
+  temperature: float = 1.0
+  kappa: float = 0.0
+  microbatches: int = 1
+
+  def __post_init__(self):
+    for name, known in (("keep", ("threshold", "best")), ("loss", ("bc", "weighted", "gold"))):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    rising = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
+    if not self.quantiles or not rising or not 0 <= self.quantiles[0] <= self.quantiles[-1] < 1:
+      raise ValueError(f"quantiles must rise from 0 or more to below 1, got {self.quantiles}")
+    if not self.temperature > 0:
+      raise ValueError(f"temperature must be positive, got {self.temperature}")
+    if not self.kappa >= 0:
+      raise ValueError(f"kappa must not be negative, got {self.kappa}")
+
+
+class RestBatch(NamedTuple):
+  """Kept responses.
+
+  Attributes:
+    sequences: B of them, right padded.
+    weights: [B] float32, at least 0; what a response counts beside the others.
+  """
+
+  sequences: TokenBatch
+  weights: jax.Array
+
+
+def kept_weights(rewards: np.ndarray, quantile: float, config: RestConfig) -> np.ndarray:
+  """What each grown response counts in an Improve step.
+
+  Args:
+    rewards: [P, N] of N responses to each of P prompts; those that are not finite are left out.
+    quantile: One of `config.quantiles`.
+    config: Which to keep, and how to weigh them.
+
+  Returns:
+    [P, N] float32, 0 on those left out; the largest is 1. All 0 only if no reward is finite.
+  """
+  rewards = np.asarray(rewards, np.float64)
+  fine = np.isfinite(rewards)
+  if not fine.any():
+    return np.zeros(rewards.shape, np.float32)
+  candidates = fine
+  if config.keep == "best":
+    # A row without a candidate has no best one.
+    safe = jnp.asarray(np.where(fine, rewards, 0.0))
+    candidates = np.asarray(shaping.selection_weights(safe, jnp.asarray(fine), "best")) > 0
+  threshold = np.quantile(rewards[candidates], quantile)
+  kept = candidates & (rewards >= threshold)
+  if config.loss == "bc":
+    return kept.astype(np.float32)
+  spread = max(float(np.std(rewards[fine])), 1e-9)
+  advantage = np.where(kept, rewards - rewards[kept].max(), -np.inf)
+  return np.exp(advantage / (spread * config.temperature)).astype(np.float32)
+
+
+def loss_fn(
+  params: Params,
+  batch: RestBatch,
+  key: jax.Array,
+  *,
+  ref_params: Params,
+  apply_fn: ApplyFn,
+  config: RestConfig,
+) -> tuple[jax.Array, Metrics]:
+  """Weighted mean over the response tokens of their negative log-likelihood.
+
+  With `loss=gold` a token's weight is also the policy's probability of it, as a constant (Pang and
+  He, 2021, https://arxiv.org/abs/2009.07839): what the policy would not say is not imitated.
+
+  Args:
+    params: Policy.
+    batch: B weighted responses; all weights 0 give a gradient of 0.
+    key: Unused.
+    ref_params: Start of the policy, read if `config.kappa` is not 0.
+    apply_fn: `(params, tokens) -> logits [B, T, V]`.
+    config: Settings.
+
+  Returns:
+    Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
+  """
+  del key
+  tokens, mask = batch.sequences
+  mask = mask.at[:, 0].set(False)  # The first token has no prediction.
+  logits = apply_fn(params, tokens)
+  nll = supervised.nll(logits, tokens)
+  weights = jnp.where(mask, batch.weights[:, None], 0.0)
+  total = jnp.maximum(jnp.sum(weights), 1e-9)
+  trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.loss == "gold" else 1.0
+  loss = masked.masked_sum(trust * weights * nll, mask) / total
+  metrics = {
+    "nll": masked.masked_mean(nll, mask),
+    "weight": jnp.sum(weights),
+    "tokens": jnp.sum(mask).astype(jnp.float32),
+  }
+  if config.kappa:
+    ref_logits = jax.lax.stop_gradient(apply_fn(ref_params, tokens))
+    divergence = jnp.pad(kl.full_kl(ref_logits, logits)[:, :-1], ((0, 0), (1, 0)))
+    forward = masked.masked_sum(weights * divergence, mask) / total
+    loss += config.kappa * forward
+    metrics["kl/forward"] = forward
+  return loss, metrics
+
+
+def make_rest_step(
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: RestConfig,
+  *,
+  state_shardings: Any = None,
+) -> RestStep:
+  """Jitted `step(state, RestBatch, ref_params, key) -> (state, metrics)` with a donated state."""
+
+  def step(state: TrainState, batch: RestBatch, ref_params: Params, key: jax.Array):
+    loss = functools.partial(loss_fn, ref_params=ref_params, apply_fn=apply_fn, config=config)
+    return update(loss, tx, state, batch, key, microbatches=config.microbatches)
+
+  return jit_step(step, state_shardings)

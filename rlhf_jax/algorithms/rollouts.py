@@ -1,0 +1,45 @@
+"""What a policy says about responses that were sampled."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses import logprobs as logprobs_lib
+from rlhf_jax.types import ApplyFn, Params, Rollout
+
+
+def response_inputs(rollout: Rollout) -> dict[str, Any]:
+  """Keyword arguments of `apply_fn` that compute the R + 1 last positions of a rollout.
+
+  The output before a token is what predicts it, and the value of the state it is drawn in.
+  """
+  segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
+  return {"segment_ids": segment_ids, "last": rollout.logprobs.shape[1] + 1}
+
+
+def response_logprobs(
+  logits: jax.Array, rollout: Rollout, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities and entropies at the tokens of sampled responses.
+
+  Args:
+    logits: [B, R + 1, V] from `response_inputs`.
+    rollout: B responses of up to R tokens.
+    temperature: Divides the logits, as it did when sampling.
+
+  Returns:
+    [B, R] each; what stands after the end of a response means nothing.
+  """
+  logits = logits / temperature
+  targets = rollout.tokens[:, -logits.shape[1] :]
+  logprobs = logprobs_lib.next_token_logprobs(logits, targets)[:, 1:]
+  return logprobs, logprobs_lib.entropy(logits[:, :-1])
+
+
+def rollout_logprobs(
+  apply_fn: ApplyFn, params: Params, rollout: Rollout, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """`response_logprobs` of a language model, from one forward pass."""
+  logits = apply_fn(params, rollout.tokens, **response_inputs(rollout))
+  return response_logprobs(logits, rollout, temperature)

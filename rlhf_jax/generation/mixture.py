@@ -1,0 +1,65 @@
+"""Decoding from the geometric mixture of two models, one cache each."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax.losses import game
+from rlhf_jax.types import Params
+
+
+class MixtureParams(NamedTuple):
+  """Two sets of params of one architecture, and how they are mixed.
+
+  Attributes:
+    policy: Params of weight `1 - mix`.
+    ref: Params of weight `mix`.
+    mix: [] float32 in [0, 1]; may change from call to call without a new compilation.
+  """
+
+  policy: Params
+  ref: Params
+  mix: jax.Array
+
+
+class MixtureCache(NamedTuple):
+  """The caches of both models, which have seen the same tokens."""
+
+  policy: Any
+  ref: Any
+
+  def repeat(self, n: int) -> "MixtureCache":
+    """Every row n times, the copies next to each other."""
+    return MixtureCache(self.policy.repeat(n), self.ref.repeat(n))
+
+
+def make_mixture(
+  decode: Callable[..., tuple[jax.Array, Any]], init_cache: Callable[..., Any]
+) -> tuple[Callable[..., tuple[jax.Array, MixtureCache]], Callable[..., MixtureCache]]:
+  """The opponent of Nash-MD as something `make_generate` samples from.
+
+  Munos et al., 2023, https://arxiv.org/abs/2312.00886: each token comes from
+  `policy^(1 - mix) ref^mix`, normalised (`losses.game.mixture_logits`). A token costs one forward
+  pass of each model at the newest position, and the memory of two caches.
+
+  Args:
+    decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)` of the architecture.
+    init_cache: `(batch, slots) -> cache` with a method `repeat(n)`.
+
+  Returns:
+    `decode` and `init_cache` that take `MixtureParams` and `MixtureCache` instead; the logits are
+    log-probabilities of the mixture.
+  """
+
+  def init_both(batch: int, slots: int) -> MixtureCache:
+    return MixtureCache(init_cache(batch, slots), init_cache(batch, slots))
+
+  def decode_both(
+    params: MixtureParams, tokens: jax.Array, cache: MixtureCache, *, mask: jax.Array
+  ) -> tuple[jax.Array, MixtureCache]:
+    policy, policy_cache = decode(params.policy, tokens, cache.policy, mask=mask)
+    ref, ref_cache = decode(params.ref, tokens, cache.ref, mask=mask)
+    return game.mixture_logits(policy, ref, params.mix), MixtureCache(policy_cache, ref_cache)
+
+  return decode_both, init_both

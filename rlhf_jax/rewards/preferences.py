@@ -1,0 +1,143 @@
+"""From whatever judges two responses to a `PreferenceFn`: `(a, b, prompt_ids) -> [B] P(a > b)`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import simulation
+from rlhf_jax.algorithms.preference_model import preference_logits
+from rlhf_jax.rewards.rollouts import RewardFn, response_texts
+from rlhf_jax.types import ApplyFn, Params, Rollout
+
+# (a, b, prompt_ids [B]) -> [B] float32, how probably each response of `a` is preferred to the one
+# of `b` to the same prompt.
+PreferenceFn = Callable[[Rollout, Rollout, np.ndarray], jax.Array | np.ndarray]
+# (prompts, responses a, responses b, rows) -> one probability per pair.
+TextPreference = Callable[
+  [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]],
+  Sequence[float] | np.ndarray,
+]
+
+
+def expert(
+  prompts: Sequence[str],
+  a: Sequence[str],
+  b: Sequence[str],
+  rows: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+  """The annotator of the built-in task who judges by the gold reward."""
+  del rows
+  return simulation.preference_probability("expert", prompts, a, b)
+
+
+def panel(
+  prompts: Sequence[str],
+  a: Sequence[str],
+  b: Sequence[str],
+  rows: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+  """Three raters of the built-in task whose majority is intransitive."""
+  del rows
+  return simulation.preference_probability("panel", prompts, a, b)
+
+
+PREFERENCES: dict[str, TextPreference] = {"expert": expert, "panel": panel}
+
+
+def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Array]:
+  """Both responses behind their prompt, in both orders, as a preference model reads them.
+
+  Args:
+    a: B responses.
+    b: B responses to the same prompts.
+    eos_id: Put behind a response that was cut before it ended, to separate the two.
+
+  Returns:
+    tokens [B, 2, T] int32 and mask [B, 2, T] bool as in `types.ComparisonBatch`, right padded.
+  """
+  prompt_length = a.tokens.shape[1] - a.logprobs.shape[1]
+
+  def response(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    pad = ((0, 0), (0, 1))
+    tokens = jnp.pad(rollout.tokens[:, prompt_length:], pad)
+    mask = jnp.pad(rollout.response_mask[:, prompt_length:], pad)
+    length = jnp.sum(mask, axis=1, keepdims=True)
+    column = jnp.arange(tokens.shape[1])[None]
+    ended = jnp.any((tokens == eos_id) & mask, axis=1, keepdims=True)
+    added = (column == length) & ~ended
+    return jnp.where(added, eos_id, tokens), mask | added
+
+  prompt, prompt_mask = a.tokens[:, :prompt_length], a.prompt_mask[:, :prompt_length]
+  first, second = response(a), response(b)
+
+  def join(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]):
+    tokens = jnp.concatenate([prompt, one[0], other[0]], axis=1)
+    mask = jnp.concatenate([jnp.zeros_like(prompt_mask), one[1], other[1]], axis=1)
+    real = jnp.concatenate([prompt_mask, one[1], other[1]], axis=1)
+    order = jnp.argsort(~real, axis=1, stable=True)  # Padding moves behind the rest.
+    return tuple(jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+
+  tokens, mask = zip(join(first, second), join(second, first), strict=True)
+  return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
+
+
+def model_preference(apply_fn: ApplyFn, params: Params, *, eos_id: int) -> PreferenceFn:
+  """Preferences of a trained preference model, which reads the tokens as they were sampled.
+
+  Args:
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
+    params: Preference model, with the tokenizer of the policy.
+    eos_id: Its end token.
+  """
+
+  @jax.jit
+  def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
+    logits = preference_logits(apply_fn, params, *join_pairs(a, b, eos_id))
+    return jax.nn.sigmoid(logits)
+
+  return lambda a, b, prompt_ids: prefer(params, a, b)
+
+
+def reward_preference(reward_fn: RewardFn) -> PreferenceFn:
+  """Preferences of a Bradley-Terry reward: the sigmoid of the difference of the scores."""
+
+  def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    return jax.nn.sigmoid(
+      jnp.asarray(reward_fn(a, prompt_ids)) - jnp.asarray(reward_fn(b, prompt_ids))
+    )
+
+  return prefer
+
+
+def text_preference(
+  function: TextPreference,
+  rows: Sequence[Mapping[str, Any]],
+  decode: Callable[[list[list[int]]], list[str]],
+) -> PreferenceFn:
+  """Preferences of a Python function of a prompt and two responses.
+
+  Args:
+    function: The judge.
+    rows: Data rows, indexed by prompt id, with the prompt under "prompt_text".
+    decode: Token ids of several texts -> texts.
+  """
+
+  def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
+    first, second = response_texts(a, decode), response_texts(b, decode)
+    chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
+    prompts = [row["prompt_text"] for row in chosen]
+    values = np.asarray(function(prompts, first, second, chosen), np.float32)
+    name = getattr(function, "__name__", repr(function))
+    if values.shape != (len(first),):
+      raise ValueError(
+        f"preference function {name} gave shape {values.shape} for {len(first)} pairs; it must"
+        " return one probability per pair"
+      )
+    if not ((values >= 0) & (values <= 1)).all():
+      raise ValueError(f"preference function {name} gave a value outside [0, 1]: {values}")
+    return values
+
+  return prefer

@@ -144,7 +144,7 @@ def annotate(session: loop.Session, config: Config) -> dict[str, Any]:
       loop.identify(run, "annotate", {"data": flags.to_dict(config)["data"]})
       if config.annotator:
         label_by_hand(run.workdir / _LABELS, pairs, config.annotator)
-        summary = agreement(pairs, read_answers(run.workdir / _LABELS))
+        summary = agreement(pairs, common.read_lines(run.workdir / _LABELS))
       else:
         summary = label_by_judge(run, config, pairs)
     if config.mode == "label":
@@ -192,25 +192,6 @@ def read_pair(row: data.Row, number: int) -> Pair:
   return Pair(str(row.fields.get("id", number)), prompt, (answers[0], answers[1]), label)
 
 
-def append_line(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-  """Adds a line and returns when it is on disk."""
-  with open(path, "a", encoding="utf-8") as file:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def read_answers(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a file; a last one that was not written to its end is cut off the file."""
-  if not path.exists():
-    return []
-  content = path.read_bytes()
-  whole = content[: content.rfind(b"\n") + 1]
-  if len(whole) < len(content):
-    os.truncate(path, len(whole))
-  return [json.loads(line) for line in whole.splitlines()]
-
-
 def drop_last(path: pathlib.Path) -> None:
   """Takes the last line off a file."""
   content = path.read_bytes()
@@ -245,7 +226,7 @@ _KEYS = {
 def label_by_hand(path: pathlib.Path, pairs: Sequence[Pair], annotator: str) -> None:
   """Asks for each pair that this annotator has not seen; an answer is on disk before the next."""
   while True:
-    seen = {row["id"] for row in read_answers(path) if row["by"] == annotator}
+    seen = {row["id"] for row in common.read_lines(path) if row["by"] == annotator}
     left = [pair for pair in pairs if pair.id not in seen]
     if not left:
       reporting.note(f"all {len(pairs)} pairs are labelled")
@@ -259,7 +240,7 @@ def label_by_hand(path: pathlib.Path, pairs: Sequence[Pair], annotator: str) -> 
       reporting.note(f"{len(seen)} of {len(pairs)} are labelled; start again to continue")
       return
     if key == "u":
-      rows = read_answers(path)
+      rows = common.read_lines(path)
       if rows and rows[-1]["by"] == annotator:
         drop_last(path)
       else:
@@ -271,7 +252,9 @@ def label_by_hand(path: pathlib.Path, pairs: Sequence[Pair], annotator: str) -> 
     row = answer_row(pair, annotator, preferred)
     if key == "s":
       row["annotations"] = []
-    append_line(path, row | {"by": annotator, "seconds": round(time.monotonic() - start, 1)})
+    common.append_lines(
+      path, [row | {"by": annotator, "seconds": round(time.monotonic() - start, 1)}]
+    )
 
 
 def read_key(keys: Mapping[str, str]) -> str:
@@ -340,7 +323,7 @@ def label_by_judge(run: loop.Run, config: Config, pairs: Sequence[Pair]) -> dict
   path = run.workdir / _LABELS
   judge, *_ = open_judge(run, config)
   name = pathlib.Path(config.judge.path).name or "judge"
-  done = {row["id"] for row in read_answers(path)}
+  done = {row["id"] for row in common.read_lines(path)}
   left = [pair for pair in pairs if pair.id not in done]
   with reporting.Progress(len(pairs), len(done), "judge") as progress:
     for start in range(0, len(left), config.batch_size):
@@ -355,9 +338,9 @@ def label_by_judge(run: loop.Run, config: Config, pairs: Sequence[Pair]) -> dict
         preferred = None if sure == 0.5 else int(sure < 0.5)
         row = answer_row(pair, name, preferred, probability=round(sure, 6))
         orders = {"first": found.first[i].tolist(), "second": found.second[i].tolist()}
-        append_line(path, row | {"by": name, **orders})
+        common.append_lines(path, [row | {"by": name, **orders}])
       progress.update(len(done) + start + len(part))
-  rows = read_answers(path)
+  rows = common.read_lines(path)
   summary = agreement(pairs, rows) | of_positions(pairs, rows)
   if config.judge.canaries:
     summary |= meet_canaries(judge, pairs[: config.judge.canaries])
@@ -472,7 +455,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
   path = run.workdir / _REVISED
   texts = list(dict.fromkeys(str(row.get("prompt", row["prompt_text"])) for row in prompts.rows))
   texts = texts[: config.limit or len(texts)]
-  done = len(read_answers(path))
+  done = len(common.read_lines(path))
   answer = make_answerer(run, config, model, params, tokenizer)
   with reporting.Progress(len(texts), done, "revise") as progress:
     for start in range(done, len(texts), config.batch_size):
@@ -504,9 +487,11 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
       for prompt, draft, response, steps in zip(part, drafts, responses, history, strict=True):
         # A revision may be empty, which is nothing to imitate; the draft is kept then.
         final = response if response.strip() else draft
-        append_line(path, {"prompt": prompt, "response": final, "draft": draft, "steps": steps})
+        common.append_lines(
+          path, [{"prompt": prompt, "response": final, "draft": draft, "steps": steps}]
+        )
       progress.update(start + len(part))
-  rows = read_answers(path)
+  rows = common.read_lines(path)
   reporting.show_samples(
     [{name: row[name] for name in ("prompt", "draft", "response")} for row in rows[:4]],
     "Drafts and revisions",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -351,6 +353,25 @@ def export(
   tokenizer.save(folder)
   hf.save_folder(folder, params, model.config, token_ids=token_ids, label=label)
   return folder
+
+
+def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Adds a line per row to a file and returns when they are on disk."""
+  with open(path, "a", encoding="utf-8") as file:
+    file.write("".join(json.dumps(row) + "\n" for row in rows))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a file; a last line that was not written to its end is cut off the file."""
+  if not path.exists():
+    return []
+  content = path.read_bytes()
+  whole = content[: content.rfind(b"\n") + 1]
+  if len(whole) < len(content):
+    os.truncate(path, len(whole))
+  return [json.loads(line) for line in whole.splitlines()]
 
 
 def measure_rows(

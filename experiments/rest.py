@@ -20,7 +20,6 @@ Starting the same command again continues where it was stopped; no scored sample
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -183,7 +182,7 @@ def grow(
       run, "grow", settings | {"start": str(start)}, data=prompts.digest, tokenizer=tokenizer.digest
     )
     path = run.workdir / _GROWN
-    done = read_whole_lines(path)
+    done = common.read_lines(path)
     if len(done) >= wanted:
       return done
     model, params = common.open_model(run, config.model, start, tokenizer)
@@ -196,10 +195,7 @@ def grow(
     key = run.key_for(0)
     if done:
       reporting.note(f"continuing from response {len(done)} of {path}")
-    with (
-      open(path, "a", encoding="utf-8") as file,
-      reporting.Progress(wanted, len(done), "grow") as progress,
-    ):
+    with reporting.Progress(wanted, len(done), "grow") as progress:
       position = 0
       for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
         size = int(np.sum(valid)) * count
@@ -226,9 +222,7 @@ def grow(
           }
           for n in range(size)
         ][len(done) - position + size :]
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-        file.flush()
-        os.fsync(file.fileno())
+        common.append_lines(path, lines)
         done += lines
         progress.update(len(done), {"reward/mean": np.mean([line["reward"] for line in lines])})
     rewards = [row["reward"] for row in done]
@@ -236,18 +230,6 @@ def grow(
       run.workdir, {"responses": len(done), "reward/mean": float(np.mean(rewards))}
     )
   return done
-
-
-def read_whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The lines of a file that were written to their end; the rest is cut off the file."""
-  if not path.exists():
-    return []
-  content = path.read_bytes()
-  whole = content[: content.rfind(b"\n") + 1]
-  if len(whole) < len(content):
-    with open(path, "r+b") as file:
-      file.truncate(len(whole))
-  return [json.loads(line) for line in whole.splitlines()]
 
 
 def kept_examples(

@@ -22,29 +22,24 @@ TextPreference = Callable[
 ]
 
 
-def expert(
-  prompts: Sequence[str],
-  a: Sequence[str],
-  b: Sequence[str],
-  rows: Sequence[Mapping[str, Any]],
-) -> np.ndarray:
-  """The annotator of the built-in task who judges by the gold reward."""
-  del rows
-  return simulation.preference_probability("expert", prompts, a, b)
+def _annotator(name: str) -> TextPreference:
+  """An annotator of the built-in task."""
+
+  def judge(
+    prompts: Sequence[str],
+    a: Sequence[str],
+    b: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+  ) -> np.ndarray:
+    del rows
+    return simulation.preference_probability(name, prompts, a, b)
+
+  return judge
 
 
-def panel(
-  prompts: Sequence[str],
-  a: Sequence[str],
-  b: Sequence[str],
-  rows: Sequence[Mapping[str, Any]],
-) -> np.ndarray:
-  """Three raters of the built-in task whose majority is intransitive."""
-  del rows
-  return simulation.preference_probability("panel", prompts, a, b)
-
-
-PREFERENCES: dict[str, TextPreference] = {"expert": expert, "panel": panel}
+# Add yours here. The expert judges by the gold reward; the panel are three raters whose majority
+# is intransitive.
+PREFERENCES: dict[str, TextPreference] = {name: _annotator(name) for name in ("expert", "panel")}
 
 
 def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import rest
+from experiments import common
 
 FLAGS = ("--reward.name=gold", "--grow_steps=2")
 
@@ -20,7 +20,7 @@ def whole(tmp_path_factory, run_script, sft_run):
 
 
 def grown(workdir, step):
-  return rest.read_whole_lines(workdir / f"grow_{step}" / "responses.jsonl")
+  return common.read_lines(workdir / f"grow_{step}" / "responses.jsonl")
 
 
 def test_the_grown_data_can_be_read(whole):
@@ -72,9 +72,9 @@ def test_a_kill_while_sampling_loses_no_scored_response(tmp_path, run_script, ki
 def test_a_torn_line_is_cut_off(tmp_path):
   path = tmp_path / "responses.jsonl"
   path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-  assert rest.read_whole_lines(path) == [{"a": 1}, {"a": 2}]
+  assert common.read_lines(path) == [{"a": 1}, {"a": 2}]
   assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
-  assert rest.read_whole_lines(tmp_path / "none") == []
+  assert common.read_lines(tmp_path / "none") == []
 
 
 def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, run_script, sft_run):

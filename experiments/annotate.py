@@ -21,6 +21,7 @@ the next question. Where a row is labelled already, the agreement with that labe
 Starting the same command again continues where it was stopped.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -143,7 +144,8 @@ def annotate(session: loop.Session, config: Config) -> dict[str, Any]:
       pairs = read_pairs(config, session.seed)
       loop.identify(run, "annotate", {"data": flags.to_dict(config)["data"]})
       if config.annotator:
-        label_by_hand(run.workdir / _LABELS, pairs, config.annotator)
+        with single_keys():
+          label_by_hand(run.workdir / _LABELS, pairs, config.annotator)
         summary = agreement(pairs, common.read_lines(run.workdir / _LABELS))
       else:
         summary = label_by_judge(run, config, pairs)
@@ -268,19 +270,27 @@ def read_key(keys: Mapping[str, str]) -> str:
 
 
 def next_character() -> str:
-  """A pressed key, without waiting for Enter where the input is a terminal."""
-  stream = sys.stdin
-  if not stream.isatty():
-    return stream.read(1)
+  """One character of the input; see `single_keys`."""
+  if not sys.stdin.isatty():
+    return sys.stdin.read(1)
+  return os.read(sys.stdin.fileno(), 1).decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def single_keys() -> Iterator[None]:
+  """Lets a terminal hand over each key as it is pressed, without Enter and without showing it."""
+  if not sys.stdin.isatty():
+    yield
+    return
   import termios
   import tty
 
-  settings = termios.tcgetattr(stream)
+  settings = termios.tcgetattr(sys.stdin)
   try:
-    tty.setcbreak(stream)
-    return os.read(stream.fileno(), 1).decode("utf-8", "replace")
+    tty.setcbreak(sys.stdin, termios.TCSANOW)  # Keys that were pressed already still count.
+    yield
   finally:
-    termios.tcsetattr(stream, termios.TCSADRAIN, settings)
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 # By a judge.

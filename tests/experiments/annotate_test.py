@@ -1,5 +1,6 @@
 """Labelling by hand through a pseudo-terminal, by a judge, and what the labels train."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -66,6 +67,13 @@ class Terminal:
     os.kill(self.pid, signal.SIGKILL)
     os.waitpid(self.pid, 0)
 
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exception):
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+      self.kill()
+
 
 def answers(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
@@ -81,24 +89,24 @@ def wait_for(path, lines):
 def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft_run):
   labels = tmp_path / "out" / "labels.jsonl"
   flags = (f"--workdir={tmp_path / 'out'}", "--annotator=ada", f"--data.path={pairs_file}")
-  first = Terminal(*flags)
-  first.press("abtabsbaab")
-  assert len(wait_for(labels, 10)) == 10
-  first.press("u")
-  deadline = time.monotonic() + 30
-  while len(answers(labels)) > 9 and time.monotonic() < deadline:
-    time.sleep(0.02)
-  before = answers(labels)
-  assert len(before) == 9
-  first.kill()
+  with Terminal(*flags) as first:
+    first.press("abtabsbaab")
+    assert len(wait_for(labels, 10)) == 10
+    first.press("u")
+    deadline = time.monotonic() + 30
+    while len(answers(labels)) > 9 and time.monotonic() < deadline:
+      time.sleep(0.02)
+    before = answers(labels)
+    assert len(before) == 9
+    first.kill()
 
-  second = Terminal(*flags)
-  assert "10 of 24" in second.read(b"quit")  # The one that was undone is asked again.
-  second.press("babababababa")
-  assert len(wait_for(labels, 21)) == 21
-  second.press("q")
-  shown = second.read()
-  os.waitpid(second.pid, 0)
+  with Terminal(*flags) as second:
+    assert "10 of 24" in second.read(b"quit")  # The one that was undone is asked again.
+    second.press("babababababa")
+    assert len(wait_for(labels, 21)) == 21
+    second.press("q")
+    shown = second.read()
+    os.waitpid(second.pid, 0)
   assert "21 of 24 are labelled" in shown
   rows = answers(labels)
   assert rows[:9] == before
@@ -143,9 +151,10 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft
     assert "not_judged 1" in trained.output
 
 
-def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft_run):
+def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft_run, shared):
   flags = (
-    f"--judge.path={sft_run}",
+    f"--judge.path={shared / 'models' / 'stories260k'}",
+    "--data.end_token=<s>",
     f"--data.path={pairs_file}",
     "--judge.max_characters=60",
     "--batch_size=8",
@@ -155,8 +164,6 @@ def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft
   principles.write_text("is it a good review ?\n\nis it brief ?\n")
   flags = (*flags, f"--judge.principles={principles}")
   part = run_script("annotate", tmp_path / "out", *flags, "--limit=10")
-  if "tell the verdicts" in part.output:
-    pytest.skip("the tokenizer of the built-in task has no digits")
   assert part.code == 0, part.output
   labels = tmp_path / "out" / "labels.jsonl"
   before = labels.read_bytes()
@@ -174,6 +181,44 @@ def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft
   summary = json.loads((tmp_path / "out" / "summary.json").read_text())
   for name in ("position_bias", "consistency", "agreement/as_first", "canary/empty"):
     assert name in summary
+  trained = run_script(
+    "preference_model",
+    tmp_path / "model",
+    f"--init_from={sft_run}",
+    f"--data.path={labels}",
+    "--data.votes=each",
+    "--batch_size=4",
+    "--steps=2",
+  )
+  assert trained.code == 0, trained.output
+
+
+def test_a_model_revises_its_answers(tmp_path, pairs_file, run_script, shared):
+  model = shared / "models" / "stories260k"
+  flags = (
+    "--mode=revise",
+    f"--judge.path={model}",
+    "--data.end_token=<s>",
+    f"--data.path={pairs_file}",
+    "--sampling.max_new_tokens=12",
+    "--revisions=2",
+    "--batch_size=2",
+    "--limit=4",
+  )
+  finished = run_script("annotate", tmp_path / "out", *flags)
+  assert finished.code == 0, finished.output
+  path = tmp_path / "out" / "revised.jsonl"
+  rows = answers(path)
+  assert len({row["prompt"] for row in rows}) == 4
+  for row in rows:
+    assert [set(step) for step in row["steps"]] == [{"principle", "critique", "revision"}] * 2
+    assert row["response"] in (row["steps"][-1]["revision"], row["draft"])
+  # What was killed after the first two rows is continued with the same ones.
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(lines[:2]))
+  again = run_script("annotate", tmp_path / "out", *flags)
+  assert again.code == 0, again.output
+  assert path.read_text() == "".join(lines)
 
 
 def test_kappa_and_agreement_of_two_annotators():

@@ -9,10 +9,11 @@ and without. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
 It ends with `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy. With
 the default settings, means of three seeds: without the penalty the proxy ends at 7.0 and the gold
 reward at 4.2, 43 nats away; with it at 5.5 and 6.0, 5 nats away (SFT: gold 3.9). How far the gold
-reward falls depends on the reward model: one of the three lets it drop to 2.0. `plots/` and summary.json
-are those of experiments.plot. Every stage is a run of its own in `workdir/sft`,
-`workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. Starting the same command
-again continues where it was stopped.
+reward falls depends on the reward model: one of the three lets it drop to 2.0.
+
+`plots/` and summary.json are those of experiments.plot. Every stage is a run of its own in
+`workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. Starting the
+same command again continues where it was stopped.
 """
 
 import dataclasses

@@ -222,10 +222,16 @@ def open_policy(
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model")
-  own = data.load_tokenizer(folder, None)
-  if own.digest != tokenizer.digest:
-    raise hf.ModelFolderError(f"{folder}: its tokenizer is not that of the policy")
+  require_tokens_of(folder, tokenizer)
   return open_model(run, options, folder, tokenizer)[1]
+
+
+def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
+  """Refuses a model that would read the policy's tokens as others."""
+  if data.load_tokenizer(folder).digest != tokenizer.digest:
+    raise hf.ModelFolderError(
+      f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
+    )
 
 
 def open_scorer(
@@ -237,11 +243,7 @@ def open_scorer(
     raise hf.ModelFolderError(
       f"{path}: not a reward model; train one with experiments.reward_model"
     )
-  own = data.load_tokenizer(folder)
-  if own.digest != tokenizer.digest:
-    raise hf.ModelFolderError(
-      f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
-    )
+  require_tokens_of(folder, tokenizer)
   model, params = open_model(run, options, folder, tokenizer, "scalar")
   return model, params, hf.scalar_label(folder)
 

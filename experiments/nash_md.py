@@ -183,13 +183,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         )
         return step(current, batch, key)
 
+      opponent = state.train.params if state.average is None else state.average
       if fixed is not None:
         opponent = fixed
-      else:
-        # A copy, as the step donates the state.
-        opponent = jax.tree.map(
-          jnp.copy, state.train.params if state.average is None else state.average
-        )
       stepped = nash_md.extragradient(against) if settings.extragradient else against
       new, of_step = stepped(state.train, opponent, key)
       average = state.average

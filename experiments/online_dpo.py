@@ -14,6 +14,7 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
+import itertools
 import time
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import Params, Rollout, TokenBatch, TrainState
+from rlhf_jax.types import Params, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "reward/std": jnp.mean(jnp.std(scores, axis=1)),
         "ties": jnp.mean(chosen == rejected),
       }
-      return dpo.DPOBatch(TokenBatch(*pairs), refs, calibration), figures
+      return dpo.DPOBatch(pairs, refs, calibration), figures
 
     def iteration(state: OnlineState, prompts: data.PromptBatch, key: jax.Array):
       keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
@@ -194,13 +195,13 @@ def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:
   """Scores each sample of a prompt by how often it is preferred to the others, on average."""
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    rows = np.arange(len(prompt_ids)).reshape(-1, samples)
-    total = jnp.zeros(len(prompt_ids))
-    for shift in range(1, samples):
-      others = np.roll(rows, -shift, axis=1).ravel()
-      against = jax.tree.map(lambda x: x[others], rollout)  # noqa: B023
-      total += jnp.asarray(prefer(rollout, against, prompt_ids))
-    return total / (samples - 1)
+    ids = prompt_ids[::samples]
+    nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
+    total = jnp.zeros([len(ids), samples])
+    for a, b in itertools.combinations(range(samples), 2):
+      wins = jnp.asarray(prefer(nth[a], nth[b], ids))
+      total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
+    return total.ravel() / (samples - 1)
 
   return score
 

@@ -34,7 +34,6 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.rewards import RewardFn
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import TokenBatch
 
 _GROWN = "responses.jsonl"
 
@@ -117,7 +116,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         start,
         folder,
         tokenizer,
-        kept_examples(responses, weights.ravel(), tokenizer.pad_id),
+        kept_examples(responses, weights.ravel()),
         heldout,
       )
       rows.append(
@@ -233,7 +232,7 @@ def grow(
 
 
 def kept_examples(
-  responses: list[dict[str, Any]], weights: np.ndarray, pad_id: int
+  responses: list[dict[str, Any]], weights: np.ndarray
 ) -> tuple[data.Dataset, np.ndarray]:
   """The grown responses of positive weight as demonstrations, and their weights."""
   places = np.flatnonzero(weights > 0)
@@ -292,9 +291,7 @@ def improve(
     state = loop.fit(
       run,
       config,
-      lambda state, batch, key: step(
-        state, rest.RestBatch(TokenBatch(*batch[0]), batch[1]), ref_params, key
-      ),
+      lambda state, batch, key: step(state, rest.RestBatch(*batch), ref_params, key),
       state,
       data.batches(
         dataset, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id, columns=weights

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.algorithms.rollouts import move_padding_right
 from rlhf_jax.types import Rollout, TokenBatch
 
 
@@ -76,10 +77,8 @@ def right_padded(rollout: Rollout) -> TokenBatch:
   Returns:
     tokens [B, P + R] and mask [B, P + R] on the responses.
   """
-  order = jnp.argsort(~(rollout.prompt_mask | rollout.response_mask), axis=1, stable=True)
-  return TokenBatch(
-    *(jnp.take_along_axis(x, order, axis=1) for x in (rollout.tokens, rollout.response_mask))
-  )
+  real = rollout.prompt_mask | rollout.response_mask
+  return TokenBatch(*move_padding_right(real, rollout.tokens, rollout.response_mask))
 
 
 def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> TokenBatch:

@@ -40,7 +40,7 @@ def preference_logits(
   """Log-odds that the first response is preferred, from one forward pass over both orders.
 
   Args:
-    apply_fn: `(params, tokens [B, T], *, segment_ids) -> scores [B, T]`.
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
     params: Preference model.
     tokens: [B, 2, T] int32, right padded: prompt, a, b, and prompt, b, a.
     mask: [B, 2, T] bool, True on the tokens of the responses.
@@ -60,7 +60,6 @@ def loss_fn(
   key: jax.Array,
   *,
   apply_fn: ApplyFn,
-  config: PreferenceModelConfig,
 ) -> tuple[jax.Array, Metrics]:
   """Mean cross entropy between the predicted preference and the share of the votes.
 
@@ -69,16 +68,13 @@ def loss_fn(
     batch: B comparisons; a tie is a preference of 1/2.
     key: Unused.
     apply_fn: As in `preference_logits`.
-    config: Settings.
 
   Returns:
     Loss and metrics.
   """
-  del key, config
+  del key  # The loss is deterministic given the batch.
   logits = preference_logits(apply_fn, params, batch.tokens, batch.mask)
-  losses = reward.bradley_terry_loss(
-    logits, jnp.zeros_like(logits), label_smoothing=1 - batch.preference
-  )
+  losses = reward.binary_loss(logits, batch.preference)
   tokens = jnp.sum(batch.mask).astype(jnp.float32)
   return jnp.mean(losses), preference_metrics(logits, batch.preference) | {"tokens": tokens}
 
@@ -131,7 +127,7 @@ def make_preference_model_step(
   state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, PreferenceModelBatch, key) -> (state, metrics)`."""
-  loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
+  loss = functools.partial(loss_fn, apply_fn=apply_fn)
   return make_train_step(
     loss, tx, microbatches=config.microbatches, state_shardings=state_shardings
   )

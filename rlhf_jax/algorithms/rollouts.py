@@ -9,6 +9,12 @@ from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
 
+def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The arrays [B, T] with what is not `real` [B, T] moved behind the rest, in the same order."""
+  order = jnp.argsort(~real, axis=1, stable=True)
+  return tuple(jnp.take_along_axis(x, order, axis=1) for x in arrays)
+
+
 def response_inputs(rollout: Rollout) -> dict[str, Any]:
   """Keyword arguments of `apply_fn` that compute the R + 1 last positions of a rollout.
 

@@ -286,7 +286,7 @@ def from_rows(kind: Kind, rows: Sequence[Row], config: DataConfig, tokenizer: To
     raise error
 
   part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
-  return _finish(kind, part, *(_shape(kind, part.examples) if part.examples else (0, 0)))
+  return _finish(kind, part, *_shape(kind, part.examples))
 
 
 def from_examples(
@@ -294,7 +294,7 @@ def from_examples(
 ) -> Dataset:
   """A data set of tokenised examples at hand, such as sampled responses; see `Dataset`."""
   part = _Part(examples, rows, [], np.zeros((0, 2)), {})
-  return _finish(kind, part, *(_shape(kind, examples) if examples else (0, 0)))
+  return _finish(kind, part, *_shape(kind, examples))
 
 
 def batches(
@@ -604,6 +604,8 @@ def _summary(report: dict[str, int]) -> str:
 
 def _shape(kind: Kind, examples: list[dict[str, np.ndarray]]) -> tuple[int, int]:
   """The `padded_length` and the `width` that all examples fit."""
+  if not examples:
+    return 0, 0
   prompts = [len(example["prompt"]) for example in examples]
   responses = [responses_of(example) for example in examples]
   longest = [max(map(len, some), default=0) for some in responses]

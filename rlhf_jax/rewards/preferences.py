@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_jax import simulation
 from rlhf_jax.algorithms.preference_model import preference_logits
+from rlhf_jax.algorithms.rollouts import move_padding_right
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
@@ -72,8 +73,7 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
     tokens = jnp.concatenate([prompt, one[0], other[0]], axis=1)
     mask = jnp.concatenate([jnp.zeros_like(prompt_mask), one[1], other[1]], axis=1)
     real = jnp.concatenate([prompt_mask, one[1], other[1]], axis=1)
-    order = jnp.argsort(~real, axis=1, stable=True)  # Padding moves behind the rest.
-    return tuple(jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    return move_padding_right(real, tokens, mask)
 
   tokens, mask = zip(join(first, second), join(second, first), strict=True)
   return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)

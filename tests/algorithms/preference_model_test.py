@@ -74,10 +74,7 @@ def test_loss_is_the_cross_entropy_with_the_share_of_the_votes(model, comparison
   batch = batch_of(comparisons)._replace(
     preference=rng.choice([0.0, 0.5, 2 / 3, 1.0], len(comparisons)).astype(np.float32)
   )
-  config = preference_model.PreferenceModelConfig()
-  loss, metrics = preference_model.loss_fn(
-    params, batch, jax.random.key(0), apply_fn=model.apply, config=config
-  )
+  loss, metrics = preference_model.loss_fn(params, batch, jax.random.key(0), apply_fn=model.apply)
   logits = preference_model.preference_logits(model.apply, params, batch.tokens, batch.mask)
   p = 1 / (1 + np.exp(-np.float64(logits)))
   want = -np.mean(batch.preference * np.log(p) + (1 - batch.preference) * np.log(1 - p))

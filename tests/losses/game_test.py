@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from rlhf_jax.losses import game, kl, masked, policy_gradient, preference
+from rlhf_jax.simulation import games
 from tests.losses import tabular
 from tests.losses.case import B, Case, T, V, squash
 
@@ -34,10 +35,7 @@ def divergence(log_p, log_q):
 def random_game(seed, n=10):
   """A preference matrix and a reference."""
   rng = np.random.default_rng(seed)
-  upper = np.triu(rng.random((n, n)), 1)
-  preference = upper + np.tril(1 - upper.T, -1)
-  np.fill_diagonal(preference, 0.5)
-  return preference, log_normalize(rng.normal(size=n))
+  return games.random_game(n, rng), log_normalize(rng.normal(size=n))
 
 
 @functools.partial(jax.jit, static_argnames=("step", "steps", "eta", "tau"))
@@ -359,8 +357,7 @@ def test_duality_gaps_at_equal_numbers_of_preferences(tau, queries, want, float6
   }
   gaps = {name: [] for name in runs}
   for _ in range(10):
-    skew = np.triu(rng.random((10, 10)), 1)
-    wins = skew + np.tril(1 - skew.T, -1) + 0.5 * np.eye(10)
+    wins = games.random_game(10, rng)
     log_ref = log_normalize(rng.normal(size=10))
     for name, (step, steps, eta) in runs.items():
       last = jnp.asarray(iterate(step, steps, log_ref, wins, eta, tau=tau)[-1])
@@ -376,11 +373,7 @@ def test_duality_gaps_at_equal_numbers_of_preferences(tau, queries, want, float6
 @pytest.mark.parametrize("e", [0.1, -0.01])
 def test_three_raters_of_opposed_tastes(e, float64):
   """Where the average win rate jumps from one response to another, the equilibrium moves on."""
-  preference = np.full((3, 3), 0.5)
-  raters = [((1, 0), 1 / 3 - e), ((0, 2), 1 / 3 + e / 2), ((2, 1), 1 / 3 + e / 2)]
-  for (winner, loser), weight in raters:
-    preference[winner, loser] += weight / 2
-    preference[loser, winner] -= weight / 2
+  preference = games.three_raters(e)
   uniform = np.full(3, -np.log(3))
   tau = 1e-3
   policies = iterate(game.mirror_prox_step, 20000, uniform, preference, 2 * tau, tau=tau)

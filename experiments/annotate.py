@@ -194,6 +194,11 @@ def read_pair(row: data.Row, number: int) -> Pair:
   return Pair(str(row.fields.get("id", number)), prompt, (answers[0], answers[1]), label)
 
 
+def answers_of(path: pathlib.Path, annotator: str) -> list[dict[str, Any]]:
+  """The answers of one annotator; several may share a file."""
+  return [row for row in common.read_lines(path) if row["by"] == annotator]
+
+
 def drop_last(path: pathlib.Path) -> None:
   """Takes the last line off a file."""
   content = path.read_bytes()
@@ -228,7 +233,7 @@ _KEYS = {
 def label_by_hand(path: pathlib.Path, pairs: Sequence[Pair], annotator: str) -> None:
   """Asks for each pair that this annotator has not seen; an answer is on disk before the next."""
   while True:
-    seen = {row["id"] for row in common.read_lines(path) if row["by"] == annotator}
+    seen = {row["id"] for row in answers_of(path, annotator)}
     left = [pair for pair in pairs if pair.id not in seen]
     if not left:
       reporting.note(f"all {len(pairs)} pairs are labelled")
@@ -333,7 +338,7 @@ def label_by_judge(run: loop.Run, config: Config, pairs: Sequence[Pair]) -> dict
   path = run.workdir / _LABELS
   judge, *_ = open_judge(run, config)
   name = pathlib.Path(config.judge.path).name or "judge"
-  done = {row["id"] for row in common.read_lines(path)}
+  done = {row["id"] for row in answers_of(path, name)}
   left = [pair for pair in pairs if pair.id not in done]
   with reporting.Progress(len(pairs), len(done), "judge") as progress:
     for start in range(0, len(left), config.batch_size):
@@ -343,15 +348,16 @@ def label_by_judge(run: loop.Run, config: Config, pairs: Sequence[Pair]) -> dict
         [pair.responses[0] for pair in part],
         [pair.responses[1] for pair in part],
       )
+      rows = []
       for i, pair in enumerate(part):
         sure = float(found.preference[i])
         preferred = None if sure == 0.5 else int(sure < 0.5)
         row = answer_row(pair, name, preferred, probability=round(sure, 6))
         orders = {"first": found.first[i].tolist(), "second": found.second[i].tolist()}
-        common.append_lines(path, [row | {"by": name, **orders}])
+        rows.append(row | {"by": name, **orders})
+      common.append_lines(path, rows)
       progress.update(len(done) + start + len(part))
-  rows = common.read_lines(path)
-  summary = agreement(pairs, rows) | of_positions(pairs, rows)
+  summary = agreement(pairs, common.read_lines(path)) | of_positions(pairs, answers_of(path, name))
   if config.judge.canaries:
     summary |= meet_canaries(judge, pairs[: config.judge.canaries])
   return summary
@@ -494,12 +500,19 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
           zip(chosen, critiques, responses, strict=True)
         ):
           history[i].append({"principle": principle, "critique": critique, "revision": response})
-      for prompt, draft, response, steps in zip(part, drafts, responses, history, strict=True):
-        # A revision may be empty, which is nothing to imitate; the draft is kept then.
-        final = response if response.strip() else draft
-        common.append_lines(
-          path, [{"prompt": prompt, "response": final, "draft": draft, "steps": steps}]
-        )
+      # A revision may be empty, which is nothing to imitate; the draft is kept then.
+      common.append_lines(
+        path,
+        [
+          {
+            "prompt": prompt,
+            "response": response if response.strip() else draft,
+            "draft": draft,
+            "steps": steps,
+          }
+          for prompt, draft, response, steps in zip(part, drafts, responses, history, strict=True)
+        ],
+      )
       progress.update(start + len(part))
   rows = common.read_lines(path)
   reporting.show_samples(

@@ -1,12 +1,11 @@
 """Labelling by hand through a pseudo-terminal, by a judge, and what the labels train."""
 
-import contextlib
 import json
 import os
 import pathlib
 import pty
 import select
-import signal
+import subprocess
 import sys
 import time
 
@@ -32,14 +31,20 @@ class Terminal:
   """The script on a terminal of its own, and what it has drawn since the last key."""
 
   def __init__(self, *flags):
-    pid, self._fd = pty.fork()
-    if pid == 0:
-      os.chdir(ROOT)
-      os.environ |= {"TERM": "xterm", "COLUMNS": "100"}
-      os.environ.pop("XLA_FLAGS", None)
-      command = [sys.executable, "-m", "experiments.annotate", *flags]
-      os.execv(sys.executable, command)
-    self.pid, self.screen = pid, b""
+    self._fd, side = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    # Not pty.fork: this process has threads of JAX's.
+    self.process = subprocess.Popen(
+      [sys.executable, "-m", "experiments.annotate", *flags],
+      cwd=ROOT,
+      env=env | {"TERM": "xterm", "COLUMNS": "100"},
+      stdin=side,
+      stdout=side,
+      stderr=side,
+      start_new_session=True,
+    )
+    os.close(side)
+    self.screen = b""
 
   def read(self, until=None, seconds=60.0):
     """Reads until a text is there, or the program ends."""
@@ -64,15 +69,15 @@ class Terminal:
       os.write(self._fd, key.encode())
 
   def kill(self):
-    os.kill(self.pid, signal.SIGKILL)
-    os.waitpid(self.pid, 0)
+    self.process.kill()
+    self.process.wait()
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exception):
-    with contextlib.suppress(ProcessLookupError, ChildProcessError):
-      self.kill()
+    self.kill()
+    os.close(self._fd)
 
 
 def answers(path):
@@ -106,7 +111,7 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft
     assert len(wait_for(labels, 21)) == 21
     second.press("q")
     shown = second.read()
-    os.waitpid(second.pid, 0)
+    second.process.wait()
   assert "21 of 24 are labelled" in shown
   rows = answers(labels)
   assert rows[:9] == before

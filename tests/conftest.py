@@ -5,10 +5,16 @@ import pathlib
 
 # Read when jax and the Hugging Face libraries are first imported, so set before that happens.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Most of the time of small programs is that of compiling them, half of it LLVM's optimisation. The
+# last of two equal flags wins: the ones that were given, except for the devices.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    "--xla_backend_optimization_level=0",
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+  )
+)
 # What takes long to compile is kept for the other workers, for scripts that are started several
 # times, and for the next run.
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent

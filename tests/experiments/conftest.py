@@ -1,15 +1,21 @@
-"""Small runs of the scripts, shared by the tests of this folder."""
+"""Small runs of the scripts, shared by the tests of this folder.
 
+A script runs in a process of its own, forked from one that has imported what all scripts import:
+half of the time of a short run would be these imports.
+"""
+
+import multiprocessing
 import os
 import pathlib
+import runpy
 import signal
-import subprocess
 import sys
 import time
+from typing import NamedTuple
 
+import filelock
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 _TINY = (
   "--model.layers=1",
   "--model.width=32",
@@ -38,34 +44,55 @@ _BASE = {
 }
 
 
-def _start(script, workdir, flags) -> subprocess.Popen:
-  # One device, as a user has it; a flag given by the test replaces the one of the base.
-  given = {flag.split("=")[0] for flag in flags}
-  base = [flag for flag in _BASE.get(script, ()) if flag.split("=")[0] not in given]
-  env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-  command = [sys.executable, "-m", f"experiments.{script}", f"--workdir={workdir}", *base, *flags]
-  return subprocess.Popen(
-    command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
+def _main(script: str, arguments: list[str], output: pathlib.Path) -> None:
+  """In the forked process: what `python -m experiments.SCRIPT ARGUMENTS` does."""
+  with open(output, "wb") as file:
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+  os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # As a user has it.
+  sys.argv = [f"experiments/{script}.py", *arguments]
+  runpy.run_module(f"experiments.{script}", run_name="__main__", alter_sys=True)
 
 
-class Finished:
+class Running:
+  """A script that was started."""
+
+  def __init__(self, script: str, workdir: pathlib.Path, flags: tuple[str, ...]):
+    # A flag given by the test replaces the one of the base.
+    given = {flag.split("=")[0] for flag in flags}
+    base = [flag for flag in _BASE.get(script, ()) if flag.split("=")[0] not in given]
+    self.workdir = pathlib.Path(workdir)
+    self.workdir.parent.mkdir(parents=True, exist_ok=True)
+    self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.common", "rlhf_jax.algorithms.ppo"])
+    self.process = context.Process(
+      target=_main, args=(script, [f"--workdir={workdir}", *base, *flags], self._output)
+    )
+    self.process.start()
+
+  def end(self, timeout: float) -> "Finished":
+    """Waits for it; kills it when the time is over."""
+    self.process.join(timeout)
+    if self.process.is_alive():
+      self.process.kill()
+      self.process.join()
+    output = self._output.read_text(errors="replace")
+    return Finished(self.process.exitcode, output, self.workdir)
+
+
+class Finished(NamedTuple):
   """What a script left behind."""
 
-  def __init__(self, code: int, output: str, workdir: pathlib.Path):
-    self.code, self.output, self.workdir = code, output, workdir
+  code: int | None
+  output: str
+  workdir: pathlib.Path
 
 
 @pytest.fixture(scope="session")
 def run_script():
   """`run_script(name, workdir, *flags) -> Finished`, in a process of its own."""
-
-  def run(script, workdir, *flags) -> Finished:
-    process = _start(script, workdir, flags)
-    output, _ = process.communicate(timeout=300)
-    return Finished(process.returncode, output, pathlib.Path(workdir))
-
-  return run
+  return lambda script, workdir, *flags: Running(script, workdir, flags).end(timeout=300)
 
 
 @pytest.fixture(scope="session")
@@ -73,37 +100,45 @@ def kill_script():
   """Starts a script and kills it with SIGKILL once a file is there: by default a checkpoint."""
 
   def kill(script, workdir, *flags, after_step: int = 0, mark: pathlib.Path | None = None) -> None:
-    process = _start(script, workdir, flags)
+    running = Running(script, workdir, flags)
     mark = mark or pathlib.Path(workdir) / "checkpoints" / str(after_step)
     deadline = time.monotonic() + 240
-    while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not mark.exists() and running.process.is_alive() and time.monotonic() < deadline:
       time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, f"it ended before it was killed:\n{output}"
-    assert not (pathlib.Path(workdir) / "export").exists(), "it was killed too late to tell"
+    killed = running.end(timeout=0)
+    assert killed.code == -signal.SIGKILL, f"it ended before it was killed:\n{killed.output}"
+    assert not (killed.workdir / "export").exists(), "it was killed too late to tell"
 
   return kill
 
 
 @pytest.fixture(scope="session")
-def sft_run(tmp_path_factory, run_script) -> pathlib.Path:
-  finished = run_script("sft", tmp_path_factory.mktemp("runs") / "sft")
-  assert finished.code == 0, finished.output
-  return finished.workdir
+def shared_run(tmp_path_factory, run_script):
+  """`shared_run(name, script, *flags)`: workdir of a run that all worker processes share."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+
+  def run(name, script, *flags) -> pathlib.Path:
+    with filelock.FileLock(root / f"{name}.lock"):
+      if not (root / name / "summary.json").exists():
+        finished = run_script(script, root / name, *flags)
+        assert finished.code == 0, finished.output
+    return root / name
+
+  return run
 
 
 @pytest.fixture(scope="session")
-def reward_run(tmp_path_factory, run_script, sft_run) -> pathlib.Path:
-  workdir = tmp_path_factory.mktemp("runs") / "reward_model"
-  finished = run_script("reward_model", workdir, f"--init_from={sft_run}")
-  assert finished.code == 0, finished.output
-  return finished.workdir
+def sft_run(shared_run) -> pathlib.Path:
+  return shared_run("sft", "sft")
 
 
 @pytest.fixture(scope="session")
-def preference_run(tmp_path_factory, run_script, sft_run) -> pathlib.Path:
-  workdir = tmp_path_factory.mktemp("runs") / "preference_model"
-  finished = run_script("preference_model", workdir, f"--init_from={sft_run}")
-  assert finished.code == 0, finished.output
-  return finished.workdir
+def reward_run(shared_run, sft_run) -> pathlib.Path:
+  return shared_run("reward_model", "reward_model", f"--init_from={sft_run}")
+
+
+@pytest.fixture(scope="session")
+def preference_run(shared_run, sft_run) -> pathlib.Path:
+  return shared_run("preference_model", "preference_model", f"--init_from={sft_run}")

@@ -5,15 +5,7 @@ import json
 import numpy as np
 import pytest
 
-STEPS = {
-  "sft": 150,
-  "reward_model": 120,
-  "preference_model": 120,
-  "dpo": 120,
-  "ppo": 30,
-  "nash_md": 40,
-  "online_dpo": 60,
-}
+SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
   "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
   "online_dpo": (
@@ -33,13 +25,13 @@ def chained(script, sft_run, reward_run):
   return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
 
 
-@pytest.mark.parametrize("script", STEPS)
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_run_ends_with_the_same_bits(
   script, tmp_path, run_script, kill_script, sft_run, reward_run
 ):
   flags = (
     *chained(script, sft_run, reward_run),
-    f"--steps={STEPS[script]}",
+    "--steps=20",
     "--checkpoint_every=3",
     "--log_every=5",
   )

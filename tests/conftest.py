@@ -6,6 +6,7 @@ import pathlib
 # Read when jax and the Hugging Face libraries are first imported, so set before that happens.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # Most of the time of small programs is that of compiling them, half of it LLVM's optimisation. The
 # last of two equal flags wins: the ones that were given, except for the devices.
 os.environ["XLA_FLAGS"] = " ".join(

@@ -16,6 +16,12 @@ from typing import NamedTuple
 import filelock
 import pytest
 
+_IMPORTS = [
+  "experiments.common",
+  "rlhf_jax.algorithms.ppo",
+  "matplotlib.backends.backend_agg",
+  "transformers.tokenization_utils_tokenizers",
+]
 _TINY = (
   "--model.layers=1",
   "--model.width=32",
@@ -65,7 +71,7 @@ class Running:
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.common", "rlhf_jax.algorithms.ppo"])
+    context.set_forkserver_preload(_IMPORTS)
     self.process = context.Process(
       target=_main, args=(script, [f"--workdir={workdir}", *base, *flags], self._output)
     )

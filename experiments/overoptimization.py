@@ -39,7 +39,7 @@ class Config:
 
   seeds: int = 3
   sft: SFTStage = SFTStage()
-  reward_model: RewardModelStage = RewardModelStage(steps=100, data=DataConfig(rows=512))
+  reward_model: RewardModelStage = RewardModelStage(steps=40, data=DataConfig(rows=128))
   ppo: PPOStage = PPOStage(
     data=DataConfig(eval_rows=128),
     ppo=PPOConfig(kl_coef=0.3),

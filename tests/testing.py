@@ -1,6 +1,12 @@
 """What several test files share."""
 
-from rlhf_jax.models import ModelConfig
+import functools
+from typing import Literal
+
+import jax
+
+from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.types import Params
 
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
 TINY_MODEL = ModelConfig(
@@ -14,3 +20,9 @@ TINY_MODEL = ModelConfig(
   init_std=0.3,
   remat=False,
 )
+
+
+@functools.cache
+def tiny_params(head: Literal["language", "scalar"] = "language", seed: int = 0) -> Params:
+  """Params of the tiny model; do not donate them."""
+  return jax.jit(build(TINY_MODEL, head).init)(jax.random.key(seed))

@@ -14,16 +14,14 @@ from rlhf_jax.losses import preference
 from rlhf_jax.models import build
 from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import TokenBatch, UnpairedBatch
-from tests.testing import TINY_MODEL
+from tests.testing import TINY_MODEL, tiny_params
 
 B, T, V = 6, 9, 16
 MODEL = build(TINY_MODEL)
 MODEL = MODEL._replace(apply=jax.jit(MODEL.apply))
 
 
-@functools.cache
-def params_of(seed):
-  return MODEL.init(jax.random.key(seed))
+params_of = functools.partial(tiny_params, "language")
 
 
 def make_pairs(rng, poison=0):

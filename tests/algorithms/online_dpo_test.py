@@ -10,6 +10,7 @@ from rlhf_jax.generation import SamplingConfig, make_generate
 from rlhf_jax.models import build
 from rlhf_jax.types import TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
+from tests.testing import tiny_params
 
 P, R, EOS = 6, 5, 2
 
@@ -18,7 +19,7 @@ P, R, EOS = 6, 5, 2
 def sampled():
   """A tiny model, its params, and 4 samples to each of 5 left-padded prompts."""
   model = build(CONFIG)
-  params = model.init(jax.random.key(0))
+  params = tiny_params()
   rng = np.random.default_rng(0)
   mask = np.arange(P)[None] >= np.arange(5)[:, None]
   tokens = np.where(mask, rng.integers(3, CONFIG.vocab_size, (5, P)), 0).astype(np.int32)
@@ -61,7 +62,7 @@ def test_a_tie_is_no_pair_and_teaches_nothing(sampled):
   def gradient(rows):
     batch = dpo.DPOBatch(TokenBatch(*(x[rows] for x in pairs)), jnp.zeros((len(rows), 2)))
     loss = lambda p: dpo.loss_fn(p, batch, None, apply_fn=model.apply, config=config)[0]  # noqa: E731
-    return jax.grad(loss)(params)
+    return jax.jit(jax.grad(loss))(params)
 
   of_ties, of_pair = gradient(np.arange(1, 5)), gradient(np.arange(1))
   assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(of_ties)) < 1e-6
@@ -112,9 +113,9 @@ def test_the_bonus_adds_the_gradient_of_calibration_responses(sampled):
     return jnp.mean(jnp.sum(jnp.where(mask, logprobs, 0.0), axis=1))
 
   plain, shifted, bonus = (
-    jax.grad(loss)(params, 0.0),
-    jax.grad(loss)(params, coef),
-    jax.grad(mean_logprob)(params),
+    jax.jit(jax.grad(loss), static_argnums=1)(params, 0.0),
+    jax.jit(jax.grad(loss), static_argnums=1)(params, coef),
+    jax.jit(jax.grad(mean_logprob))(params),
   )
   jax.tree.map(
     lambda a, b, c: np.testing.assert_allclose(a, b + coef * c, atol=1e-5), shifted, plain, bonus

@@ -13,6 +13,7 @@ from rlhf_jax.models import build
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import ComparisonBatch
 from tests.testing import TINY_MODEL as CONFIG
+from tests.testing import tiny_params
 
 EOS = 2
 
@@ -35,7 +36,8 @@ def batch_of(comparisons, length=16):
 
 @pytest.fixture(scope="module")
 def model():
-  return build(CONFIG, "scalar")
+  model = build(CONFIG, "scalar")
+  return model._replace(apply=jax.jit(model.apply))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def comparisons():
 
 
 def test_exchanging_the_responses_changes_the_sign(model, comparisons):
-  params = model.init(jax.random.key(0))
+  params = tiny_params("scalar")
   batch = batch_of(comparisons)
   swapped = batch_of([(p, b, a, 1 - y) for p, a, b, y in comparisons])
   logits, back = (
@@ -59,7 +61,7 @@ def test_exchanging_the_responses_changes_the_sign(model, comparisons):
 
 
 def test_padding_changes_nothing(model, comparisons):
-  params = model.init(jax.random.key(0))
+  params = tiny_params("scalar")
   short, long = batch_of(comparisons), batch_of(comparisons, 24)
   long.tokens[~np.pad(short.tokens != 0, ((0, 0), (0, 0), (0, 8)))] = 7
   want, got = (
@@ -69,7 +71,7 @@ def test_padding_changes_nothing(model, comparisons):
 
 
 def test_loss_is_the_cross_entropy_with_the_share_of_the_votes(model, comparisons):
-  params = model.init(jax.random.key(1))
+  params = tiny_params("scalar", 1)
   rng = np.random.default_rng(1)
   batch = batch_of(comparisons)._replace(
     preference=rng.choice([0.0, 0.5, 2 / 3, 1.0], len(comparisons)).astype(np.float32)
@@ -96,7 +98,7 @@ def test_learns_a_cycle_and_a_tie(model):
   tx = optax.adam(1e-2)
   config = preference_model.PreferenceModelConfig()
   step = preference_model.make_preference_model_step(model.apply, tx, config)
-  state = init_state(model.init(jax.random.key(0)), tx)
+  state = init_state(jax.tree.map(jnp.copy, tiny_params("scalar")), tx)
   for _ in range(150):
     state, metrics = step(state, batch, jax.random.key(0))
   logits = preference_model.preference_logits(
@@ -128,6 +130,7 @@ def test_microbatches_change_nothing(model, comparisons):
     tx = optax.sgd(0.1)
     config = preference_model.PreferenceModelConfig(microbatches=parts)
     step = preference_model.make_preference_model_step(model.apply, tx, config)
-    state, metrics = step(init_state(model.init(jax.random.key(0)), tx), batch, jax.random.key(0))
+    state = init_state(jax.tree.map(jnp.copy, tiny_params("scalar")), tx)
+    state, metrics = step(state, batch, jax.random.key(0))
     results.append((state.params, metrics["loss"]))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *results)

@@ -200,12 +200,12 @@ def test_forward_kl_keeps_a_share_of_every_response():
   ref = jnp.asarray(rng.normal(size=arms), jnp.float32)
   earned, floors = [], []
   for kappa in (0.1, 0.35, 1.0):
-    tx = optax.adam(optax.linear_schedule(0.1, 0.0, 300))
+    tx = optax.adam(optax.linear_schedule(0.2, 0.0, 150))
     config = RestConfig(keep="best", quantiles=(0.0,), kappa=kappa)
     step = rest.make_rest_step(arm_apply, tx, config)
     state = init_state(jnp.copy(ref), tx)
     draw = jax.jit(functools.partial(jax.random.categorical, shape=(256, samples)))
-    for i in range(300):
+    for i in range(150):
       drawn = np.asarray(draw(jax.random.key(i), state.params))
       weights = rest.kept_weights(reward[drawn], 0.0, config)
       tokens = np.stack([np.zeros(drawn.size, np.int32), drawn.ravel()], axis=1)

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from rlhf_jax.data import DataConfig, word_level_tokenizer
 from rlhf_jax.models import build
 from rlhf_jax.types import Rollout
 from tests.testing import TINY_MODEL as CONFIG
+from tests.testing import tiny_params
 
 WORDS = tuple(f"w{i}" for i in range(20))
 TOKENIZER = word_level_tokenizer(WORDS)
@@ -61,7 +61,7 @@ def test_a_response_that_was_cut_gets_an_end():
 
 def test_models_are_antisymmetric_and_rewards_compare():
   model = build(CONFIG, "scalar")
-  params = model.init(jax.random.key(0))
+  params = tiny_params("scalar")
   rng = np.random.default_rng(0)
   a, b = (
     rollout_of([[5, 6]] * 6, rng.integers(3, CONFIG.vocab_size, (6, 2)).tolist(), eos_id=2)

@@ -25,7 +25,7 @@ from rlhf_jax import (
   sharding,
   simulation,
 )
-from rlhf_jax.algorithms import rollouts
+from rlhf_jax.algorithms import reward_model, rollouts
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
 from rlhf_jax.train_step import init_state, make_optimizer, make_schedule
@@ -391,6 +391,25 @@ def measure_rows(
     for name, value in values.items():
       collected.setdefault(name, []).append(value[valid])
   return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
+  """Values [rows, K] of responses -> [N, 2], of the better and of the worse one of all pairs."""
+  pairs = []
+  for example, row in zip(dataset.examples, values, strict=True):
+    ranks = example.get("ranks", np.arange(2))  # A pair has the better one in front.
+    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+    pairs.append(np.stack([row[better], row[worse]], axis=1))
+  return np.concatenate(pairs)
+
+
+def compared_lengths(dataset: data.Dataset) -> np.ndarray:
+  """Tokens of the better and of the worse response of all pairs, [N, 2]."""
+  lengths = np.zeros([len(dataset.examples), dataset.width])
+  for row, example in zip(lengths, dataset.examples, strict=True):
+    responses = data.responses_of(example)
+    row[: len(responses)] = [len(response) for response in responses]
+  return compared(dataset, lengths)
 
 
 def evaluate_batches(
@@ -803,6 +822,14 @@ def train_offline(
       reward_fns["reward"] = open_reward(run, config.reward, config.model, tokenizer)(prompts)
     judge = Judge(run, model, tokenizer, prompts, config.sampling, reward_fns, ref_params)
     more = evaluate(state, config.steps) if heldout.examples else {}
+    if heldout.examples and kind == "preferences":
+      # What preferring the longer response would reach of `eval/reward/accuracy`.
+      by_length = reward_model.pair_metrics(compared_lengths(heldout))
+      more["eval/length_baseline"] = float(by_length["reward/accuracy"])
+      reporting.note(
+        f"held-out pairs in the right order: {more['eval/reward/accuracy']:.3f}, by length alone:"
+        f" {more['eval/length_baseline']:.3f}"
+      )
     return judge.finish(state.params, config.steps, title, more)
 
 

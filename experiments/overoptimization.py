@@ -3,13 +3,13 @@
   python -m experiments.overoptimization --workdir=runs/overoptimization
 
 No network and no download; about a quarter of an hour on two CPU cores. After SFT it trains, for
-each of three seeds, a reward model on 512 pairs only, and PPO against it twice: with a KL penalty
+each of three seeds, a reward model on 128 pairs only, and PPO against it twice: with a KL penalty
 and without. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
 
 It ends with `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy. With
-the default settings, means of three seeds: without the penalty the proxy ends at 7.0 and the gold
-reward at 4.2, 43 nats away; with it at 5.5 and 6.0, 5 nats away (SFT: gold 3.9). How far the gold
-reward falls depends on the reward model: one of the three lets it drop to 2.0.
+the default settings, means of three seeds: without the penalty the proxy climbs from 0 to 7.5 while
+the gold reward peaks at 4.5, 2 nats from the start, and falls to 2.9, 40 nats away; it falls for
+every seed. With the penalty it rises from 3.8 to 5.1 and stays, 5 nats away.
 
 `plots/` and summary.json are those of experiments.plot. Every stage is a run of its own in
 `workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. Starting the

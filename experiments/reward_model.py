@@ -85,7 +85,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       rows = common.measure_rows(
         run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
       )
-      return compared(dataset, rows["score"])
+      return common.compared(dataset, rows["score"])
 
     def evaluate(state, step):
       del step
@@ -120,16 +120,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   return summary
 
 
-def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
-  """Values [rows, K] of responses -> [N, 2], of the better and of the worse one of all pairs."""
-  pairs = []
-  for example, row in zip(dataset.examples, values, strict=True):
-    ranks = example.get("ranks", np.arange(2))  # A pair has the better one in front.
-    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
-    pairs.append(np.stack([row[better], row[worse]], axis=1))
-  return np.concatenate(pairs)
-
-
 def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
   """Figures of a reward model beside those of preferring the longer response.
 
@@ -137,11 +127,7 @@ def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
     dataset: Held-out pairs or rankings.
     pairs: [N, 2] scores of the better and of the worse response of every pair.
   """
-  lengths = np.zeros([len(dataset.examples), dataset.width])
-  for row, example in zip(lengths, dataset.examples, strict=True):
-    responses = data.responses_of(example)
-    row[: len(responses)] = [len(response) for response in responses]
-  lengths = compared(dataset, lengths)
+  lengths = common.compared_lengths(dataset)
   metrics = reward_model.pair_metrics(pairs)
   calibration = evaluation.calibration(pairs[:, 0], pairs[:, 1])
   return {

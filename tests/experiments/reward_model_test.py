@@ -75,7 +75,7 @@ def test_figures_of_pairs():
     {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
   )
   scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
-  pairs = reward_model.compared(heldout, scores)
+  pairs = common.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, scores)
   figures = reward_model.judge(heldout, pairs)
   assert figures["accuracy"] == (1 + 1 + 0.5 + 0) / 4
@@ -98,7 +98,7 @@ def test_figures_of_rankings():
     {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
   )
   scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  pairs = reward_model.compared(heldout, scores)
+  pairs = common.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, [[3, 2], [3, 4], [1, 0]])
   figures = reward_model.judge(heldout, pairs)
   assert figures["accuracy"] == pytest.approx(2 / 3)

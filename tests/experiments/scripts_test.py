@@ -52,6 +52,10 @@ def test_a_killed_run_ends_with_the_same_bits(
     for rows in lines
   ]
   assert timeless[0] == timeless[1]
+  if script == "dpo":
+    summary = json.loads((again.workdir / "summary.json").read_text())
+    assert 0 < summary["eval/length_baseline"] < 1
+    assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
 
 
 def test_sft_writes_what_it_says(sft_run):

@@ -243,6 +243,9 @@ def fit(
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
       state, values = step(state, batch, key)
+      if run.mesh.devices.flat[0].platform == "cpu":
+        # The next step would have its temporaries allocated while this one still holds its own.
+        jax.block_until_ready(state)
       done = index + 1
       last = done == config.steps
       if learning_rate is not None:

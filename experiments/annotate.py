@@ -144,6 +144,8 @@ def annotate(session: loop.Session, config: Config) -> dict[str, Any]:
       pairs = read_pairs(config, session.seed)
       loop.identify(run, "annotate", {"data": flags.to_dict(config)["data"]})
       if config.annotator:
+        if jax.process_count() > 1:
+          raise flags.UsageError("--annotator labels by hand: leave --coordinator empty")
         with single_keys():
           label_by_hand(run.workdir / _LABELS, pairs, config.annotator)
         summary = agreement(pairs, common.read_lines(run.workdir / _LABELS))

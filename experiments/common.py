@@ -20,6 +20,7 @@ from rlhf_jax import (
   flags,
   generation,
   loop,
+  processes,
   reporting,
   rewards,
   sharding,
@@ -211,7 +212,7 @@ def open_model(
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
   }
-  place = lambda path, value: jax.device_put(value, flat[path])  # noqa: E731
+  place = lambda path, value: sharding.put(value, flat[path])  # noqa: E731
   return model, hf.load_params(folder, model, key=key, place=place)
 
 
@@ -326,6 +327,8 @@ def describe(
   config = model.config
   mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
   devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+  if jax.process_count() > 1:
+    devices += f" in {jax.process_count()} processes"
   reporting.start_panel(
     title,
     {
@@ -352,13 +355,16 @@ def export(
   token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
-  tokenizer.save(folder)
+  if processes.is_first():
+    tokenizer.save(folder)
   hf.save_folder(folder, params, model.config, token_ids=token_ids, label=label)
   return folder
 
 
 def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Adds a line per row to a file and returns when they are on disk."""
+  if not processes.is_first():
+    return
   with open(path, "a", encoding="utf-8") as file:
     file.write("".join(json.dumps(row) + "\n" for row in rows))
     file.flush()
@@ -367,13 +373,17 @@ def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a file; a last line that was not written to its end is cut off the file."""
-  if not path.exists():
-    return []
-  content = path.read_bytes()
-  whole = content[: content.rfind(b"\n") + 1]
-  if len(whole) < len(content):
-    os.truncate(path, len(whole))
-  return [json.loads(line) for line in whole.splitlines()]
+
+  def read() -> list[dict[str, Any]]:
+    if not path.exists():
+      return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+      os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+  return processes.agree(read)
 
 
 def measure_rows(
@@ -387,7 +397,7 @@ def measure_rows(
   """The [B, ...] arrays that `measure` gives for each batch, for every row of a data set."""
   collected: dict[str, list[np.ndarray]] = {}
   for batch, valid in data.eval_batches(dataset, batch_size, pad_id, columns=columns):
-    values = jax.device_get(measure(sharding.place_batch(batch, run.mesh)))
+    values = sharding.to_host(measure(sharding.place_batch(batch, run.mesh)))
     for name, value in values.items():
       collected.setdefault(name, []).append(value[valid])
   return {name: np.concatenate(parts) for name, parts in collected.items()}
@@ -519,7 +529,7 @@ def heldout_sampler(
         "lengths": jnp.sum(rollout.response_mask, axis=1),
         "ended": generation.ended(rollout, stops),
       }
-      parts.append({name: np.asarray(v)[valid] for name, v in jax.device_get(values).items()})
+      parts.append({name: np.asarray(v)[valid] for name, v in sharding.to_host(values).items()})
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
       responses += [text for text, on in zip(texts, valid, strict=True) if on]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -568,7 +578,7 @@ def heldout_comparer(
         generate(policy, placed.tokens, placed.mask, placed.prompt_id, key)
         for policy, key in zip((params, other), keys, strict=True)
       )
-      parts.append(np.asarray(prefer(first, second, prompts.prompt_id))[valid])
+      parts.append(sharding.to_host(prefer(first, second, prompts.prompt_id))[valid])
     return np.concatenate(parts)
 
   return compare

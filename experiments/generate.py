@@ -9,7 +9,6 @@ Writes `samples/step_00000000.jsonl` and shows the first few.
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from experiments import common
@@ -66,7 +65,7 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
       rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
       repeats = config.sampling.samples_per_prompt
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
-      logprobs = np.asarray(jax.device_get(rollout.logprobs.sum(axis=1)))
+      logprobs = sharding.to_host(rollout.logprobs.sum(axis=1))
       ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
       rows += [
         {

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop
+from rlhf_jax import data, flags, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
@@ -162,7 +162,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         other = jax.tree.map(lambda x: jnp.repeat(x, settings.responses, axis=0), other)
         own, other = jax.block_until_ready((own, other))
         sampled = time.monotonic()
-        ids = np.repeat(np.asarray(prompts.prompt_id), settings.responses)
+        ids = np.repeat(sharding.to_host(prompts.prompt_id), settings.responses)
         preference = jnp.asarray(prefer(own, other, ids))
         seconds["time/generate"] += sampled - start
         seconds["time/preference"] += time.monotonic() - sampled

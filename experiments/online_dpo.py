@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop, rewards
+from rlhf_jax import data, flags, generation, loop, rewards, sharding
 from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
@@ -143,7 +143,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       free = alone(ref_params, *inputs, keys[1]) if config.dpo.bonus_coef else None
       rollout = jax.block_until_ready(rollout)
       sampled = time.monotonic()
-      ids = np.repeat(np.asarray(prompts.prompt_id), samples)
+      ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)
       scores = jnp.asarray(judge_responses(rollout, ids))
       scored = time.monotonic()
       previous = state.previous

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop
+from rlhf_jax import data, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -132,7 +132,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
     apply_fn, params = open_actor(run, config, folder, tokenizer, model, ref_params)
     tx, schedule = make_transformation(config)
-    state = PPOState(common.place_state(run, params, tx), ppo.init_control(config.ppo))
+    control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
+    state = PPOState(common.place_state(run, params, tx), control)
     del params  # The state has its own copy.
     length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
@@ -185,7 +186,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         rollout = jax.block_until_ready(rollout)
         sampled = time.monotonic()
         repeats = rollout.tokens.shape[0] // prompts.tokens.shape[0]
-        prompt_ids = np.repeat(np.asarray(prompts.prompt_id), repeats)
+        prompt_ids = np.repeat(sharding.to_host(prompts.prompt_id), repeats)
         return rollout, prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids)), sampled
 
       policy = jax.block_until_ready(state.train.params["policy"])

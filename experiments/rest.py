@@ -23,11 +23,20 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import common
-from rlhf_jax import checkpoint, data, flags, generation, loop, metrics, reporting, sharding
+from rlhf_jax import (
+  checkpoint,
+  data,
+  flags,
+  generation,
+  loop,
+  metrics,
+  processes,
+  reporting,
+  sharding,
+)
 from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig
@@ -203,10 +212,15 @@ def grow(
           continue
         placed = sharding.place_batch(batch, run.mesh)
         rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
-        ids = np.repeat(np.asarray(batch.prompt_id), count)
-        scores = np.asarray(reward_fn(rollout, ids), np.float64)
-        ended = np.asarray(generation.ended(rollout, stops))
-        tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+        ids = np.repeat(batch.prompt_id, count)
+        scores, ended, tokens, mask = sharding.to_host(
+          (
+            reward_fn(rollout, ids),
+            generation.ended(rollout, stops),
+            rollout.tokens,
+            rollout.response_mask,
+          )
+        )
         answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
         texts = tokenizer.batch_decode(answers)
         lines = [
@@ -259,7 +273,8 @@ def improve(
 ) -> dict[str, float]:
   """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards."""
   dataset, weights = kept
-  finished = checkpoint.local_path(session.workdir) / "summary.json"
+  path = checkpoint.local_path(session.workdir) / "summary.json"
+  read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
   with loop.open_run(session) as run:
     loop.identify(
       run,
@@ -268,8 +283,8 @@ def improve(
       data=dataset.digest,
       tokenizer=tokenizer.digest,
     )
-    if finished.exists():
-      return json.loads(finished.read_text())
+    if (finished := processes.agree(read)) is not None:
+      return finished
     model, params = common.open_model(run, config.model, start, tokenizer)
     ref_params = params
     if config.rest.kappa:
@@ -314,7 +329,7 @@ def improve(
       }
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)
-  return json.loads(finished.read_text())
+  return processes.agree(read)
 
 
 def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int) -> None:

@@ -8,6 +8,7 @@ directory, because orbax would let it overwrite committed steps.
 
 Directories are local or on a shared POSIX file system: the lock and the durable rename need one.
 With several processes, call everything here from all of them, after `jax.distributed.initialize`.
+Process 0 looks and decides, for all of them.
 """
 
 import concurrent.futures
@@ -22,6 +23,7 @@ import pathlib
 import re
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from rlhf_jax import processes, sharding
 
 PyTree = Any
 PathLike = str | os.PathLike[str]
@@ -41,6 +44,7 @@ _DIGEST_SUFFIX = ".digest.json"
 _TMP_MARK = ".orbax-checkpoint-tmp"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _LOCKED: set[pathlib.Path] = set()  # Directories this process holds the lock of.
+_SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
 
 
 class CheckpointError(RuntimeError):
@@ -120,12 +124,34 @@ def run_lock(workdir: PathLike) -> Iterator[None]:
 
   Raises:
     LockedError: Another process holds it (named with host, pid and start time), or `workdir`
-      cannot be written.
+      cannot be written, or is not the same directory for all processes of the run.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   directory = local_path(workdir)
+  with contextlib.ExitStack() as stack:
+    owner = processes.agree(lambda: stack.enter_context(_lock(directory)))
+    if jax.process_count() > 1:
+      _require_shared(directory, owner)
+    yield
+
+
+def _require_shared(directory: pathlib.Path, owner: str) -> None:
+  """Refuses a directory in which not every process finds the lock that process 0 has written."""
+  path, deadline = directory / ".lock", time.monotonic() + _SEEN_SECONDS
+  while not (found := path.exists() and path.read_text(encoding="utf-8") == owner):
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.2)
+  alone = [host for host in processes.gather("" if found else socket.gethostname()) if host]
+  if alone:
+    raise LockedError(
+      f"--workdir={directory} is another folder on {', '.join(alone)} than for process 0;"
+      " several processes need one on a file system that they share"
+    )
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[str]:
+  """Locks and yields what `.lock` says of the owner."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -146,11 +172,13 @@ def run_lock(workdir: PathLike) -> Iterator[None]:
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.seek(0)
     file.truncate()
-    json.dump({"host": socket.gethostname(), "pid": os.getpid(), "start": start}, file)
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
+    file.write(owner)
     file.flush()
+    os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
     _LOCKED.add(directory)
     try:
-      yield
+      yield owner
     finally:
       # The file stays: unlinking it would let two processes lock two files of the same name.
       _LOCKED.discard(directory)
@@ -176,29 +204,34 @@ def check_identity(workdir: PathLike, identity: Mapping[str, Any]) -> None:
     identity: JSON-able values that must not change over the life of a run.
 
   Raises:
-    CheckpointError: A key differs; the message has one line per key.
+    CheckpointError: A key differs, from what it was or between processes; the message has one
+      line per key.
   """
-  if jax.process_index() != 0:
-    return
   path = local_path(workdir) / "identity.json"
   now = json.loads(json.dumps(identity, sort_keys=True))
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(now, indent=2) + "\n")
-    return
-  try:
-    was = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f"{path} cannot be read: {error}; use another --workdir") from error
+
+  def read() -> Any:
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      atomic_write(path, json.dumps(now, indent=2) + "\n")
+      return now
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise CheckpointError(f"{path} cannot be read: {error}; use another --workdir") from error
+
+  was = processes.agree(read)
   lines = [
     f"  {key}: was {_show(was, key)}, now {_show(now, key)}"
     for key in sorted(was.keys() | now.keys())
     if _show(was, key) != _show(now, key)
   ]
-  if lines:
+  found = "\n".join(lines)
+  if jax.process_count() > 1:  # The data of a process may differ from that of process 0.
+    found = next(filter(None, processes.gather(found)), "")
+  if found:
     raise CheckpointError(
-      f"--workdir={path.parent} holds another run; use another --workdir, or its flags\n"
-      + "\n".join(lines)
+      f"--workdir={path.parent} holds another run; use another --workdir, or its flags\n{found}"
     )
 
 
@@ -213,9 +246,7 @@ def params_digest(tree: PyTree) -> str:
   """
   digest = hashlib.sha256()
   for path, leaf in sorted(_flatten("tree", tree).items()):
-    if not getattr(leaf, "is_fully_addressable", True):
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.ascontiguousarray(jax.device_get(leaf))
+    array = np.ascontiguousarray(sharding.to_host(leaf))
     digest.update(f"{path}\0{_kind(leaf)}\0".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
@@ -285,7 +316,7 @@ class Checkpointer:
 
     self.wait()
     if self._last is None:
-      self._last = max(self._known_steps(), default=-1)
+      self._last = max(processes.agree(self._known_steps), default=-1)
     if step <= self._last:
       raise CheckpointError(
         f"{self.directory} already holds step {self._last}, so step {step} cannot be saved;"
@@ -335,7 +366,7 @@ class Checkpointer:
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
-    steps = self._known_steps() if step is None else [step]
+    steps = processes.agree(self._known_steps) if step is None else [step]
     if not steps:
       return None
     rejected: dict[int, str] = {}
@@ -405,7 +436,7 @@ class Checkpointer:
   def _finish(self, step: int, manager: ocp.CheckpointManager) -> None:
     """Runs on the worker: waits for the commit of `step`, then writes its manifest."""
     manager.wait_until_finished()
-    if jax.process_index() == 0:
+    if processes.is_first():
       files = _files(self.directory / str(step))
       with concurrent.futures.ThreadPoolExecutor(4) as pool:
         digests = pool.map(_sha256, files.values())
@@ -441,45 +472,43 @@ class Checkpointer:
     return self.directory / f"{step}{_DIGEST_SUFFIX}"
 
   def _remove_leftovers(self) -> None:
-    if jax.process_index() == 0 and self.directory.is_dir():
+    if processes.is_first() and self.directory.is_dir():
       for path in self.directory.iterdir():
         if _TMP_MARK in path.name:
           logging.info("Removing %s, left by a save that did not finish", path)
           shutil.rmtree(path, ignore_errors=True)
 
   def _discard_from(self, step: int) -> None:
-    stale = [other for other in self._known_steps() if other >= step]
-    if jax.process_count() > 1:  # All have to see the same steps, so none is deleted before.
-      multihost_utils.sync_global_devices("checkpoint_list")
+    stale = [other for other in processes.agree(self._known_steps) if other >= step]
     if not stale:
       return
     logging.warning("Deleting steps %s of %s to save step %d", stale, self.directory, step)
     self._close_manager()  # It keeps a list of the steps.
-    if jax.process_index() == 0:
+
+    def delete() -> None:
       for other in stale:
         # The manifest goes last: while a part of the step is there, it is known as damaged.
         shutil.rmtree(self.directory / str(other), ignore_errors=True)
         self._digest_path(other).unlink(missing_ok=True)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("checkpoint_discard")
+
+    processes.agree(delete)
 
   def _reject(self, step: int, reason: str, rejected: dict[int, str]) -> None:
     rejected[step] = reason
     logging.warning("Rejected step %d of %s: %s", step, self.directory, reason)
 
   def _choose(self, steps: list[int], rejected: dict[int, str]) -> int | None:
-    """Returns the newest step whose files match its manifest, as process 0 sees them."""
-    chosen = -1
-    if jax.process_index() == 0:
+    """Returns the newest step whose files match its manifest."""
+
+    def choose() -> int | None:
       for step in sorted(set(steps) - rejected.keys(), reverse=True):
         reason = _damage(self.directory / str(step), self._digest_path(step))
         if not reason:
-          chosen = step
-          break
+          return step
         self._reject(step, reason, rejected)
-    if jax.process_count() > 1:
-      chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-    return None if chosen < 0 else chosen
+      return None
+
+    return processes.agree(choose)
 
   def _read(self, step: int, wanted: Mapping[str, Mapping[str, Any]]):
     manager = self._open()

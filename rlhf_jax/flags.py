@@ -31,6 +31,8 @@ from typing import Any, TypeVar
 
 from absl import app, flags, logging
 
+from rlhf_jax import processes
+
 # A flag belongs to the script that calls `define`, whose --help then lists it.
 flags.disclaim_key_flags()
 
@@ -150,7 +152,8 @@ def _keep_freed_memory() -> None:
 def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
 
-  The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`.
+  The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
+  a `processes.Group`, its processes meet before anything else happens.
   """
   readers = [define(cls) for cls in classes]
 
@@ -161,11 +164,14 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
     _keep_freed_memory()
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
+    if isinstance(configs[0], processes.Group):
+      configs[0].connect()
     # The flags of another run stay until this one has been accepted and has finished.
-    if not path.exists():
+    if processes.is_first() and not path.exists():
       save_flags(path)
     train(*configs)
-    save_flags(path)
+    if processes.is_first():
+      save_flags(path)
 
   run(main)
 

@@ -2,20 +2,22 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax.experimental import multihost_utils
 
-from rlhf_jax import checkpoint, metrics, reporting, sharding
+from rlhf_jax import checkpoint, metrics, processes, reporting, sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Session:
+class Session(processes.Group):
   """Where and how a script runs.
 
   Attributes:
@@ -103,14 +105,16 @@ class Run(NamedTuple):
 def open_run(session: Session) -> Iterator[Run]:
   """Creates and locks the workdir and lays out the devices.
 
+  After it every process sees what the run has written.
+
   Raises:
-    LockedError: Another process runs in the workdir.
+    LockedError: Another run is in the workdir, or the processes do not share it.
   """
   workdir = checkpoint.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh)
-  workdir.mkdir(parents=True, exist_ok=True)
   with checkpoint.run_lock(workdir):
     yield Run(workdir, session, mesh, jax.random.key(session.seed))
+    processes.wait()
 
 
 def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -> None:
@@ -128,9 +132,27 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   )
 
 
+class _Stop(Protocol):
+  def is_set(self) -> bool: ...
+
+
+class _SharedStop:
+  """Set on all processes after the same step, soon after SIGTERM has reached one of them."""
+
+  # JAX compares how far the processes are by a number that may never fall, as steps do in the next
+  # run of a chain.
+  _calls = itertools.count()
+
+  def is_set(self) -> bool:
+    return multihost_utils.reached_preemption_sync_point(next(self._calls))
+
+
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-  """Set when SIGTERM arrives, which then does not kill the process."""
+def _stop_signal() -> Iterator[_Stop]:
+  """Set when SIGTERM arrives, which then does not kill the process. Ask once per step."""
+  if jax.distributed.is_initialized():  # JAX handles the signal then.
+    yield _SharedStop()
+    return
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event

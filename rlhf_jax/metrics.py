@@ -15,9 +15,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 from absl import logging
 from etils import epath
+
+from rlhf_jax import processes
 
 # Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
 _REMOTE_SECONDS = 30.0
@@ -357,7 +358,7 @@ def make_writer(
   """
   if unknown := [name for name in trackers if name not in TRACKERS]:
     raise ValueError(f"unknown tracker {unknown[0]!r}: choose from {', '.join(sorted(TRACKERS))}")
-  if jax.process_index() != 0:
+  if not processes.is_first():
     return NullWriter()
   workdir = epath.Path(workdir)
   run_name = run_name or workdir.name or "run"

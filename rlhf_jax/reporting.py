@@ -17,7 +17,6 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-import jax
 import numpy as np
 from etils import epath
 from rich import box, table
@@ -28,15 +27,12 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import processes
 
 Cell = str | float
 
 # rich looks up sys.stderr at each use, and one console for everything lets it print above a bar.
 _CONSOLE = Console(stderr=True, markup=False, highlight=False, emoji=False)
-
-
-def _silent() -> bool:
-  return jax.process_index() != 0
 
 
 def _on_terminal() -> bool:
@@ -49,7 +45,7 @@ def _plain(line: str) -> None:
 
 def note(text: str) -> None:
   """One plain line for the person who watches."""
-  if not _silent():
+  if processes.is_first():
     _plain(escape(text))
 
 
@@ -127,7 +123,7 @@ def _cell(value: Cell) -> str:
 
 def start_panel(title: str, rows: Mapping[str, object]) -> None:
   """Shows what is about to run: model, parameters, mesh, tokens per step, memory."""
-  if _silent():
+  if not processes.is_first():
     return
   if not _on_terminal():
     _plain(f"== {escape(title)} ==")
@@ -182,7 +178,7 @@ class Progress:
     self._task: Any = None
 
   def __enter__(self) -> Self:
-    if not _silent() and _on_terminal():
+    if processes.is_first() and _on_terminal():
       self._bar = RichProgress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -220,7 +216,7 @@ class Progress:
 
   def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
     """Shows that `step` steps have been taken, and a few of `metrics`."""
-    if _silent():
+    if not processes.is_first():
       return
     metrics = metrics or {}
     now, self._step = self._clock(), step
@@ -245,7 +241,7 @@ def show_samples(
   rows: Sequence[Mapping[str, Cell]], title: str = "Samples", limit: int = 4
 ) -> None:
   """Shows the first `limit` rows: one column per key, such as prompt, response, reward."""
-  if _silent() or not rows:
+  if not processes.is_first() or not rows:
     return
   rows = rows[:limit]
   columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -273,7 +269,7 @@ def show_samples(
 
 def show_pair(prompt: str, left: str, right: str, title: str, keys: Mapping[str, str]) -> None:
   """Shows two responses side by side, and the keys that answer the question which is better."""
-  if _silent():
+  if not processes.is_first():
     return
   hint = "   ".join(f"[{key}] {meaning}" for key, meaning in keys.items())
   if not _on_terminal():
@@ -303,7 +299,7 @@ def save_samples(workdir: epath.PathLike, step: int, rows: Sequence[Mapping[str,
 
   Everything outside ASCII is escaped, so the file is safe to print on a terminal.
   """
-  if _silent():
+  if not processes.is_first():
     return
   path = epath.Path(workdir) / "samples" / f"step_{step:08d}.jsonl"
   lines = (json.dumps(_json_ready(row, digits=None), allow_nan=False) for row in rows)
@@ -331,7 +327,7 @@ def write_summary(workdir: epath.PathLike, summary: Mapping[str, Any]) -> None:
 
   Keys are sorted and floats keep six digits: two summaries can be compared line by line.
   """
-  if _silent():
+  if not processes.is_first():
     return
   text = json.dumps(_json_ready(summary, digits=6), indent=2, sort_keys=True, allow_nan=False)
   metrics_lib.write_atomic(epath.Path(workdir) / "summary.json", text + "\n")
@@ -344,7 +340,7 @@ def show_summary(title: str, rows: Mapping[str, Mapping[str, Cell]]) -> None:
     title: Heading.
     rows: Metric to policy to figure; a policy without a figure gets a dash.
   """
-  if _silent():
+  if not processes.is_first():
     return
   policies = list(dict.fromkeys(name for row in rows.values() for name in row))
   cells = [
@@ -550,7 +546,7 @@ def save_panels(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
       raise ValueError(f"the panel name {name!r} is not a plain file name")
     png = render_panel(panel, runs)
-    if png is not None:
+    if png is not None and processes.is_first():
       path = epath.Path(folder) / f"{name}.png"
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(png)
@@ -560,6 +556,8 @@ def save_panels(
 
 def plot_metrics(workdir: epath.PathLike, panels: Mapping[str, Panel] = PANELS) -> list[epath.Path]:
   """Draws `WORKDIR/plots/*.png` from `WORKDIR/metrics.jsonl`; see `save_panels`."""
+  if not processes.is_first():
+    return []
   workdir = epath.Path(workdir)
   rows = metrics_lib.read_metrics(workdir / "metrics.jsonl")
   return save_panels({workdir.name: rows}, workdir / "plots", panels)
@@ -775,6 +773,7 @@ def render_charts(charts: Sequence[Chart]) -> bytes:
 def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:
   """Writes charts, two in a row, to a PNG file, whose folder is created."""
   path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(render_charts(charts))
+  if processes.is_first():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(render_charts(charts))
   return path

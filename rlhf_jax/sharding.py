@@ -3,6 +3,10 @@
 Three axes always exist, whatever their sizes: `data` splits the batch and copies the parameters,
 `fsdp` splits both, `tensor` splits the width of the model. Axes are Auto: the compiler propagates
 the placement of the inputs, and model code names no axis.
+
+With several processes the host side works on whole arrays, the same on each: `put` and
+`place_batch` keep the part that the devices of a process hold, `to_host` gathers all of it. So
+neither the rows of a batch nor their order depend on the number of processes.
 """
 
 import math
@@ -11,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -128,11 +134,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def put(tree: Any, sharding: NamedSharding) -> Any:
+  """Puts arrays that every process holds whole on the devices."""
+
+  def place(x: Any) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(place, tree)
+
+
+def to_host(tree: Any) -> Any:
+  """Copies arrays to numpy, whole, on every process; all of them have to call it."""
+
+  def whole(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return x
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
 def place_batch(tree: Any, mesh: Mesh) -> Any:
   """Puts a batch on the mesh.
 
   Args:
-    tree: Numpy arrays [B / process_count, ...], the rows of this process.
+    tree: Numpy arrays [B, ...], the whole batch on every process.
     mesh: From `make_mesh`.
 
   Returns:
@@ -148,13 +175,12 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     if x.ndim == 0:
       raise ValueError(f"batch array {name!r} is a scalar; batch arrays are [B, ...]")
-    rows = x.shape[0] * jax.process_count()
-    if rows % shards:
+    if x.shape[0] % shards:
       raise ValueError(
-        f"--batch_size={rows} is not divisible by data:{mesh.shape['data']} *"
+        f"--batch_size={x.shape[0]} is not divisible by data:{mesh.shape['data']} *"
         f" fsdp:{mesh.shape['fsdp']} = {shards} of --mesh (array {name!r});"
         f" use a multiple of {shards}"
       )
-    return jax.make_array_from_process_local_data(sharding, x)
+    return put(x, sharding)
 
   return jax.tree_util.tree_map_with_path(place, tree)

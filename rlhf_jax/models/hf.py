@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
+from rlhf_jax import processes, sharding
 from rlhf_jax.models.build import Model
 from rlhf_jax.models.transformer import ModelConfig, RopeScaling
 from rlhf_jax.types import Params
@@ -396,7 +397,7 @@ def load_params(
     # Some tied checkpoints store the embedding twice; a trunk alone has no use for a head.
     tied = model.config.tied
     if head == "language" and tied:
-      embedding = np.asarray(params["embed"]["embedding"])
+      embedding = sharding.to_host(params["embed"]["embedding"])
       if not np.array_equal(tensors["lm_head.weight"]().astype(embedding.dtype), embedding):
         raise _refuse(folder, "tie_word_embeddings is true but lm_head.weight differs")
     unread.discard("lm_head.weight")
@@ -436,7 +437,7 @@ def config_json(
 
 def _named_tensors(params: Params, leaves: list[_Leaf]) -> Iterator[tuple[str, np.ndarray]]:
   for leaf in leaves:
-    value = np.asarray(jax.device_get(_get(params, leaf.path)))
+    value = sharding.to_host(_get(params, leaf.path))
     rows = enumerate(value) if leaf.stacked else [(None, value)]
     for i, row in rows:
       yield leaf.name.format(i), np.ascontiguousarray(row.T if leaf.transpose else row)
@@ -453,6 +454,8 @@ def save_folder(
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
 
+  With several processes all have to call it, and process 0 writes.
+
   Args:
     folder: Created if needed.
     params: Params of a model with either head.
@@ -462,8 +465,13 @@ def save_folder(
     shard_bytes: Largest size of one file.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   head: Head = "scalar" if "score" in params else "language"
+  tensors = _named_tensors(params, _leaves(config, head))
+  if not processes.is_first():
+    for _ in tensors:  # Their parts are gathered.
+      pass
+    return
+  folder.mkdir(parents=True, exist_ok=True)
   # The weights of an earlier save could be read in place of these.
   ours = r"config\.json|model\.safetensors\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
   for file in folder.iterdir():
@@ -472,7 +480,7 @@ def save_folder(
 
   shards: list[dict[str, np.ndarray]] = [{}]
   size = 0
-  for name, value in _named_tensors(params, _leaves(config, head)):
+  for name, value in tensors:
     if shards[-1] and size + value.nbytes > shard_bytes:
       shards.append({})
       size = 0

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax.data import Tokenizer
 from rlhf_jax.types import ApplyFn, Params
 
@@ -153,7 +154,8 @@ class JudgeModel:
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
       mask[len(part) :, -1] = True  # Rows that fill the batch; nothing reads them.
-      answers[start : start + len(part)] = self._verdict(self._params, tokens, mask)[: len(part)]
+      found = sharding.to_host(self._verdict(self._params, tokens, mask))
+      answers[start : start + len(part)] = found[: len(part)]
     return answers
 
 

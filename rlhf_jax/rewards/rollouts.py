@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
 from rlhf_jax.rewards.functions import TextReward
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
-# (rollout, prompt_ids [B]) -> scores [B] float32.
+# (rollout, prompt_ids [B]) -> scores [B] float32. Several processes each score the whole batch, so
+# equal arguments have to give equal scores.
 RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
 
 
@@ -62,7 +64,7 @@ def response_texts(rollout: Rollout, decode: Callable[[list[list[int]]], list[st
     rollout: B sampled responses.
     decode: Token ids of several texts -> texts.
   """
-  tokens, mask = jax.device_get((rollout.tokens, rollout.response_mask))
+  tokens, mask = sharding.to_host((rollout.tokens, rollout.response_mask))
   return decode([row[on].tolist() for row, on in zip(tokens, mask, strict=True)])
 
 

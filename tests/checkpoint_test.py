@@ -18,7 +18,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import checkpoint, sharding
+from rlhf_jax import checkpoint, processes, sharding
 from rlhf_jax.types import TrainState
 
 # Saves every step as fast as it can; the content of a step follows from its number.
@@ -461,6 +461,40 @@ def test_identity(tmp_path):
     "  old: was 1, now absent",
   ]
   assert "another --workdir" in str(e.value)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+  """Plays the second process: gives it what the first one says, and records what it says."""
+  said, first = [], []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "agree", lambda function: first[-1])
+  monkeypatch.setattr(processes, "gather", lambda text: [said.append(text) or "", text])
+  return first, said
+
+
+def test_processes_with_other_data_or_settings_are_refused(tmp_path, second_of_two):
+  first, said = second_of_two
+  first.append({"data": "abc", "seed": 0})
+  checkpoint.check_identity(tmp_path, {"data": "abc", "seed": 0})
+  with pytest.raises(checkpoint.CheckpointError, match='data: was "abc", now "abd"'):
+    checkpoint.check_identity(tmp_path, {"data": "abd", "seed": 0})
+  assert said[0] == "" and "abd" in said[1]
+
+
+def test_processes_with_another_folder_are_refused(tmp_path, second_of_two, monkeypatch):
+  first, _ = second_of_two
+  monkeypatch.setattr(checkpoint, "_SEEN_SECONDS", 0.0)
+  first.append('{"host": "a", "pid": 1, "start": "now"}')
+  for content in (None, '{"host": "b", "pid": 1, "start": "now"}'):
+    if content:
+      (tmp_path / ".lock").write_text(content)
+    with pytest.raises(checkpoint.LockedError, match=f"--workdir={tmp_path} is another folder on"):
+      with checkpoint.run_lock(tmp_path):
+        raise AssertionError("it was opened")
+  (tmp_path / ".lock").write_text(first[-1])
+  with checkpoint.run_lock(tmp_path):
+    pass
 
 
 def test_atomic_write_replaces_whole_files(tmp_path):

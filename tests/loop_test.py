@@ -412,3 +412,19 @@ def test_impossible_settings_are_refused(name):
     loop.RunConfig(**{name: 0})
   with pytest.raises(ValueError, match="eval_every must not be negative"):
     loop.RunConfig(eval_every=-1)
+
+
+def test_a_group_stops_together(tmp_path, monkeypatch, uninterrupted):
+  """JAX is asked once per step, with numbers that go on rising in the next run."""
+  asked = []
+
+  def reached(number):
+    asked.append(number)
+    return len(asked) == 3
+
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+  with pytest.raises(loop.Preempted, match=f"saved step 3 of {STEPS}"):
+    fit(tmp_path)
+  assert_same_end(tmp_path, fit(tmp_path), uninterrupted)
+  assert len(asked) == STEPS and sorted(set(asked)) == asked

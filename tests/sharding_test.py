@@ -160,6 +160,17 @@ def test_place_batch():
   assert sharding.place_batch(Batch(batch.tokens, None), mesh).mask is None
 
 
+def test_what_is_put_comes_back():
+  mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+  batch = Batch(np.arange(24, dtype=np.int32).reshape(8, 3), np.ones(8, bool))
+  back = sharding.to_host(sharding.place_batch(batch, mesh))
+  scalar = sharding.put(jnp.float32(0.1), sharding.replicated(mesh))
+  assert scalar.committed and sharding.to_host(scalar) == np.float32(0.1)
+  for x, y in zip(back, batch, strict=True):
+    assert isinstance(x, np.ndarray) and x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
 def test_bad_batches_name_the_flag():
   mesh = sharding.make_mesh("data:4,fsdp:2")
   with pytest.raises(

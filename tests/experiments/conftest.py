@@ -9,8 +9,10 @@ import os
 import pathlib
 import runpy
 import signal
+import socket
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import filelock
@@ -50,12 +52,12 @@ _BASE = {
 }
 
 
-def _main(script: str, arguments: list[str], output: pathlib.Path) -> None:
+def _main(script: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
   """In the forked process: what `python -m experiments.SCRIPT ARGUMENTS` does."""
   with open(output, "wb") as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
-  os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"  # As a user has it.
+  os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
   sys.argv = [f"experiments/{script}.py", *arguments]
   runpy.run_module(f"experiments.{script}", run_name="__main__", alter_sys=True)
 
@@ -63,7 +65,7 @@ def _main(script: str, arguments: list[str], output: pathlib.Path) -> None:
 class Running:
   """A script that was started."""
 
-  def __init__(self, script: str, workdir: pathlib.Path, flags: tuple[str, ...]):
+  def __init__(self, script: str, workdir: pathlib.Path, flags: Sequence[str], devices: int = 1):
     # A flag given by the test replaces the one of the base.
     given = {flag.split("=")[0] for flag in flags}
     base = [flag for flag in _BASE.get(script, ()) if flag.split("=")[0] not in given]
@@ -73,7 +75,7 @@ class Running:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
     self.process = context.Process(
-      target=_main, args=(script, [f"--workdir={workdir}", *base, *flags], self._output)
+      target=_main, args=(script, [f"--workdir={workdir}", *base, *flags], self._output, devices)
     )
     self.process.start()
 
@@ -97,16 +99,48 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_script():
-  """`run_script(name, workdir, *flags) -> Finished`, in a process of its own."""
-  return lambda script, workdir, *flags: Running(script, workdir, flags).end(timeout=300)
+  """`run_script(name, workdir, *flags, devices=1) -> Finished`, in a process of its own."""
+
+  def run(script, workdir, *flags, devices: int = 1) -> Finished:
+    return Running(script, workdir, flags, devices).end(timeout=300)
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def start_group():
+  """`start_group(name, workdir, *flags, processes=2) -> [Running]`, with a device each."""
+
+  def start(script, workdir, *flags, processes: int = 2) -> list[Running]:
+    with socket.socket() as free:
+      free.bind(("127.0.0.1", 0))
+      address = "127.0.0.1:{1}".format(*free.getsockname())
+    group = (f"--coordinator={address}", f"--processes={processes}")
+    return [
+      Running(script, workdir, (*flags, *group, f"--process_id={i}")) for i in range(processes)
+    ]
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def run_group(start_group):
+  """`run_group(name, workdir, *flags, processes=2) -> [Finished]`."""
+
+  def run(*args, **kwargs) -> list[Finished]:
+    return [running.end(timeout=300) for running in start_group(*args, **kwargs)]
+
+  return run
 
 
 @pytest.fixture(scope="session")
 def kill_script():
   """Starts a script and kills it with SIGKILL once a file is there: by default a checkpoint."""
 
-  def kill(script, workdir, *flags, after_step: int = 0, mark: pathlib.Path | None = None) -> None:
-    running = Running(script, workdir, flags)
+  def kill(
+    script, workdir, *flags, after_step: int = 0, mark: pathlib.Path | None = None, devices: int = 1
+  ) -> None:
+    running = Running(script, workdir, flags, devices)
     mark = mark or pathlib.Path(workdir) / "checkpoints" / str(after_step)
     deadline = time.monotonic() + 240
     while not mark.exists() and running.process.is_alive() and time.monotonic() < deadline:

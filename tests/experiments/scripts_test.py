@@ -256,6 +256,8 @@ BAD_FLAGS = [
   (("sft", "--init_from=nowhere"), 78, "nowhere"),
   (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
   (("sft", "--mesh=data:64"), 64, "--mesh"),
+  (("sft", "--processes=2"), 64, "--coordinator"),
+  (("sft", "--coordinator=auto"), 64, "--coordinator=auto"),
   (("ppo", "--sampling.top_k=5", "--reward.name=gold"), 64, "top_k"),
   (("ppo", "--ppo.minibatches=3", "--reward.name=gold"), 64, "minibatches"),
   (("ppo",), 64, "--reward.path"),

@@ -1,0 +1,87 @@
+"""Two processes with a device each are one process with two devices, also halfway through a run."""
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+STEPS = 24
+FLAGS = (f"--steps={STEPS}", "--checkpoint_every=4", "--log_every=1", "--mesh=fsdp:2")
+
+
+def first_flags(script, sft_run):
+  more = ("--reward.name=gold", "--ppo.minibatches=2") if script == "ppo" else ()
+  return (f"--init_from={sft_run}", *FLAGS, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, run_script, sft_run):
+  """Script -> its run in one process, which nothing interrupts."""
+  root = tmp_path_factory.mktemp("whole")
+
+  def run(script) -> pathlib.Path:
+    if not (root / script).exists():
+      finished = run_script(script, root / script, *first_flags(script, sft_run), devices=2)
+      assert finished.code == 0, finished.output
+    return root / script
+
+  return run
+
+
+def metrics(workdir):
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if "second" not in k and "time/" not in k} for row in rows]
+
+
+def assert_same_run(workdir, whole):
+  """Bitwise: the sum of two numbers does not depend on their order, nor on who adds them."""
+  assert metrics(workdir) == metrics(whole)
+  for path in ("export/model.safetensors", "summary.json"):
+    assert (workdir / path).read_bytes() == (whole / path).read_bytes(), path
+
+
+def texts_of(workdir):
+  return {path.name: path.read_text() for path in (workdir / "samples").iterdir()}
+
+
+def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whole, sft_run):
+  flags = first_flags("ppo", sft_run)
+  group = start_group("ppo", tmp_path / "run", *flags)
+  deadline = time.monotonic() + 240
+  while not (tmp_path / "run" / "checkpoints" / "4").exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  os.kill(group[1].process.pid, signal.SIGTERM)  # One of the two is asked to stop.
+  stopped = [running.end(timeout=60) for running in group]
+  assert [process.code for process in stopped] == [75, 75], stopped[0].output + stopped[1].output
+  saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.is_dir())
+  assert f"saved step {saved} of {STEPS}" in stopped[0].output
+  assert metrics(tmp_path / "run") == metrics(whole("ppo"))[:saved]
+  # What is told is told once.
+  assert "== PPO ==" in stopped[0].output and "2 processes" in stopped[0].output
+  assert "== PPO ==" not in stopped[1].output and "ppo: step" not in stopped[1].output
+
+  again = run_script("ppo", tmp_path / "run", *flags, devices=2)
+  assert again.code == 0, again.output
+  assert f"continuing from step {saved}" in again.output
+  assert_same_run(tmp_path / "run", whole("ppo"))
+  assert texts_of(tmp_path / "run") == texts_of(whole("ppo"))
+
+
+def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whole, sft_run):
+  flags = first_flags("dpo", sft_run)
+  kill_script("dpo", tmp_path / "run", *flags, after_step=8, devices=2)
+  for finished in run_group("dpo", tmp_path / "run", *flags):
+    assert finished.code == 0, finished.output
+  assert_same_run(tmp_path / "run", whole("dpo"))
+  assert texts_of(tmp_path / "run") == texts_of(whole("dpo"))
+
+
+def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):
+  first, second = run_group("sft", sft_run, "--optim.learning_rate=0.5")
+  assert (first.code, second.code) == (78, 78), first.output + second.output
+  for finished in (first, second):
+    assert "learning_rate" in finished.output
+    assert "Traceback" not in finished.output

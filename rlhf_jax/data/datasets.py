@@ -306,34 +306,31 @@ def batches(
   shuffle: bool = True,
   epochs: int | None = None,
   columns: np.ndarray | None = None,
-  shard_index: int = 0,
-  shard_count: int = 1,
 ) -> grain.DatasetIterator:
   """Runs over a data set in batches of one shape.
 
   Every epoch has its own order. A batch may hold the end of one epoch and the start of the next,
   so that no row is left out; only after the last epoch are rows that do not fill a batch dropped.
-  The order depends on `seed` alone: `shard_count` processes together read what one would.
+  The order depends on `seed` alone. Each of several processes reads whole batches, of which
+  `sharding.place_batch` keeps the part that its devices hold.
 
   Args:
     dataset: The rows.
-    batch_size: Rows of a global batch, over all shards.
+    batch_size: Rows of a batch.
     seed: Seed of the order.
     pad_id: Id to pad with; masks do not depend on it.
     shuffle: False keeps the order of the rows.
     epochs: Number of passes; None never ends.
     columns: [rows, ...] figures known about each row; batches are then pairs `(batch, [B, ...])`.
-    shard_index: Which contiguous part of each global batch to yield.
-    shard_count: Number of such parts.
 
   Returns:
-    An iterator of numpy batches of B = batch_size / shard_count rows: `TokenBatch` with [B, T]
+    An iterator of numpy batches of B = batch_size rows: `TokenBatch` with [B, T]
     arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected),
     `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`. `get_state()` is a small
     JSON-compatible dict; `set_state()` continues from it.
 
   Raises:
-    ValueError: The data set is smaller than a batch, or a batch cannot be cut into shards.
+    ValueError: The data set is smaller than a batch.
   """
   rows = len(dataset.examples)
   if batch_size < 1 or rows < batch_size:
@@ -341,13 +338,11 @@ def batches(
       f"--batch_size={batch_size} does not fit a data set of {rows} rows; "
       f"choose between 1 and {rows}, or give more rows"
     )
-  part = _shard(batch_size, shard_index, shard_count)
   order = grain.MapDataset.range(rows).seed(seed % 2**32)
   if shuffle:
     order = order.shuffle()
-  # The global batch is formed before it is cut, so that the order is the same for any shard_count.
   order = order.repeat(epochs).batch(batch_size, drop_remainder=True)
-  mapped = order.map(lambda indices: _with_columns(dataset, indices[part], pad_id, columns))
+  mapped = order.map(lambda indices: _with_columns(dataset, indices, pad_id, columns))
   # Padding a batch takes microseconds; reading ahead would only add threads to stop.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   return iter(mapped.to_iter_dataset(options))
@@ -359,32 +354,27 @@ def eval_batches(
   pad_id: int,
   *,
   columns: np.ndarray | None = None,
-  shard_index: int = 0,
-  shard_count: int = 1,
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Runs over a data set once, in order.
 
   Args:
     dataset: The rows.
-    batch_size: Rows of a global batch; may be larger than the data set.
+    batch_size: Rows of a batch; may be larger than the data set.
     pad_id: Id to pad with.
     columns: As for `batches`.
-    shard_index: Which contiguous part of each global batch to yield.
-    shard_count: Number of such parts.
 
   Yields:
     A batch as from `batches`, and [B] bool: False on rows that repeat earlier ones to fill the
     last batch.
 
   Raises:
-    ValueError: `batch_size` is not positive, or a batch cannot be cut into shards.
+    ValueError: `batch_size` is not positive.
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be positive, got {batch_size}")
-  part = _shard(batch_size, shard_index, shard_count)
   rows = len(dataset.examples)
   for start in range(0, rows, batch_size):
-    positions = np.arange(start, start + batch_size)[part]
+    positions = np.arange(start, start + batch_size)
     yield _with_columns(dataset, positions % rows, pad_id, columns), positions < rows
 
 
@@ -628,17 +618,6 @@ def _finish(kind: Kind, part: _Part, padded_length: int, width: int) -> Dataset:
   return Dataset(
     kind, part.examples, part.rows, padded_length, width, digest.hexdigest(), dict(part.report)
   )
-
-
-def _shard(batch_size: int, shard_index: int, shard_count: int) -> slice:
-  if not 0 <= shard_index < shard_count:
-    raise ValueError(f"shard_index {shard_index} is not below shard_count {shard_count}")
-  if batch_size % shard_count:
-    raise ValueError(
-      f"batch_size {batch_size} cannot be cut into {shard_count} equal shards; use a multiple"
-    )
-  size = batch_size // shard_count
-  return slice(shard_index * size, (shard_index + 1) * size)
 
 
 def _with_columns(

@@ -4,7 +4,6 @@ import json
 import pathlib
 import typing
 
-import jax
 import numpy as np
 import pytest
 
@@ -546,47 +545,11 @@ def test_resume_at_every_step_of_two_epochs(dataset):
       assert_same(next(resumed), batch)
 
 
-@pytest.mark.parametrize("shard_count", [1, 2, 4])
-def test_shards_together_are_the_global_batch(dataset, shard_count):
-  whole = data.batches(dataset, 4, seed=3, pad_id=0)
-  shards = [
-    data.batches(dataset, 4, seed=3, pad_id=0, shard_index=i, shard_count=shard_count)
-    for i in range(shard_count)
-  ]
-  for _ in range(8):
-    parts = [leaves(next(shard)) for shard in shards]
-    joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
-    assert_same(PromptBatch(*joined), next(whole))
-
-
-@pytest.mark.parametrize("kind", ["preferences", "rankings", "unpaired"])
-def test_shards_of_judged_answers_together_are_the_global_batch(kind, tmp_path):
-  rows = [{"prompt": text(i), "chosen": text(i, 1), "rejected": text(i, 2)} for i in range(9)]
-  train, _ = load(kind, tmp_path, rows)
-
-  def global_batches(shard_count):
-    shards = [
-      data.batches(train, 4, seed=3, pad_id=0, shard_index=i, shard_count=shard_count)
-      for i in range(shard_count)
-    ]
-    for _ in range(6):
-      parts = [jax.tree.leaves(next(shard)) for shard in shards]
-      yield [np.concatenate(part) for part in zip(*parts, strict=True)]
-
-  for whole, joined in zip(global_batches(1), global_batches(2), strict=True):
-    for a, b in zip(whole, joined, strict=True):
-      np.testing.assert_array_equal(a, b)
-
-
 def test_batches_refuses(dataset):
   with pytest.raises(ValueError, match="--batch_size=14 does not fit a data set of 13 rows"):
     data.batches(dataset, 14, seed=0, pad_id=0)
   with pytest.raises(ValueError, match="--batch_size=0 does not fit"):
     data.batches(dataset, 0, seed=0, pad_id=0)
-  with pytest.raises(ValueError, match="batch_size 6 cannot be cut into 4"):
-    data.batches(dataset, 6, seed=0, pad_id=0, shard_count=4)
-  with pytest.raises(ValueError, match="shard_index 2"):
-    data.batches(dataset, 6, seed=0, pad_id=0, shard_index=2, shard_count=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 40])
@@ -598,14 +561,6 @@ def test_eval_batches_count_every_row_once(dataset, batch_size):
     assert batch.mask.any(axis=1).all()
     counted.extend(batch.prompt_id[valid].tolist())
   assert counted == list(range(13))
-
-
-def test_eval_batches_shards(dataset):
-  whole = list(data.eval_batches(dataset, 4, 0))
-  parts = [list(data.eval_batches(dataset, 4, 0, shard_index=i, shard_count=2)) for i in (0, 1)]
-  for (batch, valid), (a, valid_a), (b, valid_b) in zip(whole, *parts, strict=True):
-    np.testing.assert_array_equal(batch.tokens, np.concatenate([a.tokens, b.tokens]))
-    np.testing.assert_array_equal(valid, np.concatenate([valid_a, valid_b]))
 
 
 # Real rows.

@@ -24,7 +24,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -559,19 +559,23 @@ def _kind(leaf: Any) -> str:
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-  return jnp.all(jnp.isfinite(x))
+def _all_finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+  return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
 
 
 def _check_finite(flat: Mapping[str, Mapping[str, Any]]) -> None:
-  floats = {
-    f"item {name!r}, leaf {path!r}": leaf
-    for name, tree in flat.items()
-    for path, leaf in tree.items()
-    if jnp.issubdtype(leaf.dtype, jnp.inexact)
-  }
-  # Leaf by leaf, because items may live on different devices; read back in one transfer.
-  finite = jax.device_get({where: _all_finite(leaf) for where, leaf in floats.items()})
+  # One program for all leaves on the same devices: many small ones with a collective each, in
+  # flight at once, can wait for each other for ever on CPUs. Items may live on different devices.
+  groups: dict[Any, dict[str, Any]] = {}
+  for name, tree in flat.items():
+    for path, leaf in tree.items():
+      if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        devices = leaf.sharding.device_set if isinstance(leaf, jax.Array) else ()
+        groups.setdefault(frozenset(devices), {})[f"item {name!r}, leaf {path!r}"] = leaf
+  finite: dict[str, Any] = {}
+  for group in groups.values():
+    found = jax.device_get(_all_finite(list(group.values())))
+    finite |= dict(zip(group, found, strict=True))
   if bad := [where for where, ok in finite.items() if not ok]:
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     raise NonFiniteError(f"NaN or infinity in {'; '.join(bad[:3])}{more}: not saved")

@@ -9,12 +9,16 @@ import time
 import pytest
 
 STEPS = 24
-FLAGS = (f"--steps={STEPS}", "--checkpoint_every=4", "--log_every=1", "--mesh=fsdp:2")
+# PPO splits the batch over the processes, DPO the model.
+FLAGS = {
+  "ppo": ("--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2"),
+  "dpo": ("--mesh=tensor:2",),
+}
 
 
 def first_flags(script, sft_run):
-  more = ("--reward.name=gold", "--ppo.minibatches=2") if script == "ppo" else ()
-  return (f"--init_from={sft_run}", *FLAGS, *more)
+  every = (f"--steps={STEPS}", "--checkpoint_every=4", "--log_every=1")
+  return (f"--init_from={sft_run}", *every, *FLAGS[script])
 
 
 @pytest.fixture(scope="module")

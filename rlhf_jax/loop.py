@@ -2,16 +2,16 @@
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import checkpoint, metrics, processes, reporting, sharding
 
@@ -132,27 +132,27 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   )
 
 
-class _Stop(Protocol):
-  def is_set(self) -> bool: ...
-
-
 class _SharedStop:
-  """Set on all processes after the same step, soon after SIGTERM has reached one of them."""
+  """Set on all processes in the same step, soon after it was set on one of them.
 
-  # JAX compares how far the processes are by a number that may never fall, as steps do in the next
-  # run of a chain.
-  _calls = itertools.count()
+  What is read was sent in the step before, so that no step waits for another.
+  """
+
+  def __init__(self, own: threading.Event, mesh: jax.sharding.Mesh):
+    self._own, self._mesh, self._sent = own, mesh, None
+    self._any = jax.jit(jnp.any)
 
   def is_set(self) -> bool:
-    return multihost_utils.reached_preemption_sync_point(next(self._calls))
+    sent, flag = self._sent, np.full([1], self._own.is_set())
+    shards = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(sharding.AXES))
+    flags = jax.make_array_from_callback([self._mesh.size], shards, lambda index: flag)
+    self._sent = self._any(flags)
+    return sent is not None and bool(sent)
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-  """Set when SIGTERM arrives, which then does not kill the process. Ask once per step."""
-  if jax.distributed.is_initialized():  # JAX handles the signal then.
-    yield _SharedStop()
-    return
+def _stop_signal() -> Iterator[threading.Event]:
+  """Set when SIGTERM arrives, which then does not kill the process."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event
@@ -247,7 +247,7 @@ def fit(
   key = run.key_for(0)
   with (
     checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
-    _stop_signal() as stop,
+    _stop_signal() as asked,
     contextlib.ExitStack() as stack,
   ):
     restored = saver.restore({"state": state})
@@ -262,6 +262,7 @@ def fit(
     stack.callback(writer.close)
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(writer, progress, config.log_every)
+    stop = _SharedStop(asked, run.mesh) if jax.process_count() > 1 else asked
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
       state, values = step(state, batch, key)

@@ -63,6 +63,12 @@ class Group:
     """Waits for the other processes. To be called before anything asks for a device."""
     if not self.coordinator:
       return
+    # The loop has its own way to stop together. That of JAX would take SIGTERM at any time, count
+    # steps that may never be reached, and lose a request that comes before the first of them.
+    jax.config.update("jax_enable_preemption_service", False)
+    # On CPUs programs with collectives could else overtake each other, and processes would wait
+    # for each other for ever; accelerators run them in the order in which they were sent.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if self.coordinator == _AUTO:
       try:
         jax.distributed.initialize()

@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, loop, metrics
+from rlhf_jax import checkpoint, loop, metrics, sharding
 
 STEPS = 8
 CONFIG = loop.RunConfig(steps=STEPS, batch_size=8, log_every=3, checkpoint_every=2)
@@ -414,17 +415,9 @@ def test_impossible_settings_are_refused(name):
     loop.RunConfig(eval_every=-1)
 
 
-def test_a_group_stops_together(tmp_path, monkeypatch, uninterrupted):
-  """JAX is asked once per step, with numbers that go on rising in the next run."""
-  asked = []
-
-  def reached(number):
-    asked.append(number)
-    return len(asked) == 3
-
-  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-  monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
-  with pytest.raises(loop.Preempted, match=f"saved step 3 of {STEPS}"):
-    fit(tmp_path)
-  assert_same_end(tmp_path, fit(tmp_path), uninterrupted)
-  assert len(asked) == STEPS and sorted(set(asked)) == asked
+def test_what_is_asked_of_a_process_is_known_to_all_one_step_later():
+  asked = threading.Event()
+  stop = loop._SharedStop(asked, sharding.make_mesh("data:2,fsdp:2,tensor:2"))
+  assert [stop.is_set() for _ in range(3)] == [False] * 3
+  asked.set()
+  assert [stop.is_set() for _ in range(3)] == [False, True, True]

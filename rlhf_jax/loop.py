@@ -145,7 +145,7 @@ class _SharedStop:
   def is_set(self) -> bool:
     sent, flag = self._sent, np.full([1], self._own.is_set())
     shards = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(sharding.AXES))
-    flags = jax.make_array_from_callback([self._mesh.size], shards, lambda index: flag)
+    flags = jax.make_array_from_callback((self._mesh.size,), shards, lambda index: flag)
     self._sent = self._any(flags)
     return sent is not None and bool(sent)
 

@@ -136,10 +136,8 @@ def run_lock(workdir: PathLike) -> Iterator[None]:
 
 def _require_shared(directory: pathlib.Path, owner: str) -> None:
   """Refuses a directory in which not every process finds the lock that process 0 has written."""
-  path, deadline = directory / ".lock", time.monotonic() + _SEEN_SECONDS
-  while not (found := path.exists() and path.read_text(encoding="utf-8") == owner):
-    if time.monotonic() > deadline:
-      break
+  deadline = time.monotonic() + _SEEN_SECONDS
+  while not (found := _read(directory / ".lock") == owner) and time.monotonic() < deadline:
     time.sleep(0.2)
   alone = [host for host in processes.gather("" if found else socket.gethostname()) if host]
   if alone:
@@ -147,6 +145,14 @@ def _require_shared(directory: pathlib.Path, owner: str) -> None:
       f"--workdir={directory} is another folder on {', '.join(alone)} than for process 0;"
       " several processes need one on a file system that they share"
     )
+
+
+def _read(path: pathlib.Path) -> str:
+  """The text of a file, empty if it cannot be read."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except OSError:
+    return ""
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ Rules = Sequence[tuple[str, P]]
 DECODER_RULES: Rules = (
   # The width of the embedding is not on fsdp: the token gather would rebuild the whole table.
   (r"(^|/)embed/embedding$", P("fsdp", "tensor")),  # [V, D]
+  (r"(^|/)embed/positions$", P("fsdp", "tensor")),  # [max_length, D]
   (r"(^|/)layers/attention/[qkv]/kernel$", P(None, "fsdp", "tensor")),  # [L, D, H * K]
   (r"(^|/)layers/attention/o/kernel$", P(None, "tensor", "fsdp")),  # [L, H * K, D]
   (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]

@@ -6,6 +6,10 @@
     layers/attention/{q,k,v,o}/kernel, layers/mlp/{gate,up,down}/kernel  [L, in, out]
     layers/{attention_norm,mlp_norm}/scale [L, D], final_norm/scale [D]
     lm_head/kernel [D, V]  (untied models)   or   score/{kernel [D, 1], bias [1]}
+
+and where the config asks for them `bias` beside a kernel or scale, embed/positions [max_length, D],
+layers/{attention_post_norm,mlp_post_norm}/scale [L, D], layers/attention/{q_norm,k_norm}/scale
+[L, K].
 """
 
 from collections.abc import Callable
@@ -21,7 +25,7 @@ from rlhf_jax.models.transformer import (
   Cache,
   Embedding,
   ModelConfig,
-  RMSNorm,
+  Norm,
   rope_frequencies,
 )
 from rlhf_jax.types import Params
@@ -36,10 +40,11 @@ class Model(NamedTuple):
     apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
       [B, T, V] float32, or scores [B, T] float32 for a scalar head. `segment_ids` [B, T] int is 0
       on padding (left or right) and numbers packed sequences; attention stays inside a segment.
-      `last` computes only the final `last` positions.
+      Windows count `positions`, by default those in the segment. `last` computes only the final
+      `last` positions. ValueError for more tokens than a model with learned positions has.
     decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
       the cache after writing `tokens`; `mask` [B, T] is False on padding.
-    init_cache: `(batch, slots, dtype)` -> empty cache.
+    init_cache: `(batch, slots, dtype)` -> empty cache. ValueError as for `apply`.
   """
 
   config: ModelConfig
@@ -62,6 +67,22 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
   previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
   start = jnp.where(segment_ids != previous, index, 0)
   return index - jax.lax.cummax(start, axis=1)
+
+
+def _layer_arrays(config: ModelConfig) -> tuple[jax.Array | None, jax.Array | None]:
+  """What differs between layers beside their params, to be scanned with them.
+
+  Returns:
+    Windows [L] int32 and rotary frequencies [L, R / 2] float32, None for what does not differ.
+  """
+  if not config.windows:
+    return None, None
+  all_before = jnp.iinfo(jnp.int32).max
+  windows = jnp.array([size or all_before for size in config.windows], jnp.int32)
+  if config.rope_local_theta is None:
+    return windows, None
+  kinds = {local: rope_frequencies(config, local=local) for local in (True, False)}
+  return windows, jnp.stack([kinds[size is not None] for size in config.windows])
 
 
 def _pure(module: Callable[..., nnx.Module], *args):
@@ -94,7 +115,7 @@ def build(
   """
   init_embed, embed = _pure(Embedding, config)
   init_block, block = _pure(Block, config)
-  init_norm, norm = _pure(RMSNorm, config)
+  init_norm, norm = _pure(Norm, config, config.width)
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
@@ -123,10 +144,28 @@ def build(
       logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
     else:
       logits = lm_head(params["lm_head"], hidden)
+    if config.logit_softcap is not None:
+      logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
     if known_tokens is None or known_tokens >= config.vocab_size:
       return logits
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
+
+  def require_positions(length: int) -> None:
+    if config.positions == "learned" and length > config.max_length:
+      raise ValueError(
+        f"{length} tokens, but the model has learned {config.max_length} positions; make prompts"
+        " and responses, or packed rows, shorter"
+      )
+
+  def run_layer(x, positions, mask, distance, frequencies, xs, cache=None):
+    """One block; keys at a `distance` [B, T, S] beyond the window of the layer are not seen."""
+    layer_params, window, own_frequencies = xs
+    if window is not None:
+      mask = mask & (distance < window)
+    if own_frequencies is not None:
+      frequencies = own_frequencies
+    return block(layer_params, x, positions, mask[:, None], frequencies, cache)
 
   def apply(
     params: Params,
@@ -137,6 +176,7 @@ def build(
     last: int | None = None,
   ) -> jax.Array:
     length = tokens.shape[1]
+    require_positions(length)
     causal = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
@@ -146,17 +186,19 @@ def build(
       mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if positions is None:
       positions = segment_positions(segment_ids)
-    frequencies = rope_frequencies(config)
+    distance = positions[:, :, None] - positions[:, None, :]
+    frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
-    def layer(x: jax.Array, layer_params: Params):
-      return block(layer_params, x, positions, mask[:, None], frequencies)[0], None
+    def layer(x: jax.Array, xs):
+      return run_layer(x, positions, mask, distance, frequencies, xs)[0], None
 
     layer = jax.checkpoint(layer) if config.remat else layer
-    x = embed(params["embed"], tokens).astype(compute)
-    x, _ = jax.lax.scan(layer, x, params["layers"], unroll=unroll)
+    x = embed(params["embed"], tokens, positions)
+    x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
     return read_out(params, x if last is None else x[:, -last:])
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
+    require_positions(slots)
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     empty = jnp.zeros((batch, slots), bool)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.int32(0))
@@ -172,15 +214,20 @@ def build(
     here = cache.index + jnp.arange(length)[None, :, None]
     # A padding query sees its own slot, so that no row of the softmax is empty.
     visible = (valid[:, None] & (slot <= here)) | (slot == here)
-    frequencies = rope_frequencies(config)
+    # In tokens, not in slots: there may be padding between them.
+    slot_positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+    distance = positions[:, :, None] - slot_positions[:, None, :]
+    distance = jnp.where(slot == here, 0, distance)
+    frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
     def layer(x: jax.Array, xs):
-      layer_params, keys, values = xs
+      *xs, keys, values = xs
       state = (keys, values, cache.index)
-      return block(layer_params, x, positions, visible[:, None], frequencies, state)
+      return run_layer(x, positions, visible, distance, frequencies, xs, state)
 
-    x = embed(params["embed"], tokens).astype(compute)
-    x, (k, v) = jax.lax.scan(layer, x, (params["layers"], cache.k, cache.v), unroll=unroll)
+    x = embed(params["embed"], tokens, positions)
+    xs = (params["layers"], *_layer_arrays(config), cache.k, cache.v)
+    x, (k, v) = jax.lax.scan(layer, x, xs, unroll=unroll)
     logits = read_out(params, x[:, -1:])[:, 0]
     return logits, Cache(k, v, valid, cache.index + length)
 

@@ -4,12 +4,13 @@ A folder is read as data. Every field of config.json that could change what the 
 either understood or refused by name; weights come from safetensors only.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +21,17 @@ from absl import logging
 
 from rlhf_jax import processes, sharding
 from rlhf_jax.models.build import Model
+from rlhf_jax.models.families import FAMILIES, REQUIRED, Family, Head
 from rlhf_jax.models.transformer import ModelConfig, RopeScaling
 from rlhf_jax.types import Params
 
-Head = Literal["language", "scalar"]
-
-ARCHITECTURES: Mapping[str, Head] = {
-  "LlamaForCausalLM": "language",
-  "LlamaForSequenceClassification": "scalar",
+ARCHITECTURES: Mapping[str, tuple[str, Head]] = {
+  name: (family, head)
+  for family, spelling in FAMILIES.items()
+  for name, head in spelling.architectures.items()
 }
-
-# Field of config.json -> field of ModelConfig. Without a default the field must be there; the
-# defaults are those that the format itself gives to an absent field.
-_REQUIRED = object()
-_FIELDS: Mapping[str, tuple[str, type, Any]] = {
-  "vocab_size": ("vocab_size", int, _REQUIRED),
-  "hidden_size": ("width", int, _REQUIRED),
-  "num_hidden_layers": ("layers", int, _REQUIRED),
-  "num_attention_heads": ("heads", int, _REQUIRED),
-  "num_key_value_heads": ("kv_heads", int, None),
-  "head_dim": ("head_dim", int, None),
-  "intermediate_size": ("mlp_width", int, _REQUIRED),
-  "max_position_embeddings": ("max_length", int, 2048),
-  "rope_theta": ("rope_theta", float, None),
-  "rms_norm_eps": ("norm_eps", float, 1e-6),
-  "tie_word_embeddings": ("tied", bool, False),
-  "attention_bias": ("attention_bias", bool, False),
-  "mlp_bias": ("mlp_bias", bool, False),
-  "initializer_range": ("init_std", float, 0.02),
-}
+# Where null is not the same as absent: not set, or (in the first two) to be derived from others.
+_NULLABLE = frozenset({"kv_heads", "head_dim", "attention_softcap", "logit_softcap"})
 # Kind of rope scaling -> its fields -> fields of RopeScaling.
 _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
   "default": {},
@@ -60,12 +43,13 @@ _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
     "original_max_position_embeddings": "original_length",
   },
 }
-# Fields that change the computation and for which only one value is implemented.
+# Fields that change the computation and for which only one value is implemented, except in families
+# that say otherwise.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-  "hidden_act": ("silu",),
-  "sliding_window": (None,),
   "use_sliding_window": (False, None),
-  "partial_rotary_factor": (1.0, 1, None),
+  "sliding_window": (None,),
+  "use_bidirectional_attention": (False, None),
+  "original_max_position_embeddings": (None,),
   "rope_interleaved": (False, None),
   "quantization_config": (None,),
   "num_labels": (1, None),
@@ -80,6 +64,9 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
   "num_local_experts": (None,),
   "num_experts": (None,),
 }
+# Tensors that hold no weights: rotary frequencies, and the causal mask of old GPT-2 folders.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+_KINDS = {"sliding_attention": True, "full_attention": False}
 # Fields that say nothing about the forward pass.
 _IGNORED = frozenset(
   {
@@ -92,15 +79,18 @@ _IGNORED = frozenset(
     "id2label",
     "is_llama_config",
     "label2id",
+    "layer_types",
     "model_type",
     "output_attentions",
     "output_hidden_states",
     "pad_token_id",
+    "partial_rotary_factor",
     "pretraining_tp",
     "problem_type",
     "return_dict",
     "rope_parameters",
     "rope_scaling",
+    "rope_theta",
     "torch_dtype",
     "transformers.js_config",
     "transformers_version",
@@ -131,10 +121,14 @@ def _typed(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
   return value
 
 
-def _parse_rope(
-  path: pathlib.Path, raw: Mapping[str, Any]
-) -> tuple[float | None, RopeScaling | None]:
-  """Base and scaling from `rope_theta` + `rope_scaling`, or from the newer `rope_parameters`."""
+class _Rope(NamedTuple):
+  theta: float | None
+  scaling: RopeScaling | None
+  fraction: float
+
+
+def _parse_rope(path: pathlib.Path, raw: Mapping[str, Any], kinds: Sequence[str]) -> _Rope:
+  """From rope_theta, rope_scaling, partial_rotary_factor, or from the newer rope_parameters."""
   found: dict[str, Any] = {}
   for field in ("rope_scaling", "rope_parameters"):
     part = raw.get(field) or {}
@@ -145,31 +139,95 @@ def _parse_rope(
     if any(found[name] != part[name] for name in found.keys() & part.keys()):
       raise _refuse(path, "rope_scaling and rope_parameters differ; keep one")
     found |= part
-  theta = found.pop("rope_theta", raw.get("rope_theta"))
-  if raw.get("rope_theta") not in (None, theta):
-    raise _refuse(path, f"rope_theta is both {raw['rope_theta']} and {theta}; keep one")
-  if theta is not None:
-    theta = _typed(path, "rope_theta", theta, float)
+  numbers: dict[str, float | None] = {}
+  for name in ("rope_theta", "partial_rotary_factor"):
+    value = found.pop(name, raw.get(name))
+    if raw.get(name) not in (None, value):
+      raise _refuse(path, f"{name} is both {raw[name]} and {value}; keep one")
+    numbers[name] = None if value is None else _typed(path, name, value, float)
+  theta, fraction = numbers.values()
+  fraction = 1.0 if fraction is None else fraction
   kind = found.pop("rope_type", None) or "default"
-  if found.pop("partial_rotary_factor", 1.0) != 1.0:
-    raise _refuse(path, "rope_parameters.partial_rotary_factor: only 1.0 is supported")
-  if kind not in _ROPE_FIELDS:
-    known = ", ".join(_ROPE_FIELDS)
-    raise _refuse(path, f"rope scaling {kind!r} is not supported; {known} are")
+  if kind not in kinds:
+    raise _refuse(path, f"rope scaling {kind!r} is not supported; {', '.join(kinds)} are")
   names = _ROPE_FIELDS[kind]
   if set(found) != set(names):
     raise _refuse(
       path, f"rope scaling {kind!r} needs exactly {sorted(names)}, found {sorted(found)}"
     )
   if not names:
-    return theta, None
+    return _Rope(theta, None, fraction)
   values = {
     ours: _typed(path, theirs, found[theirs], int if ours == "original_length" else float)
     for theirs, ours in names.items()
   }
   if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
     raise _refuse(path, "high_freq_factor must be greater than low_freq_factor")
-  return theta, RopeScaling(kind=kind, **values)  # pyrefly: ignore[bad-argument-type]
+  scaling = RopeScaling(kind=kind, **values)  # pyrefly: ignore[bad-argument-type]
+  return _Rope(theta, scaling, fraction)
+
+
+def _rope_fields(path: pathlib.Path, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+  """The rotary fields of ModelConfig."""
+  if family.rope == "none":
+    return {}
+  local = None
+  if family.rope == "by_layer":
+    parts = raw.get("rope_parameters") or {}
+    if not isinstance(parts, dict) or not set(parts) <= set(_KINDS):
+      raise _refuse(
+        path, f"rope_parameters is {parts!r}, expected one object for each of {[*_KINDS]}"
+      )
+    base = raw.get("rope_local_base_freq")
+    if base is not None:
+      base = _typed(path, "rope_local_base_freq", base, float)
+    of_local = {"rope_theta": base, "rope_parameters": parts.get("sliding_attention")}
+    raw = {**raw, "rope_parameters": parts.get("full_attention")}
+    local = _parse_rope(path, of_local, ("default",))
+  rope = _parse_rope(path, raw, family.rope_kinds)
+  for part in (rope, local):
+    if part is not None and part.fraction != 1 and not family.partial_rotary:
+      raise _refuse(path, f"partial_rotary_factor is {part.fraction}; only 1.0 is implemented")
+  default, local_default = family.rope_theta
+  fields = {
+    "rope_theta": default if rope.theta is None else rope.theta,
+    "rope_scaling": rope.scaling,
+    "rotary_fraction": rope.fraction,
+  }
+  if local is not None:
+    fields["rope_local_theta"] = local_default if local.theta is None else local.theta
+  return fields
+
+
+def _parse_windows(
+  path: pathlib.Path, raw: Mapping[str, Any], family: Family, layers: int
+) -> tuple[int | None, ...]:
+  """Windows of all layers from `sliding_window` and `layer_types`; empty without any."""
+  window = raw.get("sliding_window", family.window)
+  if window is not None:
+    window = _typed(path, "sliding_window", window, int)
+  switch = raw.get("use_sliding_window")
+  if "use_sliding_window" in family.parsed and not (
+    switch is not None and _typed(path, "use_sliding_window", switch, bool)
+  ):
+    window = None
+  for name, least in (("max_window_layers", 0), ("sliding_window_pattern", 1)):
+    value = raw.get(name, least)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+      raise _refuse(path, f"{name} is {value!r}, expected a number of layers")
+  is_local = family.is_local or (lambda layer, window, raw: False)
+  local = [is_local(layer, window, raw) for layer in range(layers)]
+  kinds = raw.get("layer_types")
+  if kinds is not None:
+    if not isinstance(kinds, list) or len(kinds) != layers or not {*map(str, kinds)} <= {*_KINDS}:
+      raise _refuse(path, f"layer_types is {kinds!r}, expected {layers} of {[*_KINDS]}")
+    named = [_KINDS[kind] for kind in kinds]
+    if named != local and "layer_types" not in family.parsed:
+      raise _refuse(path, f"layer_types is {kinds!r}, which {family.model_type} does not read")
+    local = named
+  if any(local) and window is None:
+    raise _refuse(path, "some layers have a window, but sliding_window is not set")
+  return tuple(window if here else None for here in local) if any(local) else ()
 
 
 def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
@@ -194,82 +252,103 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
     raise _refuse(path, f"not JSON: {error}") from None
   if not isinstance(raw, dict):
     raise _refuse(path, "not a JSON object")
+  return _parse(path, raw)
+
+
+def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Head]:
+  """`parse_config` of what `path` holds."""
   names = raw.get("architectures")
   if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
     raise _refuse(path, f"architectures is {names!r}; one of {sorted(ARCHITECTURES)} can be loaded")
-  if raw.get("model_type") != "llama":
-    raise _refuse(path, f"model_type is {raw.get('model_type')!r}, expected 'llama'")
-  for name, allowed in _ONLY.items():
-    if name in raw and raw[name] not in allowed:
-      raise _refuse(path, f"{name} is {raw[name]!r}; only {allowed[0]!r} is implemented")
-  if "hidden_act" not in raw:
-    raise _refuse(path, "hidden_act is missing; 'silu' is implemented")
+  name, head = ARCHITECTURES[names[0]]
+  family = FAMILIES[name]
+  if raw.get("model_type") != family.model_type:
+    raise _refuse(path, f"model_type is {raw.get('model_type')!r}, expected {family.model_type!r}")
+  activation, implemented = family.activation
+  read = set(family.fields) | family.parsed
+  only = {field: allowed for field, allowed in _ONLY.items() if field not in read | family.ignored}
+  only |= {**family.only, activation: (implemented,)}
+  for field, allowed in only.items():
+    if field in raw and raw[field] not in allowed:
+      raise _refuse(path, f"{field} is {raw[field]!r}; only {allowed[0]!r} is implemented")
+  if activation not in raw:
+    raise _refuse(path, f"{activation} is missing; {implemented!r} is implemented")
   labels = raw.get("id2label") or {"0": ""}
   if not isinstance(labels, dict):
     raise _refuse(path, f"id2label is {labels!r}, expected an object")
-  if len(labels) != 1 and ARCHITECTURES[names[0]] == "scalar":
+  if len(labels) != 1 and head == "scalar":
     raise _refuse(path, f"a reward model has one label, this one has {len(labels)}")
 
-  fields: dict[str, Any] = {}
-  for name, (ours, kind, default) in _FIELDS.items():
-    value = raw.get(name)
-    if value is None:
-      if default is _REQUIRED:
-        raise _refuse(path, f"{name} is missing")
-      fields[ours] = default
-      continue
-    fields[ours] = _typed(path, name, value, kind)
-  theta, fields["rope_scaling"] = _parse_rope(path, raw)
-  fields["rope_theta"] = 10000.0 if theta is None else float(theta)
-  fields["kv_heads"] = fields["kv_heads"] or fields["heads"]
-  if fields["head_dim"] is None:
+  fields: dict[str, Any] = {"family": name, **family.fixed}
+  for theirs, field in family.fields.items():
+    value = raw.get(theirs)
+    if value is not None:
+      value = _typed(path, theirs, value, field.kind)
+    elif field.default is REQUIRED:
+      raise _refuse(path, f"{theirs} is missing")
+    elif theirs not in raw or not _NULLABLE.intersection(field.ours):
+      value = field.default
+    fields |= dict.fromkeys(field.ours, value)
+  fields["kv_heads"] = fields.get("kv_heads") or fields["heads"]
+  fields["mlp_width"] = fields["mlp_width"] or 4 * fields["width"]
+  if fields.get("head_dim") is None:
     if fields["width"] % fields["heads"]:
-      raise _refuse(path, "hidden_size is no multiple of num_attention_heads; give head_dim")
+      theirs = {field.ours[0]: name for name, field in family.fields.items()}
+      fix = "; give head_dim" if "head_dim" in family.fields else ""
+      raise _refuse(path, f"{theirs['width']} is no multiple of {theirs['heads']}{fix}")
     fields["head_dim"] = fields["width"] // fields["heads"]
-  unknown = sorted(set(raw) - set(_FIELDS) - set(_ONLY) - _IGNORED)
+  fields["windows"] = _parse_windows(path, raw, family, fields["layers"])
+  fields |= _rope_fields(path, raw, family)
+  if not fields["windows"]:
+    fields.pop("rope_local_theta", None)
+  unknown = sorted(set(raw) - read - set(only) - _IGNORED - family.ignored)
   if unknown:
     logging.warning("%s: fields not used: %s", path, ", ".join(unknown))
   try:
-    return ModelConfig(**fields), ARCHITECTURES[names[0]]
+    return ModelConfig(**fields), head
   except ValueError as error:
     raise _refuse(path, str(error)) from None
 
 
-class _Leaf(NamedTuple):
-  """How one of our leaves is spelt in the folder. `{}` stands for the layer number."""
+class _Tensor(NamedTuple):
+  """A tensor of a folder. `{}` stands for the layer number.
 
-  path: tuple[str, ...]
+  Attributes:
+    name: As the folder has it.
+    paths: Our leaves that it holds, side by side on the last axis of ours.
+    transpose: Whether it is [out, in].
+  """
+
   name: str
-  transpose: bool = False
+  paths: tuple[tuple[str, ...], ...]
+  transpose: bool
 
   @property
   def stacked(self) -> bool:
     return "{}" in self.name
 
 
-def _leaves(config: ModelConfig, head: Head) -> list[_Leaf]:
-  layer = "model.layers.{}."
-  leaves = [
-    _Leaf(("embed", "embedding"), "model.embed_tokens.weight"),
-    _Leaf(("final_norm", "scale"), "model.norm.weight"),
-    _Leaf(("layers", "attention_norm", "scale"), layer + "input_layernorm.weight"),
-    _Leaf(("layers", "mlp_norm", "scale"), layer + "post_attention_layernorm.weight"),
-  ]
-  for part, folder, names, bias in (
-    ("attention", "self_attn", "qkvo", config.attention_bias),
-    ("mlp", "mlp", ("gate", "up", "down"), config.mlp_bias),
-  ):
-    for name in names:
-      stem = f"{layer}{folder}.{name}_proj."
-      leaves.append(_Leaf(("layers", part, name, "kernel"), stem + "weight", True))
-      if bias:
-        leaves.append(_Leaf(("layers", part, name, "bias"), stem + "bias"))
-  if head == "scalar":
-    leaves.append(_Leaf(("score", "kernel"), "score.weight", True))
-    leaves.append(_Leaf(("score", "bias"), "score.bias"))
-  elif not config.tied:
-    leaves.append(_Leaf(("lm_head", "kernel"), "lm_head.weight", True))
-  return leaves
+def _tensors(family: Family, tree: Params) -> list[_Tensor]:
+  """The tensors of a folder that hold the leaves of `tree`, in the order of `family.modules`."""
+  found: dict[str, _Tensor] = {}
+  for module, theirs in family.modules.items():
+    *path, last = module.split("/")
+    node = tree
+    for name in path:
+      node = node.get(name, {})
+    leaves = node.get(last)
+    if leaves is None:
+      continue
+    if isinstance(leaves, Mapping):
+      paths = [(*path, last, leaf) for leaf in ("kernel", "scale", "bias") if leaf in leaves]
+    else:
+      paths = [(*path, last)]
+    for path in paths:
+      name = theirs + (".bias" if path[-1] == "bias" else ".weight")
+      transpose = path[-1] == "kernel" and (family.transposed or path[0] != "layers")
+      before = found[name].paths if name in found else ()
+      found[name] = _Tensor(name, (*before, tuple(path)), transpose)
+  return list(found.values())
 
 
 def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -352,8 +431,15 @@ def load_params(
   head: Head = "scalar" if "score" in shapes else "language"
   if head == "language" and stored_head == "scalar":
     raise _refuse(folder, "holds a reward model; a language model was asked for")
+  family = FAMILIES[model.config.family]
   tensors = _open_tensors(folder)
-  unread = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+  if not any(name.startswith(family.prefix) for name in tensors):
+    heads = ("lm_head.", "score.")
+    tensors = {
+      name if name.startswith(heads) else family.prefix + name: read
+      for name, read in tensors.items()
+    }
+  unread = {name for name in tensors if not _BUFFERS.search(name)}
   params: dict[str, Any] = {}
 
   def read(name: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray:
@@ -374,24 +460,28 @@ def load_params(
     unread.discard(name)
     return value
 
-  for leaf in _leaves(model.config, head):
-    shape = _get(shapes, leaf.path).shape
-    if leaf.path[0] == "score" and stored_head == "language":
+  for tensor in _tensors(family, shapes):
+    parts = [_get(shapes, path).shape for path in tensor.paths]
+    shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+    if tensor.name.startswith("score.") and stored_head == "language":
       if key is None:
         raise _refuse(folder, "has no scalar head; give a key to initialise one")
       # Returned alone, so that the compiler drops the trunk that is made with it.
-      fresh = jax.jit(lambda key, path=leaf.path: _get(model.init(key), path))(key)
+      fresh = jax.jit(lambda key, path=tensor.paths[0]: _get(model.init(key), path))(key)
       value = np.asarray(fresh).astype(jnp.dtype(dtype))
-    elif leaf.name == "score.bias" and leaf.name not in tensors:
+    elif tensor.name == "score.bias" and tensor.name not in tensors:
       value = np.zeros(shape, jnp.dtype(dtype))  # The classification format has no bias.
-    elif leaf.stacked:
+    elif tensor.stacked:
       value = np.stack(
-        [read(leaf.name.format(i), shape[1:], leaf.transpose) for i in range(shape[0])]
+        [read(tensor.name.format(i), shape[1:], tensor.transpose) for i in range(shape[0])]
       )
     else:
-      value = read(leaf.name, shape, leaf.transpose)
-    path = "/".join(leaf.path)
-    _set(params, leaf.path, jnp.asarray(value) if place is None else place(path, value))
+      value = read(tensor.name, shape, tensor.transpose)
+    ends = np.cumsum([part[-1] for part in parts])
+    for path, part in zip(tensor.paths, np.split(value, ends[:-1], axis=-1), strict=True):
+      part = np.ascontiguousarray(part)
+      name = "/".join(path)
+      _set(params, path, jnp.asarray(part) if place is None else place(name, part))
 
   if "lm_head.weight" in unread:
     # Some tied checkpoints store the embedding twice; a trunk alone has no use for a head.
@@ -415,32 +505,62 @@ def scalar_label(folder: str | pathlib.Path) -> str:
 def config_json(
   config: ModelConfig, head: Head, token_ids: Mapping[str, int], label: str = "reward"
 ) -> dict[str, Any]:
-  """The config.json that `parse_config` reads back to `config`."""
-  architecture = next(name for name, kind in ARCHITECTURES.items() if kind == head)
-  raw: dict[str, Any] = {"architectures": [architecture], "model_type": "llama"}
-  raw |= {theirs: getattr(config, ours) for theirs, (ours, _, _) in _FIELDS.items()}
-  raw |= {"hidden_act": "silu", "torch_dtype": "float32", "use_cache": True, **token_ids}
+  """The config.json that `parse_config` reads back to `config`.
+
+  Raises:
+    ModelFolderError: The format of `config.family` has no place for something in it.
+  """
+  if config.family not in FAMILIES:
+    raise ModelFolderError(f"family {config.family!r} is none of {', '.join(FAMILIES)}")
+  family = FAMILIES[config.family]
+  architecture = next(name for name, kind in family.architectures.items() if kind == head)
+  raw: dict[str, Any] = {"architectures": [architecture], "model_type": family.model_type}
+  raw |= {theirs: getattr(config, field.ours[0]) for theirs, field in family.fields.items()}
+  raw |= {"torch_dtype": "float32", "use_cache": True, **token_ids}
+  raw |= dict([family.activation])
+  if family.rope != "none":
+    raw |= {"rope_theta": config.rope_theta, "rope_scaling": None}
+  if config.rope_local_theta is not None:
+    raw["rope_local_base_freq"] = config.rope_local_theta
+  if family.partial_rotary:
+    raw["partial_rotary_factor"] = config.rotary_fraction
   scaling = config.rope_scaling
-  raw["rope_scaling"] = None
   if scaling is not None:
-    raw["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-      raw["rope_scaling"] |= {
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_length,
-      }
+    names = _ROPE_FIELDS[scaling.kind]
+    raw["rope_scaling"] = {"rope_type": scaling.kind} | {
+      theirs: getattr(scaling, ours) for theirs, ours in names.items()
+    }
+  local = [size is not None for size in config.windows] or [False] * config.layers
+  if "sliding_window" in family.parsed:
+    raw["sliding_window"] = max(size or 0 for size in config.windows) if any(local) else None
+  if "use_sliding_window" in family.parsed:
+    raw["use_sliding_window"] = any(local)
+    raw["max_window_layers"] = local.index(True) if any(local) else config.layers
+  if "layer_types" in family.parsed:
+    raw["layer_types"] = ["sliding_attention" if here else "full_attention" for here in local]
+    if not any(local) and "use_sliding_window" not in family.parsed:
+      raw["sliding_window"] = config.max_length  # Required, though no layer has a window.
   if head == "scalar":
     raw |= {"id2label": {"0": label}, "label2id": {label: 0}}
+  again, _ = _parse(pathlib.Path("config.json"), raw)
+  lost = [
+    f"{field.name}={getattr(config, field.name)!r}"
+    for field in dataclasses.fields(config)
+    if field.name not in ("dtype", "remat")
+    and getattr(config, field.name) != getattr(again, field.name)
+  ]
+  if lost:
+    raise ModelFolderError(f"a folder of family {config.family!r} cannot say {', '.join(lost)}")
   return raw
 
 
-def _named_tensors(params: Params, leaves: list[_Leaf]) -> Iterator[tuple[str, np.ndarray]]:
-  for leaf in leaves:
-    value = sharding.to_host(_get(params, leaf.path))
-    rows = enumerate(value) if leaf.stacked else [(None, value)]
+def _named_tensors(params: Params, tensors: list[_Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+  for tensor in tensors:
+    parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
+    value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    rows = enumerate(value) if tensor.stacked else [(None, value)]
     for i, row in rows:
-      yield leaf.name.format(i), np.ascontiguousarray(row.T if leaf.transpose else row)
+      yield tensor.name.format(i), np.ascontiguousarray(row.T if tensor.transpose else row)
 
 
 def save_folder(
@@ -463,12 +583,16 @@ def save_folder(
     token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` as the tokenizer has them.
     label: What the scalar of a scalar head is.
     shard_bytes: Largest size of one file.
+
+  Raises:
+    ModelFolderError: The format of `config.family` has no place for something in `config`.
   """
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
-  tensors = _named_tensors(params, _leaves(config, head))
+  described = config_json(config, head, token_ids, label)
+  named = _named_tensors(params, _tensors(FAMILIES[config.family], params))
   if not processes.is_first():
-    for _ in tensors:  # Their parts are gathered.
+    for _ in named:  # Their parts are gathered.
       pass
     return
   folder.mkdir(parents=True, exist_ok=True)
@@ -480,7 +604,7 @@ def save_folder(
 
   shards: list[dict[str, np.ndarray]] = [{}]
   size = 0
-  for name, value in tensors:
+  for name, value in named:
     if shards[-1] and size + value.nbytes > shard_bytes:
       shards.append({})
       size = 0
@@ -500,7 +624,7 @@ def save_folder(
     _write_json(folder / "model.safetensors.index.json", index)
   # Last, so that a folder with a config.json is a whole one.
   _write_json(folder / "generation_config.json", dict(token_ids))
-  _write_json(folder / "config.json", config_json(config, head, token_ids, label))
+  _write_json(folder / "config.json", described)
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ plain nested dict, and `build.py` merges the two inside a pure function. Weight 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -34,9 +35,14 @@ class RopeScaling:
   original_length: int = 8192
 
 
+NORMS = ("rms", "rms_plus_one", "layer")
+POSITIONS = ("rope", "learned")
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Architecture of a decoder of the Llama family.
+  """Architecture of a decoder. The defaults are those of Llama.
 
   Attributes:
     vocab_size: Rows of the embedding, V.
@@ -45,17 +51,38 @@ class ModelConfig:
     heads: Query heads, H.
     kv_heads: Key and value heads; divides `heads`.
     head_dim: Width of a head, K.
-    mlp_width: Width of the gated MLP.
+    mlp_width: Width of the MLP.
     max_length: Longest sequence the model was made for, tokens.
+    family: How a folder of the model is spelt (`hf.FAMILIES`); changes no computation.
+    norm: "rms" multiplies by a scale, "rms_plus_one" by one plus it (Gemma), "layer" also takes
+      off the mean and adds a bias.
+    norm_eps: Added to the mean square, or to the variance, in norms.
+    post_norms: Norms also behind attention and MLP, before they are added to the residual stream.
+    qk_norm: Norms over the width of every query and key head, before the rotation.
+    activation: Of the MLP; "gelu_tanh" is the approximation by tanh.
+    gated_mlp: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without gate.
+    positions: "rope" rotates queries and keys, "learned" adds one of `max_length` vectors to the
+      embedding.
     rope_theta: Base of the rotary frequencies.
     rope_scaling: Stretching of the rotary frequencies, or None.
-    norm_eps: Added to the mean square in RMSNorm.
+    rope_local_theta: Base in layers with a window, where nothing is stretched; None: as elsewhere.
+    rotary_fraction: Part of each head that is rotated, from its start.
+    windows: Per layer, how many tokens a token sees, itself included; None: all before it. Empty:
+      all layers see all.
+    query_width: Attention scores are divided by its square root; None: `head_dim`.
+    attention_softcap: Attention scores s become `cap * tanh(s / cap)`, or None.
+    logit_softcap: The same for the logits over the vocabulary.
+    embed_scale: Multiply embeddings by sqrt(D).
     tied: Whether the output projection is the embedding.
-    attention_bias: Biases on query, key, value and output projections.
+    qkv_bias: Biases on query, key and value projections.
+    out_bias: Bias on the projection behind attention.
     mlp_bias: Biases in the MLP.
     init_std: Standard deviation of initial weights.
     dtype: Computation dtype; params are float32 unless loaded otherwise.
     remat: Recompute each block in the backward pass instead of keeping its activations.
+
+  Raises:
+    ValueError: The fields do not go together.
   """
 
   vocab_size: int
@@ -66,11 +93,26 @@ class ModelConfig:
   head_dim: int = 32
   mlp_width: int = 384
   max_length: int = 1024
+  family: str = "llama"
+  norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+  norm_eps: float = 1e-5
+  post_norms: bool = False
+  qk_norm: bool = False
+  activation: Literal["silu", "gelu_tanh"] = "silu"
+  gated_mlp: bool = True
+  positions: Literal["rope", "learned"] = "rope"
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
-  norm_eps: float = 1e-5
+  rope_local_theta: float | None = None
+  rotary_fraction: float = 1.0
+  windows: tuple[int | None, ...] = ()
+  query_width: int | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  embed_scale: bool = False
   tied: bool = True
-  attention_bias: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
   mlp_bias: bool = False
   init_std: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +121,38 @@ class ModelConfig:
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+    for name, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
+    if self.windows and len(self.windows) != self.layers:
+      raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers")
+    if any(size is not None and size < 1 for size in self.windows):
+      raise ValueError(f"windows is {self.windows}; a token sees at least itself, or use None")
+    if self.windows and not any(self.windows):
+      raise ValueError("windows holds no window; leave it empty")
+    if self.rope_local_theta is not None and not self.windows:
+      raise ValueError("rope_local_theta is for layers with a window, but windows is empty")
+    rotary = (self.rope_scaling, self.rope_local_theta, self.rotary_fraction)
+    if self.positions == "learned" and rotary != (None, None, 1.0):
+      raise ValueError(
+        "learned positions leave no use for rope_scaling, rope_local_theta, rotary_fraction"
+      )
+    if not 0 < self.rotary_fraction <= 1:
+      raise ValueError(f"rotary_fraction is {self.rotary_fraction}, expected above 0, at most 1")
+    if self.positions == "rope" and (not self.rotary_width or self.rotary_width % 2):
+      raise ValueError(
+        f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is"
+        f" {self.rotary_width} dimensions, expected an even number"
+      )
+    for name in ("attention_softcap", "logit_softcap", "query_width"):
+      value = getattr(self, name)
+      if value is not None and not value > 0:
+        raise ValueError(f"{name} is {value}, expected above 0 or None")
+
+  @property
+  def rotary_width(self) -> int:
+    """How many dimensions of a head are rotated."""
+    return int(self.head_dim * self.rotary_fraction)
 
 
 class Cache(NamedTuple):
@@ -102,11 +176,18 @@ class Cache(NamedTuple):
     return Cache(k, v, jnp.repeat(self.mask, n, axis=0), self.index)
 
 
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-  """Rotary frequencies, [K / 2] float32 (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
-  exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-  frequencies = 1.0 / config.rope_theta**exponent
-  scaling = config.rope_scaling
+def rope_frequencies(config: ModelConfig, *, local: bool = False) -> jax.Array:
+  """Rotary frequencies, [R / 2] float32 (Su et al., 2021, https://arxiv.org/abs/2104.09864).
+
+  Args:
+    config: Architecture; R is its `rotary_width`.
+    local: Those of layers with a window, where they differ.
+  """
+  theta, scaling = config.rope_theta, config.rope_scaling
+  if local and config.rope_local_theta is not None:
+    theta, scaling = config.rope_local_theta, None
+  exponent = jnp.arange(0, config.rotary_width, 2, dtype=jnp.float32) / config.rotary_width
+  frequencies = 1.0 / theta**exponent
   if scaling is None:
     return frequencies
   if scaling.kind == "linear":
@@ -120,35 +201,83 @@ def rope_frequencies(config: ModelConfig) -> jax.Array:
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-  """Rotates halves of each head by the token's position.
+  """Rotates halves of the first R dimensions of each head by the token's position.
 
   Args:
     x: [B, T, heads, K].
     positions: [B, T] int.
-    frequencies: [K / 2] float32.
+    frequencies: [R / 2] float32, R at most K.
 
   Returns:
     [B, T, heads, K], dtype of `x`.
   """
-  angle = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]  # [B, T, K / 2]
+  half = frequencies.shape[0]
+  angle = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]  # [B, T, R / 2]
   cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+  turned = [a * cos - b * sin, b * cos + a * sin, rest]
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-  """`x / rms(x) * scale`, statistics in float32."""
+def attend(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Softmax attention of grouped queries, scores in float32.
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    del rngs  # Starts at one; taken so that every module is made the same way.
-    self.scale = nnx.Param(jnp.ones((config.width,), jnp.float32))
-    self.eps = config.norm_eps
+  Args:
+    q: [B, T, H, K].
+    k: [B, S, kv_heads, K].
+    v: [B, S, kv_heads, K].
+    mask: [B, 1, T, S] bool, True where a query sees a key; B may be 1.
+    scale: Factor of the scores, 1 / sqrt(K) if None.
+    softcap: Bound c of the scores: `c * tanh(score / c)` (Bello et al., 2016,
+      https://arxiv.org/abs/1611.09940, section 5), or None.
+
+  Returns:
+    [B, T, H, K], dtype of `v`.
+  """
+  if softcap is None:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+  batch, length, heads, width = q.shape
+  scale = width**-0.5 if scale is None else scale
+  q = q.reshape(batch, length, k.shape[2], -1, width)
+  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+  scores = softcap * jnp.tanh(scores * (scale / softcap))
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(batch, length, heads, width)
+
+
+class Norm(nnx.Module):
+  """Root-mean-square or layer norm over the last axis, statistics in float32."""
+
+  def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
+    del rngs  # Starts as the plain norm; taken so that every module is made the same way.
+    self.kind, self.eps = config.norm, config.norm_eps
+    start = jnp.zeros if self.kind == "rms_plus_one" else jnp.ones
+    self.scale = nnx.Param(start((width,), jnp.float32))
+    if self.kind == "layer":
+      self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
+    if self.kind == "layer":
+      wide -= jnp.mean(wide, axis=-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale = self.scale[...].reshape(shape)
+    if self.kind == "rms":  # Rounded before the scale, as the models were trained.
+      return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
+    scale = scale.astype(jnp.float32)
+    if self.kind == "rms_plus_one":
+      return (wide * inverse * (1.0 + scale)).astype(x.dtype)
+    return (wide * inverse * scale + self.bias[...].reshape(shape)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -168,17 +297,20 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention with rotary positions."""
+  """Grouped-query attention."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     c, std = config, config.init_std
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    self.q = Linear(c.width, queries, std, c.attention_bias, rngs=rngs)
-    self.k = Linear(c.width, keys, std, c.attention_bias, rngs=rngs)
-    self.v = Linear(c.width, keys, std, c.attention_bias, rngs=rngs)
+    self.q = Linear(c.width, queries, std, c.qkv_bias, rngs=rngs)
+    self.k = Linear(c.width, keys, std, c.qkv_bias, rngs=rngs)
+    self.v = Linear(c.width, keys, std, c.qkv_bias, rngs=rngs)
     # Residual branches start small enough that their sum over layers keeps unit scale.
-    self.o = Linear(queries, c.width, std / math.sqrt(2 * c.layers), c.attention_bias, rngs=rngs)
+    self.o = Linear(queries, c.width, std / math.sqrt(2 * c.layers), c.out_bias, rngs=rngs)
+    if c.qk_norm:
+      self.q_norm = Norm(c, c.head_dim, rngs=rngs)
+      self.k_norm = Norm(c, c.head_dim, rngs=rngs)
 
   def __call__(self, x, positions, mask, frequencies, cache):
     c = self.config
@@ -186,51 +318,77 @@ class Attention(nnx.Module):
     q = self.q(x).reshape(batch, length, c.heads, c.head_dim)
     k = self.k(x).reshape(batch, length, c.kv_heads, c.head_dim)
     v = self.v(x).reshape(batch, length, c.kv_heads, c.head_dim)
-    q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+    if c.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    if frequencies is not None:
+      q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
     if cache is not None:
       keys, values, index = cache
       k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
-    out = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+    scale = None if c.query_width is None else c.query_width**-0.5
+    out = attend(
+      q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=scale, softcap=c.attention_softcap
+    )
     out = self.o(out.reshape(batch, length, c.heads * c.head_dim))
     return out, None if cache is None else (k, v)
 
 
 class MLP(nnx.Module):
-  """Gated MLP (SwiGLU, Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+  """MLP, gated (GLU variants, Shazeer, 2020, https://arxiv.org/abs/2002.05202) or plain."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     c, std = config, config.init_std
-    self.gate = Linear(c.width, c.mlp_width, std, c.mlp_bias, rngs=rngs)
+    if c.gated_mlp:
+      self.gate = Linear(c.width, c.mlp_width, std, c.mlp_bias, rngs=rngs)
     self.up = Linear(c.width, c.mlp_width, std, c.mlp_bias, rngs=rngs)
     self.down = Linear(c.mlp_width, c.width, std / math.sqrt(2 * c.layers), c.mlp_bias, rngs=rngs)
+    self.activation = c.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    activation = ACTIVATIONS[self.activation]
+    if hasattr(self, "gate"):
+      return self.down(activation(self.gate(x)) * self.up(x))
+    return self.down(activation(self.up(x)))
 
 
 class Block(nnx.Module):
   """Attention and MLP, each behind its norm and added to the residual stream."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(config, rngs=rngs)
+    self.attention_norm = Norm(config, config.width, rngs=rngs)
     self.attention = Attention(config, rngs=rngs)
-    self.mlp_norm = RMSNorm(config, rngs=rngs)
+    self.mlp_norm = Norm(config, config.width, rngs=rngs)
     self.mlp = MLP(config, rngs=rngs)
+    if config.post_norms:
+      self.attention_post_norm = Norm(config, config.width, rngs=rngs)
+      self.mlp_post_norm = Norm(config, config.width, rngs=rngs)
 
   def __call__(self, x, positions, mask, frequencies, cache=None):
     """[B, T, D] -> [B, T, D] and the updated (keys, values) of this layer, None without cache."""
     out, cache = self.attention(self.attention_norm(x), positions, mask, frequencies, cache)
-    x = x + out
-    return x + self.mlp(self.mlp_norm(x)), cache
+    x = x + (self.attention_post_norm(out) if hasattr(self, "attention_post_norm") else out)
+    out = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(out) if hasattr(self, "mlp_post_norm") else out), cache
 
 
 class Embedding(nnx.Module):
-  """Token embedding, also the output projection of a tied model."""
+  """Token embedding, also the output projection of a tied model, and learned positions."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
     shape = (config.vocab_size, config.width)
     self.embedding = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+    if config.positions == "learned":
+      shape = (config.max_length, config.width)
+      self.positions = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    return self.embedding[...][tokens]
+  def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, T] tokens and positions -> [B, T, D] in the computation dtype."""
+    x = self.embedding[...][tokens]
+    if hasattr(self, "positions"):
+      x += self.positions[...][positions]
+    x = x.astype(self.config.dtype)
+    if self.config.embed_scale:  # The factor is rounded too, as the models were trained.
+      x *= jnp.asarray(math.sqrt(self.config.width), x.dtype)
+    return x

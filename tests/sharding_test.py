@@ -9,6 +9,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import sharding
+from rlhf_jax.models import build
+from tests.testing import FAMILY_MODELS
 
 
 def decoder(width=16, layers=2, vocab=32, hidden=24):
@@ -83,6 +85,18 @@ def test_decoder_rules_reach_every_matrix():
   assert mlp["gate"]["kernel"] == mlp["up"]["kernel"] == P(None, "fsdp", "tensor")
   assert specs["lm_head"]["kernel"] == P("fsdp", "tensor")
   assert specs["layers"]["norm"]["scale"] == specs["score_head"]["kernel"] == P()
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_decoder_rules_reach_every_matrix_of_every_family(name):
+  shapes = jax.eval_shape(build(FAMILY_MODELS[name]).init, jax.random.key(0))
+  mesh = sharding.make_mesh("fsdp:2,data:-1")
+  placed = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(placed), strict=True)
+  for (path, leaf), where in leaves:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_matrix = not name.endswith(("scale", "bias"))
+    assert ("fsdp" in where.spec) == is_matrix, (name, leaf.shape)
 
 
 @pytest.mark.parametrize(

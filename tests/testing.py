@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Literal
@@ -8,6 +9,7 @@ from typing import Literal
 import jax
 
 from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import Params
 
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
@@ -22,6 +24,61 @@ TINY_MODEL = ModelConfig(
   init_std=0.3,
   remat=False,
 )
+_SMALL = ModelConfig(
+  vocab_size=24,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=6,
+  mlp_width=20,
+  max_length=64,
+  init_std=0.3,
+)
+_GEMMA = dataclasses.replace(
+  _SMALL,
+  norm="rms_plus_one",
+  post_norms=True,
+  activation="gelu_tanh",
+  embed_scale=True,
+  query_width=10,
+)
+# Every family with everything that its folders can say and Llama's cannot. Windows are shorter than
+# the sequences of the tests, and the caps bend most scores.
+FAMILY_MODELS = {
+  "qwen2": dataclasses.replace(_SMALL, family="qwen2", qkv_bias=True, windows=(None, 3)),
+  "qwen3": dataclasses.replace(_SMALL, family="qwen3", qk_norm=True, tied=False),
+  "mistral": dataclasses.replace(_SMALL, family="mistral", windows=(3, 3), tied=False),
+  "gemma2": dataclasses.replace(
+    _GEMMA, family="gemma2", windows=(3, None), attention_softcap=2.0, logit_softcap=3.0
+  ),
+  "gemma3": dataclasses.replace(
+    _GEMMA,
+    family="gemma3",
+    layers=3,
+    qk_norm=True,
+    rope_scaling=RopeScaling("linear", 4.0),
+    rope_local_theta=100.0,
+    windows=(3, 3, None),
+  ),
+  "gpt2": dataclasses.replace(
+    _SMALL,
+    family="gpt2",
+    head_dim=4,
+    kv_heads=4,
+    max_length=40,
+    norm="layer",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    positions="learned",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+  ),
+  "phi3": dataclasses.replace(
+    _SMALL, family="phi3", head_dim=8, rotary_fraction=0.5, windows=(4, 4), tied=False
+  ),
+}
 
 
 @functools.cache

@@ -149,7 +149,7 @@ def _parse_rope(path: pathlib.Path, raw: Mapping[str, Any], kinds: Sequence[str]
   fraction = 1.0 if fraction is None else fraction
   kind = found.pop("rope_type", None) or "default"
   if kind not in kinds:
-    raise _refuse(path, f"rope scaling {kind!r} is not supported; {', '.join(kinds)} are")
+    raise _refuse(path, f"rope scaling {kind!r} is not supported, only {', '.join(kinds)}")
   names = _ROPE_FIELDS[kind]
   if set(found) != set(names):
     raise _refuse(

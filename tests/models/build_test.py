@@ -13,6 +13,7 @@ from flax import nnx
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.build import actor_critic, segment_positions
 from rlhf_jax.models.transformer import Block, RopeScaling, rope_frequencies
+from tests.testing import FAMILY_MODELS
 
 V = 24
 TINY = ModelConfig(
@@ -21,11 +22,12 @@ TINY = ModelConfig(
 VARIANTS = {
   "tied": TINY,
   "untied": dataclasses.replace(TINY, tied=False),
-  "biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, kv_heads=1),
+  "biases": dataclasses.replace(TINY, qkv_bias=True, out_bias=True, mlp_bias=True, kv_heads=1),
   "llama3": dataclasses.replace(
     TINY, rope_theta=100.0, rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 16)
   ),
   "linear": dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.5), kv_heads=4),
+  **FAMILY_MODELS,
 }
 
 
@@ -52,43 +54,71 @@ def make(config, head="language", seed=0):
 def oracle(params, config: ModelConfig, tokens) -> np.ndarray:
   """Logits or scores of one row without padding, in float64, one query and one head at a time."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  frequencies = np.asarray(rope_frequencies(config), np.float64)  # transformer_test checks these.
-  half = config.head_dim // 2
+  half = config.rotary_width // 2
 
   def linear(layer, x):
     return x @ layer["kernel"] + layer.get("bias", 0.0)
 
   def norm(layer, x):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * layer["scale"]
+    x = x - x.mean(-1, keepdims=True) if config.norm == "layer" else x
+    scale = layer["scale"] + (config.norm == "rms_plus_one")
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * scale
+    return x + layer.get("bias", 0.0)
 
-  def turn(x):  # [T, K]
-    pairs = x[:, :half] + 1j * x[:, half:]
+  def act(x):
+    if config.activation == "silu":
+      return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+  def cap(x, bound):
+    return x if bound is None else bound * np.tanh(x / bound)
+
+  def turn(x, window):  # [T, K]
+    if config.positions == "learned":
+      return x
+    # transformer_test checks the frequencies.
+    frequencies = np.asarray(rope_frequencies(config, local=window is not None), np.float64)
+    pairs = x[:, :half] + 1j * x[:, half : 2 * half]
     pairs = pairs * np.exp(1j * np.arange(len(x))[:, None] * frequencies)
-    return np.concatenate([pairs.real, pairs.imag], -1)
+    return np.concatenate([pairs.real, pairs.imag, x[:, 2 * half :]], -1)
 
   x = p["embed"]["embedding"][np.asarray(tokens)]
-  for i in range(config.layers):
+  if config.positions == "learned":
+    x = x + p["embed"]["positions"][: len(x)]
+  if config.embed_scale:
+    x = x * np.sqrt(config.width)
+  for i, window in enumerate(config.windows or (None,) * config.layers):
     layer = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
+    attention = layer["attention"]
     y = norm(layer["attention_norm"], x)
-    q, k, v = (linear(layer["attention"][name], y) for name in "qkv")
+    q, k, v = (linear(attention[name], y) for name in "qkv")
     heads = []
     for h in range(config.heads):
       group = h // (config.heads // config.kv_heads)
       cut = [slice(j * config.head_dim, (j + 1) * config.head_dim) for j in (h, group)]
-      qh, kh, vh = turn(q[:, cut[0]]), turn(k[:, cut[1]]), v[:, cut[1]]
+      qh, kh, vh = q[:, cut[0]], k[:, cut[1]], v[:, cut[1]]
+      if config.qk_norm:
+        qh, kh = norm(attention["q_norm"], qh), norm(attention["k_norm"], kh)
+      qh, kh = turn(qh, window), turn(kh, window)
       out = []
       for t in range(len(x)):
-        weight = np.exp(kh[: t + 1] @ qh[t] / np.sqrt(config.head_dim))
-        out.append(weight @ vh[: t + 1] / weight.sum())
+        seen = slice(max(0, t + 1 - (window or len(x))), t + 1)
+        scores = kh[seen] @ qh[t] / np.sqrt(config.query_width or config.head_dim)
+        weight = np.exp(cap(scores, config.attention_softcap))
+        out.append(weight @ vh[seen] / weight.sum())
       heads.append(np.stack(out))
-    x = x + linear(layer["attention"]["o"], np.concatenate(heads, -1))
+    y = linear(attention["o"], np.concatenate(heads, -1))
+    x = x + (norm(layer["attention_post_norm"], y) if config.post_norms else y)
     y = norm(layer["mlp_norm"], x)
-    gate = linear(layer["mlp"]["gate"], y)
-    x = x + linear(layer["mlp"]["down"], gate / (1 + np.exp(-gate)) * linear(layer["mlp"]["up"], y))
+    up = linear(layer["mlp"]["up"], y)
+    up = act(linear(layer["mlp"]["gate"], y)) * up if config.gated_mlp else act(up)
+    y = linear(layer["mlp"]["down"], up)
+    x = x + (norm(layer["mlp_post_norm"], y) if config.post_norms else y)
   x = norm(p["final_norm"], x)
   if "score" in p:
     return (x @ p["score"]["kernel"])[:, 0] + p["score"]["bias"]
-  return x @ (p["embed"]["embedding"].T if config.tied else p["lm_head"]["kernel"])
+  logits = x @ (p["embed"]["embedding"].T if config.tied else p["lm_head"]["kernel"])
+  return cap(logits, config.logit_softcap)
 
 
 def random_tokens(*shape, seed=0):
@@ -228,6 +258,14 @@ def test_params_are_a_plain_dict_with_the_documented_paths():
   biased = shapes(VARIANTS["biases"])["layers"]
   assert biased["attention"]["o"]["bias"].shape == (3, c.width)
   assert biased["mlp"]["up"]["bias"].shape == (3, 20)
+  gemma, gpt = shapes(FAMILY_MODELS["gemma3"])["layers"], shapes(FAMILY_MODELS["gpt2"])
+  assert gemma["attention"]["k_norm"]["scale"].shape == (3, 6)
+  assert gemma["attention_post_norm"]["scale"].shape == (3, 16)
+  assert gemma["mlp_post_norm"]["scale"].shape == (3, 16)
+  assert gpt["embed"]["positions"].shape == (40, 16)
+  assert gpt["final_norm"]["bias"].shape == (16,)
+  assert "gate" not in gpt["layers"]["mlp"]
+  assert "bias" not in shapes(FAMILY_MODELS["qwen2"])["layers"]["attention"]["o"]
 
 
 def test_initial_weights():
@@ -297,32 +335,32 @@ def test_last_equals_slicing(head):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_equals_teacher_forcing(name):
   model, params = make(VARIANTS[name])
-  tokens = random_tokens(3, 12)
-  mask = np.arange(12)[None] >= np.array([[0], [2], [3]])
+  tokens = random_tokens(8, 12)
+  mask = np.arange(12)[None] >= np.arange(8)[:, None]  # Left padding 0 to 7.
   full = np.asarray(model.apply(params, tokens, segment_ids=mask.astype(np.int32)))
 
   def run(*cuts):
     """Feeds the tokens in chunks and checks the logits after each."""
-    cache = model.init_cache(3, 12)
+    cache = model.init_cache(8, 12)
     for start, stop in zip((0, *cuts), (*cuts, 12), strict=True):
       part = slice(start, stop)
       logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
-      np.testing.assert_allclose(logits, full[:, stop - 1], atol=1e-5)
+      # A row that has not begun yet gives no logits to compare.
+      begun = mask[:, stop - 1]
+      np.testing.assert_allclose(logits[begun], full[begun, stop - 1], atol=1e-5)
+      assert np.isfinite(logits).all()
       assert int(cache.index) == stop
     np.testing.assert_array_equal(cache.mask, mask)
 
   run(4, *range(5, 12))  # A prefill, then one token at a time.
   run(4, 8)  # A prefill in chunks.
-  # One at a time from the start: a row that has not begun yet gives no logits to compare.
-  cache = model.init_cache(3, 12)
-  for t in range(12):
-    logits, cache = model.decode(params, tokens[:, t : t + 1], cache, mask=mask[:, t : t + 1])
-    np.testing.assert_allclose(logits[mask[:, t]], full[mask[:, t], t], atol=1e-5)
-    assert np.isfinite(logits).all()
+  run(*range(1, 12))  # One at a time from the start.
 
 
-def test_padding_between_decoded_tokens_changes_nothing():
-  model, params = make(TINY)
+@pytest.mark.parametrize("name", ["tied", "gemma2", "gpt2"])
+def test_padding_between_decoded_tokens_changes_nothing(name):
+  # A window counts tokens, not the slots between them.
+  model, params = make(VARIANTS[name])
   tokens = random_tokens(1, 6)
   expected = model.apply(params, tokens)[:, -1]
   spread = np.zeros((1, 10), np.int64)
@@ -335,6 +373,21 @@ def test_padding_between_decoded_tokens_changes_nothing():
       params, jnp.asarray(spread[:, start:stop]), cache, mask=jnp.asarray(mask[:, start:stop])
     )
   np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_learned_positions_have_an_end():
+  config = dataclasses.replace(FAMILY_MODELS["gpt2"], max_length=8)
+  model, params = make(config)
+  for run in (
+    lambda: model.apply(params, random_tokens(1, 9)),
+    lambda: model.init_cache(1, 9),
+  ):
+    with pytest.raises(ValueError, match="9 tokens, but the model has learned 8 positions"):
+      run()
+  packed = np.array([[1, 1, 1, 2, 2, 2, 2, 2]])
+  tokens = random_tokens(1, 8)
+  logits = model.apply(params, tokens, segment_ids=packed)[0, 3:]
+  np.testing.assert_allclose(logits, oracle(params, config, tokens[0, 3:]), atol=1e-5)
 
 
 def test_fully_padded_rows_are_finite():

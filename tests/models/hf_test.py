@@ -18,6 +18,7 @@ from rlhf_jax.data import load_tokenizer
 from rlhf_jax.generation import SamplingConfig, make_generate
 from rlhf_jax.models import ModelConfig, build, hf
 from rlhf_jax.models.transformer import RopeScaling
+from tests.testing import FAMILY_MODELS
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TINY = ModelConfig(
@@ -76,6 +77,24 @@ def test_stories260k_equals_transformers(shared):
   np.testing.assert_array_equal(text, expected)
 
 
+GOLDEN = pathlib.Path(__file__).parent / "golden"  # torch_parity_test.py says how it is made.
+
+
+@pytest.mark.parametrize("name", [*hf.FAMILIES])
+def test_golden_folder_computes_what_transformers_did(name, monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+  config, head = hf.parse_config(GOLDEN / name)
+  assert (config.family, head) == (name, "language")
+  assert lines == [], "transformers writes no field that is not known here"
+  model = build(config)
+  params = hf.load_params(GOLDEN / name, model)
+  golden = np.load(GOLDEN / name / "expected.npz")
+  segments = golden["mask"].astype(np.int32)
+  logits = jax.jit(model.apply)(params, golden["tokens"], segment_ids=segments)
+  np.testing.assert_allclose(logits[golden["mask"]], golden["logits"], atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def smol(smollm2):
   config, _ = hf.parse_config(smollm2)
@@ -117,7 +136,7 @@ VARIANTS = {
   "untied": (dataclasses.replace(TINY, tied=False), "language"),
   "reward": (TINY, "scalar"),
   "untied_reward": (dataclasses.replace(TINY, tied=False), "scalar"),
-  "biases": (dataclasses.replace(TINY, attention_bias=True, mlp_bias=True), "language"),
+  "biases": (dataclasses.replace(TINY, qkv_bias=True, out_bias=True, mlp_bias=True), "language"),
   "linear": (dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.0)), "language"),
   "llama3": (
     dataclasses.replace(
@@ -127,6 +146,12 @@ VARIANTS = {
   ),
   "others": (dataclasses.replace(TINY, norm_eps=3e-6, init_std=0.5, max_length=7), "language"),
 }
+for _name, _config in FAMILY_MODELS.items():
+  VARIANTS[_name] = (_config, "language")
+  VARIANTS[_name + "_reward"] = (dataclasses.replace(_config, tied=not _config.tied), "scalar")
+_FULL = ("qwen2", "mistral", "gemma2", "phi3")
+for _name in _FULL:  # Without windows.
+  VARIANTS[_name + "_full"] = (dataclasses.replace(FAMILY_MODELS[_name], windows=()), "language")
 
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 700], ids=["single", "sharded"])
@@ -170,6 +195,60 @@ def test_the_folder_is_in_the_hugging_face_layout(tmp_path):
   config = json.loads((tmp_path / "config.json").read_text())
   assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
   assert {k: config[k] for k in IDS} == IDS and config["head_dim"] == 6
+
+
+def test_fused_tensors_are_in_the_layout_of_their_family(tmp_path):
+  for name in ("phi3", "gpt2"):
+    config = FAMILY_MODELS[name]
+    params = random_params(config)
+    hf.save_folder(tmp_path / name, params, config, token_ids=IDS)
+    attention, mlp = params["layers"]["attention"], params["layers"]["mlp"]
+    tensors = safetensors.numpy.load_file(tmp_path / name / WEIGHTS)
+
+    def side_by_side(part, names, leaf="kernel"):
+      return np.concatenate([part[name][leaf][1] for name in names], axis=-1)
+
+    if name == "phi3":  # [out, in]
+      qkv = tensors["model.layers.1.self_attn.qkv_proj.weight"]
+      np.testing.assert_array_equal(qkv.T, side_by_side(attention, "qkv"))
+      gate_up = tensors["model.layers.1.mlp.gate_up_proj.weight"]
+      np.testing.assert_array_equal(gate_up.T, side_by_side(mlp, ("gate", "up")))
+    else:  # [in, out]
+      for leaf, theirs in (("kernel", "weight"), ("bias", "bias")):
+        qkv = tensors[f"transformer.h.1.attn.c_attn.{theirs}"]
+        np.testing.assert_array_equal(qkv, side_by_side(attention, "qkv", leaf))
+
+
+def test_old_gpt2_folders_lack_the_prefix_and_hold_masks(tmp_path):
+  config = FAMILY_MODELS["gpt2"]
+  params = random_params(config)
+  hf.save_folder(tmp_path, params, config, token_ids=IDS)
+
+  def age(tensors):
+    tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    return tensors | {"h.0.attn.bias": np.tri(8, dtype=np.float32)[None, None]}
+
+  edit_tensors(tmp_path, age)
+  assert_same(load(tmp_path), params)
+
+
+@pytest.mark.parametrize(
+  "config, words",
+  [
+    (dataclasses.replace(TINY, logit_softcap=30.0), "'llama' cannot say logit_softcap=30.0"),
+    (dataclasses.replace(TINY, family="mistral", windows=(3, None)), "cannot say windows"),
+    (dataclasses.replace(FAMILY_MODELS["qwen2"], windows=(2, 3)), "cannot say windows"),
+    (dataclasses.replace(FAMILY_MODELS["gpt2"], kv_heads=2), "cannot say kv_heads=2"),
+    (dataclasses.replace(FAMILY_MODELS["gemma3"], rope_local_theta=None), "rope_local_theta=None"),
+    (dataclasses.replace(FAMILY_MODELS["gemma2"], query_width=None), "query_width=None"),
+    (dataclasses.replace(TINY, family="mixtral"), "family 'mixtral' is none of llama, qwen2"),
+  ],
+)
+def test_what_a_folder_cannot_say_is_not_written(tmp_path, config, words):
+  folder = tmp_path / "m"
+  with pytest.raises(hf.ModelFolderError, match=words):
+    hf.save_folder(folder, random_params(config), config, token_ids=IDS)
+  assert not folder.exists()
 
 
 @pytest.mark.parametrize("first, second", [(700, 2**30), (2**30, 700), (400, 700)])
@@ -242,6 +321,13 @@ def edit_config(folder: pathlib.Path, **changes) -> None:
   path = folder / "config.json"
   raw = json.loads(path.read_text()) | changes
   path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+
+
+def write_config(folder: pathlib.Path, family: str, **changes) -> None:
+  """The config.json of the small model of a family, changed."""
+  raw = hf.config_json(FAMILY_MODELS[family], "language", IDS)
+  (folder / "config.json").write_text(json.dumps(raw))
+  edit_config(folder, **changes)
 
 
 def edit_tensors(folder: pathlib.Path, edit) -> None:
@@ -320,6 +406,105 @@ def test_absent_fields_have_the_defaults_of_the_format(folder):
   assert hf.parse_config(folder)[0] == config
 
 
+_MINIMAL = {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 7, "num_attention_heads": 32}
+_MINIMAL |= {"intermediate_size": 12, "hidden_act": "silu"}
+_GEMMA = _MINIMAL | {"hidden_activation": "gelu_pytorch_tanh", "hidden_act": ...}
+_GPT2 = {"vocab_size": 8, "n_embd": 64, "n_layer": 7, "n_head": 32}
+_GPT2 |= {"activation_function": "gelu_new"}
+# Family -> the shortest config.json, and what it says beside sizes and `FAMILY_MODELS`.
+DEFAULTS = {
+  "qwen2": (_MINIMAL, {"kv_heads": 32, "max_length": 32768, "windows": (), "tied": False}),
+  "qwen3": (_MINIMAL, {"kv_heads": 32, "max_length": 32768, "head_dim": 128}),
+  "mistral": (_MINIMAL, {"kv_heads": 8, "max_length": 131072, "windows": (4096,) * 7}),
+  "gemma2": (
+    _GEMMA,
+    {
+      "kv_heads": 4,
+      "head_dim": 256,
+      "max_length": 8192,
+      "query_width": 256,
+      "windows": (4096, None) * 3 + (4096,),
+      "attention_softcap": 50.0,
+      "logit_softcap": 30.0,
+    },
+  ),
+  "gemma3": (
+    _GEMMA,
+    {
+      "kv_heads": 4,
+      "head_dim": 256,
+      "max_length": 131072,
+      "query_width": 256,
+      "windows": (4096,) * 5 + (None, 4096),
+      "rope_theta": 1e6,
+      "rope_local_theta": 10000.0,
+      "rope_scaling": None,
+    },
+  ),
+  "gpt2": (_GPT2, {"mlp_width": 256, "max_length": 1024, "norm_eps": 1e-5}),
+  "phi3": (_MINIMAL, {"max_length": 4096, "norm_eps": 1e-5, "windows": (), "rotary_fraction": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_absent_fields_have_the_defaults_of_the_family(tmp_path, name):
+  raw, says = DEFAULTS[name]
+  family = hf.FAMILIES[name]
+  raw = raw | {"model_type": family.model_type, "architectures": [next(iter(family.architectures))]}
+  (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+  sizes = {"vocab_size": 8, "width": 64, "layers": 7, "heads": 32, "kv_heads": 32, "head_dim": 2}
+  usual = {"mlp_width": 12, "norm_eps": 1e-6, "init_std": 0.02}
+  expected = dataclasses.replace(FAMILY_MODELS[name], **(sizes | usual | says))
+  assert hf.parse_config(tmp_path) == (expected, "language")
+
+
+@pytest.mark.parametrize(
+  "name, changes, expected",
+  [
+    ("mistral", {"sliding_window": None}, {"windows": ()}),
+    ("mistral", {"num_key_value_heads": None}, {"kv_heads": 4}),
+    ("phi3", {"sliding_window": 9}, {"windows": (9, 9)}),
+    ("phi3", {"partial_rotary_factor": None}, {"rotary_fraction": 1.0}),
+    (
+      "phi3",
+      {
+        "rope_theta": ...,
+        "partial_rotary_factor": ...,
+        "rope_parameters": {"rope_theta": 5.0, "partial_rotary_factor": 0.25},
+      },
+      {"rope_theta": 5.0, "rotary_fraction": 0.25},
+    ),
+    ("qwen2", {"use_sliding_window": False, "layer_types": ...}, {"windows": ()}),
+    ("qwen2", {"layer_types": ..., "max_window_layers": 0}, {"windows": (3, 3)}),
+    ("qwen2", {"layer_types": ..., "max_window_layers": 2}, {"windows": ()}),
+    ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": None}),
+    ("gemma2", {"layer_types": ["full_attention"] * 2, "sliding_window": None}, {"windows": ()}),
+    ("gemma3", {"layer_types": ..., "sliding_window_pattern": 2}, {"windows": (3, None, 3)}),
+    (
+      "gemma3",
+      {
+        "rope_theta": ...,
+        "rope_local_base_freq": ...,
+        "rope_scaling": ...,
+        "rope_parameters": {
+          "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+          "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
+        },
+      },
+      {
+        "rope_theta": 7.0,
+        "rope_local_theta": 3.0,
+        "rope_scaling": RopeScaling("linear", 2.0),
+      },
+    ),
+  ],
+)
+def test_fields_of_a_family_are_read(tmp_path, name, changes, expected):
+  write_config(tmp_path, name, **changes)
+  config, _ = hf.parse_config(tmp_path)
+  assert config == dataclasses.replace(FAMILY_MODELS[name], **expected)
+
+
 def test_unknown_fields_are_named_in_the_log(folder, monkeypatch):
   lines = []
   monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
@@ -361,7 +546,7 @@ def scaling(**changes):
 
 
 BAD_CONFIGS = {
-  "architecture": ({"architectures": ["MistralForCausalLM"]}, "architectures.*Mistral.*Llama"),
+  "architecture": ({"architectures": ["MixtralForCausalLM"]}, "architectures.*Mixtral.*Llama"),
   "no_architecture": ({"architectures": ...}, "architectures is None"),
   "two_architectures": ({"architectures": ["LlamaForCausalLM"] * 2}, "architectures"),
   "architecture_type": ({"architectures": [{}]}, "architectures"),
@@ -440,6 +625,80 @@ def test_bad_configs_are_refused(folder, name):
     hf.parse_config(folder)
   assert str(e.value).startswith(f"{folder / 'config.json'}: ")
   assert e.value.exit_code == 78
+
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+  "name, changes, words",
+  [
+    ("qwen2", {"model_type": "llama"}, "model_type is 'llama', expected 'qwen2'"),
+    ("qwen2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+    (
+      "qwen2",
+      {"layer_types": [LOCAL, "chunked_attention"]},
+      "layer_types is .*chunked.*expected 2",
+    ),
+    ("qwen2", {"layer_types": [LOCAL]}, "layer_types is .*expected 2 of"),
+    ("qwen2", {"layer_types": LOCAL}, "layer_types is 'sliding_attention'"),
+    ("qwen2", {"sliding_window": None}, "some layers have a window, but sliding_window is not set"),
+    ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1, expected bool"),
+    ("qwen2", {"max_window_layers": "1"}, "max_window_layers is '1', expected a number"),
+    ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0"),
+    ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+    ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; only None"),
+    ("qwen3", {"num_experts": 8}, "num_experts is 8"),
+    ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "architectures is .*Qwen3Moe"),
+    ("mistral", {"layer_types": [LOCAL, GLOBAL]}, "layer_types is .*which mistral does not read"),
+    ("mistral", {"sliding_window": 4.5}, "sliding_window is 4.5, expected int"),
+    ("mistral", {"sliding_window": -1}, "sliding_window is -1, expected a positive"),
+    ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'; only 'gelu_pytorch"),
+    ("gemma2", {"hidden_activation": ...}, "hidden_activation is missing"),
+    ("gemma2", {"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'gelu_pytorch_tanh'"),
+    ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+    ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is -1.0, expected a pos"),
+    ("gemma2", {"query_pre_attn_scalar": "3"}, "query_pre_attn_scalar is '3', expected int"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; only None"),
+    (
+      "gemma3",
+      {"rope_parameters": {"rope_theta": 5.0}},
+      "rope_parameters is .*one object for each",
+    ),
+    (
+      "gemma3",
+      {"rope_parameters": {LOCAL: {"rope_type": "linear", "factor": 2.0}}},
+      "rope scaling 'linear' is not supported, only default",
+    ),
+    ("gemma3", {"rope_local_base_freq": "10"}, "rope_local_base_freq is '10', expected float"),
+    ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+    (
+      "gemma3",
+      {"architectures": ["Gemma3ForConditionalGeneration"]},
+      "architectures is .*Gemma3ForConditionalGeneration",
+    ),
+    ("gpt2", {"activation_function": "relu"}, "activation_function is 'relu'; only 'gelu_new'"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+    ("gpt2", {"hidden_size": 16}, "hidden_size is 16; only None"),
+    ("gpt2", {"n_embd": 18}, "n_embd is no multiple of n_head$"),
+    (
+      "phi3",
+      {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+      "rope scaling 'longrope' is not supported, only default",
+    ),
+    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported"),
+    ("phi3", {"partial_rotary_factor": 0.2}, "rotary_fraction 0.2 .* expected an even number"),
+    ("phi3", {"layer_types": [GLOBAL] * 2}, "layer_types is .*which phi3 does not read"),
+  ],
+)
+def test_bad_configs_of_families_are_refused(tmp_path, name, changes, words):
+  write_config(tmp_path, name)
+  assert hf.parse_config(tmp_path)[0].family == name
+  edit_config(tmp_path, **changes)
+  with pytest.raises(hf.ModelFolderError, match=words) as e:
+    hf.parse_config(tmp_path)
+  assert str(e.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 @pytest.mark.parametrize(

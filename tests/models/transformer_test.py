@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from rlhf_jax.models.build import build
 from rlhf_jax.models.transformer import (
   Cache,
+  Embedding,
   ModelConfig,
   RopeScaling,
   rope_frequencies,
@@ -44,6 +46,34 @@ def test_rope_frequencies(scaling, theta):
   actual = rope_frequencies(config)
   assert actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, expected, rtol=2e-6)
+
+
+def test_local_and_partial_rope_frequencies():
+  config = ModelConfig(
+    vocab_size=8,
+    layers=2,
+    head_dim=32,
+    rotary_fraction=0.5,
+    rope_theta=1e6,
+    rope_scaling=RopeScaling("linear", 3.0),
+    rope_local_theta=100.0,
+    windows=(2, None),
+  )
+  expected = [1e6 ** (-2 * i / 16) / 3.0 for i in range(8)]
+  np.testing.assert_allclose(rope_frequencies(config), expected, rtol=2e-6)
+  expected = [100.0 ** (-2 * i / 16) for i in range(8)]
+  np.testing.assert_allclose(rope_frequencies(config, local=True), expected, rtol=2e-6)
+  shared = dataclasses.replace(config, rope_local_theta=None)
+  np.testing.assert_array_equal(rope_frequencies(shared, local=True), rope_frequencies(config))
+
+
+def test_what_is_not_rotated_stays():
+  x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
+  frequencies = jnp.array([1.0, 0.5])
+  positions = jnp.arange(3)[None]
+  turned = rotate(x, positions, frequencies)
+  np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+  np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], positions, frequencies))
 
 
 def test_rotate_is_a_rotation_of_pairs():
@@ -93,8 +123,6 @@ def test_grouped_queries_equal_repeated_key_heads():
     jax.jit(build(full).apply)(repeated, tokens),
     atol=1e-5,
   )
-  with pytest.raises(ValueError, match="heads 4 is not a multiple of kv_heads 3"):
-    dataclasses.replace(grouped, kv_heads=3)
 
 
 def test_cache_repeats_rows_next_to_each_other():
@@ -106,3 +134,43 @@ def test_cache_repeats_rows_next_to_each_other():
     np.testing.assert_array_equal(cache.v[:, i], -k[:, i // 3])
     np.testing.assert_array_equal(cache.mask[i], mask[i // 3])
   assert int(cache.index) == 2
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+    ({"norm": "batch"}, "norm is 'batch', expected one of"),
+    ({"activation": "relu"}, "activation is 'relu', expected one of .*silu"),
+    ({"positions": "alibi"}, "positions is 'alibi', expected one of"),
+    ({"windows": (4,)}, "windows has 1 entries for 4 layers"),
+    ({"windows": (4, 4, None, 0)}, "a token sees at least itself"),
+    ({"windows": (None,) * 4}, "windows holds no window; leave it empty"),
+    ({"rope_local_theta": 5.0}, "rope_local_theta is for layers with a window"),
+    ({"positions": "learned", "rotary_fraction": 0.5}, "learned positions leave no use for"),
+    ({"positions": "learned", "rope_scaling": LLAMA3}, "learned positions leave no use for"),
+    ({"rotary_fraction": 1.5}, "rotary_fraction is 1.5"),
+    ({"rotary_fraction": 0.1}, "is 3 dimensions, expected an even number"),
+    ({"head_dim": 7}, "head_dim 7 is 7 dimensions, expected an even number"),
+    ({"attention_softcap": 0.0}, "attention_softcap is 0.0, expected above 0 or None"),
+    ({"logit_softcap": math.nan}, "logit_softcap is nan, expected above 0 or None"),
+    ({"query_width": -1}, "query_width is -1, expected above 0 or None"),
+  ],
+)
+def test_fields_that_do_not_go_together_are_refused(changes, words):
+  with pytest.raises(ValueError, match=words):
+    ModelConfig(**{"vocab_size": 8} | changes)
+
+
+def test_the_factor_of_the_embedding_is_rounded_to_its_type():
+  config = ModelConfig(vocab_size=8, width=3072, embed_scale=True, dtype="bfloat16")
+  embed = Embedding(config, rngs=nnx.Rngs(0))
+  tokens = jnp.arange(8)[None]
+  # sqrt(3072) is 55.4, and the nearest bfloat16 is 55.5.
+  table = embed.embedding[...].astype(jnp.bfloat16)
+  expected = (table.astype(jnp.float32) * 55.5).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(embed(tokens, tokens)[0], expected)
+  exact = Embedding(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(0))
+  np.testing.assert_allclose(
+    exact(tokens, tokens)[0], exact.embedding[...] * math.sqrt(3072), rtol=1e-6
+  )

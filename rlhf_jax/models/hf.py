@@ -203,6 +203,8 @@ def _parse_windows(
   path: pathlib.Path, raw: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, ...]:
   """Windows of all layers from `sliding_window` and `layer_types`; empty without any."""
+  if layers > 10_000:  # Below, they are counted one by one.
+    raise _refuse(path, f"{layers} layers are more than any model has")
   window = raw.get("sliding_window", family.window)
   if window is not None:
     window = _typed(path, "sliding_window", window, int)

@@ -601,6 +601,7 @@ BAD_CONFIGS = {
   "int_for_bool": ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected bool"),
   "list": ({"head_dim": [6]}, "head_dim is .6., expected int"),
   "negative": ({"intermediate_size": -12}, "intermediate_size is -12, expected a positive"),
+  "layers": ({"num_hidden_layers": 10**15}, "1000000000000000 layers are more than any model has"),
   "zero": ({"vocab_size": 0}, "vocab_size is 0, expected a positive"),
   "nan": ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a positive"),
   "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, expected a positive"),

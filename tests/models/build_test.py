@@ -28,6 +28,10 @@ VARIANTS = {
   ),
   "linear": dataclasses.replace(TINY, rope_scaling=RopeScaling("linear", 2.5), kv_heads=4),
   **FAMILY_MODELS,
+  # Few layers are unrolled; so many run in a loop.
+  "gemma3_loop": dataclasses.replace(
+    FAMILY_MODELS["gemma3"], layers=6, windows=(3, 3, None, 3, 3, None)
+  ),
 }
 
 
@@ -390,8 +394,9 @@ def test_learned_positions_have_an_end():
   np.testing.assert_allclose(logits, oracle(params, config, tokens[0, 3:]), atol=1e-5)
 
 
-def test_fully_padded_rows_are_finite():
-  model, params = make(TINY)
+@pytest.mark.parametrize("name", ["tied", "gemma2"])
+def test_fully_padded_rows_are_finite(name):
+  model, params = make(VARIANTS[name])
   tokens = random_tokens(3, 6)
   segments = np.zeros((3, 6), np.int32)
   segments[1] = 1
@@ -428,6 +433,20 @@ def test_bfloat16_computes_float32_logits():
   assert last.dtype == jnp.float32
   scorer, scorer_params = make(model.config, "scalar")
   assert scorer.apply(scorer_params, tokens).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_every_family_computes_in_bfloat16(name):
+  model = build(dataclasses.replace(FAMILY_MODELS[name], dtype="bfloat16"))
+  tokens, mask = jnp.ones((2, 5), jnp.int32), jnp.ones((2, 5), bool)
+
+  def run(key):
+    params, cache = model.init(key), model.init_cache(2, 5)
+    return model.apply(params, tokens), *model.decode(params, tokens, cache, mask=mask)
+
+  logits, last, cache = jax.eval_shape(run, jax.random.key(0))
+  assert logits.dtype == last.dtype == jnp.float32
+  assert cache.k.dtype == cache.v.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -236,7 +236,7 @@ def child(tmp_path_factory):
     shapes = jax.eval_shape(build(config, head).init, jax.random.key(0))
     # Biases and scales are not as initialised.
     params[name] = jax.tree.map(
-      lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), shapes
+      lambda x, rng=rng: jnp.asarray(rng.normal(size=x.shape) * 0.5, jnp.float32), shapes
     )
     if head == "scalar":  # The classification format has no bias.
       params[name]["score"]["bias"] = jnp.zeros(1)

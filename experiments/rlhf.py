@@ -10,12 +10,13 @@ continues where it was stopped.
 """
 
 import dataclasses
+import shutil
 
 from experiments import common, ppo, reward_model, sft
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
-from rlhf_jax import checkpoint, flags, loop, metrics, reporting
+from rlhf_jax import checkpoint, flags, loop, processes, reporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +66,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     "ppo/length": of_ppo["length"],
   }
   show(summary)
-  runs = {
-    name: metrics.read_metrics(workdir / name / "metrics.jsonl")
-    for name in ("sft", "reward_model", "ppo")
-  }
-  for name, rows in runs.items():
-    reporting.save_panels({name: rows}, workdir / "plots" / name)
+  if processes.is_first():
+    for name in ("sft", "reward_model", "ppo"):
+      shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
   reporting.write_summary(workdir, summary)
   return summary
 

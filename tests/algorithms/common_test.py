@@ -5,19 +5,31 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import sharding
-from rlhf_jax.algorithms import nash_md, ppo, preference_model, reward_model, sft
+from rlhf_jax import generation, sharding
+from rlhf_jax.algorithms import (
+  dpo,
+  nash_md,
+  ppo,
+  preference_model,
+  rest,
+  reward_model,
+  rollouts,
+  sft,
+)
 from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
-from rlhf_jax.types import ComparisonBatch, Rollout, TokenBatch
+from rlhf_jax.types import ComparisonBatch, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
 from tests.testing import compilations
 
 ROWS, PROMPT, T = 16, 3, 8
 STEPS = 3
+STOPS = (2,)
+SAMPLING = generation.SamplingConfig(max_new_tokens=T - PROMPT, temperature=0.7)
 
 
 def optimizer():
@@ -31,6 +43,25 @@ def token_batch(*leading, seed=0) -> TokenBatch:
   tokens = rng.integers(3, 16, size=(*leading, T)).astype(np.int32)
   end = rng.integers(PROMPT + 1, T + 1, size=(*leading, 1))
   return TokenBatch(tokens, (np.arange(T) >= PROMPT) & (np.arange(T) < end))
+
+
+def prompts(seed=0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Tokens and mask of prompts of one to three tokens, padded on the left, and their ids."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, 16, size=(ROWS, PROMPT)).astype(np.int32)
+  mask = np.arange(PROMPT) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1))
+  return tokens, mask, np.arange(ROWS, dtype=np.int32)
+
+
+def make_sampler(model, wrap=lambda *functions: functions):
+  decode, init_cache = wrap(model.decode, model.init_cache)
+  return generation.make_generate(decode, init_cache, SAMPLING, stop_ids=STOPS, pad_id=0)
+
+
+def judged(rollout) -> np.ndarray:
+  """[B] float32, different for different responses."""
+  tokens, on = jax.device_get((rollout.tokens, rollout.response_mask))
+  return np.where(on, np.sin(tokens), 0).sum(1).astype(np.float32)
 
 
 def run_sft(put, microbatches):
@@ -48,34 +79,49 @@ def run_reward_model(put, microbatches):
   return loop(step, state, lambda i, state: put(token_batch(ROWS, 2, seed=i)))
 
 
+def run_dpo(put, microbatches):
+  model, tx = build(CONFIG), optimizer()
+  config = dpo.DPOConfig(microbatches=microbatches)
+  step = dpo.make_dpo_step(model.apply, tx, config)
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
+  refer = jax.jit(functools.partial(dpo.reference_logprobs, model.apply, config=config))
+
+  def next_batch(i, state):
+    del state
+    pairs = put(token_batch(ROWS, 2, seed=i))
+    return dpo.DPOBatch(pairs, refer(reference, pairs))
+
+  return loop(step, state, next_batch)
+
+
 def run_ppo(put, microbatches):
   policy, critic, tx = build(CONFIG), build(CONFIG, head="scalar"), optimizer()
   config = ppo.PPOConfig(epochs=2, minibatches=2, microbatches=microbatches, normalize_scores=True)
   apply = actor_critic(policy, critic)
-  step = ppo.make_ppo_step(apply, tx, config, temperature=0.7)
-  experience = ppo.make_experience(apply, policy.apply, config, temperature=0.7)
+  step = ppo.make_ppo_step(apply, tx, config, temperature=SAMPLING.temperature)
+  experience = ppo.make_experience(apply, policy.apply, config, temperature=SAMPLING.temperature)
+  generate = make_sampler(policy)
   init = lambda key: {"policy": policy.init(key), "value": critic.init(key)}  # noqa: E731
   state = put(init_state(jax.jit(init)(jax.random.key(0)), tx), is_state=True)
   reference = put(jax.jit(policy.init)(jax.random.key(9)), is_state=True)  # Another model.
   control = ppo.init_control(config)
+  sampled = []
 
   def next_batch(i, state):
     nonlocal control
-    rng = np.random.default_rng(i)
-    tokens, response = token_batch(ROWS, seed=i)
-    # Left padding before prompts of one to three tokens.
-    prompt = np.arange(T) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1))
-    prompt &= np.arange(T) < PROMPT
-    scores = rng.normal(size=ROWS).astype(np.float32)
+    rollout = generate(state.params["policy"], *put(prompts(i)), jax.random.key(i))
+    sampled.append(np.asarray(rollout.tokens))
+    scores = judged(rollout)
     scores[i] = np.nan  # A row without a score.
-    logprobs = np.log(rng.uniform(0.8, 1.2, (ROWS, T - PROMPT)) / 16).astype(np.float32)
-    rollout = Rollout(tokens, prompt, response, logprobs)
-    rollout, scores, done = put((rollout, scores, rng.random(ROWS) < 0.7))
-    batch, control, metrics = experience(state.params, reference, control, rollout, scores, done)
+    ended = generation.ended(rollout, STOPS)
+    batch, control, metrics = experience(
+      state.params, reference, control, rollout, put(scores), ended
+    )
     assert abs(metrics["kl/ref"]) > 0.1
     return batch
 
-  return loop(step, state, next_batch)
+  return loop(step, state, next_batch, sampled)
 
 
 def run_preference_model(put, microbatches):
@@ -95,29 +141,61 @@ def run_preference_model(put, microbatches):
 def run_nash_md(put, microbatches):
   model, tx = build(CONFIG), optimizer()
   config = nash_md.NashMDConfig(objective="regression", tau=0.5, microbatches=microbatches)
-  step = nash_md.make_nash_md_step(model.apply, tx, config, temperature=0.7)
+  step = nash_md.make_nash_md_step(model.apply, tx, config, temperature=SAMPLING.temperature)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
 
+  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
+  generate = make_sampler(model, generation.make_mixture)
+  refer = jax.jit(functools.partial(rollouts.rollout_logprobs, model.apply))
+  sampled = []
+
   def next_batch(i, state):
-    del state
-    rng = np.random.default_rng(i)
-    tokens, response = token_batch(ROWS, 2, seed=i)
-    prompt = np.arange(T) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1, 1))
-    prompt = np.broadcast_to(prompt & (np.arange(T) < PROMPT), response.shape)
-    logprobs = rng.normal(-3, 0.3, (2, ROWS, 2, T - PROMPT)).astype(np.float32)
-    batch = nash_md.NashMDBatch(
-      rollout=Rollout(tokens, prompt, response, logprobs[0]),
-      ref_logprobs=logprobs[1],
-      preference=rng.random((ROWS, 2)).astype(np.float32),
-      tau=np.full(ROWS, 0.5, np.float32),
+    own, other = (
+      generation.MixtureParams(state.params, reference, mix) for mix in (0.0, config.mix)
     )
-    return put(batch)
+    pair = [
+      generate(params, *put(prompts(i)), jax.random.key(10 * i + n))
+      for n, params in enumerate((own, other, own))
+    ]
+    sampled.extend(np.asarray(rollout.tokens) for rollout in pair)
+    wins = [np.float32(judged(rollout) > judged(pair[1])) for rollout in pair[::2]]
+    stack = lambda *x: jnp.stack(x, axis=1)  # noqa: E731
+    refs = [refer(reference, rollout, SAMPLING.temperature)[0] for rollout in pair[::2]]
+    return nash_md.NashMDBatch(
+      rollout=jax.tree.map(stack, *pair[::2]),
+      ref_logprobs=stack(*refs),
+      preference=put(np.stack(wins, axis=1)),
+      tau=put(np.full(ROWS, 0.5, np.float32)),
+    )
 
-  return loop(step, state, next_batch)
+  return loop(step, state, next_batch, sampled)
 
 
-def loop(step, state, next_batch) -> tuple[Any, list[dict[str, float]]]:
-  """Params and metrics after three steps."""
+def run_rest(put, microbatches):
+  model, tx = build(CONFIG), optimizer()
+  config = rest.RestConfig(kappa=0.3, microbatches=microbatches)
+  improve = rest.make_rest_step(model.apply, tx, config)
+  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
+  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
+  generate = make_sampler(model)
+  sampled = []
+
+  def next_batch(i, state):
+    tokens, mask, ids = prompts(i)
+    whole = np.ones_like(mask)  # Nothing on the left, so sequences are padded on the right only.
+    rollout = generate(state.params, *put((tokens, whole, ids)), jax.random.key(i))
+    sampled.append(np.asarray(rollout.tokens))
+    weights = rest.kept_weights(judged(rollout)[:, None], 0.5, config)[:, 0]
+    return rest.RestBatch(TokenBatch(rollout.tokens, rollout.response_mask), put(weights))
+
+  def step(state, batch, key):
+    return improve(state, batch, reference, key)
+
+  return loop(step, state, next_batch, sampled)
+
+
+def loop(step, state, next_batch, sampled=()) -> tuple[Any, list[dict[str, float]], list]:
+  """Params, metrics and what was sampled after three steps."""
   metrics, on_one = [], len(state.step.sharding.device_set) == 1
   with compilations() as names:
     for i in range(STEPS):
@@ -129,15 +207,17 @@ def loop(step, state, next_batch) -> tuple[Any, list[dict[str, float]]]:
   assert state.step == STEPS
   if on_one:
     assert names.count("step") == 1
-  return jax.device_get(state.params), metrics
+  return jax.device_get(state.params), metrics, list(sampled)
 
 
 RUNS = {
   "sft": run_sft,
   "reward_model": run_reward_model,
   "preference_model": run_preference_model,
+  "dpo": run_dpo,
   "ppo": run_ppo,
   "nash_md": run_nash_md,
+  "rest": run_rest,
 }
 
 
@@ -156,14 +236,15 @@ def assert_close(a, b, atol):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_three_steps_on_one_device(name):
-  params, metrics = single_device(name)
+  params, metrics, sampled = single_device(name)
   assert all(np.isfinite(list(m.values())).all() for m in metrics)
   assert all(m["skipped_steps"] == 0 and m["grad_norm"] > 1e-3 for m in metrics)
   assert all(a["loss"] != b["loss"] for a, b in itertools.pairwise(metrics))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+  assert len({tokens.tobytes() for tokens in sampled}) == len(sampled)
 
 
-@pytest.mark.parametrize("spec", ["data:8", "fsdp:4,tensor:2"])
+@pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
 @pytest.mark.parametrize("name", RUNS)
 def test_eight_devices_equal_one(name, spec):
   mesh = sharding.make_mesh(spec)
@@ -173,8 +254,10 @@ def test_eight_devices_equal_one(name, spec):
       return jax.device_put(tree, sharding.named_shardings(tree, mesh, sharding.DECODER_RULES))
     return sharding.place_batch(tree, mesh)
 
-  want_params, want_metrics = single_device(name)
-  params, metrics = RUNS[name](put, 1)
+  want_params, want_metrics, want_sampled = single_device(name)
+  params, metrics, sampled = RUNS[name](put, 1)
+  for tokens, want in zip(sampled, want_sampled, strict=True):
+    np.testing.assert_array_equal(tokens, want)
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
 
@@ -185,8 +268,8 @@ def test_microbatches_change_nothing(name):
     del is_state
     return jax.device_put(tree, jax.devices()[0])
 
-  want_params, want_metrics = single_device(name)
-  params, metrics = RUNS[name](put, 4)
+  want_params, want_metrics, _ = single_device(name)
+  params, metrics, _ = RUNS[name](put, 4)
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
 

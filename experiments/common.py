@@ -49,6 +49,8 @@ class ModelOptions:
     mlp_width: Width of the MLP of a new model.
     dtype: Type of the computation; params and optimizer state stay float32.
     remat: Recompute blocks in the backward pass: less memory, a third more work.
+    logit_chunk: Logits of each row that a loss holds at a time, tokens times vocabulary. Gradients
+      compute them again if a row has more.
   """
 
   path: str = ""
@@ -58,9 +60,10 @@ class ModelOptions:
   mlp_width: int = 384
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
+  logit_chunk: int = 2**24
 
   def __post_init__(self):
-    for name in ("layers", "width", "heads", "mlp_width"):
+    for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     if self.width % (2 * self.heads):
@@ -202,7 +205,7 @@ def open_model(
         f" {config.vocab_size} rows; they do not belong together"
       )
   config = dataclasses.replace(config, dtype=options.dtype, remat=options.remat)
-  model = build(config, head, known_tokens=tokenizer.vocab_size)
+  model = build(config, head, known_tokens=tokenizer.vocab_size, logit_chunk=options.logit_chunk)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   key = run.key_for(1)

@@ -144,10 +144,13 @@ def score_tokens(
   """
   *lead, length = batch.tokens.shape
   flat = batch.tokens.reshape(-1, length)
+
+  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    squared = jax.nn.logsumexp(2 * jax.nn.log_softmax(masked.widen(logits)), axis=-1)
+    return logprobs_lib.token_logprobs(logits, targets), jax.lax.stop_gradient(squared)
+
   logits = apply_fn(params, flat)
-  logprobs = logprobs_lib.next_token_logprobs(logits, flat)
-  squared = jax.nn.logsumexp(2 * jax.nn.log_softmax(masked.widen(logits)), axis=-1)
-  collision = jnp.pad(squared[:, :-1], ((0, 0), (1, 0)))
+  logprobs, collision = logprobs_lib.over_next_tokens(figures, flat, logits)
   mask = batch.mask.at[..., 0].set(False)
   return logprobs.reshape(*lead, length), mask, collision.reshape(*lead, length)
 

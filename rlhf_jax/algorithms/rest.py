@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.losses import kl, masked, shaping, supervised
+from rlhf_jax.losses import kl, logprobs, masked, shaping, supervised
 from rlhf_jax.train_step import jit_step, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
@@ -142,7 +142,9 @@ def loss_fn(
   }
   if config.kappa:
     ref_logits = jax.lax.stop_gradient(apply_fn(ref_params, tokens))
-    divergence = jnp.pad(kl.full_kl(ref_logits, logits)[:, :-1], ((0, 0), (1, 0)))
+    divergence = logprobs.over_next_tokens(
+      lambda targets, *logits: kl.full_kl(*logits), tokens, ref_logits, logits
+    )
     forward = masked.masked_sum(weights * divergence, mask) / total
     loss += config.kappa * forward
     metrics["kl/forward"] = forward

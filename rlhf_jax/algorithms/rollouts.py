@@ -25,22 +25,26 @@ def response_inputs(rollout: Rollout) -> dict[str, Any]:
 
 
 def response_logprobs(
-  logits: jax.Array, rollout: Rollout, temperature: float
+  logits: logprobs_lib.Logits, rollout: Rollout, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities and entropies at the tokens of sampled responses.
 
   Args:
-    logits: [B, R + 1, V] from `response_inputs`.
+    logits: [B, R + 1, V] from `response_inputs`, maybe lazy.
     rollout: B responses of up to R tokens.
     temperature: Divides the logits, as it did when sampling.
 
   Returns:
     [B, R] each; what stands after the end of a response means nothing.
   """
-  logits = logits / temperature
-  targets = rollout.tokens[:, -logits.shape[1] :]
-  logprobs = logprobs_lib.next_token_logprobs(logits, targets)[:, 1:]
-  return logprobs, logprobs_lib.entropy(logits[:, :-1])
+
+  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = logits / temperature
+    return logprobs_lib.token_logprobs(logits, targets), logprobs_lib.entropy(logits)
+
+  tokens = rollout.tokens[:, -rollout.logprobs.shape[1] - 1 :]
+  logprobs, entropy = logprobs_lib.over_next_tokens(figures, tokens, logits)
+  return logprobs[:, 1:], entropy[:, 1:]
 
 
 def rollout_logprobs(

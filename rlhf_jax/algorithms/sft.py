@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.losses import masked, supervised
+from rlhf_jax.losses import logprobs as logprobs_lib
+from rlhf_jax.losses import masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep
 
@@ -44,13 +45,18 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
   """
   del key  # The loss is deterministic given the batch.
+
+  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logprobs = logprobs_lib.token_logprobs(logits, targets)
+    return logprobs, jnp.argmax(logits, axis=-1) == targets
+
   logits = apply_fn(params, batch.tokens)
+  logprobs, hit = logprobs_lib.over_next_tokens(figures, batch.tokens, logits)
   mask = batch.mask.at[:, 0].set(False)  # The first token has no prediction.
-  loss = masked.masked_mean(supervised.nll(logits, batch.tokens), mask)
-  hit = jnp.argmax(logits[:, :-1], axis=-1) == batch.tokens[:, 1:]
+  loss = -masked.masked_mean(logprobs, mask)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
-    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask[:, 1:]),
+    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask),
     "weight": tokens,
     "tokens": tokens,
   }

@@ -1,10 +1,113 @@
-"""Log-probabilities of given tokens, and entropy, in float32 or wider."""
+"""Log-probabilities of given tokens, and entropy, in float32 or wider.
+
+Logits are arrays, or `LazyLogits` of which a few tokens are computed at a time: at a vocabulary of
+128 thousand the logits of a batch, their softmax and their gradients outweigh all the rest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import masked
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("hidden", "params"),
+  meta_fields=("read_out", "chunk"),
+)
+@dataclasses.dataclass(frozen=True)
+class LazyLogits:
+  """Logits [B, T, V] that are computed where they are read (`over_tokens`).
+
+  Attributes:
+    hidden: [B, T, D] that they are computed from.
+    params: Of the computation.
+    read_out: `(params, hidden [B, t, D]) -> logits [B, t, V]`.
+    chunk: Tokens of each row whose logits are held at a time, t.
+  """
+
+  hidden: jax.Array
+  params: Any
+  read_out: Callable[[Any, jax.Array], jax.Array]
+  chunk: int
+
+
+Logits = jax.Array | LazyLogits
+
+
+def over_tokens(fn: Callable[..., Any], *inputs: Logits) -> Any:
+  """`fn(*inputs)`, computed for a few tokens at a time if an input is lazy.
+
+  Gradients compute each piece again. Pieces are cut along T alone, so that rows stay where they
+  are on a mesh.
+
+  Args:
+    fn: Function of arrays [B, t, ...] to a tree of arrays [B, t, ...] that treats every token on
+      its own.
+    *inputs: [B, T, ...] each; lazy ones reach `fn` as arrays [B, t, V]. Without a lazy one they
+      may have any shape and go to `fn` as they are.
+
+  Returns:
+    Tree of [B, T, ...].
+
+  Raises:
+    AssertionError: If B or T differ beside a lazy input.
+  """
+  lazy = [x for x in inputs if isinstance(x, LazyLogits)]
+  if not lazy:
+    return fn(*inputs)
+  arrays = [x.hidden if isinstance(x, LazyLogits) else x for x in inputs]
+  chex.assert_equal_shape_prefix(arrays, 2)
+
+  def piece(arrays):
+    read = [
+      x.read_out(x.params, array) if isinstance(x, LazyLogits) else array
+      for x, array in zip(inputs, arrays, strict=True)
+    ]
+    return fn(*read)
+
+  length = arrays[0].shape[1]
+  pieces = max(-(-length // x.chunk) for x in lazy)
+  if pieces == 1:
+    return piece(arrays)
+  size = -(-length // pieces)
+
+  def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, size, ...]
+    x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.swapaxes(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 0, 1)
+
+  def join(x: jax.Array) -> jax.Array:
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], pieces * size, *x.shape[3:])[:, :length]
+
+  piece = jax.checkpoint(piece, prevent_cse=False)  # In a loop nothing can be merged anyway.
+  return jax.tree.map(join, jax.lax.map(piece, [cut(x) for x in arrays]))
+
+
+def over_next_tokens(fn: Callable[..., Any], tokens: jax.Array, *logits: Logits) -> Any:
+  """`fn(targets, *logits)` with the token that follows each position: the one place that shifts.
+
+  Args:
+    fn: See `over_tokens`.
+    tokens: [B, T] int.
+    *logits: [B, T, V] float each, of which `[:, t]` predicts `tokens[:, t + 1]`.
+
+  Returns:
+    Tree of [B, T, ...], where `[:, t]` is about `tokens[:, t]`. Column 0 has no prediction and
+    is 0.
+  """
+  chex.assert_rank(tokens, 2)
+  # What the last position is given here is dropped below.
+  found = over_tokens(fn, jnp.roll(tokens, -1, axis=1), *logits)
+  return jax.tree.map(
+    lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2)), found
+  )
 
 
 def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -25,7 +128,7 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
 
 
-def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
   """Log-probability of each target under the logits at the same position.
 
   Nothing is shifted: `logits[..., t, :]` must be the distribution of `targets[..., t]`. Use
@@ -41,20 +144,24 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> jax.Array:
   Raises:
     AssertionError: If the shapes do not match.
   """
-  chex.assert_rank(logits, targets.ndim + 1)
-  chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits, fine = shifted(logits)
-  # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
-  # Explicit meshes, and needs less memory on TPU.
-  # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
-  vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-  hit = vocabulary == targets[..., None]
-  logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-  return jnp.where(fine, logprobs, jnp.nan)
+
+  def of_arrays(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    chex.assert_rank(logits, targets.ndim + 1)
+    chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
+    logits, fine = shifted(logits)
+    # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
+    # Explicit meshes, and needs less memory on TPU.
+    # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
+    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    hit = vocabulary == targets[..., None]
+    logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+    return jnp.where(fine, logprobs, jnp.nan)
+
+  return over_tokens(of_arrays, logits, targets)
 
 
-def next_token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-  """Log-probability of every token given the ones before it: the one place that shifts.
+def next_token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
+  """Log-probability of every token given the ones before it.
 
   Args:
     logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
@@ -63,12 +170,10 @@ def next_token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   Returns:
     [B, T] float32. Column 0 has no prediction and is 0.
   """
-  chex.assert_rank([logits, tokens], [3, 2])
-  chex.assert_equal_shape_prefix([logits, tokens], 2)
-  return jnp.pad(token_logprobs(logits[:, :-1], tokens[:, 1:]), ((0, 0), (1, 0)))
+  return over_next_tokens(lambda targets, logits: token_logprobs(logits, targets), tokens, logits)
 
 
-def entropy(logits: jax.Array) -> jax.Array:
+def entropy(logits: Logits) -> jax.Array:
   """Entropy of the softmax, in nats.
 
   Args:
@@ -77,8 +182,12 @@ def entropy(logits: jax.Array) -> jax.Array:
   Returns:
     [...] float32.
   """
-  logits, fine = shifted(logits)
-  logprobs = jax.nn.log_softmax(logits, axis=-1)
-  probs = jnp.exp(logprobs)
-  result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
-  return jnp.where(fine, result, jnp.nan)
+
+  def of_arrays(logits: jax.Array) -> jax.Array:
+    logits, fine = shifted(logits)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(logprobs)
+    result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
+    return jnp.where(fine, result, jnp.nan)
+
+  return over_tokens(of_arrays, logits)

@@ -13,12 +13,13 @@ layers/{attention_post_norm,mlp_post_norm}/scale [L, D], layers/attention/{q_nor
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rlhf_jax.losses.logprobs import LazyLogits
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   Block,
@@ -38,7 +39,8 @@ class Model(NamedTuple):
     config: Its architecture.
     init: `key -> params`.
     apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
-      [B, T, V] float32, or scores [B, T] float32 for a scalar head. `segment_ids` [B, T] int is 0
+      [B, T, V] float32 (lazy ones if built so), or scores [B, T] float32 for a scalar head.
+      `segment_ids` [B, T] int is 0
       on padding (left or right) and numbers packed sequences; attention stays inside a segment.
       Windows count `positions`, by default those in the segment. `last` computes only the final
       `last` positions. ValueError for more tokens than a model with learned positions has.
@@ -49,7 +51,7 @@ class Model(NamedTuple):
 
   config: ModelConfig
   init: Callable[[jax.Array], Params]
-  apply: Callable[..., jax.Array]
+  apply: Callable[..., Any]
   decode: Callable[..., tuple[jax.Array, Cache]]
   init_cache: Callable[..., Cache]
 
@@ -104,6 +106,7 @@ def build(
   head: Literal["language", "scalar"] = "language",
   *,
   known_tokens: int | None = None,
+  logit_chunk: int | None = None,
 ) -> Model:
   """Pure functions of a decoder with a language-model or a scalar head.
 
@@ -112,6 +115,8 @@ def build(
     head: What is read out of the final hidden states.
     known_tokens: Number of ids that the tokenizer knows, if the embedding has more rows: the
       logits of the others are -inf, so that neither sampling nor training gives them probability.
+    logit_chunk: `apply` gives `LazyLogits`, of which a loss computes about so many of a row at a
+      time (tokens times V); None gives the array.
   """
   init_embed, embed = _pure(Embedding, config)
   init_block, block = _pure(Block, config)
@@ -135,21 +140,28 @@ def build(
       params["lm_head"] = init_lm_head(head_key)
     return params
 
-  def read_out(params: Params, hidden: jax.Array) -> jax.Array:
-    hidden = norm(params["final_norm"], hidden)
-    if head == "scalar":
-      return score(params["score"], hidden)
+  def to_logits(params: Params, hidden: jax.Array) -> jax.Array:
+    """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the params of its head."""
     if config.tied:
-      table = params["embed"]["embedding"].astype(hidden.dtype)
+      table = params["embedding"].astype(hidden.dtype)
       logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
     else:
-      logits = lm_head(params["lm_head"], hidden)
+      logits = lm_head(params, hidden)
     if config.logit_softcap is not None:
       logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
     if known_tokens is None or known_tokens >= config.vocab_size:
       return logits
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
+
+  def read_out(params: Params, hidden: jax.Array, chunk: int | None = None) -> Any:
+    hidden = norm(params["final_norm"], hidden)
+    if head == "scalar":
+      return score(params["score"], hidden)
+    output = {"embedding": params["embed"]["embedding"]} if config.tied else params["lm_head"]
+    if chunk is None:
+      return to_logits(output, hidden)
+    return LazyLogits(hidden, output, to_logits, max(1, chunk // config.vocab_size))
 
   def require_positions(length: int) -> None:
     if config.positions == "learned" and length > config.max_length:
@@ -174,7 +186,7 @@ def build(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     last: int | None = None,
-  ) -> jax.Array:
+  ) -> jax.Array | LazyLogits:
     length = tokens.shape[1]
     require_positions(length)
     causal = jnp.tril(jnp.ones((length, length), bool))[None]
@@ -195,7 +207,7 @@ def build(
     layer = jax.checkpoint(layer) if config.remat else layer
     x = embed(params["embed"], tokens, positions)
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
-    return read_out(params, x if last is None else x[:, -last:])
+    return read_out(params, x if last is None else x[:, -last:], logit_chunk)
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
     require_positions(slots)

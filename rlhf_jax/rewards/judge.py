@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.data import Tokenizer
+from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.types import ApplyFn, Params
 
 PRINCIPLES = (
@@ -100,7 +101,8 @@ class JudgeModel:
     @jax.jit
     def verdict(params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
       logits = apply_fn(params, tokens, segment_ids=mask.astype(jnp.int32), last=1)
-      return jax.nn.softmax(logits[:, 0, ids].astype(jnp.float32))[:, 0]
+      logits = over_tokens(lambda logits: logits[..., ids], logits)[:, 0]
+      return jax.nn.softmax(logits.astype(jnp.float32))[:, 0]
 
     self._verdict = verdict
 

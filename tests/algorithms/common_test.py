@@ -1,5 +1,6 @@
 """What holds for every algorithm: neither mesh nor micro-batches change what is learnt."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -24,7 +25,7 @@ from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
 from rlhf_jax.types import ComparisonBatch, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
-from tests.testing import compilations
+from tests.testing import compilations, tiny_params
 
 ROWS, PROMPT, T = 16, 3, 8
 STEPS = 3
@@ -272,6 +273,89 @@ def test_microbatches_change_nothing(name):
   params, metrics, _ = RUNS[name](put, 4)
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
+
+
+def language_losses(model, critic):
+  """Losses over the vocabulary: name -> `(params, batch, key) -> (loss, metrics)`."""
+  apply = model.apply
+
+  def of_policy(loss_fn, **settings):
+    return lambda params, *args: loss_fn(params["policy"], *args, apply_fn=apply, **settings)
+
+  def forward_kl(params, *args):  # To another model.
+    ref_params = jax.tree.map(lambda x: x + 0.1, params["policy"])
+    loss = of_policy(rest.loss_fn, config=rest.RestConfig(kappa=0.5), ref_params=ref_params)
+    return loss(params, *args)
+
+  return {
+    "sft": of_policy(sft.loss_fn),
+    "dpo": of_policy(dpo.loss_fn, config=dpo.DPOConfig(reweight=True, sft_coef=0.3)),
+    "ppo": functools.partial(
+      ppo.loss_fn,
+      apply_fn=actor_critic(model, critic),
+      config=ppo.PPOConfig(entropy_coef=0.2),
+      temperature=0.7,
+    ),
+    "rest": forward_kl,
+    "nash_md": of_policy(nash_md.loss_fn, config=nash_md.NashMDConfig(), temperature=0.7),
+  }
+
+
+def language_batch(name, rows, length):
+  """Random rows, whose second half is the response."""
+  rng = np.random.default_rng(0)
+  half = length // 2
+
+  def tokens(*leading):
+    mask = np.broadcast_to(np.arange(length) >= half, (*leading, length))
+    return TokenBatch(rng.integers(3, 16, (*leading, length)).astype(np.int32), mask)
+
+  def floats(*shape):
+    return rng.normal(-2, 0.3, shape).astype(np.float32)
+
+  def rollout(*leading):
+    ids, mask = tokens(*leading)
+    return Rollout(ids, ~mask, mask, floats(*leading, half))
+
+  if name == "sft":
+    return tokens(rows)
+  if name == "dpo":
+    return dpo.DPOBatch(tokens(rows // 2, 2), floats(rows // 2, 2))
+  if name == "rest":
+    return rest.RestBatch(tokens(rows), rng.random(rows).astype(np.float32))
+  if name == "nash_md":
+    return nash_md.NashMDBatch(
+      rollout(rows, 1), floats(rows, 1, half), -floats(rows, 1), np.full(rows, 0.5, np.float32)
+    )
+  arrays = [floats(rows, half) for _ in range(5)]
+  return ppo.PPOBatch(rollout(rows), np.ones((rows, half), bool), *arrays)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo", "rest", "nash_md"])
+def test_logits_of_a_few_tokens_at_a_time_change_nothing(name):
+  batch, critic, found = language_batch(name, 4, 10), build(CONFIG, "scalar"), []
+  params = {"policy": tiny_params(), "value": tiny_params("scalar")}
+  key = jax.random.key(0)
+  for chunk in (None, 3 * CONFIG.vocab_size):
+    loss = language_losses(build(CONFIG, logit_chunk=chunk), critic)[name]
+    found.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, key))
+  ((want, want_metrics), want_grads), ((value, metrics), grads) = found
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+  jax.tree.map(close, (value, metrics, grads), (want, want_metrics, want_grads))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])
+def test_memory_does_not_grow_with_the_logits(name):
+  config = dataclasses.replace(CONFIG, vocab_size=2**17)
+  policy, critic = build(config), build(config, "scalar")
+  init = lambda key: {"policy": policy.init(key), "value": critic.init(key)}  # noqa: E731
+  params, key = jax.eval_shape(init, jax.random.key(0)), jax.random.key(0)
+  batch, found = language_batch(name, 4, 512), []
+  for chunk in (None, 2**22):
+    loss = language_losses(build(config, logit_chunk=chunk), critic)[name]
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch, key)
+    found.append(step.compile().memory_analysis().temp_size_in_bytes)
+  assert found[0] > 5 * found[1], found
 
 
 def test_a_step_keeps_the_placement_of_its_state():

@@ -1,3 +1,6 @@
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax.losses import logprobs, masked
+from rlhf_jax.losses import kl, logprobs, masked
 from tests.losses.case import B, Case, T, V
 
 
@@ -149,6 +152,109 @@ def test_sharded_vocabulary(axis_type, function):
   assert "f32[2,6,16]" not in step.as_text()
 
 
+def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0):
+  """Lazy logits [B, T, V], their hidden states and kernel, and the targets; shape is B, T, D, V."""
+  rows, length, width, size = shape
+  rng = np.random.default_rng(seed)
+  hidden = rng.normal(size=(rows, length, width)).astype(np.float32)
+  kernel = rng.normal(size=(width, size)).astype(np.float32)
+  targets = rng.integers(size, size=(rows, length)).astype(np.int32)
+
+  def read_out(params, hidden):
+    return softcap * jnp.tanh(hidden @ params["kernel"] / softcap)
+
+  def make(hidden, kernel):
+    return logprobs.LazyLogits(hidden, {"kernel": kernel}, read_out, chunk)
+
+  return make, hidden, kernel, targets
+
+
+OVER_LOGITS = {
+  "token_logprobs": logprobs.token_logprobs,
+  "next_token_logprobs": logprobs.next_token_logprobs,
+  "entropy": lambda logits, targets: logprobs.entropy(logits),
+  "two at once": lambda logits, targets: sum(
+    logprobs.over_next_tokens(
+      lambda targets, logits: (
+        logprobs.token_logprobs(logits / 0.7, targets),
+        logprobs.entropy(logits / 0.7),
+      ),
+      targets,
+      logits,
+    )
+  ),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize("name", OVER_LOGITS)
+def test_lazy_logits_change_neither_values_nor_gradients(name, chunk):
+  make, hidden, kernel, targets = lazy_logits(chunk)
+  weights = np.random.default_rng(1).normal(size=targets.shape).astype(np.float32)
+
+  def loss(hidden, kernel, *, lazy):
+    logits = make(hidden, kernel)
+    if not lazy:
+      logits = logits.read_out(logits.params, hidden)
+    values = OVER_LOGITS[name](logits, targets)
+    return jnp.sum(weights * values), values
+
+  def run(lazy):
+    loss_of = functools.partial(loss, lazy=lazy)
+    return jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True))(hidden, kernel)
+
+  (_, values), grads = run(lazy=True)
+  (_, want), want_grads = run(lazy=False)
+  np.testing.assert_allclose(values, want, rtol=1e-6, atol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6), grads, want_grads
+  )
+
+
+def test_lazy_logits_match_float64():
+  make, hidden, kernel, targets = lazy_logits(chunk=2)
+  table = log_softmax(4 * np.tanh(hidden.astype(np.float64) @ kernel / 4))
+  result = jax.jit(lambda *x: logprobs.token_logprobs(make(*x), targets))(hidden, kernel)
+  np.testing.assert_allclose(result, pick(table, targets), rtol=1e-5, atol=1e-5)
+
+
+def test_two_lazy_inputs_are_cut_at_the_same_tokens():
+  make, hidden, kernel, _ = lazy_logits(chunk=3)
+  other = logprobs.LazyLogits(hidden, {"kernel": -kernel}, make(hidden, kernel).read_out, 100)
+  divergence = jax.jit(lambda *x: logprobs.over_tokens(kl.full_kl, *x))(make(hidden, kernel), other)
+  p, q = (log_softmax(4 * np.tanh(sign * hidden @ kernel / 4)) for sign in (1, -1))
+  np.testing.assert_allclose(divergence, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4)
+
+
+def test_lazy_logits_of_another_length_than_the_tokens_are_refused():
+  make, hidden, kernel, targets = lazy_logits(chunk=2)
+  with pytest.raises(AssertionError):
+    logprobs.token_logprobs(make(hidden, kernel), targets[:, :-1])
+
+
+def test_lazy_logits_on_a_mesh_are_never_gathered():
+  mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Auto,) * 2)
+  make, hidden, kernel, targets = lazy_logits(chunk=4, shape=(4, 12, 8, 64))
+
+  def loss(hidden, kernel, targets):
+    return jnp.sum(jnp.sin(logprobs.token_logprobs(make(hidden, kernel), targets)))
+
+  function = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  want, want_grads = jax.device_get(function(hidden, kernel, targets))
+  places = [NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "vocab"))]
+  placed = jax.device_put((hidden, kernel, targets), (*places, places[0]))
+  step = function.lower(*placed).compile()
+  value, grads = step(*placed)
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  for grad, want_grad, place in zip(grads, want_grads, places, strict=True):
+    np.testing.assert_allclose(grad, want_grad, atol=1e-5)
+    assert grad.sharding.is_equivalent_to(place, grad.ndim)
+  # A device holds its rows and its part of the vocabulary, for one piece: 2 rows, 4 tokens, 16 ids.
+  assert "f32[2,4,16]" in step.as_text()
+  assert "all-gather" not in step.as_text()
+  assert not re.search(r"f32\[(\d+,)*64\]", step.as_text())
+
+
 def tokens_for(logits):
   return jax.lax.broadcasted_iota(jnp.int32, logits.shape[:-1], 1) % V
 
@@ -171,10 +277,20 @@ CASES = {
   "shifted": over_logits(lambda x: jnp.sum(jnp.tanh(logprobs.shifted(x)[0]), axis=-1)),
   "token_logprobs": over_logits(lambda x: logprobs.token_logprobs(x, tokens_for(x))),
   "entropy": over_logits(logprobs.entropy),
+  "over_tokens": over_logits(lambda x: logprobs.over_tokens(logprobs.entropy, x)),
   # The last column of logits predicts nothing: here the mask is that of the logits.
   "next_token_logprobs": Case(
     lambda m, x: masked.masked_mean(
       logprobs.next_token_logprobs(x, tokens_for(x))[:, 1:], m[:, :-1]
+    ),
+    ((B, T, V),),
+  ),
+  "over_next_tokens": Case(
+    lambda m, x: masked.masked_mean(
+      logprobs.over_next_tokens(
+        lambda targets, x: logprobs.token_logprobs(x, targets), tokens_for(x), x
+      )[:, 1:],
+      m[:, :-1],
     ),
     ((B, T, V),),
   ),

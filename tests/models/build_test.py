@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.build import actor_critic, segment_positions
 from rlhf_jax.models.transformer import Block, RopeScaling, rope_frequencies
@@ -322,6 +323,21 @@ def test_scan_equals_block_by_block():
   x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
   logits = x * params["final_norm"]["scale"].reshape(1, 1, -1) @ params["embed"]["embedding"].T
   np.testing.assert_allclose(model.apply(params, tokens), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "gemma2"])
+def test_lazy_logits_are_the_logits(name):
+  _, params = make(VARIANTS[name])
+  tokens = random_tokens(2, 9)
+  size = VARIANTS[name].vocab_size
+  for known, last in ((None, None), (size - 3, 4)):
+    want = jax.jit(build(VARIANTS[name], known_tokens=known).apply, static_argnames="last")(
+      params, tokens, last=last
+    )
+    for chunk in (1, 2 * size, 100 * size):
+      model = build(VARIANTS[name], known_tokens=known, logit_chunk=chunk)
+      read = lambda *x, m=model: over_tokens(lambda y: y, m.apply(*x, last=last))  # noqa: B023, E731
+      np.testing.assert_allclose(jax.jit(read)(params, tokens), want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["language", "scalar"])

@@ -48,6 +48,8 @@ class ModelOptions:
     heads: Attention heads of a new model.
     mlp_width: Width of the MLP of a new model.
     dtype: Type of the computation; params and optimizer state stay float32.
+    attention: What computes attention over whole sequences: XLA, the kernel splash of TPUs, or
+      cuDNN; auto takes the kernel of the device where it can, and sampling always XLA.
     remat: Recompute blocks in the backward pass: less memory, a third more work.
     logit_chunk: Logits of each row that a loss holds at a time, tokens times vocabulary. Gradients
       compute them again if a row has more.
@@ -59,6 +61,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 384
   dtype: Literal["float32", "bfloat16"] = "float32"
+  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: bool = False
   logit_chunk: int = 2**24
 
@@ -204,8 +207,16 @@ def open_model(
         f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has"
         f" {config.vocab_size} rows; they do not belong together"
       )
-  config = dataclasses.replace(config, dtype=options.dtype, remat=options.remat)
-  model = build(config, head, known_tokens=tokenizer.vocab_size, logit_chunk=options.logit_chunk)
+  config = dataclasses.replace(
+    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+  )
+  model = build(
+    config,
+    head,
+    known_tokens=tokenizer.vocab_size,
+    logit_chunk=options.logit_chunk,
+    mesh=run.mesh,
+  )
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   key = run.key_for(1)

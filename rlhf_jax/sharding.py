@@ -135,6 +135,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
+  """Returns the spec of [B, H, ...] arrays: rows over data and fsdp, heads over tensor.
+
+  Where the axes do not divide the rows or the heads, each device holds all of them.
+  """
+
+  def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    return None if size % math.prod(mesh.shape[axis] for axis in axes) else axes
+
+  return P(fitting(("data", "fsdp"), rows), fitting(("tensor",), heads))
+
+
 def put(tree: Any, sharding: NamedSharding) -> Any:
   """Puts arrays that every process holds whole on the devices."""
 

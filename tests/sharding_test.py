@@ -193,3 +193,10 @@ def test_bad_batches_name_the_flag():
     sharding.place_batch(Batch(np.ones((6, 2)), None), mesh)
   with pytest.raises(ValueError, match="'tokens' is a scalar"):
     sharding.place_batch(Batch(np.float32(1), None), mesh)
+
+
+def test_heads_spec_splits_what_divides():
+  mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+  assert sharding.heads_spec(mesh, 8, 2) == P(("data", "fsdp"), ("tensor",))
+  assert sharding.heads_spec(mesh, 6, 2) == P(None, ("tensor",))
+  assert sharding.heads_spec(mesh, 4, 1) == P(("data", "fsdp"), None)

@@ -12,14 +12,17 @@ layers/{attention_post_norm,mlp_post_norm}/scale [L, D], layers/attention/{q_nor
 [L, K].
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from rlhf_jax.losses.logprobs import LazyLogits
+from rlhf_jax.models import attention
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   Block,
@@ -40,10 +43,10 @@ class Model(NamedTuple):
     init: `key -> params`.
     apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
       [B, T, V] float32 (lazy ones if built so), or scores [B, T] float32 for a scalar head.
-      `segment_ids` [B, T] int is 0
-      on padding (left or right) and numbers packed sequences; attention stays inside a segment.
-      Windows count `positions`, by default those in the segment. `last` computes only the final
-      `last` positions. ValueError for more tokens than a model with learned positions has.
+      `segment_ids` [B, T] int is 0 on padding (left or right) and numbers packed sequences;
+      attention stays inside a segment. `positions` [B, T] are by default those in the segment;
+      windows count tokens whatever they are. `last` computes only the final `last` positions.
+      ValueError for more tokens than a model with learned positions has.
     decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
       the cache after writing `tokens`; `mask` [B, T] is False on padding.
     init_cache: `(batch, slots, dtype)` -> empty cache. ValueError as for `apply`.
@@ -79,8 +82,7 @@ def _layer_arrays(config: ModelConfig) -> tuple[jax.Array | None, jax.Array | No
   """
   if not config.windows:
     return None, None
-  all_before = jnp.iinfo(jnp.int32).max
-  windows = jnp.array([size or all_before for size in config.windows], jnp.int32)
+  windows = jnp.array([size or attention.NO_WINDOW for size in config.windows], jnp.int32)
   if config.rope_local_theta is None:
     return windows, None
   kinds = {local: rope_frequencies(config, local=local) for local in (True, False)}
@@ -107,6 +109,7 @@ def build(
   *,
   known_tokens: int | None = None,
   logit_chunk: int | None = None,
+  mesh: Mesh | None = None,
 ) -> Model:
   """Pure functions of a decoder with a language-model or a scalar head.
 
@@ -117,13 +120,24 @@ def build(
       logits of the others are -inf, so that neither sampling nor training gives them probability.
     logit_chunk: `apply` gives `LazyLogits`, of which a loss computes about so many of a row at a
       time (tokens times V); None gives the array.
+    mesh: Devices that the model will run on; see `attention.make_attend`.
+
+  Raises:
+    ValueError: `config.attention` cannot be used on them.
   """
+  attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
   init_block, block = _pure(Block, config)
   init_norm, norm = _pure(Norm, config, config.width)
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
+  # Few queries and many keys, and slots that hold nothing: not for the kernels.
+  attend_cache = functools.partial(
+    attention.dense_attention,
+    scale=config.score_scale,
+    softcap=config.attention_softcap,
+  )
   # A loop over so few layers costs more time than it saves in compiling.
   unroll = config.layers if config.layers <= 4 else 1
 
@@ -170,14 +184,12 @@ def build(
         " and responses, or packed rows, shorter"
       )
 
-  def run_layer(x, positions, mask, distance, frequencies, xs, cache=None):
-    """One block; keys at a `distance` [B, T, S] beyond the window of the layer are not seen."""
+  def run_layer(x, positions, frequencies, xs, attend_within, cache=None):
+    """One block; `attend_within(window)` attends within the window of the layer."""
     layer_params, window, own_frequencies = xs
-    if window is not None:
-      mask = mask & (distance < window)
     if own_frequencies is not None:
       frequencies = own_frequencies
-    return block(layer_params, x, positions, mask[:, None], frequencies, cache)
+    return block(layer_params, x, positions, frequencies, attend_within(window), cache)
 
   def apply(
     params: Params,
@@ -187,22 +199,17 @@ def build(
     positions: jax.Array | None = None,
     last: int | None = None,
   ) -> jax.Array | LazyLogits:
-    length = tokens.shape[1]
-    require_positions(length)
-    causal = jnp.tril(jnp.ones((length, length), bool))[None]
-    if segment_ids is None:
-      segment_ids = jnp.ones_like(tokens)
-      mask = causal
-    else:
-      # Padding attends to itself only, so that no row of the softmax is empty.
-      mask = causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    require_positions(tokens.shape[1])
     if positions is None:
-      positions = segment_positions(segment_ids)
-    distance = positions[:, :, None] - positions[:, None, :]
+      whole = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+      positions = segment_positions(whole)
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
+    def attend_within(window):
+      return lambda q, k, v: attend(q, k, v, segment_ids, window)
+
     def layer(x: jax.Array, xs):
-      return run_layer(x, positions, mask, distance, frequencies, xs)[0], None
+      return run_layer(x, positions, frequencies, xs, attend_within)[0], None
 
     layer = jax.checkpoint(layer) if config.remat else layer
     x = embed(params["embed"], tokens, positions)
@@ -232,10 +239,14 @@ def build(
     distance = jnp.where(slot == here, 0, distance)
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
+    def attend_within(window):
+      mask = visible if window is None else visible & (distance < window)
+      return functools.partial(attend_cache, mask=mask)
+
     def layer(x: jax.Array, xs):
       *xs, keys, values = xs
       state = (keys, values, cache.index)
-      return run_layer(x, positions, visible, distance, frequencies, xs, state)
+      return run_layer(x, positions, frequencies, xs, attend_within, state)
 
     x = embed(params["embed"], tokens, positions)
     xs = (params["layers"], *_layer_arrays(config), cache.k, cache.v)

@@ -37,6 +37,7 @@ class RopeScaling:
 
 NORMS = ("rms", "rms_plus_one", "layer")
 POSITIONS = ("rope", "learned")
+ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -79,6 +80,7 @@ class ModelConfig:
     mlp_bias: Biases in the MLP.
     init_std: Standard deviation of initial weights.
     dtype: Computation dtype; params are float32 unless loaded otherwise.
+    attention: What computes attention over whole sequences; see `attention.make_attend`.
     remat: Recompute each block in the backward pass instead of keeping its activations.
 
   Raises:
@@ -116,12 +118,18 @@ class ModelConfig:
   mlp_bias: bool = False
   init_std: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "float32"
+  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: bool = True
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-    for name, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS)):
+    for name, known in (
+      ("norm", NORMS),
+      ("activation", ACTIVATIONS),
+      ("positions", POSITIONS),
+      ("attention", ATTENTIONS),
+    ):
       if getattr(self, name) not in known:
         raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
     if self.windows and len(self.windows) != self.layers:
@@ -153,6 +161,11 @@ class ModelConfig:
   def rotary_width(self) -> int:
     """How many dimensions of a head are rotated."""
     return int(self.head_dim * self.rotary_fraction)
+
+  @property
+  def score_scale(self) -> float:
+    """Factor of the attention scores."""
+    return (self.query_width or self.head_dim) ** -0.5
 
 
 class Cache(NamedTuple):
@@ -219,41 +232,6 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  mask: jax.Array,
-  *,
-  scale: float | None = None,
-  softcap: float | None = None,
-) -> jax.Array:
-  """Softmax attention of grouped queries, scores in float32.
-
-  Args:
-    q: [B, T, H, K].
-    k: [B, S, kv_heads, K].
-    v: [B, S, kv_heads, K].
-    mask: [B, 1, T, S] bool, True where a query sees a key; B may be 1.
-    scale: Factor of the scores, 1 / sqrt(K) if None.
-    softcap: Bound c of the scores: `c * tanh(score / c)` (Bello et al., 2016,
-      https://arxiv.org/abs/1611.09940, section 5), or None.
-
-  Returns:
-    [B, T, H, K], dtype of `v`.
-  """
-  if softcap is None:
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
-  batch, length, heads, width = q.shape
-  scale = width**-0.5 if scale is None else scale
-  q = q.reshape(batch, length, k.shape[2], -1, width)
-  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
-  scores = softcap * jnp.tanh(scores * (scale / softcap))
-  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(batch, length, heads, width)
-
-
 class Norm(nnx.Module):
   """Root-mean-square or layer norm over the last axis, statistics in float32."""
 
@@ -297,7 +275,7 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention."""
+  """Grouped-query attention; `attend` maps q [B, T, H, K], k and v [B, S, kv_heads, K] to out."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -312,7 +290,7 @@ class Attention(nnx.Module):
       self.q_norm = Norm(c, c.head_dim, rngs=rngs)
       self.k_norm = Norm(c, c.head_dim, rngs=rngs)
 
-  def __call__(self, x, positions, mask, frequencies, cache):
+  def __call__(self, x, positions, frequencies, attend, cache):
     c = self.config
     batch, length = x.shape[:2]
     q = self.q(x).reshape(batch, length, c.heads, c.head_dim)
@@ -326,10 +304,7 @@ class Attention(nnx.Module):
       keys, values, index = cache
       k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
       v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
-    scale = None if c.query_width is None else c.query_width**-0.5
-    out = attend(
-      q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=scale, softcap=c.attention_softcap
-    )
+    out = attend(q, k.astype(q.dtype), v.astype(q.dtype))
     out = self.o(out.reshape(batch, length, c.heads * c.head_dim))
     return out, None if cache is None else (k, v)
 
@@ -364,9 +339,9 @@ class Block(nnx.Module):
       self.attention_post_norm = Norm(config, config.width, rngs=rngs)
       self.mlp_post_norm = Norm(config, config.width, rngs=rngs)
 
-  def __call__(self, x, positions, mask, frequencies, cache=None):
+  def __call__(self, x, positions, frequencies, attend, cache=None):
     """[B, T, D] -> [B, T, D] and the updated (keys, values) of this layer, None without cache."""
-    out, cache = self.attention(self.attention_norm(x), positions, mask, frequencies, cache)
+    out, cache = self.attention(self.attention_norm(x), positions, frequencies, attend, cache)
     x = x + (self.attention_post_norm(out) if hasattr(self, "attention_post_norm") else out)
     out = self.mlp(self.mlp_norm(x))
     return x + (self.mlp_post_norm(out) if hasattr(self, "mlp_post_norm") else out), cache

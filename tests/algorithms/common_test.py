@@ -23,7 +23,7 @@ from rlhf_jax.algorithms import (
 )
 from rlhf_jax.models import actor_critic, build
 from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
-from rlhf_jax.types import ComparisonBatch, TokenBatch
+from rlhf_jax.types import ComparisonBatch, Rollout, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
 from tests.testing import compilations, tiny_params
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
+from rlhf_jax.models.attention import dense_attention
 from rlhf_jax.models.build import actor_critic, segment_positions
 from rlhf_jax.models.transformer import Block, RopeScaling, rope_frequencies
 from tests.testing import FAMILY_MODELS
@@ -314,12 +315,13 @@ def test_scan_equals_block_by_block():
   model, params = make(config)
   tokens = jnp.asarray(random_tokens(2, 6))
   graph, _ = nnx.split(Block(config, rngs=nnx.Rngs(0)), nnx.Param)
-  mask = jnp.tril(jnp.ones((6, 6), bool))[None, None]
+  mask = jnp.tril(jnp.ones((6, 6), bool))[None]
+  attend = functools.partial(dense_attention, mask=mask, scale=config.head_dim**-0.5)
   positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
   x = params["embed"]["embedding"][tokens]
   for i in range(config.layers):
     block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))
-    x, _ = block(x, positions, mask, rope_frequencies(config))
+    x, _ = block(x, positions, rope_frequencies(config), attend)
   x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
   logits = x * params["final_norm"]["scale"].reshape(1, 1, -1) @ params["embed"]["embedding"].T
   np.testing.assert_allclose(model.apply(params, tokens), logits, atol=1e-5)

@@ -1,0 +1,283 @@
+"""Attention over whole sequences, computed by XLA, by a TPU kernel or by cuDNN.
+
+What a token sees is described and not listed: a dense [T, T] mask is what the kernels avoid. It
+sees itself and the tokens before it of its own segment, and of those the last `window`. Segment 0
+is padding, on whichever side; its tokens see each other, so that no row of a softmax is empty, and
+nothing reads what comes out there. Packed sequences have segments of their own.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.models.transformer import ModelConfig
+
+# (q [B, T, H, K], k and v [B, T, kv_heads, K], segment_ids [B, T] int or None, window [] int32 or
+# None) -> [B, T, H, K]. Without segment ids all tokens of a row are one segment.
+Attend = Callable[..., jax.Array]
+
+NO_WINDOW = jnp.iinfo(jnp.int32).max
+_LANES = 128  # Splash takes lengths and blocks that are multiples of it.
+_MOST_LANES = 4  # Longest block: 512 tokens.
+
+
+def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
+  """The attention of a model, by the implementation that `config.attention` names.
+
+  Args:
+    config: Architecture; "auto" takes splash on a TPU, cuDNN on a GPU that it can use, else XLA.
+    mesh: Devices that the model runs on, possibly absent ones to compile for; None: the default
+      device. Splash needs it where there are several devices.
+
+  Raises:
+    ValueError: The implementation cannot be used.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  options: dict[str, Any] = {
+    "scale": config.score_scale,
+    "softcap": config.attention_softcap,
+    "windows": tuple(sorted({size or NO_WINDOW for size in config.windows})) or (NO_WINDOW,),
+  }
+  implementation = choose(config, device)
+  if implementation == "splash":
+    interpret = device.platform != "tpu"
+    return functools.partial(splash_attention, mesh=mesh, interpret=interpret, **options)
+  if implementation == "cudnn":
+    del options["softcap"]
+    return functools.partial(cudnn_attention, **options)
+  del options["windows"]
+  return functools.partial(xla_attention, **options)
+
+
+def choose(config: ModelConfig, device: Any) -> str:
+  """Which of "xla", "splash" and "cudnn" a model uses on a device; ValueError as `make_attend`."""
+  if config.attention == "auto":
+    if device.platform == "tpu":
+      return "splash"
+    return "xla" if _cudnn_obstacle(config, device) else "cudnn"
+  obstacle = ""
+  if config.attention == "cudnn":
+    obstacle = _cudnn_obstacle(config, device)
+  elif config.attention == "splash" and device.platform not in ("tpu", "cpu"):
+    obstacle = f"it is made for TPUs, and the device is {device.device_kind}"
+  if obstacle:
+    raise ValueError(f"--model.attention={config.attention}: {obstacle}; use auto or xla")
+  return config.attention
+
+
+def _cudnn_obstacle(config: ModelConfig, device: Any) -> str:
+  """What keeps cuDNN from computing the attention of a model; empty if nothing does."""
+  if config.dtype == "float32":
+    return "cuDNN has no float32 attention; set --model.dtype=bfloat16"
+  if config.attention_softcap is not None:
+    return "cuDNN does not cap attention scores, as this model does"
+  major = str(getattr(device, "compute_capability", "")).split(".")[0]
+  generation = int(major) if major.isdigit() else 0  # Other makers count in other ways.
+  if generation < 8:
+    return f"it needs an NVIDIA GPU of the generation of A100 or later, not {device.device_kind}"
+  widest = 128 if generation < 9 else 256
+  if config.head_dim > widest or config.head_dim % 8:
+    return (
+      f"on {device.device_kind} cuDNN takes heads of multiples of 8 up to {widest} dimensions, and"
+      f" the model's have {config.head_dim}"
+    )
+  return ""
+
+
+def visible(
+  length: int, segment_ids: jax.Array | None = None, window: jax.Array | int | None = None
+) -> jax.Array:
+  """Which keys each query sees.
+
+  Args:
+    length: T.
+    segment_ids: [B, T] int, or None.
+    window: [] int, how many tokens a token sees, itself included; None: all before it.
+
+  Returns:
+    [B, T, T] bool, queries before keys; B is 1 without segment ids.
+  """
+  index = jnp.arange(length)
+  distance = (index[:, None] - index[None, :])[None]
+  mask = distance >= 0
+  if window is not None:
+    mask &= distance < window
+  if segment_ids is not None:
+    mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+  return mask
+
+
+def dense_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Softmax attention of grouped queries under any mask, scores in float32.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, S, kv_heads, K].
+    v: [B, S, kv_heads, K].
+    mask: [B, T, S] bool, True where a query sees a key; B may be 1.
+    scale: Factor of the scores.
+    softcap: Bound c of the scores: `c * tanh(score / c)` (Bello et al., 2016,
+      https://arxiv.org/abs/1611.09940, section 5), or None.
+
+  Returns:
+    [B, T, H, K], dtype of `v`.
+  """
+  if softcap is None:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+  batch, length, heads, width = q.shape
+  q = q.reshape(batch, length, k.shape[2], -1, width)
+  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
+  scores = softcap * jnp.tanh(scores * (scale / softcap))
+  scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(batch, length, heads, width)
+
+
+def xla_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  window: jax.Array | None,
+  *,
+  scale: float,
+  softcap: float | None,
+) -> jax.Array:
+  """An `Attend` that holds all scores, [B, H, T, T]: runs anywhere, the measure of the others."""
+  mask = visible(q.shape[1], segment_ids, window)
+  return dense_attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+def cudnn_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  window: jax.Array | None,
+  *,
+  scale: float,
+  windows: tuple[int, ...],
+) -> jax.Array:
+  """An `Attend` by cuDNN, bfloat16 or float16 only.
+
+  It is told nothing but "causal" where the rows are single segments and all layers have one window.
+  Otherwise it reads a [B, T, T] mask, which still saves the [B, H, T, T] scores.
+  """
+  attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
+  if segment_ids is None and len(windows) == 1:
+    size = None if windows[0] == NO_WINDOW else (windows[0] - 1, 0)
+    return attend(q, k, v, is_causal=True, local_window_size=size)
+  length = q.shape[1]
+  # Its backward pass takes masks of even lengths only.
+  q, k, v, segment_ids = _lengthen(2, q, k, v, segment_ids)
+  mask = visible(q.shape[1], segment_ids, window)
+  return attend(q, k, v, mask=mask[:, None])[:, :length]
+
+
+def splash_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  window: jax.Array | None,
+  *,
+  scale: float,
+  softcap: float | None,
+  windows: tuple[int, ...],
+  mesh: Mesh | None,
+  interpret: bool,
+) -> jax.Array:
+  """An `Attend` by the kernels "splash" of JAX for TPUs, whose memory is linear in T.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, T, kv_heads, K].
+    v: [B, T, kv_heads, K].
+    segment_ids: [B, T] int, or None.
+    window: [] int32, one of `windows`; None if there is only one.
+    scale: Factor of the scores.
+    softcap: Bound of the scores, or None.
+    windows: The sizes that layers have. Each is a kernel of its own, since it is compiled in.
+    mesh: Devices to split rows and heads over, because the compiler cannot split a kernel.
+    interpret: Run the kernels as plain JAX: slow, and the same on any device.
+  """
+  # Here and not above: a change in what JAX calls experimental can then break splash alone.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  length = q.shape[1]
+  q = (q * scale).astype(q.dtype)
+  q, k, v, segment_ids = _lengthen(_LANES, q, k, v, segment_ids)
+  lanes = q.shape[1] // _LANES
+  block = _LANES * max(n for n in range(1, _MOST_LANES + 1) if lanes % n == 0)
+  blocks = kernels.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+
+  def attend(size: int, q, k, v, segment_ids):
+    """[B, H, T, K] each, on one device."""
+    square = q.shape[2:3] * 2
+    mask = masks.CausalMask(square)
+    if size < length:
+      mask = masks.LocalMask(square, window_size=(size - 1, 0), offset=0)
+    kernel = kernels.make_splash_mha(
+      masks.MultiHeadMask([mask] * q.shape[1]),
+      head_shards=1,
+      q_seq_shards=1,
+      block_sizes=blocks,
+      attn_logits_soft_cap=softcap,
+      interpret=interpret,
+    )
+    ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(kernel)(q, k, v, ids)
+
+  arguments = (*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), segment_ids)
+  branches: list[Callable[..., Any]] = [functools.partial(attend, size) for size in windows]
+  if mesh is not None:
+    spec = sharding.heads_spec(mesh, *k.shape[::2])
+    split = functools.partial(
+      jax.shard_map,
+      mesh=mesh,
+      in_specs=(spec, spec, spec, jax.P(spec[0])),
+      out_specs=spec,
+      check_vma=False,  # Kernels do not say over which axes their results vary.
+    )
+    branches = [split(branch) for branch in branches]
+  which = jnp.int32(0) if window is None else jnp.sum(window > jnp.array(windows[:-1], jnp.int32))
+  out = jax.lax.switch(which, branches, *arguments)
+  return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def _lengthen(multiple: int, *arrays: jax.Array | None) -> list[Any]:
+  """Pads axis 1 with zeros at its end, which no token before it sees and which are segment 0."""
+
+  def pad(x: jax.Array | None) -> jax.Array | None:
+    if x is None or not x.shape[1] % multiple:
+      return x
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % multiple)
+    return jnp.pad(x, widths)
+
+  return [pad(x) for x in arrays]

@@ -1,0 +1,310 @@
+"""The kernels against attention in float64, one query and one head at a time."""
+
+import dataclasses
+import functools
+import os
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import sharding
+from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.models.attention import (
+  NO_WINDOW,
+  choose,
+  cudnn_attention,
+  make_attend,
+  splash_attention,
+  visible,
+  xla_attention,
+)
+from tests.testing import FAMILY_MODELS, TINY_MODEL
+
+T = 40
+# Left padding 0 to 7, padding on both sides, packed segments, an empty row.
+_LAYOUTS = [
+  *([0] * n + [1] * (T - n) for n in range(8)),
+  [0] * 5 + [1] * 20 + [0] * (T - 25),
+  [1] * 9 + [2] * 17 + [3] * (T - 26),
+  [7] * 13 + [2] * 4 + [0] * (T - 17),
+  [0] * T,
+]
+SEGMENTS = np.array(_LAYOUTS, np.int32)
+ROWS = len(SEGMENTS)
+
+
+def random_arrays(heads=4, kv_heads=2, width=16, rows=ROWS, length=T):
+  rng = np.random.default_rng(0)
+  q, k, v, g = (
+    rng.normal(size=(rows, length, h, width)).astype(np.float32)
+    for h in (heads, kv_heads, kv_heads, heads)
+  )
+  return (q, k, v), g
+
+
+def oracle(q, k, v, segments, window, scale, softcap):
+  """Row by row in float64, NaN at padding."""
+  out = np.full(q.shape, np.nan)
+  group = q.shape[2] // k.shape[2]
+  for b, t, h in np.ndindex(q.shape[:3]):
+    if not segments[b, t]:
+      continue
+    seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t] and t - s < window]
+    keys = k[b, seen, h // group].astype(np.float64)
+    scores = keys @ q[b, t, h].astype(np.float64) * scale
+    scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+    weights = np.exp(scores - scores.max())
+    out[b, t, h] = weights @ v[b, seen, h // group] / weights.sum()
+  return out
+
+
+def outputs_and_gradients(attend, arrays, g, segments, window=None):
+  """Outputs, and gradients of what a loss that reads no padding sees; zeros for its own."""
+  real = np.ones((1, T, 1, 1), bool) if segments is None else segments[..., None, None] > 0
+
+  @jax.jit
+  def run(*arrays):
+    def loss(q, k, v):
+      out = attend(q, k, v, segments, window)
+      return jnp.sum(jnp.where(real, out * g, 0.0)), jnp.where(real, out, 0.0)
+
+    gradients, out = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return out, *gradients
+
+  return run(*arrays)
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_xla_and_splash_equal_the_oracle(window, softcap):
+  arrays, g = random_arrays()
+  options = {"scale": 0.3, "softcap": softcap}
+  xla = functools.partial(xla_attention, **options)
+  splash = functools.partial(
+    splash_attention, windows=(window,), mesh=None, interpret=True, **options
+  )
+  expected = oracle(*arrays, SEGMENTS, window, **options)
+  want = outputs_and_gradients(xla, arrays, g, SEGMENTS, jnp.int32(window))
+  got = outputs_and_gradients(splash, arrays, g, SEGMENTS)
+  for out in (want[0], got[0]):
+    np.testing.assert_allclose(out, np.nan_to_num(expected), atol=2e-6)
+  for a, b in zip(got[1:], want[1:], strict=True):
+    assert np.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads, kv_heads, width", [(3, 1, 8), (4, 4, 64), (2, 1, 80), (2, 2, 128)])
+def test_splash_takes_any_heads(heads, kv_heads, width):
+  arrays, g = random_arrays(heads, kv_heads, width, rows=3)
+  splash = functools.partial(
+    splash_attention, windows=(NO_WINDOW,), mesh=None, interpret=True, scale=0.2, softcap=None
+  )
+  xla = functools.partial(xla_attention, scale=0.2, softcap=None)
+  for segments in (None, SEGMENTS[8:11]):
+    got = outputs_and_gradients(splash, arrays, g, segments)
+    want = outputs_and_gradients(xla, arrays, g, segments)
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [128, 384, 641])
+def test_splash_pads_to_whole_blocks(length):
+  arrays, _ = random_arrays(1, 1, 8, rows=1, length=length)
+  segments = (np.arange(length)[None] > 100).astype(np.int32)
+  splash = functools.partial(
+    splash_attention, windows=(130,), mesh=None, interpret=True, scale=0.2, softcap=None
+  )
+  xla = functools.partial(xla_attention, scale=0.2, softcap=None)
+  got = jax.jit(splash)(*arrays, segments, None)
+  want = jax.jit(xla)(*arrays, segments, jnp.int32(130))
+  np.testing.assert_allclose(got[:, 101:], want[:, 101:], atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_splash_of_layers_with_different_windows(window):
+  windows = (5, NO_WINDOW)
+  arrays, g = random_arrays(rows=3)
+  options = {"scale": 0.2, "softcap": None}
+  splash = functools.partial(
+    splash_attention, windows=windows, mesh=None, interpret=True, **options
+  )
+  size = jnp.int32(windows[window])
+  got = outputs_and_gradients(splash, arrays, g, SEGMENTS[8:11], size)
+  want = outputs_and_gradients(
+    functools.partial(xla_attention, **options), arrays, g, SEGMENTS[8:11], size
+  )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec, kv_heads", [("data:2,fsdp:2,tensor:2", 2), ("fsdp:4,tensor:2", 1)])
+def test_splash_on_a_mesh(spec, kv_heads):
+  # One key head is on both devices of the axis that would split heads.
+  mesh = sharding.make_mesh(spec)
+  arrays, g = random_arrays(kv_heads=kv_heads)
+  options = {"scale": 0.2, "softcap": None}
+  splash = functools.partial(
+    splash_attention, windows=(NO_WINDOW,), mesh=mesh, interpret=True, **options
+  )
+  placed = sharding.place_batch(arrays, mesh)
+  got = outputs_and_gradients(splash, placed, g, SEGMENTS)
+  want = outputs_and_gradients(functools.partial(xla_attention, **options), arrays, g, SEGMENTS)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  rows = {shard.data.shape[0] for shard in got[0].addressable_shards}
+  assert rows == {ROWS // 4}, "each device computes its own rows"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral", "gpt2"])
+def test_a_model_by_splash(name):
+  config = FAMILY_MODELS[name]
+  tokens = np.random.default_rng(1).integers(0, 24, (3, 20))
+  segments = SEGMENTS[8:11, :20]
+  params = jax.jit(build(config).init)(jax.random.key(0))
+
+  def loss(params, model):
+    logits = model.apply(params, tokens, segment_ids=segments)
+    return jnp.mean(jnp.where(segments[..., None] > 0, jax.nn.log_softmax(logits), 0.0) ** 2)
+
+  got, want = (
+    jax.jit(functools.partial(jax.value_and_grad(loss), model=build(model)))(params)
+    for model in (dataclasses.replace(config, attention=name) for name in ("splash", "xla"))
+  )
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("length", [T, T - 1])
+@pytest.mark.parametrize("windows", [(NO_WINDOW,), (6,), (6, NO_WINDOW)])
+@pytest.mark.parametrize("segmented", [True, False])
+def test_what_cudnn_is_asked_for(monkeypatch, segmented, windows, length):
+  (q, k, v), _ = random_arrays()
+  q, k, v = (x[:, :length] for x in (q, k, v))
+  segments = SEGMENTS[:, :length] if segmented else None
+  real = jax.nn.dot_product_attention
+  calls = []
+
+  def on_a_gpu(*args, implementation, **kwargs):
+    calls.append((implementation, args[0].shape[1], kwargs))
+    return real(*args, implementation="xla", **kwargs)
+
+  window = jnp.int32(windows[0])
+  expected = xla_attention(q, k, v, segments, window, scale=0.2, softcap=None)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_gpu)
+  out = cudnn_attention(q, k, v, segments, window, scale=0.2, windows=windows)
+  np.testing.assert_allclose(out, expected, atol=1e-6)
+  ((implementation, rows, kwargs),) = calls
+  assert implementation == "cudnn"
+  # A mask costs memory, and its backward pass wants an even length.
+  assert ("mask" in kwargs) == (segmented or len(windows) == 2)
+  assert "mask" not in kwargs or rows % 2 == 0
+
+
+def device(platform, capability=None):
+  return types.SimpleNamespace(
+    platform=platform, device_kind=f"a {platform}", compute_capability=capability
+  )
+
+
+BFLOAT16 = dataclasses.replace(TINY_MODEL, dtype="bfloat16")
+H100, A100 = device("gpu", "9.0"), device("gpu", "8.0")
+
+
+@pytest.mark.parametrize(
+  "of, changes, expected",
+  [
+    (device("cpu"), {}, "xla"),
+    (device("tpu"), {}, "splash"),
+    (device("tpu"), {"dtype": "float32"}, "splash"),
+    (H100, {}, "cudnn"),
+    (H100, {"dtype": "float32"}, "xla"),
+    (H100, {"attention_softcap": 30.0}, "xla"),
+    (H100, {"head_dim": 12}, "xla"),
+    (H100, {"head_dim": 256}, "cudnn"),
+    (H100, {"head_dim": 264}, "xla"),
+    (A100, {"head_dim": 128}, "cudnn"),
+    (A100, {"head_dim": 136}, "xla"),
+    (device("gpu", "7.5"), {}, "xla"),
+    (device("gpu", "gfx942"), {}, "xla"),  # Made by AMD.
+  ],
+)
+def test_auto(of, changes, expected):
+  assert choose(dataclasses.replace(BFLOAT16, **changes), of) == expected
+  named = dataclasses.replace(BFLOAT16, attention=expected, **changes)
+  assert choose(named, of) == expected
+
+
+@pytest.mark.parametrize(
+  "attention, of, changes, words",
+  [
+    ("cudnn", H100, {"dtype": "float32"}, "set --model.dtype=bfloat16; use auto or xla"),
+    ("cudnn", H100, {"attention_softcap": 3.0}, "does not cap attention scores"),
+    ("cudnn", device("cpu"), {}, "needs an NVIDIA GPU .* not a cpu"),
+    ("cudnn", A100, {"head_dim": 160}, "up to 128 dimensions, and the model's have 160"),
+    ("splash", H100, {}, "--model.attention=splash: it is made for TPUs"),
+  ],
+)
+def test_what_a_device_cannot_is_refused(attention, of, changes, words):
+  config = dataclasses.replace(BFLOAT16, attention=attention, **changes)
+  with pytest.raises(ValueError, match=words):
+    choose(config, of)
+
+
+def test_the_model_says_so_when_it_is_built():
+  with pytest.raises(ValueError, match="--model.attention=cudnn"):
+    build(dataclasses.replace(TINY_MODEL, attention="cudnn"))
+  with pytest.raises(ValueError, match="attention is 'flash', expected one of"):
+    ModelConfig(vocab_size=8, attention="flash")
+  assert make_attend(TINY_MODEL).func is xla_attention
+
+
+def test_visible():
+  expected = np.zeros((2, 4, 4), bool)
+  for b, ids in enumerate(([0, 1, 1, 1], [1, 1, 2, 2])):
+    for t in range(4):
+      for s in range(t + 1):
+        expected[b, t, s] = ids[t] == ids[s] and t - s < 2
+  np.testing.assert_array_equal(visible(4, jnp.array([[0, 1, 1, 1], [1, 1, 2, 2]]), 2), expected)
+  np.testing.assert_array_equal(visible(3)[0], np.tri(3, dtype=bool))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_splash_compiles_for_tpus(name, monkeypatch):
+  pytest.importorskip("libtpu")
+  # Without these the compiler asks for the machine it is on, and for nobody else to use it.
+  monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setitem(os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  from jax.experimental import topologies
+
+  topology = topologies.get_topology_desc("v5e:2x2", platform="tpu")
+  mesh = topologies.make_mesh(topology, (1, 2, 2), sharding.AXES)
+  base = dataclasses.replace(_TPU_MODELS[name], dtype="bfloat16")
+  model = build(base, mesh=mesh)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shardings = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+
+  def abstract(x, where):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  params = jax.tree.map(abstract, shapes, shardings)
+  ids = abstract(jax.ShapeDtypeStruct((4, 600), jnp.int32), sharding.batch_sharding(mesh))
+
+  def loss(params, tokens, segments):
+    return jnp.mean(model.apply(params, tokens, segment_ids=segments) ** 2)
+
+  forward = jax.jit(model.apply).lower(params, ids).compile().as_text()
+  assert "tpu_custom_call" in forward
+  backward = jax.jit(jax.grad(loss)).lower(params, ids, ids).compile().as_text()
+  kernels = [line for line in backward.splitlines() if "tpu_custom_call" in line]
+  for kernel in ("fwd", "dq", "dkv"):
+    assert any(f"splash_mha_{kernel}" in line for line in kernels), kernels
+
+
+_TPU_MODELS = {
+  "llama": ModelConfig(vocab_size=64, width=256, layers=6, heads=4, kv_heads=2, head_dim=64),
+  "gemma2": dataclasses.replace(
+    FAMILY_MODELS["gemma2"], width=256, heads=4, kv_heads=2, head_dim=128, windows=(64, None)
+  ),
+}

@@ -136,7 +136,7 @@ def loss_fn(
   trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.loss == "gold" else 1.0
   loss = masked.masked_sum(trust * weights * nll, mask) / total
   metrics = {
-    "nll": masked.masked_mean(nll, mask),
+    "nll": masked.masked_sum(weights * nll, mask) / total,
     "weight": jnp.sum(weights),
     "tokens": jnp.sum(mask).astype(jnp.float32),
   }

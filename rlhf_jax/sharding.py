@@ -23,6 +23,9 @@ from jax.sharding import PartitionSpec as P
 AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, P]]
 
+ROWS = P(("data", "fsdp"))  # [B, ...]
+CACHE = P(None, ("data", "fsdp"), None, "tensor")  # [L, B, S, kv_heads, K]
+
 # Matched against the end of a path, so that optimizer moments follow their parameter.
 DECODER_RULES: Rules = (
   # The width of the embedding is not on fsdp: the token gather would rebuild the whole table.
@@ -115,8 +118,13 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def _names(axes: Any) -> tuple[str, ...]:
+  """The axes of one entry of a spec."""
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def _check_divides(name: str, dimension: int, size: int, axes: Any, mesh: Mesh) -> None:
-  axes = (axes,) if isinstance(axes, str) else axes or ()
+  axes = _names(axes)
   if size % math.prod(mesh.shape[axis] for axis in axes):
     sizes = " * ".join(f"{axis}:{mesh.shape[axis]}" for axis in axes)
     raise ValueError(
@@ -132,7 +140,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of [B, ...] arrays: the leading axis over data and fsdp."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
+  return NamedSharding(mesh, ROWS)
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+  """Pins where an array is, inside a jitted function; free without a mesh or on one device.
+
+  Axes that do not divide their dimension are left out.
+  """
+  if mesh is None or mesh.size == 1:
+    return x
+
+  sizes = mesh.shape
+
+  def fits(size: int, axes: Any) -> bool:
+    return size % math.prod(sizes[axis] for axis in _names(axes)) == 0
+
+  fitting = P(*(axes if fits(n, axes) else None for n, axes in zip(x.shape, spec, strict=False)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting))
 
 
 def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from rlhf_jax import sharding
 from rlhf_jax.losses.logprobs import LazyLogits
 from rlhf_jax.models import attention
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
@@ -120,7 +121,9 @@ def build(
       logits of the others are -inf, so that neither sampling nor training gives them probability.
     logit_chunk: `apply` gives `LazyLogits`, of which a loss computes about so many of a row at a
       time (tokens times V); None gives the array.
-    mesh: Devices that the model will run on; see `attention.make_attend`.
+    mesh: Devices that the model runs on; see `attention.make_attend`. Activations and caches stay
+      split by rows on it. Left to the compiler, on a mesh with fsdp they follow the weights: every
+      device computes all rows.
 
   Raises:
     ValueError: `config.attention` cannot be used on them.
@@ -153,6 +156,9 @@ def build(
     elif not config.tied:
       params["lm_head"] = init_lm_head(head_key)
     return params
+
+  def by_rows(x: jax.Array) -> jax.Array:
+    return sharding.constrain(x, mesh, sharding.ROWS)
 
   def to_logits(params: Params, hidden: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the params of its head."""
@@ -209,18 +215,18 @@ def build(
       return lambda q, k, v: attend(q, k, v, segment_ids, window)
 
     def layer(x: jax.Array, xs):
-      return run_layer(x, positions, frequencies, xs, attend_within)[0], None
+      return by_rows(run_layer(x, positions, frequencies, xs, attend_within)[0]), None
 
     layer = jax.checkpoint(layer) if config.remat else layer
-    x = embed(params["embed"], tokens, positions)
+    x = by_rows(embed(params["embed"], tokens, positions))
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
     return read_out(params, x if last is None else x[:, -last:], logit_chunk)
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
     require_positions(slots)
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    empty = jnp.zeros((batch, slots), bool)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.int32(0))
+    k, v = (sharding.constrain(jnp.zeros(shape, dtype), mesh, sharding.CACHE) for _ in range(2))
+    return Cache(k, v, by_rows(jnp.zeros((batch, slots), bool)), jnp.int32(0))
 
   def decode(
     params: Params, tokens: jax.Array, cache: Cache, *, mask: jax.Array
@@ -246,9 +252,10 @@ def build(
     def layer(x: jax.Array, xs):
       *xs, keys, values = xs
       state = (keys, values, cache.index)
-      return run_layer(x, positions, frequencies, xs, attend_within, state)
+      x, written = run_layer(x, positions, frequencies, xs, attend_within, state)
+      return by_rows(x), written
 
-    x = embed(params["embed"], tokens, positions)
+    x = by_rows(embed(params["embed"], tokens, positions))
     xs = (params["layers"], *_layer_arrays(config), cache.k, cache.v)
     x, (k, v) = jax.lax.scan(layer, x, xs, unroll=unroll)
     logits = read_out(params, x[:, -1:])[:, 0]

@@ -65,23 +65,36 @@ def judged(rollout) -> np.ndarray:
   return np.where(on, np.sin(tokens), 0).sum(1).astype(np.float32)
 
 
-def run_sft(put, microbatches):
-  model, tx = build(CONFIG), optimizer()
+def placer(mesh):
+  """`put(tree, is_state=False)` on a mesh, or on the first device for None."""
+
+  def put(tree, is_state=False):
+    if mesh is None:
+      return jax.device_put(tree, jax.devices()[0])
+    if is_state:
+      return jax.device_put(tree, sharding.named_shardings(tree, mesh, sharding.DECODER_RULES))
+    return sharding.place_batch(tree, mesh)
+
+  return put
+
+
+def run_sft(mesh, microbatches):
+  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
   step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(microbatches=microbatches))
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
   return loop(step, state, lambda i, state: put(token_batch(ROWS, seed=i)))
 
 
-def run_reward_model(put, microbatches):
-  model, tx = build(CONFIG, head="scalar"), optimizer()
+def run_reward_model(mesh, microbatches):
+  model, tx, put = build(CONFIG, "scalar", mesh=mesh), optimizer(), placer(mesh)
   config = reward_model.RewardModelConfig(centering_coef=0.1, microbatches=microbatches)
   step = reward_model.make_reward_model_step(model.apply, tx, config)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
   return loop(step, state, lambda i, state: put(token_batch(ROWS, 2, seed=i)))
 
 
-def run_dpo(put, microbatches):
-  model, tx = build(CONFIG), optimizer()
+def run_dpo(mesh, microbatches):
+  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
   config = dpo.DPOConfig(microbatches=microbatches)
   step = dpo.make_dpo_step(model.apply, tx, config)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
@@ -96,8 +109,9 @@ def run_dpo(put, microbatches):
   return loop(step, state, next_batch)
 
 
-def run_ppo(put, microbatches):
-  policy, critic, tx = build(CONFIG), build(CONFIG, head="scalar"), optimizer()
+def run_ppo(mesh, microbatches):
+  policy, critic = build(CONFIG, mesh=mesh), build(CONFIG, "scalar", mesh=mesh)
+  tx, put = optimizer(), placer(mesh)
   config = ppo.PPOConfig(epochs=2, minibatches=2, microbatches=microbatches, normalize_scores=True)
   apply = actor_critic(policy, critic)
   step = ppo.make_ppo_step(apply, tx, config, temperature=SAMPLING.temperature)
@@ -125,8 +139,8 @@ def run_ppo(put, microbatches):
   return loop(step, state, next_batch, sampled)
 
 
-def run_preference_model(put, microbatches):
-  model, tx = build(CONFIG, head="scalar"), optimizer()
+def run_preference_model(mesh, microbatches):
+  model, tx, put = build(CONFIG, "scalar", mesh=mesh), optimizer(), placer(mesh)
   config = preference_model.PreferenceModelConfig(microbatches=microbatches)
   step = preference_model.make_preference_model_step(model.apply, tx, config)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
@@ -139,8 +153,8 @@ def run_preference_model(put, microbatches):
   return loop(step, state, next_batch)
 
 
-def run_nash_md(put, microbatches):
-  model, tx = build(CONFIG), optimizer()
+def run_nash_md(mesh, microbatches):
+  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
   config = nash_md.NashMDConfig(objective="regression", tau=0.5, microbatches=microbatches)
   step = nash_md.make_nash_md_step(model.apply, tx, config, temperature=SAMPLING.temperature)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
@@ -172,8 +186,8 @@ def run_nash_md(put, microbatches):
   return loop(step, state, next_batch, sampled)
 
 
-def run_rest(put, microbatches):
-  model, tx = build(CONFIG), optimizer()
+def run_rest(mesh, microbatches):
+  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
   config = rest.RestConfig(kappa=0.3, microbatches=microbatches)
   improve = rest.make_rest_step(model.apply, tx, config)
   state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
@@ -224,11 +238,7 @@ RUNS = {
 
 @functools.cache
 def single_device(name):
-  def put(tree, is_state=False):
-    del is_state
-    return jax.device_put(tree, jax.devices()[0])
-
-  return RUNS[name](put, 1)
+  return RUNS[name](None, 1)
 
 
 def assert_close(a, b, atol):
@@ -248,15 +258,8 @@ def test_three_steps_on_one_device(name):
 @pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
 @pytest.mark.parametrize("name", RUNS)
 def test_eight_devices_equal_one(name, spec):
-  mesh = sharding.make_mesh(spec)
-
-  def put(tree, is_state=False):
-    if is_state:
-      return jax.device_put(tree, sharding.named_shardings(tree, mesh, sharding.DECODER_RULES))
-    return sharding.place_batch(tree, mesh)
-
   want_params, want_metrics, want_sampled = single_device(name)
-  params, metrics, sampled = RUNS[name](put, 1)
+  params, metrics, sampled = RUNS[name](sharding.make_mesh(spec), 1)
   for tokens, want in zip(sampled, want_sampled, strict=True):
     np.testing.assert_array_equal(tokens, want)
   assert_close(params, want_params, 1e-5)
@@ -265,12 +268,8 @@ def test_eight_devices_equal_one(name, spec):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_microbatches_change_nothing(name):
-  def put(tree, is_state=False):
-    del is_state
-    return jax.device_put(tree, jax.devices()[0])
-
   want_params, want_metrics, _ = single_device(name)
-  params, metrics, _ = RUNS[name](put, 4)
+  params, metrics, _ = RUNS[name](None, 4)
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
 
@@ -359,7 +358,8 @@ def test_memory_does_not_grow_with_the_logits(name):
 
 
 def test_a_step_keeps_the_placement_of_its_state():
-  mesh, model, tx = sharding.make_mesh("fsdp:4,tensor:2"), build(CONFIG), optimizer()
+  mesh, tx = sharding.make_mesh("fsdp:4,tensor:2"), optimizer()
+  model = build(CONFIG, mesh=mesh)
   before = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
   places = sharding.named_shardings(before, mesh, sharding.DECODER_RULES)
   step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(), state_shardings=places)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rlhf_jax import preflight, sharding
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.attention import dense_attention
@@ -507,3 +508,30 @@ def test_rows_of_the_embedding_that_no_token_has_get_no_probability(tied):
     return -jnp.mean(jax.nn.log_softmax(known.apply(params, tokens))[..., 0])
 
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad(params)))
+
+
+def test_on_a_mesh_weights_come_to_the_rows():
+  """In the loop over layers devices send weights and their gradients, and no activations."""
+  config = dataclasses.replace(TINY, layers=6, width=32, heads=4, head_dim=8, mlp_width=48)
+  mesh = sharding.make_mesh("fsdp:8")
+  shapes = jax.eval_shape(build(config).init, jax.random.key(0))
+  places = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  params = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+  )
+  rows = jax.ShapeDtypeStruct((16, 4), jnp.int32, sharding=sharding.batch_sharding(mesh))
+
+  def sent_by_layers(model):
+    loss = lambda params, tokens: jnp.sum(model.apply(params, tokens)[..., 0])  # noqa: E731
+    step = jax.jit(jax.grad(loss), out_shardings=places)
+    found = preflight.collectives(step.lower(params, rows).compile().as_text())
+    assert {c.trips for c in found if c.trips} == {(6,)}
+    return preflight.summarize(c for c in found if c.trips)
+
+  layer = jax.tree.map(lambda x: 4 * x.size / config.layers, shapes["layers"])
+  kernels = sum(jax.tree.leaves((layer["attention"], layer["mlp"])))
+  sent = sent_by_layers(build(config, mesh=mesh))
+  assert set(sent) == {"all-gather", "all-reduce"}
+  assert sent["all-gather"]["bytes"] == 6 * 2 * kernels * 7 / 8  # Forward and backward.
+  assert sent["all-reduce"]["bytes"] == 6 * 2 * sum(jax.tree.leaves(layer)) * 7 / 8
+  assert "all-gather" not in sent_by_layers(build(config))  # What the mesh is for.

@@ -41,7 +41,6 @@ from rlhf_jax import (
   data,
   evaluation,
   flags,
-  generation,
   loop,
   reporting,
   rewards,
@@ -527,12 +526,9 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
 
 def make_answerer(run: loop.Run, config: Config, model, params, tokenizer: data.Tokenizer):
   """`answer(texts, number, turn) -> texts`, one response to each prompt."""
-  generate = generation.make_generate(
-    model.decode,
-    model.init_cache,
-    dataclasses.replace(config.sampling, samples_per_prompt=1),
-    stop_ids=(tokenizer.eos_id,),
-    pad_id=tokenizer.pad_id,
+  params = common.make_reshard(run, model)(params)
+  generate = common.make_sampler(
+    model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=1)
   )
 
   def answer(texts: Sequence[str], number: int, turn: int) -> list[str]:

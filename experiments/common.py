@@ -318,6 +318,29 @@ def open_reward(
   return of_prompts
 
 
+def make_sampler(
+  model: Model,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  mixture: bool = False,
+) -> Callable[..., Rollout]:
+  """`generation.make_generate` for a model and its tokenizer; of a mixture with `MixtureParams`."""
+  decoder = model.decode, model.init_cache
+  return generation.make_generate(
+    *(generation.make_mixture(*decoder) if mixture else decoder),
+    config,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def make_reshard(run: loop.Run, model: Model) -> Callable[[Params], Params]:
+  """`sharding.make_reshard` for a model: what a sampler reads is made by it, and kept no longer."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return sharding.make_reshard(shapes, run.mesh, model.config.dtype)
+
+
 def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
   """Train state with buffers of its own, each moment sharded like its parameter."""
   make = lambda params: init_state(params, tx)  # noqa: E731
@@ -524,9 +547,7 @@ def heldout_sampler(
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
   stops = (tokenizer.eos_id,)
-  generate = generation.make_generate(
-    model.decode, model.init_cache, config, stop_ids=stops, pad_id=tokenizer.pad_id
-  )
+  generate, reshard = make_sampler(model, tokenizer, config), make_reshard(run, model)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
   key = jax.random.fold_in(run.key_for(2), 0)
   batch_size = heldout_batch_size(run, dataset, batch_size)
@@ -534,6 +555,7 @@ def heldout_sampler(
   def sample(params: Params) -> Samples:
     parts: list[dict[str, np.ndarray]] = []
     responses: list[str] = []
+    params = reshard(params)
     for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(prompts, run.mesh)
       rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
@@ -574,23 +596,18 @@ def heldout_comparer(
   Each policy answers once, with random numbers of its own.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  generate = generation.make_generate(
-    model.decode,
-    model.init_cache,
-    config,
-    stop_ids=(tokenizer.eos_id,),
-    pad_id=tokenizer.pad_id,
-  )
+  generate, reshard = make_sampler(model, tokenizer, config), make_reshard(run, model)
   keys = [jax.random.fold_in(run.key_for(2), i) for i in range(2)]
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def compare(params: Params, other: Params) -> np.ndarray:
     parts = []
+    policies = reshard(params), reshard(other)
     for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(prompts, run.mesh)
       first, second = (
         generate(policy, placed.tokens, placed.mask, placed.prompt_id, key)
-        for policy, key in zip((params, other), keys, strict=True)
+        for policy, key in zip(policies, keys, strict=True)
       )
       parts.append(sharding.to_host(prefer(first, second, prompts.prompt_id))[valid])
     return np.concatenate(parts)

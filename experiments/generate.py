@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from experiments import common
-from rlhf_jax import data, flags, generation, loop, reporting, rewards, sharding
+from rlhf_jax import data, flags, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -53,10 +53,8 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
     prompts = common.as_prompts(prompts, config.limit)
   with loop.open_run(session) as run:
     model, params = common.open_model(run, config.model, folder, tokenizer)
-    stops = (tokenizer.eos_id,)
-    generate = generation.make_generate(
-      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
-    )
+    params = common.make_reshard(run, model)(params)
+    generate = common.make_sampler(model, tokenizer, config.sampling)
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     rows: list[dict[str, str | float]] = []

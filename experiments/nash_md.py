@@ -111,18 +111,17 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
+    reshard = common.make_reshard(run, model)
     sample, oppose = (
-      generation.make_generate(
-        *generation.make_mixture(model.decode, model.init_cache),
+      common.make_sampler(
+        model,
+        tokenizer,
         dataclasses.replace(config.sampling, samples_per_prompt=samples),
-        stop_ids=stops,
-        pad_id=tokenizer.pad_id,
+        mixture=True,
       )
       for samples in (settings.responses, 1)
     )
-    alone = generation.make_generate(
-      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
-    )
+    alone = common.make_sampler(model, tokenizer, config.sampling)
     prefer = preference_of(train_set)
     step = nash_md.make_nash_md_step(
       model.apply,
@@ -153,12 +152,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         """One step of `current` on fresh responses, judged against the mixture of `opponent`."""
         start = time.monotonic()
         keys = jax.random.split(key)
-        mixture = generation.MixtureParams(opponent, ref_params, mix)
+        policy, ref = reshard(current.params), reshard(ref_params)
+        rival = policy if opponent is current.params else reshard(opponent)
         if settings.objective == "policy_gradient":
-          own = alone(current.params, *inputs, keys[0])
+          own = alone(policy, *inputs, keys[0])
         else:
-          own = sample(generation.MixtureParams(current.params, ref_params, mix), *inputs, keys[0])
-        other = oppose(mixture, *inputs, keys[1])
+          own = sample(generation.MixtureParams(policy, ref, mix), *inputs, keys[0])
+        other = oppose(generation.MixtureParams(rival, ref, mix), *inputs, keys[1])
+        del policy, ref, rival  # Room for the update.
         other = jax.tree.map(lambda x: jnp.repeat(x, settings.responses, axis=0), other)
         own, other = jax.block_until_ready((own, other))
         sampled = time.monotonic()

@@ -105,13 +105,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
+    reshard = common.make_reshard(run, model)
     generate, alone = (
-      generation.make_generate(
-        model.decode,
-        model.init_cache,
-        dataclasses.replace(config.sampling, samples_per_prompt=count),
-        stop_ids=stops,
-        pad_id=tokenizer.pad_id,
+      common.make_sampler(
+        model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
       )
       for count in (samples, 1)
     )
@@ -139,8 +136,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
       inputs = prompts.tokens, prompts.mask, prompts.prompt_id
       start = time.monotonic()
-      rollout = generate(state.train.params, *inputs, keys[0])
-      free = alone(ref_params, *inputs, keys[1]) if config.dpo.bonus_coef else None
+      rollout = generate(reshard(state.train.params), *inputs, keys[0])
+      free = alone(reshard(ref_params), *inputs, keys[1]) if config.dpo.bonus_coef else None
       rollout = jax.block_until_ready(rollout)
       sampled = time.monotonic()
       ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)

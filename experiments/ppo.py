@@ -149,15 +149,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
-    generate = generation.make_generate(
-      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
-    )
-    refer = generation.make_generate(
-      model.decode,
-      model.init_cache,
-      dataclasses.replace(config.sampling, samples_per_prompt=config.reference_samples),
-      stop_ids=stops,
-      pad_id=tokenizer.pad_id,
+    reshard = common.make_reshard(run, model)
+    generate, refer = (
+      common.make_sampler(
+        model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=samples)
+      )
+      for samples in (config.sampling.samples_per_prompt, config.reference_samples)
     )
     reward_fn = reward_of(train_set)
     experience = ppo.make_experience(
@@ -182,7 +179,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       ]
 
       def sample_and_score(generate, params, key):
-        rollout = generate(params, prompts.tokens, prompts.mask, prompts.prompt_id, key)
+        rollout = generate(reshard(params), prompts.tokens, prompts.mask, prompts.prompt_id, key)
         rollout = jax.block_until_ready(rollout)
         sampled = time.monotonic()
         repeats = rollout.tokens.shape[0] // prompts.tokens.shape[0]

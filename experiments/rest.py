@@ -195,9 +195,8 @@ def grow(
       return done
     model, params = common.open_model(run, config.model, start, tokenizer)
     stops = (tokenizer.eos_id,)
-    generate = generation.make_generate(
-      model.decode, model.init_cache, config.sampling, stop_ids=stops, pad_id=tokenizer.pad_id
-    )
+    params = common.make_reshard(run, model)(params)
+    generate = common.make_sampler(model, tokenizer, config.sampling)
     reward_fn: RewardFn = common.open_reward(run, config.reward, config.model, tokenizer)(prompts)
     batch_size = common.heldout_batch_size(run, prompts, max(128 // count, 1))
     key = run.key_for(0)

@@ -11,10 +11,11 @@ neither the rows of a batch nor their order depend on the number of processes.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -133,6 +134,43 @@ def _check_divides(name: str, dimension: int, size: int, axes: Any, mesh: Mesh) 
     )
 
 
+def rollout_shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
+  """Where params are while they sample: by the rules, but split over `tensor` alone.
+
+  What `fsdp` splits is gathered before it is used. A training step does that once for thousands of
+  tokens, a sampler would do it for every token of a response.
+  """
+
+  def kept(axes: Any) -> Any:
+    return tuple(axis for axis in _names(axes) if axis != "fsdp") or None
+
+  own = [(pattern, P(*map(kept, spec))) for pattern, spec in rules]
+  return named_shardings(params, mesh, own)
+
+
+def make_reshard(params: Any, mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
+  """Builds `reshard(params)`, which gives them as a sampler wants them.
+
+  Args:
+    params: Arrays or `jax.ShapeDtypeStruct`, placed by `DECODER_RULES`.
+    mesh: Where they are.
+    dtype: Of the matrices. A model rounds them to its computation dtype anyway, and a copy in it is
+      read faster. Norms, biases and heads stay as they are.
+
+  Returns:
+    A jitted function; if there is nothing to change, one that gives back its argument.
+  """
+  shardings = rollout_shardings(params, mesh)
+  dtypes = jax.tree.map(
+    lambda x, place: jnp.dtype(dtype) if place.spec != P() else x.dtype, params, shardings
+  )
+  same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, t: x.dtype == t, params, dtypes)))
+  if mesh.shape["fsdp"] == 1 and same_dtypes:
+    return lambda params: params
+  cast = lambda params: jax.tree.map(lambda x, t: x.astype(t), params, dtypes)  # noqa: E731
+  return jax.jit(cast, out_shardings=shardings)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
@@ -170,6 +208,20 @@ def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
     return None if size % math.prod(mesh.shape[axis] for axis in axes) else axes
 
   return P(fitting(("data", "fsdp"), rows), fitting(("tensor",), heads))
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Shapes in place of arrays, to compile with.
+
+  Args:
+    tree: Arrays or shapes.
+    shardings: A tree of the same structure, or one sharding for all.
+  """
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _, where=shardings: where, tree)
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
+  )
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:

@@ -360,10 +360,9 @@ class Embedding(nnx.Module):
 
   def __call__(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """[B, T] tokens and positions -> [B, T, D] in the computation dtype."""
-    x = self.embedding[...][tokens]
+    x = self.embedding[...][tokens].astype(self.config.dtype)
     if hasattr(self, "positions"):
-      x += self.positions[...][positions]
-    x = x.astype(self.config.dtype)
+      x += self.positions[...][positions].astype(x.dtype)
     if self.config.embed_scale:  # The factor is rounded too, as the models were trained.
       x *= jnp.asarray(math.sqrt(self.config.width), x.dtype)
     return x

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import sharding
+from rlhf_jax import preflight, sharding
 from rlhf_jax.generation import SamplingConfig, ended, make_generate, sample
 from rlhf_jax.models import ModelConfig, build, hf
 from tests.testing import compilations
@@ -133,19 +133,79 @@ def test_tokens_do_not_depend_on_left_padding(case):
     assert rollout.tokens.shape == (8, P + extra + R)
 
 
-@pytest.mark.parametrize("spec", ["data:8", "data:2,fsdp:2,tensor:2"])
-def test_tokens_do_not_depend_on_the_mesh(case, spec):
+@pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
+def test_tokens_do_not_depend_on_the_mesh_or_the_layout(case, spec):
   config = dataclasses.replace(CONFIG, samples_per_prompt=2)
   expected = run(case, config=config)
   mesh = sharding.make_mesh(spec)
-  rules = sharding.named_shardings(case.params, mesh, sharding.DECODER_RULES)
-  params = jax.device_put(case.params, rules)
-  tokens, mask, ids = sharding.place_batch((case.tokens, case.mask, case.ids), mesh)
-  rollout = sampler(case.model, config)(params, tokens, mask, ids, jax.random.key(0))
-  assert len(rollout.tokens.sharding.device_set) == 8
-  np.testing.assert_array_equal(rollout.tokens, expected.tokens)
-  np.testing.assert_array_equal(rollout.response_mask, expected.response_mask)
-  np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+  trained = sharding.named_shardings(case.params, mesh, sharding.DECODER_RULES)
+  params = jax.device_put(case.params, trained)
+  rows = sharding.place_batch((case.tokens, case.mask, case.ids), mesh)
+  reshard = sharding.make_reshard(case.params, mesh, TINY.dtype)
+  generate = sampler(build(TINY, mesh=mesh), config)
+  for layout in (params, reshard(params)):
+    rollout = generate(layout, *rows, jax.random.key(0))
+    assert len(rollout.tokens.sharding.device_set) == 8
+    np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+    np.testing.assert_array_equal(rollout.response_mask, expected.response_mask)
+    np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_no_token_waits_for_weights():
+  """In the layout of rollouts the loop over tokens gathers no weights; in that of training it does.
+
+  No activation has as many numbers as the smallest matrix of a layer.
+  """
+  model_config = dataclasses.replace(TINY, layers=6, width=32, mlp_width=64, kv_heads=4, head_dim=8)
+  shapes = jax.eval_shape(build(model_config).init, jax.random.key(0))
+  smallest = min(x.size // 6 for x in jax.tree.leaves(shapes["layers"]) if x.ndim == 3)
+  for spec in ("fsdp:8", "fsdp:4,tensor:2"):
+    mesh = sharding.make_mesh(spec)
+    model = build(model_config, mesh=mesh)
+    rows = sharding.batch_sharding(mesh)
+    prompts = sharding.abstract(
+      (jnp.zeros([8, P], int), jnp.zeros([8, P], bool), jnp.zeros(8, int)), rows
+    )
+
+    def gathered(places, model=model, mesh=mesh, prompts=prompts):
+      generate = sampler(model, dataclasses.replace(CONFIG, max_new_tokens=4))
+      lowered = generate.lower(sharding.abstract(shapes, places), *prompts, jax.random.key(0))
+      found = preflight.collectives(lowered.compile().as_text())
+      decoding = [c for c in found if None in c.trips and c.kind == "all-gather"]
+      least = 4 * smallest / mesh.shape["tensor"] / 2  # In bytes; a ring of two sends half.
+      return [c for c in decoding if c.bytes >= least]
+
+    assert gathered(sharding.rollout_shardings(shapes, mesh)) == []
+    assert gathered(sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES))
+
+
+def test_resharding_for_rollouts(case):
+  config = dataclasses.replace(TINY, tied=False)
+  model = build(config)
+  params = jax.jit(model.init)(jax.random.key(0))
+  mesh = sharding.make_mesh("fsdp:4,tensor:2")
+  placed = jax.device_put(params, sharding.named_shardings(params, mesh, sharding.DECODER_RULES))
+  moved = sharding.make_reshard(params, mesh, "bfloat16")(placed)
+  for path, x in jax.tree_util.tree_leaves_with_path(moved):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    is_matrix = not name.endswith("scale")
+    assert x.dtype == (jnp.bfloat16 if is_matrix else jnp.float32), name
+    assert x.addressable_shards[0].data.size == x.size // (2 if is_matrix else 1), name
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), moved, params)
+  # Where there is nothing to do, nothing is copied.
+  for spec in ("data:8", "data:4,tensor:2"):
+    assert sharding.make_reshard(params, sharding.make_mesh(spec), "float32")(params) is params
+
+
+def test_a_copy_in_the_computation_dtype_computes_the_same(case):
+  """The same as with weights of its values: XLA may leave out rounding that it is not forced to."""
+  for more in ({}, {"positions": "learned"}):
+    model = build(dataclasses.replace(TINY, dtype="bfloat16", **more))
+    params = jax.jit(model.init)(jax.random.key(0))
+    copy = sharding.make_reshard(params, sharding.make_mesh("data:8"), "bfloat16")(params)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), copy)
+    own = case._replace(model=model)
+    jax.tree.map(np.testing.assert_array_equal, run(own, params=rounded), run(own, params=copy))
 
 
 def test_the_key_decides(case):

@@ -28,7 +28,7 @@ from rlhf_jax import (
 )
 from rlhf_jax.algorithms import reward_model, rollouts
 from rlhf_jax.losses import masked
-from rlhf_jax.models import Model, ModelConfig, build, count_params, hf
+from rlhf_jax.models import Model, ModelConfig, build, count_params, hf, presets
 from rlhf_jax.train_step import init_state, make_optimizer, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
@@ -43,6 +43,8 @@ class ModelOptions:
   Attributes:
     path: Hugging Face folder (config.json, safetensors, tokenizer). Empty makes a new model for
       the built-in task with the sizes below, unless --init_from gives one.
+    preset: Architecture of a new model, by its name in rlhf_jax.models.presets, in place of the
+      sizes below.
     layers: Blocks of a new model.
     width: Width of a new model.
     heads: Attention heads of a new model.
@@ -56,6 +58,7 @@ class ModelOptions:
   """
 
   path: str = ""
+  preset: str = ""
   layers: int = 4
   width: int = 128
   heads: int = 4
@@ -69,6 +72,11 @@ class ModelOptions:
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.preset and self.path:
+      raise ValueError("preset is for a new model; leave path empty, or preset")
+    if self.preset and self.preset not in presets.PRESETS:
+      known = ", ".join(sorted(presets.PRESETS))
+      raise ValueError(f"preset must be one of {known}, got {self.preset!r}")
     if self.width % (2 * self.heads):
       raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
 
@@ -188,7 +196,9 @@ def open_model(
   head: Literal["language", "scalar"] = "language",
 ) -> tuple[Model, Params]:
   """A model and its params, created or loaded in place on the mesh of the run."""
-  if folder is None:
+  if folder is None and options.preset:
+    config = presets.PRESETS[options.preset]
+  elif folder is None:
     config = ModelConfig(
       # Rows that no token uses let the embedding split evenly.
       vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
@@ -217,11 +227,11 @@ def open_model(
     logit_chunk=options.logit_chunk,
     mesh=run.mesh,
   )
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   key = run.key_for(1)
-  if folder is None:
-    return model, jax.jit(model.init, out_shardings=shardings)(key)
+  if folder is None or sharding.is_absent(run.mesh):
+    return model, create(run, model.init, key)
+  shapes = jax.eval_shape(model.init, key)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   flat = {
     jax.tree_util.keystr(path, simple=True, separator="/"): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
@@ -341,12 +351,48 @@ def make_reshard(run: loop.Run, model: Model) -> Callable[[Params], Params]:
   return sharding.make_reshard(shapes, run.mesh, model.config.dtype)
 
 
+def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
+  """`make(*args)` in buffers of its own, placed by `DECODER_RULES`; shapes for absent devices."""
+  shapes = jax.eval_shape(make, *args)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  if sharding.is_absent(run.mesh):
+    return sharding.abstract(shapes, shardings)
+  return jax.jit(make, out_shardings=shardings)(*args)
+
+
+def copy(run: loop.Run, params: Params) -> Params:
+  """Params that a step which donates its state leaves alone."""
+  return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
+
+
 def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
   """Train state with buffers of its own, each moment sharded like its parameter."""
-  make = lambda params: init_state(params, tx)  # noqa: E731
-  shapes = jax.eval_shape(make, params)
-  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
-  return jax.jit(make, out_shardings=shardings)(params)
+  return create(run, lambda params: init_state(params, tx), params)
+
+
+def make_trainer(
+  run: loop.Run,
+  config: Any,
+  model: Model,
+  params: Params,
+  make_step: Callable[..., Any],
+  settings: Any,
+  **options: Any,
+) -> tuple[TrainState, Callable[..., Any]]:
+  """The state before the first step, with a copy of `params`, and the train step.
+
+  Args:
+    run: Where to run.
+    config: Of the script: RunConfig and `optim`.
+    model: What is trained.
+    params: Its start.
+    make_step: `(apply_fn, tx, settings, *, state_shardings, **options) -> step`.
+    settings: Of the algorithm.
+    **options: Further ones of `make_step`.
+  """
+  tx = make_optimizer(config.optim, config.steps)
+  state = place_state(run, params, tx)
+  return state, make_step(model.apply, tx, settings, state_shardings=shardings_of(state), **options)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -769,6 +815,13 @@ class Judge:
     return summary
 
 
+def make_refer(
+  model: Model, reference: Callable[..., jax.Array], settings: Any
+) -> Callable[..., Metrics]:
+  """Jitted `(params, rows) -> {"ref": log-probabilities}`, see `train_offline`."""
+  return jax.jit(lambda params, rows: {"ref": reference(model.apply, params, rows, settings)})
+
+
 def train_offline(
   session: loop.Session,
   config: Any,
@@ -805,8 +858,7 @@ def train_offline(
       run, title, flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
     )
     model, ref_params = open_model(run, config.model, folder, tokenizer)
-    tx = make_optimizer(config.optim, config.steps)
-    state = place_state(run, ref_params, tx)
+    state, step = make_trainer(run, config, model, ref_params, make_step, settings)
     width = max(train_set.width, 1)
     describe(
       run,
@@ -818,7 +870,7 @@ def train_offline(
         "tokens per step": f"{config.batch_size * width * train_set.padded_length}",
       },
     )
-    refer = jax.jit(lambda params, rows: {"ref": reference(model.apply, params, rows, settings)})
+    refer = make_refer(model, reference, settings)
     measure = functools.partial(
       measure_rows, run, batch_size=config.batch_size, pad_id=tokenizer.pad_id
     )
@@ -839,7 +891,6 @@ def train_offline(
       found = measure(heldout, columns=refs[1], measure=lambda batch: figures(state.params, *batch))
       return {name: float(np.nanmean(values)) for name, values in found.items()}
 
-    step = make_step(model.apply, tx, settings, state_shardings=shardings_of(state))
     batches = data.batches(
       train_set,
       config.batch_size,

@@ -19,6 +19,7 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,8 +33,9 @@ from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import Params, Rollout, TrainState
+from rlhf_jax.models import Model
+from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.types import Params, Rollout, TrainState, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,45 @@ class NashState(NamedTuple):
   average: Params | None
 
 
+class Programs(NamedTuple):
+  """What an iteration runs on the devices."""
+
+  reshard: Callable[[Params], Params]
+  sample: Callable[..., Rollout]  # Of the policy, or with objective=regression of the mixture.
+  oppose: Callable[..., Rollout]
+  refer: Callable[[Params, Rollout], jax.Array]
+  step: TrainStep
+
+
+def open_programs(
+  run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
+) -> tuple[NashState, Programs]:
+  """The first state and the programs, none of which is compiled yet."""
+  settings, temperature = config.nash_md, config.sampling.temperature
+  train_state, step = common.make_trainer(
+    run,
+    config,
+    model,
+    ref_params,
+    nash_md.make_nash_md_step,
+    settings,
+    temperature=temperature,
+  )
+  average = common.copy(run, ref_params) if settings.ema else None
+
+  @jax.jit
+  def refer(ref_params: Params, rollout: Rollout) -> jax.Array:
+    return rollouts.rollout_logprobs(model.apply, ref_params, rollout, temperature)[0]
+
+  def sampler(samples: int, mixture: bool) -> Callable[..., Rollout]:
+    sampling = dataclasses.replace(config.sampling, samples_per_prompt=samples)
+    return common.make_sampler(model, tokenizer, sampling, mixture=mixture)
+
+  sample = sampler(settings.responses, settings.objective == "regression")
+  programs = Programs(common.make_reshard(run, model), sample, sampler(1, True), refer, step)
+  return NashState(train_state, average), programs
+
+
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
   config.preference.require()
@@ -94,10 +135,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       fixed = common.open_policy(run, config.opponent, config.model, tokenizer)
     preference_of = common.open_preference(run, config.preference, config.model, tokenizer)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
-    tx = make_optimizer(config.optim, config.steps)
-    placed = common.place_state(run, ref_params, tx)
-    average = jax.tree.map(jnp.copy, placed.params) if settings.ema else None
-    state = NashState(placed, average)
+    state, programs = open_programs(run, config, model, ref_params, tokenizer)
     length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
       run,
@@ -111,35 +149,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
-    reshard = common.make_reshard(run, model)
-    sample, oppose = (
-      common.make_sampler(
-        model,
-        tokenizer,
-        dataclasses.replace(config.sampling, samples_per_prompt=samples),
-        mixture=True,
-      )
-      for samples in (settings.responses, 1)
-    )
-    alone = common.make_sampler(model, tokenizer, config.sampling)
     prefer = preference_of(train_set)
-    step = nash_md.make_nash_md_step(
-      model.apply,
-      tx,
-      settings,
-      temperature=config.sampling.temperature,
-      state_shardings=common.shardings_of(state.train),
-    )
     mixes, taus = (
       optax.linear_schedule(first, last, max(config.steps - 1, 1))
       for first, last in ((settings.mix, settings.last_mix), (settings.tau, settings.last_tau))
     )
-
-    @jax.jit
-    def refer(ref_params: Params, rollout: Rollout) -> jax.Array:
-      return rollouts.rollout_logprobs(
-        model.apply, ref_params, rollout, config.sampling.temperature
-      )[0]
 
     def iteration(state: NashState, prompts: data.PromptBatch, key: jax.Array):
       key = jax.random.fold_in(key, state.train.step)
@@ -152,14 +166,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         """One step of `current` on fresh responses, judged against the mixture of `opponent`."""
         start = time.monotonic()
         keys = jax.random.split(key)
-        policy, ref = reshard(current.params), reshard(ref_params)
-        rival = policy if opponent is current.params else reshard(opponent)
-        if settings.objective == "policy_gradient":
-          own = alone(policy, *inputs, keys[0])
-        else:
-          own = sample(generation.MixtureParams(policy, ref, mix), *inputs, keys[0])
-        other = oppose(generation.MixtureParams(rival, ref, mix), *inputs, keys[1])
-        del policy, ref, rival  # Room for the update.
+        policy, ref = programs.reshard(current.params), programs.reshard(ref_params)
+        rival = policy if opponent is current.params else programs.reshard(opponent)
+        mixed = settings.objective == "regression"
+        source = generation.MixtureParams(policy, ref, mix) if mixed else policy
+        own = programs.sample(source, *inputs, keys[0])
+        other = programs.oppose(generation.MixtureParams(rival, ref, mix), *inputs, keys[1])
+        del policy, ref, rival, source  # Room for the update.
         other = jax.tree.map(lambda x: jnp.repeat(x, settings.responses, axis=0), other)
         own, other = jax.block_until_ready((own, other))
         sampled = time.monotonic()
@@ -178,11 +191,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         rows = (config.batch_size, settings.responses)
         batch = nash_md.NashMDBatch(
           rollout=jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), own),
-          ref_logprobs=refer(ref_params, own).reshape(*rows, -1),
+          ref_logprobs=programs.refer(ref_params, own).reshape(*rows, -1),
           preference=(preference - settings.missing_eos_penalty * cut).reshape(rows),
           tau=jnp.full([config.batch_size], tau, jnp.float32),
         )
-        return step(current, batch, key)
+        return programs.step(current, batch, key)
 
       opponent = state.train.params if state.average is None else state.average
       if fixed is not None:

@@ -16,6 +16,7 @@ Starting the same command again continues a run that was stopped.
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,8 +30,9 @@ from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import Params, Rollout, TrainState
+from rlhf_jax.models import Model
+from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +87,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
       judge_responses = reward_of(train_set)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
-    tx = make_optimizer(config.optim, config.steps)
-    placed = common.place_state(run, ref_params, tx)
-    is_previous = config.online.reference == "previous"
-    state = OnlineState(placed, jax.tree.map(jnp.copy, placed.params) if is_previous else None)
+    state, programs = open_programs(run, config, model, ref_params, tokenizer)
     common.describe(
       run,
       "Online DPO",
@@ -105,39 +104,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
-    reshard = common.make_reshard(run, model)
-    generate, alone = (
-      common.make_sampler(
-        model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
-      )
-      for count in (samples, 1)
-    )
-    step = dpo.make_dpo_step(
-      model.apply, tx, config.dpo, state_shardings=common.shardings_of(state.train)
-    )
-
-    @jax.jit
-    def make_batch(
-      params: Params, rollout: Rollout, scores: jax.Array, free: Rollout | None, key: jax.Array
-    ):
-      scores = scores.reshape(-1, samples)
-      chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
-      pairs = online_dpo.make_pairs(rollout, chosen, rejected)
-      refs = dpo.reference_logprobs(model.apply, params, pairs, config.dpo)
-      calibration = None if free is None else online_dpo.right_padded(free)
-      figures = {
-        "reward/mean": jnp.mean(scores),
-        "reward/std": jnp.mean(jnp.std(scores, axis=1)),
-        "ties": jnp.mean(chosen == rejected),
-      }
-      return dpo.DPOBatch(pairs, refs, calibration), figures
 
     def iteration(state: OnlineState, prompts: data.PromptBatch, key: jax.Array):
       keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
       inputs = prompts.tokens, prompts.mask, prompts.prompt_id
       start = time.monotonic()
-      rollout = generate(reshard(state.train.params), *inputs, keys[0])
-      free = alone(reshard(ref_params), *inputs, keys[1]) if config.dpo.bonus_coef else None
+      rollout = programs.generate(programs.reshard(state.train.params), *inputs, keys[0])
+      free = None
+      if config.dpo.bonus_coef:
+        free = programs.alone(programs.reshard(ref_params), *inputs, keys[1])
       rollout = jax.block_until_ready(rollout)
       sampled = time.monotonic()
       ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)
@@ -145,8 +120,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       scored = time.monotonic()
       previous = state.previous
       reference = ref_params if previous is None else previous
-      batch, figures = make_batch(reference, rollout, scores, free, keys[2])
-      new, metrics = step(state.train, batch, key)
+      batch, figures = programs.make_batch(reference, rollout, scores, free, keys[2])
+      new, metrics = programs.step(state.train, batch, key)
       if previous is not None and int(new.step) % config.online.round_steps == 0:
         previous = jax.tree.map(jnp.copy, new.params)
       ended = generation.ended(rollout, stops)
@@ -186,6 +161,54 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="online dpo",
     )
     return judge.finish(state.train.params, config.steps, "Online DPO")
+
+
+class Programs(NamedTuple):
+  """What an iteration runs on the devices."""
+
+  reshard: Callable[[Params], Params]
+  generate: Callable[..., Rollout]  # Of the policy: several responses to each prompt.
+  alone: Callable[..., Rollout]  # Of the reference: one.
+  make_batch: Callable[..., tuple[dpo.DPOBatch, Metrics]]
+  step: TrainStep
+
+
+def open_programs(
+  run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
+) -> tuple[OnlineState, Programs]:
+  """The first state and the programs, none of which is compiled yet."""
+  train_state, step = common.make_trainer(
+    run, config, model, ref_params, dpo.make_dpo_step, config.dpo
+  )
+  previous = None
+  if config.online.reference == "previous":
+    previous = common.copy(run, ref_params)
+  samples = config.sampling.samples_per_prompt
+
+  @jax.jit
+  def make_batch(
+    params: Params, rollout: Rollout, scores: jax.Array, free: Rollout | None, key: jax.Array
+  ):
+    scores = scores.reshape(-1, samples)
+    chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
+    pairs = online_dpo.make_pairs(rollout, chosen, rejected)
+    refs = dpo.reference_logprobs(model.apply, params, pairs, config.dpo)
+    calibration = None if free is None else online_dpo.right_padded(free)
+    figures = {
+      "reward/mean": jnp.mean(scores),
+      "reward/std": jnp.mean(jnp.std(scores, axis=1)),
+      "ties": jnp.mean(chosen == rejected),
+    }
+    return dpo.DPOBatch(pairs, refs, calibration), figures
+
+  generate, alone = (
+    common.make_sampler(
+      model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
+    )
+    for count in (samples, 1)
+  )
+  programs = Programs(common.make_reshard(run, model), generate, alone, make_batch, step)
+  return OnlineState(train_state, previous), programs
 
 
 def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:

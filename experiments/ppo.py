@@ -17,7 +17,9 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
+import pathlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,9 +33,9 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.models import actor_critic, zero_scores
+from rlhf_jax.models import Model, actor_critic, zero_scores
 from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
-from rlhf_jax.types import TokenBatch, TrainState
+from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +132,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
-    apply_fn, params = open_actor(run, config, folder, tokenizer, model, ref_params)
-    tx, schedule = make_transformation(config)
-    control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
-    state = PPOState(common.place_state(run, params, tx), control)
-    del params  # The state has its own copy.
+    state, programs = open_programs(run, config, folder, model, ref_params, tokenizer)
     length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
       run,
@@ -149,28 +147,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       },
     )
     stops = (tokenizer.eos_id,)
-    reshard = common.make_reshard(run, model)
-    generate, refer = (
-      common.make_sampler(
-        model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=samples)
-      )
-      for samples in (config.sampling.samples_per_prompt, config.reference_samples)
-    )
     reward_fn = reward_of(train_set)
-    experience = ppo.make_experience(
-      apply_fn,
-      model.apply,
-      config.ppo,
-      temperature=config.sampling.temperature,
-      samples_per_prompt=config.sampling.samples_per_prompt,
-    )
-    update = ppo.make_ppo_step(
-      apply_fn,
-      tx,
-      config.ppo,
-      temperature=config.sampling.temperature,
-      state_shardings=common.shardings_of(state.train),
-    )
 
     def iteration(state: PPOState, batch: Batch, key: jax.Array):
       prompts = batch.prompts
@@ -179,7 +156,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       ]
 
       def sample_and_score(generate, params, key):
-        rollout = generate(reshard(params), prompts.tokens, prompts.mask, prompts.prompt_id, key)
+        rollout = generate(
+          programs.reshard(params), prompts.tokens, prompts.mask, prompts.prompt_id, key
+        )
         rollout = jax.block_until_ready(rollout)
         sampled = time.monotonic()
         repeats = rollout.tokens.shape[0] // prompts.tokens.shape[0]
@@ -188,18 +167,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
       policy = jax.block_until_ready(state.train.params["policy"])
       start = time.monotonic()
-      rollout, prompt_ids, scores, sampled = sample_and_score(generate, policy, keys[0])
+      rollout, prompt_ids, scores, sampled = sample_and_score(programs.generate, policy, keys[0])
       metrics = {
         f"{name}_reward/mean": float(np.mean(fn(rollout, prompt_ids)))
         for name, fn in gold_fns.items()
       }
       more = {} if batch.demonstrations is None else {"demonstrations": batch.demonstrations}
       if config.ppo.reads_reference_scores:
-        ref_scores = sample_and_score(refer, ref_params, keys[1])[2]
+        ref_scores = sample_and_score(programs.refer, ref_params, keys[1])[2]
         ref_scores = ref_scores.reshape(config.batch_size, -1)
         more["ref_scores"] = jnp.repeat(ref_scores, config.sampling.samples_per_prompt, axis=0)
       scored = time.monotonic()
-      experienced, control, of_rollout = experience(
+      experienced, control, of_rollout = programs.experience(
         state.train.params,
         ref_params,
         state.control,
@@ -208,7 +187,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         generation.ended(rollout, stops),
         **more,
       )
-      new, of_update = update(state.train, experienced, key)
+      new, of_update = programs.update(state.train, experienced, key)
       metrics |= of_rollout | of_update
       metrics |= {
         "tokens": jnp.sum(rollout.response_mask),
@@ -220,6 +199,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     heldout_fns = {"reward": reward_of(heldout)}
     heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
     judge = common.Judge(run, model, tokenizer, heldout, config.sampling, heldout_fns, ref_params)
+    _, schedule = make_transformation(config)
     state = loop.fit(
       run,
       config,
@@ -232,6 +212,50 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="ppo",
     )
     return judge.finish(state.train.params["policy"], config.steps, "PPO")
+
+
+class Programs(NamedTuple):
+  """What an iteration runs on the devices."""
+
+  reshard: Callable[[Params], Params]
+  generate: Callable[..., Rollout]  # Of the policy.
+  refer: Callable[..., Rollout]  # Of the reference.
+  experience: Callable[..., tuple[ppo.PPOBatch, ppo.Control, Metrics]]
+  update: TrainStep
+
+
+def open_programs(
+  run: loop.Run,
+  config: Config,
+  folder: pathlib.Path | None,
+  model: Model,
+  ref_params: Params,
+  tokenizer: data.Tokenizer,
+) -> tuple[PPOState, Programs]:
+  """The first state and the programs, none of which is compiled yet."""
+  apply_fn, params = open_actor(run, config, folder, tokenizer, model, ref_params)
+  tx, _ = make_transformation(config)
+  control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
+  state = PPOState(common.place_state(run, params, tx), control)
+  temperature, samples = config.sampling.temperature, config.sampling.samples_per_prompt
+  generate, refer = (
+    common.make_sampler(
+      model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
+    )
+    for count in (samples, config.reference_samples)
+  )
+  experience = ppo.make_experience(
+    apply_fn, model.apply, config.ppo, temperature=temperature, samples_per_prompt=samples
+  )
+  update = ppo.make_ppo_step(
+    apply_fn,
+    tx,
+    config.ppo,
+    temperature=temperature,
+    state_shardings=common.shardings_of(state.train),
+  )
+  reshard = common.make_reshard(run, model)
+  return state, Programs(reshard, generate, refer, experience, update)
 
 
 def open_actor(run, config, folder, tokenizer, model, params):

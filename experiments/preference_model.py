@@ -27,7 +27,7 @@ from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer=tokenizer.digest,
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    tx = make_optimizer(config.optim, config.steps)
-    state = common.place_state(run, params, tx)
+    make_step, settings = preference_model.make_preference_model_step, config.preference_model
+    state, step = common.make_trainer(run, config, model, params, make_step, settings)
     del params  # The state has its own copy.
     common.describe(
       run,
@@ -93,9 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      preference_model.make_preference_model_step(
-        model.apply, tx, config.preference_model, state_shardings=common.shardings_of(state)
-      ),
+      step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,

@@ -42,7 +42,7 @@ from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.rewards import RewardFn
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.train_step import OptimConfig, make_schedule
 
 _GROWN = "responses.jsonl"
 
@@ -290,17 +290,20 @@ def improve(
       _, ref_params = common.open_model(run, config.model, ref_folder, tokenizer)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     optim = dataclasses.replace(config.optim, learning_rate=rate)
-    tx = make_optimizer(optim, config.steps)
-    state = common.place_state(run, params, tx)
+    state, step = common.make_trainer(
+      run,
+      dataclasses.replace(config, optim=optim),
+      model,
+      params,
+      rest.make_rest_step,
+      config.rest,
+    )
     common.describe(
       run,
       f"Improve {index}",
       model,
       state,
       {"data": f"{len(dataset.examples)} kept responses"},
-    )
-    step = rest.make_rest_step(
-      model.apply, tx, config.rest, state_shardings=common.shardings_of(state)
     )
     state = loop.fit(
       run,

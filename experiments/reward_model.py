@@ -28,7 +28,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       run, "reward_model", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    tx = make_optimizer(config.optim, config.steps)
-    state = common.place_state(run, params, tx)
+    state, step = common.make_trainer(
+      run, config, model, params, reward_model.make_reward_model_step, settings
+    )
     del params  # The state has its own copy.
     tokens = config.batch_size * train_set.width * train_set.padded_length
     common.describe(
@@ -96,9 +97,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      reward_model.make_reward_model_step(
-        model.apply, tx, settings, state_shardings=common.shardings_of(state)
-      ),
+      step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,

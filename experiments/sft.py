@@ -21,7 +21,7 @@ from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.losses import masked, supervised
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       run, "sft", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
     )
     model, params = common.open_model(run, config.model, folder, tokenizer)
-    tx = make_optimizer(config.optim, config.steps)
-    state = common.place_state(run, params, tx)
+    state, step = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
     del params  # The state has its own copy.
     tokens = config.batch_size * train_set.padded_length
     common.describe(
@@ -79,7 +78,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      sft.make_sft_step(model.apply, tx, config.sft, state_shardings=common.shardings_of(state)),
+      step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,36 +40,46 @@ DECODER_RULES: Rules = (
 )
 
 
-def make_mesh(spec: str = "") -> Mesh:
+def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the (data, fsdp, tensor) mesh over all devices of all processes.
 
   Args:
     spec: Such as `data:8,fsdp:4,tensor:2`. Axes that are not named have size 1; one may be -1 and
       takes the devices that are left. Empty puts all devices on `data`.
+    devices: Other devices than those of this process, such as absent ones to compile for.
 
   Raises:
     ValueError: The spec cannot be read or does not fit the number of devices.
   """
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   sizes = _parse_mesh(spec or "data:-1")
   named = ",".join(f"{axis}:{size}" for axis, size in sizes.items())
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if -1 in sizes.values():
-    if devices % fixed:
+    if count % fixed:
       raise ValueError(
-        f"--mesh={named}: {fixed} does not divide the {devices} devices, nothing fits -1;"
+        f"--mesh={named}: {fixed} does not divide the {count} devices, nothing fits -1;"
         " change the fixed sizes"
       )
-    sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-  elif fixed != devices:
+    sizes = {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
+  elif fixed != count:
     free = next((axis for axis in AXES if axis not in sizes), None)
     fix = f"--mesh={named},{free}:-1 takes the rest" if free else "use -1 for one axis"
     raise ValueError(
-      f"--mesh={named} needs {fixed} devices, there are {devices};"
-      f" {fix if fixed < devices else 'make an axis smaller'}"
+      f"--mesh={named} needs {fixed} devices, there are {count};"
+      f" {fix if fixed < count else 'make an axis smaller'}"
     )
   shape = tuple(sizes.get(axis, 1) for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  if devices is None:
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  # An axis of the mesh may be a part of an axis of the torus.
+  grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def is_absent(mesh: Any) -> bool:
+  """Whether its devices can be compiled for, but hold no arrays."""
+  return mesh.devices.flat[0] not in jax.devices()
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
@@ -225,7 +235,9 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Puts arrays that every process holds whole on the devices."""
+  """Puts arrays that every process holds whole on the devices; gives shapes for absent ones."""
+  if is_absent(sharding.mesh):
+    return abstract(jax.tree.map(np.asarray, tree), sharding)
 
   def place(x: Any) -> jax.Array:
     x = np.asarray(x)

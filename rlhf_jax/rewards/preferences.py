@@ -79,6 +79,24 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
   return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
 
 
+def make_preferrer(
+  apply_fn: ApplyFn, eos_id: int
+) -> Callable[[Params, Rollout, Rollout], jax.Array]:
+  """Jitted `(params, a, b) -> [B]` preferences of a preference model.
+
+  Args:
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
+    eos_id: End token of its tokenizer.
+  """
+
+  @jax.jit
+  def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
+    logits = preference_logits(apply_fn, params, *join_pairs(a, b, eos_id))
+    return jax.nn.sigmoid(logits)
+
+  return prefer
+
+
 def model_preference(apply_fn: ApplyFn, params: Params, *, eos_id: int) -> PreferenceFn:
   """Preferences of a trained preference model, which reads the tokens as they were sampled.
 
@@ -87,12 +105,7 @@ def model_preference(apply_fn: ApplyFn, params: Params, *, eos_id: int) -> Prefe
     params: Preference model, with the tokenizer of the policy.
     eos_id: Its end token.
   """
-
-  @jax.jit
-  def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
-    logits = preference_logits(apply_fn, params, *join_pairs(a, b, eos_id))
-    return jax.nn.sigmoid(logits)
-
+  prefer = make_preferrer(apply_fn, eos_id)
   return lambda a, b, prompt_ids: prefer(params, a, b)
 
 

@@ -17,13 +17,12 @@ from rlhf_jax.types import ApplyFn, Params, Rollout
 RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
 
 
-def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
-  """Scores by a reward model that reads the tokens as they were sampled.
+def make_scorer(apply_fn: ApplyFn) -> Callable[[Params, Rollout], jax.Array]:
+  """Jitted `(params, rollout) -> [B]` scores of a reward model.
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids) -> scores [B, T]`; the score of a response is the
       one at its last token.
-    params: Reward model, with the tokenizer of the policy.
   """
 
   @jax.jit
@@ -32,6 +31,17 @@ def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
     scores = apply_fn(params, rollout.tokens, segment_ids=segment_ids)
     return masked.last_real(scores, rollout.response_mask)
 
+  return score
+
+
+def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
+  """Scores by a reward model that reads the tokens as they were sampled.
+
+  Args:
+    apply_fn: As in `make_scorer`.
+    params: Reward model, with the tokenizer of the policy.
+  """
+  score = make_scorer(apply_fn)
   return lambda rollout, prompt_ids: score(params, rollout)
 
 

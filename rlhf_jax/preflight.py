@@ -8,9 +8,18 @@ architecture, and the time is a roofline: what the chip cannot beat, not what it
 
 import collections
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from rlhf_jax import sharding
+from rlhf_jax.models import ModelConfig
 
 _GIB = 2**30
 
@@ -40,6 +49,35 @@ CHIPS = {
   "v6e": Chip(31.24 * _GIB, 918e12, 1640e9, 224e9),
   "tpu7x": Chip(94.74 * _GIB, 1153e12, 3690e9, 200e9),
 }
+
+
+def topology_devices(topology: str) -> tuple[Sequence[Any], Chip]:
+  """The devices of a slice that need not be there, and what one of them can do.
+
+  Args:
+    topology: Such as `v5e:4x4` or `v5p:4x4x8`.
+
+  Raises:
+    ValueError: There is no such slice, or no libtpu to compile for it.
+  """
+  chip = CHIPS.get(topology.split(":")[0])
+  if chip is None:
+    known = ", ".join(CHIPS)
+    raise ValueError(f"--topology={topology} must be one of {known}, then its shape: v5e:4x4")
+  # libtpu else asks the network what machine this is, and lets only one process at a time use it.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_WORKER_ID", "0")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  try:
+    return topologies.get_topology_desc(topology, platform="tpu").devices, chip
+  except Exception as error:  # Of various types; not all say what is missing.
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ValueError(
+      f"--topology={topology} cannot be compiled for ({reason}); it takes a shape that exists and"
+      " libtpu: pip install 'rlhf_jax[tpu]'"
+    ) from error
 
 
 class Collective(NamedTuple):
@@ -193,3 +231,171 @@ def summarize(found: Iterable[Collective], unknown_trips: int = 1) -> dict[str, 
     row["in_loops"] += bool(collective.trips)
     row["bytes"] += collective.total_bytes(unknown_trips)
   return dict(rows)
+
+
+def forward_flops(
+  config: ModelConfig, rows: int, length: int, *, scored: int | None = None
+) -> float:
+  """Operations of one forward pass: two for each weight and token, and those of attention.
+
+  Of attention, the half that a causal mask leaves. Norms and other elementwise work do not count.
+
+  Args:
+    config: Architecture.
+    rows: B.
+    length: T.
+    scored: Positions of each row whose logits are computed; None for a scalar head.
+  """
+  c = config
+  attention = c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+  weights = c.layers * c.width * (attention + (3 if c.gated_mlp else 2) * c.mlp_width)
+  scores = 2 * c.layers * c.heads * c.head_dim * length**2
+  head = 2 * c.width * c.vocab_size * (scored or 0)
+  return float(rows * (2 * weights * length + scores + head))
+
+
+class Work(NamedTuple):
+  """What a program has to do at least, counted from the architecture.
+
+  Attributes:
+    flops: Operations, of all devices together.
+    steps: How often a loop runs whose end depends on data, such as the one over new tokens.
+    bytes_per_step: What each device reads in each of these steps.
+  """
+
+  flops: float = 0.0
+  steps: int = 1
+  bytes_per_step: float = 0.0
+
+
+def training(config: ModelConfig, flops: float) -> Work:
+  """A step whose forward passes take `flops`: twice as much for gradients, and maybe once again."""
+  return Work((4 if config.remat else 3) * flops)
+
+
+def sampling(
+  config: ModelConfig, mesh: Mesh, prompts: int, samples: int, length: int, new: int
+) -> Work:
+  """Prefill and decode of `samples` responses of `new` tokens to each prompt of `length`."""
+  rows, context = prompts * samples, length + new / 2
+  prefill = forward_flops(config, prompts, length, scored=1)
+  grown = forward_flops(config, rows, length + new, scored=new)
+  width = 2 if config.dtype == "bfloat16" else 4
+  weights = forward_flops(config, 1, 1, scored=1) / 2 * width / mesh.shape["tensor"]
+  cached = 2 * config.layers * config.kv_heads * config.head_dim * width * rows * context
+  decode = grown - forward_flops(config, rows, length)
+  return Work(prefill + decode, new, weights + cached / mesh.size)
+
+
+class Program(NamedTuple):
+  """What the compiler says of one program, bytes of one device.
+
+  Attributes:
+    name: What it is for.
+    arguments: Inputs, donated ones included.
+    temporaries: Scratch.
+    peak: Most that is in use at a time, arguments included.
+    beside: What else is in memory while it runs.
+    compile_seconds: Time of lowering and compiling.
+    flops: Operations of all devices, see `Work`.
+    collectives: See `summarize`.
+    seconds: What it takes at least to compute, to read the memory, and to send.
+  """
+
+  name: str
+  arguments: int
+  temporaries: int
+  peak: int
+  beside: int
+  compile_seconds: float
+  flops: float
+  collectives: dict[str, dict[str, float]]
+  seconds: dict[str, float]
+
+
+class TooLargeError(Exception):
+  """A program does not fit into the memory of a chip."""
+
+
+class Preflight:
+  """Compiles the programs of an iteration one after the other, and keeps what is said of them.
+
+  Args:
+    mesh: Absent devices.
+    chip: What one of them can do.
+  """
+
+  def __init__(self, mesh: Mesh, chip: Chip):
+    self.mesh, self.chip = mesh, chip
+    self.programs: list[Program] = []
+
+  def __call__(
+    self,
+    name: str,
+    function: Callable[..., Any],
+    *args: Any,
+    work: Work = Work(),
+    held: Any = (),
+    **kwargs: Any,
+  ) -> Any:
+    """Compiles a program and gives the shapes of its results, to be arguments of the next one.
+
+    Args:
+      name: Of the program.
+      function: Jitted; one that is not, since it has nothing to do, is called.
+      *args: `jax.ShapeDtypeStruct` with shardings, in the place of arrays.
+      work: What it has to do.
+      held: Arrays that are in memory while it runs, among its arguments or not.
+      **kwargs: As `args`.
+
+    Raises:
+      TooLargeError: It does not fit.
+    """
+    if not hasattr(function, "lower"):
+      return function(*args, **kwargs)
+    start = time.monotonic()
+    lowered = function.lower(*args, **kwargs)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      said = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
+      if said is None:
+        raise
+      raise TooLargeError(f"{name}: {said[0].strip()}") from error
+    seconds = time.monotonic() - start
+    own = {id(leaf) for leaf in jax.tree.leaves((args, kwargs))}
+    beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in own])
+    memory = compiled.memory_analysis()
+    found = collectives(compiled.as_text())
+    sent = sum(collective.total_bytes(work.steps) for collective in found)
+    moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    moved += work.steps * work.bytes_per_step
+    program = Program(
+      name,
+      arguments=memory.argument_size_in_bytes,
+      temporaries=memory.temp_size_in_bytes,
+      peak=memory.peak_memory_in_bytes,
+      beside=beside,
+      compile_seconds=seconds,
+      flops=work.flops,
+      collectives=summarize(found, work.steps),
+      seconds={
+        "compute": work.flops / self.mesh.size / self.chip.flops,
+        "memory": moved / self.chip.hbm_bandwidth,
+        "network": sent / self.chip.ici_bandwidth,
+      },
+    )
+    self.programs.append(program)
+    if program.peak + beside > self.chip.hbm_bytes:
+      raise TooLargeError(
+        f"{name}: {(program.peak + beside) / _GIB:.2f} GiB, {beside / _GIB:.2f} of them beside the"
+        f" program, exceed the available HBM of {self.chip.hbm_bytes / _GIB:.2f} GiB"
+      )
+    return sharding.abstract(lowered.out_info, compiled.output_shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Memory of arrays, or of shapes with shardings, on one device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )

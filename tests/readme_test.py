@@ -35,5 +35,9 @@ def test_commands_name_flags_that_exist():
       flags.define(loop.Session, flag_values=values)
       flags.define(module.Config, flag_values=values)
       known |= set(values)
+    if hasattr(module, "Options"):  # Of experiments.compile, in the place of a session.
+      values = absl_flags.FlagValues()
+      flags.define(module.Options, flag_values=values)
+      known |= set(values)
   used = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text)) - {"quiet", "dist", "flagfile", "help"}
   assert used <= known, used - known

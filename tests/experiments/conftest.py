@@ -71,11 +71,12 @@ class Running:
     base = [flag for flag in _BASE.get(script, ()) if flag.split("=")[0] not in given]
     self.workdir = pathlib.Path(workdir)
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
+    own = () if script == "compile" else (f"--workdir={workdir}",)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
     self.process = context.Process(
-      target=_main, args=(script, [f"--workdir={workdir}", *base, *flags], self._output, devices)
+      target=_main, args=(script, [*own, *base, *flags], self._output, devices)
     )
     self.process.start()
 

@@ -427,6 +427,13 @@ def describe(
   )
 
 
+def step_tokens(config: Any, dataset: data.Dataset) -> str:
+  """Tokens of a batch of a script, and what part of them is padding, for the panel at the start."""
+  packed = config.data.packed_length
+  tokens = config.batch_size * max(dataset.width, 1) * (packed or dataset.padded_length)
+  return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
+
+
 def export(
   folder: pathlib.Path,
   params: Params,

@@ -5,6 +5,9 @@ Built-in task (a minute on a laptop CPU; held-out loss falls to about 1.2 nats p
 Your model and data (rows with prompt and response, instruction and output, or messages):
   python -m experiments.sft --workdir=runs/sft --model.path=FOLDER --data.path=FILE.jsonl
 
+With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
+of one and padding. The start panel says how much is padding.
+
 The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
 Starting the same command again continues a run that was stopped.
 """
@@ -50,13 +53,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     model, params = common.open_model(run, config.model, folder, tokenizer)
     state, step = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
     del params  # The state has its own copy.
-    tokens = config.batch_size * train_set.padded_length
     common.describe(
       run,
       "Supervised fine-tuning",
       model,
       state,
-      {"data": f"{len(train_set.examples)} demonstrations", "tokens per step": f"{tokens}"},
+      {
+        "data": f"{len(train_set.examples)} demonstrations",
+        "tokens per step": common.step_tokens(config, train_set),
+      },
     )
 
     @jax.jit
@@ -74,7 +79,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         functools.partial(measure, state.params),
       )
 
-    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
+    batches = data.batches(
+      train_set,
+      config.batch_size,
+      seed=session.seed,
+      pad_id=tokenizer.pad_id,
+      packed_length=config.data.packed_length,
+    )
     state = loop.fit(
       run,
       config,

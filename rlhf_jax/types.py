@@ -26,6 +26,24 @@ class TokenBatch(NamedTuple):
   mask: jax.Array
 
 
+class PackedBatch(NamedTuple):
+  """Rows that hold several sequences, one behind the other, then padding.
+
+  Pairs are packed side by side: the k-th sequences of both sides of a row belong together.
+
+  Attributes:
+    tokens: [B, T] int32, or [B, 2, T] for pairs, where 0 is chosen and 1 rejected.
+    mask: Same shape, bool, True on scored tokens.
+    segment_ids: Same shape, int32: 1, 2 and so on for the sequences of a row, 0 on padding.
+    real: [B, S] bool, whether the row has a first, a second ... an S-th sequence or pair.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  segment_ids: jax.Array
+  real: jax.Array
+
+
 class ComparisonBatch(NamedTuple):
   """Two responses a and b to each prompt, one behind the other in both orders.
 

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
+import numpy as np
 
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
-from rlhf_jax.types import Params
+from rlhf_jax.types import PackedBatch, Params, TokenBatch
 
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
 TINY_MODEL = ModelConfig(
@@ -85,6 +86,33 @@ FAMILY_MODELS = {
 def tiny_params(head: Literal["language", "scalar"] = "language", seed: int = 0) -> Params:
   """Params of the tiny model; do not donate them."""
   return jax.jit(build(TINY_MODEL, head).init)(jax.random.key(seed))
+
+
+def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> PackedBatch:
+  """The sequences or pairs of right-padded rows, whose masks end where they do, in fewer rows.
+
+  Args:
+    batch: [N, T] or [N, 2, T].
+    layout: Which of the N stand in each row, in their order.
+    length: Of the rows; padding is filled with any tokens.
+  """
+  tokens, mask = (np.asarray(x) for x in batch)
+  sides = tokens.shape[1:-1]
+  shape = (len(layout), *sides, length)
+  packed = np.random.default_rng(9).integers(1, 16, shape, np.int32), np.zeros(shape, bool)
+  segments = np.zeros(shape, np.int32)
+  real = np.zeros((len(layout), max(map(len, layout)) + 1), bool)  # One place is always free.
+  for row, members in enumerate(layout):
+    real[row, : len(members)] = True
+    for side in np.ndindex(sides):
+      start = 0
+      for number, n in enumerate(members, 1):
+        size = np.flatnonzero(mask[(n, *side)])[-1] + 1
+        here = (row, *side, slice(start, start + size))
+        packed[0][here], packed[1][here] = tokens[n, *side, :size], mask[n, *side, :size]
+        segments[here] = number
+        start += size
+  return PackedBatch(*packed, segments, real)
 
 
 @contextlib.contextmanager

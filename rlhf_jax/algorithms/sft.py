@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.losses import logprobs as logprobs_lib
-from rlhf_jax.losses import masked
+from rlhf_jax.losses import masked, packing
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
 
-SFTBatch = TokenBatch  # tokens [B, T] right padded; mask [B, T] on response tokens with their EOS.
+# tokens [B, T] right padded, or packed; mask [B, T] on response tokens with their EOS.
+SFTBatch = TokenBatch | PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ def loss_fn(
 
   Args:
     params: Policy.
-    batch: Right-padded sequences.
+    batch: Right-padded or packed sequences.
     key: Unused.
-    apply_fn: `(params, tokens) -> logits [B, T, V]`.
+    apply_fn: `(params, tokens) -> logits [B, T, V]`; packed rows come with `segment_ids`.
 
   Returns:
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
@@ -50,9 +51,13 @@ def loss_fn(
     logprobs = logprobs_lib.token_logprobs(logits, targets)
     return logprobs, jnp.argmax(logits, axis=-1) == targets
 
-  logits = apply_fn(params, batch.tokens)
+  if isinstance(batch, PackedBatch):
+    logits = apply_fn(params, batch.tokens, segment_ids=batch.segment_ids)
+    mask = packing.predicted(batch.mask, batch.segment_ids)
+  else:
+    logits = apply_fn(params, batch.tokens)
+    mask = packing.predicted(batch.mask)
   logprobs, hit = logprobs_lib.over_next_tokens(figures, batch.tokens, logits)
-  mask = batch.mask.at[:, 0].set(False)  # The first token has no prediction.
   loss = -masked.masked_mean(logprobs, mask)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {

@@ -10,6 +10,7 @@ from rlhf_jax.data.datasets import eval_batches as eval_batches
 from rlhf_jax.data.datasets import from_examples as from_examples
 from rlhf_jax.data.datasets import from_rows as from_rows
 from rlhf_jax.data.datasets import load as load
+from rlhf_jax.data.datasets import padding_fraction as padding_fraction
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
 from rlhf_jax.data.datasets import responses_of as responses_of
 from rlhf_jax.data.schema import Example as Example

@@ -19,7 +19,7 @@ from rlhf_jax.data import schema, sources
 from rlhf_jax.data.schema import Example, Kind, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.types import ComparisonBatch, RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
 
 _BUILTIN_ROWS = 8192
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
@@ -35,6 +35,7 @@ _RESPONSES = {
 }
 # Names of what is known about the responses of an example.
 _LABELS = {"rankings": "ranks", "unpaired": "desirable", "comparisons": "preference"}
+_PACKED = ("demonstrations", "preferences")  # Kinds of which a row may hold several.
 _COUNTS = (
   "dropped_ties",
   "dropped_not_judged",
@@ -63,6 +64,9 @@ class DataConfig:
     max_response_length: Longest response in tokens, its end token included.
     overlong: What to do with a longer prompt: drop the row, or truncate_prompt to keep the end of
       the prompt. A row with a longer response is always dropped.
+    packed_length: Train on rows of so many tokens that hold several sequences, one behind the
+      other, as many as fit; batch_size then counts such rows. 0 gives each sequence a row of its
+      own, padded to the longest. For SFT, and for pairs of a reward model or DPO.
     bad_rows: Skip and count up to this many unusable rows; with 0 the first one is an error.
     end_token: Token that ends a response, such as <s>; empty takes the tokenizer's own.
     annotator: Learn preferences from the votes of this annotator or group alone; empty takes those
@@ -81,6 +85,7 @@ class DataConfig:
   max_prompt_length: int = 256
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
+  packed_length: int = 0
   bad_rows: int = 0
   end_token: str = ""
   annotator: str = ""
@@ -98,7 +103,7 @@ class DataConfig:
         f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}; "
         "0.05 holds out one prompt in twenty"
       )
-    for name, least in (("rows", 0), ("bad_rows", 0), ("eval_rows", 1)):
+    for name, least in (("rows", 0), ("bad_rows", 0), ("packed_length", 0), ("eval_rows", 1)):
       if getattr(self, name) < least:
         raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
     for name in ("max_prompt_length", "max_response_length"):
@@ -170,7 +175,7 @@ class PromptBatch(NamedTuple):
   prompt_id: np.ndarray
 
 
-Batch = TokenBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
+Batch = TokenBatch | PackedBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
 
 
 def load(
@@ -196,6 +201,11 @@ def load(
     raise ValueError(
       f"end_token is {config.end_token!r} but the tokenizer ends with id {tokenizer.eos_id}; "
       "load it with load_tokenizer(path, eos_token=config.end_token)"
+    )
+  if config.packed_length and kind not in _PACKED:
+    raise DataError(
+      f"data.packed_length={config.packed_length} is for {' and '.join(_PACKED)}, and this reads"
+      f" {kind}; leave it out"
     )
   bad: list[DataError] = []
 
@@ -237,6 +247,11 @@ def load(
   train_keys = set(train_part.keys)
   heldout_part.report["eval_prompts_in_train"] = sum(k in train_keys for k in heldout_part.keys)
   shape = _shape(kind, train_part.examples + heldout_part.examples)
+  if 0 < config.packed_length < shape[0]:
+    raise DataError(
+      f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
+      f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
+    )
   return _finish(kind, train_part, *shape), _finish(kind, heldout_part, *shape)
 
 
@@ -306,6 +321,7 @@ def batches(
   shuffle: bool = True,
   epochs: int | None = None,
   columns: np.ndarray | None = None,
+  packed_length: int = 0,
 ) -> grain.DatasetIterator:
   """Runs over a data set in batches of one shape.
 
@@ -322,12 +338,15 @@ def batches(
     shuffle: False keeps the order of the rows.
     epochs: Number of passes; None never ends.
     columns: [rows, ...] figures known about each row; batches are then pairs `(batch, [B, ...])`.
+    packed_length: Tokens of a row that holds several sequences; 0 gives each a row of its own. The
+      next sequence goes to the first row with room for it, and if there is none the batch is full.
 
   Returns:
     An iterator of numpy batches of B = batch_size rows: `TokenBatch` with [B, T]
     arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected),
-    `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`. `get_state()` is a small
-    JSON-compatible dict; `set_state()` continues from it.
+    `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`; with `packed_length`
+    `PackedBatch`, and `columns` [B, S, ...] with zeros where `real` is not. `get_state()` is a
+    small JSON-compatible dict; `set_state()` continues from it.
 
   Raises:
     ValueError: The data set is smaller than a batch.
@@ -341,11 +360,31 @@ def batches(
   order = grain.MapDataset.range(rows).seed(seed % 2**32)
   if shuffle:
     order = order.shuffle()
-  order = order.repeat(epochs).batch(batch_size, drop_remainder=True)
-  mapped = order.map(lambda indices: _with_columns(dataset, indices, pad_id, columns))
+  order = order.repeat(epochs)
   # Padding a batch takes microseconds; reading ahead would only add threads to stop.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  if packed_length:
+    filled = _packed_rows(dataset, order.to_iter_dataset(options), batch_size, packed_length)
+    packed = filled.batch(batch_size, drop_remainder=True)
+    return iter(packed.map(lambda rows: _packed_batch(rows, dataset.width, pad_id, columns)))
+  order = order.batch(batch_size, drop_remainder=True)
+  mapped = order.map(lambda indices: _with_columns(dataset, indices, pad_id, columns))
   return iter(mapped.to_iter_dataset(options))
+
+
+def padding_fraction(dataset: Dataset, batch_size: int, packed_length: int = 0) -> float:
+  """Part of the tokens of `batches` that are padding.
+
+  Args:
+    dataset: Demonstrations, preferences, rankings or single responses.
+    batch_size: Rows of a batch.
+    packed_length: As for `batches`; the figure is then that of the first batches of some order.
+  """
+  if packed_length:
+    packed = batches(dataset, batch_size, seed=0, pad_id=0, packed_length=packed_length)
+    return float(np.mean([batch.segment_ids == 0 for batch in itertools.islice(packed, 8)]))
+  rows = len(dataset.examples) * dataset.width
+  return 1 - sum(map(sum, _lengths(dataset))) / (rows * dataset.padded_length)
 
 
 def eval_batches(
@@ -654,6 +693,60 @@ def _collate(dataset: Dataset, indices: np.ndarray, pad_id: int) -> Batch:
   mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
   desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
   return UnpairedBatch(tokens, mask, desirable, mismatched)
+
+
+def _lengths(dataset: Dataset) -> list[list[int]]:
+  """Tokens of the sequences of each example, the prompt included."""
+  return [[len(e["prompt"]) + len(ids) for ids in responses_of(e)] for e in dataset.examples]
+
+
+def _packed_rows(
+  dataset: Dataset, order: grain.IterDataset, rows: int, length: int
+) -> grain.IterDataset:
+  """Rows of whole examples, of which `rows` at a time are filled from the `order` of indices.
+
+  Every row is a dict: "tokens_k" and "mask_k" [T] of the k-th responses with their prompts, and
+  "index" [S] of the examples.
+  """
+  lengths = [max(some) for some in _lengths(dataset)]
+  # More sequences than twice the usual number take a row of short ones; it is then closed early.
+  most = min(length // min(lengths), -(-2 * length * len(lengths) // sum(lengths)))
+  sides = range(dataset.width)
+  masks = tuple(f"mask_{side}" for side in sides)
+
+  def example(index: int) -> dict[str, np.ndarray]:
+    prompt = dataset.examples[index]["prompt"]
+    columns: dict[str, Any] = {"index": np.asarray([index], np.int32)}
+    for side, response in enumerate(responses_of(dataset.examples[index])):
+      columns[f"tokens_{side}"] = np.concatenate([prompt, response])
+      columns[f"mask_{side}"] = np.arange(len(prompt) + len(response)) >= len(prompt)
+    return columns
+
+  return grain.experimental.FirstFitPackIterDataset(
+    order.map(example),
+    length_struct={f"{name}_{side}": length for name in ("tokens", "mask") for side in sides}
+    | {"index": most},
+    num_packing_bins=rows,
+    shuffle_bins=False,  # They are one batch.
+    meta_features=masks,
+  )
+
+
+def _packed_batch(rows: dict[str, Any], width: int, pad_id: int, columns: np.ndarray | None) -> Any:
+  """Batched `_packed_rows` as a `PackedBatch`, with its columns if there are any."""
+
+  def of_sides(name: str, suffix: str = "") -> Any:
+    sides = [rows[f"{name}_{side}{suffix}"] for side in range(width)]
+    return sides[0] if width == 1 else np.stack(sides, axis=1)
+
+  segment_ids = of_sides("tokens", "_segment_ids")
+  tokens: Any = np.where(segment_ids > 0, of_sides("tokens"), np.int32(pad_id))
+  real = rows["index_segment_ids"] > 0
+  batch = PackedBatch(tokens, of_sides("mask"), segment_ids, real)
+  if columns is None:
+    return batch
+  known = columns[rows["index"]]
+  return batch, np.where(real.reshape(*real.shape, *(1,) * (known.ndim - 2)), known, 0)
 
 
 def _partner(dataset: Dataset, index: int) -> int:

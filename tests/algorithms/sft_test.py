@@ -9,10 +9,10 @@ import pytest
 
 from rlhf_jax.algorithms import sft
 from rlhf_jax.models import build
-from rlhf_jax.train_step import init_state
+from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
-from tests.testing import compilations
+from tests.testing import compilations, pack
 
 PAD, EOS, V = 0, 2, 16
 PROMPT, T = 3, 10
@@ -60,6 +60,25 @@ def test_loss_is_the_mean_over_response_tokens():
   np.testing.assert_allclose(loss, total / count, rtol=1e-5)
   np.testing.assert_allclose(metrics["token_accuracy"], hits / count, rtol=1e-6)
   assert metrics["weight"] == count
+
+
+@pytest.mark.parametrize("scored_from", [0, PROMPT])
+def test_packing_changes_no_loss_and_no_gradient(scored_from):
+  # From 0: there is no prompt, and the token behind another sequence is not predicted from it.
+  batch = make_batch()
+  at = np.arange(T)[None]
+  batch = batch._replace(mask=(np.asarray(batch.mask) | (at < PROMPT)) & (at >= scored_from))
+  packed = pack(batch, [[3, 0, 5], [1, 2], [7], [6, 4]], length=3 * T)
+  model, params = model_and_params()
+
+  @functools.partial(jax.jit, static_argnames="microbatches")
+  def run(batch, microbatches=1):
+    loss = functools.partial(sft.loss_fn, apply_fn=model.apply)
+    return gradients(loss, params, batch, jax.random.key(0), microbatches)
+
+  want = run(batch)
+  for got in (run(packed), run(packed, microbatches=2)):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_weights_of_prompt_response_eos_and_padding():

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax import data
 from rlhf_jax.data import DataConfig, DataError, PromptBatch, word_level_tokenizer
-from rlhf_jax.types import ComparisonBatch, RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
 WORDS = tuple(f"w{i}" for i in range(40))
@@ -550,6 +550,116 @@ def test_batches_refuses(dataset):
     data.batches(dataset, 14, seed=0, pad_id=0)
   with pytest.raises(ValueError, match="--batch_size=0 does not fit"):
     data.batches(dataset, 0, seed=0, pad_id=0)
+
+
+def packable(tmp_path, kind):
+  """Rows of unequal lengths, each with a prompt of its own."""
+  rng = np.random.default_rng(0)
+  names = {"demonstrations": ("response",), "preferences": ("chosen", "rejected")}[kind]
+  rows = [
+    {"prompt": text(n)} | {name: text(*rng.integers(0, 40, rng.integers(1, 12))) for name in names}
+    for n in range(23)
+  ]
+  return load(kind, tmp_path, rows)[0]
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
+def test_packed_rows_are_those_of_first_fit(tmp_path, kind):
+  dataset = packable(tmp_path, kind)
+  columns = np.arange(2 * 23.0).reshape(23, 2) + 1
+  rows, length = 3, 32
+  stream = data.batches(
+    dataset, rows, seed=1, pad_id=7, shuffle=False, columns=columns, packed_length=length
+  )
+  order = itertools.cycle(range(23))
+  nxt = next(order)
+  for batch, known in itertools.islice(stream, 9):
+    assert type(batch) is PackedBatch
+    sides = [x[:, None] if kind == "demonstrations" else x for x in batch[:3]]
+    tokens, mask, segments = sides
+    assert tokens.dtype == segments.dtype == np.int32 and mask.dtype == batch.real.dtype == bool
+    members = [[] for _ in range(rows)]
+    while True:
+      sequences = [
+        np.concatenate([dataset.examples[nxt]["prompt"], response])
+        for response in data.responses_of(dataset.examples[nxt])
+      ]
+      fits = [
+        all(
+          sum(map(len, [m[side] for m in row])) + len(sequences[side]) <= length
+          for side in range(len(sequences))
+        )
+        for row in [[m[1] for m in row] for row in members]
+      ]
+      if not any(fits):
+        break
+      members[fits.index(True)].append((nxt, sequences))
+      nxt = next(order)
+    for r, row in enumerate(members):
+      assert batch.real[r].sum() == len(row) and batch.real[r, : len(row)].all()
+      np.testing.assert_array_equal(known[r, : len(row)], columns[[n for n, _ in row]])
+      assert (known[r, len(row) :] == 0).all()
+      for side in range(tokens.shape[1]):
+        whole = np.concatenate([sequences[side] for _, sequences in row])
+        ids = np.repeat(np.arange(len(row)) + 1, [len(s[side]) for _, s in row])
+        np.testing.assert_array_equal(tokens[r, side, : len(whole)], whole)
+        assert (tokens[r, side, len(whole) :] == 7).all()
+        np.testing.assert_array_equal(segments[r, side, : len(whole)], ids)
+        assert (segments[r, side, len(whole) :] == 0).all()
+        prompts_of = [len(dataset.examples[n]["prompt"]) for n, _ in row]
+        scored = [
+          np.arange(len(s[side])) >= prompt for (_, s), prompt in zip(row, prompts_of, strict=True)
+        ]
+        np.testing.assert_array_equal(mask[r, side, : len(whole)], np.concatenate(scored))
+        assert not mask[r, side, len(whole) :].any()
+
+
+def test_packed_batches_resume_at_every_step(tmp_path):
+  dataset = packable(tmp_path, "demonstrations")
+  make = lambda: data.batches(dataset, 2, seed=3, pad_id=0, packed_length=40)  # noqa: E731
+  iterator, states, expected = make(), [], []
+  for _ in range(8):
+    states.append(json.loads(json.dumps(iterator.get_state())))
+    expected.append(next(iterator))
+  seen = sum(int(batch.real.sum()) for batch in expected)
+  assert seen > 2 * 23, "not past the end of the second epoch"
+  for start, state in enumerate(states):
+    resumed = make()
+    resumed.set_state(state)
+    for batch in expected[start : start + 3]:
+      assert_same(next(resumed), batch)
+
+
+def test_short_sequences_close_a_row_early(tmp_path):
+  # The places of a row are of a fixed number, too: twice the usual one.
+  rows = [{"prompt": text(n), "response": text(*[0] * (1 if n < 20 else 30))} for n in range(30)]
+  dataset = load("demonstrations", tmp_path, rows)[0]
+  stream = data.batches(dataset, 1, seed=0, pad_id=0, shuffle=False, packed_length=60)
+  counts = [int(batch.real.sum()) for batch in itertools.islice(stream, 2)]
+  lengths = [len(e["prompt"]) + len(e["response"]) for e in dataset.examples]
+  assert counts[0] == np.ceil(2 * 60 / np.mean(lengths)) < 60 // min(lengths)
+
+
+def test_padding_is_counted(tmp_path):
+  dataset = packable(tmp_path, "preferences")
+  lengths = [len(e["prompt"]) + len(r) for e in dataset.examples for r in data.responses_of(e)]
+  padded = data.padding_fraction(dataset, 4)
+  assert padded == pytest.approx(1 - np.mean(lengths) / dataset.padded_length)
+  packed = data.padding_fraction(dataset, 4, packed_length=256)
+  assert 0 < packed < padded / 2
+
+
+@pytest.mark.parametrize(
+  ("kind", "length", "message"),
+  [
+    ("demonstrations", 16, "data.packed_length=16 is too short .* up to 24 tokens"),
+    ("unpaired", 64, "data.packed_length=64 is for demonstrations and preferences.*reads unpaired"),
+  ],
+)
+def test_impossible_packing_is_refused(tmp_path, kind, length, message):
+  rows = [{"prompt": text(1), "response": text(*range(19)), "label": True}]
+  with pytest.raises(DataError, match=message):
+    load(kind, tmp_path, rows, packed_length=length)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 13, 40])

@@ -548,7 +548,7 @@ def config_json(
   lost = [
     f"{field.name}={getattr(config, field.name)!r}"
     for field in dataclasses.fields(config)
-    if field.name not in ("dtype", "remat")
+    if field.name not in ("dtype", "attention", "remat")  # How it is computed.
     and getattr(config, field.name) != getattr(again, field.name)
   ]
   if lost:

@@ -251,6 +251,12 @@ def test_what_a_folder_cannot_say_is_not_written(tmp_path, config, words):
   assert not folder.exists()
 
 
+def test_how_a_model_is_computed_is_not_said(tmp_path):
+  computed = dataclasses.replace(TINY, dtype="bfloat16", attention="xla", remat=False)
+  hf.save_folder(tmp_path, random_params(TINY), computed, token_ids=IDS)
+  assert hf.parse_config(tmp_path)[0] == TINY
+
+
 @pytest.mark.parametrize("first, second", [(700, 2**30), (2**30, 700), (400, 700)])
 def test_saving_again_replaces_the_weights(tmp_path, first, second):
   for seed, shard_bytes in ((0, first), (1, second)):

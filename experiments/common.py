@@ -66,7 +66,7 @@ class ModelOptions:
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: bool = False
-  logit_chunk: int = 2**24
+  logit_chunk: int = 2**22
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):

@@ -1,7 +1,5 @@
 """Rows that hold several sequences, one behind the other, told apart by segment ids."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ def predicted(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arra
     [..., T] bool.
   """
   if segment_ids is None:
-    return mask.at[..., 0].set(False)
+    return jnp.asarray(mask).at[..., 0].set(False)
   chex.assert_equal_shape([mask, segment_ids])
   follows = segment_ids[..., 1:] == segment_ids[..., :-1]
   return mask & jnp.pad(follows, [(0, 0)] * (mask.ndim - 1) + [(1, 0)])
@@ -43,7 +41,11 @@ def unpack(
     its mask is empty if there is none.
   """
   chex.assert_equal_shape([segment_ids, mask, *arrays])
-  repeat = functools.partial(jnp.repeat, repeats=segments, axis=0)
-  own = 1 + jnp.tile(jnp.arange(segments), mask.shape[0])
-  own = own.reshape(-1, *(1,) * (mask.ndim - 1))
-  return repeat(mask) & (repeat(segment_ids) == own), *map(repeat, arrays)
+
+  def repeat(x: jax.Array) -> jax.Array:
+    rows = jnp.broadcast_to(x[:, None], (x.shape[0], segments, *x.shape[1:]))
+    return rows.reshape(-1, *x.shape[1:])
+
+  own = 1 + jnp.arange(segments).reshape(1, -1, *(1,) * (mask.ndim - 1))
+  here = mask[:, None] & (segment_ids[:, None] == own)  # [B, S, ..., T]
+  return here.reshape(-1, *mask.shape[1:]), *map(repeat, arrays)

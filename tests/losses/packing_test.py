@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses import masked, packing
+from tests.losses.case import B, Case, T, squash
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 3, 3, 3, 3], [0] * 7])
 MASK = np.array([[0, 1, 1, 1, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0], [0] * 7], bool)
@@ -35,3 +36,20 @@ def test_pairs_are_unpacked_side_by_side():
   mask = np.ones(segments.shape, bool)
   unpacked, again = packing.unpack(jnp.asarray(segments), 3, jnp.asarray(mask), segments)
   np.testing.assert_array_equal(unpacked, again == 1 + np.arange(9).reshape(9, 1, 1) % 3)
+
+
+def halves(mask):
+  """Two sequences in each row."""
+  return jnp.broadcast_to(1 + (jnp.arange(T) >= T // 2), mask.shape)
+
+
+def of_unpacked(mask, x):
+  mask, x = packing.unpack(halves(mask), 2, mask, x)
+  return squash(masked.masked_sum(x, mask, axis=1))
+
+
+CASES = {
+  "predicted": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m, halves(m))), ((B, T),)),
+  "predicted/one": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m)), ((B, T),)),
+  "unpack": Case(of_unpacked, ((B, T),)),
+}

@@ -866,7 +866,6 @@ def train_offline(
     )
     model, ref_params = open_model(run, config.model, folder, tokenizer)
     state, step = make_trainer(run, config, model, ref_params, make_step, settings)
-    width = max(train_set.width, 1)
     describe(
       run,
       title,
@@ -874,7 +873,7 @@ def train_offline(
       state,
       {
         "data": f"{len(train_set.examples)} examples ({kind})",
-        "tokens per step": f"{config.batch_size * width * train_set.padded_length}",
+        "tokens per step": step_tokens(config, train_set),
       },
     )
     refer = make_refer(model, reference, settings)
@@ -904,6 +903,7 @@ def train_offline(
       seed=session.seed,
       pad_id=tokenizer.pad_id,
       columns=refs[0],
+      packed_length=config.data.packed_length,
     )
     state = loop.fit(
       run,

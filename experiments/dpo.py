@@ -4,8 +4,9 @@ Built-in task, from the SFT model (about two minutes on a laptop CPU):
   python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
 Your model and data (rows with prompt, chosen, rejected), with another loss:
   python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
-    --dpo.loss=ipo --optim.learning_rate=1e-6
+    --dpo.loss=ipo --optim.learning_rate=1e-6 --data.packed_length=1024
 
+With --data.packed_length a row holds as many pairs as fit, not one and padding.
 The start is the reference; its log-probabilities are computed once per pair. At the end the policy
 and its start answer the held-out prompts. The default learning rate suits the built-in task.
 Starting the same command again continues a run that was stopped.

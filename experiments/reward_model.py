@@ -9,6 +9,9 @@ Rows that rank a list of responses are learnt from as a whole: each response is 
 the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
 see `--data.votes` and `--data.annotator`.
 
+With --data.packed_length a row holds several pairs, the chosen responses in one sequence of tokens
+and the rejected ones in another; rankings are not packed.
+
 The held-out accuracy is shown beside that of preferring the longer response. After training the
 scores are centred: their mean over `--data.eval_rows` training rows is 0.
 The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
@@ -65,7 +68,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       run, config, model, params, reward_model.make_reward_model_step, settings
     )
     del params  # The state has its own copy.
-    tokens = config.batch_size * train_set.width * train_set.padded_length
     common.describe(
       run,
       "Reward model",
@@ -74,7 +76,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       {
         "data": f"{len(train_set.examples)} {kind} of {train_set.width} responses",
         "left out": train_set.dropped or "nothing",
-        "tokens per step": f"{tokens}",
+        "tokens per step": common.step_tokens(config, train_set),
       },
     )
 
@@ -93,7 +95,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       metrics = reward_model.pair_metrics(pairs_of(heldout, state.params))
       return {f"eval/{name}": value for name, value in metrics.items()}
 
-    batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
+    batches = data.batches(
+      train_set,
+      config.batch_size,
+      seed=session.seed,
+      pad_id=tokenizer.pad_id,
+      packed_length=config.data.packed_length,
+    )
     state = loop.fit(
       run,
       config,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.losses import logprobs as logprobs_lib
-from rlhf_jax.losses import masked, preference
+from rlhf_jax.losses import masked, packing, preference
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
 
 # Losses that look at the policy alone. Two of them are made for means over tokens.
 REFERENCE_FREE = {
@@ -89,6 +89,11 @@ class DPOConfig:
     return self.loss not in REFERENCE_FREE
 
   @property
+  def compares_pairs(self) -> bool:
+    """Whether the loss of a pair depends on the other pairs, so that it takes a mask."""
+    return "mask" in inspect.signature(self.function).parameters
+
+  @property
   def smooths_labels(self) -> bool:
     """Whether the loss takes label smoothing."""
     return "label_smoothing" in inspect.signature(self.function).parameters
@@ -99,12 +104,13 @@ class DPOBatch(NamedTuple):
 
   Attributes:
     pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on
-      responses.
-    ref_logprobs: [B, 2] float32 of `reference_logprobs`; unread by a loss without one.
+      responses. Or up to S of them packed in a row.
+    ref_logprobs: [B, 2] float32 of `reference_logprobs`, [B, S, 2] of packed pairs; unread by a
+      loss without one.
     calibration: B responses, [B, T] each, for `bonus_coef`, or None.
   """
 
-  pairs: TokenBatch
+  pairs: TokenBatch | PackedBatch
   ref_logprobs: jax.Array
   calibration: TokenBatch | None = None
 
@@ -129,18 +135,19 @@ def pair_logprobs(
 
 
 def score_tokens(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch
+  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """What a policy says about given responses.
 
   Args:
-    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
+    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
     params: Policy.
     batch: tokens and mask of any leading shape, [..., T].
 
   Returns:
     Log-probability of each token [..., T], the mask without positions that nothing predicts
-    [..., T], and log sum_v pi(v)^2 at each token [..., T].
+    [..., T], and log sum_v pi(v)^2 at each token [..., T]. Those of packed sequences are unpacked,
+    with B * S rows; the mask of a row without sequence is empty.
   """
   *lead, length = batch.tokens.shape
   flat = batch.tokens.reshape(-1, length)
@@ -149,10 +156,17 @@ def score_tokens(
     squared = jax.nn.logsumexp(2 * jax.nn.log_softmax(masked.widen(logits)), axis=-1)
     return logprobs_lib.token_logprobs(logits, targets), jax.lax.stop_gradient(squared)
 
-  logits = apply_fn(params, flat)
+  packed = isinstance(batch, PackedBatch)
+  inputs = {"segment_ids": batch.segment_ids.reshape(flat.shape)} if packed else {}
+  logits = apply_fn(params, flat, **inputs)
   logprobs, collision = logprobs_lib.over_next_tokens(figures, flat, logits)
-  mask = batch.mask.at[..., 0].set(False)
-  return logprobs.reshape(*lead, length), mask, collision.reshape(*lead, length)
+  logprobs, collision = logprobs.reshape(*lead, length), collision.reshape(*lead, length)
+  if not packed:
+    return logprobs, packing.predicted(batch.mask), collision
+  ids = batch.segment_ids
+  mask = packing.predicted(batch.mask, ids)
+  mask, logprobs, collision = packing.unpack(ids, batch.real.shape[1], mask, logprobs, collision)
+  return logprobs, mask, collision
 
 
 def reference_logprobs(
@@ -166,7 +180,7 @@ def reference_logprobs(
 def row_figures(
   params: Params, batch: DPOBatch, *, apply_fn: ApplyFn, config: DPOConfig
 ) -> Metrics:
-  """Loss and metrics of each pair, [B] each.
+  """Loss and metrics of each pair, [B] each; [B * S] of packed pairs, anything where there is none.
 
   `reward/*` are the implicit rewards `beta * (log pi - log ref)`, without a reference
   `beta * log pi`.
@@ -179,8 +193,10 @@ def row_figures(
   """
   logprobs, mask, collision = score_tokens(apply_fn, params, batch.pairs)
   policy = pair_logprobs(logprobs, mask, config)
-  ref = batch.ref_logprobs[:, 0], batch.ref_logprobs[:, 1]
+  ref = batch.ref_logprobs[..., 0].reshape(-1), batch.ref_logprobs[..., 1].reshape(-1)
   options: dict[str, Any] = {"beta": config.beta}
+  if isinstance(batch.pairs, PackedBatch) and config.compares_pairs:
+    options["mask"] = batch.pairs.real.reshape(-1)
   if config.label_smoothing:  # Else the loss's own default: EXO is infinite without any.
     options["label_smoothing"] = config.label_smoothing
   rewards = policy
@@ -229,7 +245,12 @@ def loss_fn(
   """Mean of `row_figures`: the loss, and the metrics with the number of response tokens."""
   del key  # The loss is deterministic given the batch.
   figures = row_figures(params, batch, apply_fn=apply_fn, config=config)
-  means = {name: jnp.mean(values) for name, values in figures.items()}
+  if isinstance(batch.pairs, PackedBatch):
+    real = batch.pairs.real.reshape(-1)
+    means = {name: masked.masked_mean(values, real) for name, values in figures.items()}
+    means["weight"] = jnp.sum(real).astype(jnp.float32)
+  else:
+    means = {name: jnp.mean(values) for name, values in figures.items()}
   loss = means.pop("loss")
   return loss, means | {"tokens": jnp.sum(batch.pairs.mask).astype(jnp.float32)}
 

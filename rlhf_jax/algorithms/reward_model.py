@@ -12,13 +12,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.losses import masked, reward
+from rlhf_jax.losses import masked, packing, reward
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, Params, RankingBatch, TokenBatch, TrainStep
+from rlhf_jax.types import (
+  ApplyFn,
+  Metrics,
+  PackedBatch,
+  Params,
+  RankingBatch,
+  TokenBatch,
+  TrainStep,
+)
 
 # Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-# Or rankings of K responses, each of which is scored once.
-RewardModelBatch = TokenBatch | RankingBatch
+# Or several of them packed in a row, or rankings of K responses, each of which is scored once.
+RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +55,21 @@ def response_scores(apply_fn: ApplyFn, params: Params, batch: RewardModelBatch) 
   """Scores of all responses, from one forward pass over all sequences.
 
   Args:
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`; packed rows come with `segment_ids`.
     params: Reward model.
-    batch: B prompts with K responses each; two if they are pairs.
+    batch: B prompts with K responses each; two if they are pairs, B * S of them if packed.
 
   Returns:
     [B, K] float32; 0 for a place without a response.
   """
-  rows, responses, length = batch.tokens.shape
-  scores = apply_fn(params, batch.tokens.reshape(rows * responses, length))
-  return masked.last_real(scores.reshape(rows, responses, length), batch.mask)
+  shape, tokens = batch.tokens.shape, batch.tokens.reshape(-1, batch.tokens.shape[-1])
+  if not isinstance(batch, PackedBatch):
+    return masked.last_real(apply_fn(params, tokens).reshape(shape), batch.mask)
+  scores = apply_fn(params, tokens, segment_ids=batch.segment_ids.reshape(tokens.shape))
+  mask, scores = packing.unpack(
+    batch.segment_ids, batch.real.shape[1], batch.mask, scores.reshape(shape)
+  )
+  return masked.last_real(scores, mask)
 
 
 def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array, jax.Array]:
@@ -68,8 +81,10 @@ def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array
 
   Returns:
     [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
-    is no such pair. M is 1 for pairs and K * K for rankings.
+    is no such pair. M is 1 for pairs and K * K for rankings; all packed pairs are one row.
   """
+  if isinstance(batch, PackedBatch):  # As the pairs of one prompt: each counts the same.
+    return scores[None], batch.real.reshape(1, -1)
   if not isinstance(batch, RankingBatch):
     return scores[:, None], jnp.ones((scores.shape[0], 1), bool)
   rows, responses = scores.shape
@@ -98,7 +113,7 @@ def loss_fn(
     config: Settings.
 
   Returns:
-    Loss, `pair_metrics` and the number of response tokens.
+    Loss, `pair_metrics` and the number of response tokens; of packed pairs `weight`, their number.
 
   Raises:
     ValueError: A setting that is for pairs, and rankings.
@@ -114,9 +129,14 @@ def loss_fn(
       scores[:, 0], scores[:, 1], margin=config.margin, label_smoothing=config.label_smoothing
     )
   pairs, mask = ordered_pairs(scores, batch)
+  tokens = jnp.sum(batch.mask).astype(jnp.float32)
+  if isinstance(batch, PackedBatch):
+    losses += config.centering_coef * reward.centering_penalty(scores[:, 0], scores[:, 1])
+    loss = masked.masked_mean(losses, batch.real.reshape(-1))
+    count = jnp.sum(batch.real).astype(jnp.float32)
+    return loss, pair_metrics(pairs, mask) | {"tokens": tokens, "weight": count}
   penalty = reward.centering_penalty(pairs[..., 0].ravel(), pairs[..., 1].ravel())
   losses += config.centering_coef * masked.masked_mean(penalty.reshape(mask.shape), mask, axis=1)
-  tokens = jnp.sum(batch.mask).astype(jnp.float32)
   return jnp.mean(losses), pair_metrics(pairs, mask) | {"tokens": tokens}
 
 

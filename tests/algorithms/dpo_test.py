@@ -14,7 +14,7 @@ from rlhf_jax.losses import preference
 from rlhf_jax.models import build
 from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import TokenBatch, UnpairedBatch
-from tests.testing import TINY_MODEL, tiny_params
+from tests.testing import TINY_MODEL, pack, tiny_params
 
 B, T, V = 6, 9, 16
 MODEL = build(TINY_MODEL)
@@ -147,6 +147,30 @@ def test_padding_and_microbatches_change_nothing(settings):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, want[0]
     )
+
+
+@pytest.mark.parametrize(
+  "settings, parts",
+  [
+    ({"loss": "dpo", "sft_coef": 0.5, "reweight": True, "length_alpha": 0.3}, 2),
+    ({"loss": "orpo"}, 1),
+    ({"loss": "aot"}, 1),  # Compares all pairs, and an empty place is none.
+  ],
+  ids=lambda x: x["loss"] if isinstance(x, dict) else "",
+)
+def test_packing_changes_no_loss_and_no_gradient(settings, parts):
+  config = dpo.DPOConfig(**settings)
+  batch = batch_of(config, make_pairs(np.random.default_rng(6)))
+  packed = pack(batch.pairs, [[3, 0], [5], [1, 2], [4]], length=2 * T)
+  ref = np.zeros((*packed.real.shape, 2), np.float32)
+  ref[packed.real] = batch.ref_logprobs[jnp.array([3, 0, 5, 1, 2, 4])]
+  loss = functools.partial(dpo.loss_fn, apply_fn=MODEL.apply, config=config)
+  run = jax.jit(functools.partial(gradients, loss), static_argnums=3)
+  want, expected = run(params_of(0), batch, jax.random.key(0), 1)
+  got, metrics = run(params_of(0), dpo.DPOBatch(packed, ref), jax.random.key(0), parts)
+  assert metrics.pop("weight") == B
+  for a, b in ((got, want), (metrics, expected)):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
 
 
 def test_divergence_enters_as_a_score():

@@ -12,10 +12,10 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.losses import masked
 from rlhf_jax.models import build
 from rlhf_jax.rewards import model_reward
-from rlhf_jax.train_step import init_state
+from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import RankingBatch, Rollout, TokenBatch
 from tests.testing import TINY_MODEL as CONFIG
-from tests.testing import compilations
+from tests.testing import compilations, pack
 
 PAD, EOS, V = 0, 2, 16
 GOOD = 7  # More of this token is better.
@@ -172,6 +172,21 @@ def test_loss_matches_numpy(settings):
   want += settings.get("centering_coef", 0.0) * scores.sum(axis=1) ** 2
   loss, _ = loss_of(model, params, batch, **settings)
   np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_packing_changes_no_loss_and_no_gradient(parts):
+  batch = make_batch(rows=6)
+  packed = pack(batch, [[3, 0, 5], [1], [2], [4]], length=3 * T)
+  model, params = model_and_params()
+  config = reward_model.RewardModelConfig(margin=0.2, label_smoothing=0.1, centering_coef=0.3)
+  loss = functools.partial(reward_model.loss_fn, apply_fn=model.apply, config=config)
+  run = jax.jit(functools.partial(gradients, loss), static_argnums=3)
+  want, expected = run(params, batch, jax.random.key(0), 1)
+  got, metrics = run(params, packed, jax.random.key(0), parts)
+  assert metrics.pop("weight") == 6
+  for a, b in ((got, want), (metrics, expected)):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
 
 
 @pytest.mark.parametrize("centering", [0.0, 0.3])

@@ -7,6 +7,7 @@ import pytest
 
 SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
+  "dpo": ("--data.packed_length=192",),
   "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
   "online_dpo": (
     "--preference.name=expert",

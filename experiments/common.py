@@ -52,7 +52,8 @@ class ModelOptions:
     dtype: Type of the computation; params and optimizer state stay float32.
     attention: What computes attention over whole sequences: XLA, the kernel splash of TPUs, or
       cuDNN; auto takes the kernel of the device where it can, and sampling always XLA.
-    remat: Recompute blocks in the backward pass: less memory, a third more work.
+    remat: What the backward pass computes again instead of keeping it: full each block, for the
+      least memory and a third more work; dots all but the products with weights; none nothing.
     logit_chunk: Logits of each row that a loss holds at a time, tokens times vocabulary. Gradients
       compute them again if a row has more.
   """
@@ -65,7 +66,7 @@ class ModelOptions:
   mlp_width: int = 384
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-  remat: bool = False
+  remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = 2**22
 
   def __post_init__(self):

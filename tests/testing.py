@@ -23,7 +23,7 @@ TINY_MODEL = ModelConfig(
   head_dim=8,
   mlp_width=32,
   init_std=0.3,
-  remat=False,
+  remat="none",
 )
 _SMALL = ModelConfig(
   vocab_size=24,

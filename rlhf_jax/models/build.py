@@ -26,6 +26,7 @@ from rlhf_jax.losses.logprobs import LazyLogits
 from rlhf_jax.models import attention
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
+  REMAT,
   Block,
   Cache,
   Embedding,
@@ -217,7 +218,7 @@ def build(
     def layer(x: jax.Array, xs):
       return by_rows(run_layer(x, positions, frequencies, xs, attend_within)[0]), None
 
-    layer = jax.checkpoint(layer) if config.remat else layer
+    layer = REMAT[config.remat](layer)
     x = by_rows(embed(params["embed"], tokens, positions))
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
     return read_out(params, x if last is None else x[:, -last:], logit_chunk)

@@ -38,6 +38,13 @@ class RopeScaling:
 NORMS = ("rms", "rms_plus_one", "layer")
 POSITIONS = ("rope", "learned")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
+REMAT = {
+  "none": lambda block: block,
+  "full": jax.checkpoint,
+  "dots": functools.partial(
+    jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
@@ -81,7 +88,8 @@ class ModelConfig:
     init_std: Standard deviation of initial weights.
     dtype: Computation dtype; params are float32 unless loaded otherwise.
     attention: What computes attention over whole sequences; see `attention.make_attend`.
-    remat: Recompute each block in the backward pass instead of keeping its activations.
+    remat: What the backward pass computes again instead of keeping it: "full" each block, "dots"
+      all of a block but its products with weights, "none" nothing.
 
   Raises:
     ValueError: The fields do not go together.
@@ -119,17 +127,19 @@ class ModelConfig:
   init_std: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-  remat: bool = True
+  remat: Literal["none", "full", "dots"] = "full"
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-    for name, known in (
-      ("norm", NORMS),
-      ("activation", ACTIVATIONS),
-      ("positions", POSITIONS),
-      ("attention", ATTENTIONS),
-    ):
+    names = {
+      "norm": NORMS,
+      "activation": ACTIVATIONS,
+      "positions": POSITIONS,
+      "attention": ATTENTIONS,
+      "remat": REMAT,
+    }
+    for name, known in names.items():
       if getattr(self, name) not in known:
         raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
     if self.windows and len(self.windows) != self.layers:

@@ -15,7 +15,7 @@ from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.attention import dense_attention
 from rlhf_jax.models.build import actor_critic, segment_positions
-from rlhf_jax.models.transformer import Block, RopeScaling, rope_frequencies
+from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequencies
 from tests.testing import FAMILY_MODELS
 
 V = 24
@@ -299,16 +299,31 @@ def test_remat_changes_no_gradient_and_every_weight_has_one():
   tokens, segments = random_tokens(2, 7), np.ones((2, 7), np.int32)
   config = dataclasses.replace(VARIANTS["biases"], tied=False)
   grads = []
-  for remat in (True, False):
+  for remat in REMAT:
     model = compiled(dataclasses.replace(config, remat=remat))
     params = model.init(jax.random.key(0))  # As initialised: no branch may start at zero.
     grads.append(jax.jit(jax.grad(functools.partial(loss, model)))(params, tokens, segments))
   # The two programs are fused differently: round-off of gradients of size 1.
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *grads)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  for others in grads[1:]:
+    jax.tree.map(close, grads[0], others)
   key_bias = grads[0]["layers"]["attention"]["k"].pop("bias")
   assert jax.tree.all(jax.tree.map(lambda g: float(jnp.abs(g).max()) > 1e-7, grads[0]))
   # Not exactly 0 because of the rotation, but small: a softmax ignores a common shift.
   assert np.isfinite(key_bias).all()
+
+
+def test_the_more_is_computed_again_the_less_is_kept():
+  config = dataclasses.replace(TINY, layers=12, width=32, mlp_width=128)
+  tokens = jax.ShapeDtypeStruct((4, 128), jnp.int32)
+  found = []
+  for remat in ("none", "dots", "full"):
+    model = build(dataclasses.replace(config, remat=remat))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    step = jax.jit(jax.grad(functools.partial(loss, model))).lower(params, tokens, tokens)
+    found.append(step.compile().memory_analysis().temp_size_in_bytes)
+  none, dots, full = found
+  assert none > 1.2 * dots > 1.2**2 * full, found
 
 
 def test_scan_equals_block_by_block():

@@ -143,6 +143,7 @@ def test_cache_repeats_rows_next_to_each_other():
     ({"norm": "batch"}, "norm is 'batch', expected one of"),
     ({"activation": "relu"}, "activation is 'relu', expected one of .*silu"),
     ({"positions": "alibi"}, "positions is 'alibi', expected one of"),
+    ({"remat": "some"}, "remat is 'some', expected one of .*dots"),
     ({"windows": (4,)}, "windows has 1 entries for 4 layers"),
     ({"windows": (4, 4, None, 0)}, "a token sees at least itself"),
     ({"windows": (None,) * 4}, "windows holds no window; leave it empty"),

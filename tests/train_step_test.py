@@ -274,6 +274,22 @@ def test_weight_decay_is_on_matrices_only():
     np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+def test_the_first_moment_in_half_the_bytes():
+  """A step of Adam is nearly that of moments in float32, and the second one stays as it is."""
+  grads = [jax.tree.map(lambda x, s=s: s * jnp.sin(x), init_params()) for s in (1.0, -0.3, 2.0)]
+  found = []
+  for dtype in ("float32", "bfloat16"):
+    tx = train_step.make_optimizer(OptimConfig(schedule="constant", mu_dtype=dtype), 10)
+    params, state = init_params(), tx.init(init_params())
+    for grad in grads:
+      updates, state = tx.update(grad, state, params)
+      params = optax.apply_updates(params, updates)
+    assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "mu"))} == {jnp.dtype(dtype)}
+    assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "nu"))} == {jnp.dtype("float32")}
+    found.append(jax.tree.map(jnp.subtract, params, init_params()))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0.05, atol=1e-7), *found)
+
+
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
 def test_gradient_clip(limit):
   params = {"kernel": jnp.zeros(2)}

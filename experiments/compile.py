@@ -1,7 +1,7 @@
 r"""Compiles every program of an algorithm for a TPU slice that is not there, and says if it fits.
 
   python -m experiments.compile --algorithm=ppo --topology=v5p:4x4x8 --mesh=fsdp:32,tensor:4 \
-    --model.preset=llama3_8b --model.dtype=bfloat16 --model.remat --batch_size=128
+    --model.preset=llama3_8b --model.dtype=bfloat16 --model.remat=full --batch_size=128
 
 It needs libtpu (pip install 'rlhf_jax[tpu]') and no TPU, and takes one to ten minutes for 8B
 parameters. The programs are those that the script of the algorithm runs, from the same flags, with

@@ -270,7 +270,7 @@ class Work(NamedTuple):
 
 def training(config: ModelConfig, flops: float) -> Work:
   """A step whose forward passes take `flops`: twice as much for gradients, and maybe once again."""
-  return Work((4 if config.remat else 3) * flops)
+  return Work((4 if config.remat == "full" else 3) * flops)
 
 
 def sampling(

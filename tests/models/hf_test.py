@@ -252,7 +252,7 @@ def test_what_a_folder_cannot_say_is_not_written(tmp_path, config, words):
 
 
 def test_how_a_model_is_computed_is_not_said(tmp_path):
-  computed = dataclasses.replace(TINY, dtype="bfloat16", attention="xla", remat=False)
+  computed = dataclasses.replace(TINY, dtype="bfloat16", attention="xla", remat="none")
   hf.save_folder(tmp_path, random_params(TINY), computed, token_ids=IDS)
   assert hf.parse_config(tmp_path)[0] == TINY
 

@@ -44,6 +44,7 @@ from rlhf_jax import (
   loop,
   reporting,
   rewards,
+  sharding,
   simulation,
 )
 from rlhf_jax.data import DataConfig
@@ -526,7 +527,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
 
 def make_answerer(run: loop.Run, config: Config, model, params, tokenizer: data.Tokenizer):
   """`answer(texts, number, turn) -> texts`, one response to each prompt."""
-  params = common.make_reshard(run, model)(params)
+  params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
   generate = common.make_sampler(
     model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=1)
   )

@@ -28,8 +28,8 @@ from rlhf_jax import (
 )
 from rlhf_jax.algorithms import reward_model, rollouts
 from rlhf_jax.losses import masked
-from rlhf_jax.models import Model, ModelConfig, build, count_params, hf, presets
-from rlhf_jax.train_step import init_state, make_optimizer, make_schedule
+from rlhf_jax.models import Model, ModelConfig, build, count_params, hf, lora, presets
+from rlhf_jax.train_step import freeze, init_state, join, make_optimizer, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
@@ -346,12 +346,6 @@ def make_sampler(
   )
 
 
-def make_reshard(run: loop.Run, model: Model) -> Callable[[Params], Params]:
-  """`sharding.make_reshard` for a model: what a sampler reads is made by it, and kept no longer."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  return sharding.make_reshard(shapes, run.mesh, model.config.dtype)
-
-
 def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
   """`make(*args)` in buffers of its own, placed by `DECODER_RULES`; shapes for absent devices."""
   shapes = jax.eval_shape(make, *args)
@@ -366,9 +360,50 @@ def copy(run: loop.Run, params: Params) -> Params:
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
 
 
+def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
+  """For `loop.identify`: what a run with adapters reads again when it continues.
+
+  Args:
+    config: Adapters.
+    *folders: Of the models that get them.
+  """
+  if not config.rank:
+    return {}
+  if not all(folders):
+    raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
+  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
+  return {"frozen": checkpoint.files_digest(files)}
+
+
+def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
+  """The params with fresh adapters beside them, if there are to be any."""
+  if not config.rank:
+    return params
+  init = functools.partial(lora.init, params=params, config=config)
+  return join(params, create(run, init, run.key_for(3)))
+
+
 def place_state(run: loop.Run, params: Params, tx: optax.GradientTransformation) -> TrainState:
   """Train state with buffers of its own, each moment sharded like its parameter."""
   return create(run, lambda params: init_state(params, tx), params)
+
+
+class Trainer(NamedTuple):
+  """What trains a model.
+
+  Attributes:
+    state: Before the first step, in buffers of its own.
+    step: `(state, ...) -> (state, metrics)`.
+    frozen: Params that no step changes, which the state lacks.
+  """
+
+  state: TrainState
+  step: Callable[..., Any]
+  frozen: Params
+
+  def params(self, state: TrainState) -> Params:
+    """The whole params of a state."""
+    return join(self.frozen, state.params)
 
 
 def make_trainer(
@@ -378,22 +413,28 @@ def make_trainer(
   params: Params,
   make_step: Callable[..., Any],
   settings: Any,
+  *,
+  adapters: lora.LoRAConfig = lora.LoRAConfig(),
   **options: Any,
-) -> tuple[TrainState, Callable[..., Any]]:
-  """The state before the first step, with a copy of `params`, and the train step.
+) -> Trainer:
+  """Opens the training of a model.
 
   Args:
     run: Where to run.
     config: Of the script: RunConfig and `optim`.
     model: What is trained.
     params: Its start.
-    make_step: `(apply_fn, tx, settings, *, state_shardings, **options) -> step`.
+    make_step: `(apply_fn, tx, config, *, state_shardings, **options) -> step`.
     settings: Of the algorithm.
+    adapters: What is trained in place of the params, if they have a rank.
     **options: Further ones of `make_step`.
   """
+  frozen, trained = lora.split(add_adapters(run, adapters, params))
   tx = make_optimizer(config.optim, config.steps)
-  state = place_state(run, params, tx)
-  return state, make_step(model.apply, tx, settings, state_shardings=shardings_of(state), **options)
+  state = place_state(run, trained, tx)
+  make_step = functools.partial(make_step, tx=tx, config=settings, **options)
+  step = freeze(make_step, model.apply, frozen, state_shardings=shardings_of(state))
+  return Trainer(state, step, frozen)
 
 
 def shardings_of(tree: Any) -> Any:
@@ -402,11 +443,17 @@ def shardings_of(tree: Any) -> Any:
 
 
 def describe(
-  run: loop.Run, title: str, model: Model, state: Any, rows: Mapping[str, object]
+  run: loop.Run,
+  title: str,
+  model: Model,
+  state: Any,
+  rows: Mapping[str, object],
+  *,
+  frozen: Params | None = None,
 ) -> None:
-  """The panel at the start of a run."""
+  """The panel at the start of a run; `frozen` are params that no step changes."""
   params = state.params if isinstance(state, TrainState) else state
-  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
   gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   config = model.config
   mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
@@ -419,7 +466,8 @@ def describe(
       "workdir": run.workdir,
       "model": f"{config.layers} layers, width {config.width}, {config.heads} heads,"
       f" vocabulary {config.vocab_size}, {config.dtype}",
-      "parameters": reporting.human(count_params(params)),
+      "parameters": reporting.human(count_params((params, frozen)))
+      + (f", {reporting.human(count_params(params))} of them trained" if frozen else ""),
       "mesh": f"{devices}{' (' + mesh + ')' if mesh else ''}",
       "memory": f"{reporting.human_bytes(state_bytes + gradient_bytes)} for parameters, gradients"
       " and optimizer state, activations not counted",
@@ -442,13 +490,16 @@ def export(
   tokenizer: data.Tokenizer,
   label: str = "reward",
 ) -> pathlib.Path:
-  """Writes a folder that `--init_from` and transformers read; `label` names a scalar."""
+  """Writes a folder that `--init_from` and transformers read; `label` names a scalar.
+
+  Adapters are merged into the weights.
+  """
   token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():
     tokenizer.save(folder)
-  hf.save_folder(folder, params, model.config, token_ids=token_ids, label=label)
+  hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)
   return folder
 
 
@@ -601,7 +652,10 @@ def heldout_sampler(
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
   stops = (tokenizer.eos_id,)
-  generate, reshard = make_sampler(model, tokenizer, config), make_reshard(run, model)
+  generate, reshard = (
+    make_sampler(model, tokenizer, config),
+    sharding.make_reshard(run.mesh, model.config.dtype),
+  )
   kl_fn = sequence_kl(model, config.temperature or 1.0)
   key = jax.random.fold_in(run.key_for(2), 0)
   batch_size = heldout_batch_size(run, dataset, batch_size)
@@ -650,7 +704,10 @@ def heldout_comparer(
   Each policy answers once, with random numbers of its own.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  generate, reshard = make_sampler(model, tokenizer, config), make_reshard(run, model)
+  generate, reshard = (
+    make_sampler(model, tokenizer, config),
+    sharding.make_reshard(run.mesh, model.config.dtype),
+  )
   keys = [jax.random.fold_in(run.key_for(2), i) for i in range(2)]
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
@@ -846,14 +903,14 @@ def train_offline(
 
   Args:
     session: Where to run.
-    config: Of the script: RunConfig, `model`, `data`, `optim`, `sampling` and `reward`.
+    config: Of the script: RunConfig, `model`, `lora`, `data`, `optim`, `sampling` and `reward`.
     settings: Of the algorithm.
     kind: Of the data.
     title: Shown.
     make_batch: `(rows, ref_logprobs [B, ...]) -> batch` of the loss.
     reference: `(apply_fn, params, rows, settings) -> ref_logprobs [B, ...]`.
     row_figures: `(params, batch, *, apply_fn, config) -> metrics`, [B] each, NaN where undefined.
-    make_step: `(apply_fn, tx, settings, *, state_shardings) -> step`.
+    make_step: `(apply_fn, tx, config, *, state_shardings) -> step`.
 
   Returns:
     The figures of summary.json.
@@ -863,10 +920,18 @@ def train_offline(
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     loop.identify(
-      run, title, flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+      run,
+      title,
+      flags.to_dict(config),
+      data=train_set.digest,
+      tokenizer=tokenizer.digest,
+      **frozen_digest(config.lora, folder),
     )
     model, ref_params = open_model(run, config.model, folder, tokenizer)
-    state, step = make_trainer(run, config, model, ref_params, make_step, settings)
+    trainer = make_trainer(
+      run, config, model, ref_params, make_step, settings, adapters=config.lora
+    )
+    state = trainer.state
     describe(
       run,
       title,
@@ -876,6 +941,7 @@ def train_offline(
         "data": f"{len(train_set.examples)} examples ({kind})",
         "tokens per step": step_tokens(config, train_set),
       },
+      frozen=trainer.frozen,
     )
     refer = make_refer(model, reference, settings)
     measure = functools.partial(
@@ -895,7 +961,9 @@ def train_offline(
 
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
       del step
-      found = measure(heldout, columns=refs[1], measure=lambda batch: figures(state.params, *batch))
+      found = measure(
+        heldout, columns=refs[1], measure=lambda batch: figures(trainer.params(state), *batch)
+      )
       return {name: float(np.nanmean(values)) for name, values in found.items()}
 
     batches = data.batches(
@@ -909,7 +977,7 @@ def train_offline(
     state = loop.fit(
       run,
       config,
-      lambda state, batch, key: step(state, make_batch(*batch), key),
+      lambda state, batch, key: trainer.step(state, make_batch(*batch), key),
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,
@@ -930,7 +998,7 @@ def train_offline(
         f"held-out pairs in the right order: {more['eval/reward/accuracy']:.3f}, by length alone:"
         f" {more['eval/length_baseline']:.3f}"
       )
-    return judge.finish(state.params, config.steps, title, more)
+    return judge.finish(trainer.params(state), config.steps, title, more)
 
 
 class Zipped:

@@ -142,7 +142,7 @@ def offline(
 ) -> None:
   """A model that is trained on rows alone."""
   model, params = case.open(head)
-  state, step = common.make_trainer(case.run, case.config, model, params, make_step, settings)
+  state, step, _ = common.make_trainer(case.run, case.config, model, params, make_step, settings)
   length = jax.tree.leaves(batch)[0].shape[-1]
   scored = length if head == "language" else None
   work = preflight.training(model.config, case.forward(model, rows, length, scored=scored))
@@ -176,7 +176,7 @@ def compile_preference_model(case: Case) -> None:
 def against_reference(case: Case, lib: Any, make_step: Any, settings: Any, batch: Any, make: Any):
   """A policy that is trained on fixed log-probabilities of its start."""
   model, start = case.open()
-  state, step = common.make_trainer(case.run, case.config, model, start, make_step, settings)
+  state, step, _ = common.make_trainer(case.run, case.config, model, start, make_step, settings)
   rows, length = 2 * case.config.batch_size, case.length
   flops = case.forward(model, rows, length, scored=length)
   refer = common.make_refer(model, lib.reference_logprobs, settings)
@@ -354,11 +354,11 @@ def compile_rest(case: Case) -> None:
   model, params = case.open()
   held = {"policy": params}
   judge, held["reward"] = case.open_judge(config.reward)
-  reshard = common.make_reshard(case.run, model)
+  reshard = sharding.make_reshard(case.run.mesh, model.config.dtype)
   generate = common.make_sampler(model, case.tokenizer, config.sampling)
   rollout = rollout_of(case, "grow", model, reshard, generate, params, held)
   score(case, rollout, judge, held)
-  state, step = common.make_trainer(
+  state, step, _ = common.make_trainer(
     case.run, config, model, params, rest_lib.make_rest_step, config.rest
   )
   weights = case.place({"weights": np.zeros(config.batch_size, np.float32)})["weights"]

@@ -20,6 +20,7 @@ from rlhf_jax.algorithms import dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 
 
@@ -31,6 +32,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   dpo: DPOConfig = DPOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)

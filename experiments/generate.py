@@ -53,7 +53,7 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
     prompts = common.as_prompts(prompts, config.limit)
   with loop.open_run(session) as run:
     model, params = common.open_model(run, config.model, folder, tokenizer)
-    params = common.make_reshard(run, model)(params)
+    params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
     generate = common.make_sampler(model, tokenizer, config.sampling)
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])

@@ -19,6 +19,7 @@ from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 
 
@@ -30,6 +31,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   kto: KTOConfig = KTOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)

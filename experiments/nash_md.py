@@ -90,7 +90,7 @@ def open_programs(
 ) -> tuple[NashState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
   settings, temperature = config.nash_md, config.sampling.temperature
-  train_state, step = common.make_trainer(
+  train_state, step, _ = common.make_trainer(
     run,
     config,
     model,
@@ -110,7 +110,9 @@ def open_programs(
     return common.make_sampler(model, tokenizer, sampling, mixture=mixture)
 
   sample = sampler(settings.responses, settings.objective == "regression")
-  programs = Programs(common.make_reshard(run, model), sample, sampler(1, True), refer, step)
+  programs = Programs(
+    sharding.make_reshard(run.mesh, model.config.dtype), sample, sampler(1, True), refer, step
+  )
   return NashState(train_state, average), programs
 
 

@@ -177,7 +177,7 @@ def open_programs(
   run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
 ) -> tuple[OnlineState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
-  train_state, step = common.make_trainer(
+  train_state, step, _ = common.make_trainer(
     run, config, model, ref_params, dpo.make_dpo_step, config.dpo
   )
   previous = None
@@ -207,7 +207,9 @@ def open_programs(
     )
     for count in (samples, 1)
   )
-  programs = Programs(common.make_reshard(run, model), generate, alone, make_batch, step)
+  programs = Programs(
+    sharding.make_reshard(run.mesh, model.config.dtype), generate, alone, make_batch, step
+  )
   return OnlineState(train_state, previous), programs
 
 

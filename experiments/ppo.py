@@ -17,6 +17,7 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -33,8 +34,9 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.models import Model, actor_critic, zero_scores
-from rlhf_jax.train_step import OptimConfig, make_optimizer, make_schedule
+from rlhf_jax.models import Model, actor_critic, lora, zero_scores
+from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.train_step import OptimConfig, freeze, join, make_optimizer, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState, TrainStep
 
 
@@ -56,6 +58,7 @@ class Config(loop.RunConfig):
   reference_samples: int = 1
   ptx_path: str = ""
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   reward: common.RewardOptions = common.RewardOptions()
@@ -127,6 +130,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     texts, _ = data.load("demonstrations", own, tokenizer, seed=session.seed)
     digests["ptx"] = texts.digest
     sources += [data.batches(texts, responses, seed=session.seed, pad_id=tokenizer.pad_id)]
+  critics = config.reward.paths[:1] if config.ppo.has_critic else ()
+  digests |= common.frozen_digest(config.lora, folder, *map(common.model_folder, critics))
   with loop.open_run(session) as run:
     loop.identify(run, "ppo", flags.to_dict(config), **digests)
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
@@ -145,6 +150,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "tokens per step": f"{responses * length} in {responses} responses,"
         f" {config.ppo.epochs} epochs of {config.ppo.minibatches} minibatches",
       },
+      frozen=programs.frozen,
     )
     stops = (tokenizer.eos_id,)
     reward_fn = reward_of(train_set)
@@ -165,9 +171,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         prompt_ids = np.repeat(sharding.to_host(prompts.prompt_id), repeats)
         return rollout, prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids)), sampled
 
-      policy = jax.block_until_ready(state.train.params["policy"])
+      params = jax.block_until_ready(programs.params(state.train))
       start = time.monotonic()
-      rollout, prompt_ids, scores, sampled = sample_and_score(programs.generate, policy, keys[0])
+      rollout, prompt_ids, scores, sampled = sample_and_score(
+        programs.generate, params["policy"], keys[0]
+      )
       metrics = {
         f"{name}_reward/mean": float(np.mean(fn(rollout, prompt_ids)))
         for name, fn in gold_fns.items()
@@ -179,7 +187,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         more["ref_scores"] = jnp.repeat(ref_scores, config.sampling.samples_per_prompt, axis=0)
       scored = time.monotonic()
       experienced, control, of_rollout = programs.experience(
-        state.train.params,
+        params,
         ref_params,
         state.control,
         rollout,
@@ -196,6 +204,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       }
       return PPOState(new, control), metrics
 
+    def policy_of(state: PPOState):
+      return programs.params(state.train)["policy"]
+
     heldout_fns = {"reward": reward_of(heldout)}
     heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
     judge = common.Judge(run, model, tokenizer, heldout, config.sampling, heldout_fns, ref_params)
@@ -207,11 +218,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       state,
       common.Zipped(Batch, sources),
       # The end is judged by `finish`.
-      evaluate=judge.evaluate(lambda s: s.train.params["policy"]) if config.eval_every else None,
+      evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       learning_rate=lambda step: schedule(step * config.updates // config.steps),
       title="ppo",
     )
-    return judge.finish(state.train.params["policy"], config.steps, "PPO")
+    return judge.finish(policy_of(state), config.steps, "PPO")
 
 
 class Programs(NamedTuple):
@@ -222,6 +233,11 @@ class Programs(NamedTuple):
   refer: Callable[..., Rollout]  # Of the reference.
   experience: Callable[..., tuple[ppo.PPOBatch, ppo.Control, Metrics]]
   update: TrainStep
+  frozen: Params  # What the state lacks, since no update changes it.
+
+  def params(self, state: TrainState) -> Params:
+    """The whole params of a state."""
+    return join(self.frozen, state.params)
 
 
 def open_programs(
@@ -234,9 +250,10 @@ def open_programs(
 ) -> tuple[PPOState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
   apply_fn, params = open_actor(run, config, folder, tokenizer, model, ref_params)
+  frozen, trained = lora.split(params)
   tx, _ = make_transformation(config)
   control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
-  state = PPOState(common.place_state(run, params, tx), control)
+  state = PPOState(common.place_state(run, trained, tx), control)
   temperature, samples = config.sampling.temperature, config.sampling.samples_per_prompt
   generate, refer = (
     common.make_sampler(
@@ -247,34 +264,34 @@ def open_programs(
   experience = ppo.make_experience(
     apply_fn, model.apply, config.ppo, temperature=temperature, samples_per_prompt=samples
   )
-  update = ppo.make_ppo_step(
-    apply_fn,
-    tx,
-    config.ppo,
-    temperature=temperature,
-    state_shardings=common.shardings_of(state.train),
+  make_step = functools.partial(
+    ppo.make_ppo_step, tx=tx, config=config.ppo, temperature=temperature
   )
-  reshard = common.make_reshard(run, model)
-  return state, Programs(reshard, generate, refer, experience, update)
+  update = freeze(make_step, apply_fn, frozen, state_shardings=common.shardings_of(state.train))
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  return state, Programs(reshard, generate, refer, experience, update, frozen)
 
 
 def open_actor(run, config, folder, tokenizer, model, params):
   """Apply function and first params of the policy, with a critic where the advantage needs one.
 
-  The critic starts as the reward model, or else as the policy with a head of zeros.
+  The critic starts as the reward model, or else as the policy with a head of zeros. With
+  `config.lora` both get adapters.
   """
+  policy = common.add_adapters(run, config.lora, params)
   if not config.ppo.has_critic:
     apply_fn = lambda params, tokens, **kwargs: (  # noqa: E731
       model.apply(params["policy"], tokens, **kwargs),
       None,
     )
-    return apply_fn, {"policy": params}
+    return apply_fn, {"policy": policy}
   if config.reward.paths:
     critic, value = common.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
   else:
     critic, value = common.open_model(run, config.model, folder, tokenizer, "scalar")
     value = zero_scores(value)
-  return actor_critic(model, critic), {"policy": params, "value": value}
+  value = common.add_adapters(run, config.lora, value)
+  return actor_critic(model, critic), {"policy": policy, "value": value}
 
 
 def make_transformation(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:

@@ -58,7 +58,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
     make_step, settings = preference_model.make_preference_model_step, config.preference_model
-    state, step = common.make_trainer(run, config, model, params, make_step, settings)
+    state, step, _ = common.make_trainer(run, config, model, params, make_step, settings)
     del params  # The state has its own copy.
     common.describe(
       run,

@@ -195,7 +195,7 @@ def grow(
       return done
     model, params = common.open_model(run, config.model, start, tokenizer)
     stops = (tokenizer.eos_id,)
-    params = common.make_reshard(run, model)(params)
+    params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
     generate = common.make_sampler(model, tokenizer, config.sampling)
     reward_fn: RewardFn = common.open_reward(run, config.reward, config.model, tokenizer)(prompts)
     batch_size = common.heldout_batch_size(run, prompts, max(128 // count, 1))
@@ -290,7 +290,7 @@ def improve(
       _, ref_params = common.open_model(run, config.model, ref_folder, tokenizer)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     optim = dataclasses.replace(config.optim, learning_rate=rate)
-    state, step = common.make_trainer(
+    state, step, _ = common.make_trainer(
       run,
       dataclasses.replace(config, optim=optim),
       model,

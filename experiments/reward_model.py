@@ -31,6 +31,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
@@ -42,6 +43,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
   optim: OptimConfig = OptimConfig(learning_rate=1e-3)
@@ -61,13 +63,20 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     loop.identify(
-      run, "reward_model", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+      run,
+      "reward_model",
+      flags.to_dict(config),
+      data=train_set.digest,
+      tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    state, step = common.make_trainer(
-      run, config, model, params, reward_model.make_reward_model_step, settings
+    make_step = reward_model.make_reward_model_step
+    trainer = common.make_trainer(
+      run, config, model, params, make_step, settings, adapters=config.lora
     )
-    del params  # The state has its own copy.
+    state = trainer.state
+    del params  # The trainer has its own copy.
     common.describe(
       run,
       "Reward model",
@@ -78,6 +87,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "left out": train_set.dropped or "nothing",
         "tokens per step": common.step_tokens(config, train_set),
       },
+      frozen=trainer.frozen,
     )
 
     @jax.jit
@@ -92,7 +102,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     def evaluate(state, step):
       del step
-      metrics = reward_model.pair_metrics(pairs_of(heldout, state.params))
+      metrics = reward_model.pair_metrics(pairs_of(heldout, trainer.params(state)))
       return {f"eval/{name}": value for name, value in metrics.items()}
 
     batches = data.batches(
@@ -105,7 +115,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      step,
+      trainer.step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,
@@ -113,9 +123,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="reward model",
     )
     some = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
-    seen = reward_model.pair_metrics(pairs_of(some, state.params))
+    seen = reward_model.pair_metrics(pairs_of(some, trainer.params(state)))
     centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
-    params = shift_scores(state.params, -jnp.float32(centre))
+    params = shift_scores(trainer.params(state), -jnp.float32(centre))
     common.export(run.workdir / common.EXPORT, params, model, tokenizer)
 
     summary = {"train/accuracy": float(seen["reward/accuracy"])}

@@ -24,6 +24,7 @@ from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.losses import masked, supervised
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
@@ -35,6 +36,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sft: SFTConfig = SFTConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-3)
@@ -48,11 +50,19 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("demonstrations", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     loop.identify(
-      run, "sft", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+      run,
+      "sft",
+      flags.to_dict(config),
+      data=train_set.digest,
+      tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer)
-    state, step = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
-    del params  # The state has its own copy.
+    trainer = common.make_trainer(
+      run, config, model, params, sft.make_sft_step, config.sft, adapters=config.lora
+    )
+    state = trainer.state
+    del params  # The trainer has its own copy.
     common.describe(
       run,
       "Supervised fine-tuning",
@@ -62,6 +72,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "data": f"{len(train_set.examples)} demonstrations",
         "tokens per step": common.step_tokens(config, train_set),
       },
+      frozen=trainer.frozen,
     )
 
     @jax.jit
@@ -76,7 +87,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         heldout,
         config.batch_size,
         tokenizer.pad_id,
-        functools.partial(measure, state.params),
+        functools.partial(measure, trainer.params(state)),
       )
 
     batches = data.batches(
@@ -89,17 +100,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = loop.fit(
       run,
       config,
-      step,
+      trainer.step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,
       learning_rate=make_schedule(config.optim, config.steps),
       title="sft",
     )
-    common.export(run.workdir / common.EXPORT, state.params, model, tokenizer)
+    params = trainer.params(state)
+    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
     summary = evaluate(state, config.steps) if heldout.examples else {}
     if heldout.examples:
-      show_samples(run, config, model, state.params, heldout, tokenizer)
+      show_samples(run, config, model, params, heldout, tokenizer)
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)
   return summary

@@ -24,7 +24,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -255,6 +255,14 @@ def params_digest(tree: PyTree) -> str:
     array = np.ascontiguousarray(sharding.to_host(leaf))
     digest.update(f"{path}\0{_kind(leaf)}\0".encode())
     digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def files_digest(files: Iterable[pathlib.Path]) -> str:
+  """Returns the SHA-256 of the names and contents of files, in their order."""
+  digest = hashlib.sha256()
+  for path in files:
+    digest.update(f"{path.name}\0{_sha256(path)}\0".encode())
   return digest.hexdigest()
 
 

@@ -37,6 +37,11 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
   (r"(^|/)layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
   (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
+  # Adapters, [L, in, rank] and [L, rank, out], as the kernel beside them.
+  (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
+  (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
+  (r"(^|/)layers/(attention/o|mlp/down)/lora_a$", P(None, "tensor")),
+  (r"(^|/)layers/(attention/o|mlp/down)/lora_b$", P(None, None, "fsdp")),
 )
 
 
@@ -158,11 +163,10 @@ def rollout_shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> 
   return named_shardings(params, mesh, own)
 
 
-def make_reshard(params: Any, mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
-  """Builds `reshard(params)`, which gives them as a sampler wants them.
+def make_reshard(mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
+  """Builds `reshard(params)`, which gives params placed by `DECODER_RULES` as a sampler wants them.
 
   Args:
-    params: Arrays or `jax.ShapeDtypeStruct`, placed by `DECODER_RULES`.
     mesh: Where they are.
     dtype: Of the matrices. A model rounds them to its computation dtype anyway, and a copy in it is
       read faster. Norms, biases and heads stay as they are.
@@ -170,15 +174,14 @@ def make_reshard(params: Any, mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
   Returns:
     A jitted function; if there is nothing to change, one that gives back its argument.
   """
-  shardings = rollout_shardings(params, mesh)
-  dtypes = jax.tree.map(
-    lambda x, place: jnp.dtype(dtype) if place.spec != P() else x.dtype, params, shardings
-  )
-  same_dtypes = all(jax.tree.leaves(jax.tree.map(lambda x, t: x.dtype == t, params, dtypes)))
-  if mesh.shape["fsdp"] == 1 and same_dtypes:
+  if mesh.shape["fsdp"] == 1 and jnp.dtype(dtype) == jnp.float32:
     return lambda params: params
-  cast = lambda params: jax.tree.map(lambda x, t: x.astype(t), params, dtypes)  # noqa: E731
-  return jax.jit(cast, out_shardings=shardings)
+
+  def move(x: jax.Array, place: NamedSharding) -> jax.Array:
+    x = x if place.spec == P() else x.astype(dtype)
+    return jax.lax.with_sharding_constraint(x, place)
+
+  return jax.jit(lambda params: jax.tree.map(move, params, rollout_shardings(params, mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

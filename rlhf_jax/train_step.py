@@ -85,7 +85,7 @@ def make_optimizer(
     weight_decay=config.weight_decay,
     # Stacked norms and biases are [L, D], matrices [L, in, out]: the last name tells them apart.
     mask=lambda params: jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ("kernel", "embedding"), params
+      lambda path, _: path[-1].key in ("kernel", "embedding", "lora_a", "lora_b"), params
     ),
   )
   if not config.max_grad_norm:
@@ -210,6 +210,48 @@ def jit_step(step: Callable[..., Any], state_shardings: Any = None) -> Callable[
   if state_shardings is None:
     return jax.jit(step, donate_argnums=0)
   return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def join(left: Params, right: Params) -> Params:
+  """Nested dicts with the leaves of both, which have none in common."""
+  joined = dict(left)
+  for name, value in right.items():
+    joined[name] = join(left[name], value) if name in left else value
+  return joined
+
+
+def freeze(
+  make_step: Callable[..., Callable[..., Any]],
+  apply_fn: Callable[..., Any],
+  frozen: Params,
+  *,
+  state_shardings: Any = None,
+) -> Callable[..., Any]:
+  """A step whose state holds only a part of the params.
+
+  The other part has no gradient, no moments and no place in checkpoints. It is an argument of the
+  compiled step: as a constant it would be held twice.
+
+  Args:
+    make_step: `(apply_fn, *, state_shardings) -> step`, a `make_x_step` with all else bound.
+    apply_fn: Function of whole params.
+    frozen: What `state.params` lacks; empty if it lacks nothing.
+    state_shardings: See `jit_step`.
+
+  Returns:
+    `step(state, ...) -> (state, metrics)` with a donated state.
+  """
+  if not frozen:
+    return make_step(apply_fn, state_shardings=state_shardings)
+
+  def step(state: TrainState, frozen: Params, *inputs):
+    def apply_whole(params: Params, *args, **kwargs):
+      return apply_fn(join(frozen, params), *args, **kwargs)
+
+    return make_step(apply_whole, state_shardings=state_shardings)(state, *inputs)
+
+  compiled = jit_step(step, state_shardings)
+  return lambda state, *inputs: compiled(state, frozen, *inputs)
 
 
 def make_train_step(

@@ -194,6 +194,49 @@ def test_step_compiles_once_and_donates_its_state():
   assert all(donated)
 
 
+def test_what_is_frozen_is_an_argument_of_the_step_and_has_no_moments():
+  whole, tx, seen = init_params(), optax.adam(0.1), []
+  trained = {"layers": {"out": whole["layers"]["out"]}}
+  frozen = {"embed": whole["embed"], "norm": whole["norm"]}
+
+  def make_step(apply_fn, *, state_shardings=None):
+    def loss(params, batch, key):
+      del key
+      return jnp.mean(jnp.square(apply_fn(params, batch.tokens) - batch.target)), {}
+
+    return train_step.make_train_step(loss, tx, state_shardings=state_shardings)
+
+  def apply_fn(params, tokens):
+    seen.append(params["embed"]["embedding"])
+    x = params["embed"]["embedding"][tokens] * params["norm"]["scale"].reshape(1, 1, -1)
+    out = params["layers"]["out"]
+    return (x @ out["kernel"])[..., 0] + out["bias"].reshape(1, 1)
+
+  step = train_step.freeze(make_step, apply_fn, frozen)
+  want, _ = make_step(apply_fn)(
+    train_step.init_state(jax.tree.map(jnp.copy, whole), tx), make_batch(), jax.random.key(0)
+  )
+  state = train_step.init_state(jax.tree.map(jnp.copy, trained), tx)
+  seen.clear()
+  with compilations() as names:
+    state, _ = step(state, make_batch(), jax.random.key(0))
+    assert jax.tree.structure(state.params) == jax.tree.structure(trained)
+    # Adam's first step does not depend on the size of a gradient.
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5),
+      state.params["layers"],
+      want.params["layers"],
+    )
+    step(state, make_batch(1), jax.random.key(0))
+  assert names.count("step") == 1
+  assert seen and all(isinstance(x, jax.core.Tracer) for x in seen)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
+  joined = train_step.join(frozen, trained)
+  assert jax.tree.structure(joined) == jax.tree.structure(whole)
+  # Without anything frozen, it is the step itself.
+  assert train_step.freeze(lambda apply, state_shardings: apply, apply_fn, {}) is apply_fn
+
+
 def test_key_is_folded_with_the_step():
   def loss(params, batch, key):
     del batch

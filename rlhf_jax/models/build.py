@@ -9,7 +9,7 @@
 
 and where the config asks for them `bias` beside a kernel or scale, embed/positions [max_length, D],
 layers/{attention_post_norm,mlp_post_norm}/scale [L, D], layers/attention/{q_norm,k_norm}/scale
-[L, K].
+[L, K]. Beside a kernel there may be an adapter (`lora.py`).
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.losses.logprobs import LazyLogits
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, lora
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   REMAT,
@@ -100,7 +100,10 @@ def _pure(module: Callable[..., nnx.Module], *args):
     return nnx.to_pure_dict(nnx.state(module(*args, rngs=nnx.Rngs(key)), nnx.Param))
 
   def call(params: Params, *inputs):
-    return nnx.merge(graph, params)(*inputs)
+    built = nnx.merge(graph, lora.base(params))
+    for (*path, name), value in lora.leaves(params):
+      setattr(functools.reduce(getattr, path, built), name, nnx.Param(value))
+    return built(*inputs)
 
   return init, call
 

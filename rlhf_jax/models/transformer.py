@@ -271,6 +271,11 @@ class Norm(nnx.Module):
 class Linear(nnx.Module):
   """`x @ kernel (+ bias)` in the dtype of `x`."""
 
+  # Set where the params hold an adapter (lora.py).
+  lora_a: nnx.Param
+  lora_b: nnx.Param
+  lora_scale: nnx.Param
+
   def __init__(self, fan_in: int, fan_out: int, std: float, bias: bool, *, rngs: nnx.Rngs):
     shape = (fan_in, fan_out)
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -281,6 +286,9 @@ class Linear(nnx.Module):
     y = x @ self.kernel[...].astype(x.dtype)
     if hasattr(self, "bias"):
       y += self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    if hasattr(self, "lora_a"):
+      b = self.lora_scale[...] * self.lora_b[...]
+      y += x @ self.lora_a[...].astype(x.dtype) @ b.astype(x.dtype)
     return y
 
 

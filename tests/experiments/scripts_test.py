@@ -1,9 +1,11 @@
 """Every script: what it writes, that it resumes bitwise after SIGKILL, and how it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
@@ -57,6 +59,44 @@ def test_a_killed_run_ends_with_the_same_bits(
     summary = json.loads((again.workdir / "summary.json").read_text())
     assert 0 < summary["eval/length_baseline"] < 1
     assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
+
+
+@pytest.mark.parametrize("script", ["ppo", "dpo"])
+def test_a_killed_run_with_adapters_ends_with_the_same_bits(
+  script, tmp_path, run_script, kill_script, sft_run, reward_run
+):
+  flags = (
+    *chained(script, sft_run, reward_run),
+    "--lora.rank=4",
+    "--steps=12",
+    "--checkpoint_every=3",
+  )
+  whole = run_script(script, tmp_path / "whole", *flags)
+  assert whole.code == 0, whole.output
+  kill_script(script, tmp_path / "killed", *flags, after_step=3)
+  again = run_script(script, tmp_path / "killed", *flags)
+  assert again.code == 0, again.output
+  assert "continuing from step" in again.output
+  exports = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
+  assert exports[0].read_bytes() == exports[1].read_bytes()
+  assert exports[0].read_bytes() != (sft_run / "export" / "model.safetensors").read_bytes()
+  first = json.loads((whole.workdir / "metrics.jsonl").read_text().splitlines()[0])
+  if script == "ppo":  # The reference is the base, which the policy still is.
+    assert abs(first["kl/ref"]) < 1e-4
+
+
+def test_adapters_from_a_base_that_changed_are_refused(tmp_path, run_script, sft_run):
+  base = tmp_path / "base"
+  shutil.copytree(sft_run / "export", base)
+  flags = (f"--model.path={base}", "--lora.rank=2", "--checkpoint_every=2")
+  first = run_script("sft", tmp_path / "run", *flags)
+  assert first.code == 0, first.output
+  tensors = safetensors.numpy.load_file(base / "model.safetensors")
+  name = next(iter(tensors))
+  safetensors.numpy.save_file(tensors | {name: tensors[name] + 1}, base / "model.safetensors")
+  again = run_script("sft", tmp_path / "run", *flags, "--steps=6")
+  assert again.code == 78, again.output
+  assert "frozen" in again.output
 
 
 def test_sft_writes_what_it_says(sft_run):
@@ -255,6 +295,7 @@ BAD_FLAGS = [
   (("sft", "--optim.learning_rate=-1"), 64, "--optim.learning_rate"),
   (("sft", "stray"), 64, "stray"),
   (("sft", "--init_from=nowhere"), 78, "nowhere"),
+  (("sft", "--lora.rank=4"), 64, "--init_from"),
   (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
   (("sft", "--mesh=data:64"), 64, "--mesh"),
   (("sft", "--processes=2"), 64, "--coordinator"),

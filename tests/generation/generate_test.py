@@ -141,7 +141,7 @@ def test_tokens_do_not_depend_on_the_mesh_or_the_layout(case, spec):
   trained = sharding.named_shardings(case.params, mesh, sharding.DECODER_RULES)
   params = jax.device_put(case.params, trained)
   rows = sharding.place_batch((case.tokens, case.mask, case.ids), mesh)
-  reshard = sharding.make_reshard(case.params, mesh, TINY.dtype)
+  reshard = sharding.make_reshard(mesh, TINY.dtype)
   generate = sampler(build(TINY, mesh=mesh), config)
   for layout in (params, reshard(params)):
     rollout = generate(layout, *rows, jax.random.key(0))
@@ -185,7 +185,7 @@ def test_resharding_for_rollouts(case):
   params = jax.jit(model.init)(jax.random.key(0))
   mesh = sharding.make_mesh("fsdp:4,tensor:2")
   placed = jax.device_put(params, sharding.named_shardings(params, mesh, sharding.DECODER_RULES))
-  moved = sharding.make_reshard(params, mesh, "bfloat16")(placed)
+  moved = sharding.make_reshard(mesh, "bfloat16")(placed)
   for path, x in jax.tree_util.tree_leaves_with_path(moved):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     is_matrix = not name.endswith("scale")
@@ -194,7 +194,7 @@ def test_resharding_for_rollouts(case):
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), moved, params)
   # Where there is nothing to do, nothing is copied.
   for spec in ("data:8", "data:4,tensor:2"):
-    assert sharding.make_reshard(params, sharding.make_mesh(spec), "float32")(params) is params
+    assert sharding.make_reshard(sharding.make_mesh(spec), "float32")(params) is params
 
 
 def test_a_copy_in_the_computation_dtype_computes_the_same(case):
@@ -202,7 +202,7 @@ def test_a_copy_in_the_computation_dtype_computes_the_same(case):
   for more in ({}, {"positions": "learned"}):
     model = build(dataclasses.replace(TINY, dtype="bfloat16", **more))
     params = jax.jit(model.init)(jax.random.key(0))
-    copy = sharding.make_reshard(params, sharding.make_mesh("data:8"), "bfloat16")(params)
+    copy = sharding.make_reshard(sharding.make_mesh("data:8"), "bfloat16")(params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), copy)
     own = case._replace(model=model)
     jax.tree.map(np.testing.assert_array_equal, run(own, params=rounded), run(own, params=copy))

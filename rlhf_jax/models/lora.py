@@ -1,0 +1,139 @@
+"""LoRA: low-rank adapters beside weights that stay as they are.
+
+Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation 3: a layer `x W` becomes
+`x W + alpha / rank * x A B`. Adapters are leaves beside the kernel in the params of a model,
+
+    lora_a [L, in, rank], lora_b [L, rank, out], lora_scale [L]
+
+and every function of a `Model` computes with those that it finds. `split` tells what is trained
+from what stays, `train_step.join` puts the two together again; `base` is the model from before.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.types import Params
+
+_GROUPS = ("attention", "mlp")
+_TRAINED = ("lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  """Low-rank adapters.
+
+  Attributes:
+    rank: Of the adapters; 0 has none and trains every parameter.
+    alpha: The output of an adapter is multiplied by alpha / rank.
+    targets: Layers that get one, of q, k, v, o, gate, up and down; empty: all of them.
+  """
+
+  rank: int = 0
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.rank < 0:
+      raise ValueError(f"rank must not be negative, got {self.rank}")
+    if not self.alpha > 0:
+      raise ValueError(f"alpha must be positive, got {self.alpha}")
+
+
+def _filter(tree: Params, keep: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()):
+  """The leaves whose path is to be kept, without the dicts that this leaves empty."""
+  kept = {}
+  for name, value in tree.items():
+    at = (*path, name)
+    if isinstance(value, dict):
+      value = _filter(value, keep, at)
+      if value:
+        kept[name] = value
+    elif keep(at):
+      kept[name] = value
+  return kept
+
+
+def init(key: jax.Array, params: Params, config: LoRAConfig) -> Params:
+  """Fresh adapters: A is normal with standard deviation 1 / sqrt(in), B is 0.
+
+  Args:
+    key: Random key.
+    params: Of the model, arrays or shapes.
+    config: Their rank, and which layers get one.
+
+  Returns:
+    Leaves to `join` to the params, which then compute what they did before.
+
+  Raises:
+    ValueError: A target is no layer of the model.
+  """
+  kernels = {
+    (group, name): layer["kernel"].shape
+    for group in _GROUPS
+    for name, layer in params["layers"][group].items()
+    if "kernel" in layer
+  }
+  known = [name for _, name in kernels]
+  if unknown := set(config.targets) - set(known):
+    raise ValueError(
+      f"--lora.targets names {', '.join(sorted(unknown))}; the layers of this model are"
+      f" {', '.join(known)}"
+    )
+  adapters: Params = {group: {} for group in _GROUPS}
+  for i, ((group, name), (layers, fan_in, fan_out)) in enumerate(kernels.items()):
+    if config.targets and name not in config.targets:
+      continue
+    shape = (layers, fan_in, config.rank)
+    adapters[group][name] = {
+      "lora_a": fan_in**-0.5 * jax.random.normal(jax.random.fold_in(key, i), shape),
+      "lora_b": jnp.zeros((layers, config.rank, fan_out), jnp.float32),
+      "lora_scale": jnp.full((layers,), config.alpha / config.rank, jnp.float32),
+    }
+  return {"layers": {group: layers for group, layers in adapters.items() if layers}}
+
+
+def base(params: Params) -> Params:
+  """The params without adapters: the same arrays, in no more memory."""
+  return _filter(params, lambda path: not path[-1].startswith("lora_"))
+
+
+def leaves(params: Params) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+  """Path and value of every leaf of every adapter."""
+  for name, value in params.items():
+    if isinstance(value, dict):
+      yield from (((name, *path), leaf) for path, leaf in leaves(value))
+    elif name.startswith("lora_"):
+      yield (name,), value
+
+
+def split(params: Params) -> tuple[Params, Params]:
+  """What stays and what is trained: without adapters everything, else they and a scalar head.
+
+  Args:
+    params: Of one model, or a dict of them.
+  """
+  if not any(True for _ in leaves(params)):
+    return {}, params
+
+  def is_trained(path: tuple[str, ...]) -> bool:
+    return path[-1] in _TRAINED or "score" in path
+
+  return _filter(params, lambda path: not is_trained(path)), _filter(params, is_trained)
+
+
+@jax.jit
+def _merge_kernel(layer: dict[str, jax.Array]) -> jax.Array:
+  a, b, kernel = layer["lora_a"], layer["lora_b"], layer["kernel"]
+  change = jnp.einsum("lir,lro->lio", a, b, precision="highest")
+  return (kernel + layer["lora_scale"][:, None, None] * change).astype(kernel.dtype)
+
+
+def merge(params: Params) -> Params:
+  """Params of a plain model that computes the same: `W + alpha / rank * A B` in place of W."""
+  if "lora_a" in params:
+    rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
+    return rest | {"kernel": _merge_kernel(params)}
+  return {name: merge(x) if isinstance(x, dict) else x for name, x in params.items()}

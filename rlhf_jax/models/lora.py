@@ -73,7 +73,7 @@ def init(key: jax.Array, params: Params, config: LoRAConfig) -> Params:
   kernels = {
     (group, name): layer["kernel"].shape
     for group in _GROUPS
-    for name, layer in params["layers"][group].items()
+    for name, layer in sorted(params["layers"][group].items())  # In one order, however it is made.
     if "kernel" in layer
   }
   known = [name for _, name in kernels]

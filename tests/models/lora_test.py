@@ -182,5 +182,5 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_an_unknown_target_is_refused_with_those_there_are():
   config = lora.LoRAConfig(rank=2, targets=("q", "gate", "embed"))
-  with pytest.raises(ValueError, match=r"--lora\.targets names embed; .* q, k, v, o"):
+  with pytest.raises(ValueError, match=r"--lora\.targets names embed; .* k, o, q, v, down"):
     lora.init(jax.random.key(0), tiny_params(), config)

@@ -177,8 +177,9 @@ def model_folder(path: str) -> pathlib.Path | None:
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
   """The folder to start from, given by one of two flags."""
-  if options.path and init_from:
-    raise flags.UsageError("--init_from and --model.path are both given; keep one")
+  for name in ("path", "preset"):
+    if getattr(options, name) and init_from:
+      raise flags.UsageError(f"--init_from and --model.{name} are both given; keep one")
   return model_folder(init_from or options.path)
 
 

@@ -295,6 +295,7 @@ BAD_FLAGS = [
   (("sft", "--optim.learning_rate=-1"), 64, "--optim.learning_rate"),
   (("sft", "stray"), 64, "stray"),
   (("sft", "--init_from=nowhere"), 78, "nowhere"),
+  (("sft", "--init_from=any", "--model.preset=llama3_8b"), 64, "--model.preset"),
   (("sft", "--lora.rank=4"), 64, "--init_from"),
   (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
   (("sft", "--mesh=data:64"), 64, "--mesh"),

@@ -409,16 +409,16 @@ def show(options: Options, programs: Sequence[preflight.Program], refused: str) 
   rows = {}
   for program in programs:
     slowest = max(program.seconds, key=program.seconds.__getitem__)
-    sent = {
-      f"{kind}": f"{row['count']:.0f} ({row['in_loops']:.0f}), {row['bytes'] / 1e9:.2f} GB"
+    sent = [
+      f"{kind} {row['count']:.0f} ({row['in_loops']:.0f}), {reporting.human_bytes(row['bytes'])}"
       for kind, row in sorted(program.collectives.items())
-    }
+    ]
     rows[program.name] = {
       "peak, GiB": program.peak / 2**30,
       "beside, GiB": program.beside / 2**30,
       "arguments, GiB": program.arguments / 2**30,
       "temporaries, GiB": program.temporaries / 2**30,
-      "collectives (in loops)": "; ".join(f"{kind} {text}" for kind, text in sent.items()),
+      "collectives (in loops)": "; ".join(sent),
       "operations": f"{program.flops:.3g}",
       "roofline, s": f"{program.seconds[slowest]:.3g} ({slowest})",
       "compiled in, s": f"{program.compile_seconds:.0f}",

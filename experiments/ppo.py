@@ -289,7 +289,7 @@ def open_actor(run, config, folder, tokenizer, model, params):
     critic, value = common.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
   else:
     critic, value = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    value = zero_scores(value)
+    value |= common.create(run, zero_scores, {"score": value["score"]})
   value = common.add_adapters(run, config.lora, value)
   return actor_critic(model, critic), {"policy": policy, "value": value}
 

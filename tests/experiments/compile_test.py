@@ -10,10 +10,15 @@ from rlhf_jax.models import ModelConfig, build
 pytest.importorskip("libtpu", reason="without libtpu nothing compiles for TPUs: -e '.[tpu]'")
 
 CHIPS = 16
-TINY = (
+# Wide enough that the part of a chip is whole tiles of 8 x 128, in which TPUs keep arrays.
+LAYERS, WIDTH, HEADS, MLP_WIDTH = 6, 1024, 8, 2048
+SMALL = (
   "--topology=v5e:4x4",
   "--mesh=fsdp:8,tensor:2",
-  "--model.layers=6",
+  f"--model.layers={LAYERS}",
+  f"--model.width={WIDTH}",
+  f"--model.heads={HEADS}",
+  f"--model.mlp_width={MLP_WIDTH}",
   "--model.dtype=bfloat16",
   "--data.max_prompt_length=16",
   "--data.max_response_length=16",
@@ -26,7 +31,15 @@ SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "kto", *ROLLOUTS)
 
 def sizes() -> tuple[int, int]:
   """Numbers in the matrices of the model, which are split, and in what every chip holds whole."""
-  config = ModelConfig(vocab_size=1024, layers=6)  # The vocabulary is looked at by nobody.
+  config = ModelConfig(
+    vocab_size=275,  # Of the built-in task.
+    layers=LAYERS,
+    width=WIDTH,
+    heads=HEADS,
+    kv_heads=HEADS,
+    head_dim=WIDTH // HEADS,
+    mlp_width=MLP_WIDTH,
+  )
   shapes = jax.eval_shape(build(config).init, jax.random.key(0))
   split = sum(x.size for x in jax.tree.leaves(shapes["layers"]) if x.ndim == 3)
   return split, sum(x.size for x in jax.tree.leaves(shapes["layers"]) if x.ndim < 3) + 2000
@@ -37,7 +50,7 @@ def test_it_fits(script, tmp_path, run_script):
   more = ("--sampling.max_new_tokens=16",) if script in (*ROLLOUTS, "dpo", "kto") else ()
   file = tmp_path / "figures.json"
   finished = run_script(
-    "compile", tmp_path / "x", f"--algorithm={script}", f"--json={file}", *TINY, *more
+    "compile", tmp_path / "x", f"--algorithm={script}", f"--json={file}", *SMALL, *more
   )
   assert finished.code == 0, finished.output
   assert "rematerialization" not in finished.output
@@ -47,13 +60,13 @@ def test_it_fits(script, tmp_path, run_script):
   split, whole = sizes()
   trained = programs[TRAINS.get(script, "train")]
   models = 2 if script == "ppo" else 1  # Policy and critic.
-  # float32 params and two moments; the embedding of the built-in task and a batch are small.
+  # float32 params and two moments; the embedding and a batch are small.
   least = models * 12 * split / CHIPS
   frozen = 4 * split / CHIPS if script == "rest" else 0  # Its reference is an argument too.
-  assert least < trained["arguments"] < 1.3 * (least + frozen) + models * 12 * whole
+  assert least < trained["arguments"] < 1.02 * (least + frozen) + models * 12 * whole
   if script in ("dpo", "kto", "ppo", "nash_md", "online_dpo"):  # The reference stays in memory.
     assert trained["beside"] >= 4 * split / CHIPS
-  assert all(value > 0 for program in figures["programs"] for value in program["seconds"].values())
+  assert all(max(program["seconds"].values()) > 0 for program in figures["programs"])
   if script in ROLLOUTS:
     gathers = programs[ROLLOUTS[script]]["collectives"].get("all-gather", {"bytes": 0})
     assert gathers["bytes"] < 2 * split  # Once over all weights in 16 tokens would be more.

@@ -653,10 +653,8 @@ def heldout_sampler(
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
   stops = (tokenizer.eos_id,)
-  generate, reshard = (
-    make_sampler(model, tokenizer, config),
-    sharding.make_reshard(run.mesh, model.config.dtype),
-  )
+  generate = make_sampler(model, tokenizer, config)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
   key = jax.random.fold_in(run.key_for(2), 0)
   batch_size = heldout_batch_size(run, dataset, batch_size)
@@ -705,10 +703,8 @@ def heldout_comparer(
   Each policy answers once, with random numbers of its own.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  generate, reshard = (
-    make_sampler(model, tokenizer, config),
-    sharding.make_reshard(run.mesh, model.config.dtype),
-  )
+  generate = make_sampler(model, tokenizer, config)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   keys = [jax.random.fold_in(run.key_for(2), i) for i in range(2)]
   batch_size = heldout_batch_size(run, dataset, batch_size)
 

@@ -201,14 +201,16 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
   """
   if mesh is None or mesh.size == 1:
     return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitting(mesh, x.shape, spec)))
 
-  sizes = mesh.shape
+
+def _fitting(mesh: Mesh, shape: Sequence[int], spec: P) -> P:
+  """The spec without the axes that do not divide their dimension."""
 
   def fits(size: int, axes: Any) -> bool:
-    return size % math.prod(sizes[axis] for axis in _names(axes)) == 0
+    return size % math.prod(mesh.shape[axis] for axis in _names(axes)) == 0
 
-  fitting = P(*(axes if fits(n, axes) else None for n, axes in zip(x.shape, spec, strict=False)))
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting))
+  return P(*(axes if fits(n, axes) else None for n, axes in zip(shape, spec, strict=False)))
 
 
 def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
@@ -216,11 +218,7 @@ def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
 
   Where the axes do not divide the rows or the heads, each device holds all of them.
   """
-
-  def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    return None if size % math.prod(mesh.shape[axis] for axis in axes) else axes
-
-  return P(fitting(("data", "fsdp"), rows), fitting(("tensor",), heads))
+  return _fitting(mesh, (rows, heads), P(("data", "fsdp"), ("tensor",)))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.losses import kl, logprobs, masked, shaping, supervised
+from rlhf_jax.losses import kl, logprobs, masked, packing, shaping, supervised
 from rlhf_jax.train_step import jit_step, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
@@ -128,7 +128,7 @@ def loss_fn(
   """
   del key
   tokens, mask = batch.sequences
-  mask = mask.at[:, 0].set(False)  # The first token has no prediction.
+  mask = packing.predicted(mask)
   logits = apply_fn(params, tokens)
   nll = supervised.nll(logits, tokens)
   weights = jnp.where(mask, batch.weights[:, None], 0.0)

@@ -28,24 +28,33 @@ def chained(script, sft_run, reward_run):
   return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
 
 
+@pytest.fixture
+def whole_and_killed(tmp_path, run_script, kill_script):
+  """A run, and the same killed after a step and continued, which ends with the same weights."""
+
+  def run(script, flags, after_step):
+    whole = run_script(script, tmp_path / "whole", *flags)
+    assert whole.code == 0, whole.output
+    kill_script(script, tmp_path / "killed", *flags, after_step=after_step)
+    again = run_script(script, tmp_path / "killed", *flags)
+    assert again.code == 0, again.output
+    assert "continuing from step" in again.output
+    exports = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+    return whole, again
+
+  return run
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_killed_run_ends_with_the_same_bits(
-  script, tmp_path, run_script, kill_script, sft_run, reward_run
-):
+def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run, reward_run):
   flags = (
     *chained(script, sft_run, reward_run),
     "--steps=20",
     "--checkpoint_every=3",
     "--log_every=5",
   )
-  whole = run_script(script, tmp_path / "whole", *flags)
-  assert whole.code == 0, whole.output
-  kill_script(script, tmp_path / "killed", *flags, after_step=6)
-  again = run_script(script, tmp_path / "killed", *flags)
-  assert again.code == 0, again.output
-  assert "continuing from step" in again.output
-  weights = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
-  assert weights[0].read_bytes() == weights[1].read_bytes()
+  whole, again = whole_and_killed(script, flags, after_step=6)
   lines = [
     [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
     for run in (whole, again)
@@ -63,7 +72,7 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("script", ["ppo", "dpo"])
 def test_a_killed_run_with_adapters_ends_with_the_same_bits(
-  script, tmp_path, run_script, kill_script, sft_run, reward_run
+  script, whole_and_killed, sft_run, reward_run
 ):
   flags = (
     *chained(script, sft_run, reward_run),
@@ -71,15 +80,9 @@ def test_a_killed_run_with_adapters_ends_with_the_same_bits(
     "--steps=12",
     "--checkpoint_every=3",
   )
-  whole = run_script(script, tmp_path / "whole", *flags)
-  assert whole.code == 0, whole.output
-  kill_script(script, tmp_path / "killed", *flags, after_step=3)
-  again = run_script(script, tmp_path / "killed", *flags)
-  assert again.code == 0, again.output
-  assert "continuing from step" in again.output
-  exports = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
-  assert exports[0].read_bytes() == exports[1].read_bytes()
-  assert exports[0].read_bytes() != (sft_run / "export" / "model.safetensors").read_bytes()
+  whole, _ = whole_and_killed(script, flags, after_step=3)
+  export = (whole.workdir / "export" / "model.safetensors").read_bytes()
+  assert export != (sft_run / "export" / "model.safetensors").read_bytes()
   first = json.loads((whole.workdir / "metrics.jsonl").read_text().splitlines()[0])
   if script == "ppo":  # The reference is the base, which the policy still is.
     assert abs(first["kl/ref"]) < 1e-4

@@ -414,23 +414,21 @@ def make_trainer(
   params: Params,
   make_step: Callable[..., Any],
   settings: Any,
-  *,
-  adapters: lora.LoRAConfig = lora.LoRAConfig(),
   **options: Any,
 ) -> Trainer:
   """Opens the training of a model.
 
   Args:
     run: Where to run.
-    config: Of the script: RunConfig and `optim`.
+    config: Of the script: RunConfig, `optim`, and `lora`, the adapters that are trained in place of
+      the params if they have a rank.
     model: What is trained.
     params: Its start.
     make_step: `(apply_fn, tx, config, *, state_shardings, **options) -> step`.
     settings: Of the algorithm.
-    adapters: What is trained in place of the params, if they have a rank.
     **options: Further ones of `make_step`.
   """
-  frozen, trained = lora.split(add_adapters(run, adapters, params))
+  frozen, trained = lora.split(add_adapters(run, config.lora, params))
   tx = make_optimizer(config.optim, config.steps)
   state = place_state(run, trained, tx)
   make_step = functools.partial(make_step, tx=tx, config=settings, **options)
@@ -925,9 +923,7 @@ def train_offline(
       **frozen_digest(config.lora, folder),
     )
     model, ref_params = open_model(run, config.model, folder, tokenizer)
-    trainer = make_trainer(
-      run, config, model, ref_params, make_step, settings, adapters=config.lora
-    )
+    trainer = make_trainer(run, config, model, ref_params, make_step, settings)
     state = trainer.state
     describe(
       run,

@@ -34,7 +34,8 @@ from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
-from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.train_step import OptimConfig, join, make_schedule
 from rlhf_jax.types import Params, Rollout, TrainState, TrainStep
 
 
@@ -53,6 +54,7 @@ class Config(loop.RunConfig):
   checkpoint_every: int = 20
   opponent: str = ""
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   preference: common.PreferenceOptions = common.PreferenceOptions()
@@ -66,6 +68,8 @@ class Config(loop.RunConfig):
       raise ValueError("sampling.samples_per_prompt must be 1: nash_md.objective sets the number")
     if self.opponent and (self.nash_md.ema or self.nash_md.extragradient):
       raise ValueError("opponent is fixed; leave nash_md.ema and nash_md.extragradient off")
+    if self.lora.rank and self.nash_md.ema:
+      raise ValueError("nash_md.ema averages params, not their factors; leave lora.rank at 0")
 
 
 class NashState(NamedTuple):
@@ -83,6 +87,7 @@ class Programs(NamedTuple):
   oppose: Callable[..., Rollout]
   refer: Callable[[Params, Rollout], jax.Array]
   step: TrainStep
+  frozen: Params  # What the state lacks, since no update changes it.
 
 
 def open_programs(
@@ -90,7 +95,7 @@ def open_programs(
 ) -> tuple[NashState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
   settings, temperature = config.nash_md, config.sampling.temperature
-  train_state, step, _ = common.make_trainer(
+  trainer = common.make_trainer(
     run,
     config,
     model,
@@ -111,9 +116,14 @@ def open_programs(
 
   sample = sampler(settings.responses, settings.objective == "regression")
   programs = Programs(
-    sharding.make_reshard(run.mesh, model.config.dtype), sample, sampler(1, True), refer, step
+    sharding.make_reshard(run.mesh, model.config.dtype),
+    sample,
+    sampler(1, True),
+    refer,
+    trainer.step,
+    trainer.frozen,
   )
-  return NashState(train_state, average), programs
+  return NashState(trainer.state, average), programs
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -130,6 +140,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       flags.to_dict(config),
       data=train_set.digest,
       tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, folder),
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     fixed = None
@@ -149,6 +160,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "data": f"{len(train_set.examples)} prompts",
         "tokens per step": f"{config.batch_size * (settings.responses + 1) * length}",
       },
+      frozen=programs.frozen,
     )
     stops = (tokenizer.eos_id,)
     prefer = preference_of(train_set)
@@ -156,6 +168,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       optax.linear_schedule(first, last, max(config.steps - 1, 1))
       for first, last in ((settings.mix, settings.last_mix), (settings.tau, settings.last_tau))
     )
+
+    def whole(params: Params) -> Params:
+      return params if params is fixed else join(programs.frozen, params)
 
     def iteration(state: NashState, prompts: data.PromptBatch, key: jax.Array):
       key = jax.random.fold_in(key, state.train.step)
@@ -168,8 +183,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         """One step of `current` on fresh responses, judged against the mixture of `opponent`."""
         start = time.monotonic()
         keys = jax.random.split(key)
-        policy, ref = programs.reshard(current.params), programs.reshard(ref_params)
-        rival = policy if opponent is current.params else programs.reshard(opponent)
+        policy, ref = programs.reshard(whole(current.params)), programs.reshard(ref_params)
+        rival = policy if opponent is current.params else programs.reshard(whole(opponent))
         mixed = settings.objective == "regression"
         source = generation.MixtureParams(policy, ref, mix) if mixed else policy
         own = programs.sample(source, *inputs, keys[0])
@@ -226,14 +241,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       state,
       data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id),
       # The end is judged by `finish`.
-      evaluate=judge.evaluate(lambda s: s.train.params) if config.eval_every else None,
+      evaluate=judge.evaluate(lambda s: whole(s.train.params)) if config.eval_every else None,
       learning_rate=make_schedule(config.optim, config.steps),
       title="nash-md",
     )
     more = {}
     if fixed is not None and heldout.examples:
-      more["preference/over_opponent"] = judge.preference(state.train.params, fixed).value
-    return judge.finish(state.train.params, config.steps, "Nash-MD", more)
+      more["preference/over_opponent"] = judge.preference(whole(state.train.params), fixed).value
+    return judge.finish(whole(state.train.params), config.steps, "Nash-MD", more)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -31,7 +32,8 @@ from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
-from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.train_step import OptimConfig, join, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 
@@ -44,6 +46,7 @@ class Config(loop.RunConfig):
   eval_every: int = 0
   checkpoint_every: int = 20
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
   reward: common.RewardOptions = common.RewardOptions()
@@ -77,7 +80,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   samples = config.sampling.samples_per_prompt
   with loop.open_run(session) as run:
     loop.identify(
-      run, "online_dpo", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
+      run,
+      "online_dpo",
+      flags.to_dict(config),
+      data=train_set.digest,
+      tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, folder),
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     if by_preference:
@@ -102,14 +110,16 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "responses per step": f"{config.batch_size * samples}, of which {config.batch_size * 2}"
         " are learnt from",
       },
+      frozen=programs.frozen,
     )
     stops = (tokenizer.eos_id,)
+    whole = functools.partial(join, programs.frozen)
 
     def iteration(state: OnlineState, prompts: data.PromptBatch, key: jax.Array):
       keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
       inputs = prompts.tokens, prompts.mask, prompts.prompt_id
       start = time.monotonic()
-      rollout = programs.generate(programs.reshard(state.train.params), *inputs, keys[0])
+      rollout = programs.generate(programs.reshard(whole(state.train.params)), *inputs, keys[0])
       free = None
       if config.dpo.bonus_coef:
         free = programs.alone(programs.reshard(ref_params), *inputs, keys[1])
@@ -119,7 +129,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       scores = jnp.asarray(judge_responses(rollout, ids))
       scored = time.monotonic()
       previous = state.previous
-      reference = ref_params if previous is None else previous
+      reference = ref_params if previous is None else whole(previous)
       batch, figures = programs.make_batch(reference, rollout, scores, free, keys[2])
       new, metrics = programs.step(state.train, batch, key)
       if previous is not None and int(new.step) % config.online.round_steps == 0:
@@ -156,11 +166,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       state,
       data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id),
       # The end is judged by `finish`.
-      evaluate=judge.evaluate(lambda s: s.train.params) if config.eval_every else None,
+      evaluate=judge.evaluate(lambda s: whole(s.train.params)) if config.eval_every else None,
       learning_rate=make_schedule(config.optim, config.steps),
       title="online dpo",
     )
-    return judge.finish(state.train.params, config.steps, "Online DPO")
+    return judge.finish(whole(state.train.params), config.steps, "Online DPO")
 
 
 class Programs(NamedTuple):
@@ -171,18 +181,17 @@ class Programs(NamedTuple):
   alone: Callable[..., Rollout]  # Of the reference: one.
   make_batch: Callable[..., tuple[dpo.DPOBatch, Metrics]]
   step: TrainStep
+  frozen: Params  # What the state lacks, since no update changes it.
 
 
 def open_programs(
   run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
 ) -> tuple[OnlineState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
-  train_state, step, _ = common.make_trainer(
-    run, config, model, ref_params, dpo.make_dpo_step, config.dpo
-  )
+  trainer = common.make_trainer(run, config, model, ref_params, dpo.make_dpo_step, config.dpo)
   previous = None
   if config.online.reference == "previous":
-    previous = common.copy(run, ref_params)
+    previous = common.copy(run, trainer.state.params)
   samples = config.sampling.samples_per_prompt
 
   @jax.jit
@@ -207,10 +216,9 @@ def open_programs(
     )
     for count in (samples, 1)
   )
-  programs = Programs(
-    sharding.make_reshard(run.mesh, model.config.dtype), generate, alone, make_batch, step
-  )
-  return OnlineState(train_state, previous), programs
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  programs = Programs(reshard, generate, alone, make_batch, trainer.step, trainer.frozen)
+  return OnlineState(trainer.state, previous), programs
 
 
 def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:

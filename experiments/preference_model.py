@@ -27,6 +27,7 @@ from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, make_schedule
 
 
@@ -38,6 +39,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
   optim: OptimConfig = OptimConfig(learning_rate=1e-3)
@@ -55,11 +57,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       flags.to_dict(config),
       data=train_set.digest,
       tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
     make_step, settings = preference_model.make_preference_model_step, config.preference_model
-    state, step, _ = common.make_trainer(run, config, model, params, make_step, settings)
-    del params  # The state has its own copy.
+    trainer = common.make_trainer(run, config, model, params, make_step, settings)
+    state = trainer.state
+    del params  # The trainer has its own copy.
     common.describe(
       run,
       "Preference model",
@@ -70,6 +74,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "left out": train_set.dropped or "nothing",
         "tokens per step": f"{config.batch_size * 2 * train_set.padded_length}",
       },
+      frozen=trainer.frozen,
     )
 
     @jax.jit
@@ -86,30 +91,29 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     def evaluate(state, step):
       del step
-      metrics = preference_model.preference_metrics(**rows_of(heldout, state.params))
+      metrics = preference_model.preference_metrics(**rows_of(heldout, trainer.params(state)))
       return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
     state = loop.fit(
       run,
       config,
-      step,
+      trainer.step,
       state,
       batches,
       evaluate=evaluate if heldout.examples else None,
       learning_rate=make_schedule(config.optim, config.steps),
       title="preference model",
     )
-    common.export(
-      run.workdir / common.EXPORT, state.params, model, tokenizer, label=common.PREFERENCE
-    )
+    params = trainer.params(state)
+    common.export(run.workdir / common.EXPORT, params, model, tokenizer, label=common.PREFERENCE)
     summary = {}
     if heldout.examples:
-      summary = judge(heldout, rows_of(heldout, state.params)["logits"])
+      summary = judge(heldout, rows_of(heldout, params)["logits"])
       triples = triples_of(session, config.data, heldout, tokenizer)
       if triples:
         dataset, places = triples
-        logits = rows_of(dataset, state.params)["logits"]
+        logits = rows_of(dataset, params)["logits"]
         votes = [float(example["preference"][0]) for example in dataset.examples]
         summary |= {
           "triples": len(places),

@@ -41,6 +41,7 @@ from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards import RewardFn
 from rlhf_jax.train_step import OptimConfig, make_schedule
 
@@ -67,6 +68,7 @@ class Config(loop.RunConfig):
   learning_rate_decay: float = 0.7
   missing_eos_penalty: float = 1.0
   model: common.ModelOptions = common.ModelOptions()
+  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
   reward: common.RewardOptions = common.RewardOptions()
@@ -281,6 +283,7 @@ def improve(
       flags.to_dict(config) | {"improve": index, "start": str(start)},
       data=dataset.digest,
       tokenizer=tokenizer.digest,
+      **common.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:
       return finished
@@ -290,25 +293,21 @@ def improve(
       _, ref_params = common.open_model(run, config.model, ref_folder, tokenizer)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     optim = dataclasses.replace(config.optim, learning_rate=rate)
-    state, step, _ = common.make_trainer(
-      run,
-      dataclasses.replace(config, optim=optim),
-      model,
-      params,
-      rest.make_rest_step,
-      config.rest,
-    )
+    slower = dataclasses.replace(config, optim=optim)
+    trainer = common.make_trainer(run, slower, model, params, rest.make_rest_step, config.rest)
+    state = trainer.state
     common.describe(
       run,
       f"Improve {index}",
       model,
       state,
       {"data": f"{len(dataset.examples)} kept responses"},
+      frozen=trainer.frozen,
     )
     state = loop.fit(
       run,
       config,
-      lambda state, batch, key: step(state, rest.RestBatch(*batch), ref_params, key),
+      lambda state, batch, key: trainer.step(state, rest.RestBatch(*batch), ref_params, key),
       state,
       data.batches(
         dataset, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id, columns=weights
@@ -316,7 +315,8 @@ def improve(
       learning_rate=make_schedule(optim, config.steps),
       title="improve",
     )
-    common.export(run.workdir / common.EXPORT, state.params, model, tokenizer)
+    params = trainer.params(state)
+    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
     summary = {"responses": float(len(dataset.examples))}
     if heldout.examples:
       reward_fns = {
@@ -326,9 +326,7 @@ def improve(
       sample = common.heldout_sampler(
         run, model, heldout, tokenizer, config.sampling, reward_fns=reward_fns
       )
-      summary |= {
-        f"{name}/mean": float(np.mean(r)) for name, r in sample(state.params).rewards.items()
-      }
+      summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
     reporting.plot_metrics(run.workdir)
     reporting.write_summary(run.workdir, summary)
   return processes.agree(read)

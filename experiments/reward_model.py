@@ -72,9 +72,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
     make_step = reward_model.make_reward_model_step
-    trainer = common.make_trainer(
-      run, config, model, params, make_step, settings, adapters=config.lora
-    )
+    trainer = common.make_trainer(run, config, model, params, make_step, settings)
     state = trainer.state
     del params  # The trainer has its own copy.
     common.describe(

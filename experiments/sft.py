@@ -58,9 +58,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer)
-    trainer = common.make_trainer(
-      run, config, model, params, sft.make_sft_step, config.sft, adapters=config.lora
-    )
+    trainer = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
     state = trainer.state
     del params  # The trainer has its own copy.
     common.describe(

@@ -7,6 +7,7 @@ architecture, and the time is a roofline: what the chip cannot beat, not what it
 """
 
 import collections
+import hashlib
 import math
 import os
 import re
@@ -268,9 +269,15 @@ class Work(NamedTuple):
   bytes_per_step: float = 0.0
 
 
-def training(config: ModelConfig, flops: float) -> Work:
-  """A step whose forward passes take `flops`: twice as much for gradients, and maybe once again."""
-  return Work((4 if config.remat == "full" else 3) * flops)
+def training(config: ModelConfig, flops: float, *, frozen: bool = False) -> Work:
+  """A step whose forward passes take `flops`; each of the two kinds of gradient takes as much.
+
+  Args:
+    config: Architecture, and whether the backward pass computes all again.
+    flops: Of the forward passes.
+    frozen: Only activations have gradients, for adapters whose own are too small to count.
+  """
+  return Work(((2 if frozen else 3) + (config.remat == "full")) * flops)
 
 
 def sampling(
@@ -287,6 +294,25 @@ def sampling(
   return Work(prefill + decode, new, weights + cached / mesh.size)
 
 
+def network_bytes(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
+  """What a chip sends in a training step, roughly; to tell promising meshes before compiling.
+
+  Weights are gathered twice in bfloat16 and their gradients scattered in float32 over `fsdp`, and
+  summed over `data`; activations are summed over `tensor` twice per layer and pass.
+
+  Args:
+    config: Architecture.
+    mesh: Absent devices.
+    tokens: Of a batch.
+  """
+  data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
+  weights = forward_flops(config, 1, 1, scored=1) / 2 / tensor
+  gathered = 8 * weights * (fsdp - 1) / fsdp
+  summed = 8 * weights / fsdp * (data - 1) / data
+  hidden = 2 * config.width * tokens / (data * fsdp)
+  return gathered + summed + 8 * config.layers * hidden * (tensor - 1) / tensor
+
+
 class Program(NamedTuple):
   """What the compiler says of one program, bytes of one device.
 
@@ -296,7 +322,7 @@ class Program(NamedTuple):
     temporaries: Scratch.
     peak: Most that is in use at a time, arguments included.
     beside: What else is in memory while it runs.
-    compile_seconds: Time of lowering and compiling.
+    compile_seconds: Time of compiling.
     flops: Operations of all devices, see `Work`.
     collectives: See `summarize`.
     seconds: What it takes at least to compute, to read the memory, and to send.
@@ -314,7 +340,23 @@ class Program(NamedTuple):
 
 
 class TooLargeError(Exception):
-  """A program does not fit into the memory of a chip."""
+  """A program does not fit into the memory of a chip.
+
+  Attributes:
+    program: Its name.
+  """
+
+  def __init__(self, program: str, reason: str):
+    super().__init__(f"{program}: {reason}")
+    self.program = program
+
+
+class _Compiled(NamedTuple):
+  refused: str  # Why not; then nothing else is known.
+  seconds: float
+  memory: Any = None
+  collectives: Sequence[Collective] = ()
+  output_shardings: Any = None
 
 
 class Preflight:
@@ -323,11 +365,13 @@ class Preflight:
   Args:
     mesh: Absent devices.
     chip: What one of them can do.
+    known: Programs by their text, to which new ones are added: none is compiled twice.
   """
 
-  def __init__(self, mesh: Mesh, chip: Chip):
+  def __init__(self, mesh: Mesh, chip: Chip, known: dict[str, _Compiled] | None = None):
     self.mesh, self.chip = mesh, chip
     self.programs: list[Program] = []
+    self._known = {} if known is None else known
 
   def __call__(
     self,
@@ -353,21 +397,17 @@ class Preflight:
     """
     if not hasattr(function, "lower"):
       return function(*args, **kwargs)
-    start = time.monotonic()
     lowered = function.lower(*args, **kwargs)
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      said = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
-      if said is None:
-        raise
-      raise TooLargeError(f"{name}: {said[0].strip()}") from error
-    seconds = time.monotonic() - start
-    own = {id(leaf) for leaf in jax.tree.leaves((args, kwargs))}
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    if text not in self._known:
+      self._known[text] = _compile(lowered)
+    compiled = self._known[text]
+    if compiled.refused:
+      raise TooLargeError(name, compiled.refused)
+    own = {id(leaf) for leaf in jax.tree.leaves((args, kwargs, getattr(function, "frozen", None)))}
     beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in own])
-    memory = compiled.memory_analysis()
-    found = collectives(compiled.as_text())
-    sent = sum(collective.total_bytes(work.steps) for collective in found)
+    memory = compiled.memory
+    sent = sum(collective.total_bytes(work.steps) for collective in compiled.collectives)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     moved += work.steps * work.bytes_per_step
     program = Program(
@@ -376,9 +416,9 @@ class Preflight:
       temporaries=memory.temp_size_in_bytes,
       peak=memory.peak_memory_in_bytes,
       beside=beside,
-      compile_seconds=seconds,
+      compile_seconds=compiled.seconds,
       flops=work.flops,
-      collectives=summarize(found, work.steps),
+      collectives=summarize(compiled.collectives, work.steps),
       seconds={
         "compute": work.flops / self.mesh.size / self.chip.flops,
         "memory": moved / self.chip.hbm_bandwidth,
@@ -388,10 +428,29 @@ class Preflight:
     self.programs.append(program)
     if program.peak + beside > self.chip.hbm_bytes:
       raise TooLargeError(
-        f"{name}: {(program.peak + beside) / _GIB:.2f} GiB, {beside / _GIB:.2f} of them beside the"
-        f" program, exceed the available HBM of {self.chip.hbm_bytes / _GIB:.2f} GiB"
+        name,
+        f"{(program.peak + beside) / _GIB:.2f} GiB, {beside / _GIB:.2f} of them beside the"
+        f" program, exceed the available HBM of {self.chip.hbm_bytes / _GIB:.2f} GiB",
       )
     return sharding.abstract(lowered.out_info, compiled.output_shardings)
+
+
+def _compile(lowered: jax.stages.Lowered) -> _Compiled:
+  start = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    said = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
+    if said is None:
+      raise
+    return _Compiled(said[0].strip(), time.monotonic() - start)
+  return _Compiled(
+    "",
+    time.monotonic() - start,
+    compiled.memory_analysis(),
+    collectives(compiled.as_text() or ""),
+    compiled.output_shardings,
+  )
 
 
 def bytes_per_device(tree: Any) -> int:

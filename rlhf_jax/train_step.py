@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +220,17 @@ def join(left: Params, right: Params) -> Params:
   return joined
 
 
+class _FrozenStep(NamedTuple):
+  step: Any  # Jitted.
+  frozen: Params
+
+  def __call__(self, state: TrainState, *inputs):
+    return self.step(state, self.frozen, *inputs)
+
+  def lower(self, state: TrainState, *inputs):
+    return self.step.lower(state, self.frozen, *inputs)
+
+
 def freeze(
   make_step: Callable[..., Callable[..., Any]],
   apply_fn: Callable[..., Any],
@@ -250,8 +261,7 @@ def freeze(
 
     return make_step(apply_whole, state_shardings=state_shardings)(state, *inputs)
 
-  compiled = jit_step(step, state_shardings)
-  return lambda state, *inputs: compiled(state, frozen, *inputs)
+  return _FrozenStep(jit_step(step, state_shardings), frozen)
 
 
 def make_train_step(

@@ -1,5 +1,6 @@
 """Settings and fixtures of every test: 8 virtual CPU devices, no network, no display."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -8,10 +9,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # Most of the time of small programs is that of compiling them, half of it LLVM's optimisation. The
-# last of two equal flags wins: the ones that were given, except for the devices.
+# last of two equal flags wins: the ones that were given, except for the devices. What compiles
+# fusions by default takes twice as long as what it replaced, which newer versions no longer have.
+_OLD_FUSIONS = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = " ".join(
   (
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false" if _OLD_FUSIONS else "",
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
   )

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-STEPS = 24
+STEPS = 16
 # PPO splits the batch over the processes, DPO the model.
 FLAGS = {
   "ppo": ("--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2"),
@@ -76,7 +76,7 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
 
 def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whole, sft_run):
   flags = first_flags("dpo", sft_run)
-  kill_script("dpo", tmp_path / "run", *flags, after_step=8, devices=2)
+  kill_script("dpo", tmp_path / "run", *flags, after_step=4, devices=2)
   for finished in run_group("dpo", tmp_path / "run", *flags):
     assert finished.code == 0, finished.output
   assert_same_run(tmp_path / "run", whole("dpo"))

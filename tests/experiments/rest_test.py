@@ -87,6 +87,7 @@ def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, run_script, sft_run
     "--rest.keep=best",
     "--rest.quantiles=0",
     "--rest.kappa=0.3",
+    "--lora.rank=2",
   )
   assert finished.code == 0, finished.output
   first, *_ = (tmp_path / "grow_0_improve_0" / "metrics.jsonl").read_text().splitlines()

@@ -5,6 +5,7 @@ need not be there, to a `preflight.Preflight`. It mirrors the script: what an it
 order, and what else is in memory while it does.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -335,7 +336,8 @@ def compile_rest(case: Case) -> None:
   generate = common.make_sampler(model, case.tokenizer, config.sampling)
   rollout = rollout_of(case, "grow", model, reshard, generate, params, held)
   score(case, rollout, judge, held)
-  make_step, settings = rest_lib.make_rest_step, config.rest
+  make_step = functools.partial(rest_lib.make_rest_step, ref_apply_fn=model.apply)
+  settings = config.rest
   trainer = common.make_trainer(case.run, config, model, params, make_step, settings)
   weights = case.place({"weights": np.zeros(config.batch_size, np.float32)})["weights"]
   length = case.prompt_length + config.sampling.max_new_tokens

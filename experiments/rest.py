@@ -19,6 +19,7 @@ Starting the same command again continues where it was stopped; no scored sample
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -294,7 +295,8 @@ def improve(
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     optim = dataclasses.replace(config.optim, learning_rate=rate)
     slower = dataclasses.replace(config, optim=optim)
-    trainer = common.make_trainer(run, slower, model, params, rest.make_rest_step, config.rest)
+    make_step = functools.partial(rest.make_rest_step, ref_apply_fn=model.apply)
+    trainer = common.make_trainer(run, slower, model, params, make_step, config.rest)
     state = trainer.state
     common.describe(
       run,

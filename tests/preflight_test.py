@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import preflight, sharding
 from rlhf_jax.models import build
-from tests.testing import FAMILY_MODELS, TINY_MODEL
+from tests.testing import FAMILY_MODELS, TINY_MODEL, compilations
 
 # A loop of 6 around a loop of 4, as the TPU compiler spells them: layouts with tiles, an all-gather
 # that starts and ends, a reduce-scatter in a fusion, and a loop whose end depends on data.
@@ -152,6 +152,39 @@ def test_bytes_of_a_device():
     (sharding.batch_sharding(mesh), sharding.replicated(mesh)),
   )
   assert preflight.bytes_per_device(tree) == 2 * 3 * 4 + 4 * 2
+
+
+def test_a_program_is_compiled_once_and_has_to_fit():
+  mesh, chip, known = sharding.make_mesh("fsdp:8"), preflight.CHIPS["v5e"], {}
+  rows, other = (
+    sharding.abstract(jnp.zeros(shape), sharding.batch_sharding(mesh)) for shape in ([8, 4], [16])
+  )
+  double = jax.jit(lambda x: 2 * x)
+  with compilations() as names:
+    for _ in range(2):
+      check = preflight.Preflight(mesh, chip, known)
+      found = check("double", double, rows, held=(rows, other))
+  assert len(names) == 1
+  assert found.shape == (8, 4) and found.sharding.is_equivalent_to(rows.sharding, 2)
+  (program,) = check.programs
+  assert (program.arguments, program.beside) == (16, 8)
+  check = preflight.Preflight(mesh, chip._replace(hbm_bytes=program.peak + 4), known)
+  check("double", double, rows)
+  with pytest.raises(
+    preflight.TooLargeError, match="^double: .* exceed the available HBM"
+  ) as error:
+    check("double", double, rows, held=other)
+  assert error.value.program == "double"
+
+
+def test_what_a_training_step_sends():
+  def sent(spec, tokens):
+    mesh = sharding.make_mesh(spec, jax.devices()[: int(spec[-1])])
+    return preflight.network_bytes(TINY_MODEL, mesh, tokens)
+
+  assert sent("data:1", 64) == 0
+  assert sent("fsdp:8", 64) == sent("fsdp:8", 128) == sent("data:8", 64) > 0
+  assert sent("tensor:8", 128) == 2 * sent("tensor:8", 64) > 0
 
 
 @pytest.mark.parametrize("name", ["v7x:2x2", "v5e:9x9", "h100"])

@@ -109,6 +109,7 @@ def loss_fn(
   ref_params: Params,
   apply_fn: ApplyFn,
   config: RestConfig,
+  ref_apply_fn: ApplyFn | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Weighted mean over the response tokens of their negative log-likelihood.
 
@@ -122,6 +123,7 @@ def loss_fn(
     ref_params: Start of the policy, read if `config.kappa` is not 0.
     apply_fn: `(params, tokens) -> logits [B, T, V]`.
     config: Settings.
+    ref_apply_fn: Of the reference, if it has no adapters and the policy does.
 
   Returns:
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
@@ -141,7 +143,7 @@ def loss_fn(
     "tokens": jnp.sum(mask).astype(jnp.float32),
   }
   if config.kappa:
-    ref_logits = jax.lax.stop_gradient(apply_fn(ref_params, tokens))
+    ref_logits = jax.lax.stop_gradient((ref_apply_fn or apply_fn)(ref_params, tokens))
     divergence = logprobs.over_next_tokens(
       lambda targets, *logits: kl.full_kl(*logits), tokens, ref_logits, logits
     )
@@ -156,12 +158,14 @@ def make_rest_step(
   tx: optax.GradientTransformation,
   config: RestConfig,
   *,
+  ref_apply_fn: ApplyFn | None = None,
   state_shardings: Any = None,
 ) -> RestStep:
   """Jitted `step(state, RestBatch, ref_params, key) -> (state, metrics)` with a donated state."""
+  apply = {"apply_fn": apply_fn, "ref_apply_fn": ref_apply_fn}
 
   def step(state: TrainState, batch: RestBatch, ref_params: Params, key: jax.Array):
-    loss = functools.partial(loss_fn, ref_params=ref_params, apply_fn=apply_fn, config=config)
+    loss = functools.partial(loss_fn, ref_params=ref_params, config=config, **apply)
     return update(loss, tx, state, batch, key, microbatches=config.microbatches)
 
   return jit_step(step, state_shardings)

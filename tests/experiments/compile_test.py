@@ -56,7 +56,8 @@ def test_it_fits(script, tmp_path, run_script):
   assert "rematerialization" not in finished.output
   figures = json.loads(file.read_text())
   assert figures["fits"]
-  programs = {program["name"]: program for program in figures["programs"]}
+  (plan,) = figures["plans"]
+  programs = {program["name"]: program for program in plan["programs"]}
   split, whole = sizes()
   trained = programs[TRAINS.get(script, "train")]
   models = 2 if script == "ppo" else 1  # Policy and critic.
@@ -66,12 +67,37 @@ def test_it_fits(script, tmp_path, run_script):
   assert least < trained["arguments"] < 1.02 * (least + frozen) + models * 12 * whole
   if script in ("dpo", "kto", "ppo", "nash_md", "online_dpo"):  # The reference stays in memory.
     assert trained["beside"] >= 4 * split / CHIPS
-  assert all(max(program["seconds"].values()) > 0 for program in figures["programs"])
+  assert all(max(program["seconds"].values()) > 0 for program in plan["programs"])
   if script in ROLLOUTS:
     gathers = programs[ROLLOUTS[script]]["collectives"].get("all-gather", {"bytes": 0})
     assert gathers["bytes"] < 2 * split  # Once over all weights in 16 tokens would be more.
     moved = programs["reshard"]["collectives"]["all-gather"]["bytes"]
     assert 2 * split / 2 * 0.8 < moved < 2 * split / 2 * 1.2  # bfloat16, half for each chip.
+
+
+def test_a_search_ranks_what_fits(tmp_path, run_script):
+  file = tmp_path / "figures.json"
+  flags = ("--algorithm=dpo", f"--json={file}", "--search=3", "--lora.rank=4", "--mesh=")
+  finished = run_script("compile", tmp_path / "x", *SMALL, *flags, "--sampling.max_new_tokens=16")
+  assert finished.code == 0, finished.output
+  plans = json.loads(file.read_text())["plans"]
+  assert len({plan["mesh"] for plan in plans}) == 3
+  times = [sum(max(p["seconds"].values()) for p in plan["programs"]) for plan in plans]
+  assert times == sorted(times)
+  assert all((plan["remat"], plan["microbatches"]) == ("none", 1) for plan in plans)
+
+
+def test_a_search_takes_less_memory_until_it_fits(tmp_path, run_script):
+  """A batch whose activations are too many to keep, on a mesh that is given."""
+  file = tmp_path / "figures.json"
+  flags = ("--algorithm=sft", f"--json={file}", "--search=1", "--batch_size=4096")
+  lengths = ("--data.max_prompt_length=512", "--data.max_response_length=512")
+  finished = run_script("compile", tmp_path / "x", *SMALL, *flags, *lengths)
+  assert finished.code == 0, finished.output
+  (plan,) = json.loads(file.read_text())["plans"]
+  assert plan["mesh"] == "fsdp:8,tensor:2"
+  assert plan["remat"] != "none" or plan["microbatches"] > 1
+  assert "remat none, microbatches 1: train: " in " ".join(finished.output.split())
 
 
 def test_what_does_not_fit_is_refused_in_words(tmp_path, run_script):

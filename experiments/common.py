@@ -190,6 +190,23 @@ def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tok
   return data.load_tokenizer(folder, end_token or None)
 
 
+def build_model(
+  run: loop.Run,
+  options: ModelOptions,
+  config: ModelConfig,
+  tokenizer: data.Tokenizer,
+  head: Literal["language", "scalar", "both"] = "language",
+) -> Model:
+  """A model of some architecture on the mesh of the run."""
+  return build(
+    config,
+    head,
+    known_tokens=tokenizer.vocab_size,
+    logit_chunk=options.logit_chunk,
+    mesh=run.mesh,
+  )
+
+
 def open_model(
   run: loop.Run,
   options: ModelOptions,
@@ -222,13 +239,7 @@ def open_model(
   config = dataclasses.replace(
     config, dtype=options.dtype, attention=options.attention, remat=options.remat
   )
-  model = build(
-    config,
-    head,
-    known_tokens=tokenizer.vocab_size,
-    logit_chunk=options.logit_chunk,
-    mesh=run.mesh,
-  )
+  model = build_model(run, options, config, tokenizer, head)
   key = run.key_for(1)
   if folder is None or sharding.is_absent(run.mesh):
     return model, create(run, model.init, key)

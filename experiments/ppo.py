@@ -5,6 +5,8 @@ Built-in task, after SFT and reward model (two minutes on a laptop CPU):
 Your model and prompts, against a Python reward function of rlhf_jax/rewards/functions.py:
   python -m experiments.ppo --workdir=runs/ppo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
+With the critic as a head on the policy; with two devices that sample while the others learn:
+  --share_trunk    --rollout.devices=2 --ppo.importance_cap=2
 Without a critic, from several samples per prompt:
   RLOO  --ppo.advantage=rloo --ppo.objective=reinforce --sampling.samples_per_prompt=4 ...
   GRPO  --ppo.advantage=grpo --ppo.aggregation=grpo --ppo.kl_in=loss ...
@@ -34,10 +36,27 @@ from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.models import Model, actor_critic, lora, zero_scores
+from rlhf_jax.models import Model, actor_critic, lora, shared_actor_critic, zero_scores
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, freeze, join, make_optimizer, make_schedule
 from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+  """Where responses are sampled.
+
+  Attributes:
+    devices: The last devices, which then do nothing else: they sample the next batch while the
+      others, those of --mesh, learn from the one that the policy before the last update sampled.
+      0 samples on all devices in turn with learning.
+  """
+
+  devices: int = 0
+
+  def __post_init__(self):
+    if self.devices < 0:
+      raise ValueError(f"devices must not be negative, got {self.devices}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +64,8 @@ class Config(loop.RunConfig):
   """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates.
 
   Attributes:
+    share_trunk: The critic is a head on the policy, not a model of its own: it takes no memory, but
+      its loss moves the policy too (`ppo.value_coef`).
     critic_warmup: Iterations at the start that train the critic alone.
     reference_samples: Responses of the reference to each prompt, if `ppo.shaping` compares with it.
     ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
@@ -54,6 +75,7 @@ class Config(loop.RunConfig):
   batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
+  share_trunk: bool = False
   critic_warmup: int = 0
   reference_samples: int = 1
   ptx_path: str = ""
@@ -61,6 +83,7 @@ class Config(loop.RunConfig):
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  rollout: RolloutOptions = RolloutOptions()
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
@@ -80,6 +103,15 @@ class Config(loop.RunConfig):
       raise ValueError(
         f"sampling.samples_per_prompt must be at least 2 for ppo.advantage={self.ppo.advantage}"
       )
+    if self.rollout.devices and not self.ppo.importance_cap:
+      raise ValueError(
+        "rollout.devices sample from the policy before; set ppo.importance_cap, such as 2, to weigh"
+        " them as if from the present one"
+      )
+    if self.rollout.devices and self.ppo.reads_reference_scores:
+      raise ValueError(f"rollout.devices does not go with ppo.shaping={self.ppo.shaping}")
+    if self.share_trunk and not self.ppo.has_critic:
+      raise ValueError(f"share_trunk needs a critic; ppo.advantage={self.ppo.advantage} has none")
     if self.critic_warmup and not self.ppo.has_critic:
       raise ValueError(f"critic_warmup needs a critic; ppo.advantage={self.ppo.advantage} has none")
     if not 0 <= self.critic_warmup < self.steps:
@@ -97,11 +129,25 @@ class Config(loop.RunConfig):
     return self.steps * self.ppo.epochs * self.ppo.minibatches
 
 
+class Sampled(NamedTuple):
+  """Responses, and the ids of the prompts they answer."""
+
+  rollout: Rollout
+  prompt_id: jax.Array
+
+
 class PPOState(NamedTuple):
-  """What an iteration carries on: policy and critic with their optimizers, and the controller."""
+  """What an iteration carries on.
+
+  Attributes:
+    train: Policy and critic with their optimizers.
+    control: The controller of the KL coefficient and the running moments.
+    sampled: What the next iteration learns from, if it is sampled while this one learns.
+  """
 
   train: TrainState
   control: ppo.Control
+  sampled: Sampled | None = None
 
 
 class Batch(NamedTuple):
@@ -130,14 +176,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     texts, _ = data.load("demonstrations", own, tokenizer, seed=session.seed)
     digests["ptx"] = texts.digest
     sources += [data.batches(texts, responses, seed=session.seed, pad_id=tokenizer.pad_id)]
-  critics = config.reward.paths[:1] if config.ppo.has_critic else ()
+  critics = config.reward.paths[:1] if config.ppo.has_critic and not config.share_trunk else ()
   digests |= common.frozen_digest(config.lora, folder, *map(common.model_folder, critics))
-  with loop.open_run(session) as run:
+  ahead = config.rollout.devices
+  require_devices(ahead)
+  with loop.open_run(session, spare=ahead) as run:
     loop.identify(run, "ppo", flags.to_dict(config), **digests)
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
     state, programs = open_programs(run, config, folder, model, ref_params, tokenizer)
+    if ahead:
+      state = state._replace(sampled=nothing_sampled(run, config, train_set.padded_length))
     length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
       run,
@@ -157,33 +207,37 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     def iteration(state: PPOState, batch: Batch, key: jax.Array):
       prompts = batch.prompts
+      inputs = prompts.tokens, prompts.mask, prompts.prompt_id
       keys = [
-        jax.random.fold_in(jax.random.fold_in(key, purpose), state.train.step) for purpose in (1, 2)
+        jax.random.fold_in(jax.random.fold_in(key, purpose), state.train.step)
+        for purpose in (1, 2, 3)
       ]
 
-      def sample_and_score(generate, params, key):
-        rollout = generate(
-          programs.reshard(params), prompts.tokens, prompts.mask, prompts.prompt_id, key
-        )
-        rollout = jax.block_until_ready(rollout)
-        sampled = time.monotonic()
+      def score(rollout: Rollout, prompt_id: jax.Array):
         repeats = rollout.tokens.shape[0] // prompts.tokens.shape[0]
-        prompt_ids = np.repeat(sharding.to_host(prompts.prompt_id), repeats)
-        return rollout, prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids)), sampled
+        prompt_ids = np.repeat(sharding.to_host(prompt_id), repeats)
+        return prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids))
 
       params = jax.block_until_ready(programs.params(state.train))
       start = time.monotonic()
-      rollout, prompt_ids, scores, sampled = sample_and_score(
-        programs.generate, params["policy"], keys[0]
-      )
-      metrics = {
+      policy = programs.reshard(params["policy"])
+      present, following, metrics = state.sampled, None, {}
+      if present is None or int(state.train.step) == 0:
+        present = Sampled(programs.generate(policy, *inputs, keys[0]), prompts.prompt_id)
+      if ahead:  # Nothing waits for it: it is sampled while this iteration learns.
+        following = Sampled(programs.generate(policy, *inputs, keys[2]), prompts.prompt_id)
+        metrics["staleness"] = float(present is state.sampled)
+      rollout = jax.block_until_ready(present.rollout)
+      sampled = time.monotonic()
+      prompt_ids, scores = score(rollout, present.prompt_id)
+      metrics |= {
         f"{name}_reward/mean": float(np.mean(fn(rollout, prompt_ids)))
         for name, fn in gold_fns.items()
       }
       more = {} if batch.demonstrations is None else {"demonstrations": batch.demonstrations}
       if config.ppo.reads_reference_scores:
-        ref_scores = sample_and_score(programs.refer, ref_params, keys[1])[2]
-        ref_scores = ref_scores.reshape(config.batch_size, -1)
+        answers = programs.refer(programs.reshard(ref_params), *inputs, keys[1])
+        ref_scores = score(answers, prompts.prompt_id)[1].reshape(config.batch_size, -1)
         more["ref_scores"] = jnp.repeat(ref_scores, config.sampling.samples_per_prompt, axis=0)
       scored = time.monotonic()
       experienced, control, of_rollout = programs.experience(
@@ -202,7 +256,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "time/generate": sampled - start,
         "time/reward": scored - sampled,
       }
-      return PPOState(new, control), metrics
+      return PPOState(new, control, following), metrics
 
     def policy_of(state: PPOState):
       return programs.params(state.train)["policy"]
@@ -229,7 +283,7 @@ class Programs(NamedTuple):
   """What an iteration runs on the devices."""
 
   reshard: Callable[[Params], Params]
-  generate: Callable[..., Rollout]  # Of the policy.
+  generate: Callable[..., Rollout]  # Of the policy, from params that `reshard` gave.
   refer: Callable[..., Rollout]  # Of the reference.
   experience: Callable[..., tuple[ppo.PPOBatch, ppo.Control, Metrics]]
   update: TrainStep
@@ -269,14 +323,64 @@ def open_programs(
   )
   update = freeze(make_step, apply_fn, frozen, state_shardings=common.shardings_of(state.train))
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  if config.rollout.devices:
+    reshard, generate = sample_away(run, config, model, tokenizer)
   return state, Programs(reshard, generate, refer, experience, update, frozen)
+
+
+def require_devices(ahead: int) -> None:
+  """Refuses devices of their own for rollouts that are not there."""
+  if ahead and jax.process_count() > 1:
+    raise flags.UsageError("--rollout.devices is for a single process; leave it at 0")
+  if ahead >= jax.device_count():
+    raise flags.UsageError(
+      f"--rollout.devices={ahead} leaves none of the {jax.device_count()} devices to learn with"
+    )
+
+
+def sample_away(run: loop.Run, config: Config, model: Model, tokenizer: data.Tokenizer):
+  """Moves params to the devices of rollouts, and samples there; both return at once.
+
+  Weights are split over `tensor` as they are on the others, rows over what is left.
+  """
+  tensor, devices = run.mesh.shape["tensor"], jax.devices()[-config.rollout.devices :]
+  if len(devices) % tensor:
+    raise flags.UsageError(
+      f"--rollout.devices={len(devices)} must be a multiple of tensor:{tensor} of --mesh"
+    )
+  away = sharding.make_mesh(f"data:-1,tensor:{tensor}", devices)
+  sampler = common.build_model(run._replace(mesh=away), config.model, model.config, tokenizer)
+  generate = common.make_sampler(sampler, tokenizer, config.sampling)
+
+  def generate_away(params: Params, *inputs: jax.Array) -> Rollout:
+    *prompts, key = inputs
+    prompts = jax.device_put(prompts, sharding.batch_sharding(away))
+    rollout = generate(params, *prompts, jax.device_put(key, sharding.replicated(away)))
+    return jax.device_put(rollout, sharding.batch_sharding(run.mesh))
+
+  return sharding.make_reshard(run.mesh, model.config.dtype, away), generate_away
+
+
+def nothing_sampled(run: loop.Run, config: Config, prompt_length: int) -> Sampled:
+  """What stands for `PPOState.sampled` before the first iteration, and is read by none."""
+  rows = config.batch_size * config.sampling.samples_per_prompt
+  new = config.sampling.max_new_tokens
+  shape = (rows, prompt_length + new)
+  nothing = Rollout(
+    tokens=np.zeros(shape, np.int32),
+    prompt_mask=np.zeros(shape, bool),
+    response_mask=np.zeros(shape, bool),
+    logprobs=np.zeros((rows, new), np.float32),
+  )
+  ids = np.zeros(config.batch_size, np.int32)
+  return sharding.place_batch(Sampled(nothing, ids), run.mesh)
 
 
 def open_actor(run, config, folder, tokenizer, model, params):
   """Apply function and first params of the policy, with a critic where the advantage needs one.
 
   The critic starts as the reward model, or else as the policy with a head of zeros. With
-  `config.lora` both get adapters.
+  `config.lora` both get adapters. With `config.share_trunk` the critic is a head of zeros alone.
   """
   policy = common.add_adapters(run, config.lora, params)
   if not config.ppo.has_critic:
@@ -285,6 +389,11 @@ def open_actor(run, config, folder, tokenizer, model, params):
       None,
     )
     return apply_fn, {"policy": policy}
+  if config.share_trunk:
+    both = common.build_model(run, config.model, model.config, tokenizer, "both")
+    head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
+    value = common.create(run, head, run.key_for(1))
+    return shared_actor_critic(both), {"policy": policy, "value": value}
   if config.reward.paths:
     critic, value = common.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
   else:

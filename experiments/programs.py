@@ -25,7 +25,7 @@ from experiments import (
   reward_model,
   sft,
 )
-from rlhf_jax import data, generation, loop, preflight, rewards, sharding
+from rlhf_jax import data, flags, generation, loop, preflight, rewards, sharding
 from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import kto as kto_lib
 from rlhf_jax.algorithms import nash_md as nash_md_lib
@@ -202,6 +202,8 @@ def rollout_of(
 def compile_ppo(case: Case) -> None:
   """PPO and its relatives."""
   config = case.config
+  if config.rollout.devices:
+    raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
   model, ref_params = case.open()
   state, programs = ppo.open_programs(
     case.run, config, case.folder, model, ref_params, case.tokenizer
@@ -216,7 +218,8 @@ def compile_ppo(case: Case) -> None:
   rows, length = rollout.tokens.shape
   new = config.sampling.max_new_tokens
   forward = case.forward(model, rows, length, scored=new + 1)
-  critic = case.forward(model, rows, length) if config.ppo.has_critic else 0.0
+  has_own = config.ppo.has_critic and not config.share_trunk
+  critic = case.forward(model, rows, length) if has_own else 0.0
   ended = case.place({"ended": np.zeros(rows, bool)})["ended"]
   more = {}
   if config.ppo.reads_reference_scores:

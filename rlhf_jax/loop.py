@@ -102,8 +102,8 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_run(session: Session) -> Iterator[Run]:
-  """Creates and locks the workdir and lays out the devices.
+def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
+  """Creates and locks the workdir and lays out the devices, but for `spare` of them.
 
   After it every process sees what the run has written.
 
@@ -111,7 +111,7 @@ def open_run(session: Session) -> Iterator[Run]:
     LockedError: Another run is in the workdir, or the processes do not share it.
   """
   workdir = checkpoint.local_path(session.workdir)
-  mesh = sharding.make_mesh(session.mesh)
+  mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   with checkpoint.run_lock(workdir):
     yield Run(workdir, session, mesh, jax.random.key(session.seed))
     processes.wait()

@@ -163,23 +163,31 @@ def rollout_shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> 
   return named_shardings(params, mesh, own)
 
 
-def make_reshard(mesh: Mesh, dtype: Any) -> Callable[[Any], Any]:
+def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[Any], Any]:
   """Builds `reshard(params)`, which gives params placed by `DECODER_RULES` as a sampler wants them.
 
   Args:
     mesh: Where they are.
     dtype: Of the matrices. A model rounds them to its computation dtype anyway, and a copy in it is
       read faster. Norms, biases and heads stay as they are.
+    onto: Where the sampler is, if on other devices.
 
   Returns:
-    A jitted function; if there is nothing to change, one that gives back its argument.
+    A jitted function; if there is nothing to change, one that gives back its argument. Onto other
+    devices, one that returns before the params are there.
   """
+
+  def cast(x: jax.Array, place: NamedSharding) -> jax.Array:
+    return x if place.spec == P() else x.astype(dtype)
+
+  if onto is not None:
+    cast_all = jax.jit(lambda params: jax.tree.map(cast, params, rollout_shardings(params, onto)))
+    return lambda params: jax.device_put(cast_all(params), rollout_shardings(params, onto))
   if mesh.shape["fsdp"] == 1 and jnp.dtype(dtype) == jnp.float32:
     return lambda params: params
 
   def move(x: jax.Array, place: NamedSharding) -> jax.Array:
-    x = x if place.spec == P() else x.astype(dtype)
-    return jax.lax.with_sharding_constraint(x, place)
+    return jax.lax.with_sharding_constraint(cast(x, place), place)
 
   return jax.jit(lambda params: jax.tree.map(move, params, rollout_shardings(params, mesh)))
 

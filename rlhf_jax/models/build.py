@@ -44,7 +44,8 @@ class Model(NamedTuple):
     config: Its architecture.
     init: `key -> params`.
     apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
-      [B, T, V] float32 (lazy ones if built so), or scores [B, T] float32 for a scalar head.
+      [B, T, V] float32 (lazy ones if built so), or scores [B, T] float32 for a scalar head, or the
+      pair of them for both.
       `segment_ids` [B, T] int is 0 on padding (left or right) and numbers packed sequences;
       attention stays inside a segment. `positions` [B, T] are by default those in the segment;
       windows count tokens whatever they are. `last` computes only the final `last` positions.
@@ -110,13 +111,13 @@ def _pure(module: Callable[..., nnx.Module], *args):
 
 def build(
   config: ModelConfig,
-  head: Literal["language", "scalar"] = "language",
+  head: Literal["language", "scalar", "both"] = "language",
   *,
   known_tokens: int | None = None,
   logit_chunk: int | None = None,
   mesh: Mesh | None = None,
 ) -> Model:
-  """Pure functions of a decoder with a language-model or a scalar head.
+  """Pure functions of a decoder with a language-model or a scalar head, or with both.
 
   Args:
     config: Architecture.
@@ -155,9 +156,9 @@ def build(
       "layers": jax.vmap(init_block)(jax.random.split(layers_key, config.layers)),
       "final_norm": init_norm(head_key),
     }
-    if head == "scalar":
+    if head != "language":
       params["score"] = init_score(head_key)
-    elif not config.tied:
+    if head != "scalar" and not config.tied:
       params["lm_head"] = init_lm_head(head_key)
     return params
 
@@ -180,12 +181,16 @@ def build(
 
   def read_out(params: Params, hidden: jax.Array, chunk: int | None = None) -> Any:
     hidden = norm(params["final_norm"], hidden)
+    scores = None if head == "language" else score(params["score"], hidden)
     if head == "scalar":
-      return score(params["score"], hidden)
+      return scores
     output = {"embedding": params["embed"]["embedding"]} if config.tied else params["lm_head"]
+    logits: jax.Array | LazyLogits
     if chunk is None:
-      return to_logits(output, hidden)
-    return LazyLogits(hidden, output, to_logits, max(1, chunk // config.vocab_size))
+      logits = to_logits(output, hidden)
+    else:
+      logits = LazyLogits(hidden, output, to_logits, max(1, chunk // config.vocab_size))
+    return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:
     if config.positions == "learned" and length > config.max_length:
@@ -208,7 +213,7 @@ def build(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     last: int | None = None,
-  ) -> jax.Array | LazyLogits:
+  ) -> Any:
     require_positions(tokens.shape[1])
     if positions is None:
       whole = jnp.ones_like(tokens) if segment_ids is None else segment_ids
@@ -262,7 +267,7 @@ def build(
     x = by_rows(embed(params["embed"], tokens, positions))
     xs = (params["layers"], *_layer_arrays(config), cache.k, cache.v)
     x, (k, v) = jax.lax.scan(layer, x, xs, unroll=unroll)
-    logits = read_out(params, x[:, -1:])[:, 0]
+    logits = jax.tree.map(lambda x: x[:, 0], read_out(params, x[:, -1:]))
     return logits, Cache(k, v, valid, cache.index + length)
 
   return Model(config, init, apply, decode, init_cache)
@@ -279,5 +284,14 @@ def actor_critic(policy: Model, critic: Model) -> Callable[..., tuple[jax.Array,
   def apply(params: Params, tokens: jax.Array, **kwargs) -> tuple[jax.Array, jax.Array]:
     logits = policy.apply(params["policy"], tokens, **kwargs)
     return logits, critic.apply(params["value"], tokens, **kwargs)
+
+  return apply
+
+
+def shared_actor_critic(model: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """The same over `{"policy": ..., "value": {"score": ...}}` of a model built with both heads."""
+
+  def apply(params: Params, tokens: jax.Array, **kwargs) -> tuple[jax.Array, jax.Array]:
+    return model.apply(params["policy"] | params["value"], tokens, **kwargs)
 
   return apply

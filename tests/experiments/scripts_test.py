@@ -34,11 +34,11 @@ def chained(script, sft_run, reward_run):
 def whole_and_killed(tmp_path, run_script, kill_script):
   """A run, and the same killed after a step and continued, which ends with the same weights."""
 
-  def run(script, flags, after_step):
-    whole = run_script(script, tmp_path / "whole", *flags)
+  def run(script, flags, after_step, devices=1):
+    whole = run_script(script, tmp_path / "whole", *flags, devices=devices)
     assert whole.code == 0, whole.output
-    kill_script(script, tmp_path / "killed", *flags, after_step=after_step)
-    again = run_script(script, tmp_path / "killed", *flags)
+    kill_script(script, tmp_path / "killed", *flags, after_step=after_step, devices=devices)
+    again = run_script(script, tmp_path / "killed", *flags, devices=devices)
     assert again.code == 0, again.output
     assert "continuing from step" in again.output
     exports = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
@@ -70,6 +70,26 @@ def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run,
     summary = json.loads((again.workdir / "summary.json").read_text())
     assert 0 < summary["eval/length_baseline"] < 1
     assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
+
+
+def test_samples_drawn_while_the_others_learn(whole_and_killed, sft_run):
+  """The policy waits for the critic, so that it first changes in the third iteration."""
+  flags = (
+    f"--init_from={sft_run}",
+    "--reward.name=gold",
+    "--mesh=data:2",
+    "--rollout.devices=1",
+    "--ppo.importance_cap=2",
+    "--critic_warmup=2",
+    "--steps=8",
+    "--checkpoint_every=2",
+  )
+  whole, _ = whole_and_killed("ppo", flags, after_step=2, devices=3)
+  rows = [json.loads(x) for x in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
+  assert [row["staleness"] for row in rows] == [0, 1, 1, 1, 1, 1, 1, 1]
+  importance = np.array([row["importance/mean"] for row in rows])
+  np.testing.assert_allclose(importance[:3], 1, atol=1e-5)
+  assert (np.abs(importance[3:] - 1) > 1e-4).all()
 
 
 def test_adapters_from_a_base_that_changed_are_refused(tmp_path, run_script, sft_run):
@@ -126,6 +146,7 @@ def test_kto_on_pairs_as_single_responses(tmp_path, run_script, sft_run):
     ),
     (
       "--critic_warmup=2",
+      "--share_trunk",
       "--ppo.normalize_scores",
       "--ppo.normalize_values",
       "--ppo.ptx_coef=0.1",
@@ -303,6 +324,12 @@ BAD_FLAGS = [
   (("ppo",), 64, "--reward.path"),
   (("ppo", "--reward.name=best"), 64, "sentiment"),
   (("ppo", "--reward.name=exact_answer"), 65, "answer: missing"),
+  (("ppo", "--reward.name=gold", "--rollout.devices=1"), 64, "ppo.importance_cap"),
+  (
+    ("ppo", "--reward.name=gold", "--rollout.devices=1", "--ppo.importance_cap=2"),
+    64,
+    "learn with",
+  ),
   (("nash_md",), 64, "--preference.path"),
   (("nash_md", "--preference.name=nobody"), 64, "panel"),
   (("nash_md", "--preference.name=panel", "--opponent=x", "--nash_md.ema=0.5"), 64, "opponent"),

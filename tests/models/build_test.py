@@ -14,7 +14,7 @@ from rlhf_jax import preflight, sharding
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.attention import dense_attention
-from rlhf_jax.models.build import actor_critic, segment_positions
+from rlhf_jax.models.build import actor_critic, segment_positions, shared_actor_critic
 from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequencies
 from tests.testing import FAMILY_MODELS
 
@@ -488,6 +488,21 @@ def test_two_forwards_are_bitwise_equal(dtype):
   model, params = make(dataclasses.replace(TINY, dtype=dtype))
   tokens = random_tokens(4, 9)
   np.testing.assert_array_equal(model.apply(params, tokens), model.apply(params, tokens))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shared_trunk_is_read_by_both_heads(tied):
+  config, tokens = dataclasses.replace(TINY, tied=tied), random_tokens(2, 9)
+  model, params = make(config, "both")
+  trunk = {name: value for name, value in params.items() if name != "score"}
+  split = {"policy": trunk, "value": {"score": params["score"]}}
+  logits, values = shared_actor_critic(model)(split, tokens, last=4)
+  for got, head in ((logits, "language"), (values, "scalar")):
+    np.testing.assert_array_equal(got, build(config, head).apply(params, tokens, last=4))
+  cache = model.init_cache(2, 9)
+  decoded, _ = model.decode(params, tokens, cache, mask=np.ones([2, 9], bool))
+  np.testing.assert_allclose(decoded[0], logits[:, -1], atol=1e-5)
+  np.testing.assert_allclose(decoded[1], values[:, -1], atol=1e-5)
 
 
 def test_actor_critic_runs_both_models():

@@ -227,6 +227,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       if ahead:  # Nothing waits for it: it is sampled while this iteration learns.
         following = Sampled(programs.generate(policy, *inputs, keys[2]), prompts.prompt_id)
         metrics["staleness"] = float(present is state.sampled)
+      del policy  # Room for the update.
       rollout = jax.block_until_ready(present.rollout)
       sampled = time.monotonic()
       prompt_ids, scores = score(rollout, present.prompt_id)

@@ -105,8 +105,9 @@ def open_case(options: Options, config: Any, absent: Slice) -> programs.Case:
 def compile_plan(options: Options, config: Any, absent: Slice) -> Plan:
   """Compiles every program, up to the first that does not fit."""
   case = open_case(options, config, absent)
-  settings = getattr(config, settings_name(config))
-  plan = Plan(options.mesh, config.model.remat, settings.microbatches, case.check.programs)
+  name = settings_name(config)
+  microbatches = getattr(config, name).microbatches if name else 1
+  plan = Plan(options.mesh, config.model.remat, microbatches, case.check.programs)
   try:
     programs.ALGORITHMS[options.algorithm][1](case)
   except preflight.TooLargeError as error:
@@ -115,12 +116,9 @@ def compile_plan(options: Options, config: Any, absent: Slice) -> Plan:
 
 
 def settings_name(config: Any) -> str:
-  """The field of a config that has the micro-batches of its algorithm."""
-  return next(
-    field.name
-    for field in dataclasses.fields(config)
-    if hasattr(getattr(config, field.name), "microbatches")
-  )
+  """The field of a config that has the micro-batches of its algorithm; empty if it takes none."""
+  found = (field.name for field in dataclasses.fields(config))
+  return next((name for name in found if hasattr(getattr(config, name), "microbatches")), "")
 
 
 # Each rung takes less memory than the one before, and more time.
@@ -160,10 +158,14 @@ def climb(options: Options, config: Any, absent: Slice) -> Plan:
   """The first rung of the ladder that fits on a mesh, or else the last one."""
   name, plan = settings_name(config), None
   for remat, microbatches in LADDER:
+    changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
+    if name:
+      settings = getattr(config, name)
+      changed[name] = dataclasses.replace(settings, microbatches=microbatches)
+    elif microbatches > 1:
+      continue
     try:
-      settings = dataclasses.replace(getattr(config, name), microbatches=microbatches)
-      model = dataclasses.replace(config.model, remat=remat)
-      rung = dataclasses.replace(config, model=model, **{name: settings})
+      rung = dataclasses.replace(config, **changed)
     except ValueError:  # The batch does not split so.
       continue
     plan = compile_plan(options, rung, absent)

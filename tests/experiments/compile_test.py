@@ -75,10 +75,17 @@ def test_it_fits(script, tmp_path, run_script):
     assert 2 * split / 2 * 0.8 < moved < 2 * split / 2 * 1.2  # bfloat16, half for each chip.
 
 
+def without(flags, *names):
+  return [flag for flag in flags if flag.split("=")[0] not in names]
+
+
 def test_a_search_ranks_what_fits(tmp_path, run_script):
   file = tmp_path / "figures.json"
-  flags = ("--algorithm=dpo", f"--json={file}", "--search=3", "--lora.rank=4", "--mesh=")
-  finished = run_script("compile", tmp_path / "x", *SMALL, *flags, "--sampling.max_new_tokens=16")
+  flags = ("--algorithm=dpo", f"--json={file}", "--search=3", "--lora.rank=4")
+  anywhere = without(SMALL, "--mesh")
+  finished = run_script(
+    "compile", tmp_path / "x", *anywhere, *flags, "--sampling.max_new_tokens=16"
+  )
   assert finished.code == 0, finished.output
   plans = json.loads(file.read_text())["plans"]
   assert len({plan["mesh"] for plan in plans}) == 3
@@ -90,9 +97,10 @@ def test_a_search_ranks_what_fits(tmp_path, run_script):
 def test_a_search_takes_less_memory_until_it_fits(tmp_path, run_script):
   """A batch whose activations are too many to keep, on a mesh that is given."""
   file = tmp_path / "figures.json"
-  flags = ("--algorithm=sft", f"--json={file}", "--search=1", "--batch_size=4096")
-  lengths = ("--data.max_prompt_length=512", "--data.max_response_length=512")
-  finished = run_script("compile", tmp_path / "x", *SMALL, *flags, *lengths)
+  flags = ("--algorithm=sft", f"--json={file}", "--search=1")
+  larger = ("--batch_size=4096", "--data.max_prompt_length=512", "--data.max_response_length=512")
+  smaller = without(SMALL, *(flag.split("=")[0] for flag in larger))
+  finished = run_script("compile", tmp_path / "x", *smaller, *larger, *flags)
   assert finished.code == 0, finished.output
   (plan,) = json.loads(file.read_text())["plans"]
   assert plan["mesh"] == "fsdp:8,tensor:2"

@@ -20,12 +20,12 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_force_host_platform_device_count=8",
   )
 )
-# What takes long to compile is kept for the other workers, for scripts that are started several
+# What takes time to compile is kept for the other workers, for scripts that are started several
 # times, and for the next run.
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_REPOSITORY / ".pytest_cache" / "jax")
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["MPLBACKEND"] = "Agg"
 # Would make rich and others treat a captured stream as a terminal.
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

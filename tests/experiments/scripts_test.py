@@ -10,7 +10,7 @@ import safetensors.numpy
 SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
   "preference_model": ("--lora.rank=2",),
-  "dpo": ("--data.packed_length=192",),
+  "dpo": ("--data.packed_length=192", "--lora.rank=4"),
   "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
   "online_dpo": (
     "--preference.name=expert",
@@ -81,6 +81,8 @@ def test_samples_drawn_while_the_others_learn(whole_and_killed, sft_run):
     "--rollout.devices=1",
     "--ppo.importance_cap=2",
     "--critic_warmup=2",
+    "--lora.rank=4",
+    "--optim.learning_rate=3e-3",
     "--steps=8",
     "--checkpoint_every=2",
   )

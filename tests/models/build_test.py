@@ -497,8 +497,10 @@ def test_a_shared_trunk_is_read_by_both_heads(tied):
   trunk = {name: value for name, value in params.items() if name != "score"}
   split = {"policy": trunk, "value": {"score": params["score"]}}
   logits, values = shared_actor_critic(model)(split, tokens, last=4)
+  # With one head fewer the compiler may fuse around it in another order.
   for got, head in ((logits, "language"), (values, "scalar")):
-    np.testing.assert_array_equal(got, build(config, head).apply(params, tokens, last=4))
+    want = build(config, head).apply(params, tokens, last=4)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   cache = model.init_cache(2, 9)
   decoded, _ = model.decode(params, tokens, cache, mask=np.ones([2, 9], bool))
   np.testing.assert_allclose(decoded[0], logits[:, -1], atol=1e-5)

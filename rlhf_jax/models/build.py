@@ -32,6 +32,7 @@ from rlhf_jax.models.transformer import (
   Embedding,
   ModelConfig,
   Norm,
+  matmul_on_cpu,
   rope_frequencies,
 )
 from rlhf_jax.types import Params
@@ -109,6 +110,11 @@ def _pure(module: Callable[..., nnx.Module], *args):
   return init, call
 
 
+def _is_one_cpu(mesh: Mesh | None) -> bool:
+  devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
+  return len(devices) == 1 and devices[0].platform == "cpu"
+
+
 def build(
   config: ModelConfig,
   head: Literal["language", "scalar", "both"] = "language",
@@ -135,7 +141,8 @@ def build(
   """
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
-  init_block, block = _pure(Block, config)
+  # On a mesh the partitioner would gather activations for it.
+  init_block, block = _pure(Block, config, matmul_on_cpu if _is_one_cpu(mesh) else jnp.matmul)
   init_norm, norm = _pure(Norm, config, config.width)
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)

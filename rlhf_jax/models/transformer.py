@@ -8,6 +8,7 @@ plain nested dict, and `build.py` merges the two inside a pure function. Weight 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -268,6 +269,33 @@ class Norm(nnx.Module):
     return (wide * inverse * scale + self.bias[...].reshape(shape)).astype(x.dtype)
 
 
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@jax.custom_vjp
+def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`x [..., D] @ kernel [D, F]` that trains faster on one CPU; it has no forward-mode derivative.
+
+  The gradient of the kernel is `x^T @ dy`, where JAX would write `(dy^T @ x)^T`, and XLA's CPU
+  backend copies the operand that it transposes. That is now `x`, once for all kernels that read it,
+  and not each `dy` along with what computes it: a third of the time of a step.
+  """
+  return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array):
+  return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array):
+  x, kernel = saved
+  rows = tuple(range(x.ndim - 1))
+  return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
   """`x @ kernel (+ bias)` in the dtype of `x`."""
 
@@ -276,14 +304,17 @@ class Linear(nnx.Module):
   lora_b: nnx.Param
   lora_scale: nnx.Param
 
-  def __init__(self, fan_in: int, fan_out: int, std: float, bias: bool, *, rngs: nnx.Rngs):
+  def __init__(
+    self, fan_in: int, fan_out: int, std: float, bias: bool, matmul: Matmul, *, rngs: nnx.Rngs
+  ):
+    self.matmul = matmul
     shape = (fan_in, fan_out)
     self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
     if bias:
       self.bias = nnx.Param(jnp.zeros((fan_out,), jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x @ self.kernel[...].astype(x.dtype)
+    y = self.matmul(x, self.kernel[...].astype(x.dtype))
     if hasattr(self, "bias"):
       y += self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     if hasattr(self, "lora_a"):
@@ -295,15 +326,15 @@ class Linear(nnx.Module):
 class Attention(nnx.Module):
   """Grouped-query attention; `attend` maps q [B, T, H, K], k and v [B, S, kv_heads, K] to out."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, matmul: Matmul = jnp.matmul, *, rngs: nnx.Rngs):
     self.config = config
     c, std = config, config.init_std
     queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    self.q = Linear(c.width, queries, std, c.qkv_bias, rngs=rngs)
-    self.k = Linear(c.width, keys, std, c.qkv_bias, rngs=rngs)
-    self.v = Linear(c.width, keys, std, c.qkv_bias, rngs=rngs)
+    self.q = Linear(c.width, queries, std, c.qkv_bias, matmul, rngs=rngs)
+    self.k = Linear(c.width, keys, std, c.qkv_bias, matmul, rngs=rngs)
+    self.v = Linear(c.width, keys, std, c.qkv_bias, matmul, rngs=rngs)
     # Residual branches start small enough that their sum over layers keeps unit scale.
-    self.o = Linear(queries, c.width, std / math.sqrt(2 * c.layers), c.out_bias, rngs=rngs)
+    self.o = Linear(queries, c.width, std / math.sqrt(2 * c.layers), c.out_bias, matmul, rngs=rngs)
     if c.qk_norm:
       self.q_norm = Norm(c, c.head_dim, rngs=rngs)
       self.k_norm = Norm(c, c.head_dim, rngs=rngs)
@@ -330,12 +361,14 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """MLP, gated (GLU variants, Shazeer, 2020, https://arxiv.org/abs/2002.05202) or plain."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, matmul: Matmul = jnp.matmul, *, rngs: nnx.Rngs):
     c, std = config, config.init_std
     if c.gated_mlp:
-      self.gate = Linear(c.width, c.mlp_width, std, c.mlp_bias, rngs=rngs)
-    self.up = Linear(c.width, c.mlp_width, std, c.mlp_bias, rngs=rngs)
-    self.down = Linear(c.mlp_width, c.width, std / math.sqrt(2 * c.layers), c.mlp_bias, rngs=rngs)
+      self.gate = Linear(c.width, c.mlp_width, std, c.mlp_bias, matmul, rngs=rngs)
+    self.up = Linear(c.width, c.mlp_width, std, c.mlp_bias, matmul, rngs=rngs)
+    self.down = Linear(
+      c.mlp_width, c.width, std / math.sqrt(2 * c.layers), c.mlp_bias, matmul, rngs=rngs
+    )
     self.activation = c.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -348,11 +381,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """Attention and MLP, each behind its norm and added to the residual stream."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, matmul: Matmul = jnp.matmul, *, rngs: nnx.Rngs):
     self.attention_norm = Norm(config, config.width, rngs=rngs)
-    self.attention = Attention(config, rngs=rngs)
+    self.attention = Attention(config, matmul, rngs=rngs)
     self.mlp_norm = Norm(config, config.width, rngs=rngs)
-    self.mlp = MLP(config, rngs=rngs)
+    self.mlp = MLP(config, matmul, rngs=rngs)
     if config.post_norms:
       self.attention_post_norm = Norm(config, config.width, rngs=rngs)
       self.mlp_post_norm = Norm(config, config.width, rngs=rngs)

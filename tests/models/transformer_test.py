@@ -13,6 +13,7 @@ from rlhf_jax.models.transformer import (
   Embedding,
   ModelConfig,
   RopeScaling,
+  matmul_on_cpu,
   rope_frequencies,
   rotate,
 )
@@ -175,3 +176,21 @@ def test_the_factor_of_the_embedding_is_rounded_to_its_type():
   np.testing.assert_allclose(
     exact(tokens, tokens)[0], exact.embedding[...] * math.sqrt(3072), rtol=1e-6
   )
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
+def test_matmul_on_cpu_has_the_derivatives_of_a_matmul(shape):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (6, 4))
+  weights = jax.random.normal(keys[2], (*shape[:-1], 4))
+
+  def derivatives(matmul):
+    loss = lambda x, kernel: jnp.sum(weights * jnp.tanh(matmul(x, kernel)))  # noqa: E731
+    first = jax.grad(loss, argnums=(0, 1))
+    second = jax.grad(lambda *inputs: sum(jnp.sum(g**2) for g in first(*inputs)), argnums=(0, 1))
+    return first(x, kernel), second(x, kernel)
+
+  for got, want in zip(
+    *map(jax.tree.leaves, map(derivatives, (matmul_on_cpu, jnp.matmul))), strict=True
+  ):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, P]]
 
 ROWS = P(("data", "fsdp"))  # [B, ...]
-CACHE = P(None, ("data", "fsdp"), None, "tensor")  # [L, B, S, kv_heads, K]
+CACHE = P(("data", "fsdp"), "tensor")  # [B, kv_heads, S, K]
 
 # Matched against the end of a path, so that optimizer moments follow their parameter.
 DECODER_RULES: Rules = (

@@ -137,13 +137,40 @@ def dense_attention(
   """
   if softcap is None:
     return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+  k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+  return cached_attention(q, k, v, mask, scale=scale, softcap=softcap)
+
+
+def cached_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """`dense_attention` over keys and values as a cache holds them, which are read where they are.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, kv_heads, S, K].
+    v: [B, kv_heads, S, K].
+    mask: [B, T, S] bool; B may be 1.
+    scale: As in `dense_attention`.
+    softcap: As in `dense_attention`.
+
+  Returns:
+    [B, T, H, K], dtype of `v`.
+  """
   batch, length, heads, width = q.shape
-  q = q.reshape(batch, length, k.shape[2], -1, width)
-  scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32)
-  scores = softcap * jnp.tanh(scores * (scale / softcap))
+  q = q.reshape(batch, length, k.shape[1], -1, width)
+  scores = scale * jnp.einsum("btgrk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  return jnp.einsum("bgrts,bsgk->btgrk", weights, v).reshape(batch, length, heads, width)
+  return jnp.einsum("bgrts,bgsk->btgrk", weights, v).reshape(batch, length, heads, width)
 
 
 def xla_attention(

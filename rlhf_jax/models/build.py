@@ -149,7 +149,7 @@ def build(
   compute = jnp.dtype(config.dtype)
   # Few queries and many keys, and slots that hold nothing: not for the kernels.
   attend_cache = functools.partial(
-    attention.dense_attention,
+    attention.cached_attention,
     scale=config.score_scale,
     softcap=config.attention_softcap,
   )
@@ -240,9 +240,16 @@ def build(
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
     require_positions(slots)
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    k, v = (sharding.constrain(jnp.zeros(shape, dtype), mesh, sharding.CACHE) for _ in range(2))
-    return Cache(k, v, by_rows(jnp.zeros((batch, slots), bool)), jnp.int32(0))
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+
+    def zeros() -> tuple[jax.Array, ...]:
+      if unroll > 1:
+        spec, own = sharding.CACHE, shape
+      else:
+        spec, own = sharding.P(None, *sharding.CACHE), (config.layers, *shape)
+      return tuple(sharding.constrain(jnp.zeros(own, dtype), mesh, spec) for _ in range(unroll))
+
+    return Cache(zeros(), zeros(), by_rows(jnp.zeros((batch, slots), bool)), jnp.int32(0))
 
   def decode(
     params: Params, tokens: jax.Array, cache: Cache, *, mask: jax.Array
@@ -265,15 +272,28 @@ def build(
       mask = visible if window is None else visible & (distance < window)
       return functools.partial(attend_cache, mask=mask)
 
-    def layer(x: jax.Array, xs):
-      *xs, keys, values = xs
-      state = (keys, values, cache.index)
+    def layer(x: jax.Array, xs, *state):
       x, written = run_layer(x, positions, frequencies, xs, attend_within, state)
       return by_rows(x), written
 
     x = by_rows(embed(params["embed"], tokens, positions))
-    xs = (params["layers"], *_layer_arrays(config), cache.k, cache.v)
-    x, (k, v) = jax.lax.scan(layer, x, xs, unroll=unroll)
+    xs = (params["layers"], *_layer_arrays(config))
+    if len(cache.k) > 1:
+      written = []
+      for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
+        own = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
+        x, kv = layer(x, own, *kv, (), cache.index)
+        written.append(kv)
+    else:
+
+      def looped(carry, xs):
+        number, xs = xs
+        x, kv = layer(carry[0], xs, *carry[1:], (number,), cache.index)
+        return (x, *kv), None
+
+      (x, *kv), _ = jax.lax.scan(looped, (x, *cache.k, *cache.v), (jnp.arange(config.layers), xs))
+      written = [kv]
+    k, v = zip(*written, strict=True)
     logits = jax.tree.map(lambda x: x[:, 0], read_out(params, x[:, -1:]))
     return logits, Cache(k, v, valid, cache.index + length)
 

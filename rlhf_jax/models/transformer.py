@@ -182,21 +182,25 @@ class ModelConfig:
 class Cache(NamedTuple):
   """Keys and values of the tokens seen so far.
 
+  They are written in place and lie in the order in which attention multiplies them: what a token
+  costs is reading them once.
+
   Attributes:
-    k: [L, B, S, kv_heads, K] keys, already rotated; S slots.
-    v: [L, B, S, kv_heads, K] values.
+    k: Keys, already rotated: [B, kv_heads, S, K] of each layer, or one [L, B, kv_heads, S, K] where
+      a loop runs the layers; S slots.
+    v: Values, likewise.
     mask: [B, S] bool, True on slots that hold a real token.
     index: [] int32, next free slot, common to all rows.
   """
 
-  k: jax.Array
-  v: jax.Array
+  k: tuple[jax.Array, ...]
+  v: tuple[jax.Array, ...]
   mask: jax.Array
   index: jax.Array
 
   def repeat(self, n: int) -> "Cache":
     """Every row n times, the copies next to each other."""
-    k, v = (jnp.repeat(x, n, axis=1) for x in (self.k, self.v))
+    k, v = jax.tree.map(lambda x: jnp.repeat(x, n, axis=-4), (self.k, self.v))
     return Cache(k, v, jnp.repeat(self.mask, n, axis=0), self.index)
 
 
@@ -350,12 +354,18 @@ class Attention(nnx.Module):
     if frequencies is not None:
       q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
     if cache is not None:
-      keys, values, index = cache
-      k = jax.lax.dynamic_update_slice_in_dim(keys, k.astype(keys.dtype), index, axis=1)
-      v = jax.lax.dynamic_update_slice_in_dim(values, v.astype(values.dtype), index, axis=1)
+      *written, where, slot = cache
+      cache = tuple(
+        jax.lax.dynamic_update_slice(
+          old,
+          jnp.expand_dims(jnp.swapaxes(new, 1, 2), range(len(where))).astype(old.dtype),
+          (*where, 0, 0, slot, 0),
+        )
+        for old, new in zip(written, (k, v), strict=True)
+      )
+      k, v = (x[where] for x in cache)
     out = attend(q, k.astype(q.dtype), v.astype(q.dtype))
-    out = self.o(out.reshape(batch, length, c.heads * c.head_dim))
-    return out, None if cache is None else (k, v)
+    return self.o(out.reshape(batch, length, c.heads * c.head_dim)), cache
 
 
 class MLP(nnx.Module):
@@ -391,7 +401,10 @@ class Block(nnx.Module):
       self.mlp_post_norm = Norm(config, config.width, rngs=rngs)
 
   def __call__(self, x, positions, frequencies, attend, cache=None):
-    """[B, T, D] -> [B, T, D] and the updated (keys, values) of this layer, None without cache."""
+    """[B, T, D] -> [B, T, D] and the updated (keys, values), None without cache.
+
+    `cache` is (keys, values, index of the layer in them or (), first slot to write).
+    """
     out, cache = self.attention(self.attention_norm(x), positions, frequencies, attend, cache)
     x = x + (self.attention_post_norm(out) if hasattr(self, "attention_post_norm") else out)
     out = self.mlp(self.mlp_norm(x))

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from experiments import common, programs
-from rlhf_jax import flags, loop, preflight, reporting, sharding
+from rlhf_jax import flags, loop, metrics, preflight, reporting, sharding
 
 _EX_UNAVAILABLE = 69  # sysexits.h
 
@@ -95,7 +95,8 @@ def open_case(options: Options, config: Any, absent: Slice) -> programs.Case:
   folder = common.source_folder(config.model, config.init_from)
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   session = loop.Session(workdir="", mesh=options.mesh)
-  run = loop.Run(pathlib.Path(), session, mesh, jax.random.key(0))
+  nowhere = pathlib.Path()
+  run = loop.Run(nowhere, session, mesh, jax.random.key(0), metrics.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
   key = sharding.abstract(shape, sharding.replicated(mesh))
   check = preflight.Preflight(mesh, absent.chip, absent.known)

@@ -26,7 +26,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import app, flags, logging
@@ -192,6 +192,16 @@ def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = fla
       lines.append(f"--{name}={flag.parser.write(flag.value)}")
     elif name in own and flag.value is not None:
       lines.append(flag.serialize())
+  _write_lines(path, lines)
+
+
+def save_configs(path: str | os.PathLike[str], *configs: Any) -> None:
+  """Writes what `save_flags` would, had a script been started with these dataclasses."""
+  settings = {name: value for config in configs for name, value in to_dict(config).items()}
+  _write_lines(path, [as_line(name, value) for name, value in sorted(flatten(settings).items())])
+
+
+def _write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   tmp = path.with_name(path.name + ".tmp")
@@ -204,13 +214,48 @@ def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = fla
 
 def to_dict(config: Any) -> dict[str, Any]:
   """Returns a dataclass as nested plain dicts and lists, ready for JSON."""
+  return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
-  def plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-      return to_dict(value)
-    return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-  return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+def _plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    return to_dict(value)
+  return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def flatten(settings: Mapping[str, Any], outer: _Names = ()) -> dict[str, Any]:
+  """Nested settings, as `to_dict` gives them, by the names of their flags."""
+  flat = {}
+  for field, value in settings.items():
+    names = (*outer, field)
+    flat |= flatten(value, names) if isinstance(value, Mapping) else {_flag_name(names): value}
+  return flat
+
+
+def changed(config: Any) -> dict[str, Any]:
+  """The flags of a dataclass that have another value than its default, or no default."""
+  defaults = {
+    field.name: default
+    for field in dataclasses.fields(config)
+    if (default := _default(field, None)) is not dataclasses.MISSING
+  }
+  usual = flatten({name: _plain(default) for name, default in defaults.items()})
+  return {
+    name: value
+    for name, value in flatten(to_dict(config)).items()
+    if name not in usual or usual[name] != value
+  }
+
+
+def as_line(name: str, value: Any) -> str:
+  """A line of a flag file, from a value that `flatten` gave."""
+  if isinstance(value, list):
+    text = ",".join(map(str, value))
+  elif isinstance(value, bool) or value is None:
+    text = str(value).lower()
+  else:
+    text = str(value)
+  return f"--{name}={text}"
 
 
 def _define(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, metrics, processes, reporting, sharding
+from rlhf_jax import checkpoint, flags, metrics, processes, reporting, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +89,14 @@ class Run(NamedTuple):
     session: The flags it was opened with.
     mesh: Devices.
     key: Random key of the run.
+    writer: Where its metrics and tables go; `fit` opens it, the end of the run closes it.
   """
 
   workdir: pathlib.Path
   session: Session
   mesh: jax.sharding.Mesh
   key: jax.Array
+  writer: metrics.RunWriter
 
   def key_for(self, purpose: int) -> jax.Array:
     """A key of its own for each purpose, such as initialisation or sampling."""
@@ -112,8 +114,9 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   """
   workdir = checkpoint.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
-  with checkpoint.run_lock(workdir):
-    yield Run(workdir, session, mesh, jax.random.key(session.seed))
+  writer = metrics.RunWriter(workdir, session.trackers)
+  with checkpoint.run_lock(workdir), contextlib.closing(writer):
+    yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.wait()
 
 
@@ -130,6 +133,12 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   checkpoint.check_identity(
     run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
   )
+
+
+def hyperparameters(run: Run, config: Any) -> dict[str, Any]:
+  """What dashboards show as the settings of a run, by the names of the flags."""
+  session = {"seed": run.session.seed, "mesh": run.session.mesh}
+  return session | flags.flatten(flags.to_dict(config))
 
 
 class _SharedStop:
@@ -167,9 +176,9 @@ def _stop_signal() -> Iterator[threading.Event]:
 class _Log:
   """Turns the device metrics of a step into a written line, one step later."""
 
-  def __init__(self, writer: metrics.MetricWriter, progress: reporting.Progress, every: int):
+  def __init__(self, writer: metrics.RunWriter, progress: reporting.Progress, every: int):
     self._writer, self._progress, self._every = writer, progress, every
-    self._pending: tuple[int, Mapping[str, Any], bool] | None = None
+    self._pending: tuple[int, Mapping[str, Any], bool, float] | None = None
     self._last_time = time.monotonic()
     self._skipped = 0
 
@@ -181,7 +190,9 @@ class _Log:
   def push(self, step: int, values: Mapping[str, Any], *, keep: bool) -> None:
     """Takes the values of a step and writes those of the step before it."""
     self.flush()
-    self._pending = (step, values, keep or step == 1 or step % self._every == 0)
+    now = time.monotonic()  # Once a step: a line may be written early, before a save.
+    seconds, self._last_time = now - self._last_time, now
+    self._pending = (step, values, keep or step == 1 or step % self._every == 0, seconds)
 
   def flush(self) -> None:
     """Writes what was pushed last."""
@@ -189,10 +200,8 @@ class _Log:
       pending, self._pending = self._pending, None
       self._write(*pending)
 
-  def _write(self, step: int, values: Mapping[str, Any], keep: bool) -> None:
+  def _write(self, step: int, values: Mapping[str, Any], keep: bool, seconds: float) -> None:
     scalars = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
-    now = time.monotonic()
-    seconds, self._last_time = now - self._last_time, now
     scalars["step_seconds"] = seconds
     tokens = scalars.pop("tokens", None)
     scalars.pop("weight", None)
@@ -258,10 +267,9 @@ def fit(
       reporting.note(f"continuing from step {start} of {run.workdir}")
     if start >= config.steps:
       return state
-    writer = metrics.make_writer(run.workdir, run.session.trackers, resume_step=start)
-    stack.callback(writer.close)
+    run.writer.open(resume_step=start, config=hyperparameters(run, config))
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
-    log = _Log(writer, progress, config.log_every)
+    log = _Log(run.writer, progress, config.log_every)
     stop = _SharedStop(asked, run.mesh) if jax.process_count() > 1 else asked
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
@@ -275,6 +283,7 @@ def fit(
         values = {**values, "lr": learning_rate(index)}
       due = last or (config.eval_every > 0 and done % config.eval_every == 0)
       if evaluate is not None and due:
+        log.flush()  # Trackers want the steps in their order, and `evaluate` may write a table.
         values = {**values, **evaluate(state, done)}
       log.push(done, values, keep=due)
       stopping = stop.is_set() and not last  # Read once: it may change between two lines.

@@ -1,12 +1,15 @@
-"""Where scalars go: `metrics.jsonl` always, dashboards on request.
+"""Where scalars and tables go: files in the workdir always, dashboards on request.
 
 A line of `metrics.jsonl` is one object, `{"step": 120, "loss": 0.53, ...}`. The lines stay in step
 order across kills and resumes, and each is on disk before the next step is logged, so sweeps,
 plots and people may read the file while it grows. It is strict JSON: NaN and the infinities, which
 JSON lacks, are the strings "NaN", "Infinity" and "-Infinity", which `float()` of any value undoes.
+
+A table, such as the sampled responses, is `NAME/step_00000100.jsonl`, one object a row.
 """
 
 import hashlib
+import html
 import json
 import math
 import operator
@@ -15,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -22,13 +26,21 @@ from rlhf_jax import processes
 
 # Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
 _REMOTE_SECONDS = 30.0
+# Rows of a table that dashboards get; the file has all.
+_SHOWN_ROWS = 32
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 class MetricWriter(Protocol):
-  """A sink of scalars."""
+  """A sink of scalars and tables."""
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Records `scalars` (host floats, or arrays of one element) as of `step`."""
+    ...
+
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Records rows of texts and numbers, a column per key, as of `step`."""
     ...
 
   def close(self) -> None:
@@ -77,6 +89,32 @@ def json_number(value: Any) -> int | float | str:
   if math.isfinite(number):
     return number
   return "NaN" if math.isnan(number) else ("Infinity" if number > 0 else "-Infinity")
+
+
+def json_ready(value: Any, *, digits: int | None = None) -> Any:
+  """Strict JSON: keys as text, arrays as lists, floats in `digits` digits, NaN as a string."""
+  if isinstance(value, Mapping):
+    return {str(k): json_ready(v, digits=digits) for k, v in value.items()}
+  if value is None or isinstance(value, (str, bool, int)):
+    return value
+  if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+    return [json_ready(item, digits=digits) for item in value]
+  if np.issubdtype(np.asarray(value).dtype, np.integer):
+    return int(value)
+  if np.asarray(value).dtype == np.bool_:
+    return bool(value)
+  number = float(value)
+  return json_number(number if digits is None else float(f"{number:.{digits}g}"))
+
+
+def write_table(workdir: epath.PathLike, step: int, name: str, rows: Rows) -> None:
+  """Writes all rows to `WORKDIR/NAME/step_00000100.jsonl`, one object a line, atomically.
+
+  Everything outside ASCII is escaped, so the file is safe to print on a terminal.
+  """
+  path = epath.Path(workdir) / name / f"step_{step:08d}.jsonl"
+  lines = (json.dumps(json_ready(row), allow_nan=False) for row in rows)
+  write_atomic(path, "".join(line + "\n" for line in lines))
 
 
 def _encode(step: int, scalars: Mapping[str, float]) -> str:
@@ -183,6 +221,10 @@ class JsonlWriter:
     if time.monotonic() - self._uploaded >= _REMOTE_SECONDS:
       self._upload()
 
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Writes a file in a folder beside; see `write_table`."""
+    write_table(self._path.parent, step, name, rows)
+
   def _upload(self) -> None:
     write_atomic(self._path, "".join(self._lines))
     self._uploaded = time.monotonic()
@@ -201,6 +243,9 @@ class NullWriter:
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Does nothing."""
 
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Does nothing."""
+
   def close(self) -> None:
     """Does nothing."""
 
@@ -211,6 +256,32 @@ def _missing(package: str, extra: str) -> ImportError:
   )
 
 
+def _grid(rows: Rows) -> tuple[list[str], list[list[Any]]]:
+  """Columns and cells of the first rows; None where a row lacks a column, and for NaN.
+
+  Dashboards want one type in a column.
+  """
+  rows = rows[:_SHOWN_ROWS]
+  columns = list(dict.fromkeys(name for row in rows for name in row))
+
+  def cell(value: Any) -> Any:
+    ready = json_ready(value)
+    return None if isinstance(ready, str) and not isinstance(value, str) else ready
+
+  return columns, [[cell(row.get(name)) for name in columns] for row in rows]
+
+
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
+  """A table whose texts stay in their cells."""
+
+  def line(row: Sequence[Any]) -> str:
+    # An entity is no markup, and a line break would end the table.
+    texts = ("" if x is None else html.escape(str(x)).replace("|", "&#124;") for x in row)
+    return "| " + " | ".join(" ".join(text.split()) for text in texts) + " |"
+
+  return "\n".join(map(line, (columns, ["---"] * len(columns), *cells)))
+
+
 class TensorBoardWriter:
   """Event files under `WORKDIR/tensorboard`, through tensorboardX (no TensorFlow)."""
 
@@ -218,7 +289,7 @@ class TensorBoardWriter:
     self, workdir: epath.PathLike, *, run_name: str, resume_step: int | None, config: Mapping
   ):
     """Opens the folder; steps after `resume_step` disappear from the charts."""
-    del run_name, config  # TensorBoard names a run by its folder.
+    del run_name  # TensorBoard names a run by its folder.
     try:
       import tensorboardX
     except ImportError as error:
@@ -226,11 +297,17 @@ class TensorBoardWriter:
     purge = None if resume_step is None else resume_step + 1
     folder = os.fspath(epath.Path(workdir) / "tensorboard")
     self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge)
+    if config:
+      self._writer.add_text("config", _markdown(["flag", "value"], list(config.items())), 0)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds one point to each chart."""
     for name, value in scalars.items():
       self._writer.add_scalar(name, float(value), step)
+
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Adds the first rows to the texts."""
+    self._writer.add_text(name, _markdown(*_grid(rows)), step)
 
   def close(self) -> None:
     """Flushes the event file."""
@@ -251,6 +328,7 @@ class WandbWriter:
       raise _missing("wandb", "wandb") from error
     # The same workdir is the same run, so a resumed job draws on in the same chart.
     where = os.fspath(workdir) if is_remote(workdir) else os.path.realpath(workdir)
+    self._table = wandb.Table
     self._run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", "rlhf_jax"),
       name=run_name,
@@ -263,6 +341,11 @@ class WandbWriter:
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Logs one row."""
     self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Logs the first rows."""
+    columns, cells = _grid(rows)
+    self._run.log({name: self._table(columns=columns, data=cells)}, step=step)
 
   def close(self) -> None:
     """Finishes the run and waits for the upload."""
@@ -281,6 +364,7 @@ class TrackioWriter:
       import trackio
     except ImportError as error:
       raise _missing("trackio", "trackio") from error
+    self._table = trackio.Table
     self._run = trackio.init(
       project=os.environ.get("TRACKIO_PROJECT", "rlhf_jax"),
       name=run_name,
@@ -291,6 +375,11 @@ class TrackioWriter:
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Logs one row."""
     self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Logs the first rows."""
+    columns, cells = _grid(rows)
+    self._run.log({name: self._table(columns=columns, data=cells)}, step=step)
 
   def close(self) -> None:
     """Finishes the run."""
@@ -323,6 +412,11 @@ class CompositeWriter:
     self._record.write(step, scalars)
     self._each(lambda writer: writer.write(step, scalars))
 
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Hands the rows to each writer."""
+    self._record.table(step, name, rows)
+    self._each(lambda writer: writer.table(step, name, rows))
+
   def close(self) -> None:
     """Closes each writer, the record first."""
     self._record.close()
@@ -350,7 +444,8 @@ def make_writer(
     config: What dashboards show as the run's settings.
 
   Returns:
-    A writer; on processes other than the first, one that does nothing.
+    A writer; on processes other than the first, one that does nothing. A tracker that cannot be
+    opened (a service that is down) is logged and left out.
 
   Raises:
     ValueError: If a tracker is unknown.
@@ -362,10 +457,51 @@ def make_writer(
     return NullWriter()
   workdir = epath.Path(workdir)
   run_name = run_name or workdir.name or "run"
-  writers: list[MetricWriter] = [
-    TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
-    for name in dict.fromkeys(trackers)
-  ]
+  writers: list[MetricWriter] = []
+  for name in dict.fromkeys(trackers):
+    try:
+      writers.append(
+        TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
+      )
+    except ImportError:
+      raise
+    except Exception:
+      logging.exception("the tracker %s cannot be opened and is left out", name)
   # Last to open, so that a tracker that is not installed leaves an existing file as it was.
   record = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
   return CompositeWriter([record, *writers])
+
+
+class RunWriter:
+  """The writer of a run, which is opened once it is known from which step the run continues."""
+
+  def __init__(self, workdir: epath.PathLike, trackers: Sequence[str] = ()):
+    """Opens nothing yet; for the arguments see `make_writer`."""
+    self._workdir, self._trackers = workdir, trackers
+    self._writer: MetricWriter | None = None
+
+  def open(self, *, resume_step: int | None, config: Mapping[str, Any]) -> None:
+    """Opens the metrics and the trackers; see `make_writer`."""
+    self.close()
+    self._writer = make_writer(
+      self._workdir, self._trackers, resume_step=resume_step, config=config
+    )
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Writes to all of them."""
+    if self._writer is None:
+      raise ValueError("open the writer first: it has to know from which step the run continues")
+    self._writer.write(step, scalars)
+
+  def table(self, step: int, name: str, rows: Rows) -> None:
+    """Hands rows to all of them; of a run that had already finished, only the file is written."""
+    if self._writer is not None:
+      self._writer.table(step, name, rows)
+    elif processes.is_first():
+      write_table(self._workdir, step, name, rows)
+
+  def close(self) -> None:
+    """Closes all of them."""
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      writer.close()

@@ -109,8 +109,8 @@ def duration(seconds: float) -> str:
   return f"{seconds // 86400}d {seconds % 86400 // 3600:02d}h"
 
 
-def _cell(value: Cell) -> str:
-  """A table cell: text made harmless, numbers in four digits."""
+def cell(value: Cell) -> str:
+  """A cell of a table as text: made harmless, numbers in four digits."""
   if isinstance(value, str):
     return escape(value, newlines=True)
   if isinstance(value, int):
@@ -222,7 +222,7 @@ class Progress:
     now, self._step = self._clock(), step
     rate = self._rate(now)
     names = [name for name in self.SHOWN if name in metrics][: self.MAX_SHOWN]
-    shown = "  ".join(f"{name} {_cell(float(metrics[name]))}" for name in names)
+    shown = "  ".join(f"{name} {cell(float(metrics[name]))}" for name in names)
     per_second = ""
     left = ""
     if rate:
@@ -250,7 +250,7 @@ def show_samples(
     for i, row in enumerate(rows, start=1):
       for name in columns:
         if name in row:
-          _plain(f"  [{i}] {escape(name)}: {_cell(row[name])}".replace("\n", "\\n"))
+          _plain(f"  [{i}] {escape(name)}: {cell(row[name])}".replace("\n", "\\n"))
     return
   out = table.Table(title=Text(escape(title)), box=box.ROUNDED, show_lines=True, title_style="bold")
   for name in columns:
@@ -263,7 +263,7 @@ def show_samples(
       ratio=None if not is_text else (1 if name == "prompt" else 2),
     )
   for row in rows:
-    out.add_row(*[Text(_cell(row[name])) if name in row else Text("–") for name in columns])
+    out.add_row(*[Text(cell(row[name])) if name in row else Text("–") for name in columns])
   _CONSOLE.print(out)
 
 
@@ -295,31 +295,9 @@ def show_pair(prompt: str, left: str, right: str, title: str, keys: Mapping[str,
 
 
 def save_samples(workdir: epath.PathLike, step: int, rows: Sequence[Mapping[str, Cell]]) -> None:
-  """Writes all rows to `WORKDIR/samples/step_00000100.jsonl`, one object a line, atomically.
-
-  Everything outside ASCII is escaped, so the file is safe to print on a terminal.
-  """
-  if not processes.is_first():
-    return
-  path = epath.Path(workdir) / "samples" / f"step_{step:08d}.jsonl"
-  lines = (json.dumps(_json_ready(row, digits=None), allow_nan=False) for row in rows)
-  metrics_lib.write_atomic(path, "".join(line + "\n" for line in lines))
-
-
-def _json_ready(value: Any, *, digits: int | None) -> Any:
-  """Strict JSON: keys as text, arrays as lists, floats in `digits` digits, NaN as a string."""
-  if isinstance(value, Mapping):
-    return {str(k): _json_ready(v, digits=digits) for k, v in value.items()}
-  if value is None or isinstance(value, (str, bool, int)):
-    return value
-  if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
-    return [_json_ready(item, digits=digits) for item in value]
-  if np.issubdtype(np.asarray(value).dtype, np.integer):
-    return int(value)
-  if np.asarray(value).dtype == np.bool_:
-    return bool(value)
-  number = float(value)
-  return metrics_lib.json_number(number if digits is None else float(f"{number:.{digits}g}"))
+  """Writes all rows to `WORKDIR/samples/step_00000100.jsonl`; see `metrics.write_table`."""
+  if processes.is_first():
+    metrics_lib.write_table(workdir, step, "samples", rows)
 
 
 def write_summary(workdir: epath.PathLike, summary: Mapping[str, Any]) -> None:
@@ -329,7 +307,8 @@ def write_summary(workdir: epath.PathLike, summary: Mapping[str, Any]) -> None:
   """
   if not processes.is_first():
     return
-  text = json.dumps(_json_ready(summary, digits=6), indent=2, sort_keys=True, allow_nan=False)
+  ready = metrics_lib.json_ready(summary, digits=6)
+  text = json.dumps(ready, indent=2, sort_keys=True, allow_nan=False)
   metrics_lib.write_atomic(epath.Path(workdir) / "summary.json", text + "\n")
 
 
@@ -344,7 +323,7 @@ def show_summary(title: str, rows: Mapping[str, Mapping[str, Cell]]) -> None:
     return
   policies = list(dict.fromkeys(name for row in rows.values() for name in row))
   cells = [
-    [escape(metric), *[escape(_cell(row[name])) if name in row else "–" for name in policies]]
+    [escape(metric), *[escape(cell(row[name])) if name in row else "–" for name in policies]]
     for metric, row in rows.items()
   ]
   header = ["", *map(escape, policies)]
@@ -707,6 +686,8 @@ def _use_root_scale(axes: Any) -> None:
 
 def _write_labels(axes: Any, labels: Sequence[_Label]) -> None:
   """Writes each label where it covers no line, no point and no other label, if there is room."""
+  if not labels:
+    return
   axes.figure.draw_without_rendering()  # Lays the axes out: places are compared in pixels.
   size = 7 * axes.figure.dpi / 72
   corners = [line.get_xydata() for line in axes.get_lines()]
@@ -768,6 +749,26 @@ def render_charts(charts: Sequence[Chart]) -> bytes:
       _write_labels(axes, labels)
 
   return _png(draw, len(charts))
+
+
+def render_matrix(title: str, shares: Mapping[str, Mapping[str, float]]) -> bytes:
+  """Shares between 0 and 1 by row and column as PNG: 0.5 is white; what is missing is empty."""
+  names = list(shares)
+  values = [[shares[row].get(column, math.nan) for column in names] for row in names]
+
+  def draw(all_axes: Sequence[Any]) -> None:
+    (axes,) = all_axes
+    axes.imshow(np.asarray(values), cmap="RdBu", vmin=0, vmax=1, alpha=0.75)
+    for (i, j), value in np.ndenumerate(values):
+      if math.isfinite(value):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center")
+    labels = [escape(name) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_title(title)
+    axes.grid(False)
+
+  return _png(draw)
 
 
 def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:

@@ -257,6 +257,29 @@ def test_flagfile_replays_the_run_and_can_be_overridden(tmp_path):
     values(Config, "--steps=4", f"--flagfile={path}", "--steps=5")
 
 
+def test_changed_flags_and_their_lines_give_the_config_back(tmp_path):
+  assert flags.changed(Config()) == {}
+  for args in (("--steps=7", "--dpo.beta=0.5"), ("--layers=", "--dpo.loss=ipo")):
+    config = values(Config, *args)
+    changed = flags.changed(config)
+    assert changed.keys() == {arg.partition("=")[0].removeprefix("--") for arg in args}
+    lines = [flags.as_line(name, value) for name, value in changed.items()]
+    assert lines == list(args)
+  # Those of a default that differs from that of its own class do not count.
+  assert flags.changed(Chain()) == {}
+  assert flags.changed(values(Chain, "--ppo.kl_coef=2", "--ppo.steps=9")).keys() == {
+    "ppo.kl_coef",
+    "ppo.steps",
+  }
+  path = tmp_path / "flags"
+  flags.save_configs(path, config)
+  assert values(Config, f"--flagfile={path}") == config
+  by_registry = registry()
+  flags.parse(["prog", *args], by_registry)
+  flags.save_flags(tmp_path / "same", by_registry)
+  assert path.read_text() == (tmp_path / "same").read_text()
+
+
 def test_to_dict_is_plain_json():
   config = Config(tags=("a",))
   assert json.loads(json.dumps(flags.to_dict(config))) == flags.to_dict(config)

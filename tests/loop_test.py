@@ -1,5 +1,6 @@
 """The host loop on a problem of one vector: what it writes, how it stops, how it goes on."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -100,6 +101,48 @@ def assert_same_end(workdir, state, expected):
   expected_state, expected_lines = expected
   jax.tree.map(np.testing.assert_array_equal, state, expected_state)
   assert lines(workdir) == expected_lines
+
+
+def test_trackers_get_the_settings_and_everything_in_the_order_of_the_steps(tmp_path, monkeypatch):
+  calls = []
+
+  class Tracker:
+    def __init__(self, workdir, *, run_name, resume_step, config):
+      calls.append(("open", resume_step, config))
+
+    def write(self, step, scalars):
+      calls.append(("write", step))
+
+    def table(self, step, name, rows):
+      calls.append(("table", step))
+
+    def close(self):
+      calls.append(("close", None))
+
+  monkeypatch.setitem(metrics.TRACKERS, "wandb", Tracker)
+  config = dataclasses.replace(CONFIG, steps=4, log_every=1, eval_every=2)
+  with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("wandb",))) as run:
+
+    def evaluate(state, step):
+      run.writer.table(step, "samples", [{"prompt": "p"}])
+      return {}
+
+    loop.fit(run, config, quadratic, start_state(), Batches(), evaluate=evaluate)
+    run.writer.table(4, "samples", [{"prompt": "q"}])
+  first, *rest = calls
+  assert first[:2] == ("open", 0)
+  assert {"seed": 5, "batch_size": 8, "eval_every": 2}.items() <= first[2].items()
+  writes = [("write", step) for step in (1, 2, 3, 4)]
+  assert rest == [
+    writes[0],
+    ("table", 2),
+    *writes[1:3],
+    ("table", 4),
+    writes[3],
+    ("table", 4),
+    ("close", None),
+  ]
+  assert (tmp_path / "samples" / "step_00000004.jsonl").read_text() == '{"prompt": "q"}\n'
 
 
 @pytest.fixture(scope="module")

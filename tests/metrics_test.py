@@ -1,5 +1,10 @@
+import contextlib
+import importlib.util
 import json
 import math
+import os
+import sqlite3
+import struct
 import subprocess
 import sys
 
@@ -169,6 +174,9 @@ class _List:
       raise RuntimeError("dashboard is down")
     self.rows.append((step, dict(scalars)))
 
+  def table(self, step, name, rows):
+    self.write(step, {name: len(rows)})
+
   def close(self):
     self.closed = True
 
@@ -181,6 +189,29 @@ def test_a_failing_tracker_is_switched_off_and_the_others_go_on():
   writer.close()
   assert record.rows == fine.rows == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
   assert broken.calls == 1 and record.closed and fine.closed
+
+
+def test_a_table_goes_to_all_and_a_failure_to_none_twice(caplog):
+  record, broken, fine = _List(), _List(fail=True), _List()
+  writer = metrics.CompositeWriter([record, broken, fine])
+  for step in (1, 2):
+    writer.table(step, "samples", [{"prompt": "p"}])
+    writer.write(step, {"loss": 1.0})
+  assert record.rows == fine.rows and record.rows[0] == (1, {"samples": 1})
+  assert broken.calls == 1
+  assert [entry.message for entry in caplog.records] == ["_List failed and is switched off"]
+
+
+def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, caplog):
+  def down(*args, **kwargs):
+    raise OSError("no route to the service")
+
+  monkeypatch.setitem(metrics.TRACKERS, "wandb", down)
+  writer = metrics.make_writer(tmp_path, ["wandb"])
+  writer.write(1, {"loss": 1.0})
+  writer.close()
+  assert _steps(tmp_path / "metrics.jsonl") == [1]
+  assert "the tracker wandb cannot be opened" in caplog.text
 
 
 def test_a_failing_record_stops_the_run():
@@ -204,8 +235,11 @@ def test_make_writer_always_writes_jsonl(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  writer = metrics.make_writer(tmp_path)
+  writer = metrics.RunWriter(tmp_path)
+  writer.table(0, "samples", [{"prompt": "p"}])
+  writer.open(resume_step=None, config={})
   writer.write(1, {"loss": 1.0})
+  writer.table(1, "samples", [{"prompt": "p"}])
   writer.close()
   assert not list(tmp_path.iterdir())
 
@@ -240,6 +274,114 @@ def test_tensorboard_writes_event_files(tmp_path):
   assert b"loss" in events.read_bytes()
 
 
+ROWS = [
+  {"prompt": "a | b\n# c", "response": "<script>x</script>", "gold": np.float32(1.5)},
+  {"prompt": "q", "response": "NaN", "gold": math.nan, "more": 1},
+]
+
+
+def test_a_table_is_a_file_with_an_object_a_row(tmp_path):
+  metrics.write_table(tmp_path, 12, "samples", ROWS)
+  lines = (tmp_path / "samples" / "step_00000012.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {**ROWS[0], "gold": 1.5},
+    {**ROWS[1], "gold": "NaN"},
+  ]
+
+
+def test_a_run_writer_writes_tables_before_it_is_opened_and_nothing_else(tmp_path):
+  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer.table(0, "samples", ROWS)
+  with pytest.raises(ValueError, match="open the writer first"):
+    writer.write(1, {"loss": 1.0})
+  writer.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["samples"]
+
+
+def _texts(folder) -> dict[str, tuple[int, str]]:
+  """The texts in the event files of a folder: tag -> step and text."""
+  event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
+  texts = {}
+  for path in folder.iterdir():
+    content = path.read_bytes()
+    while content:  # Length, its checksum, event, its checksum.
+      (size,) = struct.unpack("<Q", content[:8])
+      event = event_pb2.Event.FromString(content[12 : 12 + size])
+      content = content[16 + size :]
+      for value in event.summary.value:
+        if value.tensor.string_val:
+          texts[value.tag] = event.step, value.tensor.string_val[0].decode()
+  return texts
+
+
+def test_tensorboard_gets_settings_and_tables_as_text(tmp_path):
+  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer.open(resume_step=None, config={"optim.learning_rate": 0.5, "data.path": "a|b\n|x"})
+  writer.table(3, "samples", ROWS)
+  writer.close()
+  texts = _texts(tmp_path / "tensorboard")
+  _, settings = texts["config/text_summary"]
+  assert "| optim.learning_rate | 0.5 |" in settings and settings.count("\n") == 3
+  step, samples = texts["samples/text_summary"]
+  header, _, first, second = samples.splitlines()  # A row of a table is a line.
+  assert step == 3 and header == "| prompt | response | gold | more |"
+  assert first == "| a &#124; b # c | &lt;script&gt;x&lt;/script&gt; | 1.5 |  |"
+  assert second == "| q | NaN |  | 1 |"
+
+
+def test_dashboards_get_the_first_rows_only(tmp_path):
+  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer.open(resume_step=None, config={})
+  writer.table(1, "samples", [{"prompt": str(i)} for i in range(100)])
+  writer.close()
+  assert len(_texts(tmp_path / "tensorboard")["samples/text_summary"][1].splitlines()) == 34
+  assert len((tmp_path / "samples" / "step_00000001.jsonl").read_text().splitlines()) == 100
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_the_real_dashboards_without_a_network(tmp_path, name):
+  """A run, killed and resumed; in a process of its own, for both read their folders on import."""
+  if importlib.util.find_spec(name) is None:
+    pytest.skip(f"{name} is not installed")
+  code = (
+    "import sys; from rlhf_jax import metrics\n"
+    "for resume in (None, 2):\n"
+    "  writer = metrics.RunWriter(sys.argv[1], [sys.argv[2]])\n"
+    "  writer.open(resume_step=resume, config={'optim.learning_rate': 0.5, 'mesh': ''})\n"
+    "  for step in range(1, 4) if resume is None else (3, 4):\n"
+    "    writer.write(step, {'loss': 1 / step, 'bad': float('nan')})\n"
+    "  writer.table(step, 'samples', [{'prompt': 'a', 'gold': 1.5}, {'prompt': 'b'}])\n"
+    "  writer.close()\n"
+  )
+  own = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "db"), "HOME": str(tmp_path)}
+  done = subprocess.run(
+    [sys.executable, "-c", code, tmp_path / "run", name],
+    env=os.environ | own,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0 and "switched off" not in done.stderr, done.stderr
+  assert "cannot be opened" not in done.stderr, done.stderr
+  if name == "wandb":
+    tables = list((tmp_path / "run" / "wandb").rglob("*.table.json"))
+    assert len(tables) == 2
+    table = json.loads(tables[0].read_text())
+    assert table == {"columns": ["prompt", "gold"], "data": [["a", 1.5], ["b", None]]}
+    logs = list((tmp_path / "run" / "wandb").rglob("*.wandb"))
+    assert all(b"optim.learning_rate" in path.read_bytes() for path in logs)
+    return
+  with contextlib.closing(sqlite3.connect(tmp_path / "db" / "rlhf_jax.db")) as base:
+    rows = [
+      (step, json.loads(row)) for step, row in base.execute("SELECT step, metrics FROM metrics")
+    ]
+    (settings,) = base.execute("SELECT config FROM configs").fetchone()
+  assert (4, {"loss": 0.25, "bad": "NaN"}) in rows
+  tables = [row["samples"]["_value"] for _, row in rows if "samples" in row]
+  assert tables == [[{"prompt": "a", "gold": 1.5}, {"prompt": "b", "gold": None}]] * 2
+  assert json.loads(settings)["optim.learning_rate"] == 0.5
+
+
 class _FakeTracker:
   """Stands in for wandb and trackio, whose `init` returns a run with `log` and `finish`."""
 
@@ -249,6 +391,9 @@ class _FakeTracker:
   def init(self, **settings):
     self.settings.append(settings)
     return self
+
+  def Table(self, columns, data):
+    return columns, data
 
   def log(self, row, step):
     self.rows.append((step, row))
@@ -264,8 +409,10 @@ def test_dashboards_get_rows_and_settings_and_keep_the_run_on_resume(tmp_path, m
   for resume_step in (None, 1):
     writer = metrics.make_writer(tmp_path, [name], resume_step=resume_step, config={"seed": 1})
     writer.write(2, {"loss": jnp.float32(0.5)})
+    writer.table(2, "samples", ROWS[:1])
     writer.close()
-  assert fake.rows == [(2, {"loss": 0.5})] * 2 and fake.finished == 2
+  table = (["prompt", "response", "gold"], [["a | b\n# c", "<script>x</script>", 1.5]])
+  assert fake.rows == [(2, {"loss": 0.5}), (2, {"samples": table})] * 2 and fake.finished == 2
   first, second = fake.settings
   assert first == second
   assert first["name"] == tmp_path.name and first["config"] == {"seed": 1}

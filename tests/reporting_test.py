@@ -438,3 +438,13 @@ def test_labels_cover_neither_each_other_nor_a_point():
   for i, box in enumerate(boxes):
     assert not any(box.overlaps(other) for other in boxes[:i])
     assert not any(box.contains(*centre) for centre in centres)
+
+
+def test_a_matrix_of_win_rates():
+  def mean_colour(share):
+    rates = {"a": {"b": share}, "b": {"a": 1 - share}}
+    png = reporting.render_matrix("Win rates", rates)
+    return matplotlib.image.imread(io.BytesIO(png))[..., :3].mean()
+
+  even, clear = mean_colour(0.5), mean_colour(1.0)
+  assert clear < even  # The stronger the preference, the stronger the colour.

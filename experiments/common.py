@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import records
 from rlhf_jax import (
   checkpoint,
   data,
@@ -513,6 +514,25 @@ def export(
   return folder
 
 
+def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, config: Any) -> Any:
+  """Runs a script as a stage of another one, with the flags that repeat it alone in its workdir."""
+  path = checkpoint.local_path(session.workdir) / "flags"
+  if processes.is_first() and not path.exists():
+    flags.save_configs(path, session, config)
+  summary = train(session, config)
+  if processes.is_first():
+    flags.save_configs(path, session, config)
+  return summary
+
+
+def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
+  """Ends a run whose model has been exported: plots, the card of the model, summary.json last."""
+  reporting.plot_metrics(run.workdir)
+  if processes.is_first():
+    records.write_card(run.workdir, run.workdir / EXPORT, summary)
+  reporting.write_summary(run.workdir, summary)
+
+
 def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Adds a line per row to a file and returns when they are on disk."""
   if not processes.is_first():
@@ -852,7 +872,7 @@ class Judge:
 
     def evaluate(state: Any, step: int) -> dict[str, float]:
       samples = self._sample(params_of(state))
-      reporting.save_samples(self._run.workdir, step, sample_rows(samples))
+      self._run.writer.table(step, "samples", sample_rows(samples))
       means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
       return {"eval/kl": float(np.mean(samples.kl)), **means}
 
@@ -878,11 +898,10 @@ class Judge:
         }
         table["preferred to the start"] = {"start": 0.5, "trained": rate.value}
       reporting.save_samples(run.workdir, 0, sample_rows(before))
-      reporting.save_samples(run.workdir, step, sample_rows(after))
+      run.writer.table(step, "samples", sample_rows(after))
       reporting.show_samples(side_by_side(before, after), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
+    finish(run, summary)
     return summary
 
 
@@ -912,7 +931,7 @@ def train_offline(
     config: Of the script: RunConfig, `model`, `lora`, `data`, `optim`, `sampling` and `reward`.
     settings: Of the algorithm.
     kind: Of the data.
-    title: Shown.
+    title: Shown; in lower case the name of the script.
     make_batch: `(rows, ref_logprobs [B, ...]) -> batch` of the loss.
     reference: `(apply_fn, params, rows, settings) -> ref_logprobs [B, ...]`.
     row_figures: `(params, batch, *, apply_fn, config) -> metrics`, [B] each, NaN where undefined.
@@ -925,12 +944,13 @@ def train_offline(
   tokenizer = open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
-      title,
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      title.lower(),
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **frozen_digest(config.lora, folder),
     )
     model, ref_params = open_model(run, config.model, folder, tokenizer)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, flags, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
@@ -134,12 +134,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "nash_md",
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **common.frozen_digest(config.lora, folder),
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, flags, generation, loop, rewards, sharding
 from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
@@ -79,12 +79,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   samples = config.sampling.samples_per_prompt
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "online_dpo",
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **common.frozen_digest(config.lora, folder),
     )
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)

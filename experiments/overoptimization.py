@@ -65,7 +65,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
   def stage(name, script, stage_config, seed):
     # Each stage draws its own rows of the built-in task.
     own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
-    return script(own, stage_config)
+    return common.run_stage(script, own, stage_config)
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
@@ -170,7 +170,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   responses = config.batch_size * config.sampling.samples_per_prompt
   sources = [data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)]
-  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest}
+  digests = {}
   if config.ppo.ptx_coef:
     own = dataclasses.replace(config.data, path=config.ptx_path, tfds="", eval_path="")
     texts, _ = data.load("demonstrations", own, tokenizer, seed=session.seed)
@@ -181,7 +181,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   ahead = config.rollout.devices
   require_devices(ahead)
   with loop.open_run(session, spare=ahead) as run:
-    loop.identify(run, "ppo", flags.to_dict(config), **digests)
+    records.identify(run, "ppo", config, tokenizer, train_set, heldout, **digests)
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
     gold_fns = common.gold_rewards(config.data, train_set, tokenizer)

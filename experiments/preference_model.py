@@ -22,7 +22,7 @@ import itertools
 import jax
 import numpy as np
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
@@ -51,12 +51,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("comparisons", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "preference_model",
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
@@ -121,8 +122,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
           "violations_of_votes": violations(places, np.asarray(votes)),
         }
       show(summary)
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
+    common.finish(run, summary)
   return summary
 
 

@@ -26,14 +26,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import (
   checkpoint,
   data,
   flags,
   generation,
   loop,
-  metrics,
   processes,
   reporting,
   sharding,
@@ -142,13 +141,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       start = stage / common.EXPORT
   with loop.open_run(session) as run:
-    loop.identify(
-      run, "rest", flags.to_dict(config), data=train_set.digest, tokenizer=tokenizer.digest
-    )
-    writer = metrics.make_writer(workdir, session.trackers, resume_step=0)
+    records.identify(run, "rest", config, tokenizer, train_set, heldout)
+    run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):
-      writer.write(step + 1, row)
-    writer.close()
+      run.writer.write(step + 1, row)
     draw(workdir, rows, len(config.rest.quantiles))
     model, ref_params = common.open_model(run, config.model, folder, tokenizer)
     _, params = common.open_model(run, config.model, start, tokenizer)
@@ -278,12 +274,14 @@ def improve(
   path = checkpoint.local_path(session.workdir) / "summary.json"
   read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "improve",
-      flags.to_dict(config) | {"improve": index, "start": str(start)},
-      data=dataset.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      dataset,
+      heldout,
+      more={"improve": index, "start": str(start)},
       **common.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:
@@ -329,8 +327,7 @@ def improve(
         run, model, heldout, tokenizer, config.sampling, reward_fns=reward_fns
       )
       summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
+    common.finish(run, summary)
   return processes.agree(read)
 
 

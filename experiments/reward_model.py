@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
@@ -62,12 +62,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "reward_model",
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
@@ -130,8 +131,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     if heldout.examples:
       summary |= judge(heldout, pairs_of(heldout, params))
       show(summary)
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
+    common.finish(run, summary)
   return summary
 
 

@@ -44,7 +44,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     own = dataclasses.replace(
       session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
     )
-    return script(own, stage_config)
+    return common.run_stage(script, own, stage_config)
 
   start = str(workdir / "sft")
   stage("sft", sft.train, config.sft, 1)

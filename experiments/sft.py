@@ -17,7 +17,7 @@ import functools
 
 import jax
 
-from experiments import common
+from experiments import common, records
 from rlhf_jax import data, flags, loop, reporting
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
@@ -49,12 +49,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("demonstrations", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
-    loop.identify(
+    records.identify(
       run,
       "sft",
-      flags.to_dict(config),
-      data=train_set.digest,
-      tokenizer=tokenizer.digest,
+      config,
+      tokenizer,
+      train_set,
+      heldout,
       **common.frozen_digest(config.lora, folder),
     )
     model, params = common.open_model(run, config.model, folder, tokenizer)
@@ -110,8 +111,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     summary = evaluate(state, config.steps) if heldout.examples else {}
     if heldout.examples:
       show_samples(run, config, model, params, heldout, tokenizer)
-    reporting.plot_metrics(run.workdir)
-    reporting.write_summary(run.workdir, summary)
+    common.finish(run, summary)
   return summary
 
 
@@ -127,7 +127,7 @@ def show_samples(run, config, model, params, heldout, tokenizer) -> None:
     reward_fns=common.gold_rewards(config.data, prompts, tokenizer),
   )
   rows = common.sample_rows(sample(params))
-  reporting.save_samples(run.workdir, config.steps, rows)
+  run.writer.table(config.steps, "samples", rows)
   reporting.show_samples(rows, "Samples of the fine-tuned model")
 
 

@@ -109,7 +109,8 @@ def test_adapters_from_a_base_that_changed_are_refused(tmp_path, run_script, sft
 
 
 def test_sft_writes_what_it_says(sft_run):
-  for name in ("flags", "metrics.jsonl", "summary.json", "identity.json"):
+  files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
+  for name in (*files, "export/README.md"):
     assert (sft_run / name).stat().st_size > 0, name
   assert list((sft_run / "plots").glob("*.png"))
   assert list((sft_run / "samples").glob("step_*.jsonl"))

@@ -107,8 +107,9 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
       for name, drawn in samples.items()
     }
-    for step, drawn in enumerate(samples.values()):
-      reporting.save_samples(run.workdir, step, common.sample_rows(drawn))
+    for step, (name, drawn) in enumerate(samples.items()):
+      rows = [{"policy": name} | row for row in common.sample_rows(drawn)]
+      reporting.save_samples(run.workdir, step, rows)
     reporting.show_samples(answers(samples, count), "Baseline and policies")
     show(figures, list(reward_fns))
     charts = frontier(figures, best_of_n(samples[names[0]], count), names[0])

@@ -1,4 +1,4 @@
-r"""Draws many runs together: curves with seeds as bands, the frontier, over-optimisation.
+r"""Compares runs: curves with seeds as bands, the frontier, over-optimisation, settings, samples.
 
 Each run a line:
   python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/ppo_free
@@ -6,14 +6,20 @@ Seeds together, a line each for two settings:
   python -m experiments.plot --workdir=runs/plots \
     --runs="KL penalty=runs/kl_0,runs/kl_1,runs/kl_2,none=runs/free_*"
 
+With who beats whom, and the answers of all policies to the same prompts:
+  python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/nash --evaluation=runs/eval
+
 `LABEL=DIR` starts a group of runs that differ in their seed only, every `DIR` after it joins it,
 and `*` stands for what the shell would put there. A group is drawn as the mean of its runs in a
-band from the lowest to the highest. Runs may still be going on. It takes a few seconds.
+band from the lowest to the highest. Runs may still be going on. It takes some ten seconds.
 
 Writes, for what the runs have logged:
+  report.html                all of it on one page that opens without a network, with the final
+                             figures, the settings that differ, answers side by side and lineage
   plots/NAME.png             each metric over the steps
   plots/frontier.png         reward over the KL to the reference, at the end of training
   plots/overoptimization.png proxy and gold reward over the KL as training goes on
+  plots/win_rates.png        who beats whom, from an evaluation by pairs
   summary.json               the same in figures, by group
 
 A proxy that keeps rising while the gold reward peaks and falls is over-optimised. `diverged` counts
@@ -30,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
+from experiments import common, report
 from rlhf_jax import checkpoint, evaluation, flags, metrics, reporting
 
 PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
@@ -39,6 +45,7 @@ _KL_LABEL = "KL to the reference (nats per response, root scale)"
 
 Rows = list[dict[str, Any]]
 Groups = dict[str, list[Rows]]  # Label -> rows of metrics.jsonl of each run.
+Charts = dict[str, list[reporting.Chart]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,22 +55,32 @@ class Config:
   Attributes:
     workdir: Folder for the plots.
     runs: Workdirs of the runs: DIR,DIR draws each on its own, LABEL=DIR,DIR,LABEL=DIR groups them.
+    evaluation: Workdir of experiments.evaluate, for its figures, win rates and samples.
   """
 
   workdir: str
   runs: tuple[str, ...]
+  evaluation: str = ""
 
 
 def plot(config: Config) -> dict[str, Any]:
-  """Reads the runs, writes plots and summary.json, returns the latter."""
+  """Reads the runs, writes plots, report.html and summary.json, returns the latter."""
   workdir = checkpoint.local_path(config.workdir)
   if (workdir / "metrics.jsonl").exists():
     raise flags.UsageError(f"--workdir={workdir} is a run; give the plots a folder of their own")
-  groups = {
-    label: [read_run(folder) for folder in folders]
-    for label, folders in group_runs(config.runs).items()
-  }
-  return draw(workdir, groups)
+  folders = group_runs(config.runs)
+  groups = {label: [read_run(folder) for folder in some] for label, some in folders.items()}
+  evaluation = checkpoint.local_path(config.evaluation) if config.evaluation else None
+  matrix = report.win_rates(report.read_evaluation(evaluation)) if evaluation else {}
+  charts = charts_of(groups)
+  summary = draw(workdir, groups, charts)
+  if matrix:
+    png = reporting.render_matrix("Share of prompts on which the row is preferred", matrix)
+    (workdir / "plots" / "win_rates.png").write_bytes(png)
+  page = report.render(report.Comparison(folders, charts, table(summary), evaluation))
+  metrics.write_atomic(workdir / "report.html", page)
+  reporting.note(f"report: {workdir / 'report.html'}")
+  return summary
 
 
 def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
@@ -89,31 +106,43 @@ def read_run(folder: str) -> Rows:
   """Rows of `metrics.jsonl` of a run.
 
   Raises:
-    UsageError: There is none, or it has no rows yet.
+    UsageError: There is none, it has no rows yet, or one that cannot be read.
   """
   path = checkpoint.local_path(folder) / "metrics.jsonl"
   if not path.exists():
     inside = sorted(child.parent.name for child in path.parent.glob("*/metrics.jsonl"))
     hint = f"; did you mean {', '.join(f'{folder}/{name}' for name in inside)}?" if inside else ""
     raise flags.UsageError(f"--runs: {folder} is no workdir of a run: no metrics.jsonl{hint}")
-  rows = metrics.read_metrics(path)
+  try:
+    rows = metrics.read_metrics(path)
+  except ValueError as error:
+    raise flags.UsageError(f"--runs: {error}; delete the line, or continue the run") from error
   if not rows:
     raise flags.UsageError(f"--runs: {path} is empty; wait for the first steps of the run")
   return rows
 
 
-def draw(workdir: pathlib.Path, groups: Groups) -> dict[str, Any]:
-  """All plots that the metrics allow, and summary.json, which is returned."""
-  plots = workdir / "plots"
-  written = []
-  for name, panel in reporting.PANELS.items():
-    if panel.x == "step" and (charts := curves(panel, groups)):
-      written.append(reporting.save_chart(plots / f"{name}.png", *charts))
-  if not written:
+def charts_of(groups: Groups) -> Charts:
+  """All charts that the metrics allow, by the name of their file.
+
+  Raises:
+    UsageError: There are none.
+  """
+  charts = {
+    name: curves(panel, groups) for name, panel in reporting.PANELS.items() if panel.x == "step"
+  }
+  if not any(charts.values()):
     raise flags.UsageError("--runs: no run has logged two points of a known metric yet")
-  for name, make in (("frontier", frontier), ("overoptimization", overoptimization)):
-    if charts := make(groups):
-      written.append(reporting.save_chart(plots / f"{name}.png", *charts))
+  charts |= {"frontier": frontier(groups), "overoptimization": overoptimization(groups)}
+  return {name: some for name, some in charts.items() if some}
+
+
+def draw(workdir: pathlib.Path, groups: Groups, charts: Charts | None = None) -> dict[str, Any]:
+  """Writes all plots that the metrics allow, and summary.json, which is returned."""
+  charts = charts_of(groups) if charts is None else charts
+  written = [
+    reporting.save_chart(workdir / "plots" / f"{name}.png", *some) for name, some in charts.items()
+  ]
   for label, runs in groups.items():
     missing = [name for name in (PROXY, GOLD, KL) if not has(runs, name)]
     if 0 < len(missing) < 3:  # Without any of them it is no reinforcement learning.

@@ -109,6 +109,9 @@ def test_bad_input_is_refused_in_words(tmp_path, runs):
   assert "twice" in refused(tmp_path, f"{runs}/kl_0", f"a={runs}/kl_0")
   (tmp_path / "empty" / "metrics.jsonl").write_text("")
   assert "wait for the first steps" in refused(tmp_path, str(tmp_path / "empty"))
+  (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1}\nloss 0.3\n')
+  message = refused(tmp_path, str(tmp_path / "empty"))
+  assert "metrics.jsonl:2: " in message and "delete the line" in message
   short = write_run(tmp_path / "short", steps=1)
   assert "two points" in refused(tmp_path, short)
   assert "folder of their own" in refused(tmp_path, f"{runs}/kl_0", workdir="runs/kl_1")

@@ -144,7 +144,7 @@ def _check_divides(name: str, dimension: int, size: int, axes: Any, mesh: Mesh) 
   if size % math.prod(mesh.shape[axis] for axis in axes):
     sizes = " * ".join(f"{axis}:{mesh.shape[axis]}" for axis in axes)
     raise ValueError(
-      f"{name}: dimension {dimension} of size {size} is not divisible by {sizes};"
+      f"--mesh: dimension {dimension} of {name} has size {size}, which is not divisible by {sizes};"
       " change --mesh or the model size"
     )
 

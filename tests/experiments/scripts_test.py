@@ -354,6 +354,14 @@ def test_bad_input_is_refused_in_words(command, code, message, tmp_path, run_scr
   assert message in finished.output
 
 
+def test_a_model_that_the_mesh_does_not_divide_is_refused(tmp_path, run_script, sft_run):
+  flags = (f"--init_from={sft_run}", "--mesh=fsdp:2")
+  finished = run_script("sft", tmp_path / "run", *flags, devices=2)
+  assert finished.code == 64, finished.output
+  assert "Traceback" not in finished.output
+  assert "--mesh: dimension 0 of embed/embedding has size" in finished.output
+
+
 def test_a_bad_row_is_named_before_anything_is_compiled(tmp_path, run_script):
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n')

@@ -36,7 +36,7 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, join, make_schedule
-from rlhf_jax.types import Params, Rollout, TrainState, TrainStep
+from rlhf_jax.types import Params, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +86,7 @@ class Programs(NamedTuple):
   sample: Callable[..., Rollout]  # Of the policy, or with objective=regression of the mixture.
   oppose: Callable[..., Rollout]
   refer: Callable[[Params, Rollout], jax.Array]
-  step: TrainStep
-  frozen: Params  # What the state lacks, since no update changes it.
+  trainer: common.Trainer
 
 
 def open_programs(
@@ -120,8 +119,7 @@ def open_programs(
     sample,
     sampler(1, True),
     refer,
-    trainer.step,
-    trainer.frozen,
+    trainer,
   )
   return NashState(trainer.state, average), programs
 
@@ -161,7 +159,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "data": f"{len(train_set.examples)} prompts",
         "tokens per step": f"{config.batch_size * (settings.responses + 1) * length}",
       },
-      frozen=programs.frozen,
+      frozen=programs.trainer.frozen,
     )
     stops = (tokenizer.eos_id,)
     prefer = preference_of(train_set)
@@ -171,7 +169,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
 
     def whole(params: Params) -> Params:
-      return params if params is fixed else join(programs.frozen, params)
+      return params if params is fixed else join(programs.trainer.frozen, params)
 
     def iteration(state: NashState, prompts: data.PromptBatch, key: jax.Array):
       key = jax.random.fold_in(key, state.train.step)
@@ -213,7 +211,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
           preference=(preference - settings.missing_eos_penalty * cut).reshape(rows),
           tau=jnp.full([config.batch_size], tau, jnp.float32),
         )
-        return programs.step(current, batch, key)
+        return programs.trainer.step(current, batch, key)
 
       opponent = state.train.params if state.average is None else state.average
       if fixed is not None:

@@ -34,7 +34,7 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, join, make_schedule
-from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "responses per step": f"{config.batch_size * samples}, of which {config.batch_size * 2}"
         " are learnt from",
       },
-      frozen=programs.frozen,
+      frozen=programs.trainer.frozen,
     )
     stops = (tokenizer.eos_id,)
-    whole = functools.partial(join, programs.frozen)
+    whole = functools.partial(join, programs.trainer.frozen)
 
     def iteration(state: OnlineState, prompts: data.PromptBatch, key: jax.Array):
       keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
@@ -132,7 +132,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       previous = state.previous
       reference = ref_params if previous is None else whole(previous)
       batch, figures = programs.make_batch(reference, rollout, scores, free, keys[2])
-      new, metrics = programs.step(state.train, batch, key)
+      new, metrics = programs.trainer.step(state.train, batch, key)
       if previous is not None and int(new.step) % config.online.round_steps == 0:
         previous = jax.tree.map(jnp.copy, new.params)
       ended = generation.ended(rollout, stops)
@@ -181,8 +181,7 @@ class Programs(NamedTuple):
   generate: Callable[..., Rollout]  # Of the policy: several responses to each prompt.
   alone: Callable[..., Rollout]  # Of the reference: one.
   make_batch: Callable[..., tuple[dpo.DPOBatch, Metrics]]
-  step: TrainStep
-  frozen: Params  # What the state lacks, since no update changes it.
+  trainer: common.Trainer
 
 
 def open_programs(
@@ -218,7 +217,7 @@ def open_programs(
     for count in (samples, 1)
   )
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  programs = Programs(reshard, generate, alone, make_batch, trainer.step, trainer.frozen)
+  programs = Programs(reshard, generate, alone, make_batch, trainer)
   return OnlineState(trainer.state, previous), programs
 
 

@@ -38,8 +38,8 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model, actor_critic, lora, shared_actor_critic, zero_scores
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.train_step import OptimConfig, freeze, join, make_optimizer, make_schedule
-from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState, TrainStep
+from rlhf_jax.train_step import OptimConfig, freeze, make_optimizer, make_schedule
+from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         "tokens per step": f"{responses * length} in {responses} responses,"
         f" {config.ppo.epochs} epochs of {config.ppo.minibatches} minibatches",
       },
-      frozen=programs.frozen,
+      frozen=programs.trainer.frozen,
     )
     stops = (tokenizer.eos_id,)
     reward_fn = reward_of(train_set)
@@ -218,7 +218,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         prompt_ids = np.repeat(sharding.to_host(prompt_id), repeats)
         return prompt_ids, jnp.asarray(reward_fn(rollout, prompt_ids))
 
-      params = jax.block_until_ready(programs.params(state.train))
+      params = jax.block_until_ready(programs.trainer.params(state.train))
       start = time.monotonic()
       policy = programs.reshard(params["policy"])
       present, following, metrics = state.sampled, None, {}
@@ -250,7 +250,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         generation.ended(rollout, stops),
         **more,
       )
-      new, of_update = programs.update(state.train, experienced, key)
+      new, of_update = programs.trainer.step(state.train, experienced, key)
       metrics |= of_rollout | of_update
       metrics |= {
         "tokens": jnp.sum(rollout.response_mask),
@@ -260,7 +260,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return PPOState(new, control, following), metrics
 
     def policy_of(state: PPOState):
-      return programs.params(state.train)["policy"]
+      return programs.trainer.params(state.train)["policy"]
 
     heldout_fns = {"reward": reward_of(heldout)}
     heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
@@ -287,12 +287,7 @@ class Programs(NamedTuple):
   generate: Callable[..., Rollout]  # Of the policy, from params that `reshard` gave.
   refer: Callable[..., Rollout]  # Of the reference.
   experience: Callable[..., tuple[ppo.PPOBatch, ppo.Control, Metrics]]
-  update: TrainStep
-  frozen: Params  # What the state lacks, since no update changes it.
-
-  def params(self, state: TrainState) -> Params:
-    """The whole params of a state."""
-    return join(self.frozen, state.params)
+  trainer: common.Trainer
 
 
 def open_programs(
@@ -326,7 +321,8 @@ def open_programs(
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   if config.rollout.devices:
     reshard, generate = sample_away(run, config, model, tokenizer)
-  return state, Programs(reshard, generate, refer, experience, update, frozen)
+  trainer = common.Trainer(state.train, update, frozen)
+  return state, Programs(reshard, generate, refer, experience, trainer)
 
 
 def require_devices(ahead: int) -> None:

@@ -34,7 +34,6 @@ from rlhf_jax.algorithms import rest as rest_lib
 from rlhf_jax.algorithms import reward_model as reward_model_lib
 from rlhf_jax.algorithms import sft as sft_lib
 from rlhf_jax.models import Model
-from rlhf_jax.train_step import join
 from rlhf_jax.types import ComparisonBatch, Params, Rollout, TokenBatch, UnpairedBatch
 
 
@@ -210,7 +209,7 @@ def compile_ppo(case: Case) -> None:
   )
   held = {"state": state, "reference": ref_params}
   judge, held["reward"] = case.open_judge(config.reward)
-  params = programs.params(state.train)
+  params = programs.trainer.params(state.train)
   rollout = rollout_of(
     case, "rollout", model, programs.reshard, programs.generate, params["policy"], held
   )
@@ -243,7 +242,7 @@ def compile_ppo(case: Case) -> None:
     **more,
   )
   work = case.training(model, config.ppo.epochs * (forward + critic))
-  case.check("update", programs.update, state.train, batch, case.key, work=work, held=held)
+  case.check("update", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
 def compile_nash_md(case: Case) -> None:
@@ -253,7 +252,7 @@ def compile_nash_md(case: Case) -> None:
   state, programs = nash_md.open_programs(case.run, config, model, ref_params, case.tokenizer)
   held = {"state": state, "reference": ref_params}
   judge, held["preference"] = case.open_judge(config.preference)
-  params = join(programs.frozen, state.train.params)
+  params = programs.trainer.params(state.train)
   policy, ref = (
     case.check(f"reshard{name}", programs.reshard, whole, held=held)
     for name, whole in (("", params), (" reference", ref_params))
@@ -296,7 +295,7 @@ def compile_nash_md(case: Case) -> None:
     ),
   )
   work = case.training(model, forward)
-  case.check("train", programs.step, state.train, batch, case.key, work=work, held=held)
+  case.check("train", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
 def compile_online_dpo(case: Case) -> None:
@@ -306,7 +305,7 @@ def compile_online_dpo(case: Case) -> None:
   state, programs = online_dpo.open_programs(case.run, config, model, ref_params, case.tokenizer)
   held = {"state": state, "reference": ref_params}
   judge, held["reward"] = case.open_judge(config.reward)
-  policy = join(programs.frozen, state.train.params)
+  policy = programs.trainer.params(state.train)
   rollout = rollout_of(case, "rollout", model, programs.reshard, programs.generate, policy, held)
   free = None
   if config.dpo.bonus_coef:
@@ -326,7 +325,7 @@ def compile_online_dpo(case: Case) -> None:
     held=held,
   )
   work = case.training(model, forward)
-  case.check("train", programs.step, state.train, batch, case.key, work=work, held=held)
+  case.check("train", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
 def compile_rest(case: Case) -> None:

@@ -5,6 +5,8 @@ Built-in task, after SFT and reward model (two minutes on a laptop CPU):
 Your model and prompts, against a Python reward function of rlhf_jax/rewards/functions.py:
   python -m experiments.ppo --workdir=runs/ppo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
+With several prompts and their responses in a row of the update, if lengths differ much:
+  --ppo.packed_length=512
 With the critic as a head on the policy; with two devices that sample while the others learn:
   --share_trunk    --rollout.devices=2 --ppo.importance_cap=2
 Without a critic, from several samples per prompt:
@@ -39,7 +41,7 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model, actor_critic, lora, shared_actor_critic, zero_scores
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig, freeze, make_optimizer, make_schedule
-from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState
+from rlhf_jax.types import Metrics, Params, Rollout, TokenBatch, TrainState, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Config(loop.RunConfig):
       raise ValueError(
         f"sampling.samples_per_prompt must be at least 2 for ppo.advantage={self.ppo.advantage}"
       )
+    if self.data.packed_length:
+      raise ValueError("data.packed_length packs what is read; ppo.packed_length, what is sampled")
     if self.rollout.devices and not self.ppo.importance_cap:
       raise ValueError(
         "rollout.devices sample from the policy before; set ppo.importance_cap, such as 2, to weigh"
@@ -169,6 +173,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   responses = config.batch_size * config.sampling.samples_per_prompt
+  length = train_set.padded_length + config.sampling.max_new_tokens
+  if 0 < config.ppo.packed_length < length:
+    raise flags.UsageError(
+      f"--ppo.packed_length={config.ppo.packed_length} is too short for the longest sequence, of up"
+      f" to {length} tokens; raise it, or lower --data.max_prompt_length or"
+      " --sampling.max_new_tokens"
+    )
   sources = [data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)]
   digests = {}
   if config.ppo.ptx_coef:
@@ -188,7 +199,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state, programs = open_programs(run, config, folder, model, ref_params, tokenizer)
     if ahead:
       state = state._replace(sampled=nothing_sampled(run, config, train_set.padded_length))
-    length = train_set.padded_length + config.sampling.max_new_tokens
     common.describe(
       run,
       "PPO" if config.ppo.has_critic else config.ppo.advantage.upper(),
@@ -304,6 +314,7 @@ def open_programs(
   tx, _ = make_transformation(config)
   control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
   state = PPOState(common.place_state(run, trained, tx), control)
+  shardings = common.shardings_of(state.train)
   temperature, samples = config.sampling.temperature, config.sampling.samples_per_prompt
   generate, refer = (
     common.make_sampler(
@@ -314,10 +325,22 @@ def open_programs(
   experience = ppo.make_experience(
     apply_fn, model.apply, config.ppo, temperature=temperature, samples_per_prompt=samples
   )
-  make_step = functools.partial(
-    ppo.make_ppo_step, tx=tx, config=config.ppo, temperature=temperature
-  )
-  update = freeze(make_step, apply_fn, frozen, state_shardings=common.shardings_of(state.train))
+
+  def make_update(packed_rows: int | None = None) -> TrainStep:
+    make_step = functools.partial(
+      ppo.make_ppo_step,
+      tx=tx,
+      config=config.ppo,
+      temperature=temperature,
+      packed_rows=packed_rows,
+    )
+    return freeze(make_step, apply_fn, frozen, state_shardings=shardings)
+
+  if config.ppo.packed_length and not sharding.is_absent(run.mesh):
+    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    update = ppo.make_packed_ppo_step(make_update, config.ppo, multiple=shards)
+  else:  # For absent devices, with as many packed rows as there can be.
+    update = make_update()
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   if config.rollout.devices:
     reshard, generate = sample_away(run, config, model, tokenizer)

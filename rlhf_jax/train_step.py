@@ -290,6 +290,37 @@ def make_train_step(
   return jit_step(step, state_shardings)
 
 
+def _shuffle(batch, epoch_key: jax.Array, minibatches: int) -> tuple[Any, jax.Array]:
+  """Minibatches of an epoch, [minibatches, B / minibatches, ...], and the key of their losses."""
+  order_key, loss_key = jax.random.split(epoch_key)
+  order = jax.random.permutation(order_key, jax.tree.leaves(batch)[0].shape[0])
+  return _split_rows(jax.tree.map(lambda x: x[order], batch), minibatches), loss_key
+
+
+def split_epochs(
+  batch, key: jax.Array, *, epochs: int, minibatches: int, microbatches: int = 1
+) -> Any:
+  """What `update_epochs` hands to the loss, piece by piece.
+
+  Args:
+    batch: Tree of arrays with a common leading axis B.
+    key: As for `update_epochs`; the others too.
+    epochs: Passes over the batch.
+    minibatches: Optimizer steps per pass.
+    microbatches: Pieces of a minibatch.
+
+  Returns:
+    The tree with [epochs * minibatches * microbatches, B / (minibatches * microbatches), ...].
+  """
+
+  def epoch(epoch_key: jax.Array) -> Any:
+    parts, _ = _shuffle(batch, epoch_key, minibatches)
+    return jax.vmap(lambda part: _split_rows(part, microbatches))(parts)
+
+  parts = jax.lax.map(epoch, jax.random.split(key, epochs))
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), parts)
+
+
 def update_epochs(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
@@ -316,12 +347,9 @@ def update_epochs(
   Returns:
     New state, and metrics with one entry per optimizer step, [epochs * minibatches] each.
   """
-  rows = jax.tree.leaves(batch)[0].shape[0]
 
   def epoch(state: TrainState, epoch_key: jax.Array):
-    order_key, loss_key = jax.random.split(epoch_key)
-    order = jax.random.permutation(order_key, rows)
-    parts = _split_rows(jax.tree.map(lambda x: x[order], batch), minibatches)
+    parts, loss_key = _shuffle(batch, epoch_key, minibatches)
 
     def minibatch(state: TrainState, xs):
       index, part = xs

@@ -429,6 +429,20 @@ def test_every_row_is_visited_once_per_epoch_in_a_new_order(microbatches):
   assert (np.round(other) != np.round(seen)).any()
 
 
+def test_split_epochs_gives_what_the_losses_of_update_epochs_read():
+  def loss(params, batch, key):
+    del key
+    return jnp.mean(params * batch), {"tokens": jnp.max(batch)}  # Summed over micro-batches.
+
+  tx, batch, key = optax.sgd(0.1), jnp.arange(24.0) ** 2, jax.random.key(3)
+  sizes = {"epochs": 2, "minibatches": 3, "microbatches": 2}
+  state = train_step.init_state(jnp.ones(()), tx)
+  _, metrics = train_step.update_epochs(loss, tx, state, batch, key, **sizes)
+  parts = train_step.split_epochs(batch, key, **sizes)
+  assert parts.shape == (12, 4)
+  np.testing.assert_array_equal(metrics["tokens"], parts.max(axis=1).reshape(6, 2).sum(axis=1))
+
+
 def test_update_epochs_is_the_same_as_its_updates_one_by_one():
   tx = optax.adam(0.01)
   batch, key = make_batch(), jax.random.key(5)

@@ -24,6 +24,27 @@ def response_inputs(rollout: Rollout) -> dict[str, Any]:
   return {"segment_ids": segment_ids, "last": rollout.logprobs.shape[1] + 1}
 
 
+def token_figures(
+  logits: logprobs_lib.Logits, tokens: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each token [B, T] given those before it, and the entropy it is drawn with.
+
+  Args:
+    logits: [B, T, V], maybe lazy; `logits[:, t]` predicts `tokens[:, t + 1]`.
+    tokens: [B, T] int.
+    temperature: Divides the logits, as it did when sampling.
+
+  Returns:
+    [B, T] each, 0 for the first token.
+  """
+
+  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = logits / temperature
+    return logprobs_lib.token_logprobs(logits, targets), logprobs_lib.entropy(logits)
+
+  return logprobs_lib.over_next_tokens(figures, tokens, logits)
+
+
 def response_logprobs(
   logits: logprobs_lib.Logits, rollout: Rollout, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -37,13 +58,8 @@ def response_logprobs(
   Returns:
     [B, R] each; what stands after the end of a response means nothing.
   """
-
-  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits = logits / temperature
-    return logprobs_lib.token_logprobs(logits, targets), logprobs_lib.entropy(logits)
-
   tokens = rollout.tokens[:, -rollout.logprobs.shape[1] - 1 :]
-  logprobs, entropy = logprobs_lib.over_next_tokens(figures, tokens, logits)
+  logprobs, entropy = token_figures(logits, tokens, temperature)
   return logprobs[:, 1:], entropy[:, 1:]
 
 

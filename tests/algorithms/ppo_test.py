@@ -1,5 +1,6 @@
 """PPO against exact answers on problems small enough to enumerate."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -9,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax import sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.generation import SamplingConfig, ended, make_generate
-from rlhf_jax.models import actor_critic, build
-from rlhf_jax.train_step import init_state
+from rlhf_jax.models import actor_critic, build, shared_actor_critic
+from rlhf_jax.train_step import gradients, init_state
 from tests.algorithms.tabular import (
   T,
   V,
@@ -509,9 +511,94 @@ def test_a_batch_without_any_finite_score_trains_nothing():
   assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
+@functools.cache
+def uneven_batch():
+  """A batch of responses of very different lengths, and params that are not those it is from."""
+  policy, apply, params = transformer()
+  rollout, done = sampled(0.7, rows=32)
+  cut = PROMPT + np.random.default_rng(1).integers(1, LENGTH + 1, size=(32, 1))
+  rollout = rollout._replace(
+    response_mask=rollout.response_mask & (np.arange(PROMPT + LENGTH) < cut)
+  )
+  scores = jax.random.normal(jax.random.key(1), (32,)).at[3].set(jnp.nan)
+  config = ppo.PPOConfig()
+  experience = ppo.make_experience(apply, policy.apply, config, temperature=0.7)
+  ref_params = jax.tree.map(lambda x: 0.9 * x, params["policy"])
+  batch, _, _ = experience(params, ref_params, ppo.init_control(config), rollout, scores, done)
+  return batch, jax.tree.map(lambda x: 0.97 * x, params)
+
+
+@pytest.mark.parametrize(
+  ("settings", "spec"),
+  [
+    ({"entropy_coef": 0.1}, "data:2,fsdp:2,tensor:2"),
+    ({"advantage": "grpo", "aggregation": "grpo", "kl_in": "loss", "objective": "gspo"}, None),
+  ],
+  ids=["ppo", "grpo"],
+)
+def test_packing_changes_no_loss_and_no_gradient(settings, spec):
+  config = ppo.PPOConfig(**settings)
+  batch, params = uneven_batch()
+  mesh = sharding.make_mesh(spec) if spec else None
+  if mesh is not None:
+    batch = sharding.place_batch(jax.device_get(batch), mesh)
+    places = sharding.named_shardings(params, mesh, sharding.DECODER_RULES)
+    params = jax.device_put(params, places)
+  apply = actor_critic(build(CONFIG, mesh=mesh), build(CONFIG, head="scalar", mesh=mesh))
+  found = []
+  for length in (0, 13):
+    loss = functools.partial(
+      ppo.loss_fn,
+      apply_fn=apply,
+      config=dataclasses.replace(config, packed_length=length),
+      temperature=0.7,
+    )
+    run = jax.jit(functools.partial(gradients, loss, microbatches=2))
+    found.append(run(params, batch, jax.random.key(0)))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+  assert abs(found[0][1]["kl/old"]) > 1e-4
+
+
+def test_a_packed_update_is_that_of_padded_rows():
+  config = ppo.PPOConfig(epochs=2, minibatches=2, microbatches=2)
+  batch, params = uneven_batch()
+  apply = shared_actor_critic(build(CONFIG, head="both"))
+  params = params | {"value": {"score": params["value"]["score"]}}
+  packed = dataclasses.replace(config, packed_length=12)
+  tx, numbers = optax.sgd(0.1), []
+
+  def make_step(rows):
+    numbers.append(rows)
+    return ppo.make_ppo_step(apply, tx, packed, temperature=0.7, packed_rows=rows)
+
+  steps = (
+    ppo.make_ppo_step(apply, tx, config, temperature=0.7),
+    ppo.make_packed_ppo_step(make_step, packed),
+  )
+  found = []
+  for step in steps:
+    state = init_state(copy(params), tx)
+    for _ in range(2):
+      state, metrics = step(state, batch, jax.random.key(0))
+    found.append((state, metrics))
+  before, after = (metrics.pop("padding") for _, metrics in found)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+  assert found[1][1]["skipped_steps"] == 0
+  real = np.sum(batch.rollout.prompt_mask | batch.rollout.response_mask)
+  np.testing.assert_allclose(before, 1 - real / (32 * (PROMPT + LENGTH)), rtol=1e-5)
+  np.testing.assert_allclose(after, 1 - real / (4 * numbers[-1] * 12), rtol=1e-5)
+  assert after < before
+
+
+def test_packed_rows_too_short_for_a_sequence_are_refused():
+  with pytest.raises(ValueError, match="packed_length must be at least 10, .* got 8"):
+    ppo.packed_shape(4, 10, ppo.PPOConfig(packed_length=8), None)
+
+
 @pytest.mark.parametrize(
   "settings",
   [
+    {"packed_length": -1},
     {"kl_coef": -0.1},
     {"clip_low": -0.1},
     {"kl_horizon": 0},

@@ -11,6 +11,7 @@ SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "
 MORE = {
   "preference_model": ("--lora.rank=2",),
   "dpo": ("--data.packed_length=192", "--lora.rank=4"),
+  "ppo": ("--ppo.packed_length=64",),
   "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
   "online_dpo": (
     "--preference.name=expert",
@@ -328,6 +329,8 @@ BAD_FLAGS = [
   (("ppo", "--reward.name=best"), 64, "sentiment"),
   (("ppo", "--reward.name=exact_answer"), 65, "answer: missing"),
   (("ppo", "--reward.name=gold", "--rollout.devices=1"), 64, "ppo.importance_cap"),
+  (("ppo", "--reward.name=gold", "--data.packed_length=64"), 64, "ppo.packed_length"),
+  (("ppo", "--reward.name=gold", "--ppo.packed_length=8"), 64, "--ppo.packed_length=8 is too"),
   (
     ("ppo", "--reward.name=gold", "--rollout.devices=1", "--ppo.importance_cap=2"),
     64,

@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.losses import masked, packing
 from tests.losses.case import B, Case, T, squash
@@ -36,6 +38,59 @@ def test_pairs_are_unpacked_side_by_side():
   mask = np.ones(segments.shape, bool)
   unpacked, again = packing.unpack(jnp.asarray(segments), 3, jnp.asarray(mask), segments)
   np.testing.assert_array_equal(unpacked, again == 1 + np.arange(9).reshape(9, 1, 1) % 3)
+
+
+def slow_first_fit(lengths, row_length):
+  """Rows and starts, by a loop."""
+  used, rows, starts = [], [0] * len(lengths), [0] * len(lengths)
+  for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+    row = next((r for r, u in enumerate(used) if u + lengths[n] <= row_length), len(used))
+    used += [0] * (row == len(used))
+    rows[n], starts[n] = row, used[row]
+    used[row] += lengths[n]
+  return rows, starts, len(used)
+
+
+@pytest.mark.parametrize(("longest", "row_length"), [(7, 7), (7, 20), (1, 5)])
+def test_first_fit_is_that_of_a_loop_and_keeps_its_bound(longest, row_length):
+  run = jax.jit(packing.first_fit, static_argnums=1)
+  for seed in range(20):
+    lengths = np.random.default_rng(seed).integers(1, longest + 1, 24)
+    rows, starts, used = slow_first_fit(lengths, row_length)
+    found = run(jnp.asarray(lengths), row_length)
+    np.testing.assert_array_equal(found, (rows, starts))
+    assert used <= -(-24 // (row_length // longest))
+
+
+def test_what_is_packed_is_found_again():
+  rng = np.random.default_rng(0)
+  begin, end = rng.integers(0, 4, (6, 1)), rng.integers(4, 10, (6, 1))
+  real = (np.arange(9) >= begin) & (np.arange(9) < end)  # Padding on both sides.
+  x = np.where(real, rng.integers(1, 100, real.shape), -1)
+  shape = (3, 16)
+  places = packing.places(jnp.asarray(real), shape)
+  packed = packing.pack(jnp.asarray(x), places, shape)
+  assert sorted(packed[packed != 0].tolist()) == sorted(x[real].tolist())
+  numbers = packing.pack(jnp.broadcast_to(1 + jnp.arange(6)[:, None], real.shape), places, shape)
+  for n in range(6):  # In one piece, in its order.
+    np.testing.assert_array_equal(packed[numbers == n + 1], x[n][real[n]])
+  taken = packing.take(packed.astype(float), places)
+  np.testing.assert_array_equal(taken, np.where(real, x, np.nan))
+
+
+def test_what_has_no_room_is_not_a_number():
+  real = jnp.ones((3, 4), bool)
+  places = packing.places(real, (2, 5))
+  taken = packing.take(packing.pack(jnp.ones((3, 4)), places, (2, 5)), places)
+  np.testing.assert_array_equal(np.isnan(taken).all(1), [False, False, True])
+
+
+def test_numbers_of_rows_are_few_and_little_raised():
+  rounded = {n: packing.round_up(n) for n in range(1, 513)}
+  assert all(n <= m <= n * 1.125 for n, m in rounded.items())
+  assert len({m for m in rounded.values() if 256 < m <= 512}) == 8
+  assert all(rounded[n] == n for n in range(1, 17))
+  assert packing.round_up(17, multiple=4) == 20 and packing.round_up(1, multiple=8) == 8
 
 
 def halves(mask):

@@ -155,15 +155,15 @@ def kill_script():
 
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory, run_script):
-  """`shared_run(name, script, *flags)`: workdir of a run that all worker processes share."""
+  """`shared_run(name, script, *flags, devices=1)`: workdir of a run that all workers share."""
   root = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     root = root.parent
 
-  def run(name, script, *flags) -> pathlib.Path:
+  def run(name, script, *flags, devices: int = 1) -> pathlib.Path:
     with filelock.FileLock(root / f"{name}.lock"):
       if not (root / name / "summary.json").exists():
-        finished = run_script(script, root / name, *flags)
+        finished = run_script(script, root / name, *flags, devices=devices)
         assert finished.code == 0, finished.output
     return root / name
 

@@ -1,4 +1,4 @@
-"""Two processes with a device each are one process with two devices, also halfway through a run."""
+"""Several processes with a device each are one process, also halfway through a run."""
 
 import json
 import os
@@ -6,31 +6,32 @@ import pathlib
 import signal
 import time
 
+import numpy as np
 import pytest
 
-STEPS = 16
-# PPO splits the batch over the processes, DPO the model.
+STEPS = 12
 FLAGS = {
-  "ppo": ("--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2"),
-  "dpo": ("--mesh=tensor:2",),
+  "ppo": ("--reward.name=gold", "--ppo.minibatches=2", "--ppo.packed_length=64"),
+  "dpo": (),
+}
+# PPO splits the batch over the processes, DPO the model; four processes of DPO split both.
+MESHES = {
+  2: {"ppo": "data:2", "dpo": "tensor:2"},
+  4: {"ppo": "data:4", "dpo": "data:2,tensor:2"},
 }
 
 
-def first_flags(script, sft_run):
-  every = (f"--steps={STEPS}", "--checkpoint_every=4", "--log_every=1")
-  return (f"--init_from={sft_run}", *every, *FLAGS[script])
+def first_flags(script, sft_run, devices=2):
+  every = (f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1")
+  return (f"--init_from={sft_run}", f"--mesh={MESHES[devices][script]}", *every, *FLAGS[script])
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, run_script, sft_run):
-  """Script -> its run in one process, which nothing interrupts."""
-  root = tmp_path_factory.mktemp("whole")
+@pytest.fixture(scope="session")
+def whole(shared_run, sft_run):
+  """Script -> its run in one process with two devices, which nothing interrupts."""
 
   def run(script) -> pathlib.Path:
-    if not (root / script).exists():
-      finished = run_script(script, root / script, *first_flags(script, sft_run), devices=2)
-      assert finished.code == 0, finished.output
-    return root / script
+    return shared_run(f"whole_{script}", script, *first_flags(script, sft_run), devices=2)
 
   return run
 
@@ -55,7 +56,7 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
   flags = first_flags("ppo", sft_run)
   group = start_group("ppo", tmp_path / "run", *flags)
   deadline = time.monotonic() + 240
-  while not (tmp_path / "run" / "checkpoints" / "4").exists() and time.monotonic() < deadline:
+  while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < deadline:
     time.sleep(0.01)
   os.kill(group[1].process.pid, signal.SIGTERM)  # One of the two is asked to stop.
   stopped = [running.end(timeout=60) for running in group]
@@ -76,11 +77,25 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
 
 def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whole, sft_run):
   flags = first_flags("dpo", sft_run)
-  kill_script("dpo", tmp_path / "run", *flags, after_step=4, devices=2)
+  kill_script("dpo", tmp_path / "run", *flags, after_step=3, devices=2)
   for finished in run_group("dpo", tmp_path / "run", *flags):
     assert finished.code == 0, finished.output
   assert_same_run(tmp_path / "run", whole("dpo"))
   assert texts_of(tmp_path / "run") == texts_of(whole("dpo"))
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole, sft_run):
+  """To six digits: sums over four devices are rounded in another order."""
+  flags = first_flags(script, sft_run, devices=4)
+  for finished in run_group(script, tmp_path / "run", *flags, processes=4):
+    assert finished.code == 0, finished.output
+  losses, wanted = (
+    [[row[name] for name in ("loss", "grad_norm")] for row in metrics(workdir)]
+    for workdir in (tmp_path / "run", whole(script))
+  )
+  assert len(losses) == STEPS
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):

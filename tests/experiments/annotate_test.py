@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import annotate
+from experiments import annotate, annotate_items
 from rlhf_jax import data, simulation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -131,8 +131,9 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft
     if key == "t":
       assert vote["preferred"] is None
       continue
-    pair = annotate.read_pair(data.Row("r", source[row["id"]]), 0)
-    left = 1 if annotate.is_swapped(pair) else 0
+    item = annotate_items.read_item(data.Row("r", source[row["id"]]), 0)
+    left, _ = annotate_items.shown_order(item.prompt, item.responses)
+    assert row["shown"][0] == left
     sides.add(left)
     assert vote["preferred"] == (left if key == "a" else 1 - left)
   assert sides == {0, 1}
@@ -141,19 +142,19 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft
   assert (summary["answers"], summary["ties"], summary["skipped"]) == (20, 1, 1)
   assert -1 <= summary["kappa/ada/label"] <= 1
 
-  for script in ("preference_model", "reward_model"):
-    trained = run_script(
-      script,
-      tmp_path / script,
-      f"--init_from={sft_run}",
-      f"--data.path={labels}",
-      "--data.eval_fraction=0",
-      "--data.rows=0",
-      "--batch_size=4",
-      "--steps=2",
-    )
-    assert trained.code == 0, trained.output
-    assert "not_judged 1" in trained.output
+  # The reward model learns from what a browser test has labelled.
+  trained = run_script(
+    "preference_model",
+    tmp_path / "model",
+    f"--init_from={sft_run}",
+    f"--data.path={labels}",
+    "--data.eval_fraction=0",
+    "--data.rows=0",
+    "--batch_size=4",
+    "--steps=2",
+  )
+  assert trained.code == 0, trained.output
+  assert "not_judged 1" in trained.output
 
 
 def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft_run, shared):
@@ -226,35 +227,50 @@ def test_a_model_revises_its_answers(tmp_path, pairs_file, run_script, shared):
   assert path.read_text() == "".join(lines)
 
 
-def test_kappa_and_agreement_of_two_annotators():
-  pairs = [annotate.Pair(str(i), f"p{i}", ("x", f"y{i}"), None) for i in range(40)]
-  rng = np.random.default_rng(0)
-  rows = []
-  for name, flip in (("ada", 0.0), ("bob", 0.0), ("eve", 1.0)):
-    for pair in pairs:
-      preferred = int(annotate.is_swapped(pair))
-      if flip:
-        preferred = int(rng.integers(2))
-      rows.append(annotate.answer_row(pair, name, preferred))
-  summary = annotate.agreement(pairs, rows)
-  # Ada and Bob always take the left one: they agree, and nothing can be said beyond chance.
-  assert summary["agreement/ada/bob"] == 1.0
-  assert np.isnan(summary["kappa/ada/bob"])
-  assert abs(summary["kappa/ada/eve"]) < 0.3
+def test_tasks_for_label_studio_and_its_answers(tmp_path, pairs_file, run_script):
+  flags = (f"--data.path={pairs_file}", "--limit=4")
+  exported = run_script("annotate", tmp_path / "out", *flags, "--mode=export")
+  assert exported.code == 0, exported.output
+  tasks = json.loads((tmp_path / "out" / "label_studio.json").read_text())
+  for task in tasks:
+    chosen = {"type": "pairwise", "value": {"selected": "left"}}
+    task["annotations"] = [{"completed_by": 7, "result": [chosen]}]
+  export = tmp_path / "export.json"
+  export.write_text(json.dumps(tasks))
+  for new in (4, 0):
+    imported = run_script(
+      "annotate", tmp_path / "out", *flags, "--mode=import", f"--label_studio={export}"
+    )
+    assert imported.code == 0, imported.output
+    assert f"{new} answers are new" in imported.output
+  rows = answers(tmp_path / "out" / "labels.jsonl")
+  assert [row["annotations"][0]["preferred"] for row in rows] == [row["shown"][0] for row in rows]
+  summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+  assert summary["answers"] == 4 and "agreement/7/label" in summary
+
+
+def test_more_than_two_are_ranked_in_the_browser_only(tmp_path, run_script):
+  path = tmp_path / "rows.jsonl"
+  path.write_text('{"prompt": "p", "responses": ["x", "y", "z"]}\n')
+  flags = ("--annotator=ada", f"--data.path={path}")
+  finished = run_script("annotate", tmp_path / "out", *flags)
+  assert finished.code == 65, finished.output
+  assert "--mode=browser" in finished.output
 
 
 @pytest.mark.parametrize(
-  ("fields", "label"),
+  ("settings", "message"),
   [
-    ({"prompt": "p", "chosen": "x", "rejected": "y"}, 1.0),
-    ({"prompt": "p", "responses": ["x", "y"]}, None),
-    ({"prompt": "p", "responses": [{"text": "x"}, {"text": "y"}]}, None),
-    (
-      {"prompt": "p", "responses": ["x", "y"], "annotations": [{"annotator": "a", "preferred": 1}]},
-      0.0,
-    ),
+    ({}, "annotator or else judge.path"),
+    ({"annotator": "a b"}, "annotator must be"),
+    ({"mode": "brwoser"}, "mode must be one of label, browser"),
+    ({"mode": "browser", "judge": annotate.JudgeOptions("x")}, "leave judge.path empty"),
+    ({"mode": "browser", "port": 0}, "port must be"),
+    ({"mode": "import"}, "label_studio, the file to import"),
+    ({"annotator": "ada", "label_studio": "x.json"}, "label_studio, the file to import"),
+    ({"mode": "revise", "annotator": "ada"}, "mode revise needs judge.path"),
   ],
 )
-def test_pairs_judged_or_not(fields, label):
-  pair = annotate.read_pair(data.Row("r", fields), 3)
-  assert pair == annotate.Pair("3", "p", ("x", "y"), label)
+def test_settings_that_are_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    annotate.Config(**settings)

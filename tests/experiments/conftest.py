@@ -109,6 +109,12 @@ def run_script():
 
 
 @pytest.fixture(scope="session")
+def start_script():
+  """`start_script(name, workdir, *flags) -> Running`; whoever starts it ends it."""
+  return lambda script, workdir, *flags: Running(script, workdir, flags)
+
+
+@pytest.fixture(scope="session")
 def start_group():
   """`start_group(name, workdir, *flags, processes=2) -> [Running]`, with a device each."""
 

@@ -1,0 +1,234 @@
+"""A job, as a value: what runs, on what, and how often it is started again.
+
+Nothing here knows a target. A target is a pure function from a `Job` to a `Plan`: the files that it
+takes and the commands that submit it.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from launch import accelerators
+
+# How scripts end (rlhf_jax raises errors with these codes; the names are of sysexits.h). Only what
+# may go away by itself is worth another start: a save that failed (74) and a job that was asked to
+# stop and has saved its state (75). So are signals, of which the shell makes 128 + their number:
+# memory, the machine, a neighbour that is gone. A wrong flag (64, or 1 if it is unknown), bad data
+# (65), broken gradients (70), a workdir that cannot be locked (73) or holds another run (78) stay.
+RETRIED = (74, 75)
+FIRST_SIGNAL = 128
+# Seconds between the first SIGTERM and the end, in which a script finishes a step and saves it.
+GRACE_SECONDS = 120
+
+_AXES = ("data", "fsdp", "tensor")  # Of rlhf_jax.sharding; `data` and `fsdp` split the rows.
+_GIVEN = ("coordinator", "processes", "process_id")  # Flags that the launcher gives itself.
+
+
+class JobError(ValueError):
+  """The job asks for something impossible. The message names the flag and the fix."""
+
+
+class Plan(NamedTuple):
+  """What a target makes of a job.
+
+  Attributes:
+    files: Path -> text, written before the commands run.
+    commands: Argument lists, run one after the other.
+    later: What one may want to do afterwards -> command line.
+  """
+
+  files: Mapping[str, str]
+  commands: tuple[tuple[str, ...], ...]
+  later: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """One run of a script.
+
+  Attributes:
+    module: Module to run, such as experiments.ppo.
+    flags: Its flags, as `--name=value`; --workdir is one of them.
+    name: Name of the job: small letters, digits, dashes. By default made of the last folder of the
+      workdir.
+    accelerator: TPU slice such as v5litepod-16, or GPUs of one host such as H100:8. Empty for CPUs.
+    slices: How many of them, as one job: slices of a TPU, or hosts.
+    processes: Processes on a host, without an accelerator.
+    devices: CPU devices of a process, without an accelerator; 0 takes what is there.
+    shared: Folder that is the same file system on all hosts and outlives them.
+    mount: HOST:/EXPORT of a Filestore or NFS server, for the hosts to mount there; empty if they
+      have it already.
+    restarts: How often the job is started again, after a preemption or a lost host.
+    spot: Whether to take capacity that is cheap and may be taken away.
+    env: `NAME=VALUE` for the processes.
+    python: Interpreter of the hosts, where the target does not make an environment of its own.
+    source: What pip installs on a TPU VM: a git+https URL with a commit, or a folder on `shared`.
+    image: Container image, for xpk.
+    project: Google Cloud project.
+    zone: Google Cloud zone.
+    cluster: GKE cluster, for xpk.
+    extra: Further flags for the command that submits the job, such as --partition=gpu for sbatch.
+  """
+
+  module: str
+  flags: tuple[str, ...] = ()
+  name: str = ""
+  accelerator: str = ""
+  slices: int = 1
+  processes: int = 1
+  devices: int = 0
+  shared: str = ""
+  mount: str = ""
+  restarts: int = 10
+  spot: bool = False
+  env: tuple[str, ...] = ()
+  python: str = sys.executable
+  source: str = ""
+  image: str = ""
+  project: str = ""
+  zone: str = ""
+  cluster: str = ""
+  extra: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", self.module):
+      raise JobError(f"{self.module!r} is not a module, such as experiments.ppo")
+    self._check_flags()
+    if not self.name:
+      made = re.sub(r"[^a-z0-9]+", "-", pathlib.PurePosixPath(self.workdir).name.lower())
+      object.__setattr__(self, "name", made.strip("-").lstrip("0123456789-")[:40].rstrip("-"))
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
+      raise JobError(
+        f"--name={self.name}: give 1 to 40 small letters, digits and dashes, a letter first"
+      )
+    for name, least in (("slices", 1), ("processes", 1), ("devices", 0), ("restarts", 0)):
+      if getattr(self, name) < least:
+        raise JobError(f"--{name}={getattr(self, name)} must be at least {least}")
+    for pair in self.env:
+      if not re.fullmatch(r"[A-Za-z_]\w*=[^\n\r]*", pair):
+        raise JobError(f"--env={pair} is not NAME=VALUE, on one line")
+    if self.accelerator and (self.processes > 1 or self.devices):
+      raise JobError(
+        f"--accelerator={self.accelerator} decides the processes and devices: leave out"
+        " --processes and --devices"
+      )
+    self.hardware  # noqa: B018 - raises if there is no such accelerator.
+    self._check_places()
+    self._check_mesh()
+
+  @property
+  def workdir(self) -> str:
+    """The --workdir of the script."""
+    return self.flag("workdir")
+
+  @property
+  def hardware(self) -> accelerators.Accelerator:
+    """A slice or a host; without an accelerator a host with CPU devices."""
+    if self.accelerator:
+      try:
+        return accelerators.find(self.accelerator)
+      except ValueError as error:
+        raise JobError(f"--{error}") from None
+    devices = self.processes * self.devices
+    return accelerators.Accelerator("CPU", hosts=1, devices=devices, chips=0)
+
+  @property
+  def hosts(self) -> int:
+    """Hosts of all slices."""
+    return self.slices * self.hardware.hosts
+
+  def flag(self, name: str) -> str:
+    """The value of a flag of the script, empty if it is not given."""
+    prefix = f"--{name}="
+    return next((f.removeprefix(prefix) for f in self.flags if f.startswith(prefix)), "")
+
+  def command(self, python: str, *more: str) -> tuple[str, ...]:
+    """The script as an argument list."""
+    return (python, "-m", self.module, *self.flags, *more)
+
+  def require_shared(self, why: str) -> None:
+    """Refuses a workdir that other hosts do not see, or that goes away with them."""
+    if not self.shared:
+      raise JobError(
+        f"--workdir={self.workdir}: {why}; put it on a file system that all hosts mount, and give"
+        " the folder of that as --shared"
+      )
+    inside = pathlib.PurePosixPath(self.workdir).is_relative_to(self.shared)
+    if not inside or ".." in pathlib.PurePosixPath(self.workdir).parts:
+      raise JobError(f"--workdir={self.workdir} is not inside --shared={self.shared}; {why}")
+
+  def refuse(self, target: str, *names: str) -> None:
+    """Refuses settings that mean nothing to a target."""
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name in names:
+      if getattr(self, name) != defaults[name]:
+        raise JobError(f"--{name} means nothing for --to={target}; leave it out")
+
+  def need(self, target: str, **examples: str) -> None:
+    """Refuses a job without the settings that a target needs."""
+    for name, example in examples.items():
+      if not getattr(self, name):
+        raise JobError(f"--to={target} needs --{name}, such as {example}")
+
+  def _check_flags(self) -> None:
+    for flag in self.flags:
+      if not re.match(r"--?[A-Za-z]", flag):
+        raise JobError(f"{flag!r} is not a flag of the script: write --name=value")
+      if not flag.isprintable():
+        raise JobError(f"{flag!r} holds an unprintable character")
+      name = re.split("=", flag.lstrip("-"))[0]
+      if name in _GIVEN:
+        raise JobError(f"{flag}: the launcher gives --{name} itself; leave it out")
+    if not self.workdir:
+      raise JobError("the script needs --workdir=FOLDER among its flags, after the --")
+    if "://" in self.workdir:
+      raise JobError(
+        f"--workdir={self.workdir} is not a folder: scripts lock and rename files in it; mount the"
+        " bucket (--mount) and give the mounted folder"
+      )
+
+  def _check_places(self) -> None:
+    if self.shared and not pathlib.PurePosixPath(self.shared).is_absolute():
+      raise JobError(f"--shared={self.shared} is not an absolute path")
+    if self.mount and not self.shared:
+      raise JobError(f"--mount={self.mount} needs --shared, the folder it is mounted on")
+    if self.mount and not re.fullmatch(r"[\w.-]+:/[\w./-]*", self.mount):
+      raise JobError(f"--mount={self.mount} is not HOST:/EXPORT of an NFS server")
+
+  def _check_mesh(self) -> None:
+    """What rlhf_jax.sharding would refuse on the hosts."""
+    if not self.hardware.devices:
+      return
+    spare = self.flag("rollout.devices")
+    total = self.slices * self.hardware.devices - (int(spare) if spare.isdigit() else 0)
+    have = f"{self.slices} x " * (self.slices > 1) + f"{self.hardware.name}"
+    spec = self.flag("mesh") or "data:-1"
+    parts = [re.fullmatch(r"(data|fsdp|tensor):(-1|[1-9][0-9]*)", p) for p in spec.split(",")]
+    if not all(parts) or len({part[1] for part in parts}) < len(parts):
+      raise JobError(
+        f"--mesh={spec} is not AXIS:SIZE, comma separated, such as data:8,fsdp:2; the axes are"
+        f" {', '.join(_AXES)}"
+      )
+    sizes = {part[1]: int(part[2]) for part in parts}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+      raise JobError(f"--mesh={spec}: only one axis can be -1")
+    if total < 1 or (total % fixed if free else total != fixed):
+      raise JobError(
+        f"--mesh={spec} needs {'a multiple of ' if free else ''}{fixed} devices, {have} has"
+        f" {total}{' to learn with' if spare else ''}"
+      )
+    if free:
+      sizes[free[0]] = total // fixed
+    rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    batch = self.flag("batch_size")
+    if batch.isdigit() and int(batch) % rows:
+      raise JobError(
+        f"--batch_size={batch} is not divisible by the {rows} devices of data and fsdp"
+        f" (--mesh={spec} on {have})"
+      )

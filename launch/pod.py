@@ -1,0 +1,86 @@
+"""A pod on this machine: the processes of one script, each with CPU devices of its own.
+
+  python -m launch.pod --processes=2 --devices=2 -- python -m experiments.sft --workdir=runs/two
+
+The processes find each other on 127.0.0.1. One that fails ends the others, which could only wait
+for it, and its exit code is that of the pod. SIGTERM is handed on to all of them.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+
+PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
+DEVICES = flags.DEFINE_integer(
+  "devices", 0, "CPU devices of each; 0 takes the devices that are there.", lower_bound=0
+)
+
+# A script that was asked to stop ends on all processes, but not at the same moment.
+_SECONDS_TO_FOLLOW = 15.0
+
+
+def environment(devices: int) -> dict[str, str]:
+  """The environment of a process with this many CPU devices; 0 changes nothing."""
+  if not devices:
+    return dict(os.environ)
+  xla_flags = os.environ.get("XLA_FLAGS", "")
+  count = f"--xla_force_host_platform_device_count={devices}"  # The last of two equal flags wins.
+  return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla_flags} {count}".strip()}
+
+
+def run(command: Sequence[str], processes: int, devices: int) -> int:
+  """Runs a command in several processes at once; returns the exit code of the first that fails."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = "127.0.0.1:{1}".format(*free.getsockname())
+  asked = []
+  previous = {
+    number: signal.signal(number, lambda got, frame: asked.append(got))
+    for number in (signal.SIGTERM, signal.SIGINT)
+  }
+  group: list[subprocess.Popen] = []
+  try:
+    for index in range(processes):
+      place = (f"--coordinator={address}", f"--processes={processes}", f"--process_id={index}")
+      words = [*command, *(place if processes > 1 else ())]
+      group.append(subprocess.Popen(words, env=environment(devices)))
+    return _watch(group, asked)
+  finally:
+    for process in group:
+      process.kill()
+      process.wait()
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def _watch(group: Sequence[subprocess.Popen], asked: list[int]) -> int:
+  """Waits until all have ended, or some time after one has failed."""
+  failed, until = 0, float("inf")
+  while time.monotonic() < until:
+    codes = [process.poll() for process in group]
+    if not failed and any(codes):
+      failed, until = next(filter(None, codes)), time.monotonic() + _SECONDS_TO_FOLLOW
+    if None not in codes:
+      break
+    while asked:
+      number = asked.pop()
+      for process in group:
+        process.send_signal(number)
+    time.sleep(0.05)
+  return 128 - failed if failed < 0 else failed  # As a shell says which signal it was.
+
+
+def main(argv: Sequence[str]) -> int:
+  """Of the command line."""
+  if len(argv) < 2:
+    raise app.UsageError("give the command after --, such as: -- python -m experiments.sft")
+  return run(argv[1:], PROCESSES.value, DEVICES.value)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,216 @@
+"""Runs a script here or on a cluster: the same command, with a launcher in front.
+
+  python -m launch.run --to=local -- experiments.sft --workdir=runs/sft
+  python -m launch.run --to=slurm --dry_run -- experiments.ppo --workdir=runs/ppo
+
+After the -- come the module and the flags of the script, each as --name=value. --dry_run shows the
+files and commands and does nothing; launch/README.md says which target to take when.
+"""
+
+import difflib
+import importlib.util
+import pathlib
+import pkgutil
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from launch.job import Job, JobError, Plan
+from launch.targets import local, sky, slurm, tpu_vm, xpk
+
+TARGETS = {
+  "local": local.render,
+  "slurm": slurm.render,
+  "tpu_vm": tpu_vm.render,
+  "xpk": xpk.render,
+  "sky": sky.render,
+}
+
+TO = flags.DEFINE_enum("to", None, list(TARGETS), "Where to run. Required.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show files and commands, and do nothing.")
+PREFLIGHT = flags.DEFINE_bool(
+  "preflight",
+  False,
+  "First compile the job for its TPU slice, here, and stop if it does not fit into the memory of"
+  " the chips. Needs rlhf_jax[tpu] and takes minutes.",
+)
+
+_NAME = flags.DEFINE_string("name", "", "Name of the job; by default the last folder of --workdir.")
+_ACCELERATOR = flags.DEFINE_string(
+  "accelerator", "", "TPU slice such as v5litepod-16, or GPUs of a host such as H100:8."
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "How many of them: TPU slices, or hosts.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes of a host without an accelerator.")
+_DEVICES = flags.DEFINE_integer(
+  "devices", 0, "CPU devices of a process without an accelerator; 0 takes what is there."
+)
+_SHARED = flags.DEFINE_string(
+  "shared", "", "Folder of a file system that all hosts mount; --workdir has to be in it."
+)
+_MOUNT = flags.DEFINE_string(
+  "mount", "", "HOST:/EXPORT of a Filestore or NFS server, for the hosts to mount on --shared."
+)
+_RESTARTS = flags.DEFINE_integer(
+  "restarts", 10, "How often to start again after a preemption or a lost host."
+)
+_SPOT = flags.DEFINE_bool("spot", False, "Take capacity that is cheap and may be taken away.")
+_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for the processes; not for secrets.")
+_SOURCE = flags.DEFINE_string(
+  "source", "", "What a TPU VM installs: git+https://HOST/REPOSITORY@COMMIT, or a folder on it."
+)
+_IMAGE = flags.DEFINE_string("image", "", "Container image, for xpk.")
+_PROJECT = flags.DEFINE_string("project", "", "Google Cloud project.")
+_ZONE = flags.DEFINE_string("zone", "", "Google Cloud zone.")
+_CLUSTER = flags.DEFINE_string("cluster", "", "GKE cluster, for xpk.")
+_EXTRA = flags.DEFINE_string(
+  "extra", "", "More flags for sbatch, gcloud, xpk or sky, such as '--partition=gpu --time=1-0'."
+)
+
+_EX_USAGE = 64  # sysexits.h
+_OF_THE_SESSION = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
+
+
+def read_job(words: Sequence[str]) -> Job:
+  """The job of the flags and of the words after the --."""
+  if not words:
+    raise JobError("what is to run? Give the script after --, such as: -- experiments.sft")
+  return Job(
+    module=words[0],
+    flags=tuple(words[1:]),
+    name=_NAME.value,
+    accelerator=_ACCELERATOR.value,
+    slices=_SLICES.value,
+    processes=_PROCESSES.value,
+    devices=_DEVICES.value,
+    shared=_SHARED.value,
+    mount=_MOUNT.value,
+    restarts=_RESTARTS.value,
+    spot=_SPOT.value,
+    env=tuple(_ENV.value),
+    source=_SOURCE.value,
+    image=_IMAGE.value,
+    project=_PROJECT.value,
+    zone=_ZONE.value,
+    cluster=_CLUSTER.value,
+    extra=tuple(shlex.split(_EXTRA.value)),
+  )
+
+
+def check_module(module: str) -> None:
+  """Refuses a module that its package does not have, where the package is at hand."""
+  package, _, name = module.rpartition(".")
+  try:
+    spec = importlib.util.find_spec(package) if package else None
+  except ModuleNotFoundError:
+    spec = None
+  if spec is None or not spec.submodule_search_locations:
+    return  # It may be there on the hosts.
+  names = [found.name for found in pkgutil.iter_modules(spec.submodule_search_locations)]
+  if name not in names:
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {package}.{close[0]}?" if close else f"there are {', '.join(names)}"
+    raise JobError(f"there is no module {module}; {hint}")
+
+
+def check_flags(job: Job) -> int:
+  """Lets the script look at its flags, where jax is at hand; returns its exit code."""
+  if importlib.util.find_spec("jax") is None:
+    return 0
+  return subprocess.run(job.command(sys.executable, "--only_check_args"), check=False).returncode
+
+
+def preflight_command(job: Job) -> tuple[str, ...]:
+  """Compiles the programs of the job for its slice, which is not there."""
+  algorithm = job.module.removeprefix("experiments.")
+  if not job.hardware.is_tpu or job.slices > 1:
+    raise JobError("--preflight compiles for one slice of TPUs; leave it out, or see --slices")
+  kept = [flag for flag in job.flags if flag.lstrip("-").split("=")[0] not in _OF_THE_SESSION]
+  target = (f"--algorithm={algorithm}", f"--topology={job.hardware.topology}")
+  return (sys.executable, "-m", "experiments.compile", *target, *kept)
+
+
+def describe(job: Job) -> str:
+  """One line: what runs on what."""
+  hardware = job.hardware
+  times = f"{job.slices} x " if job.slices > 1 else ""
+  chips = f", {job.slices * hardware.chips} chips, hosts: {job.hosts}" if hardware.is_tpu else ""
+  return f"{job.name}: {job.module} on {times}{hardware.name}{chips}"
+
+
+def show(plan: Plan) -> str:
+  """A plan as text: files, commands, and what one may want afterwards."""
+  parts = [f"# {path}\n{text}" for path, text in plan.files.items()]
+  if plan.commands:
+    parts.append("".join(f"$ {shlex.join(command)}\n" for command in plan.commands))
+  if plan.later:
+    parts.append("".join(f"# {what}:\n#   {command}\n" for what, command in plan.later.items()))
+  return "\n".join(parts)
+
+
+def submit(plan: Plan) -> int:
+  """Writes the files and runs the commands; returns the first exit code that is not 0."""
+  for path, text in plan.files.items():
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(path).write_text(text, encoding="utf-8")
+  for command in plan.commands:
+    try:
+      process = subprocess.Popen(command)
+    except FileNotFoundError:
+      raise JobError(
+        f"{command[0]} is not installed here; launch/README.md says how to get it"
+      ) from None
+    # A script that runs here saves its state when the launcher is asked to stop.
+    signal.signal(signal.SIGTERM, lambda *unused, to=process: to.terminate())
+    code = process.wait()
+    if code:
+      return 128 - code if code < 0 else code  # As a shell says which signal it was.
+  return 0
+
+
+def launch(words: Sequence[str]) -> int:
+  """Checks, shows and submits; returns the exit code."""
+  if TO.value is None:
+    raise JobError(f"--to is needed, one of {', '.join(TARGETS)}; see --help")
+  job = read_job(words)
+  check_module(job.module)
+  plan = TARGETS[TO.value](job)
+  compiling = [preflight_command(job)] if PREFLIGHT.value else []
+  if DRY_RUN.value:
+    plan = plan._replace(commands=(*compiling, *plan.commands))
+    print(f"# {describe(job)}\n\n{show(plan)}", end="")
+    return 0
+  if TO.value != "local" and (code := check_flags(job)):
+    return code
+  if compiling and (code := subprocess.run(compiling[0], check=False).returncode):
+    return code
+  code = submit(plan)
+  if not code and plan.later:
+    print(show(plan._replace(files={}, commands=())), end="")
+  return code
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Reads the flags of the launcher; ends it if there is something wrong with them."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    hint = "" if "--" in argv else "; the script and its flags come after --"
+    print(f"{error}{hint}", file=sys.stderr)
+    sys.exit(_EX_USAGE)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Of the command line."""
+  try:
+    return launch(argv[1:])
+  except JobError as error:
+    print(error, file=sys.stderr)
+    return _EX_USAGE
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)

@@ -1,0 +1,19 @@
+"""This machine: the script itself, or several processes that play a pod."""
+
+from launch.job import Job, Plan
+
+
+def render(job: Job) -> Plan:
+  """The command that runs in the foreground and ends with the exit code of the script."""
+  job.refuse(
+    "local",
+    *("accelerator", "slices", "mount", "restarts", "spot", "source", "image", "project", "zone"),
+    *("cluster", "extra"),
+  )
+  command = job.command(job.python)
+  if job.processes > 1 or job.devices:
+    sizes = (f"--processes={job.processes}", f"--devices={job.devices}")
+    command = (job.python, "-m", "launch.pod", *sizes, "--", *command)
+  if job.env:
+    command = ("env", *job.env, *command)
+  return Plan({}, (command,), {})

@@ -1,0 +1,46 @@
+"""GKE by xpk: one JobSet, with a job for each slice and a pod for each host.
+
+The workdir is on a storage of the cluster (`xpk storage attach`), mounted in every pod; one that is
+not mounted by itself is named by `--extra=--storage=NAME`.
+"""
+
+import shlex
+
+from launch import job as jobs
+from launch.job import Job, Plan
+
+
+def render(job: Job) -> Plan:
+  """`xpk workload create`, with the image that launch/files/Dockerfile makes."""
+  job.refuse("xpk", "processes", "devices", "mount", "source")
+  job.need("xpk", accelerator="v5litepod-16", cluster="my-cluster", zone="us-west4-a")
+  job.need("xpk", project="my-project", image="us-docker.pkg.dev/my-project/images/rlhf_jax:COMMIT")
+  hardware = job.hardware
+  if not hardware.is_tpu:
+    raise jobs.JobError(f"--accelerator={job.accelerator} is no TPU: use --to=slurm or --to=sky")
+  job.require_shared("pods lose their disks when they end")
+  place = (f"--cluster={job.cluster}", f"--zone={job.zone}", f"--project={job.project}")
+  create = (
+    *("xpk", "workload", "create", f"--workload={job.name}", *place),
+    f"--tpu-type={job.accelerator}",
+    f"--num-slices={job.slices}",
+    f"--docker-image={job.image}",
+    f"--max-restarts={job.restarts}",
+    # Besides signals, which xpk adds; every other exit code ends the JobSet.
+    f"--restart-on-exit-codes={','.join(map(str, jobs.RETRIED))}",
+    f"--termination-grace-period-seconds={jobs.GRACE_SECONDS}",
+    *(("--spot",) if job.spot else ()),
+    *(f"--env={pair}" for pair in job.env),
+    *job.extra,
+    # exec: else SIGTERM would end the shell around the script, and not reach the script.
+    f"--command=exec {shlex.join(job.command('python', '--coordinator=auto'))}",
+  )
+  label = "cloud.google.com/gke-tpu"
+  nodes = f"{label}-accelerator={hardware.gke},{label}-topology={hardware.topology.split(':')[1]}"
+  later = {
+    "state": shlex.join(("xpk", "workload", "list", *place, f"--filter-by-job={job.name}")),
+    "nodes that fit": f"kubectl get nodes -l {nodes}",
+    "output": f"kubectl logs -f -l xpk.google.com/workload={job.name} --prefix",
+    "stop": shlex.join(("xpk", "workload", "delete", f"--workload={job.name}", *place)),
+  }
+  return Plan({}, (create,), later)

@@ -9,7 +9,9 @@ _SCRIPT = """\
 #!/bin/bash
 {directives}
 
-{exports}srun --kill-on-bad-exit=1 {command}
+{exports}# srun does not take it over from sbatch.
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+srun --kill-on-bad-exit=1 {command}
 code=$?
 {requeue}exit "$code"
 """

@@ -53,17 +53,17 @@ def render(job: Job) -> Plan:
     f"--metadata-from-file=startup-script={path}",
     *job.extra,
   )
-  watch = f"sudo journalctl -fu {_SERVICE} -u google-startup-scripts"
+  log = f"sudo journalctl -fu {_SERVICE} -u google-startup-scripts"
   ssh = ("gcloud", "compute", "tpus", "tpu-vm", "ssh")
-  outputs = [shlex.join((*ssh, n, *place, "--worker=0", f"--command={watch}")) for n in nodes]
-  everywhere = [
-    shlex.join((*ssh, n, *place, "--worker=all", f"--command=systemctl status {_SERVICE}"))
-    for n in nodes
-  ]
   later = {
     "state": shlex.join((*resources, "describe", job.name, *place, "--format=value(state.state)")),
-    "hosts": " & ".join(everywhere),
-    "output": outputs[0],
+    **{
+      f"hosts of {node}": shlex.join(
+        (*ssh, node, *place, "--worker=all", f"--command=systemctl status {_SERVICE}")
+      )
+      for node in nodes
+    },
+    "output": shlex.join((*ssh, nodes[0], *place, "--worker=0", f"--command={log}")),
     "stop, and stop paying": shlex.join((*resources, "delete", job.name, *place, "--force")),
   }
   return Plan({path: _script(job)}, (create,), later)

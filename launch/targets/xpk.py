@@ -20,6 +20,7 @@ def render(job: Job) -> Plan:
     raise jobs.JobError(f"--accelerator={job.accelerator} is no TPU: use --to=slurm or --to=sky")
   job.require_shared("pods lose their disks when they end")
   place = (f"--cluster={job.cluster}", f"--zone={job.zone}", f"--project={job.project}")
+  script = job.command("python", "--coordinator=auto")
   create = (
     *("xpk", "workload", "create", f"--workload={job.name}", *place),
     f"--tpu-type={job.accelerator}",
@@ -30,10 +31,9 @@ def render(job: Job) -> Plan:
     f"--restart-on-exit-codes={','.join(map(str, jobs.RETRIED))}",
     f"--termination-grace-period-seconds={jobs.GRACE_SECONDS}",
     *(("--spot",) if job.spot else ()),
-    *(f"--env={pair}" for pair in job.env),
     *job.extra,
-    # exec: else SIGTERM would end the shell around the script, and not reach the script.
-    f"--command=exec {shlex.join(job.command('python', '--coordinator=auto'))}",
+    # exec: xpk hands SIGTERM to what it has started, which would else be a shell.
+    f"--command={shlex.join(('exec', 'env', *job.env, *script))}",
   )
   label = "cloud.google.com/gke-tpu"
   nodes = f"{label}-accelerator={hardware.gke},{label}-topology={hardware.topology.split(':')[1]}"

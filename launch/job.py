@@ -196,7 +196,7 @@ class Job:
       raise JobError(f"--shared={self.shared} is not an absolute path")
     if self.mount and not self.shared:
       raise JobError(f"--mount={self.mount} needs --shared, the folder it is mounted on")
-    if self.mount and not re.fullmatch(r"[\w.-]+:/[\w./-]*", self.mount):
+    if self.mount and not re.fullmatch(r"[\w.-]+:/([\w.-][\w./-]*)?", self.mount):
       raise JobError(f"--mount={self.mount} is not HOST:/EXPORT of an NFS server")
 
   def _check_mesh(self) -> None:

@@ -19,9 +19,9 @@ PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_b
 DEVICES = flags.DEFINE_integer(
   "devices", 0, "CPU devices of each; 0 takes the devices that are there.", lower_bound=0
 )
-
-# A script that was asked to stop ends on all processes, but not at the same moment.
-_SECONDS_TO_FOLLOW = 15.0
+PATIENCE = flags.DEFINE_float(
+  "patience", 15.0, "Seconds that the others get to end by themselves.", lower_bound=0.0
+)
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -33,38 +33,22 @@ def environment(devices: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla_flags} {count}".strip()}
 
 
-def run(command: Sequence[str], processes: int, devices: int) -> int:
-  """Runs a command in several processes at once; returns the exit code of the first that fails."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = "127.0.0.1:{1}".format(*free.getsockname())
-  asked = []
-  previous = {
-    number: signal.signal(number, lambda got, frame: asked.append(got))
-    for number in (signal.SIGTERM, signal.SIGINT)
-  }
-  group: list[subprocess.Popen] = []
-  try:
-    for index in range(processes):
-      place = (f"--coordinator={address}", f"--processes={processes}", f"--process_id={index}")
-      words = [*command, *(place if processes > 1 else ())]
-      group.append(subprocess.Popen(words, env=environment(devices)))
-    return _watch(group, asked)
-  finally:
-    for process in group:
-      process.kill()
-      process.wait()
-    for number, handler in previous.items():
-      signal.signal(number, handler)
+def watch(group: Sequence[subprocess.Popen], asked: list[int], patience: float) -> int:
+  """Waits until all have ended, or for a while after one has failed.
 
+  Args:
+    group: The processes.
+    asked: Signals to hand on, filled while this waits.
+    patience: How long the others may take after one has failed, seconds.
 
-def _watch(group: Sequence[subprocess.Popen], asked: list[int]) -> int:
-  """Waits until all have ended, or some time after one has failed."""
+  Returns:
+    The exit code of the first that failed, 0 if none did.
+  """
   failed, until = 0, float("inf")
   while time.monotonic() < until:
     codes = [process.poll() for process in group]
     if not failed and any(codes):
-      failed, until = next(filter(None, codes)), time.monotonic() + _SECONDS_TO_FOLLOW
+      failed, until = next(filter(None, codes)), time.monotonic() + patience
     if None not in codes:
       break
     while asked:
@@ -76,10 +60,27 @@ def _watch(group: Sequence[subprocess.Popen], asked: list[int]) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Of the command line."""
-  if len(argv) < 2:
+  """Runs the command in several processes at once; returns the exit code."""
+  command = argv[1:]
+  if not command:
     raise app.UsageError("give the command after --, such as: -- python -m experiments.sft")
-  return run(argv[1:], PROCESSES.value, DEVICES.value)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = "127.0.0.1:{1}".format(*free.getsockname())
+  count, asked = PROCESSES.value, []
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda got, frame: asked.append(got))
+  group: list[subprocess.Popen] = []
+  try:
+    for i in range(count):
+      place = (f"--coordinator={address}", f"--processes={count}", f"--process_id={i}")
+      words = [*command, *place] if count > 1 else command
+      group.append(subprocess.Popen(words, env=environment(DEVICES.value)))
+    return watch(group, asked, PATIENCE.value)
+  finally:
+    for process in group:
+      process.kill()
+      process.wait()
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ def read_job(words: Sequence[str]) -> Job:
   """The job of the flags and of the words after the --."""
   if not words:
     raise JobError("what is to run? Give the script after --, such as: -- experiments.sft")
+  try:
+    extra = tuple(shlex.split(_EXTRA.value))
+  except ValueError as error:
+    raise JobError(f"--extra={_EXTRA.value} cannot be read: {error}") from None
   return Job(
     module=words[0],
     flags=tuple(words[1:]),
@@ -96,7 +100,7 @@ def read_job(words: Sequence[str]) -> Job:
     project=_PROJECT.value,
     zone=_ZONE.value,
     cluster=_CLUSTER.value,
-    extra=tuple(shlex.split(_EXTRA.value)),
+    extra=extra,
   )
 
 
@@ -116,18 +120,19 @@ def check_module(module: str) -> None:
     raise JobError(f"there is no module {module}; {hint}")
 
 
-def check_flags(job: Job) -> int:
-  """Lets the script look at its flags, where jax is at hand; returns its exit code."""
+def check_flags(job: Job) -> None:
+  """Lets the script look at its flags, where jax is at hand."""
   if importlib.util.find_spec("jax") is None:
-    return 0
-  return subprocess.run(job.command(sys.executable, "--only_check_args"), check=False).returncode
+    return
+  if subprocess.run(job.command(sys.executable, "--only_check_args"), check=False).returncode:
+    raise JobError(f"{job.module} does not take these flags; nothing was submitted")
 
 
 def preflight_command(job: Job) -> tuple[str, ...]:
   """Compiles the programs of the job for its slice, which is not there."""
   algorithm = job.module.removeprefix("experiments.")
   if not job.hardware.is_tpu or job.slices > 1:
-    raise JobError("--preflight compiles for one slice of TPUs; leave it out, or see --slices")
+    raise JobError("--preflight compiles for one slice of TPUs; leave it out")
   kept = [flag for flag in job.flags if flag.lstrip("-").split("=")[0] not in _OF_THE_SESSION]
   target = (f"--algorithm={algorithm}", f"--topology={job.hardware.topology}")
   return (sys.executable, "-m", "experiments.compile", *target, *kept)
@@ -183,8 +188,8 @@ def launch(words: Sequence[str]) -> int:
     plan = plan._replace(commands=(*compiling, *plan.commands))
     print(f"# {describe(job)}\n\n{show(plan)}", end="")
     return 0
-  if TO.value != "local" and (code := check_flags(job)):
-    return code
+  if TO.value != "local":
+    check_flags(job)
   if compiling and (code := subprocess.run(compiling[0], check=False).returncode):
     return code
   code = submit(plan)
@@ -198,7 +203,8 @@ def parse(argv: Sequence[str]) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
-    hint = "" if "--" in argv else "; the script and its flags come after --"
+    strayed = isinstance(error, flags.UnrecognizedFlagError) and "--" not in argv
+    hint = "; the script and its flags come after --" if strayed else ""
     print(f"{error}{hint}", file=sys.stderr)
     sys.exit(_EX_USAGE)
 

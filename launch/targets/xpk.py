@@ -9,6 +9,8 @@ import shlex
 from launch import job as jobs
 from launch.job import Job, Plan
 
+_TOO_SMALL = ("v5litepod-1", "v5litepod-4")  # For the machine types that xpk has.
+
 
 def render(job: Job) -> Plan:
   """`xpk workload create`, with the image that launch/files/Dockerfile makes."""
@@ -18,6 +20,8 @@ def render(job: Job) -> Plan:
   hardware = job.hardware
   if not hardware.is_tpu:
     raise jobs.JobError(f"--accelerator={job.accelerator} is no TPU: use --to=slurm or --to=sky")
+  if job.accelerator in _TOO_SMALL:
+    raise jobs.JobError(f"--accelerator={job.accelerator}: xpk starts at v5litepod-8")
   job.require_shared("pods lose their disks when they end")
   place = (f"--cluster={job.cluster}", f"--zone={job.zone}", f"--project={job.project}")
   script = job.command("python", "--coordinator=auto")

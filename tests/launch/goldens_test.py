@@ -40,7 +40,7 @@ CASES = {
   ("tpu_vm", "v5e_16"): {**_TPU_VM, **_V5E},
   ("tpu_vm", "v5p_256"): {**_TPU_VM, **_V5P, "restarts": 0},
   ("tpu_vm", "2_slices"): {**_TPU_VM, **_TWO_SLICES, "extra": ("--network=mine",)},
-  ("xpk", "1_host"): {**_XPK, "accelerator": "v5litepod-4"},
+  ("xpk", "1_host"): {**_XPK, "accelerator": "v6e-4"},
   ("xpk", "v5e_16"): {**_XPK, **_V5E, "extra": ("--storage=runs",)},
   ("xpk", "v5p_256"): {**_XPK, **_V5P, "restarts": 0},
   ("xpk", "2_slices"): {**_XPK, **_TWO_SLICES},

@@ -153,7 +153,10 @@ def test_state_and_end(gcloud):
 
 _STUB = """#!/bin/bash
 echo "$(basename "$0") $*" >>"{log}"
-case "$(basename "$0")" in mountpoint) [ -e "{log}.mounted" ] ;; mount) touch "{log}.mounted" ;; esac
+case "$(basename "$0")" in
+  mountpoint) [ -e "{log}.mounted" ] ;;
+  mount) touch "{log}.mounted" ;;
+esac
 """
 
 

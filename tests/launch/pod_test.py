@@ -1,0 +1,75 @@
+"""Real processes: they meet, and none waits for one that is gone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.fixture
+def pod(repository):
+  """Starts `python -m launch.pod` with Python code in each of its processes."""
+
+  def start(code: str, *sizes: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.pod", *sizes, "--", sys.executable, "-c", code]
+    return subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True)
+
+  return start
+
+
+def test_each_process_has_its_place(pod):
+  code = 'import os, sys; print(*sys.argv[1:], os.environ["XLA_FLAGS"].split()[-1])'
+  output, _ = pod(code, "--processes=3", "--devices=4").communicate(timeout=30)
+  lines = sorted(line.split() for line in output.splitlines())
+  assert [line[2] for line in lines] == [f"--process_id={i}" for i in range(3)]
+  assert len({line[0] for line in lines}) == 1
+  assert re.fullmatch(r"--coordinator=127\.0\.0\.1:\d+", lines[0][0])
+  assert {line[1] for line in lines} == {"--processes=3"}
+  assert {line[3] for line in lines} == {"--xla_force_host_platform_device_count=4"}
+
+
+def test_one_process_is_alone(pod):
+  output, _ = pod("import sys; print(sys.argv[1:])", "--processes=1").communicate(timeout=30)
+  assert output == "[]\n"
+
+
+def test_the_first_code_is_that_of_the_pod(pod):
+  code = 'import sys; sys.exit(70 if sys.argv[-1].endswith("1") else 0)'
+  running = pod(code, "--processes=2")
+  running.communicate(timeout=30)
+  assert running.returncode == 70
+
+
+def test_stop_reaches_all(pod):
+  code = (
+    "import signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    "print(flush=True)\n"
+    "time.sleep(60)"
+  )
+  running = pod(code, "--processes=2")
+  for _ in range(2):
+    running.stdout.readline()
+  running.send_signal(signal.SIGTERM)
+  running.communicate(timeout=30)
+  assert running.returncode == 75
+
+
+def test_those_that_are_left_are_ended(pod):
+  code = (
+    "import os, sys, time\n"
+    "print(os.getpid(), flush=True)\n"
+    'os.kill(os.getpid(), 9) if sys.argv[-1].endswith("0") else time.sleep(600)'
+  )
+  begin = time.monotonic()
+  running = pod(code, "--processes=2", "--patience=1")
+  output, _ = running.communicate(timeout=30)
+  assert running.returncode == 137
+  assert time.monotonic() - begin < 20
+  for pid in map(int, output.split()):
+    with pytest.raises(ProcessLookupError):
+      os.kill(pid, 0)

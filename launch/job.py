@@ -176,19 +176,19 @@ class Job:
 
   def _check_flags(self) -> None:
     for flag in self.flags:
-      if not re.match(r"--?[A-Za-z]", flag):
+      if not re.match("--[A-Za-z]", flag):
         raise JobError(f"{flag!r} is not a flag of the script: write --name=value")
       if not flag.isprintable():
         raise JobError(f"{flag!r} holds an unprintable character")
-      name = re.split("=", flag.lstrip("-"))[0]
+      name = flag.removeprefix("--").split("=")[0]
       if name in _GIVEN:
         raise JobError(f"{flag}: the launcher gives --{name} itself; leave it out")
     if not self.workdir:
       raise JobError("the script needs --workdir=FOLDER among its flags, after the --")
     if "://" in self.workdir:
       raise JobError(
-        f"--workdir={self.workdir} is not a folder: scripts lock and rename files in it; mount the"
-        " bucket (--mount) and give the mounted folder"
+        f"--workdir={self.workdir} is not a folder, and scripts lock and rename files in it; give a"
+        " folder of a file system that all hosts mount (see --shared and --mount)"
       )
 
   def _check_places(self) -> None:

@@ -133,7 +133,8 @@ def preflight_command(job: Job) -> tuple[str, ...]:
   algorithm = job.module.removeprefix("experiments.")
   if not job.hardware.is_tpu or job.slices > 1:
     raise JobError("--preflight compiles for one slice of TPUs; leave it out")
-  kept = [flag for flag in job.flags if flag.lstrip("-").split("=")[0] not in _OF_THE_SESSION]
+  session = tuple(f"--{name}=" for name in _OF_THE_SESSION)
+  kept = [flag for flag in job.flags if not flag.startswith(session)]
   target = (f"--algorithm={algorithm}", f"--topology={job.hardware.topology}")
   return (sys.executable, "-m", "experiments.compile", *target, *kept)
 

@@ -98,6 +98,7 @@ def test_meshes_that_do_not_fit(flags, settings, message):
   "flags, settings, message",
   [
     (("--steps", "3"), {}, "'3' is not a flag of the script: write --name=value"),
+    (("-steps=3",), {}, "'-steps=3' is not a flag of the script: write --name=value"),
     (("--coordinator=auto",), {}, "the launcher gives --coordinator itself; leave it out"),
     (("--process_id=0",), {}, "the launcher gives --process_id itself"),
     (("--init_from=a\nb",), {}, "holds an unprintable character"),
@@ -123,7 +124,7 @@ def test_refuses(flags, settings, message):
   "flags, message",
   [
     ((), "the script needs --workdir=FOLDER among its flags"),
-    (("--workdir=gs://bucket/ppo",), "--workdir=gs://bucket/ppo is not a folder: scripts lock"),
+    (("--workdir=gs://bucket/ppo",), "--workdir=gs://bucket/ppo is not a folder, and"),
   ],
 )
 def test_refuses_a_workdir(flags, message):

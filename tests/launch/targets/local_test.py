@@ -29,7 +29,14 @@ def launch(repository, tmp_path):
 def test_a_pod_of_two_hosts_trains(launch, tmp_path):
   tiny = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
   rows = ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8", "--sampling.max_new_tokens=8")
-  flags = (f"--workdir={tmp_path}/run", "--mesh=data:2,fsdp:2", "--steps=3", *tiny, *rows)
+  flags = (
+    f"--workdir={tmp_path}/run",
+    "--mesh=data:2,fsdp:2",
+    "--steps=3",
+    "--log_every=1",
+    *tiny,
+    *rows,
+  )
   running = launch("--processes=2", "--devices=2", "--", "experiments.sft", *flags)
   output, errors = running.communicate(timeout=300)
   assert running.returncode == 0, errors

@@ -66,7 +66,7 @@ class Job:
     spot: Whether to take capacity that is cheap and may be taken away.
     env: `NAME=VALUE` for the processes.
     python: Interpreter of the hosts, where the target does not make an environment of its own.
-    source: What pip installs on a TPU VM: a git+https URL with a commit, or a folder on `shared`.
+    source: What a TPU VM installs: a git+https URL with a commit, or a wheel on `shared`.
     image: Container image, for xpk.
     project: Google Cloud project.
     zone: Google Cloud zone.

@@ -60,7 +60,7 @@ _RESTARTS = flags.DEFINE_integer(
 _SPOT = flags.DEFINE_bool("spot", False, "Take capacity that is cheap and may be taken away.")
 _ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for the processes; not for secrets.")
 _SOURCE = flags.DEFINE_string(
-  "source", "", "What a TPU VM installs: git+https://HOST/REPOSITORY@COMMIT, or a folder on it."
+  "source", "", "What a TPU VM installs: git+https://HOST/REPOSITORY@COMMIT, or a wheel on it."
 )
 _IMAGE = flags.DEFINE_string("image", "", "Container image, for xpk.")
 _PROJECT = flags.DEFINE_string("project", "", "Google Cloud project.")
@@ -153,7 +153,7 @@ def show(plan: Plan) -> str:
   if plan.commands:
     parts.append("".join(f"$ {shlex.join(command)}\n" for command in plan.commands))
   if plan.later:
-    parts.append("".join(f"# {what}:\n#   {command}\n" for what, command in plan.later.items()))
+    parts.append("".join(f"{what}:\n  {command}\n" for what, command in plan.later.items()))
   return "\n".join(parts)
 
 

@@ -6,6 +6,7 @@ happens after a reboot.
 """
 
 import pathlib
+import re
 import shlex
 
 from launch import job as jobs
@@ -33,6 +34,9 @@ def render(job: Job) -> Plan:
   job.refuse("tpu_vm", "processes", "devices", "image", "cluster")
   job.need("tpu_vm", accelerator="v5litepod-16", zone="us-west4-a", project="my-project")
   job.need("tpu_vm", source="git+https://HOST/REPOSITORY@COMMIT", mount="10.0.0.2:/runs")
+  if not re.fullmatch(r"git\+https://\S+@\S+|/\S+\.whl", job.source):
+    # A folder would be built by all hosts at once, in the same place.
+    raise jobs.JobError(f"--source={job.source} is neither git+https://...@COMMIT nor /....whl")
   hardware = job.hardware
   if not hardware.runtime:
     what = "exists on GKE only, use --to=xpk" if hardware.is_tpu else "is no TPU"

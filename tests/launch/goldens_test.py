@@ -36,7 +36,11 @@ CASES = {
   ("slurm", "1_host"): {"accelerator": "H100:8"},
   ("slurm", "1_host_no_restarts"): {"restarts": 0},
   ("slurm", "2_hosts"): {**_TWO_HOSTS, "extra": ("--partition=gpu", "--time=1-0", "--comment=a b")},
-  ("tpu_vm", "1_host"): {**_TPU_VM, "accelerator": "v5litepod-4", "source": "/mnt/runs/rlhf_jax"},
+  ("tpu_vm", "1_host"): {
+    **_TPU_VM,
+    "accelerator": "v5litepod-4",
+    "source": "/mnt/runs/rlhf_jax-0.1.0-py3-none-any.whl",
+  },
   ("tpu_vm", "v5e_16"): {**_TPU_VM, **_V5E},
   ("tpu_vm", "v5p_256"): {**_TPU_VM, **_V5P, "restarts": 0},
   ("tpu_vm", "2_slices"): {**_TPU_VM, **_TWO_SLICES, "extra": ("--network=mine",)},

@@ -140,7 +140,7 @@ def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path):
     *("--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2", "--batch_size=8"),
     *("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32"),
     *("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8"),
-    *("--steps=12", "--checkpoint_every=4"),
+    *("--steps=8", "--checkpoint_every=2"),
   )
   job = Job(module="experiments.ppo", flags=flags, processes=2, devices=1)
   state = submit(job)
@@ -148,15 +148,15 @@ def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path):
   def log() -> str:
     return "".join(path.read_text(errors="replace") for path in workdir.glob("slurm-*.log"))
 
-  second = wait_for(lambda: process_of(workdir, 1), 60, or_say=log)
-  wait_for((workdir / "checkpoints" / "4").exists, 240, or_say=log)
+  second = wait_for(lambda: process_of(workdir, 1), 120, or_say=log)
+  wait_for((workdir / "checkpoints" / "2").exists, 400, or_say=log)
   os.kill(second, signal.SIGKILL)
   wait_for(lambda: state()["Restarts"] == "1", 60, or_say=log)
-  wait_for(lambda: state()["JobState"] in ("COMPLETED", "FAILED"), 240, or_say=log)
+  wait_for(lambda: state()["JobState"] in ("COMPLETED", "FAILED"), 400, or_say=log)
   assert state()["JobState"] == "COMPLETED", log()
   assert "continuing from step" in log()
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  assert [row["step"] for row in rows] == list(range(1, 13))
+  assert [row["step"] for row in rows] == list(range(1, 9))
   assert (workdir / "summary.json").exists() and (workdir / "export").is_dir()
 
 

@@ -229,6 +229,7 @@ def test_systemd_understands_the_unit(tmp_path, restarts):
       "--workdir=/home/me/ppo is not inside --shared=/mnt/r",
     ),
     ({"flags": ("--workdir=/mnt/runs/../ppo",)}, "is not inside --shared=/mnt/runs"),
+    ({"source": "/mnt/runs/rlhf_jax"}, "--source=/mnt/runs/rlhf_jax is neither git+https://"),
     ({"image": "x"}, "--image means nothing for --to=tpu_vm; leave it out"),
   ],
 )

@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     free.bind(("127.0.0.1", 0))
     address = "127.0.0.1:{1}".format(*free.getsockname())
   count, asked = PROCESSES.value, []
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda got, frame: asked.append(got))
+  signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+  signal.signal(signal.SIGINT, lambda *unused: None)  # Ctrl-C reaches the processes without us.
   group: list[subprocess.Popen] = []
   try:
     for i in range(count):

@@ -169,8 +169,10 @@ def submit(plan: Plan) -> int:
       raise JobError(
         f"{command[0]} is not installed here; launch/README.md says how to get it"
       ) from None
-    # A script that runs here saves its state when the launcher is asked to stop.
+    # A script that runs here saves its state when the launcher is asked to stop. Ctrl-C reaches it
+    # without us, and it says how it ended.
     signal.signal(signal.SIGTERM, lambda *unused, to=process: to.terminate())
+    signal.signal(signal.SIGINT, lambda *unused: None)
     code = process.wait()
     if code:
       return 128 - code if code < 0 else code  # As a shell says which signal it was.

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -172,7 +173,7 @@ exit "$code"
 
 @pytest.fixture
 def scripted(cluster, tmp_path):
-  """Submits a job whose script ends with these codes, one a start; state and log."""
+  """Submits a job whose script ends with these codes, one a start; job, state and log."""
 
   def make(*codes: int, **settings):
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
@@ -182,13 +183,14 @@ def scripted(cluster, tmp_path):
     script.chmod(0o755)
     flags = (f"--workdir={tmp_path}/run", "--init_from=a b")
     settings = {"extra": ("--comment=a b",)} | settings
-    return submit(Job(module="experiments.ppo", flags=flags, python=str(script), **settings)), log
+    job = Job(module="experiments.ppo", flags=flags, python=str(script), **settings)
+    return job, submit(job), log
 
   return make
 
 
 def test_only_what_may_go_away_is_tried_again(scripted):
-  state, log = scripted(75, 64)
+  _, state, log = scripted(75, 64)
   wait_for(lambda: state()["JobState"] == "FAILED" and state()["Restarts"] == "1", 60)
   assert state()["ExitCode"] == "64:0"
   assert len(log.read_text().splitlines()) == 2
@@ -196,18 +198,20 @@ def test_only_what_may_go_away_is_tried_again(scripted):
 
 
 def test_restarts_end(scripted):
-  state, log = scripted(75, 75, 75, restarts=1)
+  _, state, log = scripted(75, 75, 75, restarts=1)
   wait_for(lambda: state()["JobState"] == "FAILED" and state()["Restarts"] == "1", 60)
   assert state()["ExitCode"] == "75:0"
   assert len(log.read_text().splitlines()) == 2
 
 
 def test_a_cancelled_job_stays_cancelled(scripted):
-  state, log = scripted(0, 0)
+  job, state, log = scripted(0, 0)
   wait_for(log.read_text, 30)
-  subprocess.run(["scancel", state()["JobId"]], check=True)
-  wait_for(lambda: state()["JobState"] == "CANCELLED" and state().get("EndTime") != "Unknown", 30)
-  time.sleep(2)
+  later = slurm.render(job).later
+  assert job.name in subprocess.check_output(shlex.split(later["state"]), text=True)
+  subprocess.run(shlex.split(later["stop"]), check=True)
+  # Until the node is free, the batch script may still be running.
+  wait_for(lambda: told("sinfo", "-h", "-o", "%T").strip() == "idle", 30)
   assert (state()["JobState"], state()["Restarts"]) == ("CANCELLED", "0")
 
 

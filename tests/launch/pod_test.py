@@ -22,7 +22,11 @@ def pod(repository):
 
 
 def test_each_process_has_its_place(pod):
-  code = 'import os, sys; print(*sys.argv[1:], os.environ["XLA_FLAGS"].split()[-1])'
+  code = (
+    "import os, sys\n"
+    'words = [*sys.argv[1:], os.environ["XLA_FLAGS"].split()[-1]]\n'
+    'os.write(1, " ".join(words).encode() + b"\\n")'  # At once: they share the pipe.
+  )
   output, _ = pod(code, "--processes=3", "--devices=4").communicate(timeout=30)
   lines = sorted(line.split() for line in output.splitlines())
   assert [line[2] for line in lines] == [f"--process_id={i}" for i in range(3)]
@@ -46,9 +50,9 @@ def test_the_first_code_is_that_of_the_pod(pod):
 
 def test_stop_reaches_all(pod):
   code = (
-    "import signal, sys, time\n"
+    "import os, signal, sys, time\n"
     "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-    "print(flush=True)\n"
+    'os.write(1, b"\\n")\n'
     "time.sleep(60)"
   )
   running = pod(code, "--processes=2")
@@ -62,7 +66,7 @@ def test_stop_reaches_all(pod):
 def test_those_that_are_left_are_ended(pod):
   code = (
     "import os, sys, time\n"
-    "print(os.getpid(), flush=True)\n"
+    'os.write(1, b"%d\\n" % os.getpid())\n'
     'os.kill(os.getpid(), 9) if sys.argv[-1].endswith("0") else time.sleep(600)'
   )
   begin = time.monotonic()

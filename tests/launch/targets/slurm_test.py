@@ -51,11 +51,17 @@ PartitionName=all Nodes={host} Default=YES State=UP
 """
 
 
-def wait_for(what: Callable[[], Any], seconds: float, *, or_say: Callable[[], str] = str) -> Any:
+def wait_for(
+  what: Callable[[], Any],
+  seconds: float,
+  *,
+  or_say: Callable[[], str] = str,
+  pause: float = 0.2,  # Most of what is asked starts a program.
+) -> Any:
   deadline = time.monotonic() + seconds
   while not (found := what()):
     assert time.monotonic() < deadline, or_say()
-    time.sleep(0.02)
+    time.sleep(pause)
   return found
 
 
@@ -150,7 +156,7 @@ def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path):
     return "".join(path.read_text(errors="replace") for path in workdir.glob("slurm-*.log"))
 
   second = wait_for(lambda: process_of(workdir, 1), 120, or_say=log)
-  wait_for((workdir / "checkpoints" / "2").exists, 400, or_say=log)
+  wait_for((workdir / "checkpoints" / "2").exists, 400, or_say=log, pause=0.01)
   os.kill(second, signal.SIGKILL)
   wait_for(lambda: state()["Restarts"] == "1", 60, or_say=log)
   wait_for(lambda: state()["JobState"] in ("COMPLETED", "FAILED"), 400, or_say=log)

@@ -40,6 +40,6 @@ def test_commands_name_flags_that_exist():
       flags.define(module.Options, flag_values=values)
       known |= set(values)
   for launcher in README.parent.glob("launch/*.py"):
-    known |= set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', launcher.read_text("utf-8")))
+    known |= set(re.findall(r'(?:DEFINE_\w+\(|add\()\s*"(?:--)?(\w+)"', launcher.read_text("utf-8")))
   used = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text)) - {"quiet", "dist", "flagfile", "help"}
   assert used <= known, used - known

@@ -1,0 +1,17 @@
+"""DPO and its relatives: step size, the pull to the start, likelihood of the chosen responses.
+
+The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
+"""
+
+METRIC = "gold/win_rate"
+DEFAULTS = {"optim.learning_rate": 3e-4, "dpo.beta": 0.1, "dpo.sft_coef": 0.0}
+GRID = {"optim.learning_rate": [1e-4, 3e-4, 1e-3], "dpo.beta": [0.03, 0.1, 0.3]}
+
+
+def space(trial):
+  """The flags of a trial."""
+  return {
+    "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
+    "dpo.beta": trial.suggest_float("dpo.beta", 0.01, 0.5, log=True),
+    "dpo.sft_coef": trial.suggest_float("dpo.sft_coef", 0.0, 1.0),
+  }

@@ -1,0 +1,71 @@
+"""Sweeps over a fake script that takes milliseconds."""
+
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+SCRIPT = "tests.launch.fake_script"
+SPACE = """
+METRIC = "score"
+DEFAULTS = {"x": 0.9, "y": 2.0}
+GRID = {"x": [0.0, 0.3, 0.9], "y": [1.0, 2.0]}
+
+def space(trial):
+  return {"x": trial.suggest_float("x", 0, 1), "y": trial.suggest_float("y", 1, 4, log=True)}
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, "it did not happen in time"
+    time.sleep(0.01)
+
+
+def starts(study: pathlib.Path) -> dict[int, list[list[str]]]:
+  """Trial -> process and GPUs of each of its starts."""
+  return {
+    int(file.parent.name): [line.split() for line in file.read_text().splitlines()]
+    for file in sorted(study.glob("trials/*/starts"))
+  }
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, repository) -> pathlib.Path:
+  """The folder of a sweep; trials are started from the root of the source tree."""
+  monkeypatch.chdir(repository)
+  (tmp_path / "space.py").write_text(SPACE)
+  return tmp_path / "study"
+
+
+@pytest.fixture
+def command(study) -> Callable[..., list[str]]:
+  """`command(*flags, script=(...)) -> argv` of a sweep."""
+
+  def make(*flags: str, script: tuple[str, ...] = ()) -> list[str]:
+    space = study.parent / "space.py"
+    return [f"--study={study}", f"--space={space}", *flags, "--", SCRIPT, *script]
+
+  return make
+
+
+@pytest.fixture
+def start(command):
+  """`start(*flags, script=(...)) -> Popen` of a controller in a process of its own."""
+  started = []
+
+  def run(*flags: str, script: tuple[str, ...] = ()) -> subprocess.Popen:
+    argv = [sys.executable, "-m", "launch.sweep", *command(*flags, script=script)]
+    started.append(
+      subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    )
+    return started[-1]
+
+  yield run
+  for process in started:
+    process.kill()
+    process.communicate()

@@ -1,0 +1,62 @@
+import importlib
+import pathlib
+
+import optuna
+import pytest
+from absl import flags as absl_flags
+
+from launch import sweep
+from rlhf_jax import flags
+
+_SPACES = sorted(
+  file.stem for file in (pathlib.Path(__file__).parents[2] / "launch" / "spaces").glob("*.py")
+)
+
+
+@pytest.fixture(params=_SPACES)
+def case(request, repository):
+  """A shipped space, and a function that reads flags as its script does."""
+  config = importlib.import_module(f"experiments.{request.param}").Config
+
+  def read(own):
+    registry = absl_flags.FlagValues()
+    build = flags.define(config, flag_values=registry)
+    flags.parse(["script", *(sweep.flag(name, value) for name, value in own.items())], registry)
+    build()  # Refuses what the script would refuse.
+    return registry
+
+  return sweep.load_space(str(repository / "launch" / "spaces" / f"{request.param}.py")), read
+
+
+def test_every_training_script_has_a_space():
+  assert set(_SPACES) == {
+    *("sft", "reward_model", "preference_model", "dpo", "kto", "ppo", "nash_md", "online_dpo"),
+    "rest",
+  }
+
+
+def test_scripts_accept_what_is_drawn(case):
+  space, read = case
+  study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+  for _ in range(20):
+    read(space.sample(study.ask()))
+  for point in sweep.grid_points(space.grid):
+    read(point)
+
+
+def test_defaults_are_those_of_the_script(case):
+  space, read = case
+  script = read({})
+  drawn = space.sample(optuna.trial.FixedTrial(space.defaults))
+  given = read(drawn)
+  for name in drawn:
+    assert getattr(given, name) == getattr(script, name), name
+  # A sweep that begins with them must not warn that they are out of range.
+  study = optuna.create_study()
+  study.enqueue_trial(space.defaults)
+  assert space.sample(study.ask()) == drawn
+
+
+def test_grids_contain_the_defaults(case):
+  space, _ = case
+  assert {name: space.defaults[name] for name in space.grid} in sweep.grid_points(space.grid)

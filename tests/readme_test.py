@@ -30,9 +30,10 @@ def test_commands_name_flags_that_exist():
   known = set()
   for script in README.parent.glob("experiments/*.py"):
     module = importlib.import_module(f"experiments.{script.stem}")
-    if hasattr(module, "Config") and script.stem != "plot":  # Has a session of its own.
+    if hasattr(module, "Config"):
       values = absl_flags.FlagValues()
-      flags.define(loop.Session, flag_values=values)
+      if script.stem != "plot":  # Has a session of its own.
+        flags.define(loop.Session, flag_values=values)
       flags.define(module.Config, flag_values=values)
       known |= set(values)
     if hasattr(module, "Options"):  # Of experiments.compile, in the place of a session.
@@ -40,6 +41,8 @@ def test_commands_name_flags_that_exist():
       flags.define(module.Options, flag_values=values)
       known |= set(values)
   for launcher in README.parent.glob("launch/*.py"):
-    known |= set(re.findall(r'(?:DEFINE_\w+\(|add\()\s*"(?:--)?(\w+)"', launcher.read_text("utf-8")))
+    known |= set(
+      re.findall(r'(?:DEFINE_\w+\(|add\()\s*"(?:--)?(\w+)"', launcher.read_text("utf-8"))
+    )
   used = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text)) - {"quiet", "dist", "flagfile", "help"}
   assert used <= known, used - known

@@ -240,7 +240,7 @@ def fit(
     config: Length and intervals.
     step: `(state, batch, key) -> (state, metrics)`; it may donate the state. `metrics["tokens"]`
       becomes `tokens_per_second`.
-    state: State before the first step.
+    state: State before the first step, of jax arrays; given up, as to a step that donates it.
     batches: Iterator of numpy batches with `get_state` and `set_state`.
     evaluate: `(state, step) -> scalars`, on held-out rows.
     learning_rate: Step -> learning rate, for the log.
@@ -262,6 +262,8 @@ def fit(
     restored = saver.restore({"state": state})
     start = 0
     if restored is not None:
+      for leaf in jax.tree.leaves(state):
+        leaf.delete()  # Its first owner may hold it as long as the run lasts.
       start, state = restored.step, restored.items["state"]
       batches.set_state(restored.meta["data"])
       reporting.note(f"continuing from step {start} of {run.workdir}")

@@ -103,6 +103,16 @@ def assert_same_end(workdir, state, expected):
   assert lines(workdir) == expected_lines
 
 
+def test_a_continued_run_does_not_hold_its_first_state(tmp_path):
+  fit(tmp_path)
+  first = start_state()
+  with loop.open_run(loop.Session(str(tmp_path))) as run:
+    config = dataclasses.replace(CONFIG, steps=CONFIG.steps + 1)
+    end = loop.fit(run, config, quadratic, first, Batches())
+  assert int(end["step"]) == CONFIG.steps + 1
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+
+
 def test_trackers_get_the_settings_and_everything_in_the_order_of_the_steps(tmp_path, monkeypatch):
   calls = []
 

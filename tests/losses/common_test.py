@@ -24,8 +24,11 @@ CASES: dict[str, Case] = {
   for name, case in tests.CASES.items()
 }
 CASE = pytest.mark.parametrize("name", CASES)
-# Constructors of state; they take no array.
-WITHOUT_CASE = {"masked.elementwise"}
+# They make a function, or count and place tokens: there is nothing to differentiate.
+WITHOUT_CASE = {
+  "masked.elementwise",
+  *(f"packing.{name}" for name in ("first_fit", "places", "round_up", "pack", "take")),
+}
 
 
 def test_every_public_function_has_a_case():

@@ -48,7 +48,7 @@ class Config(loop.RunConfig):
       the policy itself.
   """
 
-  steps: int = 60
+  steps: int = 120
   batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
@@ -59,7 +59,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   preference: common.PreferenceOptions = common.PreferenceOptions()
   nash_md: NashMDConfig = NashMDConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=5e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
 
   def __post_init__(self):
     super().__post_init__()

@@ -6,7 +6,7 @@ of a pretrained model are 300 times smaller.
 """
 
 METRIC = "preference/win_rate"
-DEFAULTS = {"optim.learning_rate": 5e-4, "nash_md.tau": 0.01, "nash_md.mix": 0.25}
+DEFAULTS = {"optim.learning_rate": 3e-4, "nash_md.tau": 0.01, "nash_md.mix": 0.25}
 GRID = {"nash_md.tau": [0.003, 0.01, 0.03], "nash_md.mix": [0.0, 0.125, 0.25, 0.5]}
 
 

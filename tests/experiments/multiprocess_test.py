@@ -86,7 +86,7 @@ def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whol
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole, sft_run):
-  """To six digits: sums over four devices are rounded in another order."""
+  """Up to rounding: four devices sum in another order, and PPO's loss is a difference of sums."""
   flags = first_flags(script, sft_run, devices=4)
   for finished in run_group(script, tmp_path / "run", *flags, processes=4):
     assert finished.code == 0, finished.output
@@ -95,7 +95,7 @@ def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole
     for workdir in (tmp_path / "run", whole(script))
   )
   assert len(losses) == STEPS
-  np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):

@@ -337,7 +337,7 @@ def test_the_page_shows_text_as_text_and_ranks(page, server):
   assert not [message for message in log if "Content Security Policy" in message]
 
 
-def test_twenty_answers_by_keyboard_and_a_kill(tmp_path, page, start_script, run_script, sft_run):
+def test_twenty_answers_by_keyboard_and_a_kill(tmp_path, page, start_script, train_on_labels):
   source = simulation.preferences("eval", 24, 0)
   path = tmp_path / "pairs.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in source))
@@ -396,15 +396,6 @@ def test_twenty_answers_by_keyboard_and_a_kill(tmp_path, page, start_script, run
   assert (summary["answers"], summary["ties"], summary["skipped"]) == (20, 1, 1)
   assert -1 <= summary["kappa/ada/label"] <= 1
 
-  trained = run_script(
-    "reward_model",
-    tmp_path / "model",
-    f"--init_from={sft_run}",
-    f"--data.path={workdir / 'labels.jsonl'}",
-    "--data.eval_fraction=0",
-    "--data.rows=0",
-    "--batch_size=4",
-    "--steps=2",
-  )
+  trained = train_on_labels("reward_model", workdir / "labels.jsonl")
   assert trained.code == 0, trained.output
   assert "not_judged 1" in trained.output

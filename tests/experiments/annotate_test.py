@@ -91,7 +91,7 @@ def wait_for(path, lines):
   return answers(path)
 
 
-def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft_run):
+def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels):
   labels = tmp_path / "out" / "labels.jsonl"
   flags = (f"--workdir={tmp_path / 'out'}", "--annotator=ada", f"--data.path={pairs_file}")
   with Terminal(*flags) as first:
@@ -143,16 +143,7 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, run_script, sft
   assert -1 <= summary["kappa/ada/label"] <= 1
 
   # The reward model learns from what a browser test has labelled.
-  trained = run_script(
-    "preference_model",
-    tmp_path / "model",
-    f"--init_from={sft_run}",
-    f"--data.path={labels}",
-    "--data.eval_fraction=0",
-    "--data.rows=0",
-    "--batch_size=4",
-    "--steps=2",
-  )
+  trained = train_on_labels("preference_model", labels)
   assert trained.code == 0, trained.output
   assert "not_judged 1" in trained.output
 

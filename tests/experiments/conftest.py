@@ -189,3 +189,22 @@ def reward_run(shared_run, sft_run) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def preference_run(shared_run, sft_run) -> pathlib.Path:
   return shared_run("preference_model", "preference_model", f"--init_from={sft_run}")
+
+
+@pytest.fixture
+def train_on_labels(tmp_path, run_script, sft_run):
+  """`train_on_labels(script, path) -> Finished`, of two steps on what was labelled."""
+
+  def train(script, path) -> Finished:
+    return run_script(
+      script,
+      tmp_path / "model",
+      f"--init_from={sft_run}",
+      f"--data.path={path}",
+      "--data.eval_fraction=0",
+      "--data.rows=0",
+      "--batch_size=4",
+      "--steps=2",
+    )
+
+  return train

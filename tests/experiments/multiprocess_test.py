@@ -84,8 +84,8 @@ def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whol
   assert texts_of(tmp_path / "run") == texts_of(whole("dpo"))
 
 
-@pytest.mark.parametrize("script", FLAGS)
-def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole, sft_run):
+@pytest.mark.parametrize(("script", "atol"), [("ppo", 1e-5), ("dpo", 1e-6)])
+def test_four_processes_learn_what_one_learns(script, atol, tmp_path, run_group, whole, sft_run):
   """Up to rounding: four devices sum in another order, and PPO's loss is a difference of sums."""
   flags = first_flags(script, sft_run, devices=4)
   for finished in run_group(script, tmp_path / "run", *flags, processes=4):
@@ -95,7 +95,7 @@ def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole
     for workdir in (tmp_path / "run", whole(script))
   )
   assert len(losses) == STEPS
-  np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=atol)
 
 
 def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):

@@ -64,7 +64,7 @@ class ModelOptions:
   layers: int = 4
   width: int = 128
   heads: int = 4
-  mlp_width: int = 384
+  mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -342,6 +342,7 @@ def open_reward(
   return of_prompts
 
 
+@functools.lru_cache(maxsize=16)
 def make_sampler(
   model: Model,
   tokenizer: data.Tokenizer,
@@ -349,7 +350,10 @@ def make_sampler(
   *,
   mixture: bool = False,
 ) -> Callable[..., Rollout]:
-  """`generation.make_generate` for a model and its tokenizer; of a mixture with `MixtureParams`."""
+  """`generation.make_generate` for a model and its tokenizer; of a mixture with `MixtureParams`.
+
+  The same function for the same arguments: training and evaluation compile it once.
+  """
   decoder = model.decode, model.init_cache
   return generation.make_generate(
     *(generation.make_mixture(*decoder) if mixture else decoder),
@@ -834,6 +838,7 @@ class Judge:
     reward_fns: What they are judged by.
     ref_params: The start.
     prefer: Compares responses directly, if given.
+    batch_size: Prompts per call of the model; that of training is compiled already.
   """
 
   def __init__(
@@ -847,14 +852,24 @@ class Judge:
     ref_params: Params,
     *,
     prefer: rewards.PreferenceFn | None = None,
+    batch_size: int = 128,
   ):
     self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
     self._compare = None
     if prefer is not None:
-      self._compare = heldout_comparer(run, model, prompts, tokenizer, sampling, prefer)
+      self._compare = heldout_comparer(
+        run, model, prompts, tokenizer, sampling, prefer, batch_size=batch_size
+      )
     self._ref_params = ref_params
     self._sample = heldout_sampler(
-      run, model, prompts, tokenizer, sampling, reward_fns=reward_fns, ref_params=ref_params
+      run,
+      model,
+      prompts,
+      tokenizer,
+      sampling,
+      reward_fns=reward_fns,
+      ref_params=ref_params,
+      batch_size=batch_size,
     )
 
   def preference(self, params: Params, other: Params) -> evaluation.Estimate:

@@ -73,7 +73,7 @@ class Config(loop.RunConfig):
     ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
   """
 
-  steps: int = 80
+  steps: int = 60
   batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
@@ -88,8 +88,8 @@ class Config(loop.RunConfig):
   rollout: RolloutOptions = RolloutOptions()
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
-  value_optim: OptimConfig = OptimConfig(learning_rate=2e-3, schedule="constant")
+  optim: OptimConfig = OptimConfig(learning_rate=6e-4, schedule="linear")
+  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant")
 
   def __post_init__(self):
     super().__post_init__()
@@ -274,7 +274,16 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     heldout_fns = {"reward": reward_of(heldout)}
     heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-    judge = common.Judge(run, model, tokenizer, heldout, config.sampling, heldout_fns, ref_params)
+    judge = common.Judge(
+      run,
+      model,
+      tokenizer,
+      heldout,
+      config.sampling,
+      heldout_fns,
+      ref_params,
+      batch_size=responses,
+    )
     _, schedule = make_transformation(config)
     state = loop.fit(
       run,

@@ -18,6 +18,8 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 import collections
 import ctypes
 import dataclasses
+import importlib.metadata
+import importlib.util
 import inspect
 import math
 import os
@@ -149,6 +151,20 @@ def _keep_freed_memory() -> None:
   mallopt(m_trim_threshold, 1 << 30)
 
 
+def _compile_quickly_on_cpu() -> None:
+  """Takes the first of LLVM's three levels of optimisation, unless XLA_FLAGS names another.
+
+  Programs compile in two thirds of the time and run as fast: most of theirs is spent in matrix
+  products, which come from a library. Where an accelerator is installed, whose compiler reads the
+  same flag, it is left alone. It has an effect only before the first computation.
+  """
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if plugins or importlib.util.find_spec("libtpu"):
+    return
+  given = os.environ.get("XLA_FLAGS", "")  # The last of two equal flags wins.
+  os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
+
+
 def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
 
@@ -162,6 +178,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
     _keep_freed_memory()
+    _compile_quickly_on_cpu()
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):

@@ -213,6 +213,7 @@ def test_keeps_the_newest_steps_and_their_manifests(tmp_path):
   np.testing.assert_array_equal(restored.items["state"]["w"], weights(5)["w"])
 
 
+@pytest.mark.slow
 def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path, repository):
   rng, newest = random.Random(0), 0
   like = {f"w{i}": np.zeros((64, 1024), np.float32) for i in range(4)}

@@ -433,3 +433,14 @@ def test_freed_memory_is_reused(repository):
     faults[mode] = int(subprocess.run(command, capture_output=True, env=env, check=True).stdout)
   assert faults["keep"] < 100  # Of 32,768 pages.
   assert faults["keep"] < faults["default"]
+
+
+@pytest.mark.parametrize("plugins", [(), ("cuda13",)], ids=["cpu", "accelerator"])
+def test_what_was_given_to_the_compiler_comes_last(monkeypatch, plugins):
+  monkeypatch.setattr(flags.importlib.metadata, "entry_points", lambda group: plugins)
+  monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
+  given = "--xla_backend_optimization_level=3"
+  monkeypatch.setenv("XLA_FLAGS", given)
+  flags._compile_quickly_on_cpu()
+  before = "" if plugins else "--xla_backend_optimization_level=1 "
+  assert os.environ["XLA_FLAGS"] == before + given

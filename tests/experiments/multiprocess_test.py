@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 FLAGS = {
   "ppo": ("--reward.name=gold", "--ppo.minibatches=2", "--ppo.packed_length=64"),

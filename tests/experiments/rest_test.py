@@ -52,6 +52,7 @@ def test_each_step_keeps_fewer_and_better_responses(whole):
   assert {"gold/win_rate", "kl", "reward/mean"} <= set(summary)
 
 
+@pytest.mark.slow
 def test_a_kill_while_sampling_loses_no_scored_response(tmp_path, run_script, kill_script, sft_run):
   # 64 prompts are sampled in two calls.
   flags = (f"--init_from={sft_run}", "--reward.name=gold", "--grow_steps=1", "--prompts=64")

@@ -49,6 +49,7 @@ def whole_and_killed(tmp_path, run_script, kill_script):
   return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run, reward_run):
   flags = (
@@ -73,6 +74,7 @@ def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run,
     assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
 
 
+@pytest.mark.slow
 def test_samples_drawn_while_the_others_learn(whole_and_killed, sft_run):
   """The policy waits for the critic, so that it first changes in the third iteration."""
   flags = (

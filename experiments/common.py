@@ -64,7 +64,7 @@ class ModelOptions:
   layers: int = 4
   width: int = 128
   heads: int = 4
-  mlp_width: int = 256
+  mlp_width: int = 384
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -689,7 +689,9 @@ def heldout_sampler(
   generate = make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
-  key = jax.random.fold_in(run.key_for(2), 0)
+  # On the mesh, as the keys of training are: the sampler is compiled once for both.
+  on_mesh = sharding.put(np.int32(0), sharding.replicated(run.mesh))
+  key = jax.random.fold_in(run.key_for(2), on_mesh)
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def sample(params: Params) -> Samples:

@@ -39,14 +39,14 @@ from rlhf_jax.train_step import OptimConfig, make_schedule
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 160
-  batch_size: int = 32
+  steps: int = 400
+  batch_size: int = 16
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+  optim: OptimConfig = OptimConfig(learning_rate=1e-3)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

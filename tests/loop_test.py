@@ -424,6 +424,7 @@ def child_env(repository):
   return os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path, repository):
   command = [sys.executable, "-c", _SECOND, str(tmp_path)]
   run = functools.partial(
@@ -435,6 +436,7 @@ def test_a_second_process_is_refused(tmp_path, repository):
   assert run().stdout == "opened\n"
 
 
+@pytest.mark.slow
 def test_sigterm_of_a_process(tmp_path, repository):
   child = subprocess.Popen(
     [sys.executable, "-c", _TRAINER, str(tmp_path)],

@@ -15,6 +15,8 @@ import pytest
 from experiments import annotate, annotate_items
 from rlhf_jax import data, simulation
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT = 24
 

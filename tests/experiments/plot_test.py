@@ -117,6 +117,7 @@ def test_bad_input_is_refused_in_words(tmp_path, runs):
   assert "folder of their own" in refused(tmp_path, f"{runs}/kl_0", workdir="runs/kl_1")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, runs, run_script):
   finished = run_script("plot", tmp_path / "out", f"--runs=free={runs}/free_*,kl={runs}/kl_*")
   assert finished.code == 0, finished.output

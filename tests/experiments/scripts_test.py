@@ -350,6 +350,7 @@ BAD_FLAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "code", "message"), BAD_FLAGS, ids=lambda x: str(x)[:40])
 def test_bad_input_is_refused_in_words(command, code, message, tmp_path, run_script):
   script, *flags = command

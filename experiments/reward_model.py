@@ -39,8 +39,8 @@ from rlhf_jax.train_step import OptimConfig, make_schedule
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 400
-  batch_size: int = 16
+  steps: int = 250
+  batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()
   lora: LoRAConfig = LoRAConfig()

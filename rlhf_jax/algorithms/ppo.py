@@ -89,7 +89,7 @@ class PPOConfig:
   scale_groups: bool = True
   kl_in: Literal["reward", "loss"] = "reward"
   kl_estimator: Literal["k2", "k3", "reverse_kl"] = "k2"
-  kl_coef: float = 0.05
+  kl_coef: float = 0.1
   kl_target: float = 0.0
   kl_horizon: int = 10000
   entropy_coef: float = 0.0

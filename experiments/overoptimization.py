@@ -41,9 +41,11 @@ class Config:
   sft: SFTStage = SFTStage()
   reward_model: RewardModelStage = RewardModelStage(steps=40, data=DataConfig(rows=128))
   ppo: PPOStage = PPOStage(
+    steps=80,
     data=DataConfig(eval_rows=128),
     ppo=PPOConfig(kl_coef=0.3),
     optim=OptimConfig(learning_rate=3e-4, schedule="constant"),
+    value_optim=OptimConfig(learning_rate=2e-3, schedule="constant"),
   )
 
   def __post_init__(self):

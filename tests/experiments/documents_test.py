@@ -1,4 +1,4 @@
-"""The commands of README and of the launch documents run as written, with fewer and smaller steps."""
+"""The commands of README and of the launch documents run as written, but shorter and smaller."""
 
 import importlib.util
 import os
@@ -27,12 +27,14 @@ TINY = {
   "kto": ("--sampling.max_new_tokens=4", "--batch_size=8", "--data.rows=16", "--data.eval_rows=8"),
   "evaluate": ("--sampling.max_new_tokens=4", "--data.rows=16", "--data.eval_rows=8"),
   "annotate": ("--judge.max_characters=80",),
-  "rlhf": tuple(
-    f"--{stage}.{size}"
-    for stage in ("sft", "reward_model", "ppo")
-    for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
-  )
-  + ("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
+  "rlhf": (
+    *(
+      f"--{stage}.{size}"
+      for stage in ("sft", "reward_model", "ppo")
+      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
+    ),
+    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
+  ),
 }
 # Bash shows what it would call, after its own expansion of words, variables and functions.
 SHOW = r"""
@@ -58,9 +60,7 @@ def calls(text: str, **variables: object) -> list[list[str]]:
 @pytest.fixture
 def place(tmp_path, sft_run, reward_run, shared_run):
   """A folder whose `runs` holds what README's first command leaves."""
-  ppo = shared_run(
-    "documents_ppo", "ppo", f"--init_from={sft_run}", f"--reward.path={reward_run}"
-  )
+  ppo = shared_run("documents_ppo", "ppo", f"--init_from={sft_run}", f"--reward.path={reward_run}")
   chain = tmp_path / "runs" / "rlhf"
   chain.mkdir(parents=True)
   for name, run in {"sft": sft_run, "reward_model": reward_run, "ppo": ppo}.items():
@@ -134,13 +134,18 @@ def test_an_absent_slice(follow):
 def test_real_data(command, follow, shared):
   function = block_with("data()")
   model = shared / "models" / "stories260k"
-  follow(function + command + " --workdir=runs/x", "--data.end_token=<s>", M=model, D=shared / "data")
+  follow(
+    function + command + " --workdir=runs/x", "--data.end_token=<s>", M=model, D=shared / "data"
+  )
 
 
 def test_human_preferences(follow, shared):
   text = block_with("FOLDER", "HH")
   follow(
-    text, "--data.end_token=<s>", FOLDER=shared / "models/stories260k", HH=shared / "data/preference"
+    text,
+    "--data.end_token=<s>",
+    FOLDER=shared / "models/stories260k",
+    HH=shared / "data/preference",
   )
 
 
@@ -177,7 +182,9 @@ def test_launches(block):
     assert "experiments." in shown.stdout
 
 
-@pytest.mark.parametrize("block", [block_with("launch.sweep"), LAUNCH[-3]], ids=["readme", "launch"])
+@pytest.mark.parametrize(
+  "block", [block_with("launch.sweep"), LAUNCH[-3]], ids=["readme", "launch"]
+)
 def test_a_sweep(block, place):
   (call,) = calls(re.sub(r"\bruns/", f"{place}/runs/", block))
   command = [sys.executable, *call, "--batch_size=8", "--steps=1", "--sampling.max_new_tokens=4"]

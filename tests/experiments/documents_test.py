@@ -81,9 +81,10 @@ def follow(place, run_script, start_script):
     for _, module, *flags in found:
       script = module.removeprefix("experiments.")
       (workdir,) = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--workdir=")]
-      kept = [flag for flag in flags if flag[2:].split("=")[0] not in {*SIZES, "workdir"}]
+      other = {*SIZES, "workdir", *(flag[2:].split("=")[0] for flag in more)}
+      kept = [flag for flag in flags if flag[2:].split("=")[0] not in other]
       kept = [flag if "critic_warmup" not in flag else "--critic_warmup=1" for flag in kept]
-      names = {flag.split("=")[0] for flag in kept}
+      names = {flag.split("=")[0] for flag in (*kept, *more)}
       kept += [flag for flag in TINY.get(script, ()) if flag.split("=")[0] not in names]
       if any("--process_id" in flag for flag in kept):
         together.append(start_script(script, pathlib.Path(workdir), *kept, *more))
@@ -134,16 +135,17 @@ def test_an_absent_slice(follow):
 def test_real_data(command, follow, shared):
   function = block_with("data()")
   model = shared / "models" / "stories260k"
-  follow(
-    function + command + " --workdir=runs/x", "--data.end_token=<s>", M=model, D=shared / "data"
-  )
+  small = ("--data.end_token=<s>", "--steps=1", "--batch_size=2", "--data.eval_rows=8")
+  text = function + command + " --workdir=runs/x"
+  follow(text, *small, M=model, D=shared / "data")
 
 
 def test_human_preferences(follow, shared):
   text = block_with("FOLDER", "HH")
   follow(
     text,
-    "--data.end_token=<s>",
+    *("--data.end_token=<s>", "--steps=1"),
+    *("--data.max_prompt_length=256", "--data.max_response_length=256"),  # Of a small vocabulary.
     FOLDER=shared / "models/stories260k",
     HH=shared / "data/preference",
   )
@@ -162,14 +164,15 @@ def test_labels(follow, place, shared):
   assert len(by_people) == 2
   pairs = place / "pairs.jsonl"
   lines = (shared / "data/preference/hh_helpful_test.jsonl").read_text().splitlines()
-  pairs.write_text("\n".join(lines[:8]) + "\n")
+  pairs.write_text("\n".join(lines[:16]) + "\n")
   judge, *trained = [line for line in block.splitlines() if line not in by_people]
   model = str(shared / "models/stories260k")
   judge = judge.replace("FOLDER", model).replace("PAIRS.jsonl", str(pairs))
   follow(judge, "--data.end_token=<s>")
   (place / "runs/hand").mkdir()
   shutil.copy(place / "runs/ai/labels.jsonl", place / "runs/hand")
-  follow("\n".join(trained), "--data.eval_fraction=0", "--data.overlong=drop")
+  flags = ("--data.eval_fraction=0", "--data.eval_rows=0", "--data.overlong=drop")
+  follow("\n".join(trained), *flags, "--batch_size=4")
 
 
 @pytest.mark.parametrize("block", [b for b in LAUNCH if "launch.run" in b], ids=range(6))

@@ -171,7 +171,7 @@ def test_labels(follow, place, shared):
   follow(judge, "--data.end_token=<s>")
   (place / "runs/hand").mkdir()
   shutil.copy(place / "runs/ai/labels.jsonl", place / "runs/hand")
-  flags = ("--data.eval_fraction=0", "--data.eval_rows=0", "--data.overlong=drop")
+  flags = ("--data.eval_fraction=0", "--data.overlong=drop")
   follow("\n".join(trained), *flags, "--batch_size=4")
 
 

@@ -689,9 +689,7 @@ def heldout_sampler(
   generate = make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
-  # On the mesh, as the keys of training are: the sampler is compiled once for both.
-  on_mesh = sharding.put(np.int32(0), sharding.replicated(run.mesh))
-  key = jax.random.fold_in(run.key_for(2), on_mesh)
+  key = heldout_key(run, 0)
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def sample(params: Params) -> Samples:
@@ -740,7 +738,7 @@ def heldout_comparer(
   config = dataclasses.replace(config, samples_per_prompt=1)
   generate = make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  keys = [jax.random.fold_in(run.key_for(2), i) for i in range(2)]
+  keys = [heldout_key(run, i) for i in range(2)]
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def compare(params: Params, other: Params) -> np.ndarray:
@@ -756,6 +754,12 @@ def heldout_comparer(
     return np.concatenate(parts)
 
   return compare
+
+
+def heldout_key(run: loop.Run, index: int) -> jax.Array:
+  """On the mesh, as the keys of training are: a sampler is compiled once for both."""
+  on_mesh = sharding.put(np.int32(index), sharding.replicated(run.mesh))
+  return jax.random.fold_in(run.key_for(2), on_mesh)
 
 
 def heldout_batch_size(run: loop.Run, dataset: data.Dataset, most: int) -> int:

@@ -24,7 +24,6 @@ CELLS = re.findall(r"\| `(python -m experiments\.[^`]*)` \|", README)
 # How long a run is and how large, which is what is changed here.
 SIZES = {"steps", "batch_size", "data.rows", "data.eval_rows", "sampling.max_new_tokens"}
 TINY = {
-  "kto": ("--sampling.max_new_tokens=4", "--batch_size=8", "--data.rows=16", "--data.eval_rows=8"),
   "evaluate": ("--sampling.max_new_tokens=4", "--data.rows=16", "--data.eval_rows=8"),
   "annotate": ("--judge.max_characters=80",),
   "rlhf": (
@@ -122,8 +121,7 @@ def test_without_a_reward(follow):
 
 
 def test_several_processes(follow):
-  # In tests every process has eight devices unless told otherwise; here it is one.
-  follow(block_with("--process_id"), "--model.layers=1", "--model.heads=2", "--model.width=32")
+  follow(block_with("--process_id"))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

@@ -49,6 +49,15 @@ _BASE = {
     "--sampling.samples_per_prompt=4",
     "--rest.quantiles=0.3,0.6",
   ),
+  "evaluate": ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8"),
+  "rlhf": (
+    *(
+      f"--{stage}.{size}"
+      for stage in ("sft", "reward_model", "ppo")
+      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
+    ),
+    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
+  ),
 }
 
 

@@ -23,18 +23,6 @@ LAUNCH = [
 CELLS = re.findall(r"\| `(python -m experiments\.[^`]*)` \|", README)
 # How long a run is and how large, which is what is changed here.
 SIZES = {"steps", "batch_size", "data.rows", "data.eval_rows", "sampling.max_new_tokens"}
-TINY = {
-  "evaluate": ("--sampling.max_new_tokens=4", "--data.rows=16", "--data.eval_rows=8"),
-  "annotate": ("--judge.max_characters=80",),
-  "rlhf": (
-    *(
-      f"--{stage}.{size}"
-      for stage in ("sft", "reward_model", "ppo")
-      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
-    ),
-    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
-  ),
-}
 # Bash shows what it would call, after its own expansion of words, variables and functions.
 SHOW = r"""
 set -eu
@@ -83,8 +71,6 @@ def follow(place, run_script, start_script):
       other = {*SIZES, "workdir", *(flag[2:].split("=")[0] for flag in more)}
       kept = [flag for flag in flags if flag[2:].split("=")[0] not in other]
       kept = [flag if "critic_warmup" not in flag else "--critic_warmup=1" for flag in kept]
-      names = {flag.split("=")[0] for flag in (*kept, *more)}
-      kept += [flag for flag in TINY.get(script, ()) if flag.split("=")[0] not in names]
       if any("--process_id" in flag for flag in kept):
         together.append(start_script(script, pathlib.Path(workdir), *kept, *more))
         continue
@@ -166,7 +152,7 @@ def test_labels(follow, place, shared):
   judge, *trained = [line for line in block.splitlines() if line not in by_people]
   model = str(shared / "models/stories260k")
   judge = judge.replace("FOLDER", model).replace("PAIRS.jsonl", str(pairs))
-  follow(judge, "--data.end_token=<s>")
+  follow(judge, "--data.end_token=<s>", "--judge.max_characters=80")
   (place / "runs/hand").mkdir()
   shutil.copy(place / "runs/ai/labels.jsonl", place / "runs/hand")
   flags = ("--data.eval_fraction=0", "--data.overlong=drop")

@@ -23,10 +23,11 @@ LAUNCH = [
 CELLS = re.findall(r"\| `(python -m experiments\.[^`]*)` \|", README)
 # How long a run is and how large, which is what is changed here.
 SIZES = {"steps", "batch_size", "data.rows", "data.eval_rows", "sampling.max_new_tokens"}
-# Bash shows what it would call, after its own expansion of words, variables and functions.
+# Bash shows what it would call, after its own expansion of words, variables and functions: one write
+# a call, for calls in the background share the pipe.
 SHOW = r"""
 set -eu
-python() { printf '%s\x1f' "$@"; printf '\x1e'; }
+python() { local IFS=$'\x1f'; printf '%s\x1e' "$*"; }
 pip() { :; }
 """
 
@@ -41,7 +42,7 @@ def calls(text: str, **variables: object) -> list[list[str]]:
   env = {"PATH": os.environ["PATH"]} | {name: str(value) for name, value in variables.items()}
   command = ["bash", "-c", SHOW + text]
   output = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-  return [call.split("\x1f")[:-1] for call in output.split("\x1e") if call.strip()]
+  return [call.split("\x1f") for call in output.split("\x1e") if call.strip()]
 
 
 @pytest.fixture

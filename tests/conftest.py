@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
 
 # Read when jax and the Hugging Face libraries are first imported, so set before that happens.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,10 +22,13 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 # What takes time to compile is kept for the other workers, for scripts that are started several
-# times, and for the next run.
+# times, and for the next run. JAX's own limit would read the whole folder for each new program.
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_REPOSITORY / ".pytest_cache" / "jax")
-os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**30)
+_CACHE = _REPOSITORY / ".pytest_cache" / "jax"
+if "PYTEST_XDIST_WORKER" not in os.environ and _CACHE.is_dir():
+  if sum(file.stat().st_size for file in _CACHE.iterdir()) > 2**30:
+    shutil.rmtree(_CACHE)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["MPLBACKEND"] = "Agg"
 # Would make rich and others treat a captured stream as a terminal.

@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from absl import flags as absl_flags
 
+from experiments import programs
+from rlhf_jax import flags, loop
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import PackedBatch, Params, TokenBatch
@@ -134,3 +138,26 @@ def compilations() -> Iterator[list[str]]:
     yield names
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def define_flags(
+  script: str, words: Sequence[str] = ()
+) -> tuple[absl_flags.FlagValues, list[Callable[[], Any]]]:
+  """The flags of a script, such as `experiments.dpo`, and what reads its dataclasses from them."""
+  module = importlib.import_module(script)
+  classes = [module.Config] if hasattr(module, "Config") else [module.Options]
+  if script == "experiments.compile":
+    classes.append(programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
+  elif script != "experiments.plot":
+    classes.append(loop.Session)
+  registry = absl_flags.FlagValues()
+  return registry, [flags.define(cls, flag_values=registry) for cls in classes]
+
+
+def read_flags(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
+  """The flags of a script, read and checked as it does before it starts."""
+  registry, readers = define_flags(script, words)
+  flags.parse([script, *words], registry)
+  for read in readers:
+    read()
+  return registry

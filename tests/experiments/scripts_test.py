@@ -111,6 +111,17 @@ def test_adapters_from_a_base_that_changed_are_refused(tmp_path, run_script, sft
   assert "frozen" in again.output
 
 
+def test_the_chain(tmp_path, run_script):
+  finished = run_script("rlhf", tmp_path / "rlhf")
+  assert finished.code == 0, finished.output
+  summary = json.loads((tmp_path / "rlhf" / "summary.json").read_text())
+  names = {"reward_model/accuracy", "sft/gold_reward", "ppo/gold_reward", "ppo/win_rate", "ppo/kl"}
+  assert names <= set(summary)
+  for stage in ("sft", "reward_model", "ppo"):
+    assert (tmp_path / "rlhf" / stage / "export" / "config.json").exists()
+    assert list((tmp_path / "rlhf" / "plots" / stage).glob("*.png"))
+
+
 def test_sft_writes_what_it_says(sft_run):
   files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
   for name in (*files, "export/README.md"):

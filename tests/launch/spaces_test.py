@@ -1,12 +1,10 @@
-import importlib
 import pathlib
 
 import optuna
 import pytest
-from absl import flags as absl_flags
 
 from launch import sweep
-from rlhf_jax import flags
+from tests.testing import read_flags
 
 _SPACES = sorted(
   file.stem for file in (pathlib.Path(__file__).parents[2] / "launch" / "spaces").glob("*.py")
@@ -16,14 +14,11 @@ _SPACES = sorted(
 @pytest.fixture(params=_SPACES)
 def case(request, repository):
   """A shipped space, and a function that reads flags as its script does."""
-  config = importlib.import_module(f"experiments.{request.param}").Config
+  script = f"experiments.{request.param}"
 
   def read(own):
-    registry = absl_flags.FlagValues()
-    build = flags.define(config, flag_values=registry)
-    flags.parse(["script", *(sweep.flag(name, value) for name, value in own.items())], registry)
-    build()  # Refuses what the script would refuse.
-    return registry
+    given = [sweep.flag(name, value) for name, value in own.items()]
+    return read_flags(script, ["--workdir=runs/trial", *given])
 
   return sweep.load_space(str(repository / "launch" / "spaces" / f"{request.param}.py")), read
 

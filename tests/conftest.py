@@ -25,9 +25,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 # times, and for the next run. JAX's own limit would read the whole folder for each new program.
 _REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 _CACHE = _REPOSITORY / ".pytest_cache" / "jax"
-if "PYTEST_XDIST_WORKER" not in os.environ and _CACHE.is_dir():
-  if sum(file.stat().st_size for file in _CACHE.iterdir()) > 2**30:
-    shutil.rmtree(_CACHE)
+if (
+  "PYTEST_XDIST_WORKER" not in os.environ
+  and sum(file.stat().st_size for file in _CACHE.glob("*")) > 2**30
+):
+  shutil.rmtree(_CACHE)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["MPLBACKEND"] = "Agg"

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,8 @@ from rlhf_jax.types import Metrics, Params, Rollout, TrainState, TrainStep
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -598,6 +600,19 @@ def compared_lengths(dataset: data.Dataset) -> np.ndarray:
   return compared(dataset, lengths)
 
 
+def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
+  """`measure(state, step)` that keeps its last answer: the end of a run asks for it twice."""
+  last: dict[int, T] = {}
+
+  def measure_once(state: Any, step: int) -> T:
+    if step not in last:
+      last.clear()
+      last[step] = measure(state, step)
+    return last[step]
+
+  return measure_once
+
+
 def evaluate_batches(
   run: loop.Run,
   dataset: data.Dataset,
@@ -1004,6 +1019,7 @@ def train_offline(
       found = row_figures(params, make_batch(rows, ref), apply_fn=model.apply, config=settings)
       return {f"eval/{name}": values for name, values in found.items()}
 
+    @once_per_step
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
       del step
       found = measure(
@@ -1034,7 +1050,7 @@ def train_offline(
     if config.reward.path or config.reward.name:
       reward_fns["reward"] = open_reward(run, config.reward, config.model, tokenizer)(prompts)
     judge = Judge(run, model, tokenizer, prompts, config.sampling, reward_fns, ref_params)
-    more = evaluate(state, config.steps) if heldout.examples else {}
+    more = dict(evaluate(state, config.steps)) if heldout.examples else {}
     if heldout.examples and kind == "preferences":
       # What preferring the longer response would reach of `eval/reward/accuracy`.
       by_length = reward_model.pair_metrics(compared_lengths(heldout))

@@ -90,9 +90,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
       )
 
-    def evaluate(state, step):
+    @common.once_per_step
+    def heldout_rows(state, step):
       del step
-      metrics = preference_model.preference_metrics(**rows_of(heldout, trainer.params(state)))
+      return rows_of(heldout, trainer.params(state))
+
+    def evaluate(state, step):
+      metrics = preference_model.preference_metrics(**heldout_rows(state, step))
       return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     batches = data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id)
@@ -110,7 +114,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     common.export(run.workdir / common.EXPORT, params, model, tokenizer, label=common.PREFERENCE)
     summary = {}
     if heldout.examples:
-      summary = judge(heldout, rows_of(heldout, params)["logits"])
+      summary = judge(heldout, heldout_rows(state, config.steps)["logits"])
       triples = triples_of(session, config.data, heldout, tokenizer)
       if triples:
         dataset, places = triples

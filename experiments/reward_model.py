@@ -99,9 +99,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       return common.compared(dataset, rows["score"])
 
-    def evaluate(state, step):
+    @common.once_per_step
+    def heldout_pairs(state, step):
       del step
-      metrics = reward_model.pair_metrics(pairs_of(heldout, trainer.params(state)))
+      return pairs_of(heldout, trainer.params(state))
+
+    def evaluate(state, step):
+      metrics = reward_model.pair_metrics(heldout_pairs(state, step))
       return {f"eval/{name}": value for name, value in metrics.items()}
 
     batches = data.batches(
@@ -129,7 +133,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
-      summary |= judge(heldout, pairs_of(heldout, params))
+      summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
       show(summary)
     common.finish(run, summary)
   return summary

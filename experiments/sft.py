@@ -79,6 +79,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       losses = supervised.nll(model.apply(params, batch.tokens), batch.tokens)
       return {"eval/loss": masked.masked_mean(losses, batch.mask, axis=1)}
 
+    @common.once_per_step
     def evaluate(state, step):
       del step
       return common.evaluate_batches(

@@ -16,6 +16,8 @@ _OLD_FUSIONS = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = " ".join(
   (
     "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",  # The other core has a worker of its own.
     "--xla_cpu_use_fusion_emitters=false" if _OLD_FUSIONS else "",
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",

@@ -11,8 +11,7 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments import programs
-from rlhf_jax import flags, loop
+from rlhf_jax import flags
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import PackedBatch, Params, TokenBatch
@@ -147,9 +146,9 @@ def define_flags(
   module = importlib.import_module(script)
   classes = [module.Config] if hasattr(module, "Config") else [module.Options]
   if script == "experiments.compile":
-    classes.append(programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
+    classes.append(module.programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
   elif script != "experiments.plot":
-    classes.append(loop.Session)
+    classes.append(module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]
 

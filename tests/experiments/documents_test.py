@@ -61,6 +61,12 @@ def commands() -> list[list[str]]:
 
 COMMANDS = commands()
 SCRIPTS = [command for command in COMMANDS if command[0].startswith("experiments.")]
+DATA = {
+  flag.split("=", 1)[1]
+  for command in SCRIPTS
+  for flag in command
+  if flag.startswith(("--data.path=data/", "--data.eval_path=data/"))
+}
 
 
 def name_of(command: list[str]) -> str:
@@ -76,6 +82,7 @@ def value_of(command: list[str], name: str) -> str:
 def test_commands_are_found():
   assert len(SCRIPTS) > 30
   assert len(COMMANDS) - len(SCRIPTS) > 7
+  assert len(DATA) > 15
 
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=name_of)
@@ -97,12 +104,9 @@ def test_what_it_reads_was_made_before(command):
       assert path.removesuffix("/labels.jsonl") in made, flag
 
 
-@pytest.mark.parametrize("command", SCRIPTS, ids=name_of)
-def test_data_are_of_the_layout_that_is_named(command, shared):
-  for flag in command[1:]:
-    name, _, value = flag.partition("=")
-    if name in ("--data.path", "--data.eval_path") and value.startswith("data/"):
-      assert (shared / value).is_file()
+@pytest.mark.parametrize("path", sorted(DATA))
+def test_data_are_of_the_layout_that_is_named(path, shared):
+  assert (shared / path).is_file()
 
 
 @pytest.mark.parametrize(

@@ -238,9 +238,6 @@ def test_a_best_response_and_who_beats_whom(tmp_path, run_script, sft_run, prefe
     f"--policy={tmp_path / 'best'},{sft_run}",
     f"--baseline={sft_run / 'export'}",
     judge,
-    "--data.rows=64",
-    "--data.eval_rows=8",
-    "--sampling.max_new_tokens=8",
   )
   assert finished.code == 0, finished.output
   rates = json.loads((tmp_path / "matrix/summary.json").read_text())["preference/win_rates"]
@@ -284,9 +281,6 @@ def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_
     tmp_path / "evaluate",
     f"--policy={tmp_path / 'ppo'}",
     f"--baseline={sft_run}",
-    "--data.rows=64",
-    "--data.eval_rows=8",
-    "--sampling.max_new_tokens=8",
   )
   assert judged.code == 0, judged.output
   assert "gold (mean)" in judged.output

@@ -66,7 +66,7 @@ class ModelOptions:
   layers: int = 4
   width: int = 128
   heads: int = 4
-  mlp_width: int = 384
+  mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -892,6 +892,7 @@ class Judge:
       ref_params=ref_params,
       batch_size=batch_size,
     )
+    self._sample_once = once_per_step(lambda params, step: self._sample(params))
 
   def preference(self, params: Params, other: Params) -> evaluation.Estimate:
     """How often the first policy is preferred to the second one on the held-out prompts."""
@@ -899,20 +900,20 @@ class Judge:
       raise ValueError("the judge was given no preference")
     return evaluation.mean(self._compare(params, other))
 
+  def measure(self, params: Params, step: int) -> dict[str, float]:
+    """Mean rewards and KL of responses to the held-out prompts, which are written beside."""
+    samples = self._sample_once(params, step)
+    self._run.writer.table(step, "samples", sample_rows(samples))
+    means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
+    return {"eval/kl": float(np.mean(samples.kl)), **means}
+
   def evaluate(
     self, params_of: Callable[[Any], Params]
   ) -> Callable[[Any, int], dict[str, float]] | None:
-    """`(state, step) -> metrics` for `loop.fit`; the samples are written beside."""
+    """`(state, step) -> metrics` for `loop.fit`."""
     if not self._prompts.examples:
       return None
-
-    def evaluate(state: Any, step: int) -> dict[str, float]:
-      samples = self._sample(params_of(state))
-      self._run.writer.table(step, "samples", sample_rows(samples))
-      means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
-      return {"eval/kl": float(np.mean(samples.kl)), **means}
-
-    return evaluate
+    return lambda state, step: self.measure(params_of(state), step)
 
   def finish(
     self, params: Params, step: int, title: str, more: Mapping[str, float] | None = None
@@ -922,7 +923,7 @@ class Judge:
     export(run.workdir / EXPORT, params, self._model, self._tokenizer)
     summary = dict(more or {})
     if self._prompts.examples:
-      before, after = self._sample(self._ref_params), self._sample(params)
+      before, after = self._sample(self._ref_params), self._sample_once(params, step)
       summary |= compare(before, after)
       table = comparison_table(before, after)
       if self._compare is not None:
@@ -1019,13 +1020,23 @@ def train_offline(
       found = row_figures(params, make_batch(rows, ref), apply_fn=model.apply, config=settings)
       return {f"eval/{name}": values for name, values in found.items()}
 
+    @functools.cache
+    def judge() -> Judge:  # Opened when first asked: a reward model takes no memory before.
+      prompts = as_prompts(heldout, len(heldout.examples))
+      reward_fns = gold_rewards(config.data, prompts, tokenizer)
+      if config.reward.path or config.reward.name:
+        reward_fns["reward"] = open_reward(run, config.reward, config.model, tokenizer)(prompts)
+      return Judge(run, model, tokenizer, prompts, config.sampling, reward_fns, ref_params)
+
     @once_per_step
     def evaluate(state: TrainState, step: int) -> dict[str, float]:
-      del step
       found = measure(
         heldout, columns=refs[1], measure=lambda batch: figures(trainer.params(state), *batch)
       )
-      return {name: float(np.nanmean(values)) for name, values in found.items()}
+      means = {name: float(np.nanmean(values)) for name, values in found.items()}
+      if config.eval_every:
+        means |= judge().measure(trainer.params(state), step)
+      return means
 
     batches = data.batches(
       train_set,
@@ -1045,11 +1056,6 @@ def train_offline(
       learning_rate=make_schedule(config.optim, config.steps),
       title=title,
     )
-    prompts = as_prompts(heldout, len(heldout.examples))
-    reward_fns = gold_rewards(config.data, prompts, tokenizer)
-    if config.reward.path or config.reward.name:
-      reward_fns["reward"] = open_reward(run, config.reward, config.model, tokenizer)(prompts)
-    judge = Judge(run, model, tokenizer, prompts, config.sampling, reward_fns, ref_params)
     more = dict(evaluate(state, config.steps)) if heldout.examples else {}
     if heldout.examples and kind == "preferences":
       # What preferring the longer response would reach of `eval/reward/accuracy`.
@@ -1059,7 +1065,7 @@ def train_offline(
         f"held-out pairs in the right order: {more['eval/reward/accuracy']:.3f}, by length alone:"
         f" {more['eval/length_baseline']:.3f}"
       )
-    return judge.finish(trainer.params(state), config.steps, title, more)
+    return judge().finish(trainer.params(state), config.steps, title, more)
 
 
 class Zipped:

@@ -8,7 +8,8 @@ Your model and data (rows with prompt, chosen, rejected), with another loss:
 
 With --data.packed_length a row holds as many pairs as fit, not one and padding.
 The start is the reference; its log-probabilities are computed once per pair. At the end the policy
-and its start answer the held-out prompts. The default learning rate suits the built-in task.
+and its start answer the held-out prompts; with --eval_every=50 the policy also does every 50 steps.
+The default learning rate suits the built-in task.
 Starting the same command again continues a run that was stopped.
 """
 
@@ -26,7 +27,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """DPO on pairs. `reward` is what the policies are judged by at the end, if anything."""
+  """DPO on pairs. `reward` is what the policies are judged by, if anything."""
 
   steps: int = 250
   batch_size: int = 32

@@ -7,7 +7,8 @@ Your model and data (rows with prompt, response, label; or pairs, which count as
     --optim.learning_rate=1e-6
 
 The start is the reference; its log-probabilities are computed once per response. At the end the
-policy and its start answer the held-out prompts. The default learning rate suits the built-in task.
+policy and its start answer the held-out prompts; with --eval_every=50 the policy also does every 50
+steps. The default learning rate suits the built-in task.
 Starting the same command again continues a run that was stopped.
 """
 
@@ -25,7 +26,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """KTO. `reward` is what the policies are judged by at the end, if anything."""
+  """KTO. `reward` is what the policies are judged by, if anything."""
 
   steps: int = 250
   batch_size: int = 32

@@ -10,7 +10,7 @@ import safetensors.numpy
 SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
   "preference_model": ("--lora.rank=2",),
-  "dpo": ("--data.packed_length=192", "--lora.rank=4"),
+  "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=6"),
   "ppo": ("--ppo.packed_length=64",),
   "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
   "online_dpo": (
@@ -72,6 +72,9 @@ def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run,
     summary = json.loads((again.workdir / "summary.json").read_text())
     assert 0 < summary["eval/length_baseline"] < 1
     assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
+    judged = [(row["step"], row["eval/gold"]) for row in timeless[1] if "eval/gold" in row]
+    assert [step for step, _ in judged] == [6, 12]
+    np.testing.assert_allclose(judged[-1][1], summary["gold/mean"], rtol=1e-5)
 
 
 @pytest.mark.slow

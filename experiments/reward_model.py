@@ -39,7 +39,7 @@ from rlhf_jax.train_step import OptimConfig, make_schedule
 class Config(loop.RunConfig):
   """Reward model."""
 
-  steps: int = 250
+  steps: int = 225
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()

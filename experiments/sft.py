@@ -32,7 +32,7 @@ from rlhf_jax.train_step import OptimConfig, make_schedule
 class Config(loop.RunConfig):
   """Supervised fine-tuning."""
 
-  steps: int = 600
+  steps: int = 540
   batch_size: int = 32
   log_every: int = 10
   model: common.ModelOptions = common.ModelOptions()

@@ -74,7 +74,7 @@ class Config(loop.RunConfig):
   """
 
   steps: int = 60
-  batch_size: int = 48
+  batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
   share_trunk: bool = False

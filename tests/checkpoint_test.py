@@ -3,7 +3,6 @@ import os
 import pathlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,29 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import checkpoint, processes, sharding
 from rlhf_jax.types import TrainState
-
-# Saves every step as fast as it can; the content of a step follows from its number.
-_SAVER = """
-import sys
-import numpy as np
-from rlhf_jax import checkpoint
-def tree(step):
-  rngs = [np.random.default_rng((step, i)) for i in range(4)]
-  return {f"w{i}": rng.random((64, 1024), np.float32) for i, rng in enumerate(rngs)}
-with checkpoint.run_lock(sys.argv[1]), checkpoint.Checkpointer(sys.argv[1]) as ckpt:
-  restored = ckpt.restore({"state": tree(0)})
-  start = restored.step if restored else 0
-  print("READY", flush=True)
-  for step in range(start + 1, start + 500):
-    ckpt.save(step, {"state": tree(step)}, {"step": step})
-"""
-_HOLDER = """
-import sys, time
-from rlhf_jax import checkpoint
-with checkpoint.run_lock(sys.argv[1]):
-  print("READY", flush=True)
-  time.sleep(60)
-"""
+from tests.testing import forked
 
 
 @pytest.fixture
@@ -52,19 +29,24 @@ def warnings_logged(monkeypatch):
   return lines
 
 
-def start(program: str, repository: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
-  env = os.environ | {"PYTHONPATH": str(repository), "XLA_FLAGS": ""}
-  command = [sys.executable, "-c", program, str(workdir)]
-  child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-  assert child.stdout is not None
-  assert child.stdout.readline() == "READY\n"
-  return child
+def save_fast(workdir: pathlib.Path) -> None:
+  """Saves every step as fast as it can; the content of a step follows from its number."""
+  tree = lambda step: {f"w{i}": random_array(step, i) for i in range(4)}  # noqa: E731
+  with checkpoint.run_lock(workdir), checkpoint.Checkpointer(workdir) as ckpt:
+    restored = ckpt.restore({"state": tree(0)})
+    start = restored.step if restored else 0
+    for step in range(start + 1, start + 500):
+      ckpt.save(step, {"state": tree(step)}, {"step": step})
 
 
-def kill(child: subprocess.Popen) -> None:
-  child.send_signal(signal.SIGKILL)
-  child.wait()
-  child.stdout.close()
+def random_array(*seed: int) -> np.ndarray:
+  return np.random.default_rng(seed).random((64, 1024), np.float32)
+
+
+def hold_lock(workdir: pathlib.Path) -> None:
+  with checkpoint.run_lock(workdir):
+    (workdir / "held").touch()
+    time.sleep(60)
 
 
 def weights(step: int, size: int = 4096):
@@ -214,17 +196,18 @@ def test_keeps_the_newest_steps_and_their_manifests(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path, repository):
+def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path):
   rng, newest = random.Random(0), 0
   like = {f"w{i}": np.zeros((64, 1024), np.float32) for i in range(4)}
   for _ in range(15):
-    child = start(_SAVER, repository, tmp_path)
+    child = forked(save_fast, tmp_path)
     deadline = time.monotonic() + 60
     saved = lambda: [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]  # noqa: E731
     while max(saved(), default=0) <= newest and time.monotonic() < deadline:
       time.sleep(0.001)
     time.sleep(rng.uniform(0.0, 0.4))
-    kill(child)
+    child.kill()
+    child.join()
     with checkpoint.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path) as ckpt:
       assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
       restored = ckpt.restore({"state": like})
@@ -232,8 +215,7 @@ def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path, reposi
       newest = restored.step
       assert restored.meta == {"step": newest}
       for i, name in enumerate(like):
-        expected = np.random.default_rng((newest, i)).random((64, 1024), np.float32)
-        np.testing.assert_array_equal(restored.items["state"][name], expected)
+        np.testing.assert_array_equal(restored.items["state"][name], random_array(newest, i))
 
 
 def truncate(path: pathlib.Path) -> None:
@@ -412,15 +394,19 @@ ckpt.close()
   ]
 
 
-def test_lock_names_its_holder_and_dies_with_it(tmp_path, repository):
-  child = start(_HOLDER, repository, tmp_path)
+def test_lock_names_its_holder_and_dies_with_it(tmp_path):
+  child = forked(hold_lock, tmp_path)
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "held").exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
   try:
     locked = pytest.raises(checkpoint.LockedError, match=f"pid {child.pid} on host .* since 2")
     with locked as e, checkpoint.run_lock(tmp_path):
       pass
     assert e.value.exit_code == 73
   finally:
-    kill(child)
+    child.kill()
+    child.join()
   locked = pytest.raises(checkpoint.LockedError, match=f"pid {os.getpid()} ")
   with checkpoint.run_lock(tmp_path), locked, checkpoint.run_lock(tmp_path):
     pass

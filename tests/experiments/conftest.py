@@ -1,10 +1,5 @@
-"""Small runs of the scripts, shared by the tests of this folder.
+"""Small runs of the scripts, each in a process of its own, shared by the tests of this folder."""
 
-A script runs in a process of its own, forked from one that has imported what all scripts import:
-half of the time of a short run would be these imports.
-"""
-
-import multiprocessing
 import os
 import pathlib
 import runpy
@@ -18,12 +13,8 @@ from typing import NamedTuple
 import filelock
 import pytest
 
-_IMPORTS = [
-  "experiments.common",
-  "rlhf_jax.algorithms.ppo",
-  "matplotlib.backends.backend_agg",
-  "transformers.tokenization_utils_tokenizers",
-]
+from tests.testing import forked
+
 _TINY = (
   "--model.layers=1",
   "--model.width=32",
@@ -82,12 +73,7 @@ class Running:
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
     own = () if script == "compile" else (f"--workdir={workdir}",)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTS)
-    self.process = context.Process(
-      target=_main, args=(script, [*own, *base, *flags], self._output, devices)
-    )
-    self.process.start()
+    self.process = forked(_main, script, [*own, *base, *flags], self._output, devices)
 
   def end(self, timeout: float) -> "Finished":
     """Waits for it; kills it when the time is over."""

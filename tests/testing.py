@@ -21,6 +21,7 @@ _PRELOADED = [
   "experiments.common",
   "rlhf_jax.algorithms.ppo",
   "matplotlib.backends.backend_agg",
+  "matplotlib.figure",
   "transformers.tokenization_utils_tokenizers",
 ]
 

@@ -16,6 +16,7 @@ _OLD_FUSIONS = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = " ".join(
   (
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",  # The other core has a worker of its own.
     "--xla_cpu_use_fusion_emitters=false" if _OLD_FUSIONS else "",

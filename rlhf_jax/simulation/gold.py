@@ -7,6 +7,7 @@ finished, and make no point that an earlier sentence made. So text that a learne
 (praise over and over, a list of every aspect, heaps of adverbs) earns little here.
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,8 @@ def _brevity(length: str, count: int) -> float:
   return float(np.interp(count, LENGTH_BANDS[length], (0.0, 1.0, 1.0, 0.0), left=0.0, right=0.0))
 
 
-def counted_sentences(response: str) -> list[tuple[int, grammar.Meaning]]:
+@functools.lru_cache(maxsize=1 << 14)
+def counted_sentences(response: str) -> tuple[tuple[int, grammar.Meaning], ...]:
   """The sentences of a text that count, each as (number of words, meaning)."""
   counted, points = [], set()
   for sentence in grammar.sentences(response.split()):
@@ -38,7 +40,7 @@ def counted_sentences(response: str) -> list[tuple[int, grammar.Meaning]]:
     if meaning is not None and not meaning.points & points:
       points |= meaning.points
       counted.append((len(sentence), meaning))
-  return counted
+  return tuple(counted)
 
 
 def _parts(demands: demands_lib.Demands, response: str) -> tuple[float, float, float, float]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import checkpoint, processes, sharding
 from rlhf_jax.types import TrainState
-from tests.testing import forked
+from tests.testing import forked, wait_for
 
 
 @pytest.fixture
@@ -396,10 +396,8 @@ ckpt.close()
 
 def test_lock_names_its_holder_and_dies_with_it(tmp_path):
   child = forked(hold_lock, tmp_path)
-  deadline = time.monotonic() + 60
-  while not (tmp_path / "held").exists() and time.monotonic() < deadline:
-    time.sleep(0.01)
   try:
+    wait_for((tmp_path / "held").exists, 60, pause=0.01)
     locked = pytest.raises(checkpoint.LockedError, match=f"pid {child.pid} on host .* since 2")
     with locked as e, checkpoint.run_lock(tmp_path):
       pass

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -110,6 +111,21 @@ def forked(target: Callable[..., None], *args: Any) -> multiprocessing.process.B
   process = context.Process(target=target, args=args)
   process.start()
   return process
+
+
+def wait_for(
+  what: Callable[[], Any],
+  seconds: float,
+  *,
+  or_say: Callable[[], str] = str,
+  pause: float = 0.2,  # Most of what is asked starts a program.
+) -> Any:
+  """What `what` returns once it is true; fails with `or_say` when the time is over."""
+  deadline = time.monotonic() + seconds
+  while not (found := what()):
+    assert time.monotonic() < deadline, or_say()
+    time.sleep(pause)
+  return found
 
 
 def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> PackedBatch:

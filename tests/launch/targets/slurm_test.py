@@ -11,15 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from launch import run
 from launch.job import Job, JobError
 from launch.targets import slurm
+from tests.testing import wait_for
 
 _CONFIG = """\
 ClusterName=test
@@ -49,20 +48,6 @@ SlurmdLogFile={folder}/d.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
 PartitionName=all Nodes={host} Default=YES State=UP
 """
-
-
-def wait_for(
-  what: Callable[[], Any],
-  seconds: float,
-  *,
-  or_say: Callable[[], str] = str,
-  pause: float = 0.2,  # Most of what is asked starts a program.
-) -> Any:
-  deadline = time.monotonic() + seconds
-  while not (found := what()):
-    assert time.monotonic() < deadline, or_say()
-    time.sleep(pause)
-  return found
 
 
 def free_port() -> int:

@@ -5,9 +5,10 @@ Built-in task, after SFT and reward model:
 The best of 8 samples of each prompt (RAFT), with a forward KL to the start (SuperHF):
   --rest.keep=best --rest.quantiles=0 --grow_steps=3
   --rest.keep=best --rest.quantiles=0 --grow_steps=3 --rest.kappa=0.3
-Your model and prompts, against a Python reward function of rlhf_jax/rewards/functions.py:
+Your model and prompts, on the samples that a Python function of rlhf_jax/rewards/functions.py
+finds right (ReST-EM):
   python -m experiments.rest --workdir=runs/rest --init_from=FOLDER --data.path=PROMPTS.jsonl \
-    --reward.name=exact_answer
+    --reward.name=exact_answer --rest.keep=threshold --rest.quantiles=0.5
 
 Each Grow step samples `--sampling.samples_per_prompt` responses to `--prompts` prompts and scores
 them once, into `workdir/grow_0/responses.jsonl`. Each Improve step, one per `--rest.quantiles`,
@@ -81,10 +82,12 @@ class Config(loop.RunConfig):
     for name in ("grow_steps", "prompts"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if self.rest.keep == "best" and self.sampling.samples_per_prompt < 2:
-      raise ValueError("sampling.samples_per_prompt must be at least 2 for rest.keep=best")
+    if self.rest.keep != "threshold" and self.sampling.samples_per_prompt < 2:
+      raise ValueError(
+        f"sampling.samples_per_prompt must be at least 2 for rest.keep={self.rest.keep}"
+      )
     candidates = self.prompts
-    if self.rest.keep == "threshold":
+    if self.rest.keep != "best":
       candidates *= self.sampling.samples_per_prompt
     fewest = int(candidates * (1 - self.rest.quantiles[-1]))
     if fewest < self.batch_size:
@@ -116,6 +119,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     for i, quantile in enumerate(config.rest.quantiles):
       weights = rest.kept_weights(rewards, quantile, config.rest)
       kept = weights > 0
+      if np.sum(kept) < config.batch_size:
+        raise flags.UsageError(
+          f"{grown / _GROWN}: {np.sum(kept)} responses lie above quantile {quantile} with"
+          f" --rest.keep={config.rest.keep}, fewer than --batch_size={config.batch_size}; raise"
+          " --prompts"
+        )
       stage = workdir / f"grow_{g}_improve_{i}"
       own = dataclasses.replace(
         session, workdir=str(stage), seed=session.seed * 1000 + 100 * g + i + 1

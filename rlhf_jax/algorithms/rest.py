@@ -29,10 +29,13 @@ class RestConfig:
   """What is kept of the grown responses, and how it is learnt from.
 
   Attributes:
-    keep: threshold keeps the responses of the highest rewards of all prompts together; best keeps
-      the best one of each prompt.
-    quantiles: One Improve step each: the share of the responses whose rewards lie below the
-      threshold, rising. With keep=best, the share of the prompts whose best response does.
+    keep: advantage keeps the responses that are the furthest above the mean reward of their prompt,
+      which suits reward models: pairs of the same prompt do not tell them how good a prompt's
+      responses are beside those of another. threshold keeps the highest rewards of all prompts
+      together, as the paper does, and suits rewards that mean the same everywhere, such as a right
+      answer. best keeps the best response to each prompt.
+    quantiles: One Improve step each: the share of the responses that lie below the threshold,
+      rising. With keep=best, the share of the prompts whose best response does.
     loss: bc is the likelihood of what is kept; weighted weighs it by exp(reward / temperature);
       gold is offline RL: also by the policy's own probability of each token.
     temperature: Of the weights, in standard deviations of the grown rewards.
@@ -40,7 +43,7 @@ class RestConfig:
     microbatches: Pieces each batch is cut into; saves memory, does not change the result.
   """
 
-  keep: Literal["threshold", "best"] = "threshold"
+  keep: Literal["advantage", "threshold", "best"] = "advantage"
   quantiles: tuple[float, ...] = (0.5, 0.7, 0.85)
   loss: Literal["bc", "weighted", "gold"] = "bc"
   temperature: float = 1.0
@@ -48,7 +51,11 @@ class RestConfig:
   microbatches: int = 1
 
   def __post_init__(self):
-    for name, known in (("keep", ("threshold", "best")), ("loss", ("bc", "weighted", "gold"))):
+    known_values = {
+      "keep": ("advantage", "threshold", "best"),
+      "loss": ("bc", "weighted", "gold"),
+    }
+    for name, known in known_values.items():
       if getattr(self, name) not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
     rising = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
@@ -75,6 +82,9 @@ class RestBatch(NamedTuple):
 def kept_weights(rewards: np.ndarray, quantile: float, config: RestConfig) -> np.ndarray:
   """What each grown response counts in an Improve step.
 
+  A reward that many responses share, such as 0 for a wrong answer, can be the threshold itself.
+  Those at it are left out if any lies above.
+
   Args:
     rewards: [P, N] of N responses to each of P prompts; those that are not finite are left out.
     quantile: One of `config.quantiles`.
@@ -87,18 +97,22 @@ def kept_weights(rewards: np.ndarray, quantile: float, config: RestConfig) -> np
   fine = np.isfinite(rewards)
   if not fine.any():
     return np.zeros(rewards.shape, np.float32)
+  rewards = np.where(fine, rewards, 0.0)
+  if config.keep == "advantage":
+    rewards -= rewards.sum(axis=1, keepdims=True) / np.maximum(fine.sum(axis=1, keepdims=True), 1)
   candidates = fine
   if config.keep == "best":
-    # A row without a candidate has no best one.
-    safe = jnp.asarray(np.where(fine, rewards, 0.0))
-    candidates = np.asarray(shaping.selection_weights(safe, jnp.asarray(fine), "best")) > 0
+    candidates = shaping.selection_weights(jnp.asarray(rewards), jnp.asarray(fine), "best") > 0
+    candidates = np.asarray(candidates)
   threshold = np.quantile(rewards[candidates], quantile)
-  kept = candidates & (rewards >= threshold)
+  kept = candidates & (rewards > threshold)
+  if quantile == 0 or not kept.any():
+    kept = candidates & (rewards >= threshold)
   if config.loss == "bc":
     return kept.astype(np.float32)
   spread = max(float(np.std(rewards[fine])), 1e-9)
-  advantage = np.where(kept, rewards - rewards[kept].max(), -np.inf)
-  return np.exp(advantage / (spread * config.temperature)).astype(np.float32)
+  excess = np.where(kept, rewards - rewards[kept].max(), -np.inf)
+  return np.exp(excess / (spread * config.temperature)).astype(np.float32)
 
 
 def loss_fn(

@@ -19,12 +19,36 @@ def test_thresholds_are_quantiles_of_all_responses():
   rewards = np.random.default_rng(0).normal(size=(50, 8))
   shares = []
   for quantile in (0.0, 0.5, 0.9):
-    weights = rest.kept_weights(rewards, quantile, RestConfig())
+    weights = rest.kept_weights(rewards, quantile, RestConfig(keep="threshold"))
     assert set(np.unique(weights)) <= {0.0, 1.0}
     threshold = np.quantile(rewards, quantile)
     np.testing.assert_array_equal(weights > 0, rewards >= threshold)
     shares.append(weights.mean())
   np.testing.assert_allclose(shares, [1.0, 0.5, 0.1], atol=0.01)
+
+
+def test_advantages_do_not_depend_on_how_good_a_prompt_is():
+  """Bradley-Terry determines a reward up to a function of the prompt."""
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(size=(50, 8))
+  centred = rewards - rewards.mean(axis=1, keepdims=True)
+  shifted = rewards + 5 * rng.normal(size=(50, 1))
+  for loss in ("bc", "weighted"):
+    config = RestConfig(loss=loss)
+    weights = rest.kept_weights(rewards, 0.7, config)
+    np.testing.assert_array_equal(weights > 0, centred >= np.quantile(centred, 0.7))
+    np.testing.assert_allclose(rest.kept_weights(shifted, 0.7, config), weights, rtol=1e-5)
+
+
+def test_wrong_answers_are_left_out_where_most_are_wrong():
+  """The median of the rewards is then that of a wrong answer."""
+  rewards = np.zeros((4, 4))
+  rewards[0, 1] = rewards[2, :2] = 1.0
+  for keep in ("threshold", "advantage"):
+    weights = rest.kept_weights(rewards, 0.5, RestConfig(keep=keep))
+    np.testing.assert_array_equal(weights, rewards)
+  everything = rest.kept_weights(np.ones((2, 2)), 0.5, RestConfig(keep="threshold"))
+  np.testing.assert_array_equal(everything, 1.0)
 
 
 def test_the_best_of_each_prompt():
@@ -39,7 +63,7 @@ def test_the_best_of_each_prompt():
 
 def test_weights_grow_exponentially_with_the_reward():
   rewards = np.random.default_rng(0).normal(size=(50, 8)) * 7
-  config = RestConfig(loss="weighted", temperature=0.5)
+  config = RestConfig(keep="threshold", loss="weighted", temperature=0.5)
   weights = rest.kept_weights(rewards, 0.5, config)
   kept = rewards >= np.median(rewards)
   want = np.where(kept, np.exp((rewards - rewards.max()) / (0.5 * rewards.std())), 0.0)
@@ -49,10 +73,10 @@ def test_weights_grow_exponentially_with_the_reward():
 
 def test_rewards_that_are_no_numbers_are_left_out():
   rewards = np.array([[np.nan, 1.0, 2.0], [np.inf, -np.inf, np.nan]])
-  for keep in ("threshold", "best"):
+  for keep in ("advantage", "threshold", "best"):
     weights = rest.kept_weights(rewards, 0.0, RestConfig(keep=keep))
     assert (weights[1] == 0).all()
-    assert weights[0].tolist() == ([0, 1, 1] if keep == "threshold" else [0, 0, 1])
+    assert weights[0].tolist() == ([0, 0, 1] if keep == "best" else [0, 1, 1])
   assert (rest.kept_weights(np.full((2, 2), np.nan), 0.0, RestConfig()) == 0).all()
 
 

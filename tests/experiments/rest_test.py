@@ -40,9 +40,10 @@ def test_each_step_keeps_fewer_and_better_responses(whole):
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
   for g in range(2):
     rewards = np.array([row["reward"] for row in grown(whole.workdir, g)])
+    advantages = rewards - rewards.reshape(-1, 4).mean(axis=1).repeat(4)
     for i, quantile in enumerate((0.3, 0.6)):
       row = rows[2 * g + i]
-      kept = rewards[rewards >= np.quantile(rewards, quantile)]
+      kept = rewards[advantages >= np.quantile(advantages, quantile)]
       assert row["grown_reward/mean"] == pytest.approx(rewards.mean())
       assert row["kept_reward/mean"] == pytest.approx(kept.mean())
       assert row["kept_share"] == pytest.approx(len(kept) / len(rewards))

@@ -25,6 +25,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import common, records
@@ -108,6 +109,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = common.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   workdir = checkpoint.local_path(session.workdir)
+  if not jax.config.jax_compilation_cache_dir:
+    # Every step runs the programs of the one before, as a run of its own.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   rows: list[dict[str, float]] = []
   start = folder
   for g in range(config.grow_steps):

@@ -237,7 +237,7 @@ def summarize(found: Iterable[Collective], unknown_trips: int = 1) -> dict[str, 
 def forward_flops(
   config: ModelConfig, rows: int, length: int, *, scored: int | None = None
 ) -> float:
-  """Operations of one forward pass: two for each weight and token, and those of attention.
+  """Operations of one forward pass: two for each weight that a token uses, and those of attention.
 
   Of attention, the half that a causal mask leaves. Norms and other elementwise work do not count.
 
@@ -248,11 +248,20 @@ def forward_flops(
     scored: Positions of each row whose logits are computed; None for a scalar head.
   """
   c = config
-  attention = c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-  weights = c.layers * c.width * (attention + (3 if c.gated_mlp else 2) * c.mlp_width)
+  weights = matrices(c, c.experts_per_token)
   scores = 2 * c.layers * c.heads * c.head_dim * length**2
   head = 2 * c.width * c.vocab_size * (scored or 0)
   return float(rows * (2 * weights * length + scores + head))
+
+
+def matrices(config: ModelConfig, experts: int) -> int:
+  """Weights in the layers' matrices, with so many of the experts, if there are any."""
+  c = config
+  attention = c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+  mlp = (3 if c.gated_mlp else 2) * c.mlp_width
+  if c.experts:
+    mlp = c.experts + experts * mlp
+  return c.layers * c.width * (attention + mlp)
 
 
 class Work(NamedTuple):
@@ -288,7 +297,9 @@ def sampling(
   prefill = forward_flops(config, prompts, length, scored=1)
   grown = forward_flops(config, rows, length + new, scored=new)
   width = 2 if config.dtype == "bfloat16" else 4
-  weights = forward_flops(config, 1, 1, scored=1) / 2 * width / mesh.shape["tensor"]
+  # Rows choose for themselves; together they read most experts.
+  weights = matrices(config, min(config.experts, rows * config.experts_per_token))
+  weights = (weights + config.width * config.vocab_size) * width / mesh.shape["tensor"]
   cached = 2 * config.layers * config.kv_heads * config.head_dim * width * rows * context
   decode = grown - forward_flops(config, rows, length)
   return Work(prefill + decode, new, weights + cached / mesh.size)
@@ -306,7 +317,7 @@ def network_bytes(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
     tokens: Of a batch.
   """
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-  weights = forward_flops(config, 1, 1, scored=1) / 2 / tensor
+  weights = (matrices(config, config.experts) + config.width * config.vocab_size) / tensor
   gathered = 8 * weights * (fsdp - 1) / fsdp
   summed = 8 * weights / fsdp * (data - 1) / data
   hidden = 2 * config.width * tokens / (data * fsdp)

@@ -36,6 +36,9 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/attention/o/kernel$", P(None, "tensor", "fsdp")),  # [L, H * K, D]
   (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
   (r"(^|/)layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
+  # Whole experts, so that each token's are multiplied where they are. The small router stays whole.
+  (r"(^|/)layers/mlp/experts/(gate|up)/kernel$", P(None, "tensor", None, "fsdp")),  # [L, E, D, F]
+  (r"(^|/)layers/mlp/experts/down/kernel$", P(None, "tensor", "fsdp")),  # [L, E, F, D]
   (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
   # Adapters, [L, in, rank] and [L, rank, out], as the kernel beside them.
   (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
@@ -209,10 +212,10 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
   """
   if mesh is None or mesh.size == 1:
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fitting(mesh, x.shape, spec)))
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(mesh, x.shape, spec)))
 
 
-def _fitting(mesh: Mesh, shape: Sequence[int], spec: P) -> P:
+def fitting(mesh: Mesh, shape: Sequence[int], spec: P) -> P:
   """The spec without the axes that do not divide their dimension."""
 
   def fits(size: int, axes: Any) -> bool:
@@ -226,7 +229,7 @@ def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
 
   Where the axes do not divide the rows or the heads, each device holds all of them.
   """
-  return _fitting(mesh, (rows, heads), P(("data", "fsdp"), ("tensor",)))
+  return fitting(mesh, (rows, heads), P(("data", "fsdp"), ("tensor",)))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

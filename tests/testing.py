@@ -89,6 +89,17 @@ FAMILY_MODELS = {
     out_bias=True,
     mlp_bias=True,
   ),
+  "mixtral": dataclasses.replace(
+    _SMALL, family="mixtral", experts=4, windows=(3, 3), tied=False, rope_theta=1e6
+  ),
+  "qwen3_moe": dataclasses.replace(
+    _SMALL,
+    family="qwen3_moe",
+    experts=6,
+    experts_per_token=3,
+    normalized_router=False,
+    qk_norm=True,
+  ),
   "phi3": dataclasses.replace(
     _SMALL, family="phi3", head_dim=8, rotary_fraction=0.5, windows=(4, 4), tied=False
   ),

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.losses.logprobs import LazyLogits
-from rlhf_jax.models import attention, lora
+from rlhf_jax.models import attention, experts, lora
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   REMAT,
@@ -142,7 +142,9 @@ def build(
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
   # On a mesh the partitioner would gather activations for it.
-  init_block, block = _pure(Block, config, matmul_on_cpu if _is_one_cpu(mesh) else jnp.matmul)
+  matmul = matmul_on_cpu if _is_one_cpu(mesh) else jnp.matmul
+  mix = experts.make_mix(config, mesh) if config.experts else None
+  init_block, block = _pure(Block, config, matmul, mix)
   init_norm, norm = _pure(Norm, config, config.width)
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)

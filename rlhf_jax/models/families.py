@@ -34,10 +34,11 @@ class Family(NamedTuple):
     fields: Fields that set one of ModelConfig's.
     fixed: Fields of ModelConfig that are part of the architecture.
     activation: Field that names the activation, and the one that is implemented.
-    modules: Our modules -> theirs; `{}` is the number of the layer. Modules of one name are stored
-      in one tensor, side by side in this order.
+    modules: Our modules -> theirs; `{}` is the number of the layer, a second one the expert's.
+      Modules of one name are stored in one tensor, side by side in this order.
     only: Fields that change the computation, with the values that are implemented.
     ignored: Fields that change nothing, beside those of all families.
+    aliases: Other names of fields -> those above.
     parsed: Fields of windows and rope that are read beside `fields` and the usual ones.
     window: `sliding_window` where it is absent.
     is_local: `(layer, window, raw) -> bool`, whether a layer has the window where `layer_types` is
@@ -58,6 +59,7 @@ class Family(NamedTuple):
   modules: Mapping[str, str]
   only: Mapping[str, tuple[Any, ...]] = {}
   ignored: frozenset[str] = frozenset()
+  aliases: Mapping[str, str] = {}
   parsed: frozenset[str] = frozenset()
   window: int | None = None
   is_local: Callable[[int, int | None, Mapping[str, Any]], bool] | None = None
@@ -110,6 +112,16 @@ _MODULES = {
   "score": "score",
   "lm_head": "lm_head",
 }
+_EXPERTS = _LAYER + "mlp.experts.{}."
+_QWEN_EXPERTS = {
+  "layers/mlp/router": _LAYER + "mlp.gate",
+  "layers/mlp/experts/gate": _EXPERTS + "gate_proj",
+  "layers/mlp/experts/up": _EXPERTS + "up_proj",
+  "layers/mlp/experts/down": _EXPERTS + "down_proj",
+}
+_MIXTRAL_EXPERTS = _LAYER + "block_sparse_moe.experts.{}."
+# Of the losses that balance experts in pretraining, which no loss here adds.
+_ROUTER_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
 _QK_NORM = {
   "layers/attention/q_norm": _LAYER + "self_attn.q_norm",
   "layers/attention/k_norm": _LAYER + "self_attn.k_norm",
@@ -192,6 +204,60 @@ FAMILIES: Mapping[str, Family] = {
     activation=("hidden_act", "silu"),
     modules=_MODULES,
     parsed=frozenset({"sliding_window"}),
+    window=4096,
+    is_local=lambda layer, window, raw: window is not None,
+  ),
+  "mixtral": Family(
+    model_type="mixtral",
+    architectures={
+      "MixtralForCausalLM": "language",
+      "MixtralForSequenceClassification": "scalar",
+    },
+    fields=_fields(max_length=131072, kv_heads=8, norm_eps=1e-5)
+    | {
+      "num_local_experts": Field(("experts",), int, 8),
+      "num_experts_per_tok": Field(("experts_per_token",), int, 2),
+    },
+    fixed={},
+    activation=("hidden_act", "silu"),
+    modules=_MODULES
+    | {
+      "layers/mlp/router": _LAYER + "block_sparse_moe.gate",
+      "layers/mlp/experts/gate": _MIXTRAL_EXPERTS + "w1",
+      "layers/mlp/experts/up": _MIXTRAL_EXPERTS + "w3",
+      "layers/mlp/experts/down": _MIXTRAL_EXPERTS + "w2",
+    },
+    only={"router_jitter_noise": (0.0, None)},
+    ignored=_ROUTER_LOSS,
+    parsed=frozenset({"sliding_window"}),
+    is_local=lambda layer, window, raw: window is not None,
+    rope_theta=(1e6, 10000.0),
+  ),
+  "qwen3_moe": Family(
+    model_type="qwen3_moe",
+    architectures={
+      "Qwen3MoeForCausalLM": "language",
+      "Qwen3MoeForSequenceClassification": "scalar",
+    },
+    fields={
+      name: field
+      for name, field in _fields(max_length=32768, kv_heads=4).items()
+      if name != "intermediate_size"  # Of layers without experts, of which there are none.
+    }
+    | _ATTENTION_BIAS
+    | {
+      "moe_intermediate_size": Field(("mlp_width",), int, 768),
+      "num_experts": Field(("experts",), int, 128),
+      "num_experts_per_tok": Field(("experts_per_token",), int, 8),
+      "norm_topk_prob": Field(("normalized_router",), bool, False),
+    },
+    fixed={"qk_norm": True},
+    activation=("hidden_act", "silu"),
+    modules=_MODULES | _QK_NORM | _QWEN_EXPERTS,
+    only={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+    ignored=_ROUTER_LOSS | {"intermediate_size", "max_window_layers"},
+    aliases={"num_local_experts": "num_experts"},
+    parsed=frozenset({"use_sliding_window", "sliding_window"}),
     window=4096,
     is_local=lambda layer, window, raw: window is not None,
   ),

@@ -264,6 +264,11 @@ def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Hea
     raise _refuse(path, f"architectures is {names!r}; one of {sorted(ARCHITECTURES)} can be loaded")
   name, head = ARCHITECTURES[names[0]]
   family = FAMILIES[name]
+  for other, usual in family.aliases.items():
+    if other in raw:
+      if raw.get(usual, raw[other]) != raw[other]:
+        raise _refuse(path, f"{other} is {raw[other]!r} but {usual} is {raw[usual]!r}")
+      raw = {usual: raw[other], **{name: raw[name] for name in raw if name != other}}
   if raw.get("model_type") != family.model_type:
     raise _refuse(path, f"model_type is {raw.get('model_type')!r}, expected {family.model_type!r}")
   activation, implemented = family.activation
@@ -313,7 +318,7 @@ def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Hea
 
 
 class _Tensor(NamedTuple):
-  """A tensor of a folder. `{}` stands for the layer number.
+  """A tensor of a folder. `{}` stands for the number of the layer, a second one for the expert's.
 
   Attributes:
     name: As the folder has it.
@@ -326,8 +331,9 @@ class _Tensor(NamedTuple):
   transpose: bool
 
   @property
-  def stacked(self) -> bool:
-    return "{}" in self.name
+  def stacked(self) -> int:
+    """How many leading axes of ours are numbers in its name."""
+    return self.name.count("{}")
 
 
 def _tensors(family: Family, tree: Params) -> list[_Tensor]:
@@ -473,12 +479,10 @@ def load_params(
       value = np.asarray(fresh).astype(jnp.dtype(dtype))
     elif tensor.name == "score.bias" and tensor.name not in tensors:
       value = np.zeros(shape, jnp.dtype(dtype))  # The classification format has no bias.
-    elif tensor.stacked:
-      value = np.stack(
-        [read(tensor.name.format(i), shape[1:], tensor.transpose) for i in range(shape[0])]
-      )
     else:
-      value = read(tensor.name, shape, tensor.transpose)
+      numbers, own = shape[: tensor.stacked], shape[tensor.stacked :]
+      every = [read(tensor.name.format(*i), own, tensor.transpose) for i in np.ndindex(numbers)]
+      value = every[0] if not numbers else np.stack(every).reshape(shape)
     ends = np.cumsum([part[-1] for part in parts])
     for path, part in zip(tensor.paths, np.split(value, ends[:-1], axis=-1), strict=True):
       part = np.ascontiguousarray(part)
@@ -560,9 +564,9 @@ def _named_tensors(params: Params, tensors: list[_Tensor]) -> Iterator[tuple[str
   for tensor in tensors:
     parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
     value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    rows = enumerate(value) if tensor.stacked else [(None, value)]
-    for i, row in rows:
-      yield tensor.name.format(i), np.ascontiguousarray(row.T if tensor.transpose else row)
+    for i in np.ndindex(value.shape[: tensor.stacked]):
+      own = value[i]
+      yield tensor.name.format(*i), np.ascontiguousarray(own.T if tensor.transpose else own)
 
 
 def save_folder(

@@ -28,7 +28,8 @@ class LoRAConfig:
   Attributes:
     rank: Of the adapters; 0 has none and trains every parameter.
     alpha: The output of an adapter is multiplied by alpha / rank.
-    targets: Layers that get one, of q, k, v, o, gate, up and down; empty: all of them.
+    targets: Layers that get one, of q, k, v, o, gate, up and down; empty: all of them. Experts and
+      their router get none.
   """
 
   rank: int = 0
@@ -74,7 +75,7 @@ def init(key: jax.Array, params: Params, config: LoRAConfig) -> Params:
     (group, name): layer["kernel"].shape
     for group in _GROUPS
     for name, layer in sorted(params["layers"][group].items())  # In one order, however it is made.
-    if "kernel" in layer
+    if "kernel" in layer and name != "router"
   }
   known = [name for _, name in kernels]
   if unknown := set(config.targets) - set(known):

@@ -60,7 +60,10 @@ class ModelConfig:
     heads: Query heads, H.
     kv_heads: Key and value heads; divides `heads`.
     head_dim: Width of a head, K.
-    mlp_width: Width of the MLP.
+    mlp_width: Width of the MLP, or of each expert.
+    experts: MLPs of which each token goes through a few (see `experts.py`); 0: one, for all.
+    experts_per_token: How many.
+    normalized_router: Whether the router's weights of the chosen experts are divided by their sum.
     max_length: Longest sequence the model was made for, tokens.
     family: How a folder of the model is spelt (`hf.FAMILIES`); changes no computation.
     norm: "rms" multiplies by a scale, "rms_plus_one" by one plus it (Gemma), "layer" also takes
@@ -103,6 +106,9 @@ class ModelConfig:
   kv_heads: int = 4
   head_dim: int = 32
   mlp_width: int = 384
+  experts: int = 0
+  experts_per_token: int = 2
+  normalized_router: bool = True
   max_length: int = 1024
   family: str = "llama"
   norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
@@ -143,6 +149,10 @@ class ModelConfig:
     for name, known in names.items():
       if getattr(self, name) not in known:
         raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
+    if self.experts and not 0 < self.experts_per_token <= self.experts:
+      raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
+    if self.experts and (self.mlp_bias or not self.gated_mlp):
+      raise ValueError("experts have a gate and no bias; set gated_mlp and not mlp_bias")
     if self.windows and len(self.windows) != self.layers:
       raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers")
     if any(size is not None and size < 1 for size in self.windows):
@@ -388,14 +398,62 @@ class MLP(nnx.Module):
     return self.down(activation(self.up(x)))
 
 
+class Stacked(nnx.Module):
+  """A weight matrix of each expert, [E, in, out]."""
+
+  def __init__(self, experts: int, fan_in: int, fan_out: int, std: float, *, rngs: nnx.Rngs):
+    shape = (experts, fan_in, fan_out)
+    self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class Experts(nnx.Module):
+  """The MLPs of a mixture."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    c, std = config, config.init_std
+    self.gate = Stacked(c.experts, c.width, c.mlp_width, std, rngs=rngs)
+    self.up = Stacked(c.experts, c.width, c.mlp_width, std, rngs=rngs)
+    self.down = Stacked(c.experts, c.mlp_width, c.width, std / math.sqrt(2 * c.layers), rngs=rngs)
+
+
+class Mixture(nnx.Module):
+  """A router, which gives each token weights of a few experts, and the experts."""
+
+  def __init__(self, config: ModelConfig, mix: Callable[..., jax.Array], *, rngs: nnx.Rngs):
+    self.config, self.mix = config, mix
+    self.router = Linear(
+      config.width, config.experts, config.init_std, False, jnp.matmul, rngs=rngs
+    )
+    self.experts = Experts(config, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    probs = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)
+    weights, chosen = jax.lax.top_k(probs, self.config.experts_per_token)
+    if self.config.normalized_router:
+      weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    experts = self.experts.gate, self.experts.up, self.experts.down
+    kernels = [expert.kernel[...].astype(x.dtype) for expert in experts]
+    return self.mix(x, chosen, weights, *kernels)
+
+
 class Block(nnx.Module):
   """Attention and MLP, each behind its norm and added to the residual stream."""
 
-  def __init__(self, config: ModelConfig, matmul: Matmul = jnp.matmul, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: ModelConfig,
+    matmul: Matmul = jnp.matmul,
+    mix: Callable[..., jax.Array] | None = None,
+    *,
+    rngs: nnx.Rngs,
+  ):
     self.attention_norm = Norm(config, config.width, rngs=rngs)
     self.attention = Attention(config, matmul, rngs=rngs)
     self.mlp_norm = Norm(config, config.width, rngs=rngs)
-    self.mlp = MLP(config, matmul, rngs=rngs)
+    if mix is None:
+      self.mlp = MLP(config, matmul, rngs=rngs)
+    else:
+      self.mlp = Mixture(config, mix, rngs=rngs)
     if config.post_norms:
       self.attention_post_norm = Norm(config, config.width, rngs=rngs)
       self.mlp_post_norm = Norm(config, config.width, rngs=rngs)

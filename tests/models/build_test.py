@@ -89,6 +89,21 @@ def oracle(params, config: ModelConfig, tokens) -> np.ndarray:
     pairs = pairs * np.exp(1j * np.arange(len(x))[:, None] * frequencies)
     return np.concatenate([pairs.real, pairs.imag, x[:, 2 * half :]], -1)
 
+  def mlp(layer, x):
+    up = linear(layer["up"], x)
+    up = act(linear(layer["gate"], x)) * up if config.gated_mlp else act(up)
+    return linear(layer["down"], up)
+
+  def mixture(layer, x):  # One token at a time, through its most likely experts.
+    out = np.zeros_like(x)
+    for t, logits in enumerate(linear(layer["router"], x)):
+      probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+      chosen = np.argsort(-probs)[: config.experts_per_token]
+      for e in chosen:
+        weight = probs[e] / (probs[chosen].sum() if config.normalized_router else 1.0)
+        out[t] += weight * mlp(jax.tree.map(lambda leaf, e=e: leaf[e], layer["experts"]), x[t])
+    return out
+
   x = p["embed"]["embedding"][np.asarray(tokens)]
   if config.positions == "learned":
     x = x + p["embed"]["positions"][: len(x)]
@@ -117,9 +132,7 @@ def oracle(params, config: ModelConfig, tokens) -> np.ndarray:
     y = linear(attention["o"], np.concatenate(heads, -1))
     x = x + (norm(layer["attention_post_norm"], y) if config.post_norms else y)
     y = norm(layer["mlp_norm"], x)
-    up = linear(layer["mlp"]["up"], y)
-    up = act(linear(layer["mlp"]["gate"], y)) * up if config.gated_mlp else act(up)
-    y = linear(layer["mlp"]["down"], up)
+    y = mixture(layer["mlp"], y) if config.experts else mlp(layer["mlp"], y)
     x = x + (norm(layer["mlp_post_norm"], y) if config.post_norms else y)
   x = norm(p["final_norm"], x)
   if "score" in p:

@@ -149,7 +149,7 @@ VARIANTS = {
 for _name, _config in FAMILY_MODELS.items():
   VARIANTS[_name] = (_config, "language")
   VARIANTS[_name + "_reward"] = (dataclasses.replace(_config, tied=not _config.tied), "scalar")
-_FULL = ("qwen2", "mistral", "gemma2", "phi3")
+_FULL = ("qwen2", "mistral", "mixtral", "gemma2", "phi3")
 for _name in _FULL:  # Without windows.
   VARIANTS[_name + "_full"] = (dataclasses.replace(FAMILY_MODELS[_name], windows=()), "language")
 
@@ -241,7 +241,7 @@ def test_old_gpt2_folders_lack_the_prefix_and_hold_masks(tmp_path):
     (dataclasses.replace(FAMILY_MODELS["gpt2"], kv_heads=2), "cannot say kv_heads=2"),
     (dataclasses.replace(FAMILY_MODELS["gemma3"], rope_local_theta=None), "rope_local_theta=None"),
     (dataclasses.replace(FAMILY_MODELS["gemma2"], query_width=None), "query_width=None"),
-    (dataclasses.replace(TINY, family="mixtral"), "family 'mixtral' is none of llama, qwen2"),
+    (dataclasses.replace(TINY, family="jamba"), "family 'jamba' is none of llama, qwen2"),
   ],
 )
 def test_what_a_folder_cannot_say_is_not_written(tmp_path, config, words):
@@ -422,6 +422,21 @@ DEFAULTS = {
   "qwen2": (_MINIMAL, {"kv_heads": 32, "max_length": 32768, "windows": (), "tied": False}),
   "qwen3": (_MINIMAL, {"kv_heads": 32, "max_length": 32768, "head_dim": 128}),
   "mistral": (_MINIMAL, {"kv_heads": 8, "max_length": 131072, "windows": (4096,) * 7}),
+  "mixtral": (
+    _MINIMAL,
+    {"kv_heads": 8, "max_length": 131072, "norm_eps": 1e-5, "windows": (), "experts": 8},
+  ),
+  "qwen3_moe": (
+    _MINIMAL,
+    {
+      "kv_heads": 4,
+      "max_length": 32768,
+      "mlp_width": 768,
+      "experts": 128,
+      "experts_per_token": 8,
+      "tied": False,
+    },
+  ),
   "gemma2": (
     _GEMMA,
     {
@@ -483,6 +498,8 @@ def test_absent_fields_have_the_defaults_of_the_family(tmp_path, name):
     ("qwen2", {"use_sliding_window": False, "layer_types": ...}, {"windows": ()}),
     ("qwen2", {"layer_types": ..., "max_window_layers": 0}, {"windows": (3, 3)}),
     ("qwen2", {"layer_types": ..., "max_window_layers": 2}, {"windows": ()}),
+    ("qwen3_moe", {"num_experts": ..., "num_local_experts": 4}, {"experts": 4}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 5}, {"windows": (5, 5)}),
     ("gemma2", {"attn_logit_softcapping": None}, {"attention_softcap": None}),
     ("gemma2", {"layer_types": ["full_attention"] * 2, "sliding_window": None}, {"windows": ()}),
     ("gemma3", {"layer_types": ..., "sliding_window_pattern": 2}, {"windows": (3, None, 3)}),
@@ -552,7 +569,7 @@ def scaling(**changes):
 
 
 BAD_CONFIGS = {
-  "architecture": ({"architectures": ["MixtralForCausalLM"]}, "architectures.*Mixtral.*Llama"),
+  "architecture": ({"architectures": ["JambaForCausalLM"]}, "architectures.*Jamba.*Llama"),
   "no_architecture": ({"architectures": ...}, "architectures is None"),
   "two_architectures": ({"architectures": ["LlamaForCausalLM"] * 2}, "architectures"),
   "architecture_type": ({"architectures": [{}]}, "architectures"),
@@ -656,7 +673,14 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
     ("qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
     ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0; only None"),
     ("qwen3", {"num_experts": 8}, "num_experts is 8"),
-    ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "architectures is .*Qwen3Moe"),
+    ("qwen3", {"architectures": ["Qwen3NextForCausalLM"]}, "architectures is .*Qwen3Next"),
+    ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "model_type is 'qwen3'"),
+    ("qwen3", {"num_experts": 4}, "num_experts is 4; only None"),
+    ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token is 5 of 4 experts"),
+    ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1; only 0.0"),
+    ("qwen3_moe", {"num_local_experts": 4}, "num_local_experts is 4 but num_experts is 6"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only \[\]"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1"),
     ("mistral", {"layer_types": [LOCAL, GLOBAL]}, "layer_types is .*which mistral does not read"),
     ("mistral", {"sliding_window": 4.5}, "sliding_window is 4.5, expected int"),
     ("mistral", {"sliding_window": -1}, "sliding_window is -1, expected a positive"),

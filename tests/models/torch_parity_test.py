@@ -39,6 +39,8 @@ inputs = numpy.load(root / "inputs.npz")
 tokens, mask = torch.tensor(inputs["tokens"]), torch.tensor(inputs["mask"]).long()
 positions = (mask.cumsum(1) - 1).clamp(min=0)
 torch.set_num_threads(1)
+# What multiplies all experts at once wants sizes of 16 bytes.
+plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 def run(model, folder):
   with torch.no_grad():
@@ -48,7 +50,7 @@ def run(model, folder):
 for name, (kind, model_type, fields) in json.loads((root / "specs.json").read_text()).items():
   torch.manual_seed(0)
   config = transformers.AutoConfig.for_model(model_type, **fields)
-  model = getattr(transformers, kind)._from_config(config, attn_implementation="eager")
+  model = getattr(transformers, kind)._from_config(config, **plain)
   with torch.no_grad():
     for value in model.parameters():
       value += 0.1 * torch.randn_like(value)
@@ -58,7 +60,7 @@ for name, (kind, model_type, fields) in json.loads((root / "specs.json").read_te
 for folder in sorted(root.glob("ours/*")):
   kind = json.loads((folder / "config.json").read_text())["architectures"][0]
   model, info = getattr(transformers, kind).from_pretrained(
-    folder, output_loading_info=True, attn_implementation="eager"
+    folder, output_loading_info=True, **plain
   )
   assert not info["missing_keys"], (folder, info)
   assert set(info["unexpected_keys"]) <= {"score.bias"}, (folder, info)
@@ -118,6 +120,17 @@ THEIRS = {
   ),
   "qwen3": ("Qwen3ForCausalLM", "qwen3", _SIZES | {"head_dim": 6, "tie_word_embeddings": True}),
   "mistral": ("MistralForCausalLM", "mistral", _SIZES | {"sliding_window": 5}),
+  "mixtral": (
+    "MixtralForCausalLM",
+    "mixtral",
+    _SIZES | {"sliding_window": 5, "num_local_experts": 4},
+  ),
+  "qwen3_moe": (
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    _SIZES
+    | {"head_dim": 6, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 10},
+  ),
   "gemma2": (
     "Gemma2ForCausalLM",
     "gemma2",

@@ -473,6 +473,9 @@ def describe(
   state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
   gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   config = model.config
+  experts = ""
+  if config.experts:
+    experts = f" {config.experts} experts, {config.experts_per_token} per token,"
   mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
   devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
   if jax.process_count() > 1:
@@ -481,7 +484,7 @@ def describe(
     title,
     {
       "workdir": run.workdir,
-      "model": f"{config.layers} layers, width {config.width}, {config.heads} heads,"
+      "model": f"{config.layers} layers, width {config.width}, {config.heads} heads,{experts}"
       f" vocabulary {config.vocab_size}, {config.dtype}",
       "parameters": reporting.human(count_params((params, frozen)))
       + (f", {reporting.human(count_params(params))} of them trained" if frozen else ""),

@@ -110,6 +110,20 @@ def test_a_model_on_a_mesh_computes_what_one_device_does(spec):
   value_split, gradient_split = jax.jit(jax.value_and_grad(loss(split)))(placed)
   np.testing.assert_allclose(value_split, value, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), gradient_split, gradient)
+  # Prefill, then a token: as a sampler does it.
+  logits = [
+    jax.jit(lambda p, model=model: two_calls(model, p, tokens))(p)
+    for model, p in ((whole, params), (split, placed))
+  ]
+  np.testing.assert_allclose(logits[1], logits[0], atol=1e-5)
+  np.testing.assert_allclose(logits[0], whole.apply(params, tokens)[:, -1], atol=1e-5)
+
+
+def two_calls(model, params, tokens):
+  mask = jnp.ones(tokens.shape, bool)
+  cache = model.init_cache(*tokens.shape)
+  _, cache = model.decode(params, tokens[:, :-1], cache, mask=mask[:, :-1])
+  return model.decode(params, tokens[:, -1:], cache, mask=mask[:, -1:])[0]
 
 
 def test_experts_get_no_adapter():

@@ -36,7 +36,8 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/attention/o/kernel$", P(None, "tensor", "fsdp")),  # [L, H * K, D]
   (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
   (r"(^|/)layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
-  # Whole experts, so that each token's are multiplied where they are. The small router stays whole.
+  # Whole experts, so that each token's are multiplied where they are.
+  (r"(^|/)layers/mlp/router/kernel$", P(None, "fsdp")),  # [L, D, E]
   (r"(^|/)layers/mlp/experts/(gate|up)/kernel$", P(None, "tensor", None, "fsdp")),  # [L, E, D, F]
   (r"(^|/)layers/mlp/experts/down/kernel$", P(None, "tensor", "fsdp")),  # [L, E, F, D]
   (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]

@@ -104,13 +104,13 @@ def kept_weights(rewards: np.ndarray, quantile: float, config: RestConfig) -> np
   if config.keep == "best":
     candidates = shaping.selection_weights(jnp.asarray(rewards), jnp.asarray(fine), "best") > 0
     candidates = np.asarray(candidates)
+  spread = max(float(np.std(rewards[fine])), 1e-9)
   threshold = np.quantile(rewards[candidates], quantile)
-  kept = candidates & (rewards > threshold)
+  kept = candidates & (rewards > threshold + 1e-9 * spread)  # Equal ones may be rounded apart.
   if quantile == 0 or not kept.any():
     kept = candidates & (rewards >= threshold)
   if config.loss == "bc":
     return kept.astype(np.float32)
-  spread = max(float(np.std(rewards[fine])), 1e-9)
   excess = np.where(kept, rewards - rewards[kept].max(), -np.inf)
   return np.exp(excess / (spread * config.temperature)).astype(np.float32)
 

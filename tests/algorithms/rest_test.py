@@ -47,6 +47,9 @@ def test_wrong_answers_are_left_out_where_most_are_wrong():
   for keep in ("threshold", "advantage"):
     weights = rest.kept_weights(rewards, 0.5, RestConfig(keep=keep))
     np.testing.assert_array_equal(weights, rewards)
+  # Equal rewards of a prompt are no advantage, however their mean is rounded.
+  weights = rest.kept_weights(np.array([[0.1, 0.1, 0.1], [0.7, 0.7, 0.4]]), 0.5, RestConfig())
+  np.testing.assert_array_equal(weights, [[0, 0, 0], [1, 1, 0]])
   everything = rest.kept_weights(np.ones((2, 2)), 0.5, RestConfig(keep="threshold"))
   np.testing.assert_array_equal(everything, 1.0)
 

@@ -131,6 +131,41 @@ def test_a_sweep_accepts(command, monkeypatch):
   read_flags(script, [*flags, *drawn, "--workdir=runs/trial"])
 
 
+# So that each takes seconds; the rest of a command is as it is written.
+SHORT = {
+  "steps": 1,
+  "batch_size": 2,
+  "grow_steps": 1,
+  "critic_warmup": 0,
+  "data.rows": 64,
+  "data.eval_rows": 8,
+  "sampling.max_new_tokens": 4,
+}
+
+
+def runs_anywhere(command: list[str]) -> bool:
+  """Without files of the reader, a person, other processes and a compiler for TPUs."""
+  text = " ".join(command)
+  reads = r"=(data/|model\b|FOLDER|runs/(hh|ai|sft|hand)\b)"
+  return not re.search(reads + r"|--annotator|--coordinator|experiments\.compile", text)
+
+
+@pytest.mark.slow
+def test_commands_run_one_after_the_other(tmp_path, monkeypatch, run_script):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("runs").mkdir()
+  commands = list(filter(runs_anywhere, SCRIPTS))
+  assert len(commands) > 12
+  for script, *flags in commands:
+    named = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
+    workdir = named.pop("workdir")
+    known = define_flags(script)[0]
+    named |= {name: value for name, value in SHORT.items() if name in known}
+    given = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in named.items()]
+    finished = run_script(script.removeprefix("experiments."), workdir, *given)
+    assert finished.code == 0, f"{script} {flags}\n{finished.output}"
+
+
 def test_every_flag_that_is_named_exists():
   known = {"flagfile", "help"}
   for file in (ROOT / "experiments").glob("*.py"):

@@ -268,7 +268,8 @@ def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Hea
     if other in raw:
       if raw.get(usual, raw[other]) != raw[other]:
         raise _refuse(path, f"{other} is {raw[other]!r} but {usual} is {raw[usual]!r}")
-      raw = {usual: raw[other], **{name: raw[name] for name in raw if name != other}}
+      rest = {field: value for field, value in raw.items() if field != other}
+      raw = rest | {usual: raw[other]}
   if raw.get("model_type") != family.model_type:
     raise _refuse(path, f"model_type is {raw.get('model_type')!r}, expected {family.model_type!r}")
   activation, implemented = family.activation

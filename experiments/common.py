@@ -1,5 +1,6 @@
 """What the scripts share: opening models, sampling policies on held-out prompts, exporting."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -574,13 +575,25 @@ def measure_rows(
   pad_id: int,
   measure: Callable[[Any], Metrics],
   columns: np.ndarray | None = None,
+  show: str = "",
 ) -> dict[str, np.ndarray]:
-  """The [B, ...] arrays that `measure` gives for each batch, for every row of a data set."""
+  """The [B, ...] arrays that `measure` gives for each batch, for every row of a data set.
+
+  With `show` the progress is shown under that name, outside of another one.
+  """
   collected: dict[str, list[np.ndarray]] = {}
-  for batch, valid in data.eval_batches(dataset, batch_size, pad_id, columns=columns):
-    values = sharding.to_host(measure(sharding.place_batch(batch, run.mesh)))
-    for name, value in values.items():
-      collected.setdefault(name, []).append(value[valid])
+  batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns)
+  total = -(-len(dataset.examples) // batch_size)
+  with contextlib.ExitStack() as stack:
+    bar = None
+    if show:
+      bar = stack.enter_context(reporting.Progress(total, description=show, tenths=False))
+    for step, (batch, valid) in enumerate(batches, start=1):
+      values = sharding.to_host(measure(sharding.place_batch(batch, run.mesh)))
+      for name, value in values.items():
+        collected.setdefault(name, []).append(value[valid])
+      if bar is not None:
+        bar.update(step)
   return {name: np.concatenate(parts) for name, parts in collected.items()}
 
 
@@ -1011,10 +1024,9 @@ def train_offline(
     measure = functools.partial(
       measure_rows, run, batch_size=config.batch_size, pad_id=tokenizer.pad_id
     )
-    reporting.note(f"log-probabilities of the reference for {len(train_set.examples)} examples")
     refs = [
-      measure(dataset, measure=functools.partial(refer, ref_params))["ref"]
-      for dataset in (train_set, heldout)
+      measure(dataset, measure=functools.partial(refer, ref_params), show=name)["ref"]
+      for name, dataset in {"reference": train_set, "reference, held out": heldout}.items()
       if dataset.examples
     ]
 

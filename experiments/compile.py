@@ -27,8 +27,6 @@ import jax
 from experiments import common, programs
 from rlhf_jax import flags, loop, metrics, preflight, reporting, sharding
 
-_EX_UNAVAILABLE = 69  # sysexits.h
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -262,7 +260,7 @@ def main(options: Options, config: Any) -> int:
       ],
     }
     pathlib.Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-  return _EX_UNAVAILABLE if best.refused else 0
+  return flags.EX_UNAVAILABLE if best.refused else 0
 
 
 def algorithm_of(argv: Sequence[str]) -> str:

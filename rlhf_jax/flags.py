@@ -18,6 +18,7 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 import collections
 import ctypes
 import dataclasses
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
@@ -31,6 +32,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 from absl import app, flags, logging
 
 from rlhf_jax import processes
@@ -39,6 +41,7 @@ from rlhf_jax import processes
 flags.disclaim_key_flags()
 
 EX_USAGE = 64  # sysexits.h
+EX_UNAVAILABLE = 69
 
 T = TypeVar("T")
 _Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
@@ -102,9 +105,9 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> N
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
   """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
 
-  The exit code is 1 for an unknown flag, 64 for a wrong value, and `error.exit_code` for an
-  exception with that attribute. Their message is the last line on stderr; every other exception
-  propagates with its traceback.
+  The exit code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little
+  memory, and `error.exit_code` for an exception with that attribute. Their message is the last
+  line on stderr; every other exception propagates with its traceback.
   """
 
   def flags_parser(args: Sequence[str]) -> list[str]:
@@ -126,11 +129,27 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
       code = getattr(error, "exit_code", None)
       if isinstance(error, ValueError) and str(error).startswith("--"):
         _exit(str(error), EX_USAGE)  # By convention the message of a wrong flag starts with it.
+      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        _exit(f"{error}\n{_less_memory(flags.FLAGS)}", EX_UNAVAILABLE)
       if not isinstance(code, int):
         raise
       _exit(f"{type(error).__name__}: {error}", code)
 
   app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
+
+
+def _less_memory(flag_values: flags.FlagValues) -> str:
+  """Which flags of a script make it take less memory."""
+  micro = [name for name in flag_values if name.endswith(".microbatches")]
+  ways = {
+    "model.remat": "--model.remat=full",
+    **{name: f"--{name}={2 * flag_values[name].value}" for name in micro},
+    "batch_size": "a smaller --batch_size",
+    "lora.rank": "--lora.rank=16",
+    "mesh": "--mesh over more devices",
+  }
+  found = [way for name, way in ways.items() if name in flag_values]
+  return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
 
 
 def _keep_freed_memory() -> None:
@@ -179,6 +198,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
       logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
     _keep_freed_memory()
     _compile_quickly_on_cpu()
+    gc.freeze()  # What was imported stays; looking for garbage in it is a tenth of tracing.
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):

@@ -158,6 +158,7 @@ class Progress:
     description: str = "train",
     *,
     every_seconds: float = 60.0,
+    tenths: bool = True,
     clock=time.monotonic,
   ):
     """Prepares the bar; nothing is shown before `__enter__`.
@@ -167,11 +168,12 @@ class Progress:
       initial: Steps already taken (a resumed run).
       description: What the steps are.
       every_seconds: Off a terminal, a line comes after this time at the latest; the first and
-        last step and every tenth of the run have one too.
+        last step have one too.
+      tenths: So has every tenth of the run.
       clock: For tests.
     """
     self._total, self._step, self._description = total, initial, escape(description)
-    self._every_seconds, self._clock = every_seconds, clock
+    self._every_seconds, self._tenths, self._clock = every_seconds, tenths, clock
     self._timed_from: tuple[int, float] | None = None
     self._last_line: tuple[int, float] | None = None
     self._bar: RichProgress | None = None
@@ -211,8 +213,8 @@ class Progress:
     if self._last_line is None or self._step >= self._total:
       return True
     step, then = self._last_line
-    tenths = 10 * self._step // self._total > 10 * step // self._total
-    return tenths or now - then >= self._every_seconds
+    tenth = 10 * self._step // self._total > 10 * step // self._total
+    return (self._tenths and tenth) or now - then >= self._every_seconds
 
   def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
     """Shows that `step` steps have been taken, and a few of `metrics`."""

@@ -1,5 +1,6 @@
 """Settings and fixtures of every test: 8 virtual CPU devices, no network, no display."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -36,6 +37,7 @@ if (
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["MPLBACKEND"] = "Agg"
+gc.set_threshold(100_000, 20, 20)  # Tracing makes many objects and hardly any garbage.
 # Would make rich and others treat a captured stream as a terminal.
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
   os.environ.pop(_name, None)

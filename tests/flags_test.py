@@ -312,6 +312,7 @@ _SCRIPT = '''
 
 import dataclasses
 
+import jax
 from absl import flags as absl_flags
 
 from rlhf_jax import flags
@@ -328,6 +329,8 @@ def main(argv):
   print(argv[1:], config().dpo.beta)
   if config().steps == 74:
     raise DiskFull("no space")
+  if config().steps == 69:
+    jax.numpy.zeros(2**47)
   if config().steps == 99:
     raise RuntimeError("a bug")
   flags.save_flags(_WORKDIR.value + "/flags")
@@ -353,6 +356,7 @@ class Config:
     steps: Number of updates.
   """
   steps: int = 10
+  batch_size: int = 8
   shuffle: bool = True
   dpo: DPO = DPO()
 '''
@@ -390,6 +394,7 @@ def test_script_help_lists_its_own_flags(script):
     ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
     ("--stesp=3", 1, f"{_FATAL} Unknown command line flag 'stesp'. Did you mean: steps ?"),
     ("--steps=74", 74, "DiskFull: no space"),
+    ("--steps=69", 69, "A device has too little memory. Less is taken by a smaller --batch_size"),
     ("--steps=99", 1, "RuntimeError: a bug"),
   ],
 )
@@ -404,7 +409,13 @@ def test_script_flags_replay(script, tmp_path):
   first = script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
   assert (first.returncode, first.stdout) == (0, "[] 0.5\n"), first.stderr
   lines = pathlib.Path(tmp_path, "flags").read_text().splitlines()
-  assert lines == ["--dpo.beta=0.5", "--shuffle=true", "--steps=10", f"--workdir={tmp_path}"]
+  assert lines == [
+    "--batch_size=8",
+    "--dpo.beta=0.5",
+    "--shuffle=true",
+    "--steps=10",
+    f"--workdir={tmp_path}",
+  ]
   assert script(f"--flagfile={tmp_path}/flags").stdout == first.stdout
 
 

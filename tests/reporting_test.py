@@ -199,6 +199,14 @@ def test_progress_of_slow_steps_has_a_line_a_minute(capsys):
   assert "20 s/step" in lines[-1] and "2d 07h left" in lines[-1]
 
 
+def test_progress_of_a_short_pass_has_its_first_and_last_line(capsys):
+  now = [0.0]
+  progress = reporting.Progress(50, description="reference", tenths=False, clock=lambda: now[0])
+  _run(progress, now, range(1, 51), 0.1)
+  lines = capsys.readouterr().err.splitlines()
+  assert [line.split()[2] for line in lines] == ["1/50", "50/50"]
+
+
 def test_progress_of_a_resumed_run_times_only_its_own_steps(capsys):
   now = [0.0]
   progress = reporting.Progress(100, initial=90, clock=lambda: now[0])

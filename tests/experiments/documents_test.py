@@ -141,29 +141,57 @@ SHORT = {
   "data.eval_rows": 8,
   "sampling.max_new_tokens": 4,
 }
+# Other tests have a judge, a person, several processes and a compiler for TPUs.
+ELSEWHERE = r"experiments\.annotate|=runs/(ai|hand)\b|--coordinator|experiments\.compile"
+FILES = r"=(data/|model\b|runs/hh\b)"
+RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 
 
-def runs_anywhere(command: list[str]) -> bool:
-  """Without files of the reader, a person, other processes and a compiler for TPUs."""
-  text = " ".join(command)
-  reads = r"=(data/|model\b|FOLDER|runs/(hh|ai|sft|hand)\b)"
-  return not re.search(reads + r"|--annotator|--coordinator|experiments\.compile", text)
-
-
-@pytest.mark.slow
-def test_commands_run_one_after_the_other(tmp_path, monkeypatch, run_script):
+@pytest.fixture
+def run_short(tmp_path, monkeypatch, run_script):
+  """Runs commands, shortened, in a folder that is empty at first."""
   monkeypatch.chdir(tmp_path)
   pathlib.Path("runs").mkdir()
-  commands = list(filter(runs_anywhere, SCRIPTS))
-  assert len(commands) > 12
-  for script, *flags in commands:
+
+  def run(command: list[str], **more) -> None:
+    script, *flags = command
     named = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
     workdir = named.pop("workdir")
     known = define_flags(script)[0]
-    named |= {name: value for name, value in SHORT.items() if name in known}
+    named |= {name: value for name, value in (SHORT | more).items() if name in known}
     given = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in named.items()]
     finished = run_script(script.removeprefix("experiments."), workdir, *given)
-    assert finished.code == 0, f"{script} {flags}\n{finished.output}"
+    assert finished.code == 0, f"{command}\n{finished.output}"
+
+  return run
+
+
+@pytest.mark.slow
+def test_commands_run_one_after_the_other(run_short):
+  commands = [command for command in RUNNING if not re.search(FILES, " ".join(command))]
+  assert len(commands) > 12
+  for command in commands:
+    run_short(command)
+
+
+def groups() -> list[list[list[str]]]:
+  """Commands that read files, each with those that go on from its run."""
+  found: list[list[list[str]]] = []
+  for command in RUNNING:
+    if value_of(command, "init_from").startswith("runs/hh"):
+      found[-1].append(command)
+    elif re.search(FILES, " ".join(command)):
+      found.append([command])
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("commands", groups(), ids=lambda commands: name_of(commands[0]))
+def test_commands_on_files_run(commands, run_short, shared):
+  pathlib.Path("data").symlink_to(shared / "data")
+  pathlib.Path("model").symlink_to(shared / "models/stories260k")
+  for command in commands:
+    run_short(command, **{"data.end_token": "<s>", "data.rows": 16})
 
 
 def test_every_flag_that_is_named_exists():

@@ -143,7 +143,7 @@ def _less_memory(flag_values: flags.FlagValues) -> str:
   micro = [name for name in flag_values if name.endswith(".microbatches")]
   ways = {
     "model.remat": "--model.remat=full",
-    **{name: f"--{name}={2 * flag_values[name].value}" for name in micro},
+    **{name: f"--{name}={2 * getattr(flag_values, name)}" for name in micro},
     "batch_size": "a smaller --batch_size",
     "lora.rank": "--lora.rank=16",
     "mesh": "--mesh over more devices",

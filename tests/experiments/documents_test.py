@@ -186,6 +186,7 @@ def groups() -> list[list[list[str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("FULL" not in os.environ, reason="takes minutes; FULL=1 runs it")
 @pytest.mark.parametrize("commands", groups(), ids=lambda commands: name_of(commands[0]))
 def test_commands_on_files_run(commands, run_short, shared):
   pathlib.Path("data").symlink_to(shared / "data")

@@ -198,7 +198,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
       logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
     _keep_freed_memory()
     _compile_quickly_on_cpu()
-    gc.freeze()  # What was imported stays; looking for garbage in it is a tenth of tracing.
+    gc.freeze()  # What was imported stays: nothing to look for again and again.
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):

@@ -143,7 +143,7 @@ SHORT = {
 }
 # Other tests have a judge, a person, several processes and a compiler for TPUs.
 ELSEWHERE = r"experiments\.annotate|=runs/(ai|hand)\b|--coordinator|experiments\.compile"
-FILES = r"=(data/|model\b|runs/hh\b)"
+FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 
 

@@ -73,7 +73,7 @@ class Config(loop.RunConfig):
     ptx_path: JSON Lines file of demonstrations for `ppo.ptx_coef`; empty is the built-in task's.
   """
 
-  steps: int = 60
+  steps: int = 45
   batch_size: int = 64
   eval_every: int = 0
   checkpoint_every: int = 20
@@ -88,8 +88,10 @@ class Config(loop.RunConfig):
   rollout: RolloutOptions = RolloutOptions()
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=6e-4, schedule="linear")
-  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant")
+  # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
+  # nothing: an update then is the same on one device and on many.
+  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant", eps=1e-5)
 
   def __post_init__(self):
     super().__post_init__()

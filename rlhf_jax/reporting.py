@@ -15,7 +15,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from etils import epath
@@ -442,7 +442,9 @@ def _smooth(y: np.ndarray) -> np.ndarray:
   return (total[last] - total[first]) / (last - first)
 
 
-def _png(draw: Callable[[Sequence[Any]], None], count: int = 1) -> bytes:
+def _png(
+  draw: Callable[[Sequence[Any]], None], count: int = 1, layout: Literal["tight"] | None = "tight"
+) -> bytes:
   """The figure that `draw` makes of `count` axes, two in a row."""
   import matplotlib  # A second or so, which only the scripts that plot should pay.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -450,7 +452,7 @@ def _png(draw: Callable[[Sequence[Any]], None], count: int = 1) -> bytes:
 
   rows, columns = -(-count // 2), min(count, 2)
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout="tight")
+    figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout=layout)
     FigureCanvasAgg(figure)  # No display and no global state, whatever backend is configured.
     draw([figure.add_subplot(rows, columns, i + 1) for i in range(count)])
     png = io.BytesIO()
@@ -500,8 +502,10 @@ def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]
     axes.margins(x=0.02)
     if len(lines) > 1:
       axes.legend()
+    # Room for seven digits and a power of ten. A layout that measures them draws all twice.
+    axes.figure.subplots_adjust(left=0.155, right=0.98, bottom=0.125, top=0.88)
 
-  return _png(draw)
+  return _png(draw, layout=None)
 
 
 def save_panels(

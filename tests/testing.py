@@ -5,12 +5,14 @@ import dataclasses
 import functools
 import importlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+import pytest
 from absl import flags as absl_flags
 
 from rlhf_jax import flags
@@ -25,6 +27,9 @@ _PRELOADED = [
   "matplotlib.figure",
   "transformers.tokenization_utils_tokenizers",
 ]
+
+# For what takes long and differs little from another test.
+full = pytest.mark.skipif("FULL" not in os.environ, reason="takes long; FULL=1 runs it")
 
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
 TINY_MODEL = ModelConfig(

@@ -7,13 +7,13 @@ pretrained model are 300 times smaller.
 
 METRIC = "gold/win_rate"
 DEFAULTS = {
-  "optim.learning_rate": 6e-4,
+  "optim.learning_rate": 1e-3,
   "value_optim.learning_rate": 1e-3,
   "ppo.kl_coef": 0.1,
   "ppo.epochs": 1,
   "ppo.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [2e-4, 6e-4, 2e-3], "ppo.kl_coef": [0.05, 0.1, 0.2]}
+GRID = {"optim.learning_rate": [3e-4, 1e-3, 3e-3], "ppo.kl_coef": [0.05, 0.1, 0.2]}
 
 
 def space(trial):

@@ -186,14 +186,16 @@ class Tokenizer:
     self.hf.save_pretrained(str(folder))
 
   def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-    encoded = [e.ids for e in self._text_encoder.encode_batch(texts, add_special_tokens=False)]
+    encoded = [e.ids for e in self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)]
     # A model whose own vocabulary lists "</s>" can still produce its id from plain characters.
     return [
       ids if self._control_ids.isdisjoint(ids) else self._without_controls(ids) for ids in encoded
     ]
 
   def _encode_templates(self, texts: Sequence[str]) -> list[list[int]]:
-    return [e.ids for e in self._template_encoder.encode_batch(texts, add_special_tokens=False)]
+    return [
+      e.ids for e in self._template_encoder.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
   def _without_controls(self, ids: list[int]) -> list[int]:
     unknown = self.hf.unk_token_id

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from launch import run, sweep
-from tests.testing import define_flags, read_flags
+from tests.testing import define_flags, full, read_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXTS = [
@@ -186,7 +186,7 @@ def groups() -> list[list[list[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("FULL" not in os.environ, reason="takes minutes; FULL=1 runs it")
+@full
 @pytest.mark.parametrize("commands", groups(), ids=lambda commands: name_of(commands[0]))
 def test_commands_on_files_run(commands, run_short, shared):
   pathlib.Path("data").symlink_to(shared / "data")

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-SCRIPTS = ("sft", "reward_model", "preference_model", "dpo", "ppo", "nash_md", "online_dpo")
+from tests.testing import full
+
+SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "nash_md", "online_dpo")
 MORE = {
   "preference_model": ("--lora.rank=2",),
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=6"),
@@ -50,7 +52,7 @@ def whole_and_killed(tmp_path, run_script, kill_script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("preference_model", marks=full)])
 def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run, reward_run):
   flags = (
     *chained(script, sft_run, reward_run),
@@ -203,7 +205,10 @@ def test_relatives_of_ppo(flags, tmp_path, run_script, sft_run, reward_run):
       "--nash_md.extragradient",
       "--lora.rank=2",
     ),
-    ("--nash_md.objective=regression", "--nash_md.tau=0.1", "--nash_md.normalize_lengths"),
+    pytest.param(
+      ("--nash_md.objective=regression", "--nash_md.tau=0.1", "--nash_md.normalize_lengths"),
+      marks=full,
+    ),
   ],
   ids=["schedules", "egpo", "ipo_md"],
 )
@@ -221,6 +226,7 @@ def test_relatives_of_nash_md(flags, tmp_path, run_script, sft_run, preference_r
   assert summary["preference/win_rate_low"] <= summary["preference/win_rate"]
 
 
+@full
 def test_a_best_response_and_who_beats_whom(tmp_path, run_script, sft_run, preference_run):
   judge = "--preference.name=panel"
   best = run_script(

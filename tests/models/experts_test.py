@@ -10,7 +10,7 @@ import pytest
 from rlhf_jax import sharding
 from rlhf_jax.losses import logprobs
 from rlhf_jax.models import build, experts, lora
-from tests.testing import FAMILY_MODELS
+from tests.testing import FAMILY_MODELS, full
 
 CONFIG = FAMILY_MODELS["qwen3_moe"]
 B, T, D, F, E, K = 4, 6, 8, 10, 4, 2
@@ -89,7 +89,9 @@ def test_a_token_does_not_depend_on_other_rows():
     np.testing.assert_allclose(alone[0], whole[b], atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", ["data:2,fsdp:2,tensor:2", "fsdp:4,tensor:2"])
+@pytest.mark.parametrize(
+  "spec", ["data:2,fsdp:2,tensor:2", pytest.param("fsdp:4,tensor:2", marks=full)]
+)
 def test_a_model_on_a_mesh_computes_what_one_device_does(spec):
   mesh = sharding.make_mesh(spec)
   tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (4, 12))

@@ -139,16 +139,20 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
 
 
 def _less_memory(flag_values: flags.FlagValues) -> str:
-  """Which flags of a script make it take less memory."""
+  """Which flags of a script make it take less memory than it does with those it was given."""
   micro = [name for name in flag_values if name.endswith(".microbatches")]
   ways = {
-    "model.remat": "--model.remat=full",
-    **{name: f"--{name}={2 * getattr(flag_values, name)}" for name in micro},
-    "batch_size": "a smaller --batch_size",
-    "lora.rank": "--lora.rank=16",
-    "mesh": "--mesh over more devices",
+    "model.remat": (lambda remat: remat != "full", "--model.remat=full"),
+    **{name: (bool, f"--{name}={2 * getattr(flag_values, name)}") for name in micro},
+    "batch_size": (lambda size: size > 1, "a smaller --batch_size"),
+    "lora.rank": (lambda rank: not rank, "--lora.rank=16"),
+    "mesh": (lambda _: True, "--mesh over more devices"),
   }
-  found = [way for name, way in ways.items() if name in flag_values]
+  found = [
+    way
+    for name, (is_left, way) in ways.items()
+    if name in flag_values and is_left(getattr(flag_values, name))
+  ]
   return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
 
 

@@ -395,6 +395,11 @@ def test_script_help_lists_its_own_flags(script):
     ("--stesp=3", 1, f"{_FATAL} Unknown command line flag 'stesp'. Did you mean: steps ?"),
     ("--steps=74", 74, "DiskFull: no space"),
     ("--steps=69", 69, "A device has too little memory. Less is taken by a smaller --batch_size"),
+    (
+      "--steps=69 --batch_size=1",
+      69,
+      "A device has too little memory. Less is taken by a smaller model",
+    ),
     ("--steps=99", 1, "RuntimeError: a bug"),
   ],
 )

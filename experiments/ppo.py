@@ -89,7 +89,7 @@ class Config(loop.RunConfig):
   reward: common.RewardOptions = common.RewardOptions()
   ppo: PPOConfig = PPOConfig()
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
-  # nothing: an update then is the same on one device and on many.
+  # nothing: up to rounding an update then is the same on one device and on many.
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
   value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant", eps=1e-5)
 

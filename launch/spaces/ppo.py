@@ -13,7 +13,7 @@ DEFAULTS = {
   "ppo.epochs": 1,
   "ppo.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [3e-4, 1e-3, 3e-3], "ppo.kl_coef": [0.05, 0.1, 0.2]}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo.kl_coef": [0.05, 0.1, 0.2]}
 
 
 def space(trial):

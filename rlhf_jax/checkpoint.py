@@ -573,8 +573,22 @@ def _kind(leaf: Any) -> str:
 
 
 @jax.jit
-def _all_finite(leaves: Sequence[jax.Array]) -> list[jax.Array]:
+def _all_finite_on_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
   return [jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
+
+
+def _all_finite(leaves: Sequence[Any]) -> list[Any]:
+  """Whether each leaf is finite. All of them are on the same devices."""
+  if not isinstance(leaves[0], jax.Array):
+    return [np.all(np.isfinite(leaf)) for leaf in leaves]
+  devices = leaves[0].sharding.device_set
+  if leaves[0].is_fully_addressable and all(device.platform == "cpu" for device in devices):
+    # Nothing to compile, which takes a second where there are many leaves.
+    return [
+      all(np.all(np.isfinite(np.asarray(shard.data))) for shard in leaf.addressable_shards)
+      for leaf in leaves
+    ]
+  return jax.device_get(_all_finite_on_devices(leaves))
 
 
 def _check_finite(flat: Mapping[str, Mapping[str, Any]]) -> None:
@@ -588,8 +602,7 @@ def _check_finite(flat: Mapping[str, Mapping[str, Any]]) -> None:
         groups.setdefault(frozenset(devices), {})[f"item {name!r}, leaf {path!r}"] = leaf
   finite: dict[str, Any] = {}
   for group in groups.values():
-    found = jax.device_get(_all_finite(list(group.values())))
-    finite |= dict(zip(group, found, strict=True))
+    finite |= dict(zip(group, _all_finite(list(group.values())), strict=True))
   if bad := [where for where, ok in finite.items() if not ok]:
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     raise NonFiniteError(f"NaN or infinity in {'; '.join(bad[:3])}{more}: not saved")

@@ -156,12 +156,23 @@ def _less_memory(flag_values: flags.FlagValues) -> str:
   return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
 
 
+def _tune_for_cpu() -> None:
+  """What helps where programs run on the CPU; nothing where an accelerator is installed.
+
+  It has an effect only before the first computation.
+  """
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if not plugins and not importlib.util.find_spec("libtpu"):
+    _keep_freed_memory()
+    _compile_quickly()
+
+
 def _keep_freed_memory() -> None:
   """Lets the C library reuse freed memory, up to 1 GiB, rather than give it back to the system.
 
   XLA's CPU backend allocates the temporaries of a program anew in every call. glibc maps such
-  blocks afresh, and their page faults take up to a fifth of a training step. This has an effect
-  only before the first computation. Other C libraries are left alone.
+  blocks afresh, and their page faults take up to a fifth of a training step. Other C libraries are
+  left alone.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
@@ -174,16 +185,12 @@ def _keep_freed_memory() -> None:
   mallopt(m_trim_threshold, 1 << 30)
 
 
-def _compile_quickly_on_cpu() -> None:
+def _compile_quickly() -> None:
   """Takes the first of LLVM's three levels of optimisation, unless XLA_FLAGS names another.
 
   Programs compile in two thirds of the time and run as fast: most of theirs is spent in matrix
-  products, which come from a library. Where an accelerator is installed, whose compiler reads the
-  same flag, it is left alone. It has an effect only before the first computation.
+  products, which come from a library.
   """
-  plugins = importlib.metadata.entry_points(group="jax_plugins")
-  if plugins or importlib.util.find_spec("libtpu"):
-    return
   given = os.environ.get("XLA_FLAGS", "")  # The last of two equal flags wins.
   os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
 
@@ -200,9 +207,10 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    _keep_freed_memory()
-    _compile_quickly_on_cpu()
-    gc.freeze()  # What was imported stays: nothing to look for again and again.
+    _tune_for_cpu()
+    # What was imported stays, and rows and traces are many objects with hardly any garbage.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):

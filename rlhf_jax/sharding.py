@@ -91,6 +91,12 @@ def is_absent(mesh: Any) -> bool:
   return mesh.devices.flat[0] not in jax.devices()
 
 
+def is_one_cpu(mesh: Mesh | None) -> bool:
+  """Whether all there is to a mesh, or the default device for None, is one CPU."""
+  devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
+  return len(devices) == 1 and devices[0].platform == "cpu"
+
+
 def _parse_mesh(spec: str) -> dict[str, int]:
   sizes = {}
   for part in spec.split(","):

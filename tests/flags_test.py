@@ -452,11 +452,14 @@ def test_freed_memory_is_reused(repository):
 
 
 @pytest.mark.parametrize("plugins", [(), ("cuda13",)], ids=["cpu", "accelerator"])
-def test_what_was_given_to_the_compiler_comes_last(monkeypatch, plugins):
+def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
+  kept = []
+  monkeypatch.setattr(flags, "_keep_freed_memory", lambda: kept.append(True))
   monkeypatch.setattr(flags.importlib.metadata, "entry_points", lambda group: plugins)
   monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
   given = "--xla_backend_optimization_level=3"
   monkeypatch.setenv("XLA_FLAGS", given)
-  flags._compile_quickly_on_cpu()
+  flags._tune_for_cpu()
   before = "" if plugins else "--xla_backend_optimization_level=1 "
-  assert os.environ["XLA_FLAGS"] == before + given
+  assert os.environ["XLA_FLAGS"] == before + given  # What was given comes last, and wins.
+  assert len(kept) == (not plugins)

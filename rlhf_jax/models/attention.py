@@ -51,7 +51,8 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
     del options["softcap"]
     return functools.partial(cudnn_attention, **options)
   del options["windows"]
-  return functools.partial(xla_attention, **options)
+  on_cpu = sharding.is_one_cpu(mesh) and config.attention_softcap is None
+  return functools.partial(xla_attention, on_cpu=on_cpu, **options)
 
 
 def choose(config: ModelConfig, device: Any) -> str:
@@ -173,6 +174,61 @@ def cached_attention(
   return jnp.einsum("bgrts,bgsk->btgrk", weights, v).reshape(batch, length, heads, width)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attention_on_cpu(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float
+) -> jax.Array:
+  """`dense_attention` that trains faster on one CPU; it has no forward-mode derivative.
+
+  XLA's CPU backend multiplies many small matrices well where each lies in one piece, and does not
+  put them so of itself. Where there is a gradient they are: heads before tokens, in both passes. A
+  tenth of the time of a small model's step.
+  """
+  return dense_attention(q, k, v, mask, scale=scale)
+
+
+def _attention_forward(q, k, v, mask, scale):
+  q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
+  by_head = q.shape[:3]
+  # Query heads that share a key head become one head with more queries.
+  q = q.reshape(*k.shape[:2], -1, k.shape[3])
+  scores = scale * _products(q, k, 3, 3).reshape(*by_head, -1)
+  scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+  weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:3], -1)
+  out = _products(weights.astype(v.dtype), v, 3, 2).astype(v.dtype)
+  return jnp.swapaxes(out.reshape(*by_head, -1), 1, 2), (q, k, v, weights)
+
+
+def _attention_backward(scale, saved, dout):
+  q, k, v, weights = saved
+  dout = _heads_first(dout)
+  by_head = dout.shape
+  dout = dout.reshape(q.shape)
+  dv = _products(weights.astype(v.dtype), dout, 2, 2)
+  dweights = _products(dout, v, 3, 3)
+  # Of softmax: each weight times how far its gradient lies above their weighted mean.
+  mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
+  dscores = (weights * (dweights - mean) * scale).astype(q.dtype)
+  dq = _products(dscores, k, 3, 2).reshape(by_head)
+  dk = _products(dscores, q, 2, 2)
+  dq, dk, dv = (jnp.swapaxes(x, 1, 2).astype(q.dtype) for x in (dq, dk, dv))
+  return dq, dk, dv, None
+
+
+def _products(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+  """Matrix products over one axis of each, for every row and head, in float32."""
+  axes = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+  """[B, T, H, K] -> [B, H, T, K], stored as such."""
+  return jax.lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
+
+
+attention_on_cpu.defvjp(_attention_forward, _attention_backward)
+
+
 def xla_attention(
   q: jax.Array,
   k: jax.Array,
@@ -182,9 +238,12 @@ def xla_attention(
   *,
   scale: float,
   softcap: float | None,
+  on_cpu: bool = False,
 ) -> jax.Array:
   """An `Attend` that holds all scores, [B, H, T, T]: runs anywhere, the measure of the others."""
   mask = visible(q.shape[1], segment_ids, window)
+  if on_cpu:
+    return attention_on_cpu(q, k, v, mask, scale)
   return dense_attention(q, k, v, mask, scale=scale, softcap=softcap)
 
 

@@ -110,11 +110,6 @@ def _pure(module: Callable[..., nnx.Module], *args):
   return init, call
 
 
-def _is_one_cpu(mesh: Mesh | None) -> bool:
-  devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
-  return len(devices) == 1 and devices[0].platform == "cpu"
-
-
 def build(
   config: ModelConfig,
   head: Literal["language", "scalar", "both"] = "language",
@@ -142,7 +137,7 @@ def build(
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
   # On a mesh the partitioner would gather activations for it.
-  matmul = matmul_on_cpu if _is_one_cpu(mesh) else jnp.matmul
+  matmul = matmul_on_cpu if sharding.is_one_cpu(mesh) else jnp.matmul
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)
   init_norm, norm = _pure(Norm, config, config.width)

@@ -79,7 +79,7 @@ def outputs_and_gradients(attend, arrays, g, segments, window=None):
 
 @pytest.mark.parametrize("window", [NO_WINDOW, 7])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_xla_and_splash_equal_the_oracle(window, softcap):
+def test_all_equal_the_oracle(window, softcap):
   arrays, g = random_arrays()
   options = {"scale": 0.3, "softcap": softcap}
   xla = functools.partial(xla_attention, **options)
@@ -88,12 +88,15 @@ def test_xla_and_splash_equal_the_oracle(window, softcap):
   )
   expected = oracle(*arrays, SEGMENTS, window, **options)
   want = outputs_and_gradients(xla, arrays, g, SEGMENTS, jnp.int32(window))
-  got = outputs_and_gradients(splash, arrays, g, SEGMENTS)
-  for out in (want[0], got[0]):
+  others = [outputs_and_gradients(splash, arrays, g, SEGMENTS)]
+  if softcap is None:
+    on_cpu = functools.partial(xla, on_cpu=True)
+    others += [outputs_and_gradients(on_cpu, arrays, g, SEGMENTS, jnp.int32(window))]
+  for out, *gradients in (want, *others):
     np.testing.assert_allclose(out, np.nan_to_num(expected), atol=2e-6)
-  for a, b in zip(got[1:], want[1:], strict=True):
-    assert np.abs(b).max() > 0.1
-    np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b in zip(gradients, want[1:], strict=True):
+      assert np.abs(b).max() > 0.1
+      np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads, kv_heads, width", [(3, 1, 8), (4, 4, 64), (2, 1, 80), (2, 2, 128)])

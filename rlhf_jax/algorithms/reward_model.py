@@ -140,6 +140,7 @@ def loss_fn(
   return jnp.mean(losses), pair_metrics(pairs, mask) | {"tokens": tokens}
 
 
+@jax.jit
 def pair_metrics(pairs: jax.Array, mask: jax.Array | None = None) -> Metrics:
   """`reward/*` metrics; a tie counts as half a correct pair.
 

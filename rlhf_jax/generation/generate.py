@@ -105,6 +105,7 @@ def make_generate(
   return generate
 
 
+@jax.jit
 def ended(rollout: Rollout, stop_ids: Sequence[int]) -> jax.Array:
   """Whether each response ended in a stop token, and was not cut at the longest length. [B]."""
   stops = jnp.asarray(stop_ids, jnp.int32)[None, None]

@@ -51,8 +51,15 @@ def whole_and_killed(tmp_path, run_script, kill_script):
   return run
 
 
+# A kill of DPO is in multiprocess_test.py, too.
+_KILLED = [
+  pytest.param(script, marks=full) if script in ("dpo", "nash_md", "preference_model") else script
+  for script in (*SCRIPTS, "preference_model")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [*SCRIPTS, pytest.param("preference_model", marks=full)])
+@pytest.mark.parametrize("script", _KILLED)
 def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run, reward_run):
   flags = (
     *chained(script, sft_run, reward_run),
@@ -198,7 +205,10 @@ def test_relatives_of_ppo(flags, tmp_path, run_script, sft_run, reward_run):
 @pytest.mark.parametrize(
   "flags",
   [
-    ("--nash_md.mix=0.25", "--nash_md.mix_end=0.5", "--nash_md.tau_end=0.1", "--eval_every=2"),
+    pytest.param(
+      ("--nash_md.mix=0.25", "--nash_md.mix_end=0.5", "--nash_md.tau_end=0.1", "--eval_every=2"),
+      marks=full,
+    ),
     (
       "--nash_md.objective=regression",
       "--nash_md.mix=0",
@@ -308,6 +318,7 @@ def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_
   assert len({json.loads(row)["response"] for row in rows}) > 1
 
 
+@full
 def test_sft_on_a_mesh_of_eight_devices(tmp_path):
   """In this process, which has eight devices."""
   from experiments import common, sft

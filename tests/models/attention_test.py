@@ -21,7 +21,7 @@ from rlhf_jax.models.attention import (
   visible,
   xla_attention,
 )
-from tests.testing import FAMILY_MODELS, TINY_MODEL
+from tests.testing import FAMILY_MODELS, TINY_MODEL, full
 
 T = 40
 # Left padding 0 to 7, padding on both sides, packed segments, an empty row.
@@ -161,7 +161,7 @@ def test_splash_on_a_mesh(spec, kv_heads):
   assert rows == {ROWS // 4}, "each device computes its own rows"
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=full), "gemma3", "mistral", "gpt2"])
 def test_a_model_by_splash(name):
   config = FAMILY_MODELS[name]
   tokens = np.random.default_rng(1).integers(0, 24, (3, 20))

@@ -87,7 +87,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   rollout: RolloutOptions = RolloutOptions()
   reward: common.RewardOptions = common.RewardOptions()
-  ppo: PPOConfig = PPOConfig()
+  ppo: PPOConfig = PPOConfig(kl_coef=0.2)
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
   # nothing: up to rounding an update then is the same on one device and on many.
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)

@@ -2,8 +2,8 @@
 
   python -m experiments.rlhf --workdir=runs/rlhf
 
-No network and no download; about six minutes on two CPU cores. It ends with a table of the SFT and
-the PPO policy side by side on 512 held-out prompts, judged by the gold reward that no stage was
+No network and no download; five to six minutes on two CPU cores. It ends with a table of the SFT
+and the PPO policy side by side on 512 held-out prompts, judged by the gold reward that no stage was
 trained on; expect a win rate of PPO against SFT of about 0.8. Every stage is a run of its own in
 `workdir/sft`, `workdir/reward_model` and `workdir/ppo`. Starting the same command again continues
 where it was stopped.

@@ -579,15 +579,12 @@ def _all_finite_on_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _all_finite(leaves: Sequence[Any]) -> list[Any]:
   """Whether each leaf is finite. All of them are on the same devices."""
-  if not isinstance(leaves[0], jax.Array):
-    return [np.all(np.isfinite(leaf)) for leaf in leaves]
-  devices = leaves[0].sharding.device_set
-  if leaves[0].is_fully_addressable and all(device.platform == "cpu" for device in devices):
+  first = leaves[0]
+  if not isinstance(first, jax.Array) or (
+    first.is_fully_addressable and {device.platform for device in first.devices()} == {"cpu"}
+  ):
     # Nothing to compile, which takes a second where there are many leaves.
-    return [
-      all(np.all(np.isfinite(np.asarray(shard.data))) for shard in leaf.addressable_shards)
-      for leaf in leaves
-    ]
+    return [np.all(np.isfinite(np.asarray(leaf))) for leaf in leaves]
   return jax.device_get(_all_finite_on_devices(leaves))
 
 

@@ -51,8 +51,7 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
     del options["softcap"]
     return functools.partial(cudnn_attention, **options)
   del options["windows"]
-  on_cpu = sharding.is_one_cpu(mesh) and config.attention_softcap is None
-  return functools.partial(xla_attention, on_cpu=on_cpu, **options)
+  return functools.partial(xla_attention, on_cpu=sharding.is_one_cpu(mesh), **options)
 
 
 def choose(config: ModelConfig, device: Any) -> str:
@@ -242,10 +241,10 @@ def xla_attention(
 ) -> jax.Array:
   """An `Attend` that holds all scores, [B, H, T, T]: runs anywhere, the measure of the others.
 
-  With `on_cpu`, and without `softcap`, its gradients are those of `attention_on_cpu`.
+  With `on_cpu` its gradients are those of `attention_on_cpu`, which has no `softcap`.
   """
   mask = visible(q.shape[1], segment_ids, window)
-  if on_cpu:
+  if on_cpu and softcap is None:
     return attention_on_cpu(q, k, v, mask, scale)
   return dense_attention(q, k, v, mask, scale=scale, softcap=softcap)
 

@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, report
+from experiments import report
+from experiments.lab import line_files
 from rlhf_jax import checkpoint, evaluation, flags, metrics, reporting
 
 PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
@@ -98,7 +99,7 @@ def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
   if not (single or labelled):
     raise flags.UsageError("--runs must name at least one folder")
   every = [*single, *(folder for folders in labelled.values() for folder in folders)]
-  names = common.short_names("runs", every)
+  names = line_files.short_names("runs", every)
   return {name: [folder] for name, folder in zip(names, single, strict=False)} | labelled
 
 

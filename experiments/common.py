@@ -16,18 +16,19 @@ import optax
 
 from experiments import records
 from rlhf_jax import (
-  checkpoint,
   data,
   evaluation,
   flags,
   generation,
   loop,
+  plots,
   processes,
   reporting,
   rewards,
   sharding,
   simulation,
 )
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import reward_model, rollouts
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, ModelConfig, build, count_params, hf, lora, presets
@@ -167,7 +168,7 @@ def model_folder(path: str) -> pathlib.Path | None:
   """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
   if not path:
     return None
-  folder = checkpoint.local_path(path)
+  folder = workdir_lib.local_path(path)
   if (folder / EXPORT / "config.json").exists():
     return folder / EXPORT
   if (folder / "config.json").exists():
@@ -392,7 +393,7 @@ def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dic
   if not all(folders):
     raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
   files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
-  return {"frozen": checkpoint.files_digest(files)}
+  return {"frozen": workdir_lib.files_digest(files)}
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
@@ -526,7 +527,7 @@ def export(
 
 def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, config: Any) -> Any:
   """Runs a script as a stage of another one, with the flags that repeat it alone in its workdir."""
-  path = checkpoint.local_path(session.workdir) / "flags"
+  path = workdir_lib.local_path(session.workdir) / "flags"
   if processes.is_first() and not path.exists():
     flags.save_configs(path, session, config)
   summary = train(session, config)
@@ -537,7 +538,7 @@ def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, confi
 
 def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
   """Ends a run whose model has been exported: plots, the card of the model, summary.json last."""
-  reporting.plot_metrics(run.workdir)
+  plots.plot_metrics(run.workdir)
   if processes.is_first():
     records.write_card(run.workdir, run.workdir / EXPORT, summary)
   reporting.write_summary(run.workdir, summary)
@@ -1106,7 +1107,7 @@ def short_names(flag: str, paths: Sequence[str]) -> list[str]:
   Raises:
     UsageError: A path is given twice; the message starts with the name of the flag.
   """
-  parts = [checkpoint.local_path(path).resolve().parts for path in paths]
+  parts = [workdir_lib.local_path(path).resolve().parts for path in paths]
   if len(set(parts)) < len(parts):
     raise flags.UsageError(f"--{flag} names a folder twice: {', '.join(paths)}")
   lengths = range(1, max(map(len, parts)) + 1)

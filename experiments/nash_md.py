@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, sharding
+from rlhf_jax import data, entry, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
@@ -251,4 +251,4 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

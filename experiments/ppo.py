@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, sharding
+from rlhf_jax import data, entry, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -456,4 +456,4 @@ def label_parts(params):
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

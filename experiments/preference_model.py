@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from experiments import common, records
-from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
+from rlhf_jax import data, entry, evaluation, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -226,4 +226,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

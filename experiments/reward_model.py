@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common, records
-from rlhf_jax import data, evaluation, flags, loop, reporting
+from rlhf_jax import data, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -175,4 +175,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

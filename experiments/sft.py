@@ -18,7 +18,7 @@ import functools
 import jax
 
 from experiments import common, records
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, entry, loop, reporting
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
@@ -133,4 +133,4 @@ def show_samples(run, config, model, params, heldout, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -42,7 +42,7 @@ from experiments import annotate_label_studio, annotate_page, annotate_terminal
 from experiments.annotate_items import Item, answer_row, check_annotator, read_items, summarize
 from experiments.annotate_store import Store
 from experiments.lab import line_files, models
-from rlhf_jax import checkpoint, data, flags, loop, reporting, rewards, sharding
+from rlhf_jax import data, flags, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -205,7 +205,7 @@ def read_principles(path: str) -> tuple[str, ...]:
   if not path:
     return rewards.PRINCIPLES
   try:
-    lines = checkpoint.local_path(path).read_text(encoding="utf-8").splitlines()
+    lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
   except OSError as error:
     raise flags.UsageError(f"--judge.principles={path}: {error.strerror}") from error
   principles = tuple(line.strip() for line in lines if line.strip())
@@ -383,4 +383,4 @@ def make_answerer(run: loop.Run, config: Config, model, params, tokenizer: data.
 
 
 if __name__ == "__main__":
-  flags.run_script(annotate, loop.Session, Config)
+  entry.run_script(annotate, loop.Session, Config)

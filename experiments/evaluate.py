@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab import evaluating, judges, line_files, models
-from rlhf_jax import data, evaluation, flags, loop, reporting
+from rlhf_jax import data, evaluation, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
@@ -113,7 +113,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     reporting.show_samples(answers(samples, count), "Baseline and policies")
     show(figures, list(reward_fns))
     charts = frontier(figures, best_of_n(samples[names[0]], count), names[0])
-    reporting.save_chart(run.workdir / "plots" / "frontier.png", *charts)
+    plots.save_chart(run.workdir / "plots" / "frontier.png", *charts)
     summary = figures[names[1]] if len(names) == 2 else {name: figures[name] for name in names}
     if is_pairwise:
       prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
@@ -179,7 +179,7 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
   return figures
 
 
-def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, reporting.Line]:
+def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
   """Reward name -> line of the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
   if count == 1:
     return {}
@@ -190,24 +190,24 @@ def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, reporting.Li
   lines = {}
   for name, pool in pools.items():
     estimates = [evaluation.mean(evaluation.best_of_n(proxy, pool, n)) for n in sizes]
-    lines[name] = reporting.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
+    lines[name] = plots.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
   return lines
 
 
 def frontier(
-  figures: Mapping[str, Mapping[str, float]], lines: Mapping[str, reporting.Line], baseline: str
-) -> list[reporting.Chart]:
+  figures: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
+) -> list[plots.Chart]:
   """One chart per reward: policies at their KL to the baseline, with 95 % intervals."""
   titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
   rewards = [name.removesuffix("/mean") for name in figures[baseline] if name.endswith("/mean")]
 
-  def point(policy: str, reward: str) -> reporting.Point:
+  def point(policy: str, reward: str) -> plots.Point:
     of = figures[policy]
     x_range, y_range = ((of[f"{f}_low"], of[f"{f}_high"]) for f in ("kl", f"{reward}/mean"))
-    return reporting.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
+    return plots.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
 
   return [
-    reporting.Chart(
+    plots.Chart(
       f"{titles[reward]} against KL",
       f"KL to {baseline} (nats per response, root scale)",
       f"{titles[reward]}, mean of held-out prompts",
@@ -305,4 +305,4 @@ def show(figures: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
 
 
 if __name__ == "__main__":
-  flags.run_script(evaluate, loop.Session, Config)
+  entry.run_script(evaluate, loop.Session, Config)

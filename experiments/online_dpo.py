@@ -238,4 +238,4 @@ def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

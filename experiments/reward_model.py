@@ -176,4 +176,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from experiments import evaluate, overoptimization, ppo
 from experiments.lab import evaluating, judges
-from rlhf_jax import evaluation, flags, loop, metrics
+from rlhf_jax import evaluation, flags, loop
 from rlhf_jax.data import Dataset
 
 SMALL = ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")
@@ -146,7 +146,7 @@ def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
 
   def train(session, config):
     stages.append((session, config))
-    writer = metrics.make_writer(session.workdir)
+    writer = writers.make_writer(session.workdir)
     for step in range(1, 31):
       gold = 5 - step / 10 if "no_kl" in session.workdir else 5 + step / 10
       writer.write(step, {"reward/mean": step, "gold_reward/mean": gold, "kl/ref": step / 3})

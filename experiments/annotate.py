@@ -42,7 +42,8 @@ from experiments import annotate_label_studio, annotate_page, annotate_terminal
 from experiments.annotate_items import Item, answer_row, check_annotator, read_items, summarize
 from experiments.annotate_store import Store
 from experiments.lab import line_files, models
-from rlhf_jax import data, flags, loop, reporting, rewards, sharding
+from rlhf_jax import data, entry, flags, loop, reporting, rewards, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 

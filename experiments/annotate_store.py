@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.lab import line_files
 from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 LABELS = "labels.jsonl"
 _DATABASE = "labels.sqlite"

@@ -26,7 +26,7 @@ import jax
 
 from experiments import programs
 from experiments.lab import models
-from rlhf_jax import flags, loop, preflight, reporting, sharding
+from rlhf_jax import entry, flags, loop, preflight, reporting, sharding, writers
 
 
 @dataclasses.dataclass(frozen=True)

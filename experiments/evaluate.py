@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab import evaluating, judges, line_files, models
-from rlhf_jax import data, evaluation, flags, loop, plots, reporting
+from rlhf_jax import data, entry, evaluation, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf

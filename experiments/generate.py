@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from experiments.lab import evaluating, models
-from rlhf_jax import data, loop, reporting, rewards, sharding
+from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 

@@ -15,7 +15,7 @@ Starting the same command again continues a run that was stopped.
 import dataclasses
 
 from experiments.lab import judges, models, training
-from rlhf_jax import loop
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOConfig
 from rlhf_jax.data import DataConfig

@@ -29,7 +29,7 @@ import optax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, generation, loop, sharding
+from rlhf_jax import data, entry, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig

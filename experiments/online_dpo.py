@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, rewards, sharding
+from rlhf_jax import data, entry, flags, generation, loop, rewards, sharding
 from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig

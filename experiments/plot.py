@@ -38,7 +38,8 @@ import numpy as np
 
 from experiments import report
 from experiments.lab import line_files
-from rlhf_jax import evaluation, flags, reporting
+from rlhf_jax import entry, evaluation, flags, plots, reporting, writers
+from rlhf_jax import workdir as workdir_lib
 
 PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
 _TITLES = {PROXY: "Proxy reward (trained on)", GOLD: "Gold reward (never trained on)"}

@@ -34,7 +34,7 @@ import optax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, sharding
+from rlhf_jax import data, entry, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig

@@ -30,7 +30,8 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, line_files, models, training
-from rlhf_jax import data, flags, generation, loop, processes, reporting, sharding
+from rlhf_jax import data, entry, flags, generation, loop, plots, processes, reporting, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig

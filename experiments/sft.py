@@ -19,7 +19,7 @@ import jax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, loop, reporting
+from rlhf_jax import data, entry, loop, reporting
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig

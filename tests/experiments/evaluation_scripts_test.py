@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from experiments import evaluate, overoptimization, ppo
 from experiments.lab import evaluating, judges
-from rlhf_jax import evaluation, flags, loop
+from rlhf_jax import evaluation, flags, loop, writers
 from rlhf_jax.data import Dataset
 
 SMALL = ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import plot
 from experiments.lab import line_files
-from rlhf_jax import flags
+from rlhf_jax import flags, writers
 
 PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 

@@ -1,6 +1,6 @@
 """Range checks of settings. Nothing here imports another rlhf_jax module."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # Kind of check -> test of a number, and the words of the message. NaN passes no test.
@@ -21,7 +21,7 @@ def check(
   at_least_one: tuple[str, ...] = (),
   fraction: tuple[str, ...] = (),
   below_one: tuple[str, ...] = (),
-  one_of: Mapping[str, Container[Any]] | None = None,
+  one_of: Mapping[str, Collection[Any]] | None = None,
 ) -> None:
   """Refuses a config with a field outside its range; for `__post_init__`.
 

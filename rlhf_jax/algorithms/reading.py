@@ -80,16 +80,14 @@ def make_actor_critic_read(
 ) -> Read:
   """Builds `read(params, rollout) -> Reading` of a policy with a critic; see `make_read`."""
 
-  def reading(logprobs: jax.Array, entropy: jax.Array, values: jax.Array | None) -> Reading:
-    return Reading(logprobs, entropy, jnp.zeros_like(logprobs) if values is None else values)
-
   def read_padded(params: Params, rollout: Rollout) -> Reading:
     segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
     length = rollout.logprobs.shape[1]
     # The output before a token predicts it, and is the value of the state it is drawn in.
     logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
-    scored = _score(logits, rollout.tokens[:, -length - 1 :], temperature)
-    return reading(*(x[:, 1:] for x in scored), None if values is None else values[:, :-1])
+    logprobs, entropy = _score(logits, rollout.tokens[:, -length - 1 :], temperature)
+    values = jnp.zeros_like(logprobs) if values is None else values
+    return Reading(logprobs[:, 1:], entropy[:, 1:], values[:, :-1])
 
   if packed is None:
     return read_padded
@@ -101,8 +99,9 @@ def make_actor_critic_read(
     tokens, segment_ids = (packing.pack(x, places, shape) for x in (rollout.tokens, numbers))
     logits, values = apply_fn(params, tokens, segment_ids=segment_ids)
     before, at = places[:, -length - 1 : -1], places[:, -length:]
-    scored = (packing.take(x, at) for x in _score(logits, tokens, temperature))
-    return reading(*scored, None if values is None else packing.take(values, before))
+    logprobs, entropy = _score(logits, tokens, temperature)
+    values = jnp.zeros_like(logprobs) if values is None else values
+    return Reading(*map(packing.take, (logprobs, entropy, values), (at, at, before)))
 
   return read_packed
 

@@ -971,7 +971,7 @@ def train_offline(
   config: Any,
   settings: Any,
   *,
-  kind: data.Kind,
+  kind: data.KindName,
   title: str,
   make_batch: Callable[[Any, jax.Array], Any],
   reference: Callable[..., jax.Array],

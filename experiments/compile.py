@@ -24,7 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from experiments import common, programs
+from experiments import programs
+from experiments.lab import models
 from rlhf_jax import entry, flags, loop, preflight, reporting, sharding, writers
 
 
@@ -90,8 +91,8 @@ class Slice(NamedTuple):
 def open_case(options: Options, config: Any, absent: Slice) -> programs.Case:
   """What the programs of an algorithm are compiled with."""
   mesh = sharding.make_mesh(options.mesh, absent.devices)
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   session = loop.Session(workdir="", mesh=options.mesh)
   nowhere = pathlib.Path()
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))

@@ -19,7 +19,8 @@ same command again continues where it was stopped.
 import dataclasses
 from typing import Any
 
-from experiments import common, plot, ppo, reward_model, sft
+from experiments import plot, ppo, reward_model, sft
+from experiments.lab import judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -68,7 +69,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
   def stage(name, script, stage_config, seed):
     # Each stage draws its own rows of the built-in task.
     own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
-    return common.run_stage(script, own, stage_config)
+    return training.run_stage(script, own, stage_config)
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")
@@ -86,7 +87,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       policy = dataclasses.replace(
         config.ppo,
         init_from=start,
-        reward=common.RewardOptions(path=str(workdir / name)),
+        reward=judges.RewardOptions(path=str(workdir / name)),
         ppo=options,
       )
       stage(f"{kind}_{seed}", ppo.train, policy, 10 * seed + 3)

@@ -36,7 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, report
+from experiments import report
+from experiments.lab import line_files
 from rlhf_jax import entry, evaluation, flags, plots, reporting, writers
 from rlhf_jax import workdir as workdir_lib
 
@@ -99,7 +100,7 @@ def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
   if not (single or labelled):
     raise flags.UsageError("--runs must name at least one folder")
   every = [*single, *(folder for folders in labelled.values() for folder in folders)]
-  names = common.short_names("runs", every)
+  names = line_files.short_names("runs", every)
   return {name: [folder] for name, folder in zip(names, single, strict=False)} | labelled
 
 

@@ -12,7 +12,8 @@ where it was stopped.
 import dataclasses
 import shutil
 
-from experiments import common, ppo, reward_model, sft
+from experiments import ppo, reward_model, sft
+from experiments.lab import judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -45,14 +46,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     own = dataclasses.replace(
       session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
     )
-    return common.run_stage(script, own, stage_config)
+    return training.run_stage(script, own, stage_config)
 
   start = str(workdir / "sft")
   stage("sft", sft.train, config.sft, 1)
   of_reward = stage(
     "reward_model", reward_model.train, dataclasses.replace(config.reward_model, init_from=start), 2
   )
-  options = common.RewardOptions(path=str(workdir / "reward_model"))
+  options = judges.RewardOptions(path=str(workdir / "reward_model"))
   of_ppo = stage(
     "ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3
   )

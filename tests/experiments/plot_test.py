@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import common, plot
+from experiments import plot
+from experiments.lab import line_files
 from rlhf_jax import flags, writers
 
 PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
@@ -128,7 +129,7 @@ def test_the_command(tmp_path, runs, run_script):
 
 
 def test_short_names_tell_paths_apart():
-  assert common.short_names("runs", ["a/ppo", "a/dpo/"]) == ["ppo", "dpo"]
-  assert common.short_names("runs", ["a/ppo", "b/ppo", "b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
+  assert line_files.short_names("runs", ["a/ppo", "a/dpo/"]) == ["ppo", "dpo"]
+  assert line_files.short_names("runs", ["a/ppo", "b/ppo", "b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
   with pytest.raises(flags.UsageError, match="--policy names a folder twice"):
-    common.short_names("policy", ["a/../ppo", "ppo"])
+    line_files.short_names("policy", ["a/../ppo", "ppo"])

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlhf_jax import ranges
 from rlhf_jax.data import schema, sources
 from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
@@ -76,22 +77,13 @@ class DataConfig:
       raise ValueError("tfds_dir needs the name of a data set; set tfds as well")
     if self.tfds:
       sources.parse_tfds(self.tfds)
-    if not 0 <= self.eval_fraction < 1:
-      raise ValueError(
-        f"eval_fraction must be at least 0 and below 1, got {self.eval_fraction}; "
-        "0.05 holds out one prompt in twenty"
-      )
-    for name, least in (("rows", 0), ("bad_rows", 0), ("packed_length", 0), ("eval_rows", 1)):
-      if getattr(self, name) < least:
-        raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-    for name in ("max_prompt_length", "max_response_length"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"{name} must be positive, got {getattr(self, name)}; it counts tokens, 256 is usual"
-        )
-    for name, known in (("overlong", _OVERLONG), ("votes", schema.VOTES)):
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    ranges.check(
+      self,
+      below_one=("eval_fraction",),
+      non_negative=("rows", "bad_rows", "packed_length"),
+      at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
+      one_of={"overlong": _OVERLONG, "votes": schema.VOTES},
+    )
 
 
 def load(

@@ -18,12 +18,12 @@ SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"max_prompt_length": 0}, "max_prompt_length must be positive, got 0"),
-    ({"max_response_length": -1}, "max_response_length must be positive, got -1"),
+    ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+    ({"max_response_length": -1}, "max_response_length must be at least 1, got -1"),
     ({"eval_fraction": 1.0}, "eval_fraction must be"),
     ({"eval_fraction": float("nan")}, "eval_fraction must be"),
-    ({"rows": -1}, "rows must be at least 0"),
-    ({"bad_rows": -1}, "bad_rows must be at least 0"),
+    ({"rows": -1}, "rows must not be negative, got -1"),
+    ({"bad_rows": -1}, "bad_rows must not be negative, got -1"),
     ({"eval_rows": 0}, "eval_rows must be at least 1"),
     ({"overlong": "cut"}, "overlong must be one of drop, truncate_prompt"),
     ({"votes": "one"}, "votes must be one of majority, each"),

@@ -260,12 +260,12 @@ def open(
   session: loop.Session,
   config: Any,
   script: str,
-  kind: data.Kind,
+  kind: data.KindName,
   head: Literal["language", "scalar"] = "language",
   *,
   adapted: tuple[str, ...] = (),
   spare: int = 0,
-  extra: Mapping[str, tuple[data.Kind, str]] = types.MappingProxyType({}),
+  extra: Mapping[str, tuple[data.KindName, str]] = types.MappingProxyType({}),
 ) -> Generator[Workbench]:
   """Reads the data, locks the workdir, refuses another run's, and places the model on the mesh.
 

@@ -1,4 +1,4 @@
-"""What a row must hold: columns of the formats in use, turned into prompts and their answers.
+"""Columns that a row must hold, in the formats in use, turned into prompts and their answers.
 
 | kind           | columns                                                                         |
 |----------------|---------------------------------------------------------------------------------|
@@ -51,9 +51,10 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
-Kind = Literal["demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"]
+KindName = Literal[
+  "demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"
+]
 Votes = Literal["majority", "each"]
-KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
@@ -90,7 +91,7 @@ class Example(NamedTuple):
 
 
 def parse_row(
-  kind: Kind,
+  kind: KindName,
   row: Row,
   *,
   prefer_messages: bool,
@@ -125,7 +126,7 @@ def parse_row(
   return _FROM_JUDGED[kind](judged)
 
 
-def comparison_kind(row: Row) -> Kind:
+def comparison_kind(row: Row) -> KindName:
   """Rankings for a row that orders a list of responses, preferences for one that compares two."""
   fields = row.fields
   ranked = _given(fields, "responses") and not _given(fields, "annotations")

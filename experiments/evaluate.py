@@ -29,7 +29,7 @@ import dataclasses
 from typing import Any
 
 from experiments.lab import comparison, evaluating, judges, line_files, models
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, entry, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
@@ -114,7 +114,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     comparison.show(metrics, list(reward_fns))
     best_of_n = comparison.best_of_n(samples[names[0]], count)
     charts = comparison.frontier(metrics, best_of_n, names[0])
-    reporting.save_chart(run.workdir / "plots" / "frontier.png", *charts)
+    plots.save_chart(run.workdir / "plots" / "frontier.png", *charts)
     summary: dict[str, Any] = metrics[names[1]] if len(names) == 2 else dict(metrics)
     if is_pairwise:
       prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
@@ -135,4 +135,4 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(evaluate, loop.Session, Config)
+  entry.run_script(evaluate, loop.Session, Config)

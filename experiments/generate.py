@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from experiments.lab import evaluating, models
-from rlhf_jax import data, flags, loop, reporting, rewards, sharding
+from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -81,4 +81,4 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
 
 
 if __name__ == "__main__":
-  flags.run_script(run_samples, loop.Session, Config)
+  entry.run_script(run_samples, loop.Session, Config)

@@ -15,7 +15,7 @@ Starting the same command again continues a run that was stopped.
 import dataclasses
 
 from experiments.lab import judges, models, training
-from rlhf_jax import flags, loop
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOConfig
 from rlhf_jax.data import DataConfig
@@ -56,4 +56,4 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -33,7 +33,7 @@ from experiments.annotation import agreement, judge, labels, terminal
 from experiments.annotation.items import check_annotator
 from experiments.annotation.judge import JudgeOptions
 from experiments.lab import models
-from rlhf_jax import flags, loop, rewards
+from rlhf_jax import entry, loop, rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,4 +97,4 @@ def open_judge(run: loop.Run, config: Config) -> rewards.JudgeModel:
 
 
 if __name__ == "__main__":
-  flags.run_script(label, loop.Session, Config)
+  entry.run_script(label, loop.Session, Config)

@@ -19,7 +19,7 @@ from typing import Any
 
 from experiments.annotation import labels, page
 from experiments.annotation.items import check_annotator
-from rlhf_jax import flags, loop
+from rlhf_jax import entry, loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +52,4 @@ def label(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(label, loop.Session, Config)
+  entry.run_script(label, loop.Session, Config)

@@ -16,7 +16,7 @@ import dataclasses
 from typing import Any
 
 from experiments.annotation import label_studio, labels
-from rlhf_jax import flags, loop, reporting
+from rlhf_jax import entry, loop, reporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,4 +44,4 @@ def exchange(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(exchange, loop.Session, Config)
+  entry.run_script(exchange, loop.Session, Config)

@@ -29,7 +29,7 @@ import optax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, sharding
+from rlhf_jax import data, entry, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
@@ -252,4 +252,4 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, rewards, sharding
+from rlhf_jax import data, entry, flags, generation, loop, rewards, sharding
 from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
@@ -238,4 +238,4 @@ def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -24,7 +24,8 @@ from experiments.lab import charts, judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
-from rlhf_jax import checkpoint, flags, loop, reporting
+from rlhf_jax import entry, loop, reporting
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
@@ -63,7 +64,7 @@ class Config:
 
 def train(session: loop.Session, config: Config) -> dict[str, Any]:
   """Runs the stages that have not finished, draws the plots; returns summary.json."""
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed):
     # Each stage draws its own rows of the built-in task.
@@ -97,4 +98,4 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

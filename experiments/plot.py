@@ -35,7 +35,8 @@ from typing import Any
 
 from experiments.lab import charts
 from experiments.records import report
-from rlhf_jax import checkpoint, flags, metrics, reporting
+from rlhf_jax import entry, flags, plots, reporting
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +56,23 @@ class Config:
 
 def plot(config: Config) -> dict[str, Any]:
   """Reads the runs, writes plots, report.html and summary.json, returns the latter."""
-  workdir = checkpoint.local_path(config.workdir)
+  workdir = workdir_lib.local_path(config.workdir)
   if (workdir / "metrics.jsonl").exists():
     raise flags.UsageError(f"--workdir={workdir} is a run; give the plots a folder of their own")
   folders = charts.group_runs(config.runs)
   groups = {label: [charts.read_run(run) for run in runs] for label, runs in folders.items()}
-  evaluation = checkpoint.local_path(config.evaluation) if config.evaluation else None
+  evaluation = workdir_lib.local_path(config.evaluation) if config.evaluation else None
   matrix = report.win_rates(report.read_evaluation(evaluation)) if evaluation else {}
   drawn = charts.charts_of(groups)
   summary = charts.draw(workdir, groups, drawn)
   if matrix:
-    png = reporting.render_matrix("Share of prompts on which the row is preferred", matrix)
+    png = plots.render_matrix("Share of prompts on which the row is preferred", matrix)
     (workdir / "plots" / "win_rates.png").write_bytes(png)
   page = report.render(report.Comparison(folders, drawn, charts.table(summary), evaluation))
-  metrics.write_atomic(workdir / "report.html", page)
+  workdir_lib.atomic_write(workdir / "report.html", page)
   reporting.note(f"report: {workdir / 'report.html'}")
   return summary
 
 
 if __name__ == "__main__":
-  flags.run_script(plot, Config)
+  entry.run_script(plot, Config)

@@ -34,7 +34,7 @@ import optax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, sharding
+from rlhf_jax import data, entry, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -457,4 +457,4 @@ def label_parts(params):
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

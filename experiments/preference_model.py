@@ -24,7 +24,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, models, training
-from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
+from rlhf_jax import data, entry, evaluation, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -227,4 +227,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -30,16 +30,8 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, line_files, models, training
-from rlhf_jax import (
-  checkpoint,
-  data,
-  flags,
-  generation,
-  loop,
-  processes,
-  reporting,
-  sharding,
-)
+from rlhf_jax import data, entry, flags, generation, loop, plots, processes, reporting, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig
@@ -109,7 +101,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.jax_compilation_cache_dir:
     # Every step runs the programs of the one before, as a run of its own.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -287,7 +279,7 @@ def improve(
 ) -> dict[str, float]:
   """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards."""
   dataset, weights = kept
-  path = checkpoint.local_path(session.workdir) / "summary.json"
+  path = workdir_lib.local_path(session.workdir) / "summary.json"
   read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
   with loop.open_run(session) as run:
     records.identify(
@@ -351,17 +343,17 @@ def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int
   """`plots/quality.png`: what was grown and kept, and what the policy earns after each step."""
   steps = np.arange(1, len(rows) + 1)
 
-  def line(label: str, name: str) -> reporting.Line:
-    return reporting.Line(label, steps, np.asarray([row[name] for row in rows]))
+  def line(label: str, name: str) -> plots.Line:
+    return plots.Line(label, steps, np.asarray([row[name] for row in rows]))
 
   quality = [line("Grown", "grown_reward/mean"), line("Kept", "kept_reward/mean")]
   if "eval/reward/mean" in rows[0]:
     quality.append(line("Policy after the step (held out)", "eval/reward/mean"))
   xlabel = f"Improve step ({improve_steps} per Grow step)"
-  reporting.save_chart(
+  plots.save_chart(
     workdir / "plots" / "quality.png",
-    reporting.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
-    reporting.Chart(
+    plots.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
+    plots.Chart(
       "Share of the grown responses that was kept",
       xlabel,
       "Share",
@@ -371,4 +363,4 @@ def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

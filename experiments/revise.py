@@ -22,7 +22,7 @@ import numpy as np
 from experiments.annotation import revision
 from experiments.annotation.judge import CriticOptions, read_principles
 from experiments.lab import line_files, models
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, entry, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -124,4 +124,4 @@ def report(run: loop.Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(revise, loop.Session, Config)
+  entry.run_script(revise, loop.Session, Config)

@@ -27,7 +27,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, models, training
-from rlhf_jax import data, evaluation, flags, loop, reporting
+from rlhf_jax import data, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -176,4 +176,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -17,7 +17,8 @@ from experiments.lab import judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
-from rlhf_jax import checkpoint, flags, loop, processes, reporting
+from rlhf_jax import entry, loop, processes, reporting
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Config:
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the stages that have not finished, then compares; returns summary.json."""
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed_offset):
     # Each stage draws its own rows of the built-in task.
@@ -89,4 +90,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

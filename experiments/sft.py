@@ -19,7 +19,7 @@ import jax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, entry, loop, reporting
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
@@ -134,4 +134,4 @@ def show_samples(run, config, model, params, heldout, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

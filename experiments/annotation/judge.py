@@ -7,7 +7,8 @@ import numpy as np
 
 from experiments.annotation.items import Item, answer_row, first_share
 from experiments.annotation.store import Store
-from rlhf_jax import checkpoint, flags, reporting, rewards
+from rlhf_jax import flags, reporting, rewards
+from rlhf_jax import workdir as workdir_lib
 
 # Responses that no judge should prefer.
 CANARIES = {
@@ -55,7 +56,7 @@ def read_principles(path: str) -> tuple[str, ...]:
   if not path:
     return rewards.PRINCIPLES
   try:
-    lines = checkpoint.local_path(path).read_text(encoding="utf-8").splitlines()
+    lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
   except OSError as error:
     raise flags.UsageError(f"--judge.principles={path}: {error.strerror}") from error
   principles = tuple(line.strip() for line in lines if line.strip())

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.lab import line_files
-from rlhf_jax import metrics, processes
+from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 LABELS = "labels.jsonl"
 _DATABASE = "labels.sqlite"
@@ -110,7 +111,7 @@ class Store:
       return [line for (line,) in connection.execute(query, {"name": annotator})]
 
   def _export(self) -> None:
-    metrics.write_atomic(self.path, "".join(line + "\n" for line in self._lines()))
+    workdir_lib.atomic_write(self.path, "".join(line + "\n" for line in self._lines()))
 
 
 def _insert(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab import evaluating
-from rlhf_jax import data, evaluation, reporting
+from rlhf_jax import data, evaluation, plots, reporting
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
@@ -57,7 +57,7 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
   return metrics
 
 
-def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, reporting.Line]:
+def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
   """Reward name -> line of the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
   if count == 1:
     return {}
@@ -68,24 +68,24 @@ def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, reporting.Li
   lines = {}
   for name, pool in pools.items():
     estimates = [evaluation.mean(evaluation.best_of_n(proxy, pool, n)) for n in sizes]
-    lines[name] = reporting.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
+    lines[name] = plots.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
   return lines
 
 
 def frontier(
-  metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, reporting.Line], baseline: str
-) -> list[reporting.Chart]:
+  metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
+) -> list[plots.Chart]:
   """One chart per reward: policies at their KL to the baseline, with 95 % intervals."""
   titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
   rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
 
-  def point(policy: str, reward: str) -> reporting.Point:
+  def point(policy: str, reward: str) -> plots.Point:
     of = metrics[policy]
     x_range, y_range = ((of[f"{f}_low"], of[f"{f}_high"]) for f in ("kl", f"{reward}/mean"))
-    return reporting.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
+    return plots.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
 
   return [
-    reporting.Chart(
+    plots.Chart(
       f"{titles[reward]} against KL",
       f"KL to {baseline} (nats per response, root scale)",
       f"{titles[reward]}, mean of held-out prompts",

@@ -6,11 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import (
-  checkpoint,
-  flags,
-  processes,
-)
+from rlhf_jax import flags, processes
+from rlhf_jax import workdir as workdir_lib
 
 
 def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,7 +41,7 @@ def short_names(flag: str, paths: Sequence[str]) -> list[str]:
   Raises:
     UsageError: A path is given twice; the message starts with the name of the flag.
   """
-  parts = [checkpoint.local_path(path).resolve().parts for path in paths]
+  parts = [workdir_lib.local_path(path).resolve().parts for path in paths]
   if len(set(parts)) < len(parts):
     raise flags.UsageError(f"--{flag} names a folder twice: {', '.join(paths)}")
   lengths = range(1, max(map(len, parts)) + 1)

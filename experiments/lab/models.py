@@ -9,16 +9,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import (
-  checkpoint,
-  data,
-  flags,
-  generation,
-  loop,
-  processes,
-  sharding,
-  simulation,
-)
+from rlhf_jax import data, flags, generation, loop, processes, sharding, simulation
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
@@ -79,7 +71,7 @@ def model_folder(path: str) -> pathlib.Path | None:
   """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
   if not path:
     return None
-  folder = checkpoint.local_path(path)
+  folder = workdir_lib.local_path(path)
   if (folder / EXPORT / "config.json").exists():
     return folder / EXPORT
   if (folder / "config.json").exists():
@@ -241,7 +233,7 @@ def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dic
   if not all(folders):
     raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
   files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
-  return {"frozen": checkpoint.files_digest(files)}
+  return {"frozen": workdir_lib.files_digest(files)}
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:

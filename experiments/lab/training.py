@@ -10,15 +10,8 @@ import optax
 
 from experiments import records
 from experiments.lab import evaluating, judges, models
-from rlhf_jax import (
-  checkpoint,
-  data,
-  flags,
-  generation,
-  loop,
-  processes,
-  reporting,
-)
+from rlhf_jax import data, flags, generation, loop, plots, processes, reporting
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.models import Model, count_params, lora
 from rlhf_jax.train_step import freeze, init_state, join, make_optimizer, make_schedule
@@ -128,7 +121,7 @@ def step_tokens(config: Any, dataset: data.Dataset) -> str:
 
 def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, config: Any) -> Any:
   """Runs a script as a stage of another one, with the flags that repeat it alone in its workdir."""
-  path = checkpoint.local_path(session.workdir) / "flags"
+  path = workdir_lib.local_path(session.workdir) / "flags"
   if processes.is_first() and not path.exists():
     flags.save_configs(path, session, config)
   summary = train(session, config)
@@ -139,7 +132,7 @@ def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, confi
 
 def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
   """Ends a run whose model has been exported: plots, the card of the model, summary.json last."""
-  reporting.plot_metrics(run.workdir)
+  plots.plot_metrics(run.workdir)
   if processes.is_first():
     records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
   reporting.write_summary(run.workdir, summary)

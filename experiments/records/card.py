@@ -22,7 +22,8 @@ from experiments.records.record import (
   read_json,
   source_name,
 )
-from rlhf_jax import flags, metrics, reporting
+from rlhf_jax import flags, reporting, writers
+from rlhf_jax import workdir as workdir_lib
 
 
 def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[str, Any]) -> None:
@@ -35,9 +36,9 @@ def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[
   """
   config = read_json(export / "config.json")
   replayable = (run_folder / "flags").exists()
-  final = numbers(metrics.json_ready(summary))
+  final = numbers(writers.json_ready(summary))
   record = read(run_folder) | {"path": run_folder.name, "summary": final}
-  metrics.write_atomic(export / "README.md", card(record, config, replayable=replayable))
+  workdir_lib.atomic_write(export / "README.md", card(record, config, replayable=replayable))
 
 
 def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import checkpoint, data, flags, loop, metrics, processes
+from rlhf_jax import data, flags, loop, processes
+from rlhf_jax import workdir as workdir_lib
 
 RECORD = "run.json"
 # Flags that name what a run builds on.
@@ -73,7 +74,7 @@ def identify(
     "software": software(run.mesh),
     "sources": sources_of(flat),
   }
-  metrics.write_atomic(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+  workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def method_of(script: str) -> str:
@@ -118,7 +119,7 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
   It is just the path for a Hugging Face folder, a folder that is gone, and one that no script of
   ours wrote.
   """
-  folder = checkpoint.local_path(path)
+  folder = workdir_lib.local_path(path)
   if folder.name == "export" and (folder.parent / "identity.json").exists():
     folder = folder.parent
   record = read_json(folder / RECORD)

@@ -29,4 +29,4 @@ def test_a_script_is_a_page_that_can_be_run(path):
   if path.stem != "programs":
     last = ast.parse(source).body[-1]
     assert isinstance(last, ast.If) and ast.unparse(last.test) == "__name__ == '__main__'"
-    assert ast.unparse(last.body[-1]).startswith(("flags.run_script(", "flags.run("))
+    assert ast.unparse(last.body[-1]).startswith(("entry.run_script(", "entry.run("))

@@ -7,7 +7,7 @@ import pytest
 
 from experiments import overoptimization, ppo
 from experiments.lab import judges
-from rlhf_jax import loop, metrics
+from rlhf_jax import loop, writers
 
 
 def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
@@ -15,7 +15,7 @@ def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
 
   def train(session, config):
     stages.append((session, config))
-    writer = metrics.make_writer(session.workdir)
+    writer = writers.make_writer(session.workdir)
     for step in range(1, 31):
       gold = 5 - step / 10 if "no_kl" in session.workdir else 5 + step / 10
       writer.write(step, {"reward/mean": step, "gold_reward/mean": gold, "kl/ref": step / 3})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import plot
-from rlhf_jax import flags, metrics
+from rlhf_jax import flags, writers
 
 PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 
@@ -15,7 +15,7 @@ PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 def write_run(folder, *, seed=0, steps=60, free=False, without=()):
   """A run whose proxy rises; without a penalty the gold reward peaks at a KL of 9 nats."""
   noise = np.random.default_rng(seed).normal(scale=0.05, size=(steps, 2))
-  writer = metrics.make_writer(folder)
+  writer = writers.make_writer(folder)
   for step in range(1, steps + 1):
     distance = 8 * step / steps if free else 2 * math.sqrt(step / steps)
     row = {

@@ -16,12 +16,7 @@ import pytest
 from experiments.annotation.page import Asked
 from rlhf_jax import flags as rlhf_flags
 from rlhf_jax import simulation
-from tests.testing import read_flags
-
-INJECTION = (
-  '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script> ${window.hurt=1}'
-  " {{constructor.constructor('window.hurt=1')()}} [a](javascript:window.hurt=1) </div></section>"
-)
+from tests.testing import INJECTION, read_flags
 
 
 def need(*modules, programs=()):

@@ -11,8 +11,8 @@ from experiments.annotation.agreement import agreements
 from experiments.annotation.items import Item, shown_order
 from experiments.annotation.store import Store
 from rlhf_jax import data, flags
+from tests.testing import INJECTION
 
-ATTACK = "<img src=x onerror='window.hurt=1'><script>window.hurt=1</script></section>"
 PAIR = Item("pair", "p", ("x", "y"))
 FOUR = Item("four", "q", ("w", "x", "y", "z"))
 
@@ -113,7 +113,7 @@ def test_a_second_window_of_one_annotator_does_not_answer_twice(desk):
 
 
 def test_texts_are_escaped(tmp_path):
-  item = Item("<i>", ATTACK, (ATTACK, ""))
+  item = Item("<i>", INJECTION, (INJECTION, ""))
   desk = page.Desk([item], Store(tmp_path))
   drawn = page.question_html(desk, desk.ask("ada"))
   assert "<img" not in drawn and "<script" not in drawn and drawn.count("&lt;img") == 2

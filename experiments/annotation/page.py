@@ -13,15 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.annotate_items import (
-  Agreement,
-  Item,
-  agreements,
-  answer_row,
-  check_annotator,
-  shown_order,
-)
-from experiments.annotate_store import Store
+from experiments.annotation.agreement import Agreement, agreements
+from experiments.annotation.items import Item, answer_row, check_annotator, shown_order
+from experiments.annotation.store import Store
 from rlhf_jax import data, flags, reporting
 
 _PAIR_KEYS = ("a", "b")
@@ -30,14 +24,14 @@ _ORDINALS = ("best", "2nd", "3rd", *(f"{n}th" for n in range(4, _MAX_RESPONSES +
 
 
 class Asked(NamedTuple):
-  """What a browser shows. It is handed back with every key: the server remembers no browser.
+  """State of a browser. It is handed back with every key: the server remembers no browser.
 
   Attributes:
-    annotator: Who answers; "" until somebody has said so.
+    annotator: Name of the annotator; "" until somebody has given one.
     item: Id of the item; "" if none is left.
     placed: `(place on the page, rank)` of the responses that have been ranked, best first.
-    level: Whether the next one is as good as the one before.
-    since: When the item was first shown, in seconds since the epoch.
+    level: True if the next response is as good as the one before.
+    since: Time at which the item was first shown, in seconds since the epoch.
   """
 
   annotator: str = ""
@@ -48,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Desk:
-  """What each key does to the store, for any number of annotators at once."""
+  """Applies each key to the store, for any number of annotators at once."""
 
   def __init__(self, items: Sequence[Item], store: Store):
     for item in items:
@@ -72,11 +66,11 @@ class Desk:
     return Asked(annotator, next(left, ""), since=time.time())
 
   def answered(self, annotator: str) -> int:
-    """How many of the items an annotator has answered or skipped."""
+    """Number of items that an annotator has answered or skipped."""
     return len(self.items.keys() & self.store.answered(annotator))
 
   def press(self, asked: Asked, key: str) -> Asked:
-    """What is shown after a key; a key that means nothing here changes nothing.
+    """The state after a key; a key that means nothing here changes nothing.
 
     What was answered meanwhile, in another window of the same annotator, stays as it is.
     """
@@ -169,16 +163,16 @@ def _message(title: str, text: str) -> str:
 
 
 def progress_html(done: int, total: int) -> str:
-  """How far an annotator is."""
+  """The progress of an annotator."""
   return (
     f'<div class="count"><b>{done}</b> of {total} answered</div>'
     f'<div class="bar"><div style="width: {100 * done / max(total, 1):.1f}%"></div></div>'
   )
 
 
-def agreement_html(found: Sequence[Agreement]) -> str:
+def agreement_html(pairs: Sequence[Agreement]) -> str:
   """A table of who agrees with whom."""
-  if not found:
+  if not pairs:
     return "<p>Nobody else has judged any of these responses yet.</p>"
 
   def number(value: float) -> str:
@@ -188,7 +182,7 @@ def agreement_html(found: Sequence[Agreement]) -> str:
   rows = "".join(
     f"<tr><td>{html.escape(one)} and {html.escape(names.get(other, other))}</td>"
     f"<td>{count}</td><td>{number(share)}</td><td>{number(kappa)}</td></tr>"
-    for one, other, count, share, kappa in found
+    for one, other, count, share, kappa in pairs
   )
   head = "<th>Who</th><th>Pairs</th><th>Agreement</th><th>Cohen's kappa</th>"
   return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
@@ -336,8 +330,8 @@ def _gradio() -> Any:
     import gradio
   except ImportError as error:
     raise flags.UsageError(
-      "--mode=browser needs gradio: pip install 'rlhf_jax[annotate]'; or label in the terminal"
-      " with --mode=label"
+      "the page needs gradio: pip install 'rlhf_jax[annotate]'; or label in the terminal with"
+      " experiments.label"
     ) from error
   return gradio
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from experiments.annotate_items import Item, answer_row, shown_order
+from experiments.annotation.items import Item, answer_row, shown_order
 from rlhf_jax import data, reporting
 from rlhf_jax import workdir as workdir_lib
 
@@ -48,7 +48,7 @@ def make_task(item: Item) -> dict[str, Any]:
   if len(item.responses) != 2:
     raise data.DataError(
       f"the row {item.id!r} has {len(item.responses)} responses, and the pairwise template of"
-      " Label Studio compares two; rank them with --mode=browser"
+      " Label Studio compares two; rank them with experiments.label_page"
     )
   order = shown_order(item.prompt, item.responses)
   first, second = (item.responses[i] for i in order)
@@ -70,11 +70,11 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
     content = workdir_lib.local_path(path).read_text(encoding="utf-8")
     tasks = json.loads(content)
   except OSError as error:
-    raise data.DataError(f"--label_studio={path}: {error.strerror}") from error
+    raise data.DataError(f"--answers={path}: {error.strerror}") from error
   except ValueError as error:
-    raise data.DataError(f"--label_studio={path} is not JSON: {error}") from error
+    raise data.DataError(f"--answers={path} is not JSON: {error}") from error
   if not isinstance(tasks, list):
-    raise data.DataError(f"--label_studio={path}: expected a list of tasks; export as JSON")
+    raise data.DataError(f"--answers={path}: expected a list of tasks; export as JSON")
   known = {item.id: item for item in items}
   rows = []
   for number, task in enumerate(tasks):

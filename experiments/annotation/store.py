@@ -1,4 +1,4 @@
-"""Where answers are kept: a database that several annotators share, and its lines as a file."""
+"""Answers on disk: a database that several annotators share, and its lines as a file."""
 
 import contextlib
 import json
@@ -81,8 +81,8 @@ class Store:
 
     def read() -> list[str]:
       with contextlib.closing(self._connect()) as connection:
-        found = connection.execute("SELECT item FROM answers WHERE annotator = ?", (annotator,))
-        return [item for (item,) in found]
+        items = connection.execute("SELECT item FROM answers WHERE annotator = ?", (annotator,))
+        return [item for (item,) in items]
 
     return set(processes.agree(read))
 

@@ -6,8 +6,8 @@ import sqlite3
 
 import pytest
 
-from experiments import annotate_store
-from experiments.annotate_items import Item, answer_row
+from experiments.annotation import store as answers
+from experiments.annotation.items import Item, answer_row
 from experiments.lab import line_files
 
 ITEMS = [Item(str(i), f"p{i}", ("x", "y")) for i in range(12)]
@@ -18,7 +18,7 @@ def file_rows(store):
 
 
 def test_two_annotators_a_tie_a_skip_and_an_undo(tmp_path):
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
   rows = [
     answer_row(ITEMS[0], "ada", (0, 1)),
     answer_row(ITEMS[0], "bob", (0, 0)),
@@ -40,7 +40,7 @@ def test_two_annotators_a_tie_a_skip_and_an_undo(tmp_path):
 
 
 def test_an_answer_stays_as_it_was(tmp_path):
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
   first, second = answer_row(ITEMS[0], "ada", (0, 1)), answer_row(ITEMS[0], "ada", (1, 0))
   assert store.add([first]) == 1
   assert store.add([second]) == 0
@@ -50,7 +50,7 @@ def test_an_answer_stays_as_it_was(tmp_path):
 def test_writers_at_once_lose_nothing(tmp_path):
   names = [f"annotator{i}" for i in range(6)]
 
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
 
   def work(name):
     for item in ITEMS:
@@ -66,31 +66,31 @@ def test_writers_at_once_lose_nothing(tmp_path):
 
 def test_the_file_is_made_from_the_database_again(tmp_path, monkeypatch):
   rows = [answer_row(item, "ada", (0, 1)) for item in ITEMS[:3]]
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
   store.add(rows[:2])
   with open(store.path, "a") as file:
     file.write('{"id": "9", "promp')  # Killed while it wrote a line.
-  assert annotate_store.Store(tmp_path).rows() == file_rows(store) == rows[:2]
+  assert answers.Store(tmp_path).rows() == file_rows(store) == rows[:2]
 
   with monkeypatch.context() as context:  # Killed before that.
     context.setattr(line_files, "append_lines", lambda *unused: None)
     store.add(rows[2:])
   assert file_rows(store) == rows[:2]
-  assert annotate_store.Store(tmp_path).rows() == file_rows(store) == rows
+  assert answers.Store(tmp_path).rows() == file_rows(store) == rows
 
   store.path.unlink()
-  assert file_rows(annotate_store.Store(tmp_path)) == rows
+  assert file_rows(answers.Store(tmp_path)) == rows
 
 
 def test_a_file_alone_makes_the_database(tmp_path):
   rows = [answer_row(item, "ada", (0, 1)) for item in ITEMS]
-  line_files.append_lines(tmp_path / annotate_store.LABELS, rows)
-  store = annotate_store.Store(tmp_path)
+  line_files.append_lines(tmp_path / answers.LABELS, rows)
+  store = answers.Store(tmp_path)
   assert store.rows() == file_rows(store) == rows
 
 
 def test_all_of_several_answers_are_kept_or_none(tmp_path):
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
   good = answer_row(ITEMS[0], "ada", (0, 1))
   with pytest.raises(TypeError):
     store.add([good, answer_row(ITEMS[1], "ada", (0, 1), bad=object())])
@@ -99,7 +99,7 @@ def test_all_of_several_answers_are_kept_or_none(tmp_path):
 
 
 def test_the_database_can_be_queried(tmp_path):
-  store = annotate_store.Store(tmp_path)
+  store = answers.Store(tmp_path)
   store.add([answer_row(item, "ada", (0, 1), seconds=1.5) for item in ITEMS])
   connection = sqlite3.connect(tmp_path / "labels.sqlite")
   ((mode,),) = connection.execute("PRAGMA journal_mode")

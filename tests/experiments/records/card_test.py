@@ -1,7 +1,6 @@
-"""Model cards and lineage, from files written by hand and from small runs."""
+"""Model cards, from records written by hand and from small runs."""
 
 import json
-import pathlib
 import shutil
 
 import jax
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import records
+from experiments.lab import models
+from experiments.records import card, record
 from rlhf_jax import data
 from rlhf_jax.models import build, hf
 
@@ -38,7 +38,7 @@ HOSTILE = [
 ]
 
 
-def record_of(text: str) -> records.Record:
+def record_of(text: str) -> record.Record:
   """A record in which everything that can come from outside is `text`."""
   source = {
     "path": text,
@@ -52,6 +52,7 @@ def record_of(text: str) -> records.Record:
   return {
     "path": text,
     "script": text,
+    "method": text,
     "seed": text,
     "settings": {"data.path": text},
     "changed": {"data.path": text, "reward.path": text, text: text},
@@ -78,8 +79,8 @@ def structure(text: str) -> list[tuple[str, str]]:
   )
 
 
-def split(card: str) -> tuple[dict, str]:
-  _, front, body = card.split("---\n", 2)
+def split(text: str) -> tuple[dict, str]:
+  _, front, body = text.split("---\n", 2)
   return yaml.safe_load(front), body
 
 
@@ -87,19 +88,19 @@ def split(card: str) -> tuple[dict, str]:
 def test_what_comes_from_outside_stays_where_it_is_put(text):
   """The card of any record has the outline of a harmless one, and front matter of its shape."""
   config = {**CONFIG, "model_type": text}
-  front, body = split(records.card(record_of(text), config))
-  fine_front, fine_body = split(records.card(record_of("fine"), CONFIG))
+  front, body = split(card.card(record_of(text), config))
+  fine_front, fine_body = split(card.card(record_of("fine"), CONFIG))
   assert structure(body) == structure(fine_body)
   assert front.keys() == fine_front.keys()
   names = [name for value in front.values() for name in (value if isinstance(value, list) else [])]
-  assert all(records.plain(name) == name for name in names)
+  assert all(card.plain(name) == name for name in names)
   assert "\x1b" not in body and "\u202e" not in body
   body.encode("utf-8")
 
 
 def test_a_card_says_what_its_record_does():
-  record = record_of("fine") | {"seed": 3, "changed": {"optim.b1": 0.5, "lora.targets": ["q", "k"]}}
-  front, body = split(records.card(record, CONFIG))
+  of_run = record_of("fine") | {"seed": 3, "changed": {"optim.b1": 0.5, "lora.targets": ["q", "k"]}}
+  front, body = split(card.card(of_run, CONFIG))
   assert front == {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -112,68 +113,22 @@ def test_a_card_says_what_its_record_does():
   assert "\n--seed=3\n--optim.b1=0.5\n--lora.targets=q,k\n" in body
   assert "--flagfile=RUN/flags" in body
   assert "AutoModelForCausalLM" in body and "2 layers, width 32" in body
-  unreplayable = records.card(record, CONFIG, replayable=False)
+  unreplayable = card.card(of_run, CONFIG, replayable=False)
   assert "--flagfile" not in unreplayable
   scorer = {**CONFIG, "architectures": ["LlamaForSequenceClassification"]}
-  front, body = split(records.card(record | {"script": "reward_model"}, scorer))
+  front, body = split(card.card(of_run | {"script": "reward_model"}, scorer))
   assert front["pipeline_tag"] == "text-classification" and "reward-model" in front["tags"]
   assert "AutoModelForSequenceClassification" in body and "--reward.path=FOLDER" in body
+  assert "# Reward model from" in body
+  _, body = split(card.card(of_run, scorer | {"id2label": {"0": models.PREFERENCE}}))
+  assert "# Preference model from" in body and "--preference.path=FOLDER" in body
+  assert "transformers" not in body
 
 
-def write_run(folder: pathlib.Path, script: str, summary: dict, **settings) -> str:
-  """What is left of a run that wrote no `run.json`."""
-  folder.mkdir(parents=True)
-  identity = {"script": script, "seed": 1, "settings": settings, "data": "d1g35t"}
-  (folder / "identity.json").write_text(json.dumps(identity))
-  (folder / "summary.json").write_text(json.dumps(summary))
-  return str(folder)
-
-
-def test_lineage_goes_back_to_the_pretrained_model(tmp_path):
-  base = tmp_path / "models--org--base-1B" / "snapshots" / "0a1b"
-  base.mkdir(parents=True)
-  (base / "config.json").write_text("{}")
-  sft = write_run(tmp_path / "sft", "sft", {"eval/loss": 1.25}, model={"path": str(base)})
-  reward = write_run(tmp_path / "rm", "reward_model", {"accuracy": 0.75}, init_from=sft)
-  ppo = write_run(
-    tmp_path / "ppo", "ppo", {"kl": 2.0}, init_from=f"{sft}/export", reward={"path": reward}
-  )
-  found = records.read(ppo)
-  assert found["settings"]["reward.path"] == reward and found["summary"] == {"kl": 2.0}
-  start, judge = found["sources"]
-  assert (start["script"], start["summary"]) == ("sft", {"eval/loss": 1.25})
-  assert (judge["role"], judge["summary"]) == ("reward model", {"accuracy": 0.75})
-  assert judge["sources"][0]["path"] == sft
-  assert records.base_model(found) == records.base_model(judge) == "org/base-1B"
-  _, body = split(records.card(found, CONFIG))
-  lineage = body.partition("## Lineage")[2]
-  assert lineage.count(f"started from: `{base}`") == 2
-  assert "accuracy` 0.75" in lineage and "`d1g35t`" in lineage
-
-
-def test_a_model_that_began_at_random_has_no_base_model(tmp_path):
-  sft = write_run(tmp_path / "sft", "sft", {})
-  found = records.read(write_run(tmp_path / "dpo", "dpo", {}, init_from=sft))
-  assert records.base_model(found) == ""
-  assert "base_model" not in split(records.card(found, CONFIG))[0]
-
-
-def test_runs_that_name_each_other_end(tmp_path):
-  a = write_run(tmp_path / "a", "rest", {}, init_from=str(tmp_path / "b"))
-  write_run(tmp_path / "b", "rest", {}, init_from=a)
-  records.card(records.read(a), CONFIG)
-
-
-@pytest.mark.parametrize(
-  "content",
-  ["", "{", "[1]", '{"settings": 3, "sources": {"a": 1}, "changed": [], "data": {"training": 2}}'],
-)
-def test_an_unreadable_record_is_a_folder_without_one(tmp_path, content):
-  (tmp_path / "run.json").write_text(content)
-  (tmp_path / "summary.json").write_text('{"a": 1, "b": "NaN", "c": {"d": 2}, "e": true}')
-  found = records.read(tmp_path)
-  assert found["summary"] == {"a": 1} and found["sources"] == [] and found["changed"] == {}
-  records.card(found, CONFIG)
+def test_the_method_is_that_of_the_record_or_its_script():
+  of_run = record_of("fine")
+  assert "- method: `fine`" in card.card(of_run | {"method": ""}, CONFIG)
+  assert "- method: `KTO: a, b`" in card.card(of_run | {"method": "KTO: a, b"}, CONFIG)
 
 
 def test_a_finished_run_exports_its_card(sft_run, reward_run, tmp_path):
@@ -188,14 +143,14 @@ def test_a_finished_run_exports_its_card(sft_run, reward_run, tmp_path):
   # What the run says of its sources outlives them.
   moved = tmp_path / "moved"
   shutil.copytree(reward_run, moved)
-  (source,) = records.read(moved)["sources"]
+  (source,) = record.read(moved)["sources"]
   assert source["summary"] == json.loads((sft_run / "summary.json").read_text())
 
 
 def test_model_hubs_read_the_card(sft_run):
   hub = pytest.importorskip("huggingface_hub")
-  card = hub.ModelCard.load(sft_run / "export" / "README.md", ignore_metadata_errors=False)
-  assert card.data.library_name == "transformers" and "sft" in card.data.tags
+  loaded = hub.ModelCard.load(sft_run / "export" / "README.md", ignore_metadata_errors=False)
+  assert loaded.data.library_name == "transformers" and "sft" in loaded.data.tags
 
 
 def test_an_export_with_a_card_loads_as_it_was_saved(sft_run, tmp_path):

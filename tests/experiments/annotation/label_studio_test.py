@@ -5,8 +5,8 @@ import xml.etree.ElementTree
 
 import pytest
 
-from experiments import annotate_items, annotate_label_studio
-from experiments.annotate_items import Item
+from experiments.annotation import label_studio
+from experiments.annotation.items import Item, answer_row
 from rlhf_jax import data
 
 ITEMS = [Item(str(i), f"p{i}", (f"x{i}", f"y{i}")) for i in range(12)]
@@ -20,7 +20,7 @@ def annotation(by, selected=None, **more):
 
 
 def test_answers_come_back_as_they_were_given(tmp_path):
-  annotate_label_studio.export(ITEMS, tmp_path)
+  label_studio.export(ITEMS, tmp_path)
   tasks = json.loads((tmp_path / "label_studio.json").read_text())
   tie = {"from_name": "tie", "to_name": "prompt", "type": "choices", "value": {"choices": ["tie"]}}
   wanted = []
@@ -35,7 +35,7 @@ def test_answers_come_back_as_they_were_given(tmp_path):
     wanted += [("ada@x.org", 0, False), ("7", None, bool(int(item.id) % 2))]
   path = tmp_path / "export.json"
   path.write_text(json.dumps(tasks))
-  rows = annotate_label_studio.read(str(path), ITEMS)
+  rows = label_studio.read(str(path), ITEMS)
   assert len(rows) == len(wanted)
   for row, (by, preferred, skipped) in zip(rows, wanted, strict=True):
     item = ITEMS[int(row["id"])]
@@ -53,12 +53,12 @@ def test_tasks_of_others(tmp_path):
   task = {"id": 31, "data": columns, "annotations": [annotation(1, "right"), annotation(2)]}
   path.write_text(json.dumps([task]))
   item = Item("31", "p", ("x", "y"))
-  assert annotate_label_studio.read(str(path)) == [
-    annotate_items.answer_row(item, "1", (1, 0), shown=[0, 1]),
-    annotate_items.answer_row(item, "2", None, shown=[0, 1]),
+  assert label_studio.read(str(path)) == [
+    answer_row(item, "1", (1, 0), shown=[0, 1]),
+    answer_row(item, "2", None, shown=[0, 1]),
   ]
   with pytest.raises(data.DataError, match="not those of the row '31'"):
-    annotate_label_studio.read(str(path), [Item("31", "other", ("x", "y"))])
+    label_studio.read(str(path), [Item("31", "other", ("x", "y"))])
 
 
 COLUMNS = {"prompt": "p", "answer1": "x", "answer2": "y"}
@@ -81,17 +81,17 @@ def test_other_files_are_refused_in_words(tmp_path, content, message):
   path = tmp_path / "export.json"
   path.write_text(content if isinstance(content, str) else json.dumps(content))
   with pytest.raises(data.DataError, match=message):
-    annotate_label_studio.read(str(path))
+    label_studio.read(str(path))
 
 
 def test_a_ranking_is_no_task(tmp_path):
   with pytest.raises(data.DataError, match="'r' has 3 responses"):
-    annotate_label_studio.export([Item("r", "p", ("x", "y", "z"))], tmp_path)
+    label_studio.export([Item("r", "p", ("x", "y", "z"))], tmp_path)
   assert not list(tmp_path.iterdir())
 
 
 def test_the_interface_names_the_columns_of_the_tasks(tmp_path):
-  annotate_label_studio.export(ITEMS, tmp_path)
+  label_studio.export(ITEMS, tmp_path)
   interface = xml.etree.ElementTree.parse(tmp_path / "label_studio.xml")
   shown = {tag.get("value") for tag in interface.iter("Text")}
   columns = json.loads((tmp_path / "label_studio.json").read_text())[0]["data"]

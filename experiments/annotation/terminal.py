@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.annotate_items import Item, answer_row, shown_order
-from experiments.annotate_store import Store
+from experiments.annotation.items import Item, answer_row, shown_order
+from experiments.annotation.store import Store
 from rlhf_jax import reporting
 
 _KEYS = {

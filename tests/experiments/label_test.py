@@ -12,10 +12,10 @@ import time
 import numpy as np
 import pytest
 
-from experiments import annotate, annotate_items
-from rlhf_jax import data, simulation
-
-pytestmark = pytest.mark.slow
+from experiments import label
+from experiments.annotation.items import read_item, shown_order
+from rlhf_jax import data, flags, loop, simulation
+from tests.testing import read_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT = 24
@@ -32,12 +32,12 @@ def pairs_file(tmp_path):
 class Terminal:
   """The script on a terminal of its own, and what it has drawn since the last key."""
 
-  def __init__(self, *flags):
+  def __init__(self, *words):
     self._fd, side = pty.openpty()
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     # Not pty.fork: this process has threads of JAX's.
     self.process = subprocess.Popen(
-      [sys.executable, "-m", "experiments.annotate", *flags],
+      [sys.executable, "-m", "experiments.label", *words],
       cwd=ROOT,
       env=env | {"TERM": "xterm", "COLUMNS": "100"},
       stdin=side,
@@ -93,10 +93,11 @@ def wait_for(path, lines):
   return answers(path)
 
 
+@pytest.mark.slow
 def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels):
   labels = tmp_path / "out" / "labels.jsonl"
-  flags = (f"--workdir={tmp_path / 'out'}", "--annotator=ada", f"--data.path={pairs_file}")
-  with Terminal(*flags) as first:
+  words = (f"--workdir={tmp_path / 'out'}", "--annotator=ada", f"--data.path={pairs_file}")
+  with Terminal(*words) as first:
     first.press("abtabsbaab")
     assert len(wait_for(labels, 10)) == 10
     first.press("u")
@@ -107,7 +108,7 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels
     assert len(before) == 9
     first.kill()
 
-  with Terminal(*flags) as second:
+  with Terminal(*words) as second:
     assert "10 of 24" in second.read(b"quit")  # The one that was undone is asked again.
     second.press("babababababa")
     assert len(wait_for(labels, 21)) == 21
@@ -133,8 +134,8 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels
     if key == "t":
       assert vote["preferred"] is None
       continue
-    item = annotate_items.read_item(data.Row("r", source[row["id"]]), 0)
-    left, _ = annotate_items.shown_order(item.prompt, item.responses)
+    item = read_item(data.Row("r", source[row["id"]]), 0)
+    left, _ = shown_order(item.prompt, item.responses)
     assert row["shown"][0] == left
     sides.add(left)
     assert vote["preferred"] == (left if key == "a" else 1 - left)
@@ -150,8 +151,9 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels
   assert "not_judged 1" in trained.output
 
 
+@pytest.mark.slow
 def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft_run, shared):
-  flags = (
+  words = (
     f"--judge.path={shared / 'models' / 'stories260k'}",
     "--data.end_token=<s>",
     f"--data.path={pairs_file}",
@@ -161,12 +163,12 @@ def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft
   )
   principles = tmp_path / "principles.txt"
   principles.write_text("is it a good review ?\n\nis it brief ?\n")
-  flags = (*flags, f"--judge.principles={principles}")
-  part = run_script("annotate", tmp_path / "out", *flags, "--limit=10")
+  words = (*words, f"--judge.principles={principles}")
+  part = run_script("label", tmp_path / "out", *words, "--limit=10")
   assert part.code == 0, part.output
   labels = tmp_path / "out" / "labels.jsonl"
   before = labels.read_bytes()
-  finished = run_script("annotate", tmp_path / "out", *flags)
+  finished = run_script("label", tmp_path / "out", *words)
   assert finished.code == 0, finished.output
   assert labels.read_bytes().startswith(before)
   rows = answers(labels)
@@ -192,78 +194,26 @@ def test_a_judge_labels_resumes_and_trains(tmp_path, pairs_file, run_script, sft
   assert trained.code == 0, trained.output
 
 
-def test_a_model_revises_its_answers(tmp_path, pairs_file, run_script, shared):
-  model = shared / "models" / "stories260k"
-  flags = (
-    "--mode=revise",
-    f"--judge.path={model}",
-    "--data.end_token=<s>",
-    f"--data.path={pairs_file}",
-    "--sampling.max_new_tokens=12",
-    "--revisions=2",
-    "--batch_size=2",
-    "--limit=4",
-  )
-  finished = run_script("annotate", tmp_path / "out", *flags)
-  assert finished.code == 0, finished.output
-  path = tmp_path / "out" / "revised.jsonl"
-  rows = answers(path)
-  assert len({row["prompt"] for row in rows}) == 4
-  for row in rows:
-    assert [set(step) for step in row["steps"]] == [{"principle", "critique", "revision"}] * 2
-    assert row["response"] in (row["steps"][-1]["revision"], row["draft"])
-  # What was killed after the first two rows is continued with the same ones.
-  lines = path.read_text().splitlines(keepends=True)
-  path.write_text("".join(lines[:2]))
-  again = run_script("annotate", tmp_path / "out", *flags)
-  assert again.code == 0, again.output
-  assert path.read_text() == "".join(lines)
-
-
-def test_tasks_for_label_studio_and_its_answers(tmp_path, pairs_file, run_script):
-  flags = (f"--data.path={pairs_file}", "--limit=4")
-  exported = run_script("annotate", tmp_path / "out", *flags, "--mode=export")
-  assert exported.code == 0, exported.output
-  tasks = json.loads((tmp_path / "out" / "label_studio.json").read_text())
-  for task in tasks:
-    chosen = {"type": "pairwise", "value": {"selected": "left"}}
-    task["annotations"] = [{"completed_by": 7, "result": [chosen]}]
-  export = tmp_path / "export.json"
-  export.write_text(json.dumps(tasks))
-  for new in (4, 0):
-    imported = run_script(
-      "annotate", tmp_path / "out", *flags, "--mode=import", f"--label_studio={export}"
-    )
-    assert imported.code == 0, imported.output
-    assert f"{new} answers are new" in imported.output
-  rows = answers(tmp_path / "out" / "labels.jsonl")
-  assert [row["annotations"][0]["preferred"] for row in rows] == [row["shown"][0] for row in rows]
-  summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-  assert summary["answers"] == 4 and "agreement/7/label" in summary
-
-
-def test_more_than_two_are_ranked_in_the_browser_only(tmp_path, run_script):
+def test_more_than_two_are_ranked_on_the_page_only(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "p", "responses": ["x", "y", "z"]}\n')
-  flags = ("--annotator=ada", f"--data.path={path}")
-  finished = run_script("annotate", tmp_path / "out", *flags)
-  assert finished.code == 65, finished.output
-  assert "--mode=browser" in finished.output
+  config = label.Config(annotator="ada", data=data.DataConfig(path=str(path)))
+  with pytest.raises(data.DataError, match="rank them with experiments.label_page"):
+    label.label(loop.Session(str(tmp_path / "out")), config)
 
 
 @pytest.mark.parametrize(
-  ("settings", "message"),
+  ("words", "message"),
   [
-    ({}, "annotator or else judge.path"),
-    ({"annotator": "a b"}, "annotator must be"),
-    ({"mode": "brwoser"}, "mode must be one of label, browser"),
-    ({"mode": "browser", "judge": annotate.JudgeOptions("x")}, "leave judge.path empty"),
-    ({"mode": "browser", "port": 0}, "port must be"),
-    ({"mode": "import"}, "label_studio, the file to import"),
-    ({"annotator": "ada", "label_studio": "x.json"}, "label_studio, the file to import"),
-    ({"mode": "revise", "annotator": "ada"}, "mode revise needs judge.path"),
+    ([], "--annotator or else judge.path"),
+    (["--annotator=ada", "--judge.path=x"], "give one of the two"),
+    (["--annotator=a b"], "--annotator must be up to 64"),
+    (["--annotator=ada", "--limit=-1"], "--limit must not be negative"),
+    (["--annotator=ada", "--batch_size=0"], "--batch_size must be at least 1"),
+    (["--judge.path=x", "--judge.canaries=-1"], "--judge.canaries must not be negative"),
+    (["--judge.path=x", "--judge.max_characters=0"], "--judge.max_characters must be at least 1"),
   ],
 )
-def test_settings_that_are_refused(settings, message):
-  with pytest.raises(ValueError, match=message):
-    annotate.Config(**settings)
+def test_flags_that_are_refused(words, message):
+  with pytest.raises(flags.UsageError, match=message):
+    read_flags("experiments.label", ["--workdir=x", *words])

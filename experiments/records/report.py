@@ -1,4 +1,4 @@
-"""One HTML file that compares runs: curves, final figures, settings, samples, lineage.
+"""One HTML file that compares runs: curves, final metrics, settings, samples, lineage.
 
 It needs neither a network nor a script, and follows the light or dark setting of the reader.
 Everything in it that a run, a model or a data file wrote is escaped text.
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from experiments import records
+from experiments.records.record import Record, metric_texts, numbers, read, source_name
 from rlhf_jax import flags, plots, reporting
 from rlhf_jax import workdir as workdir_lib
 
 Table = dict[str, dict[str, Any]]  # Row -> column -> cell.
 _PROMPTS = 6  # Prompts whose answers are shown.
-_FIGURES_NOTE = (
+_METRICS_NOTE = (
   "summary.json of each run. In brackets stands the 95 % interval of one run, or the lowest and the"
   " highest of several runs, behind their mean."
 )
@@ -27,12 +27,12 @@ _LONGEST = 2000  # Characters of a text that are shown.
 
 
 class Comparison(NamedTuple):
-  """What a report shows.
+  """Content of a report.
 
   Attributes:
     folders: Label of each group -> workdirs of its runs.
     charts: Name -> charts of that name.
-    ends: Group -> figures at the end of training.
+    ends: Group -> metrics at the end of training.
     evaluation: Workdir of experiments.evaluate, or None.
   """
 
@@ -45,8 +45,7 @@ class Comparison(NamedTuple):
 def render(comparison: Comparison) -> str:
   """The page."""
   runs = {
-    label: [records.read(folder) for folder in folders]
-    for label, folders in comparison.folders.items()
+    label: [read(folder) for folder in folders] for label, folders in comparison.folders.items()
   }
   evaluation = comparison.evaluation
   of_policies = read_evaluation(evaluation) if evaluation else {}
@@ -57,7 +56,7 @@ def render(comparison: Comparison) -> str:
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters |= {"text": show_text, "cell": reporting.cell, "figures": records.figures}
+  environment.filters |= {"text": show_text, "cell": reporting.cell, "metric_texts": metric_texts}
   environment.globals["columns_of"] = lambda table: list(
     dict.fromkeys(name for cells in table.values() for name in cells)
   )
@@ -68,7 +67,7 @@ def render(comparison: Comparison) -> str:
       (chart.title, data_uri(chart)) for charts in comparison.charts.values() for chart in charts
     ],
     tables=[
-      ("figures", "Final figures", _FIGURES_NOTE, held_out(runs)),
+      ("metrics", "Final metrics", _METRICS_NOTE, held_out(runs)),
       ("ends", "At the end of training", "Means over the last tenth of each run.", comparison.ends),
       ("evaluation", "Evaluation", f"From {evaluation}.", policy_table(of_policies)),
       ("settings", "Settings that differ", "Flags that not all runs share.", differences(runs)),
@@ -76,7 +75,7 @@ def render(comparison: Comparison) -> str:
     matrix=win_rates(of_policies),
     samples=samples(comparison.folders, runs, evaluation),
     runs=runs,
-    source_name=records.source_name,
+    source_name=source_name,
     as_line=flags.as_line,
   )
 
@@ -93,25 +92,25 @@ def show_text(text: Any) -> str:
   return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
-def held_out(runs: Mapping[str, Sequence[records.Record]]) -> Table:
-  """Figures of summary.json by group: of one run with their intervals, of several with the ends."""
-  found: Table = {}
+def held_out(runs: Mapping[str, Sequence[Record]]) -> Table:
+  """Metrics of summary.json by group: of one run with intervals, of several with their ends."""
+  table: Table = {}
   for label, of in runs.items():
-    told = [records.figures(record["summary"]) for record in of]
-    for name in dict.fromkeys(name for texts in told for name in texts):
+    texts = [metric_texts(record["summary"]) for record in of]
+    for name in dict.fromkeys(name for metrics in texts for name in metrics):
       if len(of) == 1:
-        text = told[0][name]
+        text = texts[0][name]
       else:
         values = [record["summary"][name] for record in of if name in record["summary"]]
         text = f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
-      found.setdefault(name, {})[label] = text
-  return found
+      table.setdefault(name, {})[label] = text
+  return table
 
 
-def differences(runs: Mapping[str, Sequence[records.Record]]) -> Table:
+def differences(runs: Mapping[str, Sequence[Record]]) -> Table:
   """Flags whose values differ between the runs that have them, by group."""
 
-  def settings(record: records.Record) -> dict[str, Any]:
+  def settings(record: Record) -> dict[str, Any]:
     own = {name: record[name] for name in ("script", "seed") if name in record}
     return own | record.get("settings", {})
 
@@ -134,7 +133,7 @@ def written(value: Any) -> str:
 
 
 def read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
-  """The figures of experiments.evaluate, by policy; those of a single one have no name.
+  """The metrics of experiments.evaluate, by policy; those of a single one have no name.
 
   Raises:
     UsageError: There are none.
@@ -147,28 +146,28 @@ def read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
       f"--evaluation={folder} is no workdir of experiments.evaluate that has finished: {error}"
     ) from error
   named = {name: of for name, of in summary.items() if isinstance(of, dict)}
-  single = records.numbers(summary)
+  single = numbers(summary)
   return named | ({"policy": single} if single else {})
 
 
 def policy_table(of_policies: Mapping[str, Mapping[str, Any]]) -> Table:
-  """Figures of policies with their intervals, a row per figure."""
+  """Metrics of policies with their intervals, a row per metric."""
   table: Table = {}
   for name, of in of_policies.items():
-    for figure, text in records.figures(records.numbers(of)).items():
-      table.setdefault(figure, {})[name] = text
+    for metric, text in metric_texts(numbers(of)).items():
+      table.setdefault(metric, {})[name] = text
   return table
 
 
 def win_rates(of_policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-  """How often the policy of the row is preferred to that of the column; empty if not known."""
+  """Shares of prompts on which the policy of the row is preferred; empty if not known."""
   matrix = of_policies.get("preference/win_rates", {})
   return {name: {other: rate["value"] for other, rate in of.items()} for name, of in matrix.items()}
 
 
 def samples(
   folders: Mapping[str, Sequence[str]],
-  runs: Mapping[str, Sequence[records.Record]],
+  runs: Mapping[str, Sequence[Record]],
   evaluation: pathlib.Path | None,
 ) -> list[tuple[str, dict[str, dict[str, Any]]]]:
   """Prompts and their answers by policy: those of an evaluation, or the last of each group.

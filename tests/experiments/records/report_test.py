@@ -7,7 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments import plot, report
+from experiments import plot
+from experiments.lab import charts as run_charts
+from experiments.records import report
 from rlhf_jax import flags, plots, writers
 
 ATTACK = "<script>alert(1)</script><img src='http://example.org/x'>\"&{{ 7 * 7 }}\u202e"
@@ -81,7 +83,7 @@ def page_of(charts):
   """The page of runs, with one chart in place of theirs: those take time."""
 
   def make(*runs, evaluation=None):
-    folders = plot.group_runs(runs)
+    folders = run_charts.group_runs(runs)
     ends = {label: {"loss": 0.5} for label in folders}
     return Page(report.render(report.Comparison(folders, charts, ends, evaluation)))
 

@@ -1,4 +1,4 @@
-"""What annotators compare and what they answer: rows as items, answers as rows, agreement."""
+"""Rows as items to compare, and answers as rows to train on."""
 
 import hashlib
 import itertools
@@ -7,24 +7,22 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from rlhf_jax import data, evaluation, flags, simulation
+from rlhf_jax import data, flags, simulation
 from rlhf_jax.data import DataConfig
 
 _ANNOTATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_LABEL = "label"  # In figures, what the rows themselves say.
+LABEL = "label"  # In metrics, what the rows themselves say.
 
 
 class Item(NamedTuple):
   """Responses to one prompt, to compare.
 
   Attributes:
-    id: Of the row.
-    prompt: As text.
-    responses: Two or more.
-    labels: What the row itself says: `(a, b, share)`, with a < b, prefers response `a` of the two
-      by a share in [0, 1]. Empty if nobody has judged it.
+    id: Id of the row.
+    prompt: Prompt as text.
+    responses: Two or more texts.
+    labels: Judgements in the row itself: `(a, b, share)`, with a < b, prefers response `a` of the
+      two by a share in [0, 1]. Empty if nobody has judged it.
   """
 
   id: str
@@ -34,7 +32,7 @@ class Item(NamedTuple):
 
 
 def check_annotator(name: str) -> None:
-  """Refuses a name that could be mistaken for something else in files and figures.
+  """Refuses a name that could be mistaken for something else in files and metrics.
 
   Raises:
     ValueError: The name is not fit.
@@ -44,8 +42,8 @@ def check_annotator(name: str) -> None:
       f"annotator must be up to 64 letters, digits and . _ @ -, the first a letter or digit; got"
       f" {name!r}"
     )
-  if name == _LABEL:
-    raise ValueError(f"annotator must not be {_LABEL!r}: that is what the rows say; take another")
+  if name == LABEL:
+    raise ValueError(f"annotator must not be {LABEL!r}: that is what the rows say; take another")
 
 
 def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
@@ -107,7 +105,7 @@ def read_item(row: data.Row, number: int) -> Item:
 
 
 def is_judged(fields: Mapping[str, Any]) -> bool:
-  """Whether a row with `responses` says which of them are better."""
+  """True if a row with `responses` says which of them are better."""
   if fields.get("annotations") or fields.get("preferences"):
     return True
   first = fields["responses"][0]
@@ -133,8 +131,8 @@ def answer_row(
   """An answer as the reward and preference models read it.
 
   Args:
-    item: What was asked.
-    annotator: Who answered.
+    item: The item.
+    annotator: Name of the annotator.
     ranks: Rank of each response, 0 is best and equal ones are tied; None if it was skipped.
     **more: Further columns.
   """
@@ -146,67 +144,6 @@ def answer_row(
   return row | {"annotations": votes, "by": annotator, **more}
 
 
-class Agreement(NamedTuple):
-  """How far two annotators agree.
-
-  Attributes:
-    one: An annotator.
-    other: Another one, or "label" for the labels that the rows had.
-    count: Pairs of responses that both have judged.
-    share: Of them, those on which both say the same.
-    kappa: The same beyond chance, Cohen's.
-  """
-
-  one: str
-  other: str
-  count: int
-  share: float
-  kappa: float
-
-
-def agreements(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
-  """The agreement of every two annotators with each other and with the labels of the rows.
-
-  Verdicts are compared as they were shown: where a file always has the better response first, its
-  labels would all be the same and agreement beyond chance would mean nothing.
-  """
-  verdicts: dict[str, dict[tuple[str, int, int], bool | None]] = {}
-  for row in rows:
-    order = shown_order(row["prompt"], row["responses"])
-    for vote in row["annotations"]:
-      a, b = vote["a"], vote["b"]
-      of = verdicts.setdefault(vote["annotator"], {})
-      of[row["id"], a, b] = _as_shown(order, a, b, vote["preferred"])
-  labels = {}
-  for item in items:
-    order = shown_order(item.prompt, item.responses)
-    for a, b, share in item.labels:
-      preferred = None if share == 0.5 else a if share > 0.5 else b
-      labels[item.id, a, b] = _as_shown(order, a, b, preferred)
-  found = []
-  for one, other in itertools.combinations([*verdicts, *([_LABEL] if labels else [])], 2):
-    first, second = verdicts[one], labels if other == _LABEL else verdicts[other]
-    if common := [key for key in first if key in second]:
-      x, y = ([of[key] for key in common] for of in (first, second))
-      share = float(np.mean([i == j for i, j in zip(x, y, strict=True)]))
-      found.append(Agreement(one, other, len(common), share, evaluation.cohen_kappa(x, y)))
-  return found
-
-
-def _as_shown(order: Sequence[int], a: int, b: int, preferred: int | None) -> bool | None:
-  """Whether the response that is shown first was preferred; None for a tie."""
-  return None if preferred is None else preferred == min(a, b, key=order.index)
-
-
-def summarize(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-  """Counts of the answers, and their agreement with the rows' labels and with each other."""
-  votes = [row["annotations"] for row in rows if row["annotations"]]
-  summary: dict[str, Any] = {
-    "answers": len(votes),
-    "ties": sum(all(vote["preferred"] is None for vote in some) for some in votes),
-    "skipped": len(rows) - len(votes),
-  }
-  for found in agreements(items, rows):
-    summary[f"agreement/{found.one}/{found.other}"] = found.share
-    summary[f"kappa/{found.one}/{found.other}"] = found.kappa
-  return summary
+def first_share(item: Item) -> float:
+  """The share by which the row of a pair prefers its first response; 0.5 if it says nothing."""
+  return item.labels[0][2] if item.labels else 0.5

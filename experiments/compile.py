@@ -147,7 +147,7 @@ def promising(options: Options, config: Any, absent: Slice) -> list[str]:
     sent = preflight.network_bytes(model.config, case.run.mesh, config.batch_size * case.length)
     seconds = sent / absent.chip.ici_bandwidth
     if options.algorithm in programs.SAMPLES:
-      work = case.sampling(model, config.sampling.samples_per_prompt)
+      work = case.sampling_work(model, config.sampling.samples_per_prompt)
       seconds += work.steps * work.bytes_per_step / absent.chip.hbm_bandwidth
     found.append((seconds, case.run.session.mesh))
   return [spec for _, spec in sorted(found)]

@@ -68,7 +68,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     @functools.cache
     def judge():  # Opened when first asked: a reward model takes no memory before.
-      return bench.judge(bench.rewards() if config.reward.is_given else None)
+      return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
     evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
     state = bench.fit(

@@ -59,7 +59,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
     bench.describe("GSPO", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.rewards()
+    reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 
     def iteration(state: IterationState, prompts, key):

@@ -62,7 +62,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.preference.require()
   with workbench.open(session, config, "ipo_md", "prompts") as bench:
-    trainer, prefer_of = make_trainer(bench), bench.preferences()
+    trainer, prefer_of = make_trainer(bench), bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), config.ipo_md, count=2, mixed=True)
     judged_by = config.preference.path or config.preference.name
     bench.describe("IPO-MD", trainer, preference=judged_by)

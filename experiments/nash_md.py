@@ -76,7 +76,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     fixed = None
     if config.opponent:
       fixed = models.open_policy(bench.run, config.opponent, config.model, bench.tokenizer)
-    prefer_of = bench.preferences()
+    prefer_of = bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), settings, count=1)
     judged_by = config.preference.path or config.preference.name
     bench.describe("Nash-MD", trainer, preference=judged_by)

@@ -75,7 +75,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     actor = critics.open_actor(bench, share_trunk=config.share_trunk)
     trainer = make_trainer(bench, actor)
     bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.rewards()
+    reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
 

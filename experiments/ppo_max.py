@@ -105,7 +105,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     actor = critics.open_actor(bench)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
     bench.describe("PPO-max", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.rewards()
+    reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     size = config.batch_size * config.sampling.samples_per_prompt
 

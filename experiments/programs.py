@@ -117,7 +117,7 @@ def offline(
   trainer = training.make_trainer(case.run, case.config, model, params, make_step, settings)
   length = jax.tree.leaves(batch)[0].shape[-1]
   scored = length if head == "language" else None
-  work = case.training(model, case.forward(model, rows, length, scored=scored))
+  work = case.training_work(model, case.forward(model, rows, length, scored=scored))
   case.check("train", trainer.step, trainer.state, batch, case.key, work=work)
 
 
@@ -156,7 +156,7 @@ def against_reference(case: Case, lib: Any, make_step: Any, settings: Any, batch
   work = preflight.Work(flops)
   found = case.check("reference", refer, start, batch, work=work, held=held)
   refs = case.placed(lambda x: x, found["ref"])
-  work = case.training(model, flops)
+  work = case.training_work(model, flops)
   inputs = (trainer.state, make(batch, refs), case.key)
   case.check("train", trainer.step, *inputs, work=work, held=held)
 
@@ -192,7 +192,7 @@ def rollout_of(
   """Resharding and a rollout of one policy."""
   samples = case.config.sampling.samples_per_prompt
   policy = case.check("reshard", reshard, params, held=held)
-  work = case.sampling(model, samples)
+  work = case.sampling_work(model, samples)
   prompts = case.prompts()
   held = (held, policy)
   return case.check(name, generate, policy, *prompts, case.key, work=work, held=held)
@@ -241,7 +241,7 @@ def compile_ppo(case: Case) -> None:
     held=held,
     **more,
   )
-  work = case.training(model, config.ppo.epochs * (forward + critic))
+  work = case.training_work(model, config.ppo.epochs * (forward + critic))
   case.check("update", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
@@ -267,10 +267,10 @@ def compile_nash_md(case: Case) -> None:
     programs.sample,
     source,
     *inputs,
-    work=case.sampling(model, count),
+    work=case.sampling_work(model, count),
     held=copies,
   )
-  alone = case.sampling(model, 1)
+  alone = case.sampling_work(model, 1)
   both = preflight.Work(2 * alone.flops, alone.steps, 2 * alone.bytes_per_step)
   case.check("opponent", programs.oppose, mixture, *inputs, work=both, held=(copies, own))
   rows, length = own.tokens.shape
@@ -294,7 +294,7 @@ def compile_nash_md(case: Case) -> None:
       }
     ),
   )
-  work = case.training(model, forward)
+  work = case.training_work(model, forward)
   case.check("train", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
@@ -324,7 +324,7 @@ def compile_online_dpo(case: Case) -> None:
     work=preflight.Work(forward),
     held=held,
   )
-  work = case.training(model, forward)
+  work = case.training_work(model, forward)
   case.check("train", programs.trainer.step, state.train, batch, case.key, work=work, held=held)
 
 
@@ -345,7 +345,7 @@ def compile_rest(case: Case) -> None:
   length = case.prompt_length + config.sampling.max_new_tokens
   batch = rest_lib.RestBatch(case.rows(length), weights)
   forward = case.forward(model, config.batch_size, length, scored=length)
-  work = case.training(model, forward)
+  work = case.training_work(model, forward)
   inputs = (trainer.state, batch, params, case.key)
   case.check("improve", trainer.step, *inputs, work=work)
 

@@ -131,7 +131,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     _, params = models.open_model(run, config.model, start, tokenizer)
     bench = workbench.Workbench(run, config, tokenizer, train_set, heldout, model, first, folder)
     summary = {"kept_reward/mean": rows[-1]["kept_reward/mean"]}
-    return bench.judge(bench.rewards()).finish(params, len(rows), "ReST", summary)
+    return bench.judge(bench.open_reward()).finish(params, len(rows), "ReST", summary)
 
 
 def programs(case: Case) -> None:

@@ -65,7 +65,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     @functools.cache
     def judge():  # Opened when first asked: a reward model takes no memory before.
-      return bench.judge(bench.rewards() if config.reward.is_given else None)
+      return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
     evaluate = bench.evaluator(trainer, measure, None, judge)
     batches = bench.batches(packed_length=config.data.packed_length)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import models, responses
+from experiments.lab import models, responses, training
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
 from rlhf_jax.models import Model
@@ -75,7 +75,7 @@ class Case(NamedTuple):
     """Shapes of the state that an iteration carries, copied to every device."""
     return sharding.abstract(carry, sharding.replicated(self.bench.run.mesh))
 
-  def flags(self, rollout: Rollout) -> jax.ShapeDtypeStruct:
+  def bools(self, rollout: Rollout) -> jax.ShapeDtypeStruct:
     """A bool per response of a rollout."""
     return self.place({"flags": np.zeros(rollout.tokens.shape[0], bool)})["flags"]
 
@@ -90,12 +90,12 @@ class Case(NamedTuple):
     """Operations of a forward pass."""
     return preflight.forward_flops(model.config, rows, length, scored=scored)
 
-  def training(self, flops: float) -> preflight.Work:
+  def training_work(self, flops: float) -> preflight.Work:
     """Work of a step whose forward passes take `flops`."""
     frozen = bool(self.config.lora.rank)
     return preflight.training(self.bench.model.config, flops, frozen=frozen)
 
-  def sampling(self, samples: int) -> preflight.Work:
+  def sampling_work(self, samples: int) -> preflight.Work:
     """Work of a rollout with some number of samples per prompt."""
     new, rows = self.config.sampling.max_new_tokens, self.config.batch_size
     mesh = self.bench.run.mesh
@@ -116,7 +116,7 @@ class Case(NamedTuple):
     length = jax.tree.leaves(batch)[0].shape[-1]
     flops = self.forward(self.bench.model, rows, length, scored=length if scored else None)
     inputs = (trainer.state, batch, self.key)
-    self.check("train", trainer.step, *inputs, work=self.training(flops), held=held)
+    self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
 
   def against_reference(
     self,
@@ -143,7 +143,7 @@ class Case(NamedTuple):
   def rollout(self, name: str, generate: Any, params: Params, held: Any, samples: int) -> Rollout:
     """Checks the resharding and a rollout of one policy."""
     policy = self.check("reshard", self.bench.reshard(), params, held=held)
-    work, inputs = self.sampling(samples), (*self.prompts(), self.key)
+    work, inputs = self.sampling_work(samples), (*self.prompts(), self.key)
     return self.check(name, generate, policy, *inputs, work=work, held=(held, policy))
 
   def scores(self, rollout: Rollout, judge: Model | None, held: Any) -> jax.ShapeDtypeStruct:
@@ -186,7 +186,7 @@ class Case(NamedTuple):
     if config.shaping.function:
       shape = (rows, config.shaping.reference_samples)
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
-    scored = responses.Responses(rollout, scores, self.flags(rollout), ref_scores)
+    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
     inputs = [params, bench.start, self.carried(carry), scored]
     if sequences:
       wide = (rows, self.length)
@@ -196,7 +196,7 @@ class Case(NamedTuple):
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training(settings.epochs * (forward + values))
+    work = self.training_work(settings.epochs * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 

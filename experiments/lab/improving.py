@@ -116,5 +116,5 @@ def programs(case: Case) -> None:
   trainer = make_trainer(bench)
   length = case.prompt_length + config.sampling.max_new_tokens
   batch = rest.RestBatch(case.tokens(length), case.column())
-  work = case.training(case.forward(bench.model, config.batch_size, length, scored=length))
+  work = case.training_work(case.forward(bench.model, config.batch_size, length, scored=length))
   case.check("improve", trainer.step, trainer.state, batch, bench.start, case.key, work=work)

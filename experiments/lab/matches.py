@@ -128,10 +128,10 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
     match.sample,
     mixture if match.mixed else policy,
     *inputs,
-    work=case.sampling(match.count),
+    work=case.sampling_work(match.count),
     held=copies,
   )
-  one = case.sampling(1)
+  one = case.sampling_work(1)
   both = preflight.Work(2 * one.flops, one.steps, 2 * one.bytes_per_step)
   case.check("opponent", match.oppose, mixture, *inputs, work=both, held=(copies, sampled))
   rows, length = sampled.tokens.shape
@@ -150,5 +150,5 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
     preference=case.column(match.count),
     tau=case.column(),
   )
-  inputs, work = (trainer.state, batch, case.key), case.training(forward)
+  inputs, work = (trainer.state, batch, case.key), case.training_work(forward)
   case.check("train", trainer.step, *inputs, work=work, held=held)

@@ -115,12 +115,12 @@ def programs(case: Case) -> None:
   free = None
   if config.online.bonus_coef:
     free = case.rollout("bonus", bench.sampler(1), bench.start, held, 1)
-  scores, ended = case.scores(rollout, judge, held), case.flags(rollout)
+  scores, ended = case.scores(rollout, judge, held), case.bools(rollout)
   length = rollout.tokens.shape[1]
   forward = case.forward(bench.model, 2 * config.batch_size, length, scored=length)
   responses = Responses(rollout, scores, ended)
   inputs = (bench.start, case.carried(RunningMoments.zero()), responses, free, case.key)
   work = preflight.Work(forward)
   batch, _, _ = case.check("pairs", make_batch(bench), *inputs, work=work, held=held)
-  inputs, work = (trainer.state, batch, case.key), case.training(forward)
+  inputs, work = (trainer.state, batch, case.key), case.training_work(forward)
   case.check("train", trainer.step, *inputs, work=work, held=held)

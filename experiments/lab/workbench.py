@@ -107,12 +107,12 @@ class Workbench(NamedTuple):
     """[B] bool, True on responses that ended in a stop token."""
     return generation.ended(rollout, (self.tokenizer.eos_id,))
 
-  def rewards(self) -> Callable[[data.Dataset], rewards.RewardFn]:
+  def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
     """The reward that `config.reward` names, opened once: prompts -> reward of responses."""
     config = self.config
     return judges.open_reward(self.run, config.reward, config.model, self.tokenizer)
 
-  def preferences(self) -> Callable[[data.Dataset], rewards.PreferenceFn]:
+  def open_preference(self) -> Callable[[data.Dataset], rewards.PreferenceFn]:
     """The judge that `config.preference` names, opened once: prompts -> preference of pairs."""
     config = self.config
     return judges.open_preference(self.run, config.preference, config.model, self.tokenizer)

@@ -48,6 +48,11 @@ class Case(NamedTuple):
     """T of a prompt with one response."""
     return self.prompt_length + self.config.data.max_response_length
 
+  @property
+  def samples(self) -> bool:
+    """True if the script learns from samples of its own."""
+    return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+
   def place(self, batch: Any) -> Any:
     """Places a batch of numpy arrays on the mesh."""
     return sharding.place_batch(batch, self.bench.run.mesh)

@@ -1,0 +1,156 @@
+"""Plans of a script on absent devices: its programs compiled for a mesh, and the search of one."""
+
+import dataclasses
+import importlib
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from experiments.lab.case import TRAINING, Case, open_case
+from rlhf_jax import flags, preflight, reporting, sharding
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1]
+HEADS = {"reward_model": "scalar", "preference_model": "scalar"}
+
+
+def methods() -> list[str]:
+  """Names of the scripts that say which programs they compile."""
+  scripts = (path for path in FOLDER.glob("*.py") if "def programs(" in path.read_text("utf-8"))
+  return sorted(path.stem for path in scripts)
+
+
+def script_of(name: str) -> Any:
+  """Returns the module of a script in `methods()`."""
+  return importlib.import_module(f"experiments.{name}")
+
+
+class Plan(NamedTuple):
+  """What was compiled and what the compiler said.
+
+  Attributes:
+    mesh: Devices per axis.
+    remat: What the backward pass computes again.
+    microbatches: Pieces of a batch.
+    programs: Those that fit.
+    refused: Why the next one does not; empty if all fit.
+    stopped_at: Name of the next one.
+  """
+
+  mesh: str
+  remat: str
+  microbatches: int
+  programs: list[preflight.Program]
+  refused: str = ""
+  stopped_at: str = ""
+
+  @property
+  def seconds(self) -> float:
+    """Roofline of all programs, one after the other."""
+    return sum(max(program.seconds.values()) for program in self.programs)
+
+
+class Slice(NamedTuple):
+  """The absent devices, and what has been compiled for them."""
+
+  devices: Sequence[Any]
+  chip: preflight.Chip
+  known: dict[str, Any]
+
+
+def open_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Case:
+  """Opens the table of a script on a mesh of the absent devices."""
+  check = lambda on: preflight.Preflight(on, absent.chip, absent.known)  # noqa: E731
+  head = HEADS.get(algorithm, "language")
+  return open_case(config, mesh, absent.devices, check, head)
+
+
+def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
+  """Compiles every program, up to the first that does not fit."""
+  case = open_plan(algorithm, mesh, config, absent)
+  settings = settings_of(algorithm, config)
+  microbatches = settings.microbatches if settings is not None else 1
+  plan = Plan(mesh, config.model.remat, microbatches, case.check.programs)
+  try:
+    script_of(algorithm).programs(case)
+  except preflight.TooLargeError as error:
+    return plan._replace(refused=str(error), stopped_at=error.program)
+  return plan
+
+
+def settings_name(algorithm: str) -> str:
+  """Name of the config field of an algorithm: that of the script, but for online DPO."""
+  return "dpo" if algorithm == "online_dpo" else algorithm
+
+
+def settings_of(algorithm: str, config: Any) -> Any:
+  """Settings that say how many micro-batches there are; None if a batch cannot be cut."""
+  settings = getattr(config, settings_name(algorithm))
+  return settings if hasattr(settings, "microbatches") else None
+
+
+# Each rung takes less memory than the one before, and more time.
+LADDER = (("none", 1), ("dots", 1), ("full", 1), ("full", 2), ("full", 4), ("full", 8))
+
+
+def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
+  """The meshes that divide the batch and the model, those first that seem to wait the least."""
+  case = open_plan(algorithm, "", config, absent)
+  model = case.bench.model
+  sizes = [n for n in range(1, len(absent.devices) + 1) if len(absent.devices) % n == 0]
+  ranked = []
+  for fsdp, tensor in itertools.product(sizes, sizes):
+    rows, uneven = divmod(len(absent.devices), tensor)
+    if uneven or rows % fsdp or config.batch_size % rows or model.config.kv_heads % tensor:
+      continue
+    spec = ",".join(
+      f"{axis}:{n}"
+      for axis, n in zip(sharding.AXES, (rows // fsdp, fsdp, tensor), strict=True)
+      if n > 1
+    )
+    try:
+      case = open_plan(algorithm, spec or "data:1", config, absent)
+    except ValueError:  # A width does not divide.
+      continue
+    run = case.bench.run
+    sent = preflight.network_bytes(model.config, run.mesh, config.batch_size * case.length)
+    seconds = sent / absent.chip.ici_bandwidth
+    if case.samples:
+      work = case.sampling_work(config.sampling.samples_per_prompt)
+      seconds += work.steps * work.bytes_per_step / absent.chip.hbm_bandwidth
+    ranked.append((seconds, run.session.mesh))
+  return [spec for _, spec in sorted(ranked)]
+
+
+def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
+  """The first rung of the ladder that fits on a mesh, or else the last one."""
+  settings, plan = settings_of(algorithm, config), None
+  for remat, microbatches in LADDER:
+    changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
+    if settings is not None:
+      changed[settings_name(algorithm)] = dataclasses.replace(settings, microbatches=microbatches)
+    elif microbatches > 1:
+      continue
+    try:
+      rung = dataclasses.replace(config, **changed)
+    except ValueError:  # The batch does not split so.
+      continue
+    plan = compile_plan(algorithm, mesh, rung, absent)
+    verdict = plan.refused or f"fits, roofline {plan.seconds:.3g} s"
+    reporting.note(f"{mesh}, remat {remat}, microbatches {microbatches}: {verdict}")
+    if plan.stopped_at not in TRAINING:  # It fits, or no rung helps.
+      break
+  assert plan is not None
+  return plan
+
+
+def search(algorithm: str, mesh: str, count: int, config: Any, absent: Slice) -> list[Plan]:
+  """The plans of the most promising meshes: those that fit first, the fastest in front."""
+  specs = [mesh] if mesh else promising(algorithm, config, absent)
+  if not specs:
+    raise flags.UsageError(
+      f"no mesh of {len(absent.devices)} chips divides --batch_size={config.batch_size} and the"
+      " model; change the batch size or the topology"
+    )
+  plans = [climb(algorithm, spec, config, absent) for spec in specs[:count]]
+  return sorted(plans, key=lambda plan: (bool(plan.refused), plan.seconds))

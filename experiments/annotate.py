@@ -38,10 +38,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments import annotate_label_studio, annotate_page, annotate_terminal, common
+from experiments import annotate_label_studio, annotate_page, annotate_terminal
 from experiments.annotate_items import Item, answer_row, check_annotator, read_items, summarize
 from experiments.annotate_store import Store
-from rlhf_jax import checkpoint, data, flags, loop, reporting, rewards, sharding
+from experiments.lab import line_files, models
+from rlhf_jax import data, entry, flags, loop, reporting, rewards, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -101,7 +103,7 @@ class Config:
   limit: int = 0
   batch_size: int = 8
   revisions: int = 1
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   judge: JudgeOptions = JudgeOptions()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
@@ -185,9 +187,9 @@ def open_judge(
   run: loop.Run, config: Config
 ) -> tuple[rewards.JudgeModel, Any, Any, data.Tokenizer]:
   """The judge, its model, params and tokenizer."""
-  folder = common.model_folder(config.judge.path)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
-  model, params = common.open_model(run, config.model, folder, tokenizer)
+  folder = models.model_folder(config.judge.path)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  model, params = models.open_model(run, config.model, folder, tokenizer)
   judge = rewards.JudgeModel(
     model.apply,
     params,
@@ -204,7 +206,7 @@ def read_principles(path: str) -> tuple[str, ...]:
   if not path:
     return rewards.PRINCIPLES
   try:
-    lines = checkpoint.local_path(path).read_text(encoding="utf-8").splitlines()
+    lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
   except OSError as error:
     raise flags.UsageError(f"--judge.principles={path}: {error.strerror}") from error
   principles = tuple(line.strip() for line in lines if line.strip())
@@ -308,7 +310,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
   path = run.workdir / _REVISED
   texts = list(dict.fromkeys(str(row.get("prompt", row["prompt_text"])) for row in prompts.rows))
   texts = texts[: config.limit or len(texts)]
-  done = len(common.read_lines(path))
+  done = len(line_files.read_lines(path))
   answer = make_answerer(run, config, model, params, tokenizer)
   with reporting.Progress(len(texts), done, "revise") as progress:
     for start in range(done, len(texts), config.batch_size):
@@ -338,7 +340,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
         ):
           history[i].append({"principle": principle, "critique": critique, "revision": response})
       # A revision may be empty, which is nothing to imitate; the draft is kept then.
-      common.append_lines(
+      line_files.append_lines(
         path,
         [
           {
@@ -351,7 +353,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
         ],
       )
       progress.update(start + len(part))
-  rows = common.read_lines(path)
+  rows = line_files.read_lines(path)
   reporting.show_samples(
     [{name: row[name] for name in ("prompt", "draft", "response")} for row in rows[:4]],
     "Drafts and revisions",
@@ -363,7 +365,7 @@ def revise(run: loop.Run, config: Config) -> dict[str, Any]:
 def make_answerer(run: loop.Run, config: Config, model, params, tokenizer: data.Tokenizer):
   """`answer(texts, number, turn) -> texts`, one response to each prompt."""
   params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
-  generate = common.make_sampler(
+  generate = models.make_sampler(
     model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=1)
   )
 
@@ -382,4 +384,4 @@ def make_answerer(run: loop.Run, config: Config, model, params, tokenizer: data.
 
 
 if __name__ == "__main__":
-  flags.run_script(annotate, loop.Session, Config)
+  entry.run_script(annotate, loop.Session, Config)

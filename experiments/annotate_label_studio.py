@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from experiments.annotate_items import Item, answer_row, shown_order
-from rlhf_jax import checkpoint, data, metrics, reporting
+from rlhf_jax import data, reporting
+from rlhf_jax import workdir as workdir_lib
 
 _TASKS, _INTERFACE = "label_studio.json", "label_studio.xml"
 # The pairwise tag knows no tie.
@@ -37,8 +38,8 @@ def export(items: Sequence[Item], workdir: pathlib.Path) -> None:
     DataError: An item is not a pair.
   """
   tasks = [make_task(item) for item in items]
-  metrics.write_atomic(workdir / _TASKS, json.dumps(tasks, indent=1) + "\n")
-  metrics.write_atomic(workdir / _INTERFACE, _TEMPLATE)
+  workdir_lib.atomic_write(workdir / _TASKS, json.dumps(tasks, indent=1) + "\n")
+  workdir_lib.atomic_write(workdir / _INTERFACE, _TEMPLATE)
   reporting.note(f"{len(tasks)} tasks are in {workdir / _TASKS}; {_INTERFACE} is their interface")
 
 
@@ -66,7 +67,7 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
     DataError: It is not such a file.
   """
   try:
-    content = checkpoint.local_path(path).read_text(encoding="utf-8")
+    content = workdir_lib.local_path(path).read_text(encoding="utf-8")
     tasks = json.loads(content)
   except OSError as error:
     raise data.DataError(f"--label_studio={path}: {error.strerror}") from error

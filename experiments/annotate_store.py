@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments import common
-from rlhf_jax import metrics, processes
+from experiments.lab import line_files
+from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 LABELS = "labels.jsonl"
 _DATABASE = "labels.sqlite"
@@ -36,7 +37,7 @@ class Store:
     self.path = workdir / LABELS
     self._database = workdir / _DATABASE
     self._lock = threading.Lock()  # The file has the order of the database.
-    rows = common.read_lines(self.path)
+    rows = line_files.read_lines(self.path)
     processes.agree(lambda: self._open(rows))
 
   def _open(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -58,7 +59,7 @@ class Store:
     with self._lock:
       with self._transaction() as connection:
         new = _insert(connection, rows)
-      common.append_lines(self.path, new)
+      line_files.append_lines(self.path, new)
     return len(new)
 
   def undo(self, annotator: str) -> bool:
@@ -110,7 +111,7 @@ class Store:
       return [line for (line,) in connection.execute(query, {"name": annotator})]
 
   def _export(self) -> None:
-    metrics.write_atomic(self.path, "".join(line + "\n" for line in self._lines()))
+    workdir_lib.atomic_write(self.path, "".join(line + "\n" for line in self._lines()))
 
 
 def _insert(

@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from experiments import common, programs
-from rlhf_jax import flags, loop, metrics, preflight, reporting, sharding
+from experiments import programs
+from experiments.lab import models
+from rlhf_jax import entry, flags, loop, preflight, reporting, sharding, writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +91,11 @@ class Slice(NamedTuple):
 def open_case(options: Options, config: Any, absent: Slice) -> programs.Case:
   """What the programs of an algorithm are compiled with."""
   mesh = sharding.make_mesh(options.mesh, absent.devices)
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   session = loop.Session(workdir="", mesh=options.mesh)
   nowhere = pathlib.Path()
-  run = loop.Run(nowhere, session, mesh, jax.random.key(0), metrics.RunWriter(nowhere))
+  run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
   key = sharding.abstract(shape, sharding.replicated(mesh))
   check = preflight.Preflight(mesh, absent.chip, absent.known)
@@ -260,7 +261,7 @@ def main(options: Options, config: Any) -> int:
       ],
     }
     pathlib.Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-  return flags.EX_UNAVAILABLE if best.refused else 0
+  return entry.EX_UNAVAILABLE if best.refused else 0
 
 
 def algorithm_of(argv: Sequence[str]) -> str:
@@ -274,4 +275,4 @@ if __name__ == "__main__":
   read_options = flags.define(Options)
   name = algorithm_of(sys.argv)
   read_config = flags.define(programs.ALGORITHMS[name][0].Config) if name else lambda: None
-  flags.run(lambda argv: main(read_options(), read_config()))
+  entry.run(lambda argv: main(read_options(), read_config()))

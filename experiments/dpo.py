@@ -15,8 +15,8 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 
-from experiments import common
-from rlhf_jax import flags, loop
+from experiments.lab import judges, models, training
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.data import DataConfig
@@ -32,18 +32,18 @@ class Config(loop.RunConfig):
   steps: int = 250
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   dpo: DPOConfig = DPOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  reward: common.RewardOptions = common.RewardOptions()
+  reward: judges.RewardOptions = judges.RewardOptions()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
-  return common.train_offline(
+  return training.train_offline(
     session,
     config,
     config.dpo,
@@ -57,4 +57,4 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

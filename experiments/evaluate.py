@@ -30,8 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
-from rlhf_jax import data, evaluation, flags, loop, reporting
+from experiments.lab import evaluating, judges, line_files, models
+from rlhf_jax import data, entry, evaluation, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
@@ -50,11 +50,11 @@ class Config:
   policy: tuple[str, ...]
   baseline: str
   batch_size: int = 128
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  reward: common.RewardOptions = common.RewardOptions()
-  preference: common.PreferenceOptions = common.PreferenceOptions()
+  reward: judges.RewardOptions = judges.RewardOptions()
+  preference: judges.PreferenceOptions = judges.PreferenceOptions()
 
   def __post_init__(self):
     if not self.policy:
@@ -63,11 +63,11 @@ class Config:
 
 def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   """Samples baseline and policies, writes and shows the comparison, returns summary.json."""
-  names = common.short_names("policy", (config.baseline, *config.policy))
-  folders = [common.model_folder(path) for path in (config.baseline, *config.policy)]
-  tokenizer = common.open_tokenizer(folders[0], config.data.end_token)
+  names = line_files.short_names("policy", (config.baseline, *config.policy))
+  folders = [models.model_folder(path) for path in (config.baseline, *config.policy)]
+  tokenizer = models.open_tokenizer(folders[0], config.data.end_token)
   for path, folder in zip(config.policy, folders[1:], strict=True):
-    if common.open_tokenizer(folder, config.data.end_token).digest != tokenizer.digest:
+    if models.open_tokenizer(folder, config.data.end_token).digest != tokenizer.digest:
       raise flags.UsageError(
         f"--policy={path} has another tokenizer than --baseline: no KL between them"
       )
@@ -77,12 +77,12 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   count = config.sampling.samples_per_prompt
   prompts = repeat(heldout, count)
   with loop.open_run(session) as run:
-    model, base_params = common.open_model(run, config.model, folders[0], tokenizer)
-    reward_fns = common.gold_rewards(config.data, prompts, tokenizer)
-    if config.reward != common.RewardOptions() or not reward_fns:
-      reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
+    model, base_params = models.open_model(run, config.model, folders[0], tokenizer)
+    reward_fns = judges.gold_rewards(config.data, prompts, tokenizer)
+    if config.reward != judges.RewardOptions() or not reward_fns:
+      reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
       reward_fns = {"reward": reward_of(prompts), **reward_fns}
-    sample = common.heldout_sampler(
+    sample = evaluating.heldout_sampler(
       run,
       model,
       prompts,
@@ -92,32 +92,32 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       ref_params=base_params,
       batch_size=config.batch_size,
     )
-    is_pairwise = config.preference != common.PreferenceOptions()
+    is_pairwise = config.preference != judges.PreferenceOptions()
     samples = {names[0]: sample(base_params)}
     policies = {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
-      params = common.open_model(run, config.model, folder, tokenizer)[1]
+      params = models.open_model(run, config.model, folder, tokenizer)[1]
       samples[name] = sample(params)
       if is_pairwise:
         policies[name] = params
 
     figures = {
-      name: common.compare(samples[names[0]], drawn)
+      name: evaluating.compare(samples[names[0]], drawn)
       | intervals(samples[names[0]], drawn, count)
       | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
       for name, drawn in samples.items()
     }
     for step, (name, drawn) in enumerate(samples.items()):
-      rows = [{"policy": name} | row for row in common.sample_rows(drawn)]
+      rows = [{"policy": name} | row for row in evaluating.sample_rows(drawn)]
       reporting.save_samples(run.workdir, step, rows)
     reporting.show_samples(answers(samples, count), "Baseline and policies")
     show(figures, list(reward_fns))
     charts = frontier(figures, best_of_n(samples[names[0]], count), names[0])
-    reporting.save_chart(run.workdir / "plots" / "frontier.png", *charts)
+    plots.save_chart(run.workdir / "plots" / "frontier.png", *charts)
     summary = figures[names[1]] if len(names) == 2 else {name: figures[name] for name in names}
     if is_pairwise:
-      prefer_of = common.open_preference(run, config.preference, config.model, tokenizer)
-      compare = common.heldout_comparer(
+      prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
+      compare = evaluating.heldout_comparer(
         run,
         model,
         heldout,
@@ -140,7 +140,9 @@ def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
   return prompts._replace(examples=examples, rows=rows)
 
 
-def intervals(before: common.Samples, after: common.Samples, count: int) -> dict[str, float]:
+def intervals(
+  before: evaluating.Samples, after: evaluating.Samples, count: int
+) -> dict[str, float]:
   """Means and win rates with their intervals, and how far the proxy can be trusted."""
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
@@ -177,7 +179,7 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
   return figures
 
 
-def best_of_n(samples: common.Samples, count: int) -> dict[str, reporting.Line]:
+def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
   """Reward name -> line of the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
   if count == 1:
     return {}
@@ -188,24 +190,24 @@ def best_of_n(samples: common.Samples, count: int) -> dict[str, reporting.Line]:
   lines = {}
   for name, pool in pools.items():
     estimates = [evaluation.mean(evaluation.best_of_n(proxy, pool, n)) for n in sizes]
-    lines[name] = reporting.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
+    lines[name] = plots.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
   return lines
 
 
 def frontier(
-  figures: Mapping[str, Mapping[str, float]], lines: Mapping[str, reporting.Line], baseline: str
-) -> list[reporting.Chart]:
+  figures: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
+) -> list[plots.Chart]:
   """One chart per reward: policies at their KL to the baseline, with 95 % intervals."""
   titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
   rewards = [name.removesuffix("/mean") for name in figures[baseline] if name.endswith("/mean")]
 
-  def point(policy: str, reward: str) -> reporting.Point:
+  def point(policy: str, reward: str) -> plots.Point:
     of = figures[policy]
     x_range, y_range = ((of[f"{f}_low"], of[f"{f}_high"]) for f in ("kl", f"{reward}/mean"))
-    return reporting.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
+    return plots.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
 
   return [
-    reporting.Chart(
+    plots.Chart(
       f"{titles[reward]} against KL",
       f"KL to {baseline} (nats per response, root scale)",
       f"{titles[reward]}, mean of held-out prompts",
@@ -217,10 +219,10 @@ def frontier(
   ]
 
 
-def answers(samples: Mapping[str, common.Samples], count: int) -> list[dict[str, str]]:
+def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[str, str]]:
   """The first answers of all policies to the first prompts, with their last reward."""
 
-  def answer(of: common.Samples, i: int) -> str:
+  def answer(of: evaluating.Samples, i: int) -> str:
     name = list(of.rewards)[-1]
     return f"{of.responses[i]}  [{name} {of.rewards[name][i]:.2f}]"
 
@@ -303,4 +305,4 @@ def show(figures: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
 
 
 if __name__ == "__main__":
-  flags.run_script(evaluate, loop.Session, Config)
+  entry.run_script(evaluate, loop.Session, Config)

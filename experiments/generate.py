@@ -11,8 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments import common
-from rlhf_jax import data, flags, loop, reporting, rewards, sharding
+from experiments.lab import evaluating, models
+from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 
@@ -32,7 +32,7 @@ class Config:
   prompt: str = ""
   limit: int = 64
   batch_size: int = 16
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig()
 
@@ -44,17 +44,17 @@ class Config:
 
 def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
   """Samples, writes and shows; returns the rows that were written."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   if config.prompt:
     prompts = data.prompts_from_texts([config.prompt], tokenizer)
   else:
     _, prompts = data.load("prompts", config.data, tokenizer, seed=session.seed)
-    prompts = common.as_prompts(prompts, config.limit)
+    prompts = evaluating.as_prompts(prompts, config.limit)
   with loop.open_run(session) as run:
-    model, params = common.open_model(run, config.model, folder, tokenizer)
+    model, params = models.open_model(run, config.model, folder, tokenizer)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
-    generate = common.make_sampler(model, tokenizer, config.sampling)
+    generate = models.make_sampler(model, tokenizer, config.sampling)
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     rows: list[dict[str, str | float]] = []
@@ -80,4 +80,4 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
 
 
 if __name__ == "__main__":
-  flags.run_script(run_samples, loop.Session, Config)
+  entry.run_script(run_samples, loop.Session, Config)

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, sharding
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from rlhf_jax import data, entry, generation, loop, sharding
 from rlhf_jax.algorithms import nash_md, rollouts
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
@@ -53,17 +54,17 @@ class Config(loop.RunConfig):
   eval_every: int = 0
   checkpoint_every: int = 20
   opponent: str = ""
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  preference: common.PreferenceOptions = common.PreferenceOptions()
+  preference: judges.PreferenceOptions = judges.PreferenceOptions()
   nash_md: NashMDConfig = NashMDConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
 
   def __post_init__(self):
     super().__post_init__()
-    common.require_random(self.sampling)
+    training.require_random(self.sampling)
     if self.sampling.samples_per_prompt != 1:
       raise ValueError("sampling.samples_per_prompt must be 1: nash_md.objective sets the number")
     if self.opponent and (self.nash_md.ema or self.nash_md.extragradient):
@@ -86,7 +87,7 @@ class Programs(NamedTuple):
   sample: Callable[..., Rollout]  # Of the policy, or with objective=regression of the mixture.
   oppose: Callable[..., Rollout]
   refer: Callable[[Params, Rollout], jax.Array]
-  trainer: common.Trainer
+  trainer: training.Trainer
 
 
 def open_programs(
@@ -94,7 +95,7 @@ def open_programs(
 ) -> tuple[NashState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
   settings, temperature = config.nash_md, config.sampling.temperature
-  trainer = common.make_trainer(
+  trainer = training.make_trainer(
     run,
     config,
     model,
@@ -103,7 +104,7 @@ def open_programs(
     settings,
     temperature=temperature,
   )
-  average = common.copy(run, ref_params) if settings.ema else None
+  average = models.copy(run, ref_params) if settings.ema else None
 
   @jax.jit
   def refer(ref_params: Params, rollout: Rollout) -> jax.Array:
@@ -111,7 +112,7 @@ def open_programs(
 
   def sampler(samples: int, mixture: bool) -> Callable[..., Rollout]:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=samples)
-    return common.make_sampler(model, tokenizer, sampling, mixture=mixture)
+    return models.make_sampler(model, tokenizer, sampling, mixture=mixture)
 
   sample = sampler(settings.responses, settings.objective == "regression")
   programs = Programs(
@@ -128,8 +129,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
   config.preference.require()
   settings = config.nash_md
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     records.identify(
@@ -139,17 +140,17 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer,
       train_set,
       heldout,
-      **common.frozen_digest(config.lora, folder),
+      **models.frozen_digest(config.lora, folder),
     )
-    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
+    model, ref_params = models.open_model(run, config.model, folder, tokenizer)
     fixed = None
     if config.opponent:
-      fixed = common.open_policy(run, config.opponent, config.model, tokenizer)
-    preference_of = common.open_preference(run, config.preference, config.model, tokenizer)
-    gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
+      fixed = models.open_policy(run, config.opponent, config.model, tokenizer)
+    preference_of = judges.open_preference(run, config.preference, config.model, tokenizer)
+    gold_fns = judges.gold_rewards(config.data, train_set, tokenizer)
     state, programs = open_programs(run, config, model, ref_params, tokenizer)
     length = train_set.padded_length + config.sampling.max_new_tokens
-    common.describe(
+    training.describe(
       run,
       "Nash-MD",
       model,
@@ -223,13 +224,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         average = nash_md.moving_average(average, new.params, settings.ema)
       return NashState(new, average), of_step | metrics | seconds | {"mix": mix, "tau": tau}
 
-    judge = common.Judge(
+    judge = evaluating.Judge(
       run,
       model,
       tokenizer,
       heldout,
       config.sampling,
-      common.gold_rewards(config.data, heldout, tokenizer),
+      judges.gold_rewards(config.data, heldout, tokenizer),
       ref_params,
       prefer=preference_of(heldout),
     )
@@ -251,4 +252,4 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

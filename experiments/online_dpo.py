@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, rewards, sharding
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from rlhf_jax import data, entry, flags, generation, loop, rewards, sharding
 from rlhf_jax.algorithms import dpo, online_dpo
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
@@ -45,19 +46,19 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   eval_every: int = 0
   checkpoint_every: int = 20
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  reward: common.RewardOptions = common.RewardOptions()
-  preference: common.PreferenceOptions = common.PreferenceOptions()
+  reward: judges.RewardOptions = judges.RewardOptions()
+  preference: judges.PreferenceOptions = judges.PreferenceOptions()
   online: OnlineConfig = OnlineConfig()
   dpo: DPOConfig = DPOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
 
   def __post_init__(self):
     super().__post_init__()
-    common.require_random(self.sampling)
+    training.require_random(self.sampling)
     if self.sampling.samples_per_prompt < 2:
       raise ValueError("sampling.samples_per_prompt must be at least 2 to make pairs")
 
@@ -74,8 +75,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   by_preference = bool(config.preference.path or config.preference.name)
   if by_preference == bool(config.reward.path or config.reward.name):
     raise flags.UsageError("give --reward.path or --reward.name, or else --preference.path or name")
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   samples = config.sampling.samples_per_prompt
   with loop.open_run(session) as run:
@@ -86,18 +87,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer,
       train_set,
       heldout,
-      **common.frozen_digest(config.lora, folder),
+      **models.frozen_digest(config.lora, folder),
     )
-    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
+    model, ref_params = models.open_model(run, config.model, folder, tokenizer)
     if by_preference:
-      prefer_of = common.open_preference(run, config.preference, config.model, tokenizer)
+      prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
       judge_responses = tournament(prefer_of(train_set), samples)
     else:
-      reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
+      reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
       judge_responses = reward_of(train_set)
-    gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
+    gold_fns = judges.gold_rewards(config.data, train_set, tokenizer)
     state, programs = open_programs(run, config, model, ref_params, tokenizer)
-    common.describe(
+    training.describe(
       run,
       "Online DPO",
       model,
@@ -149,8 +150,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return OnlineState(new, previous), metrics
 
     heldout_fns = {} if by_preference else {"reward": reward_of(heldout)}
-    heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-    judge = common.Judge(
+    heldout_fns |= judges.gold_rewards(config.data, heldout, tokenizer)
+    judge = evaluating.Judge(
       run,
       model,
       tokenizer,
@@ -181,17 +182,17 @@ class Programs(NamedTuple):
   generate: Callable[..., Rollout]  # Of the policy: several responses to each prompt.
   alone: Callable[..., Rollout]  # Of the reference: one.
   make_batch: Callable[..., tuple[dpo.DPOBatch, Metrics]]
-  trainer: common.Trainer
+  trainer: training.Trainer
 
 
 def open_programs(
   run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
 ) -> tuple[OnlineState, Programs]:
   """The first state and the programs, none of which is compiled yet."""
-  trainer = common.make_trainer(run, config, model, ref_params, dpo.make_dpo_step, config.dpo)
+  trainer = training.make_trainer(run, config, model, ref_params, dpo.make_dpo_step, config.dpo)
   previous = None
   if config.online.reference == "previous":
-    previous = common.copy(run, trainer.state.params)
+    previous = models.copy(run, trainer.state.params)
   samples = config.sampling.samples_per_prompt
 
   @jax.jit
@@ -211,7 +212,7 @@ def open_programs(
     return dpo.DPOBatch(pairs, refs, calibration), figures
 
   generate, alone = (
-    common.make_sampler(
+    models.make_sampler(
       model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
     )
     for count in (samples, 1)
@@ -237,4 +238,4 @@ def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -19,11 +19,13 @@ same command again continues where it was stopped.
 import dataclasses
 from typing import Any
 
-from experiments import common, plot, ppo, reward_model, sft
+from experiments import plot, ppo, reward_model, sft
+from experiments.lab import judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
-from rlhf_jax import checkpoint, flags, loop, reporting
+from rlhf_jax import entry, loop, reporting
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
@@ -62,12 +64,12 @@ class Config:
 
 def train(session: loop.Session, config: Config) -> dict[str, Any]:
   """Runs the stages that have not finished, draws the plots; returns summary.json."""
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed):
     # Each stage draws its own rows of the built-in task.
     own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
-    return common.run_stage(script, own, stage_config)
+    return training.run_stage(script, own, stage_config)
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")
@@ -85,7 +87,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       policy = dataclasses.replace(
         config.ppo,
         init_from=start,
-        reward=common.RewardOptions(path=str(workdir / name)),
+        reward=judges.RewardOptions(path=str(workdir / name)),
         ppo=options,
       )
       stage(f"{kind}_{seed}", ppo.train, policy, 10 * seed + 3)
@@ -96,4 +98,4 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -36,8 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common, report
-from rlhf_jax import checkpoint, evaluation, flags, metrics, reporting
+from experiments import report
+from experiments.lab import line_files
+from rlhf_jax import entry, evaluation, flags, plots, reporting, writers
+from rlhf_jax import workdir as workdir_lib
 
 PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
 _TITLES = {PROXY: "Proxy reward (trained on)", GOLD: "Gold reward (never trained on)"}
@@ -45,7 +47,7 @@ _KL_LABEL = "KL to the reference (nats per response, root scale)"
 
 Rows = list[dict[str, Any]]
 Groups = dict[str, list[Rows]]  # Label -> rows of metrics.jsonl of each run.
-Charts = dict[str, list[reporting.Chart]]
+Charts = dict[str, list[plots.Chart]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +67,20 @@ class Config:
 
 def plot(config: Config) -> dict[str, Any]:
   """Reads the runs, writes plots, report.html and summary.json, returns the latter."""
-  workdir = checkpoint.local_path(config.workdir)
+  workdir = workdir_lib.local_path(config.workdir)
   if (workdir / "metrics.jsonl").exists():
     raise flags.UsageError(f"--workdir={workdir} is a run; give the plots a folder of their own")
   folders = group_runs(config.runs)
   groups = {label: [read_run(folder) for folder in some] for label, some in folders.items()}
-  evaluation = checkpoint.local_path(config.evaluation) if config.evaluation else None
+  evaluation = workdir_lib.local_path(config.evaluation) if config.evaluation else None
   matrix = report.win_rates(report.read_evaluation(evaluation)) if evaluation else {}
   charts = charts_of(groups)
   summary = draw(workdir, groups, charts)
   if matrix:
-    png = reporting.render_matrix("Share of prompts on which the row is preferred", matrix)
+    png = plots.render_matrix("Share of prompts on which the row is preferred", matrix)
     (workdir / "plots" / "win_rates.png").write_bytes(png)
   page = report.render(report.Comparison(folders, charts, table(summary), evaluation))
-  metrics.write_atomic(workdir / "report.html", page)
+  workdir_lib.atomic_write(workdir / "report.html", page)
   reporting.note(f"report: {workdir / 'report.html'}")
   return summary
 
@@ -98,7 +100,7 @@ def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
   if not (single or labelled):
     raise flags.UsageError("--runs must name at least one folder")
   every = [*single, *(folder for folders in labelled.values() for folder in folders)]
-  names = common.short_names("runs", every)
+  names = line_files.short_names("runs", every)
   return {name: [folder] for name, folder in zip(names, single, strict=False)} | labelled
 
 
@@ -108,13 +110,13 @@ def read_run(folder: str) -> Rows:
   Raises:
     UsageError: There is none, it has no rows yet, or one that cannot be read.
   """
-  path = checkpoint.local_path(folder) / "metrics.jsonl"
+  path = workdir_lib.local_path(folder) / "metrics.jsonl"
   if not path.exists():
     inside = sorted(child.parent.name for child in path.parent.glob("*/metrics.jsonl"))
     hint = f"; did you mean {', '.join(f'{folder}/{name}' for name in inside)}?" if inside else ""
     raise flags.UsageError(f"--runs: {folder} is no workdir of a run: no metrics.jsonl{hint}")
   try:
-    rows = metrics.read_metrics(path)
+    rows = writers.read_metrics(path)
   except ValueError as error:
     raise flags.UsageError(f"--runs: {error}; delete the line, or continue the run") from error
   if not rows:
@@ -129,7 +131,7 @@ def charts_of(groups: Groups) -> Charts:
     UsageError: There are none.
   """
   charts = {
-    name: curves(panel, groups) for name, panel in reporting.PANELS.items() if panel.x == "step"
+    name: curves(panel, groups) for name, panel in plots.PANELS.items() if panel.x == "step"
   }
   if not any(charts.values()):
     raise flags.UsageError("--runs: no run has logged two points of a known metric yet")
@@ -141,7 +143,7 @@ def draw(workdir: pathlib.Path, groups: Groups, charts: Charts | None = None) ->
   """Writes all plots that the metrics allow, and summary.json, which is returned."""
   charts = charts_of(groups) if charts is None else charts
   written = [
-    reporting.save_chart(workdir / "plots" / f"{name}.png", *some) for name, some in charts.items()
+    plots.save_chart(workdir / "plots" / f"{name}.png", *some) for name, some in charts.items()
   ]
   for label, runs in groups.items():
     missing = [name for name in (PROXY, GOLD, KL) if not has(runs, name)]
@@ -159,15 +161,15 @@ def has(runs: Sequence[Rows], *names: str) -> bool:
   return all(any(name in row for row in rows) for rows in runs for name in names)
 
 
-def curves(panel: reporting.Panel, groups: Groups) -> list[reporting.Chart]:
+def curves(panel: plots.Panel, groups: Groups) -> list[plots.Chart]:
   """A chart for each metric of a panel, side by side."""
   charts = []
   for i, name in enumerate(panel.metrics):
-    lines = [reporting.mean_line(label, runs, "step", name) for label, runs in groups.items()]
+    lines = [plots.mean_line(label, runs, "step", name) for label, runs in groups.items()]
     title = f"{panel.ylabel}: {panel.labels[i].lower()}" if panel.labels else panel.title
     if any(lines):
       charts.append(
-        reporting.Chart(title, "Step", panel.ylabel, [line for line in lines if line is not None])
+        plots.Chart(title, "Step", panel.ylabel, [line for line in lines if line is not None])
       )
   return charts
 
@@ -178,7 +180,7 @@ def at_end(rows: Rows, name: str) -> float:
   return float(np.mean(values[-max(len(values) // 10, 1) :])) if values else math.nan
 
 
-def frontier(groups: Groups) -> list[reporting.Chart]:
+def frontier(groups: Groups) -> list[plots.Chart]:
   """Each group at its final KL and reward; bars from the lowest to the highest seed."""
   charts = []
   for name, title in _TITLES.items():
@@ -187,27 +189,27 @@ def frontier(groups: Groups) -> list[reporting.Chart]:
       if has(runs, name, KL):
         x, y = (np.array([at_end(rows, metric) for rows in runs]) for metric in (KL, name))
         ends = [(v.min(), v.max()) if len(runs) > 1 else None for v in (x, y)]
-        points.append(reporting.Point(label, x.mean(), y.mean(), *ends))
+        points.append(plots.Point(label, x.mean(), y.mean(), *ends))
     if points:
       charts.append(
-        reporting.Chart(f"{title} at the end", _KL_LABEL, "Mean reward", points=points, root_x=True)
+        plots.Chart(f"{title} at the end", _KL_LABEL, "Mean reward", points=points, root_x=True)
       )
   return charts
 
 
-def overoptimization(groups: Groups) -> list[reporting.Chart]:
+def overoptimization(groups: Groups) -> list[plots.Chart]:
   """Proxy and gold reward over the KL, side by side; the peak of the gold reward is marked."""
   shown = {label: runs for label, runs in groups.items() if has(runs, PROXY, GOLD, KL)}
   charts = []
   for name, title in _TITLES.items():
     peak = "peak {y:.2f}\nat {x:.1f} nats" if name == GOLD else ""
     lines = [
-      reporting.mean_line(label, runs, KL, name, root_x=True, peak=peak)
+      plots.mean_line(label, runs, KL, name, root_x=True, peak=peak)
       for label, runs in shown.items()
     ]
     if any(lines):
       lines = [line for line in lines if line is not None]
-      charts.append(reporting.Chart(title, _KL_LABEL, "Mean reward", lines, root_x=True))
+      charts.append(plots.Chart(title, _KL_LABEL, "Mean reward", lines, root_x=True))
   return charts
 
 
@@ -219,7 +221,7 @@ def figures(runs: Sequence[Rows]) -> dict[str, Any]:
       found[name] = float(np.mean([at_end(rows, name) for rows in runs]))
   if not has(runs, PROXY, GOLD, KL):
     return found
-  line = reporting.mean_line("", runs, KL, GOLD, root_x=True)
+  line = plots.mean_line("", runs, KL, GOLD, root_x=True)
   if line is not None:
     found |= {"gold_peak": np.max(line.y), "gold_peak_kl": line.x[np.argmax(line.y)]}
     # The law of Gao et al. for the gain over the first point, where the KL is nearly 0.
@@ -260,4 +262,4 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 if __name__ == "__main__":
-  flags.run_script(plot, Config)
+  entry.run_script(plot, Config)

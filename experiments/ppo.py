@@ -32,8 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, sharding
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from rlhf_jax import data, entry, flags, generation, loop, sharding
 from rlhf_jax.algorithms import ppo
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -81,12 +82,12 @@ class Config(loop.RunConfig):
   critic_warmup: int = 0
   reference_samples: int = 1
   ptx_path: str = ""
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   rollout: RolloutOptions = RolloutOptions()
-  reward: common.RewardOptions = common.RewardOptions()
+  reward: judges.RewardOptions = judges.RewardOptions()
   ppo: PPOConfig = PPOConfig(kl_coef=0.2)
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
   # nothing: up to rounding an update then is the same on one device and on many.
@@ -95,7 +96,7 @@ class Config(loop.RunConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    common.require_random(self.sampling)
+    training.require_random(self.sampling)
     samples = self.sampling.samples_per_prompt
     parts = self.ppo.minibatches * self.ppo.microbatches
     if self.batch_size * samples % parts:
@@ -171,8 +172,8 @@ class Batch(NamedTuple):
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
   config.reward.require()
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   responses = config.batch_size * config.sampling.samples_per_prompt
   length = train_set.padded_length + config.sampling.max_new_tokens
@@ -190,18 +191,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     digests["ptx"] = texts.digest
     sources += [data.batches(texts, responses, seed=session.seed, pad_id=tokenizer.pad_id)]
   critics = config.reward.paths[:1] if config.ppo.has_critic and not config.share_trunk else ()
-  digests |= common.frozen_digest(config.lora, folder, *map(common.model_folder, critics))
+  digests |= models.frozen_digest(config.lora, folder, *map(models.model_folder, critics))
   ahead = config.rollout.devices
   require_devices(ahead)
   with loop.open_run(session, spare=ahead) as run:
     records.identify(run, "ppo", config, tokenizer, train_set, heldout, **digests)
-    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
-    reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
-    gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
+    model, ref_params = models.open_model(run, config.model, folder, tokenizer)
+    reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
+    gold_fns = judges.gold_rewards(config.data, train_set, tokenizer)
     state, programs = open_programs(run, config, folder, model, ref_params, tokenizer)
     if ahead:
       state = state._replace(sampled=nothing_sampled(run, config, train_set.padded_length))
-    common.describe(
+    training.describe(
       run,
       "PPO" if config.ppo.has_critic else config.ppo.advantage.upper(),
       model,
@@ -275,8 +276,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return programs.trainer.params(state.train)["policy"]
 
     heldout_fns = {"reward": reward_of(heldout)}
-    heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-    judge = common.Judge(
+    heldout_fns |= judges.gold_rewards(config.data, heldout, tokenizer)
+    judge = evaluating.Judge(
       run,
       model,
       tokenizer,
@@ -292,7 +293,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       config,
       iteration,
       state,
-      common.Zipped(Batch, sources),
+      training.Zipped(Batch, sources),
       # The end is judged by `finish`.
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       learning_rate=lambda step: schedule(step * config.updates // config.steps),
@@ -308,7 +309,7 @@ class Programs(NamedTuple):
   generate: Callable[..., Rollout]  # Of the policy, from params that `reshard` gave.
   refer: Callable[..., Rollout]  # Of the reference.
   experience: Callable[..., tuple[ppo.PPOBatch, ppo.Control, Metrics]]
-  trainer: common.Trainer
+  trainer: training.Trainer
 
 
 def open_programs(
@@ -324,11 +325,11 @@ def open_programs(
   frozen, trained = lora.split(params)
   tx, _ = make_transformation(config)
   control = sharding.put(ppo.init_control(config.ppo), sharding.replicated(run.mesh))
-  state = PPOState(common.place_state(run, trained, tx), control)
-  shardings = common.shardings_of(state.train)
+  state = PPOState(training.place_state(run, trained, tx), control)
+  shardings = training.shardings_of(state.train)
   temperature, samples = config.sampling.temperature, config.sampling.samples_per_prompt
   generate, refer = (
-    common.make_sampler(
+    models.make_sampler(
       model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
     )
     for count in (samples, config.reference_samples)
@@ -355,7 +356,7 @@ def open_programs(
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   if config.rollout.devices:
     reshard, generate = sample_away(run, config, model, tokenizer)
-  trainer = common.Trainer(state.train, update, frozen)
+  trainer = training.Trainer(state.train, update, frozen)
   return state, Programs(reshard, generate, refer, experience, trainer)
 
 
@@ -380,8 +381,8 @@ def sample_away(run: loop.Run, config: Config, model: Model, tokenizer: data.Tok
       f"--rollout.devices={len(devices)} must be a multiple of tensor:{tensor} of --mesh"
     )
   away = sharding.make_mesh(f"data:-1,tensor:{tensor}", devices)
-  sampler = common.build_model(run._replace(mesh=away), config.model, model.config, tokenizer)
-  generate = common.make_sampler(sampler, tokenizer, config.sampling)
+  sampler = models.build_model(run._replace(mesh=away), config.model, model.config, tokenizer)
+  generate = models.make_sampler(sampler, tokenizer, config.sampling)
 
   def generate_away(params: Params, *inputs: jax.Array) -> Rollout:
     *prompts, key = inputs
@@ -413,7 +414,7 @@ def open_actor(run, config, folder, tokenizer, model, params):
   The critic starts as the reward model, or else as the policy with a head of zeros. With
   `config.lora` both get adapters. With `config.share_trunk` the critic is a head of zeros alone.
   """
-  policy = common.add_adapters(run, config.lora, params)
+  policy = models.add_adapters(run, config.lora, params)
   if not config.ppo.has_critic:
     apply_fn = lambda params, tokens, **kwargs: (  # noqa: E731
       model.apply(params["policy"], tokens, **kwargs),
@@ -421,16 +422,16 @@ def open_actor(run, config, folder, tokenizer, model, params):
     )
     return apply_fn, {"policy": policy}
   if config.share_trunk:
-    both = common.build_model(run, config.model, model.config, tokenizer, "both")
+    both = models.build_model(run, config.model, model.config, tokenizer, "both")
     head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
-    value = common.create(run, head, run.key_for(1))
+    value = models.create(run, head, run.key_for(1))
     return shared_actor_critic(both), {"policy": policy, "value": value}
   if config.reward.paths:
-    critic, value = common.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
+    critic, value = models.open_reward_model(run, config.reward.paths[0], config.model, tokenizer)
   else:
-    critic, value = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    value |= common.create(run, zero_scores, {"score": value["score"]})
-  value = common.add_adapters(run, config.lora, value)
+    critic, value = models.open_model(run, config.model, folder, tokenizer, "scalar")
+    value |= models.create(run, zero_scores, {"score": value["score"]})
+  value = models.add_adapters(run, config.lora, value)
   return actor_critic(model, critic), {"policy": policy, "value": value}
 
 
@@ -456,4 +457,4 @@ def label_parts(params):
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

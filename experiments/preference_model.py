@@ -22,8 +22,9 @@ import itertools
 import jax
 import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, evaluation, flags, loop, reporting, simulation
+from experiments import records
+from experiments.lab import evaluating, models, training
+from rlhf_jax import data, entry, evaluation, loop, reporting, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -38,7 +39,7 @@ class Config(loop.RunConfig):
   steps: int = 300
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
@@ -47,8 +48,8 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports to `workdir/export` and returns the figures of summary.json."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("comparisons", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     records.identify(
@@ -58,14 +59,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer,
       train_set,
       heldout,
-      **common.frozen_digest(config.lora, folder),
+      **models.frozen_digest(config.lora, folder),
     )
-    model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
+    model, params = models.open_model(run, config.model, folder, tokenizer, "scalar")
     make_step, settings = preference_model.make_preference_model_step, config.preference_model
-    trainer = common.make_trainer(run, config, model, params, make_step, settings)
+    trainer = training.make_trainer(run, config, model, params, make_step, settings)
     state = trainer.state
     del params  # The trainer has its own copy.
-    common.describe(
+    training.describe(
       run,
       "Preference model",
       model,
@@ -86,11 +87,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       }
 
     def rows_of(dataset, params):
-      return common.measure_rows(
+      return evaluating.measure_rows(
         run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
       )
 
-    @common.once_per_step
+    @evaluating.once_per_step
     def heldout_rows(state, step):
       del step
       return rows_of(heldout, trainer.params(state))
@@ -111,7 +112,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="preference model",
     )
     params = trainer.params(state)
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer, label=common.PREFERENCE)
+    models.export(run.workdir / models.EXPORT, params, model, tokenizer, label=models.PREFERENCE)
     summary = {}
     if heldout.examples:
       summary = judge(heldout, heldout_rows(state, config.steps)["logits"])
@@ -126,7 +127,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
           "violations_of_votes": violations(places, np.asarray(votes)),
         }
       show(summary)
-    common.finish(run, summary)
+    training.finish(run, summary)
   return summary
 
 
@@ -226,4 +227,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from experiments import (
-  common,
   dpo,
   kto,
   nash_md,
@@ -25,6 +24,7 @@ from experiments import (
   reward_model,
   sft,
 )
+from experiments.lab import models, training
 from rlhf_jax import data, flags, generation, loop, preflight, rewards, sharding
 from rlhf_jax.algorithms import dpo as dpo_lib
 from rlhf_jax.algorithms import kto as kto_lib
@@ -82,7 +82,7 @@ class Case(NamedTuple):
 
   def open(self, head: Literal["language", "scalar"] = "language") -> tuple[Model, Params]:
     """A model with another head, or another copy of the policy."""
-    return common.open_model(self.run, self.config.model, self.folder, self.tokenizer, head)
+    return models.open_model(self.run, self.config.model, self.folder, self.tokenizer, head)
 
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
     """A model that judges responses, if the options name no function that does."""
@@ -114,7 +114,7 @@ def offline(
 ) -> None:
   """A model that is trained on rows alone."""
   model, params = case.open(head)
-  trainer = common.make_trainer(case.run, case.config, model, params, make_step, settings)
+  trainer = training.make_trainer(case.run, case.config, model, params, make_step, settings)
   length = jax.tree.leaves(batch)[0].shape[-1]
   scored = length if head == "language" else None
   work = case.training(model, case.forward(model, rows, length, scored=scored))
@@ -148,11 +148,11 @@ def compile_preference_model(case: Case) -> None:
 def against_reference(case: Case, lib: Any, make_step: Any, settings: Any, batch: Any, make: Any):
   """A policy that is trained on fixed log-probabilities of its start."""
   model, start = case.open()
-  trainer = common.make_trainer(case.run, case.config, model, start, make_step, settings)
+  trainer = training.make_trainer(case.run, case.config, model, start, make_step, settings)
   held = (trainer.state, start)
   rows, length = 2 * case.config.batch_size, case.length
   flops = case.forward(model, rows, length, scored=length)
-  refer = common.make_refer(model, lib.reference_logprobs, settings)
+  refer = training.make_refer(model, lib.reference_logprobs, settings)
   work = preflight.Work(flops)
   found = case.check("reference", refer, start, batch, work=work, held=held)
   refs = case.placed(lambda x: x, found["ref"])
@@ -335,12 +335,12 @@ def compile_rest(case: Case) -> None:
   held = {"policy": params}
   judge, held["reward"] = case.open_judge(config.reward)
   reshard = sharding.make_reshard(case.run.mesh, model.config.dtype)
-  generate = common.make_sampler(model, case.tokenizer, config.sampling)
+  generate = models.make_sampler(model, case.tokenizer, config.sampling)
   rollout = rollout_of(case, "grow", model, reshard, generate, params, held)
   score(case, rollout, judge, held)
   make_step = functools.partial(rest_lib.make_rest_step, ref_apply_fn=model.apply)
   settings = config.rest
-  trainer = common.make_trainer(case.run, config, model, params, make_step, settings)
+  trainer = training.make_trainer(case.run, config, model, params, make_step, settings)
   weights = case.place({"weights": np.zeros(config.batch_size, np.float32)})["weights"]
   length = case.prompt_length + config.sampling.max_new_tokens
   batch = rest_lib.RestBatch(case.rows(length), weights)

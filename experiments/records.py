@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import checkpoint, data, flags, loop, metrics, processes, reporting
+from rlhf_jax import data, flags, loop, processes, reporting, writers
+from rlhf_jax import workdir as workdir_lib
 
 RECORD = "run.json"
 # Flags that name what a run builds on.
@@ -88,7 +89,7 @@ def identify(
     "software": software(run.mesh),
     "sources": sources_of(flat),
   }
-  metrics.write_atomic(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+  workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def facts(dataset: data.Dataset) -> Record:
@@ -124,7 +125,7 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
   Of a Hugging Face folder, of a folder that is gone and of one that no script of ours wrote there
   is just the path.
   """
-  folder = checkpoint.local_path(path)
+  folder = workdir_lib.local_path(path)
   if folder.name == "export" and (folder.parent / "identity.json").exists():
     folder = folder.parent
   record = _read_json(folder / RECORD)
@@ -195,9 +196,9 @@ def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[
   """
   config = _read_json(export / "config.json")
   replayable = (run_folder / "flags").exists()
-  final = numbers(metrics.json_ready(summary))
+  final = numbers(writers.json_ready(summary))
   record = read(run_folder) | {"path": run_folder.name, "summary": final}
-  metrics.write_atomic(export / "README.md", card(record, config, replayable=replayable))
+  workdir_lib.atomic_write(export / "README.md", card(record, config, replayable=replayable))
 
 
 def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) -> str:

@@ -14,7 +14,8 @@ import jinja2
 import numpy as np
 
 from experiments import records
-from rlhf_jax import checkpoint, flags, reporting
+from rlhf_jax import flags, plots, reporting
+from rlhf_jax import workdir as workdir_lib
 
 Table = dict[str, dict[str, Any]]  # Row -> column -> cell.
 _PROMPTS = 6  # Prompts whose answers are shown.
@@ -36,7 +37,7 @@ class Comparison(NamedTuple):
   """
 
   folders: Mapping[str, Sequence[str]]
-  charts: Mapping[str, Sequence[reporting.Chart]]
+  charts: Mapping[str, Sequence[plots.Chart]]
   ends: Table
   evaluation: pathlib.Path | None = None
 
@@ -80,9 +81,9 @@ def render(comparison: Comparison) -> str:
   )
 
 
-def data_uri(chart: reporting.Chart) -> str:
+def data_uri(chart: plots.Chart) -> str:
   """A chart as the address of an image that holds it."""
-  png = base64.b64encode(reporting.render_charts([chart])).decode("ascii")
+  png = base64.b64encode(plots.render_charts([chart])).decode("ascii")
   return f"data:image/png;base64,{png}"
 
 
@@ -181,7 +182,7 @@ def samples(
         files[str(row.get("policy", path.stem))] = path
   else:
     for label, (folder, *_) in folders.items():
-      paths = sorted((checkpoint.local_path(folder) / "samples").glob("step_*.jsonl"))
+      paths = sorted((workdir_lib.local_path(folder) / "samples").glob("step_*.jsonl"))
       start = str(runs[label][0]["settings"].get("init_from", ""))
       if start and paths and paths[0].stem == "step_00000000":
         files.setdefault(f"{pathlib.PurePath(start).name} (start)", paths[0])

@@ -28,17 +28,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import common, records
-from rlhf_jax import (
-  checkpoint,
-  data,
-  flags,
-  generation,
-  loop,
-  processes,
-  reporting,
-  sharding,
-)
+from experiments import records
+from experiments.lab import evaluating, judges, line_files, models, training
+from rlhf_jax import data, entry, flags, generation, loop, plots, processes, reporting, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
 from rlhf_jax.data import DataConfig
@@ -69,17 +62,17 @@ class Config(loop.RunConfig):
   prompts: int = 512
   learning_rate_decay: float = 0.7
   missing_eos_penalty: float = 1.0
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
-  reward: common.RewardOptions = common.RewardOptions()
+  reward: judges.RewardOptions = judges.RewardOptions()
   rest: RestConfig = RestConfig()
   optim: OptimConfig = OptimConfig(learning_rate=5e-4)
 
   def __post_init__(self):
     super().__post_init__()
-    common.require_random(self.sampling)
+    training.require_random(self.sampling)
     for name in ("grow_steps", "prompts"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -103,12 +96,12 @@ class Config(loop.RunConfig):
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
   config.reward.require()
-  folder = common.source_folder(config.model, config.init_from)
+  folder = models.source_folder(config.model, config.init_from)
   if folder is None:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.jax_compilation_cache_dir:
     # Every step runs the programs of the one before, as a run of its own.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -152,20 +145,22 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
           **{f"eval/{name}": value for name, value in after.items() if name != "responses"},
         }
       )
-      start = stage / common.EXPORT
+      start = stage / models.EXPORT
   with loop.open_run(session) as run:
     records.identify(run, "rest", config, tokenizer, train_set, heldout)
     run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):
       run.writer.write(step + 1, row)
     draw(workdir, rows, len(config.rest.quantiles))
-    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
-    _, params = common.open_model(run, config.model, start, tokenizer)
+    model, ref_params = models.open_model(run, config.model, folder, tokenizer)
+    _, params = models.open_model(run, config.model, start, tokenizer)
     reward_fns = {
-      "reward": common.open_reward(run, config.reward, config.model, tokenizer)(heldout)
+      "reward": judges.open_reward(run, config.reward, config.model, tokenizer)(heldout)
     }
-    reward_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-    judge = common.Judge(run, model, tokenizer, heldout, config.sampling, reward_fns, ref_params)
+    reward_fns |= judges.gold_rewards(config.data, heldout, tokenizer)
+    judge = evaluating.Judge(
+      run, model, tokenizer, heldout, config.sampling, reward_fns, ref_params
+    )
     return judge.finish(
       params, len(rows), "ReST", {"kept_reward/mean": rows[-1]["kept_reward/mean"]}
     )
@@ -202,15 +197,15 @@ def grow(
       run, "grow", settings | {"start": str(start)}, data=prompts.digest, tokenizer=tokenizer.digest
     )
     path = run.workdir / _GROWN
-    done = common.read_lines(path)
+    done = line_files.read_lines(path)
     if len(done) >= wanted:
       return done
-    model, params = common.open_model(run, config.model, start, tokenizer)
+    model, params = models.open_model(run, config.model, start, tokenizer)
     stops = (tokenizer.eos_id,)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
-    generate = common.make_sampler(model, tokenizer, config.sampling)
-    reward_fn: RewardFn = common.open_reward(run, config.reward, config.model, tokenizer)(prompts)
-    batch_size = common.heldout_batch_size(run, prompts, max(128 // count, 1))
+    generate = models.make_sampler(model, tokenizer, config.sampling)
+    reward_fn: RewardFn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+    batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
     key = run.key_for(0)
     if done:
       reporting.note(f"continuing from response {len(done)} of {path}")
@@ -246,7 +241,7 @@ def grow(
           }
           for n in range(size)
         ][len(done) - position + size :]
-        common.append_lines(path, lines)
+        line_files.append_lines(path, lines)
         done += lines
         progress.update(len(done), {"reward/mean": np.mean([line["reward"] for line in lines])})
     rewards = [row["reward"] for row in done]
@@ -284,7 +279,7 @@ def improve(
 ) -> dict[str, float]:
   """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards."""
   dataset, weights = kept
-  path = checkpoint.local_path(session.workdir) / "summary.json"
+  path = workdir_lib.local_path(session.workdir) / "summary.json"
   read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
   with loop.open_run(session) as run:
     records.identify(
@@ -295,21 +290,21 @@ def improve(
       dataset,
       heldout,
       more={"improve": index, "start": str(start)},
-      **common.frozen_digest(config.lora, start),
+      **models.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:
       return finished
-    model, params = common.open_model(run, config.model, start, tokenizer)
+    model, params = models.open_model(run, config.model, start, tokenizer)
     ref_params = params
     if config.rest.kappa:
-      _, ref_params = common.open_model(run, config.model, ref_folder, tokenizer)
+      _, ref_params = models.open_model(run, config.model, ref_folder, tokenizer)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     optim = dataclasses.replace(config.optim, learning_rate=rate)
     slower = dataclasses.replace(config, optim=optim)
     make_step = functools.partial(rest.make_rest_step, ref_apply_fn=model.apply)
-    trainer = common.make_trainer(run, slower, model, params, make_step, config.rest)
+    trainer = training.make_trainer(run, slower, model, params, make_step, config.rest)
     state = trainer.state
-    common.describe(
+    training.describe(
       run,
       f"Improve {index}",
       model,
@@ -329,18 +324,18 @@ def improve(
       title="improve",
     )
     params = trainer.params(state)
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
+    models.export(run.workdir / models.EXPORT, params, model, tokenizer)
     summary = {"responses": float(len(dataset.examples))}
     if heldout.examples:
       reward_fns = {
-        "reward": common.open_reward(run, config.reward, config.model, tokenizer)(heldout)
+        "reward": judges.open_reward(run, config.reward, config.model, tokenizer)(heldout)
       }
-      reward_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-      sample = common.heldout_sampler(
+      reward_fns |= judges.gold_rewards(config.data, heldout, tokenizer)
+      sample = evaluating.heldout_sampler(
         run, model, heldout, tokenizer, config.sampling, reward_fns=reward_fns
       )
       summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
-    common.finish(run, summary)
+    training.finish(run, summary)
   return processes.agree(read)
 
 
@@ -348,17 +343,17 @@ def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int
   """`plots/quality.png`: what was grown and kept, and what the policy earns after each step."""
   steps = np.arange(1, len(rows) + 1)
 
-  def line(label: str, name: str) -> reporting.Line:
-    return reporting.Line(label, steps, np.asarray([row[name] for row in rows]))
+  def line(label: str, name: str) -> plots.Line:
+    return plots.Line(label, steps, np.asarray([row[name] for row in rows]))
 
   quality = [line("Grown", "grown_reward/mean"), line("Kept", "kept_reward/mean")]
   if "eval/reward/mean" in rows[0]:
     quality.append(line("Policy after the step (held out)", "eval/reward/mean"))
   xlabel = f"Improve step ({improve_steps} per Grow step)"
-  reporting.save_chart(
+  plots.save_chart(
     workdir / "plots" / "quality.png",
-    reporting.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
-    reporting.Chart(
+    plots.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
+    plots.Chart(
       "Share of the grown responses that was kept",
       xlabel,
       "Share",
@@ -368,4 +363,4 @@ def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, evaluation, flags, loop, reporting
+from experiments import records
+from experiments.lab import evaluating, models, training
+from rlhf_jax import data, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -42,7 +43,7 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
@@ -51,8 +52,8 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, centres, exports to `workdir/export` and returns the figures of summary.json."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   kind = data.comparison_kind(config.data)
   settings = config.reward_model
   if kind == "rankings" and (settings.margin or settings.label_smoothing):
@@ -69,14 +70,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer,
       train_set,
       heldout,
-      **common.frozen_digest(config.lora, folder),
+      **models.frozen_digest(config.lora, folder),
     )
-    model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
+    model, params = models.open_model(run, config.model, folder, tokenizer, "scalar")
     make_step = reward_model.make_reward_model_step
-    trainer = common.make_trainer(run, config, model, params, make_step, settings)
+    trainer = training.make_trainer(run, config, model, params, make_step, settings)
     state = trainer.state
     del params  # The trainer has its own copy.
-    common.describe(
+    training.describe(
       run,
       "Reward model",
       model,
@@ -84,7 +85,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       {
         "data": f"{len(train_set.examples)} {kind} of {train_set.width} responses",
         "left out": train_set.dropped or "nothing",
-        "tokens per step": common.step_tokens(config, train_set),
+        "tokens per step": training.step_tokens(config, train_set),
       },
       frozen=trainer.frozen,
     )
@@ -94,12 +95,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return {"score": reward_model.response_scores(model.apply, params, batch)}
 
     def pairs_of(dataset, params):
-      rows = common.measure_rows(
+      rows = evaluating.measure_rows(
         run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
       )
-      return common.compared(dataset, rows["score"])
+      return evaluating.compared(dataset, rows["score"])
 
-    @common.once_per_step
+    @evaluating.once_per_step
     def heldout_pairs(state, step):
       del step
       return pairs_of(heldout, trainer.params(state))
@@ -129,13 +130,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     seen = reward_model.pair_metrics(pairs_of(some, trainer.params(state)))
     centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
     params = shift_scores(trainer.params(state), -jnp.float32(centre))
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
+    models.export(run.workdir / models.EXPORT, params, model, tokenizer)
 
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
       show(summary)
-    common.finish(run, summary)
+    training.finish(run, summary)
   return summary
 
 
@@ -146,7 +147,7 @@ def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
     dataset: Held-out pairs or rankings.
     pairs: [N, 2] scores of the better and of the worse response of every pair.
   """
-  lengths = common.compared_lengths(dataset)
+  lengths = evaluating.compared_lengths(dataset)
   metrics = reward_model.pair_metrics(pairs)
   calibration = evaluation.calibration(pairs[:, 0], pairs[:, 1])
   return {
@@ -175,4 +176,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -12,11 +12,13 @@ where it was stopped.
 import dataclasses
 import shutil
 
-from experiments import common, ppo, reward_model, sft
+from experiments import ppo, reward_model, sft
+from experiments.lab import judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
-from rlhf_jax import checkpoint, flags, loop, processes, reporting
+from rlhf_jax import entry, loop, processes, reporting
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +39,21 @@ class Config:
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the stages that have not finished, then compares; returns summary.json."""
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed_offset):
     # Each stage draws its own rows of the built-in task.
     own = dataclasses.replace(
       session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
     )
-    return common.run_stage(script, own, stage_config)
+    return training.run_stage(script, own, stage_config)
 
   start = str(workdir / "sft")
   stage("sft", sft.train, config.sft, 1)
   of_reward = stage(
     "reward_model", reward_model.train, dataclasses.replace(config.reward_model, init_from=start), 2
   )
-  options = common.RewardOptions(path=str(workdir / "reward_model"))
+  options = judges.RewardOptions(path=str(workdir / "reward_model"))
   of_ppo = stage(
     "ppo", ppo.train, dataclasses.replace(config.ppo, init_from=start, reward=options), 3
   )
@@ -88,4 +90,4 @@ def show(summary: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -17,8 +17,9 @@ import functools
 
 import jax
 
-from experiments import common, records
-from rlhf_jax import data, flags, loop, reporting
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from rlhf_jax import data, entry, loop, reporting
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
@@ -35,7 +36,7 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
+  model: models.ModelOptions = models.ModelOptions()
   lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   sft: SFTConfig = SFTConfig()
@@ -45,8 +46,8 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the model to `workdir/export` and returns the figures of summary.json."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("demonstrations", config.data, tokenizer, seed=session.seed)
   with loop.open_run(session) as run:
     records.identify(
@@ -56,20 +57,20 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokenizer,
       train_set,
       heldout,
-      **common.frozen_digest(config.lora, folder),
+      **models.frozen_digest(config.lora, folder),
     )
-    model, params = common.open_model(run, config.model, folder, tokenizer)
-    trainer = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
+    model, params = models.open_model(run, config.model, folder, tokenizer)
+    trainer = training.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
     state = trainer.state
     del params  # The trainer has its own copy.
-    common.describe(
+    training.describe(
       run,
       "Supervised fine-tuning",
       model,
       state,
       {
         "data": f"{len(train_set.examples)} demonstrations",
-        "tokens per step": common.step_tokens(config, train_set),
+        "tokens per step": training.step_tokens(config, train_set),
       },
       frozen=trainer.frozen,
     )
@@ -79,10 +80,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       losses = supervised.nll(model.apply(params, batch.tokens), batch.tokens)
       return {"eval/loss": masked.masked_mean(losses, batch.mask, axis=1)}
 
-    @common.once_per_step
+    @evaluating.once_per_step
     def evaluate(state, step):
       del step
-      return common.evaluate_batches(
+      return evaluating.evaluate_batches(
         run,
         heldout,
         config.batch_size,
@@ -108,29 +109,29 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       title="sft",
     )
     params = trainer.params(state)
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
+    models.export(run.workdir / models.EXPORT, params, model, tokenizer)
     summary = evaluate(state, config.steps) if heldout.examples else {}
     if heldout.examples:
       show_samples(run, config, model, params, heldout, tokenizer)
-    common.finish(run, summary)
+    training.finish(run, summary)
   return summary
 
 
 def show_samples(run, config, model, params, heldout, tokenizer) -> None:
   """A few responses to held-out prompts, on the terminal and in `samples/`."""
-  prompts = common.as_prompts(heldout, 8)
-  sample = common.heldout_sampler(
+  prompts = evaluating.as_prompts(heldout, 8)
+  sample = evaluating.heldout_sampler(
     run,
     model,
     prompts,
     tokenizer,
     config.sampling,
-    reward_fns=common.gold_rewards(config.data, prompts, tokenizer),
+    reward_fns=judges.gold_rewards(config.data, prompts, tokenizer),
   )
-  rows = common.sample_rows(sample(params))
+  rows = evaluating.sample_rows(sample(params))
   run.writer.table(config.steps, "samples", rows)
   reporting.show_samples(rows, "Samples of the fine-tuned model")
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -8,7 +8,7 @@ A script describes its options once, as a frozen dataclass with an "Attributes:"
     train(config())
 
   if __name__ == "__main__":
-    flags.run(main)
+    entry.run(main)
 
 Every field is a plain absl flag: `--steps` for a field of `Config`, `--dpo.beta` for a field of its
 nested dataclass `dpo`. Values are checked before anything is compiled: by type here, by range in
@@ -16,15 +16,10 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 """
 
 import collections
-import ctypes
 import dataclasses
-import gc
-import importlib.metadata
-import importlib.util
 import inspect
 import math
 import os
-import pathlib
 import re
 import sys
 import types
@@ -32,16 +27,14 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 
-from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 # A flag belongs to the script that calls `define`, whose --help then lists it.
 flags.disclaim_key_flags()
 
 EX_USAGE = 64  # sysexits.h
-EX_UNAVAILABLE = 69
 
 T = TypeVar("T")
 _Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
@@ -102,129 +95,6 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> N
     raise UsageError(_explain(left_over[0], last_flag, flag_values))
 
 
-def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
-  """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
-
-  The exit code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little
-  memory, and `error.exit_code` for an exception with that attribute. Their message is the last
-  line on stderr; every other exception propagates with its traceback.
-  """
-
-  def flags_parser(args: Sequence[str]) -> list[str]:
-    try:
-      parse(args)
-    except UsageError as error:
-      _exit(str(error), error.exitcode)
-    except flags.Error as error:
-      code = 1 if isinstance(error, flags.UnrecognizedFlagError) else EX_USAGE
-      _exit(f"FATAL Flags parsing error: {error}", code)
-    return list(args[:1])
-
-  def checked_main(args: Sequence[str]) -> Any:
-    try:
-      return main(args)
-    except UsageError as error:
-      _exit(str(error), error.exitcode)
-    except Exception as error:
-      code = getattr(error, "exit_code", None)
-      if isinstance(error, ValueError) and str(error).startswith("--"):
-        _exit(str(error), EX_USAGE)  # By convention the message of a wrong flag starts with it.
-      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        _exit(f"{error}\n{_less_memory(flags.FLAGS)}", EX_UNAVAILABLE)
-      if not isinstance(code, int):
-        raise
-      _exit(f"{type(error).__name__}: {error}", code)
-
-  app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
-
-
-def _less_memory(flag_values: flags.FlagValues) -> str:
-  """Which flags of a script make it take less memory than it does with those it was given."""
-  micro = [name for name in flag_values if name.endswith(".microbatches")]
-  ways = {
-    "model.remat": (lambda remat: remat != "full", "--model.remat=full"),
-    **{name: (bool, f"--{name}={2 * getattr(flag_values, name)}") for name in micro},
-    "batch_size": (lambda size: size > 1, "a smaller --batch_size"),
-    "lora.rank": (lambda rank: not rank, "--lora.rank=16"),
-    "mesh": (lambda _: True, "--mesh over more devices"),
-  }
-  found = [
-    way
-    for name, (is_left, way) in ways.items()
-    if name in flag_values and is_left(getattr(flag_values, name))
-  ]
-  return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
-
-
-def _tune_for_cpu() -> None:
-  """What helps where programs run on the CPU; nothing where an accelerator is installed.
-
-  It has an effect only before the first computation.
-  """
-  plugins = importlib.metadata.entry_points(group="jax_plugins")
-  if not plugins and not importlib.util.find_spec("libtpu"):
-    _keep_freed_memory()
-    _compile_quickly()
-
-
-def _keep_freed_memory() -> None:
-  """Lets the C library reuse freed memory, up to 1 GiB, rather than give it back to the system.
-
-  XLA's CPU backend allocates the temporaries of a program anew in every call. glibc maps such
-  blocks afresh, and their page faults take up to a fifth of a training step. Other C libraries are
-  left alone.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError, TypeError):
-    return
-  # The names in malloc.h; blocks above 64 MiB have to come from the one main arena.
-  m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-  mallopt(m_mmap_max, 0)
-  mallopt(m_arena_max, 1)
-  mallopt(m_trim_threshold, 1 << 30)
-
-
-def _compile_quickly() -> None:
-  """Takes the first of LLVM's three levels of optimisation, unless XLA_FLAGS names another.
-
-  Programs compile in two thirds of the time and run as fast: most of theirs is spent in matrix
-  products, which come from a library.
-  """
-  given = os.environ.get("XLA_FLAGS", "")  # The last of two equal flags wins.
-  os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
-
-
-def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
-  """Runs `train(*configs)` with one config per dataclass, each read from the command line.
-
-  The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
-  a `processes.Group`, its processes meet before anything else happens.
-  """
-  readers = [define(cls) for cls in classes]
-
-  def main(argv: Sequence[str]) -> None:
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    _tune_for_cpu()
-    # What was imported stays, and rows and traces are many objects with hardly any garbage.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
-    configs = [read() for read in readers]
-    path = pathlib.Path(configs[0].workdir) / "flags"
-    if isinstance(configs[0], processes.Group):
-      configs[0].connect()
-    # The flags of another run stay until this one has been accepted and has finished.
-    if processes.is_first() and not path.exists():
-      save_flags(path)
-    train(*configs)
-    if processes.is_first():
-      save_flags(path)
-
-  run(main)
-
-
 def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Writes the value of every flag of the script, so that `--flagfile=path` repeats the run.
 
@@ -241,24 +111,14 @@ def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = fla
       lines.append(f"--{name}={flag.parser.write(flag.value)}")
     elif name in own and flag.value is not None:
       lines.append(flag.serialize())
-  _write_lines(path, lines)
+  workdir_lib.atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def save_configs(path: str | os.PathLike[str], *configs: Any) -> None:
   """Writes what `save_flags` would, had a script been started with these dataclasses."""
   settings = {name: value for config in configs for name, value in to_dict(config).items()}
-  _write_lines(path, [as_line(name, value) for name, value in sorted(flatten(settings).items())])
-
-
-def _write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  tmp = path.with_name(path.name + ".tmp")
-  with open(tmp, "w", encoding="utf-8") as file:
-    file.write("".join(line + "\n" for line in lines))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(tmp, path)
+  lines = [as_line(name, value) for name, value in sorted(flatten(settings).items())]
+  workdir_lib.atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -552,8 +412,3 @@ def _explain(word: str, last_flag: flags.Flag | None, flag_values: flags.FlagVal
   if name in flag_values:
     return f"stray word {word!r}: write --{word if has_value else name + '=VALUE'}"
   return f"stray word {word!r}: flags are written --name=value (quote values with spaces)"
-
-
-def _exit(message: str, code: int) -> typing.NoReturn:
-  sys.stderr.write(message + "\n")
-  sys.exit(code)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, metrics, processes, reporting, sharding
+from rlhf_jax import checkpoint, flags, processes, reporting, sharding, writers
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Run(NamedTuple):
   session: Session
   mesh: jax.sharding.Mesh
   key: jax.Array
-  writer: metrics.RunWriter
+  writer: writers.RunWriter
 
   def key_for(self, purpose: int) -> jax.Array:
     """Derives a separate key for each purpose, such as initialisation or sampling."""
@@ -113,10 +114,10 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   Raises:
     LockedError: If another run is in the workdir, or the processes do not share it.
   """
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
-  writer = metrics.RunWriter(workdir, session.trackers)
-  with checkpoint.run_lock(workdir), contextlib.closing(writer):
+  writer = writers.RunWriter(workdir, session.trackers)
+  with workdir_lib.run_lock(workdir), contextlib.closing(writer):
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.wait()
 
@@ -132,7 +133,7 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
       params.
   """
   fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
-  checkpoint.check_identity(
+  workdir_lib.check_identity(
     run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
   )
 
@@ -178,7 +179,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 class _Log:
   """Turns the device metrics of a step into a written line, one step later."""
 
-  def __init__(self, writer: metrics.RunWriter, progress: reporting.Progress, every: int):
+  def __init__(self, writer: writers.RunWriter, progress: reporting.Progress, every: int):
     self._writer, self._progress, self._every = writer, progress, every
     self._pending: tuple[int, Mapping[str, Any], bool, float] | None = None
     self._last_time = time.monotonic()

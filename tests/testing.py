@@ -21,7 +21,7 @@ from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import PackedBatch, Params, TokenBatch
 
 _PRELOADED = [
-  "experiments.common",
+  "experiments.lab.training",
   "rlhf_jax.algorithms.ppo",
   "matplotlib.backends.backend_agg",
   "matplotlib.figure",

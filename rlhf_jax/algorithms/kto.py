@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.algorithms.dpo import score_tokens
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import given
 from rlhf_jax.losses import masked, preference
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainStep, UnpairedBatch
@@ -32,9 +33,7 @@ class KTOConfig:
   undesirable_weight: float = 1.0
 
   def __post_init__(self):
-    for name in ("beta", "desirable_weight", "undesirable_weight"):
-      if getattr(self, name) <= 0:
-        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    ranges.check(self, positive=("beta", "desirable_weight", "undesirable_weight"))
 
 
 class KTOBatch(NamedTuple):
@@ -42,21 +41,24 @@ class KTOBatch(NamedTuple):
 
   Attributes:
     responses: B of them, each with the same prompt before another response.
-    ref_logprobs: [B, 2] float32 of `reference_logprobs` under the reference.
+    ref_logprobs: [B, 2] float32 of `read_responses` under the reference.
   """
 
   responses: UnpairedBatch
   ref_logprobs: jax.Array
 
 
-def reference_logprobs(
-  apply_fn: ApplyFn, params: Params, batch: UnpairedBatch, config: KTOConfig | None = None
-) -> jax.Array:
-  """[B, 2] log-probabilities of the own and of the mismatched response, summed over tokens."""
-  del config  # No setting of KTO changes them.
+def read_responses(apply_fn: ApplyFn, params: Params, batch: UnpairedBatch) -> jax.Array:
+  """[B, 2] log-probabilities of each response and of the mismatched one, summed over tokens.
+
+  Args:
+    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
+    params: Policy or reference.
+    batch: B responses.
+  """
 
   def total(tokens: TokenBatch) -> jax.Array:
-    logprobs, mask, _ = score_tokens(apply_fn, params, tokens)
+    logprobs, mask = given.read_tokens(apply_fn, params, tokens)
     return masked.masked_sum(logprobs, mask, axis=-1)
 
   own = total(TokenBatch(batch.tokens, batch.mask))
@@ -65,7 +67,7 @@ def reference_logprobs(
   return jnp.stack([own, mismatched], axis=1)
 
 
-def row_figures(
+def row_metrics(
   params: Params, batch: KTOBatch, *, apply_fn: ApplyFn, config: KTOConfig
 ) -> Metrics:
   """Loss and metrics of each response, [B] each; NaN where a metric is about the other label.
@@ -79,7 +81,7 @@ def row_figures(
     config: Which weights.
   """
   desirable = batch.responses.desirable
-  policy = reference_logprobs(apply_fn, params, batch.responses)
+  policy = read_responses(apply_fn, params, batch.responses)
   (own, other), (ref, ref_other) = policy.T, batch.ref_logprobs.T
   losses = preference.kto_loss(
     own,
@@ -105,11 +107,11 @@ def row_figures(
 def loss_fn(
   params: Params, batch: KTOBatch, key: jax.Array, *, apply_fn: ApplyFn, config: KTOConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Mean of `row_figures`: the loss, and the metrics with the number of response tokens."""
+  """Mean of `row_metrics`: the loss, and the metrics with the number of response tokens."""
   del key  # The loss is deterministic given the batch.
-  figures = row_figures(params, batch, apply_fn=apply_fn, config=config)
-  loss = jnp.mean(figures.pop("loss"))
-  means = {name: masked.masked_mean(x, ~jnp.isnan(x)) for name, x in figures.items()}
+  rows = row_metrics(params, batch, apply_fn=apply_fn, config=config)
+  loss = jnp.mean(rows.pop("loss"))
+  means = {name: masked.masked_mean(x, ~jnp.isnan(x)) for name, x in rows.items()}
   return loss, means | {"tokens": jnp.sum(batch.responses.mask).astype(jnp.float32)}
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import given
 from rlhf_jax.losses import masked, reward
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, ComparisonBatch, Metrics, Params, TrainStep
@@ -28,30 +30,13 @@ class PreferenceModelConfig:
   """Preference model.
 
   Attributes:
-    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+    microbatches: Pieces of a batch; saves memory, does not change the result.
   """
 
   microbatches: int = 1
 
-
-def preference_logits(
-  apply_fn: ApplyFn, params: Params, tokens: jax.Array, mask: jax.Array
-) -> jax.Array:
-  """Log-odds that the first response is preferred, from one forward pass over both orders.
-
-  Args:
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    params: Preference model.
-    tokens: [B, 2, T] int32, right padded: prompt, a, b, and prompt, b, a.
-    mask: [B, 2, T] bool, True on the tokens of the responses.
-
-  Returns:
-    [B] float32; another sign where the two orders are exchanged.
-  """
-  rows, orders, length = tokens.shape
-  flat = tokens.reshape(rows * orders, length)
-  scores = masked.last_real(apply_fn(params, flat).reshape(tokens.shape), mask)
-  return scores[:, 0] - scores[:, 1]
+  def __post_init__(self):
+    ranges.check(self, at_least_one=("microbatches",))
 
 
 def loss_fn(
@@ -67,13 +52,13 @@ def loss_fn(
     params: Preference model.
     batch: B comparisons; a tie is a preference of 1/2.
     key: Unused.
-    apply_fn: As in `preference_logits`.
+    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
 
   Returns:
     Loss and metrics.
   """
   del key  # The loss is deterministic given the batch.
-  logits = preference_logits(apply_fn, params, batch.tokens, batch.mask)
+  logits = given.read_preferences(apply_fn, params, batch.tokens, batch.mask)
   losses = reward.binary_loss(logits, batch.preference)
   tokens = jnp.sum(batch.mask).astype(jnp.float32)
   return jnp.mean(losses), preference_metrics(logits, batch.preference) | {"tokens": tokens}

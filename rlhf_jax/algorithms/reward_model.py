@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.losses import masked, packing, reward
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import given
+from rlhf_jax.losses import masked, reward
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import (
   ApplyFn,
@@ -38,7 +40,7 @@ class RewardModelConfig:
       rankings.
     margin: Score difference asked of every pair; not for rankings.
     centering_coef: Weight of the penalty on the squared sum of a pair's scores.
-    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+    microbatches: Pieces of a batch; saves memory, does not change the result.
   """
 
   label_smoothing: float = 0.0
@@ -47,36 +49,16 @@ class RewardModelConfig:
   microbatches: int = 1
 
   def __post_init__(self):
+    ranges.check(self, non_negative=("centering_coef",), at_least_one=("microbatches",))
     if not 0 <= self.label_smoothing < 0.5:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
 
-def response_scores(apply_fn: ApplyFn, params: Params, batch: RewardModelBatch) -> jax.Array:
-  """Scores of all responses, from one forward pass over all sequences.
-
-  Args:
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`; packed rows come with `segment_ids`.
-    params: Reward model.
-    batch: B prompts with K responses each; two if they are pairs, B * S of them if packed.
-
-  Returns:
-    [B, K] float32; 0 for a place without a response.
-  """
-  shape, tokens = batch.tokens.shape, batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  if not isinstance(batch, PackedBatch):
-    return masked.last_real(apply_fn(params, tokens).reshape(shape), batch.mask)
-  scores = apply_fn(params, tokens, segment_ids=batch.segment_ids.reshape(tokens.shape))
-  mask, scores = packing.unpack(
-    batch.segment_ids, batch.real.shape[1], batch.mask, scores.reshape(shape)
-  )
-  return masked.last_real(scores, mask)
-
-
 def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array, jax.Array]:
-  """Every comparison that a batch makes.
+  """Orders the responses of a batch in pairs.
 
   Args:
-    scores: [B, K], of its responses.
+    scores: [B, K] scores of the responses.
     batch: Pairs or rankings.
 
   Returns:
@@ -105,21 +87,11 @@ def loss_fn(
 ) -> tuple[jax.Array, Metrics]:
   """Mean over the prompts of their mean Bradley-Terry loss over pairs.
 
-  Args:
-    params: Reward model.
-    batch: B prompts with their responses.
-    key: Unused.
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    config: Settings.
-
-  Returns:
-    Loss, `pair_metrics` and the number of response tokens; of packed pairs `weight`, their number.
-
-  Raises:
-    ValueError: A setting that is for pairs, and rankings.
+  Returns the loss, `pair_metrics` and the number of response tokens; for packed pairs also their
+  number as `weight`. Settings that are for pairs raise ValueError with rankings.
   """
   del key  # The loss is deterministic given the batch.
-  scores = response_scores(apply_fn, params, batch)
+  scores = given.read_scores(apply_fn, params, batch)
   if isinstance(batch, RankingBatch):
     if config.margin or config.label_smoothing:
       raise ValueError("margin and label_smoothing are for pairs; set them to 0 for rankings")

@@ -115,6 +115,12 @@ def take(packed: jax.Array, places: jax.Array) -> jax.Array:
   return packed.reshape(-1).at[places].get(mode="fill", fill_value=jnp.nan)
 
 
+def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Arrays [B, T] with the entries that are not `real` [B, T] moved behind the rest, in order."""
+  order = jnp.argsort(~real, axis=1, stable=True)
+  return tuple(jnp.take_along_axis(x, order, axis=1) for x in arrays)
+
+
 def round_up(rows: int, multiple: int = 1) -> int:
   """Rounds a row count up to one of few values, to limit recompilation.
 

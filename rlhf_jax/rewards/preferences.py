@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import simulation
-from rlhf_jax.algorithms.preference_model import preference_logits
-from rlhf_jax.algorithms.rollouts import move_padding_right
+from rlhf_jax.algorithms import given
+from rlhf_jax.losses import packing
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
@@ -73,7 +73,7 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
     tokens = jnp.concatenate([prompt, one[0], other[0]], axis=1)
     mask = jnp.concatenate([jnp.zeros_like(prompt_mask), one[1], other[1]], axis=1)
     real = jnp.concatenate([prompt_mask, one[1], other[1]], axis=1)
-    return move_padding_right(real, tokens, mask)
+    return packing.move_padding_right(real, tokens, mask)
 
   tokens, mask = zip(join(first, second), join(second, first), strict=True)
   return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
@@ -91,7 +91,7 @@ def make_preferrer(
 
   @jax.jit
   def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
-    logits = preference_logits(apply_fn, params, *join_pairs(a, b, eos_id))
+    logits = given.read_preferences(apply_fn, params, *join_pairs(a, b, eos_id))
     return jax.nn.sigmoid(logits)
 
   return prefer

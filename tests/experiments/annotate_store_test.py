@@ -6,8 +6,9 @@ import sqlite3
 
 import pytest
 
-from experiments import annotate_store, common
+from experiments import annotate_store
 from experiments.annotate_items import Item, answer_row
+from experiments.lab import line_files
 
 ITEMS = [Item(str(i), f"p{i}", ("x", "y")) for i in range(12)]
 
@@ -72,7 +73,7 @@ def test_the_file_is_made_from_the_database_again(tmp_path, monkeypatch):
   assert annotate_store.Store(tmp_path).rows() == file_rows(store) == rows[:2]
 
   with monkeypatch.context() as context:  # Killed before that.
-    context.setattr(common, "append_lines", lambda *unused: None)
+    context.setattr(line_files, "append_lines", lambda *unused: None)
     store.add(rows[2:])
   assert file_rows(store) == rows[:2]
   assert annotate_store.Store(tmp_path).rows() == file_rows(store) == rows
@@ -83,7 +84,7 @@ def test_the_file_is_made_from_the_database_again(tmp_path, monkeypatch):
 
 def test_a_file_alone_makes_the_database(tmp_path):
   rows = [answer_row(item, "ada", (0, 1)) for item in ITEMS]
-  common.append_lines(tmp_path / annotate_store.LABELS, rows)
+  line_files.append_lines(tmp_path / annotate_store.LABELS, rows)
   store = annotate_store.Store(tmp_path)
   assert store.rows() == file_rows(store) == rows
 

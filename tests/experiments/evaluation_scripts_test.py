@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import common, evaluate, overoptimization, ppo
-from rlhf_jax import evaluation, flags, loop, metrics
+from experiments import evaluate, overoptimization, ppo
+from experiments.lab import evaluating, judges
+from rlhf_jax import evaluation, flags, loop, writers
 from rlhf_jax.data import Dataset
 
 SMALL = ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")
@@ -84,7 +85,7 @@ def samples_of(rewards, **fields):
   size = len(next(iter(rewards.values())))
   same = {"kl": np.zeros(size), "lengths": np.ones(size), "ended": np.ones(size, bool)}
   texts = {"prompts": ["p"] * size, "responses": ["r"] * size}
-  return common.Samples(rewards=rewards, **(same | texts | fields))
+  return evaluating.Samples(rewards=rewards, **(same | texts | fields))
 
 
 def test_intervals_are_over_prompts_and_not_over_samples():
@@ -145,7 +146,7 @@ def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
 
   def train(session, config):
     stages.append((session, config))
-    writer = metrics.make_writer(session.workdir)
+    writer = writers.make_writer(session.workdir)
     for step in range(1, 31):
       gold = 5 - step / 10 if "no_kl" in session.workdir else 5 + step / 10
       writer.write(step, {"reward/mean": step, "gold_reward/mean": gold, "kl/ref": step / 3})
@@ -181,7 +182,7 @@ def test_overoptimization_refuses_what_it_sets_itself():
   for changes, message in (
     ({"seeds": 0}, "seeds must be"),
     ({"ppo": dataclasses.replace(config.ppo, init_from="x")}, "ppo.init_from"),
-    ({"ppo": ppo.Config(reward=common.RewardOptions(name="gold"))}, "ppo.reward"),
+    ({"ppo": ppo.Config(reward=judges.RewardOptions(name="gold"))}, "ppo.reward"),
     ({"ppo": ppo.Config(ppo=dataclasses.replace(config.ppo.ppo, kl_coef=0.0))}, "kl_coef"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from experiments import common, plot
-from rlhf_jax import flags, metrics
+from experiments import plot
+from experiments.lab import line_files
+from rlhf_jax import flags, writers
 
 PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 
@@ -15,7 +16,7 @@ PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 def write_run(folder, *, seed=0, steps=60, free=False, without=()):
   """A run whose proxy rises; without a penalty the gold reward peaks at a KL of 9 nats."""
   noise = np.random.default_rng(seed).normal(scale=0.05, size=(steps, 2))
-  writer = metrics.make_writer(folder)
+  writer = writers.make_writer(folder)
   for step in range(1, steps + 1):
     distance = 8 * step / steps if free else 2 * math.sqrt(step / steps)
     row = {
@@ -128,7 +129,7 @@ def test_the_command(tmp_path, runs, run_script):
 
 
 def test_short_names_tell_paths_apart():
-  assert common.short_names("runs", ["a/ppo", "a/dpo/"]) == ["ppo", "dpo"]
-  assert common.short_names("runs", ["a/ppo", "b/ppo", "b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
+  assert line_files.short_names("runs", ["a/ppo", "a/dpo/"]) == ["ppo", "dpo"]
+  assert line_files.short_names("runs", ["a/ppo", "b/ppo", "b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
   with pytest.raises(flags.UsageError, match="--policy names a folder twice"):
-    common.short_names("policy", ["a/../ppo", "ppo"])
+    line_files.short_names("policy", ["a/../ppo", "ppo"])

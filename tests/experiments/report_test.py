@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import plot, report
-from rlhf_jax import flags, metrics, reporting
+from rlhf_jax import flags, plots, writers
 
 ATTACK = "<script>alert(1)</script><img src='http://example.org/x'>\"&{{ 7 * 7 }}\u202e"
 
@@ -43,7 +43,7 @@ class Page(html.parser.HTMLParser):
 
 
 def write_run(folder, *, lr=0.1, seed=0, responses=(), init_from=""):
-  writer = metrics.make_writer(folder)
+  writer = writers.make_writer(folder)
   for step in range(1, 5):
     writer.write(step, {"loss": 1 / step + lr, "kl/ref": step, "reward/mean": step + seed})
   rows = [{"prompt": p, "response": r, "gold": 1.5} for p, r in responses]
@@ -67,13 +67,13 @@ def write_evaluation(folder, names):
   (folder / "summary.json").write_text(json.dumps(summary))
   for step, name in enumerate(names):
     rows = [{"policy": name, "prompt": "p", "response": f"answer of {name}", "gold": 1.0}]
-    metrics.write_table(folder, step, "samples", rows)
+    writers.write_table(folder, step, "samples", rows)
   return folder
 
 
 @pytest.fixture(scope="module")
 def charts():
-  return {"loss": [reporting.Chart("Loss", "Step", "Loss", [reporting.Line("a", *np.eye(2))])]}
+  return {"loss": [plots.Chart("Loss", "Step", "Loss", [plots.Line("a", *np.eye(2))])]}
 
 
 @pytest.fixture

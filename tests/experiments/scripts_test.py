@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from experiments.lab import evaluating, models
 from tests.testing import full
 
 SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "nash_md", "online_dpo")
@@ -321,7 +322,7 @@ def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_
 @full
 def test_sft_on_a_mesh_of_eight_devices(tmp_path):
   """In this process, which has eight devices."""
-  from experiments import common, sft
+  from experiments import sft
   from rlhf_jax import loop
   from rlhf_jax.data import DataConfig
   from rlhf_jax.generation import SamplingConfig
@@ -329,7 +330,7 @@ def test_sft_on_a_mesh_of_eight_devices(tmp_path):
   config = sft.Config(
     steps=2,
     batch_size=8,
-    model=common.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
+    model=models.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
     data=DataConfig(rows=64, eval_rows=8),
     sampling=SamplingConfig(max_new_tokens=4),
   )
@@ -411,10 +412,9 @@ def test_another_run_is_refused(tmp_path, run_script, sft_run):
 
 @pytest.mark.parametrize("rewards", [{}, {"reward": 1.0, "gold": 2.0}], ids=["none", "two"])
 def test_answers_side_by_side_with_and_without_a_reward(rewards):
-  from experiments import common
 
   values = {name: np.array([value]) for name, value in rewards.items()}
   one = np.ones(1)
-  samples = common.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
-  (row,) = common.side_by_side(samples, samples)
+  samples = evaluating.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
+  (row,) = evaluating.side_by_side(samples, samples)
   assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")

@@ -13,34 +13,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import metrics
+from rlhf_jax import workdir as workdir_lib
+from rlhf_jax import writers
 
 
 def _write(path, steps, resume_step=None):
-  writer = metrics.JsonlWriter(path, resume_step=resume_step)
+  writer = writers.JsonlWriter(path, resume_step=resume_step)
   for step in steps:
     writer.write(step, {"loss": float(step)})
   writer.close()
 
 
 def _steps(path):
-  return [row["step"] for row in metrics.read_metrics(path)]
+  return [row["step"] for row in writers.read_metrics(path)]
 
 
 def test_lines_are_strict_json_with_step_first(tmp_path):
   path = tmp_path / "run" / "metrics.jsonl"
-  writer = metrics.JsonlWriter(path, resume_step=None)
+  writer = writers.JsonlWriter(path, resume_step=None)
   writer.write(3, {"loss": jnp.float32(0.1), "tokens": 512, "x": np.float64(2.5)})
   writer.close()
   assert path.read_text() == '{"step": 3, "loss": 0.10000000149011612, "tokens": 512, "x": 2.5}\n'
-  assert metrics.read_metrics(path) == [
+  assert writers.read_metrics(path) == [
     {"step": 3, "loss": np.float32(0.1), "tokens": 512, "x": 2.5}
   ]
 
 
 def test_a_line_is_in_the_file_before_the_next_is_written(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  writer = metrics.JsonlWriter(path, resume_step=None)
+  writer = writers.JsonlWriter(path, resume_step=None)
   for step in range(3):
     writer.write(step, {"loss": 1.0})
     assert _steps(path) == list(range(step + 1))
@@ -50,8 +51,8 @@ def test_a_line_is_in_the_file_before_the_next_is_written(tmp_path):
 def test_a_killed_process_loses_no_line(tmp_path):
   path = tmp_path / "metrics.jsonl"
   code = (
-    "import os, sys; from rlhf_jax import metrics\n"
-    "writer = metrics.JsonlWriter(sys.argv[1], resume_step=None)\n"
+    "import os, sys; from rlhf_jax import writers\n"
+    "writer = writers.JsonlWriter(sys.argv[1], resume_step=None)\n"
     "for step in range(5): writer.write(step, {'loss': 1.0})\n"
     "os.kill(os.getpid(), 9)"
   )
@@ -61,7 +62,7 @@ def test_a_killed_process_loses_no_line(tmp_path):
 
 def test_non_finite_values_survive(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  writer = metrics.JsonlWriter(path, resume_step=None)
+  writer = writers.JsonlWriter(path, resume_step=None)
   writer.write(1, {"a": math.nan, "b": math.inf, "c": jnp.float32(-jnp.inf)})
   writer.close()
 
@@ -70,7 +71,7 @@ def test_non_finite_values_survive(tmp_path):
 
   raw = json.loads(path.read_text(), parse_constant=refuse)
   assert raw == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
-  (row,) = metrics.read_metrics(path)
+  (row,) = writers.read_metrics(path)
   assert math.isnan(row["a"]) and row["b"] == math.inf and row["c"] == -math.inf
 
 
@@ -106,14 +107,14 @@ def test_an_unreadable_line_is_named_by_the_reader_and_dropped_on_resume(tmp_pat
   with open(path, "ab") as file:
     file.write(b'{"step": 2, "lo{"step": 3}\n[1]\n{"loss": 1}\n{"step": 4, "loss": null}\n')
   with pytest.raises(ValueError, match=r"metrics\.jsonl:3: "):
-    metrics.read_metrics(path)
+    writers.read_metrics(path)
   _write(path, [5], resume_step=9)
   assert _steps(path) == [0, 1, 5]
 
 
 @pytest.mark.parametrize("value", [jnp.zeros(2), "0.5", None, 1j, {}])
 def test_a_value_that_is_not_a_number_is_refused_by_name(tmp_path, value):
-  writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
+  writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
   with pytest.raises(TypeError, match="'reward/mean'"):
     writer.write(1, {"loss": 1.0, "reward/mean": value})
   writer.close()
@@ -121,7 +122,7 @@ def test_a_value_that_is_not_a_number_is_refused_by_name(tmp_path, value):
 
 
 def test_a_metric_called_step_is_refused(tmp_path):
-  writer = metrics.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
+  writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
   with pytest.raises(ValueError, match="'step'"):
     writer.write(1, {"step": 2.0})
   writer.close()
@@ -130,11 +131,11 @@ def test_a_metric_called_step_is_refused(tmp_path):
 def test_a_bucket_object_is_rewritten_now_and_then_and_at_the_end(tmp_path, monkeypatch):
   # A local file stands in for the object; what is tested is when it is replaced.
   now = [0.0]
-  monkeypatch.setattr(metrics, "is_remote", lambda path: True)
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  monkeypatch.setattr(workdir_lib, "is_remote", lambda path: True)
+  monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
   path = tmp_path / "metrics.jsonl"
   _write(path, range(3))
-  writer = metrics.JsonlWriter(path, resume_step=1)
+  writer = writers.JsonlWriter(path, resume_step=1)
   writer.write(2, {"loss": 0.0})
   assert _steps(path) == [0, 1]
   now[0] = 31.0
@@ -144,24 +145,6 @@ def test_a_bucket_object_is_rewritten_now_and_then_and_at_the_end(tmp_path, monk
   assert _steps(path) == [0, 1, 2, 3]
   writer.close()
   assert _steps(path) == [0, 1, 2, 3, 4]
-
-
-def test_is_remote():
-  assert metrics.is_remote("gs://bucket/run") and not metrics.is_remote("runs/dpo")
-
-
-def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
-  path = tmp_path / "file"
-  metrics.write_atomic(path, "old")
-
-  def fail(*_):
-    raise OSError("disk full")
-
-  monkeypatch.setattr(metrics.os, "fsync", fail)
-  with pytest.raises(OSError, match="disk full"):
-    metrics.write_atomic(path, "new")
-  assert path.read_text() == "old"
-  assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 class _List:
@@ -183,7 +166,7 @@ class _List:
 
 def test_a_failing_tracker_is_switched_off_and_the_others_go_on():
   record, broken, fine = _List(), _List(fail=True), _List()
-  writer = metrics.CompositeWriter([record, broken, fine])
+  writer = writers.CompositeWriter([record, broken, fine])
   writer.write(1, {"loss": 1.0})
   writer.write(2, {"loss": 2.0})
   writer.close()
@@ -193,7 +176,7 @@ def test_a_failing_tracker_is_switched_off_and_the_others_go_on():
 
 def test_a_table_goes_to_all_and_a_failure_to_none_twice(caplog):
   record, broken, fine = _List(), _List(fail=True), _List()
-  writer = metrics.CompositeWriter([record, broken, fine])
+  writer = writers.CompositeWriter([record, broken, fine])
   for step in (1, 2):
     writer.table(step, "samples", [{"prompt": "p"}])
     writer.write(step, {"loss": 1.0})
@@ -206,8 +189,8 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, capl
   def down(*args, **kwargs):
     raise OSError("no route to the service")
 
-  monkeypatch.setitem(metrics.TRACKERS, "wandb", down)
-  writer = metrics.make_writer(tmp_path, ["wandb"])
+  monkeypatch.setitem(writers.TRACKERS, "wandb", down)
+  writer = writers.make_writer(tmp_path, ["wandb"])
   writer.write(1, {"loss": 1.0})
   writer.close()
   assert _steps(tmp_path / "metrics.jsonl") == [1]
@@ -217,17 +200,17 @@ def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path, monkeypatch, capl
 def test_a_failing_record_stops_the_run():
   other = _List()
   with pytest.raises(RuntimeError, match="down"):
-    metrics.CompositeWriter([_List(fail=True), other]).write(1, {"loss": 1.0})
+    writers.CompositeWriter([_List(fail=True), other]).write(1, {"loss": 1.0})
   assert not other.rows
 
 
 def test_composite_writer_needs_a_writer():
   with pytest.raises(ValueError, match="at least one"):
-    metrics.CompositeWriter([])
+    writers.CompositeWriter([])
 
 
 def test_make_writer_always_writes_jsonl(tmp_path):
-  writer = metrics.make_writer(tmp_path)
+  writer = writers.make_writer(tmp_path)
   writer.write(1, {"loss": 1.0})
   writer.close()
   assert _steps(tmp_path / "metrics.jsonl") == [1]
@@ -235,7 +218,7 @@ def test_make_writer_always_writes_jsonl(tmp_path):
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  writer = metrics.RunWriter(tmp_path)
+  writer = writers.RunWriter(tmp_path)
   writer.table(0, "samples", [{"prompt": "p"}])
   writer.open(resume_step=None, config={})
   writer.write(1, {"loss": 1.0})
@@ -246,7 +229,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path):
   with pytest.raises(ValueError, match=r"'wndb': choose from tensorboard, trackio, wandb"):
-    metrics.make_writer(tmp_path, ["wndb"])
+    writers.make_writer(tmp_path, ["wndb"])
   assert not list(tmp_path.iterdir())
 
 
@@ -261,13 +244,13 @@ def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path):
 def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch, tracker, package, extra):
   monkeypatch.setitem(sys.modules, package, None)  # Makes the import fail.
   with pytest.raises(ImportError, match=rf"pip install 'rlhf_jax\[{extra}\]'"):
-    metrics.make_writer(tmp_path, [tracker])
+    writers.make_writer(tmp_path, [tracker])
   assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_writes_event_files(tmp_path):
   pytest.importorskip("tensorboardX")
-  writer = metrics.make_writer(tmp_path, ["tensorboard"], resume_step=3)
+  writer = writers.make_writer(tmp_path, ["tensorboard"], resume_step=3)
   writer.write(4, {"loss": 1.0})
   writer.close()
   (events,) = (tmp_path / "tensorboard").iterdir()
@@ -281,7 +264,7 @@ ROWS = [
 
 
 def test_a_table_is_a_file_with_an_object_a_row(tmp_path):
-  metrics.write_table(tmp_path, 12, "samples", ROWS)
+  writers.write_table(tmp_path, 12, "samples", ROWS)
   lines = (tmp_path / "samples" / "step_00000012.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == [
     {**ROWS[0], "gold": 1.5},
@@ -290,7 +273,7 @@ def test_a_table_is_a_file_with_an_object_a_row(tmp_path):
 
 
 def test_a_run_writer_writes_tables_before_it_is_opened_and_nothing_else(tmp_path):
-  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer = writers.RunWriter(tmp_path, ["tensorboard"])
   writer.table(0, "samples", ROWS)
   with pytest.raises(ValueError, match="open the writer first"):
     writer.write(1, {"loss": 1.0})
@@ -315,7 +298,7 @@ def _texts(folder) -> dict[str, tuple[int, str]]:
 
 
 def test_tensorboard_gets_settings_and_tables_as_text(tmp_path):
-  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer = writers.RunWriter(tmp_path, ["tensorboard"])
   writer.open(resume_step=None, config={"optim.learning_rate": 0.5, "data.path": "a|b\n|x"})
   writer.table(3, "samples", ROWS)
   writer.close()
@@ -330,7 +313,7 @@ def test_tensorboard_gets_settings_and_tables_as_text(tmp_path):
 
 
 def test_dashboards_get_the_first_rows_only(tmp_path):
-  writer = metrics.RunWriter(tmp_path, ["tensorboard"])
+  writer = writers.RunWriter(tmp_path, ["tensorboard"])
   writer.open(resume_step=None, config={})
   writer.table(1, "samples", [{"prompt": str(i)} for i in range(100)])
   writer.close()
@@ -344,9 +327,9 @@ def test_the_real_dashboards_without_a_network(tmp_path, name):
   if importlib.util.find_spec(name) is None:
     pytest.skip(f"{name} is not installed")
   code = (
-    "import sys; from rlhf_jax import metrics\n"
+    "import sys; from rlhf_jax import writers\n"
     "for resume in (None, 2):\n"
-    "  writer = metrics.RunWriter(sys.argv[1], [sys.argv[2]])\n"
+    "  writer = writers.RunWriter(sys.argv[1], [sys.argv[2]])\n"
     "  writer.open(resume_step=resume, config={'optim.learning_rate': 0.5, 'mesh': ''})\n"
     "  for step in range(1, 4) if resume is None else (3, 4):\n"
     "    writer.write(step, {'loss': 1 / step, 'bad': float('nan')})\n"
@@ -407,7 +390,7 @@ def test_dashboards_get_rows_and_settings_and_keep_the_run_on_resume(tmp_path, m
   fake = _FakeTracker()
   monkeypatch.setitem(sys.modules, name, fake)
   for resume_step in (None, 1):
-    writer = metrics.make_writer(tmp_path, [name], resume_step=resume_step, config={"seed": 1})
+    writer = writers.make_writer(tmp_path, [name], resume_step=resume_step, config={"seed": 1})
     writer.write(2, {"loss": jnp.float32(0.5)})
     writer.table(2, "samples", ROWS[:1])
     writer.close()

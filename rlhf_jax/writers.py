@@ -1,4 +1,4 @@
-"""Where scalars and tables go: files in the workdir always, dashboards on request.
+"""Writers of scalars and tables: files in the workdir always, dashboards on request.
 
 A line of `metrics.jsonl` is one object, `{"step": 120, "loss": 0.53, ...}`. The lines stay in step
 order across kills and resumes, and each is on disk before the next step is logged, so sweeps,
@@ -23,6 +23,7 @@ from absl import logging
 from etils import epath
 
 from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 # Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
 _REMOTE_SECONDS = 30.0
@@ -46,30 +47,6 @@ class MetricWriter(Protocol):
   def close(self) -> None:
     """Flushes and releases everything; `write` must not be called afterwards."""
     ...
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether `path` is in a bucket (`gs://...`) rather than on a file system."""
-  return "://" in os.fspath(path)
-
-
-def write_atomic(path: epath.PathLike, text: str) -> None:
-  """Writes `text` so that a reader, or a crash, sees the old file or the new one, never a part."""
-  path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  if is_remote(path):
-    path.write_text(text)  # Bucket objects appear when complete.
-    return
-  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-  try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
 
 
 def json_number(value: Any) -> int | float | str:
@@ -114,7 +91,7 @@ def write_table(workdir: epath.PathLike, step: int, name: str, rows: Rows) -> No
   """
   path = epath.Path(workdir) / name / f"step_{step:08d}.jsonl"
   lines = (json.dumps(json_ready(row), allow_nan=False) for row in rows)
-  write_atomic(path, "".join(line + "\n" for line in lines))
+  workdir_lib.atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def _encode(step: int, scalars: Mapping[str, float]) -> str:
@@ -197,11 +174,11 @@ class JsonlWriter:
     """
     self._path = epath.Path(path)
     kept = _lines_until(self._path, resume_step)
-    write_atomic(self._path, "".join(kept))
+    workdir_lib.atomic_write(self._path, "".join(kept))
     # Unbuffered: one write call per line, so a concurrent reader never sees half of one.
     self._file = None
     self._lines = kept
-    if not is_remote(self._path):
+    if not workdir_lib.is_remote(self._path):
       self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
       self._lines = []
     self._uploaded = time.monotonic()
@@ -226,7 +203,7 @@ class JsonlWriter:
     write_table(self._path.parent, step, name, rows)
 
   def _upload(self) -> None:
-    write_atomic(self._path, "".join(self._lines))
+    workdir_lib.atomic_write(self._path, "".join(self._lines))
     self._uploaded = time.monotonic()
 
   def close(self) -> None:
@@ -327,14 +304,14 @@ class WandbWriter:
     except ImportError as error:
       raise _missing("wandb", "wandb") from error
     # The same workdir is the same run, so a resumed job draws on in the same chart.
-    where = os.fspath(workdir) if is_remote(workdir) else os.path.realpath(workdir)
+    where = os.fspath(workdir) if workdir_lib.is_remote(workdir) else os.path.realpath(workdir)
     self._table = wandb.Table
     self._run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", "rlhf_jax"),
       name=run_name,
       id=hashlib.sha256(where.encode("utf-8")).hexdigest()[:16],
       resume="allow",  # Also anew: a job killed before its first checkpoint starts over.
-      dir=None if is_remote(workdir) else os.fspath(workdir),
+      dir=None if workdir_lib.is_remote(workdir) else os.fspath(workdir),
       config=dict(config),
     )
 

@@ -1,0 +1,137 @@
+"""Rewards and preferences that flags name."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+from experiments.lab import models
+from rlhf_jax import (
+  data,
+  flags,
+  loop,
+  rewards,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOptions:
+  """What responses are judged by; give one of the two.
+
+  Attributes:
+    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
+      separated by commas, are an ensemble.
+    name: Name of a Python reward in rlhf_jax.rewards.REWARDS, such as sentiment or gold.
+    ensemble: What the scores of an ensemble are reduced to: their mean, the worst one, or the mean
+      less `ensemble_coef` times their variance.
+    ensemble_coef: Weight of the variance.
+  """
+
+  path: str = ""
+  name: str = ""
+  ensemble: Literal["mean", "min", "uwo"] = "mean"
+  ensemble_coef: float = 0.5
+
+  def __post_init__(self):
+    if self.path and self.name:
+      raise ValueError("name and path are both given; keep one")
+    if self.name and self.name not in rewards.REWARDS:
+      known = ", ".join(sorted(rewards.REWARDS))
+      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """The folders that `path` names."""
+    return tuple(part for part in self.path.split(",") if part)
+
+  def require(self) -> None:
+    """Refuses options that name no reward."""
+    if not (self.path or self.name):
+      known = ", ".join(sorted(rewards.REWARDS))
+      raise flags.UsageError(f"no reward: give --reward.path=DIR or --reward.name, one of {known}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceOptions:
+  """What pairs of responses are judged by; give one of the two.
+
+  Attributes:
+    path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
+      reward model, whose scores are then compared as Bradley and Terry do.
+    name: Name of a Python function in rlhf_jax.rewards.PREFERENCES, such as panel.
+  """
+
+  path: str = ""
+  name: str = ""
+
+  def __post_init__(self):
+    if self.path and self.name:
+      raise ValueError("name and path are both given; keep one")
+    if self.name and self.name not in rewards.PREFERENCES:
+      known = ", ".join(sorted(rewards.PREFERENCES))
+      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+
+  def require(self) -> None:
+    """Refuses options that name no judge."""
+    if not (self.path or self.name):
+      known = ", ".join(sorted(rewards.PREFERENCES))
+      raise flags.UsageError(
+        f"no preference: give --preference.path=DIR or --preference.name, one of {known}"
+      )
+
+
+def open_preference(
+  run: loop.Run,
+  options: PreferenceOptions,
+  model_options: models.ModelOptions,
+  tokenizer: data.Tokenizer,
+) -> Callable[[data.Dataset], rewards.PreferenceFn]:
+  """The judge that the options name, opened once: prompts -> preference between responses."""
+  options.require()
+  if options.path:
+    model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
+    if label == models.PREFERENCE:
+      prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
+    else:
+      prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
+    return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
+  function = rewards.PREFERENCES[options.name]
+  return lambda prompts: rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+
+
+def open_reward(
+  run: loop.Run,
+  options: RewardOptions,
+  model_options: models.ModelOptions,
+  tokenizer: data.Tokenizer,
+) -> Callable[[data.Dataset], rewards.RewardFn]:
+  """The reward that the options name, opened once: prompts -> reward of responses to them."""
+  options.require()
+  if options.paths:
+    scorers = [
+      rewards.model_reward(model.apply, params)
+      for model, params in (
+        models.open_reward_model(run, path, model_options, tokenizer) for path in options.paths
+      )
+    ]
+    score = scorers[0]
+    if len(scorers) > 1:
+      score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
+    return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
+  function = rewards.REWARDS[options.name]
+
+  def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+    for row in prompts.rows[:1]:
+      function([row["prompt_text"]], [""], [row])  # A missing column is found before compiling.
+    return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+
+  return of_prompts
+
+
+def gold_rewards(
+  config: data.DataConfig, prompts: data.Dataset, tokenizer: data.Tokenizer
+) -> dict[str, rewards.RewardFn]:
+  """The gold reward, if the prompts are those of the built-in task."""
+  if config.path or config.tfds:
+    return {}
+  gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)
+  return {"gold": gold}

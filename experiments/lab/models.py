@@ -1,0 +1,285 @@
+"""Opening, creating, placing and exporting the models of a script."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import data, flags, generation, loop, processes, sharding, simulation
+from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
+from rlhf_jax.train_step import join
+from rlhf_jax.types import Params, Rollout
+
+EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+
+
+PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """Which model.
+
+  Attributes:
+    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty makes a new model for
+      the built-in task with the sizes below, unless --init_from gives one.
+    preset: Architecture of a new model, by its name in rlhf_jax.models.presets, in place of the
+      sizes below.
+    layers: Blocks of a new model.
+    width: Width of a new model.
+    heads: Attention heads of a new model.
+    mlp_width: Width of the MLP of a new model.
+    dtype: Type of the computation; params and optimizer state stay float32.
+    attention: What computes attention over whole sequences: XLA, the kernel splash of TPUs, or
+      cuDNN; auto takes the kernel of the device where it can, and sampling always XLA.
+    remat: What the backward pass computes again instead of keeping it: full each block, for the
+      least memory and a third more work; dots all but the products with weights; none nothing.
+    logit_chunk: Logits of each row that a loss holds at a time, tokens times vocabulary. Gradients
+      compute them again if a row has more.
+  """
+
+  path: str = ""
+  preset: str = ""
+  layers: int = 4
+  width: int = 128
+  heads: int = 4
+  mlp_width: int = 256
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+  remat: Literal["none", "full", "dots"] = "none"
+  logit_chunk: int = 2**22
+
+  def __post_init__(self):
+    for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.preset and self.path:
+      raise ValueError("preset is for a new model; leave path empty, or preset")
+    if self.preset and self.preset not in presets.PRESETS:
+      known = ", ".join(sorted(presets.PRESETS))
+      raise ValueError(f"preset must be one of {known}, got {self.preset!r}")
+    if self.width % (2 * self.heads):
+      raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+
+
+def model_folder(path: str) -> pathlib.Path | None:
+  """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
+  if not path:
+    return None
+  folder = workdir_lib.local_path(path)
+  if (folder / EXPORT / "config.json").exists():
+    return folder / EXPORT
+  if (folder / "config.json").exists():
+    return folder
+  if (folder / "checkpoints").exists():
+    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
+  raise hf.ModelFolderError(
+    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
+  )
+
+
+def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
+  """The folder to start from, given by one of two flags."""
+  for name in ("path", "preset"):
+    if getattr(options, name) and init_from:
+      raise flags.UsageError(f"--init_from and --model.{name} are both given; keep one")
+  return model_folder(init_from or options.path)
+
+
+def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tokenizer:
+  """The tokenizer of a model folder; of the built-in task without one."""
+  if folder is None:
+    return data.word_level_tokenizer(simulation.WORDS)
+  return data.load_tokenizer(folder, end_token or None)
+
+
+def build_model(
+  run: loop.Run,
+  options: ModelOptions,
+  config: ModelConfig,
+  tokenizer: data.Tokenizer,
+  head: Literal["language", "scalar", "both"] = "language",
+) -> Model:
+  """A model of some architecture on the mesh of the run."""
+  return build(
+    config,
+    head,
+    known_tokens=tokenizer.vocab_size,
+    logit_chunk=options.logit_chunk,
+    mesh=run.mesh,
+  )
+
+
+def open_model(
+  run: loop.Run,
+  options: ModelOptions,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  head: Literal["language", "scalar"] = "language",
+) -> tuple[Model, Params]:
+  """A model and its params, created or loaded in place on the mesh of the run."""
+  if folder is None and options.preset:
+    config = presets.PRESETS[options.preset]
+  elif folder is None:
+    config = ModelConfig(
+      # Rows that no token uses let the embedding split evenly.
+      vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
+      width=options.width,
+      layers=options.layers,
+      heads=options.heads,
+      kv_heads=options.heads,
+      head_dim=options.width // options.heads,
+      mlp_width=options.mlp_width,
+      init_std=options.width**-0.5,  # Narrow models learn to copy much sooner than from 0.02.
+    )
+  else:
+    config, _ = hf.parse_config(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+      raise hf.ModelFolderError(
+        f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has"
+        f" {config.vocab_size} rows; they do not belong together"
+      )
+  config = dataclasses.replace(
+    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+  )
+  model = build_model(run, options, config, tokenizer, head)
+  key = run.key_for(1)
+  if folder is None or sharding.is_absent(run.mesh):
+    return model, create(run, model.init, key)
+  shapes = jax.eval_shape(model.init, key)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+  place = lambda path, value: sharding.put(value, flat[path])  # noqa: E731
+  return model, hf.load_params(folder, model, key=key, place=place)
+
+
+def open_policy(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> Params:
+  """Params of another policy of the same architecture, which must read the same tokens."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "language":
+    raise hf.ModelFolderError(f"{path}: not a language model")
+  require_tokens_of(folder, tokenizer)
+  return open_model(run, options, folder, tokenizer)[1]
+
+
+def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
+  """Refuses a model that would read the policy's tokens as others."""
+  if data.load_tokenizer(folder).digest != tokenizer.digest:
+    raise hf.ModelFolderError(
+      f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
+    )
+
+
+def open_scorer(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params, str]:
+  """A model with a scalar head that reads the policy's tokens, and what its scalar is called."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "scalar":
+    raise hf.ModelFolderError(
+      f"{path}: not a reward model; train one with experiments.reward_model"
+    )
+  require_tokens_of(folder, tokenizer)
+  model, params = open_model(run, options, folder, tokenizer, "scalar")
+  return model, params, hf.scalar_label(folder)
+
+
+def open_reward_model(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params]:
+  """The reward model behind `--reward.path`, which must read the policy's tokens."""
+  model, params, label = open_scorer(run, path, options, tokenizer)
+  if label == PREFERENCE:
+    raise hf.ModelFolderError(
+      f"{path}: a preference model, which scores no single response; train a reward model with"
+      " experiments.reward_model"
+    )
+  return model, params
+
+
+def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
+  """`make(*args)` in buffers of its own, placed by `DECODER_RULES`; shapes for absent devices."""
+  shapes = jax.eval_shape(make, *args)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  if sharding.is_absent(run.mesh):
+    return sharding.abstract(shapes, shardings)
+  return jax.jit(make, out_shardings=shardings)(*args)
+
+
+def copy(run: loop.Run, params: Params) -> Params:
+  """Params that a step which donates its state leaves alone."""
+  return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
+
+
+def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
+  """For `loop.identify`: what a run with adapters reads again when it continues.
+
+  Args:
+    config: Adapters.
+    *folders: Of the models that get them.
+  """
+  if not config.rank:
+    return {}
+  if not all(folders):
+    raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
+  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
+  return {"frozen": workdir_lib.files_digest(files)}
+
+
+def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
+  """The params with fresh adapters beside them, if there are to be any."""
+  if not config.rank:
+    return params
+  init = functools.partial(lora.init, params=params, config=config)
+  return join(params, create(run, init, run.key_for(3)))
+
+
+@functools.lru_cache(maxsize=16)
+def make_sampler(
+  model: Model,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  mixture: bool = False,
+) -> Callable[..., Rollout]:
+  """`generation.make_generate` for a model and its tokenizer; of a mixture with `MixtureParams`.
+
+  The same function for the same arguments: training and evaluation compile it once.
+  """
+  decoder = model.decode, model.init_cache
+  return generation.make_generate(
+    *(generation.make_mixture(*decoder) if mixture else decoder),
+    config,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def export(
+  folder: pathlib.Path,
+  params: Params,
+  model: Model,
+  tokenizer: data.Tokenizer,
+  label: str = "reward",
+) -> pathlib.Path:
+  """Writes a folder that `--init_from` and transformers read; `label` names a scalar.
+
+  Adapters are merged into the weights.
+  """
+  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  if tokenizer.bos_id is not None:
+    token_ids["bos_token_id"] = tokenizer.bos_id
+  if processes.is_first():
+    tokenizer.save(folder)
+  hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)
+  return folder

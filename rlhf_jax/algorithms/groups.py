@@ -1,0 +1,140 @@
+"""Batches of responses that are compared with the others to the same prompt; no critic.
+
+GRPO, GSPO, CISPO and RLOO share them. The N samples of a prompt stand next to each other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import epochs, reading
+from rlhf_jax.losses import advantages, kl, masked, policy_gradient
+from rlhf_jax.types import Metrics, Params, Rollout
+
+# (rewards [B / N, N], mask [B / N, N]) -> advantages [B / N, N].
+Compare = Callable[..., jax.Array]
+# (logprobs, old_logprobs, advantages, mask), [B, R] each -> losses [B, R].
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+# Mask [B, R] -> weight of each token in the mean [B, R].
+AVERAGES = {
+  "responses": functools.partial(policy_gradient.token_weights, aggregation="grpo"),
+  "tokens": functools.partial(policy_gradient.token_weights, aggregation="dapo"),
+  "length": functools.partial(policy_gradient.token_weights, aggregation="dr_grpo"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig(epochs.UpdateConfig):
+  """Settings of methods that compare the responses to a prompt.
+
+  Attributes:
+    kl_coef: Weight of the k3 estimate of the KL to the reference, a term of the loss.
+    clip_low: Distance below 1 at which the probability ratio is clipped.
+    clip_high: Distance above 1 at which the probability ratio is clipped.
+    scale: Division of advantages by the standard deviation of their group.
+    average: Mean over the tokens of each response and then over `responses`, over all `tokens`, or
+      over responses of sums that are divided by the greatest `length`.
+  """
+
+  kl_coef: float = 0.1
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  scale: bool = True
+  average: Literal["responses", "tokens", "length"] = "responses"
+
+  def __post_init__(self):
+    super().__post_init__()
+    ranges.check(
+      self, non_negative=("kl_coef", "clip_low", "clip_high"), one_of={"average": AVERAGES}
+    )
+
+
+class GroupBatch(NamedTuple):
+  """Compared responses. All but the tokens are constants of the loss.
+
+  Attributes:
+    rollout: B responses with the log-probabilities that the ratio starts from.
+    mask: [B, R] bool, response tokens that count; those of rows without a finite score do not.
+    advantages: [B, R] float32, the same at all tokens of a response.
+    ref_logprobs: [B, R] float32 under the reference.
+  """
+
+  rollout: Rollout
+  mask: jax.Array
+  advantages: jax.Array
+  ref_logprobs: jax.Array
+
+
+def compare_responses(
+  rollout: Rollout,
+  rewards: jax.Array,
+  ref_logprobs: jax.Array,
+  samples_per_prompt: int,
+  compare: Compare,
+) -> tuple[GroupBatch, Metrics]:
+  """Compares each of B responses with the others of its group.
+
+  Args:
+    rollout: The responses, with their log-probabilities under the policy.
+    rewards: [B] float, reward of each response; a row with NaN or Inf is left out.
+    ref_logprobs: [B, R] under the reference, at the sampling temperature.
+    samples_per_prompt: N, size of a group. 1 compares the whole batch.
+    compare: `(rewards, *, mask) -> advantages`, [B / N, N] each.
+  """
+  finite, mask = jnp.isfinite(rewards), reading.response_mask(rollout, rewards)
+  rewards = jnp.where(finite, rewards, 0.0)
+  shape = (-1, samples_per_prompt) if samples_per_prompt > 1 else (1, -1)
+  compared = compare(rewards.reshape(shape), mask=finite.reshape(shape)).reshape(-1, 1)
+  old, ref_logprobs = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
+  batch = GroupBatch(
+    rollout._replace(logprobs=old), mask, jnp.where(mask, compared, 0.0), ref_logprobs
+  )
+  return batch, {"reward/shaped": masked.masked_mean(rewards, finite)}
+
+
+def make_batch(
+  rollout: Rollout,
+  scores: jax.Array,
+  ref_logprobs: jax.Array,
+  config: GroupConfig,
+  *,
+  samples_per_prompt: int,
+) -> tuple[GroupBatch, Metrics]:
+  """Standardises scores [B] over the responses to a prompt, as GRPO; see `compare_responses`."""
+  compare = functools.partial(advantages.group_normalize, scale=config.scale)
+  return compare_responses(rollout, scores, ref_logprobs, samples_per_prompt, compare)
+
+
+def loss_fn(
+  params: Params,
+  batch: GroupBatch,
+  key: jax.Array,
+  *,
+  read: reading.Read,
+  config: GroupConfig,
+  token_loss: TokenLoss,
+) -> tuple[jax.Array, Metrics]:
+  """Mean of a token loss plus `kl_coef` times k3, as `config.average` says.
+
+  The metric `weight` counts what the mean is over, tokens or responses.
+  """
+  del key  # The loss is deterministic given the batch.
+  mask, old = batch.mask, batch.rollout.logprobs
+  now = read(params, batch.rollout)
+  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), AVERAGES[config.average](mask)
+  policy_loss = jnp.sum(weights * token_loss(logprobs, old, batch.advantages, mask))
+  kl_loss = jnp.sum(weights * kl.k3(logprobs, batch.ref_logprobs))
+  units = jnp.sum(mask if config.average == "tokens" else mask.any(axis=1))
+  return policy_loss + config.kl_coef * kl_loss, {
+    "loss/policy": policy_loss,
+    "loss/kl": kl_loss,
+    "entropy": masked.masked_mean(now.entropy, mask),
+    "weight": units.astype(jnp.float32),
+    **reading.ratio_metrics(logprobs, old, mask, config.clip_low, config.clip_high),
+  }

@@ -88,8 +88,8 @@ def min_max(scores: jax.Array, low: float | jax.Array, high: float | jax.Array) 
 
   Args:
     scores: [B].
-    low: Scalar, such as the lowest score seen so far.
-    high: Scalar, such as the highest score seen so far.
+    low: Scalar, for example the lowest score seen so far.
+    high: Scalar, for example the highest score seen so far.
 
   Returns:
     [B] in [0, 1]; 0 where `high` is not above `low`.

@@ -26,7 +26,7 @@ import jax
 
 from experiments import programs
 from experiments.lab import models
-from rlhf_jax import entry, flags, loop, preflight, reporting, sharding, writers
+from rlhf_jax import entry, flags, loop, preflight, ranges, reporting, sharding, writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Options:
   json: str = ""
 
   def __post_init__(self):
-    if self.search < 0:
-      raise ValueError(f"search must not be negative, got {self.search}")
+    ranges.check(self, non_negative=("search",))
 
 
 class Plan(NamedTuple):

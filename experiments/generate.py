@@ -1,6 +1,7 @@
-r"""Samples responses of a trained model to prompts from a file, or to one prompt.
+r"""Samples responses of a model to prompts from a file, or to one prompt.
 
-  python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo --limit=16
+  python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo \
+    --limit=16
   python -m experiments.generate --workdir=runs/samples --init_from=FOLDER \
     --prompt="What is the capital of France?" --sampling.temperature=0
 
@@ -19,7 +20,7 @@ from rlhf_jax.generation import SamplingConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to sample.
+  """Prompts to answer, and the model.
 
   Attributes:
     init_from: Workdir of a finished run, or a Hugging Face folder.

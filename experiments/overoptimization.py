@@ -19,8 +19,8 @@ same command again continues where it was stopped.
 import dataclasses
 from typing import Any
 
-from experiments import plot, ppo, reward_model, sft
-from experiments.lab import judges, training
+from experiments import ppo, reward_model, sft
+from experiments.lab import charts, judges, training
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -77,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
     "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo.ppo),
     "no_kl": ("no KL penalty", dataclasses.replace(config.ppo.ppo, kl_coef=0.0)),
   }
-  groups: plot.Groups = {label: [] for label, _ in kinds.values()}
+  groups: charts.Groups = {label: [] for label, _ in kinds.values()}
   accuracies = []
   for seed in range(config.seeds):
     name = f"reward_model_{seed}"
@@ -91,8 +91,8 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
         ppo=options,
       )
       stage(f"{kind}_{seed}", ppo.train, policy, 10 * seed + 3)
-      groups[label].append(plot.read_run(str(workdir / f"{kind}_{seed}")))
-  summary = {"reward_model/accuracy": accuracies, **plot.draw(workdir, groups)}
+      groups[label].append(charts.read_run(str(workdir / f"{kind}_{seed}")))
+  summary = {"reward_model/accuracy": accuracies, **charts.draw(workdir, groups)}
   reporting.write_summary(workdir, summary)
   return summary
 

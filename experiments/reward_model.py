@@ -7,10 +7,8 @@ Your model and data (rows with prompt, chosen, rejected, or those of rlhf_jax/da
 
 Rows that rank a list of responses are learnt from as a whole: each response is scored once, and
 the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
-see `--data.votes` and `--data.annotator`.
-
-With --data.packed_length a row holds several pairs, the chosen responses in one sequence of tokens
-and the rejected ones in another; rankings are not packed.
+see `--data.votes` and `--data.annotator`. With --data.packed_length a row holds several pairs;
+rankings are not packed.
 
 The held-out accuracy is shown beside that of preferring the longer response. After training the
 scores are centred: their mean over `--data.eval_rows` training rows is 0.
@@ -25,15 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import records
-from experiments.lab import evaluating, models, training
+from experiments.lab import evaluating, models, training, workbench
+from experiments.lab.case import Case
 from rlhf_jax import data, entry, evaluation, flags, loop, reporting
-from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,54 +49,32 @@ class Config(loop.RunConfig):
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Trains, centres, exports to `workdir/export` and returns the figures of summary.json."""
-  folder = models.source_folder(config.model, config.init_from)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
-  kind = data.comparison_kind(config.data)
-  settings = config.reward_model
+  """Trains, centres, exports to `workdir/export` and returns the metrics of summary.json."""
+  kind, settings = data.comparison_kind(config.data), config.reward_model
   if kind == "rankings" and (settings.margin or settings.label_smoothing):
     raise flags.UsageError(
       "--reward_model.margin and --reward_model.label_smoothing are for pairs, and"
       f" {config.data.path or config.data.tfds} holds rankings; set them to 0"
     )
-  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
-  with loop.open_run(session) as run:
-    records.identify(
-      run,
-      "reward_model",
-      config,
-      tokenizer,
-      train_set,
-      heldout,
-      **models.frozen_digest(config.lora, folder),
-    )
-    model, params = models.open_model(run, config.model, folder, tokenizer, "scalar")
-    make_step = reward_model.make_reward_model_step
-    trainer = training.make_trainer(run, config, model, params, make_step, settings)
-    state = trainer.state
-    del params  # The trainer has its own copy.
-    training.describe(
-      run,
+  with workbench.open(session, config, "reward_model", kind, "scalar") as bench:
+    heldout, train_set = bench.heldout, bench.train_set
+    make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
+    trainer = bench.trainer(make_step, keep_start=False)
+    bench.describe(
       "Reward model",
-      model,
-      state,
-      {
-        "data": f"{len(train_set.examples)} {kind} of {train_set.width} responses",
-        "left out": train_set.dropped or "nothing",
-        "tokens per step": training.step_tokens(config, train_set),
-      },
-      frozen=trainer.frozen,
+      trainer,
+      data=f"{len(train_set.examples)} {kind} of {train_set.width} responses",
+      left_out=train_set.dropped or "nothing",
+      tokens_per_step=training.step_tokens(config, train_set),
     )
 
     @jax.jit
     def measure(params, batch):
-      return {"score": reward_model.response_scores(model.apply, params, batch)}
+      return {"score": given.read_scores(bench.model.apply, params, batch)}
 
     def pairs_of(dataset, params):
-      rows = evaluating.measure_rows(
-        run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
-      )
-      return evaluating.compared(dataset, rows["score"])
+      scores = bench.over(dataset, functools.partial(measure, params))["score"]
+      return evaluating.compared(dataset, scores)
 
     @evaluating.once_per_step
     def heldout_pairs(state, step):
@@ -109,39 +85,27 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       metrics = reward_model.pair_metrics(heldout_pairs(state, step))
       return {f"eval/{name}": value for name, value in metrics.items()}
 
-    batches = data.batches(
-      train_set,
-      config.batch_size,
-      seed=session.seed,
-      pad_id=tokenizer.pad_id,
-      packed_length=config.data.packed_length,
-    )
-    state = loop.fit(
-      run,
-      config,
+    state = bench.fit(
       trainer.step,
-      state,
-      batches,
-      evaluate=evaluate if heldout.examples else None,
-      learning_rate=make_schedule(config.optim, config.steps),
+      trainer,
+      bench.batches(packed_length=config.data.packed_length),
+      evaluate=evaluate,
       title="reward model",
     )
-    some = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
-    seen = reward_model.pair_metrics(pairs_of(some, trainer.params(state)))
+    part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
+    seen = reward_model.pair_metrics(pairs_of(part, trainer.params(state)))
     centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
-    params = shift_scores(trainer.params(state), -jnp.float32(centre))
-    models.export(run.workdir / models.EXPORT, params, model, tokenizer)
-
+    bench.export(shift_scores(trainer.params(state), -jnp.float32(centre)))
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
       show(summary)
-    training.finish(run, summary)
+    bench.finish(summary)
   return summary
 
 
 def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
-  """Figures of a reward model beside those of preferring the longer response.
+  """Measures a reward model beside preferring the longer response.
 
   Args:
     dataset: Held-out pairs or rankings.
@@ -173,6 +137,14 @@ def show(summary: dict[str, float]) -> None:
       "log loss, nats": {model: summary["log_loss"], "coin": float(np.log(2))},
     },
   )
+
+
+def programs(case: Case) -> None:
+  """Compiles the train step, for `experiments.compile`."""
+  settings, rows = case.config.reward_model, 2 * case.config.batch_size
+  make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
+  batch = case.tokens(2, case.length)
+  case.offline(case.bench.trainer(make_step), batch, rows=rows, scored=False)
 
 
 if __name__ == "__main__":

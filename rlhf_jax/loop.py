@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, reporting, sharding, writers
+from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, writers
 from rlhf_jax import workdir as workdir_lib
 
 
@@ -58,11 +58,11 @@ class RunConfig:
   checkpoint_every: int = 100
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if self.eval_every < 0:
-      raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
+    ranges.check(
+      self,
+      at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
+      non_negative=("eval_every",),
+    )
 
 
 # Settings that may change when a run is continued: they do not change what a step computes.

@@ -82,6 +82,7 @@ _STYLE = {
   "axes.spines.top": False,
   "axes.titlelocation": "left",
   "axes.titlesize": 11,
+  "axes.titley": 1.0,  # Found by measuring otherwise, a tenth of the time of a panel.
   "axes.titleweight": "bold",
   "font.size": 10,
   "grid.color": "#e6e6e6",

@@ -1,29 +1,23 @@
 """Range checks of settings. Nothing here imports another rlhf_jax module."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-
-# Kind of check -> test of a number, and the words of the message. NaN passes no test.
-_TESTS = {
-  "positive": (lambda x: x > 0, "be positive"),
-  "non_negative": (lambda x: x >= 0, "not be negative"),
-  "at_least_one": (lambda x: x >= 1, "be at least 1"),
-  "fraction": (lambda x: 0 <= x <= 1, "be in [0, 1]"),
-  "below_one": (lambda x: 0 <= x < 1, "be in [0, 1)"),
-}
 
 
 def check(
   config: Any,
   *,
-  positive: tuple[str, ...] = (),
-  non_negative: tuple[str, ...] = (),
-  at_least_one: tuple[str, ...] = (),
-  fraction: tuple[str, ...] = (),
-  below_one: tuple[str, ...] = (),
+  positive: Sequence[str] = (),
+  non_negative: Sequence[str] = (),
+  at_least_one: Sequence[str] = (),
+  fraction: Sequence[str] = (),
+  below_one: Sequence[str] = (),
+  above_zero: Sequence[str] = (),
   one_of: Mapping[str, Collection[Any]] | None = None,
 ) -> None:
   """Refuses a config with a field outside its range; for `__post_init__`.
+
+  A NaN is outside every range. A None, of a field that may be left unset, is not checked.
 
   Args:
     config: Object with the fields.
@@ -32,16 +26,24 @@ def check(
     at_least_one: Names of fields that must be 1 or more.
     fraction: Names of fields that must be in [0, 1].
     below_one: Names of fields that must be in [0, 1).
+    above_zero: Names of fields that must be in (0, 1].
     one_of: Field name -> its known values.
 
   Raises:
     ValueError: A field is outside its range. The message starts with the name of the field.
   """
-  groups = (positive, non_negative, at_least_one, fraction, below_one)
-  for (holds, words), names in zip(_TESTS.values(), groups, strict=True):
+  checks = (
+    (positive, lambda x: x > 0, "be positive"),
+    (non_negative, lambda x: x >= 0, "not be negative"),
+    (at_least_one, lambda x: x >= 1, "be at least 1"),
+    (fraction, lambda x: 0 <= x <= 1, "be in [0, 1]"),
+    (below_one, lambda x: 0 <= x < 1, "be in [0, 1)"),
+    (above_zero, lambda x: 0 < x <= 1, "be in (0, 1]"),
+  )
+  for names, holds, words in checks:
     for name in names:
       value = getattr(config, name)
-      if not holds(value):
+      if value is not None and not holds(value):
         raise ValueError(f"{name} must {words}, got {value}")
   for name, known in (one_of or {}).items():
     value = getattr(config, name)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax import ranges
 from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
 
 
@@ -39,15 +40,12 @@ class OptimConfig:
   mu_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def __post_init__(self):
-    for name in ("learning_rate", "eps"):
-      if getattr(self, name) <= 0:
-        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-    for name in ("warmup", "b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-    for name in ("weight_decay", "max_grad_norm"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    ranges.check(
+      self,
+      positive=("learning_rate", "eps"),
+      below_one=("warmup", "b1", "b2"),
+      non_negative=("weight_decay", "max_grad_norm"),
+    )
 
 
 def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:

@@ -38,6 +38,7 @@ def tree(repository, tmp_path_factory):
   "path, line, contract",
   [
     ("rlhf_jax/types.py", "import rlhf_jax.losses", "Layers"),
+    ("rlhf_jax/ranges.py", "import rlhf_jax.losses", "Layers"),
     ("rlhf_jax/losses/masked.py", "import rlhf_jax.train_step", "Layers"),
     ("rlhf_jax/algorithms/dpo.py", "from rlhf_jax.models import build", "Layers"),
     ("rlhf_jax/unplaced.py", "", "Layers"),

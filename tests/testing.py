@@ -31,6 +31,12 @@ _PRELOADED = [
 # For what takes long and differs little from another test.
 full = pytest.mark.skipif("FULL" not in os.environ, reason="takes long; FULL=1 runs it")
 
+# Text that a page must show as text.
+INJECTION = (
+  '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script> ${window.hurt=1}'
+  " {{constructor.constructor('window.hurt=1')()}} [a](javascript:window.hurt=1) </div></section>"
+)
+
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
 TINY_MODEL = ModelConfig(
   vocab_size=16,

@@ -19,7 +19,7 @@ from rlhf_jax import (
   rewards,
   sharding,
 )
-from rlhf_jax.algorithms import rollouts
+from rlhf_jax.algorithms import reading, reward_model
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model
 from rlhf_jax.types import Metrics, Params, Rollout
@@ -75,6 +75,14 @@ def compared_lengths(dataset: data.Dataset) -> np.ndarray:
   return compared(dataset, lengths)
 
 
+def length_baseline(dataset: data.Dataset) -> dict[str, float]:
+  """Accuracy that preferring the longer response has on held-out pairs; nothing without rows."""
+  if not dataset.examples:
+    return {}
+  by_length = reward_model.pair_metrics(compared_lengths(dataset))
+  return {"eval/length_baseline": float(by_length["reward/accuracy"])}
+
+
 def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
   """`measure(state, step)` that keeps its last answer: the end of a run asks for it twice."""
   last: dict[int, T] = {}
@@ -86,18 +94,6 @@ def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
     return last[step]
 
   return measure_once
-
-
-def evaluate_batches(
-  run: loop.Run,
-  dataset: data.Dataset,
-  batch_size: int,
-  pad_id: int,
-  measure: Callable[[Any], Metrics],
-) -> dict[str, float]:
-  """Means over a held-out set of the [B] arrays that `measure` gives for each batch."""
-  rows = measure_rows(run, dataset, batch_size, pad_id, measure)
-  return {name: float(np.mean(values)) for name, values in rows.items()}
 
 
 def as_prompts(dataset: data.Dataset, limit: int) -> data.Dataset:
@@ -131,10 +127,11 @@ class Samples(NamedTuple):
 
 def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
   """Jitted `(ref_params, rollout) -> [B]`: log pi - log ref summed over each response."""
+  refer = reading.make_read(model.apply, temperature)
 
   @jax.jit
   def kl(ref_params: Params, rollout: Rollout) -> jax.Array:
-    ref, _ = rollouts.rollout_logprobs(model.apply, ref_params, rollout, temperature)
+    ref = refer(ref_params, rollout).logprobs
     mask = rollout.response_mask[:, -ref.shape[1] :]
     return masked.masked_sum(rollout.logprobs - ref, mask, axis=1)
 

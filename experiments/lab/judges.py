@@ -10,6 +10,7 @@ from rlhf_jax import (
   flags,
   loop,
   rewards,
+  user,
 )
 
 
@@ -20,7 +21,8 @@ class RewardOptions:
   Attributes:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
       separated by commas, are an ensemble.
-    name: Name of a Python reward in rlhf_jax.rewards.REWARDS, such as sentiment or gold.
+    name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or
+      `module:function` of your own, `(prompts, responses, rows) -> one number per response`.
     ensemble: What the scores of an ensemble are reduced to: their mean, the worst one, or the mean
       less `ensemble_coef` times their variance.
     ensemble_coef: Weight of the variance.
@@ -34,18 +36,26 @@ class RewardOptions:
   def __post_init__(self):
     if self.path and self.name:
       raise ValueError("name and path are both given; keep one")
-    if self.name and self.name not in rewards.REWARDS:
-      known = ", ".join(sorted(rewards.REWARDS))
-      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+    if self.name:
+      self.function()
+
+  def function(self) -> rewards.TextReward:
+    """Returns the Python reward that `name` gives."""
+    return user.resolve("name", self.name, rewards.REWARDS, ("prompts", "responses", "rows"))
 
   @property
   def paths(self) -> tuple[str, ...]:
     """The folders that `path` names."""
     return tuple(part for part in self.path.split(",") if part)
 
+  @property
+  def is_given(self) -> bool:
+    """True if the options name a reward."""
+    return bool(self.path or self.name)
+
   def require(self) -> None:
     """Refuses options that name no reward."""
-    if not (self.path or self.name):
+    if not self.is_given:
       known = ", ".join(sorted(rewards.REWARDS))
       raise flags.UsageError(f"no reward: give --reward.path=DIR or --reward.name, one of {known}")
 
@@ -57,7 +67,8 @@ class PreferenceOptions:
   Attributes:
     path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
       reward model, whose scores are then compared as Bradley and Terry do.
-    name: Name of a Python function in rlhf_jax.rewards.PREFERENCES, such as panel.
+    name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or `module:function`
+      of your own, `(prompts, a, b, rows) -> one probability per pair`.
   """
 
   path: str = ""
@@ -66,13 +77,21 @@ class PreferenceOptions:
   def __post_init__(self):
     if self.path and self.name:
       raise ValueError("name and path are both given; keep one")
-    if self.name and self.name not in rewards.PREFERENCES:
-      known = ", ".join(sorted(rewards.PREFERENCES))
-      raise ValueError(f"name must be one of {known}, got {self.name!r}")
+    if self.name:
+      self.function()
+
+  def function(self) -> rewards.TextPreference:
+    """Returns the Python function that `name` gives."""
+    return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
+
+  @property
+  def is_given(self) -> bool:
+    """True if the options name a judge."""
+    return bool(self.path or self.name)
 
   def require(self) -> None:
     """Refuses options that name no judge."""
-    if not (self.path or self.name):
+    if not self.is_given:
       known = ", ".join(sorted(rewards.PREFERENCES))
       raise flags.UsageError(
         f"no preference: give --preference.path=DIR or --preference.name, one of {known}"
@@ -94,7 +113,7 @@ def open_preference(
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
     return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
-  function = rewards.PREFERENCES[options.name]
+  function = options.function()
   return lambda prompts: rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
 
 
@@ -117,7 +136,7 @@ def open_reward(
     if len(scorers) > 1:
       score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
     return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
-  function = rewards.REWARDS[options.name]
+  function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
     for row in prompts.rows[:1]:

@@ -1,6 +1,7 @@
 """Selection of scored responses to learn from, on the host."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +26,25 @@ def rank_best(rewards: np.ndarray, fine: np.ndarray) -> tuple[np.ndarray, np.nda
   return rewards, np.asarray(best > 0)
 
 
-# (rewards [P, N] with 0 for those that are not finite, which are finite [P, N]) -> values to
-# compare with the threshold, and the responses that may be kept.
-RULES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-  "advantage": rank_by_advantage,
-  "threshold": rank_all,
-  "best": rank_best,
+class Rule(NamedTuple):
+  """A way to rank responses.
+
+  Attributes:
+    rank: `(rewards, fine)` [P, N], 0 where not finite -> values to compare with the threshold, and
+      the responses that may be kept.
+    one_per_prompt: True if at most one response to a prompt may be kept.
+    least_samples: Least number of responses to a prompt.
+  """
+
+  rank: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+  one_per_prompt: bool = False
+  least_samples: int = 1
+
+
+RULES = {
+  "advantage": Rule(rank_by_advantage, least_samples=2),
+  "threshold": Rule(rank_all),
+  "best": Rule(rank_best, one_per_prompt=True, least_samples=2),
 }
 
 
@@ -56,7 +70,7 @@ def kept_weights(
   fine = np.isfinite(rewards)
   if not fine.any():
     return np.zeros(rewards.shape, np.float32)
-  values, candidates = RULES[keep](np.where(fine, rewards, 0.0), fine)
+  values, candidates = RULES[keep].rank(np.where(fine, rewards, 0.0), fine)
   spread = max(float(np.std(values[fine])), 1e-9)
   threshold = np.quantile(values[candidates], quantile)
   kept = candidates & (values > threshold + 1e-9 * spread)  # Equal ones may be rounded apart.

@@ -51,9 +51,10 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
-Kind = Literal["demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"]
+KindName = Literal[
+  "demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"
+]
 Votes = Literal["majority", "each"]
-KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
@@ -90,7 +91,7 @@ class Example(NamedTuple):
 
 
 def parse_row(
-  kind: Kind,
+  kind: KindName,
   row: Row,
   *,
   prefer_messages: bool,
@@ -125,7 +126,7 @@ def parse_row(
   return _FROM_JUDGED[kind](judged)
 
 
-def comparison_kind(row: Row) -> Kind:
+def comparison_kind(row: Row) -> KindName:
   """Returns "rankings" if a row orders a list of responses, "preferences" if it compares two."""
   fields = row.fields
   ranked = _given(fields, "responses") and not _given(fields, "annotations")

@@ -7,6 +7,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import ranges
 from rlhf_jax.losses import logprobs as logprobs_lib
 
 
@@ -30,16 +31,14 @@ class SamplingConfig:
   samples_per_prompt: int = 1
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-    if not 0 <= self.temperature < math.inf:
-      raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
-    if self.top_k < 0:
-      raise ValueError(f"top_k must not be negative (0 is off), got {self.top_k}")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
-    if self.samples_per_prompt < 1:
-      raise ValueError(f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+    ranges.check(
+      self,
+      at_least_one=("max_new_tokens", "samples_per_prompt"),
+      non_negative=("temperature", "top_k"),
+      above_zero=("top_p",),
+    )
+    if math.isinf(self.temperature):
+      raise ValueError(f"temperature must be finite, got {self.temperature}")
 
 
 def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:

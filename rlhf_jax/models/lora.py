@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import ranges
 from rlhf_jax.types import Params
 
 _GROUPS = ("attention", "mlp")
@@ -37,10 +38,7 @@ class LoRAConfig:
   targets: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if self.rank < 0:
-      raise ValueError(f"rank must not be negative, got {self.rank}")
-    if not self.alpha > 0:
-      raise ValueError(f"alpha must be positive, got {self.alpha}")
+    ranges.check(self, non_negative=("rank",), positive=("alpha",))
 
 
 def _filter(tree: Params, keep: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()):

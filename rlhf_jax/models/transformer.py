@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rlhf_jax import ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -142,16 +144,18 @@ class ModelConfig:
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-    names = {
-      "norm": NORMS,
-      "activation": ACTIVATIONS,
-      "positions": POSITIONS,
-      "attention": ATTENTIONS,
-      "remat": REMAT,
-    }
-    for name, known in names.items():
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
+    ranges.check(
+      self,
+      above_zero=("rotary_fraction",),
+      positive=("attention_softcap", "logit_softcap", "query_width"),
+      one_of={
+        "norm": NORMS,
+        "activation": ACTIVATIONS,
+        "positions": POSITIONS,
+        "attention": ATTENTIONS,
+        "remat": REMAT,
+      },
+    )
     if self.experts and not 0 < self.experts_per_token <= self.experts:
       raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
     if self.experts and (self.mlp_bias or not self.gated_mlp):
@@ -169,17 +173,11 @@ class ModelConfig:
       raise ValueError(
         "learned positions leave no use for rope_scaling, rope_local_theta, rotary_fraction"
       )
-    if not 0 < self.rotary_fraction <= 1:
-      raise ValueError(f"rotary_fraction is {self.rotary_fraction}, expected above 0, at most 1")
     if self.positions == "rope" and (not self.rotary_width or self.rotary_width % 2):
       raise ValueError(
         f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is"
         f" {self.rotary_width} dimensions, expected an even number"
       )
-    for name in ("attention_softcap", "logit_softcap", "query_width"):
-      value = getattr(self, name)
-      if value is not None and not value > 0:
-        raise ValueError(f"{name} is {value}, expected above 0 or None")
 
   @property
   def rotary_width(self) -> int:

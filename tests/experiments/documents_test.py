@@ -142,7 +142,7 @@ SHORT = {
   "sampling.max_new_tokens": 4,
 }
 # Other tests have a judge, a person, several processes and a compiler for TPUs.
-ELSEWHERE = r"experiments\.annotate|=runs/(ai|hand)\b|--coordinator|experiments\.compile"
+ELSEWHERE = r"experiments\.(label|revise)|=runs/(ai|hand)\b|--coordinator|experiments\.compile"
 FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 

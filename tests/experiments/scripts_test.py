@@ -372,7 +372,6 @@ BAD_FLAGS = [
   (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
   (("rest", "--reward.name=gold"), 64, "--init_from"),
   (("rest", "--reward.name=gold", "--rest.quantiles=0.9,0.99"), 64, "rest.quantiles"),
-  (("annotate",), 64, "judge.path"),
 ]
 
 

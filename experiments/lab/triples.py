@@ -1,0 +1,83 @@
+"""Triples of responses to a prompt that were all compared, and the cycles among them."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from rlhf_jax import data, loop, simulation
+from rlhf_jax.algorithms import preference_model
+from rlhf_jax.data import DataConfig
+
+# For each prompt, where the comparisons of the responses (0, 1), (1, 2) and (0, 2) are.
+Places = list[tuple[int, int, int]]
+
+
+def triples_of(
+  session: loop.Session, config: DataConfig, heldout: data.Dataset, tokenizer: data.Tokenizer
+) -> tuple[data.Dataset, Places] | None:
+  """Finds comparisons in which three responses to a prompt all met, if there are any.
+
+  They are looked for in the held-out set; those of the built-in task are written for the purpose.
+  """
+  if not (config.path or config.tfds):
+    count = min(config.eval_rows, 256)
+    rows = simulation.votes("eval", count, session.seed, config.annotator or "expert")
+    heldout = data.from_rows(
+      "comparisons",
+      [data.Row(f"built-in votes[{i}]", row) for i, row in enumerate(rows)],
+      config,
+      tokenizer,
+    )
+  met: dict[tuple[bytes, bytes, bytes], int] = {}
+  answers: dict[bytes, dict[bytes, None]] = {}
+  for i, example in enumerate(heldout.examples):
+    prompt = example["prompt"].tobytes()
+    a, b = (ids.tobytes() for ids in data.responses_of(example))
+    met[prompt, a, b] = i
+    answers.setdefault(prompt, {}).update({a: None, b: None})
+  places = []
+  for prompt, texts in answers.items():
+    for a, b, c in itertools.islice(itertools.combinations(texts, 3), 20):
+      found = [met.get((prompt, *pair)) for pair in ((a, b), (b, c), (a, c))]
+      if None not in found:
+        places.append(tuple(found))
+  return (heldout, places) if places else None
+
+
+def violations(places: Places, preferences: np.ndarray) -> float:
+  """Share of triples whose majorities form a cycle, from the preference of each comparison."""
+  values = np.asarray(preferences, np.float32)[np.asarray(places)]
+  ab, bc, ac = values.T
+  matrices = np.full([len(places), 3, 3], 0.5)
+  for (i, j), p in zip(((0, 1), (1, 2), (0, 2)), (ab, bc, ac), strict=True):
+    matrices[:, i, j], matrices[:, j, i] = p, 1 - p
+  return preference_model.transitivity_violations(matrices)
+
+
+def cycles(
+  session: loop.Session,
+  config: DataConfig,
+  heldout: data.Dataset,
+  tokenizer: data.Tokenizer,
+  logits_of: Callable[[data.Dataset], np.ndarray],
+) -> dict[str, float]:
+  """Shares of the triples whose majorities form a cycle, by a judge and by the votes.
+
+  Args:
+    session: Gives the seed of the built-in task.
+    config: Source of the comparisons.
+    heldout: Held-out comparisons.
+    tokenizer: Tokenizer of the judge.
+    logits_of: Log-odds [N] that a judge gives the comparisons of a data set.
+  """
+  found = triples_of(session, config, heldout, tokenizer)
+  if not found:
+    return {}
+  dataset, places = found
+  votes = [float(example["preference"][0]) for example in dataset.examples]
+  return {
+    "triples": len(places),
+    "violations": violations(places, logits_of(dataset) > 0),
+    "violations_of_votes": violations(places, np.asarray(votes)),
+  }

@@ -1,0 +1,211 @@
+"""The record of a run, `run.json`: what it is, what it builds on, and its final metrics.
+
+It is written when a run starts: script, seed, settings, data, software, and under `sources` the
+same of every run that it builds on, with its final metrics. It is a copy, so it stays true when
+these runs are moved or deleted.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from rlhf_jax import data, flags, loop, processes
+from rlhf_jax import workdir as workdir_lib
+
+RECORD = "run.json"
+# Flags that name what a run builds on.
+SOURCES = {
+  "init_from": "started from",
+  "start": "started from",
+  "model.path": "started from",
+  "reward.path": "reward model",
+  "preference.path": "judge",
+  "opponent": "opponent",
+}
+_DEEPEST = 16  # A longer chain of runs is cut off.
+
+Record = dict[str, Any]
+
+
+def identify(
+  run: loop.Run,
+  script: str,
+  config: Any,
+  tokenizer: data.Tokenizer,
+  train_set: data.Dataset,
+  heldout: data.Dataset | None = None,
+  *,
+  more: Mapping[str, Any] | None = None,
+  **digests: str,
+) -> None:
+  """Refuses a workdir that holds another run, and writes `run.json`.
+
+  Args:
+    run: The run being opened or continued.
+    script: Name of the script.
+    config: Config of the script.
+    tokenizer: Tokenizer of the model.
+    train_set: Rows that are learnt from.
+    heldout: Rows that are measured on.
+    more: Settings that the config does not have.
+    **digests: Fingerprints of what else the config only points to.
+  """
+  settings = flags.to_dict(config) | dict(more or {})
+  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **digests}
+  loop.identify(run, script, settings, **digests)
+  if not processes.is_first():
+    return
+  flat = flags.flatten(settings)
+  record = {
+    "script": script,
+    "method": method_of(script),
+    "seed": run.session.seed,
+    "settings": flat,
+    "changed": flags.changed(config) | dict(more or {}),
+    "digests": digests,
+    "data": {"training": facts(train_set), "held out": facts(heldout) if heldout else {}},
+    "software": software(run.mesh),
+    "sources": sources_of(flat),
+  }
+  workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def method_of(script: str) -> str:
+  """The summary of the docstring of a script that runs or is imported; its name without one."""
+  main = sys.modules["__main__"]
+  is_main = pathlib.Path(getattr(main, "__file__", None) or "").stem == script
+  module = main if is_main else sys.modules.get(f"experiments.{script}")
+  summary = (getattr(module, "__doc__", None) or script).strip().partition("\n\n")[0]
+  return " ".join(summary.split()).rstrip(".")
+
+
+def facts(dataset: data.Dataset) -> Record:
+  """Facts about a data set that show none of its rows."""
+  columns = sorted({str(name) for row in dataset.rows for name in row} - {"prompt_text"})
+  counts = {name: count for name, count in dataset.report.items() if count}
+  return {
+    "kind": dataset.kind,
+    "examples": len(dataset.examples),
+    "digest": dataset.digest,
+    "columns": columns,
+    "counts": counts,
+  }
+
+
+def software(mesh: jax.sharding.Mesh) -> dict[str, str]:
+  """Versions and devices."""
+  try:
+    version = importlib.metadata.version("rlhf_jax")
+  except importlib.metadata.PackageNotFoundError:  # Run from its source alone.
+    version = "unknown"
+  return {
+    "rlhf_jax": version,
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+  }
+
+
+def read(path: str | pathlib.Path, depth: int = 0) -> Record:
+  """The record of a run, with its `path` and its final metrics as `summary`.
+
+  It is just the path for a Hugging Face folder, a folder that is gone, and one that no script of
+  ours wrote.
+  """
+  folder = workdir_lib.local_path(path)
+  if folder.name == "export" and (folder.parent / "identity.json").exists():
+    folder = folder.parent
+  record = read_json(folder / RECORD)
+  if not record:
+    # A run that was stopped before it wrote one, or an older one.
+    record = read_json(folder / "identity.json")
+    settings = record.get("settings")
+    record["settings"] = flags.flatten(settings) if isinstance(settings, dict) else {}
+    record["digests"] = {k: v for k, v in record.items() if k in ("data", "tokenizer", "frozen")}
+    record["data"] = {}
+    if not record.get("script") and (folder / "config.json").exists():
+      record["pretrained"] = True
+    record["sources"] = sources_of(record["settings"], depth)
+  summary = numbers(read_json(folder / "summary.json"))
+  return _tidy(record | {"path": str(path), "summary": summary})
+
+
+def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
+  """The records of the runs that the settings of a run name, each with its `role`."""
+  if depth > _DEEPEST:
+    return []
+  sources = []
+  for flag, role in SOURCES.items():
+    given = settings.get(flag)
+    for path in given.split(",") if isinstance(given, str) else ():
+      if path and "://" not in path:
+        record = read(path, depth + 1)
+        record.pop("settings", None)  # `changed` says what is worth saying.
+        sources.append(record | {"role": role})
+  return sources
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
+  """The metrics of a summary."""
+  return {
+    name: value
+    for name, value in summary.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }
+
+
+def metric_texts(summary: Mapping[str, float]) -> dict[str, str]:
+  """Metrics as text, each with the interval that its `_low` and `_high` give."""
+  texts = {}
+  for name, value in summary.items():
+    base = re.sub(r"_(low|high)$", "", name)
+    if base != name and base in summary:
+      continue
+    texts[name] = str(value) if isinstance(value, int) else f"{value:.4g}"
+    if {f"{name}_low", f"{name}_high"} <= summary.keys():
+      texts[name] += f" ({summary[f'{name}_low']:.4g} to {summary[f'{name}_high']:.4g})"
+  return texts
+
+
+def source_name(record: Mapping[str, Any]) -> str:
+  """The source of the rows of a run."""
+  settings = {**mapping_in(record, "changed"), **mapping_in(record, "settings")}
+  return str(settings.get("data.path") or settings.get("data.tfds") or "") or "the built-in task"
+
+
+def read_json(path: pathlib.Path) -> Record:
+  """The object in a file; an empty one if there is none."""
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _tidy(record: Record) -> Record:
+  """A record whose parts are there and of their types, whatever a file held."""
+  parts = ("settings", "changed", "digests", "data", "software", "summary")
+  tidy: Record = {name: str(record.get(name, "")) for name in ("path", "script", "method", "role")}
+  tidy |= {name: mapping_in(record, name) for name in parts}
+  tidy["digests"] = {name: str(value) for name, value in tidy["digests"].items()}
+  tidy["data"] = {name: of for name, of in tidy["data"].items() if isinstance(of, dict)}
+  tidy["summary"] = numbers(tidy["summary"])
+  tidy["sources"] = [_tidy(source) for source in list_in(record, "sources")]
+  return tidy | {name: record[name] for name in ("seed", "pretrained") if name in record}
+
+
+def mapping_in(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+  value = record.get(name)
+  return value if isinstance(value, dict) else {}
+
+
+def list_in(record: Mapping[str, Any], name: str, kind: type = dict) -> list[Any]:
+  value = record.get(name)
+  return [item for item in value if isinstance(item, kind)] if isinstance(value, list) else []

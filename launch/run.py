@@ -81,7 +81,7 @@ _SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compi
 def read_job(words: Sequence[str]) -> Job:
   """Builds the job from the flags and the words after the --."""
   if not words:
-    raise JobError("there is no script to run; give it after --, such as: -- experiments.sft")
+    raise JobError("no script is given; write it after --, such as: -- experiments.sft")
   try:
     extra = tuple(shlex.split(_EXTRA.value))
   except ValueError as error:

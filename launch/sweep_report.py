@@ -421,7 +421,9 @@ def _ends(axes, place: int, low: Any, high: Any) -> None:
 def _importances(axes, shares: dict[str, float], metric: str) -> None:
   names = list(shares)[::-1]
   axes.barh(names, [shares[name] for name in names], color=_BLUE, height=0.6)
-  axes.set(title=f"What {metric} depends on", xlabel="Importance (PED-ANOVA)", xlim=(0, 1))
+  axes.set(
+    title=f"Parameters that {metric} depends on", xlabel="Importance (PED-ANOVA)", xlim=(0, 1)
+  )
   axes.grid(axis="y", visible=False)
 
 

@@ -8,13 +8,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Files and folders that are not covered yet. Remove an entry once its docstrings pass.
 _LATER = (
   "experiments/",
-  "launch/sweep.py",
+  "launch/controller.py",
   "rlhf_jax/algorithms/",
   "rlhf_jax/checkpoint.py",
   "rlhf_jax/data/datasets.py",
-  "rlhf_jax/flags.py",
-  "rlhf_jax/metrics.py",
+  "rlhf_jax/data/kinds.py",
+  "rlhf_jax/plots.py",
   "rlhf_jax/reporting.py",
+  "rlhf_jax/writers.py",
+  "tests/algorithms/",
+  "tests/experiments/",
 )
 # A summary that starts with one of these is a clause without its noun: "What a model says."
 _CLAUSES = {"what", "how", "where", "whether", "which", "when", "who", "why", "if", "that"}

@@ -116,7 +116,7 @@ def take(packed: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """Arrays [B, T] with the entries that are not `real` [B, T] moved behind the rest, in order."""
+  """Moves the entries of arrays [B, T] that are not `real` [B, T] to the right, keeping order."""
   order = jnp.argsort(~real, axis=1, stable=True)
   return tuple(jnp.take_along_axis(x, order, axis=1) for x in arrays)
 

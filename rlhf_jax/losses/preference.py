@@ -552,11 +552,11 @@ PAIRWISE_LOSSES: dict[str, Callable[..., jax.Array]] = {
   "discopop": discopop_loss,
   "cpl": cpl_loss,
 }
-# Those that take `label_smoothing`.
+# Losses that take `label_smoothing`.
 SMOOTHED = ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired")
-# Those that compare the pairs of a batch with each other, so that they take a `mask`.
+# Losses that compare the pairs of a batch to each other and therefore take a `mask`.
 OF_BATCHES = ("aot", "aot_unpaired")
-# Those of the difference of two log-ratios, which another divergence replaces by its scores.
+# Losses of the difference of two log-ratios, which the scores of another divergence can replace.
 OF_MARGINS = ("dpo", "ipo", "hinge", "robust_dpo", "exo_pair", "discopop")
 
 

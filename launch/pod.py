@@ -33,12 +33,12 @@ def environment(devices: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla_flags} {count}".strip()}
 
 
-def watch(group: Sequence[subprocess.Popen], asked: list[int], patience: float) -> int:
+def watch(group: Sequence[subprocess.Popen], signals: list[int], patience: float) -> int:
   """Waits until all processes have ended, or for a while after one has failed.
 
   Args:
     group: The processes.
-    asked: Signals to forward, filled while this waits.
+    signals: Signals to forward, filled while this waits.
     patience: Seconds that the others may take to end after one has failed.
 
   Returns:
@@ -51,8 +51,8 @@ def watch(group: Sequence[subprocess.Popen], asked: list[int], patience: float) 
       failed, until = next(filter(None, codes)), time.monotonic() + patience
     if None not in codes:
       break
-    while asked:
-      number = asked.pop()
+    while signals:
+      number = signals.pop()
       for process in group:
         process.send_signal(number)
     time.sleep(0.05)
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = "127.0.0.1:{1}".format(*probe.getsockname())
-  count, asked = PROCESSES.value, []
-  signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+  count, signals = PROCESSES.value, []
+  signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
   signal.signal(signal.SIGINT, lambda *unused: None)  # The terminal sends Ctrl-C to all processes.
   group: list[subprocess.Popen] = []
   try:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
       place = (f"--coordinator={address}", f"--processes={count}", f"--process_id={i}")
       words = [*command, *place] if count > 1 else command
       group.append(subprocess.Popen(words, env=environment(DEVICES.value)))
-    return watch(group, asked, PATIENCE.value)
+    return watch(group, signals, PATIENCE.value)
   finally:
     for process in group:
       process.kill()

@@ -460,8 +460,8 @@ def _messages(row: Row, name: str) -> Messages:
       _fail(row, at, f"expected a message, found {_describe(turn)}", fix)
     for key in ("role", "content"):
       if not isinstance(turn.get(key), str):
-        found = _describe(turn[key]) if key in turn else f"only {sorted(turn)}"
-        _fail(row, f"{at}.{key}", f"expected text, found {found}", fix)
+        actual = _describe(turn[key]) if key in turn else f"only {sorted(turn)}"
+        _fail(row, f"{at}.{key}", f"expected text, found {actual}", fix)
     if turn["role"] not in ROLES:
       _fail(row, f"{at}.role", f"unknown role {turn['role']!r}", f"use one of {', '.join(ROLES)}")
     turns.append({"role": turn["role"], "content": turn["content"]})

@@ -145,7 +145,7 @@ def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
     AssertionError: If the shapes do not match.
   """
 
-  def of_arrays(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  def compute(logits: jax.Array, targets: jax.Array) -> jax.Array:
     chex.assert_rank(logits, targets.ndim + 1)
     chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
     logits, fine = shifted(logits)
@@ -157,7 +157,7 @@ def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
     logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
     return jnp.where(fine, logprobs, jnp.nan)
 
-  return over_tokens(of_arrays, logits, targets)
+  return over_tokens(compute, logits, targets)
 
 
 def next_token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
@@ -183,11 +183,11 @@ def entropy(logits: Logits) -> jax.Array:
     [...] float32.
   """
 
-  def of_arrays(logits: jax.Array) -> jax.Array:
+  def compute(logits: jax.Array) -> jax.Array:
     logits, fine = shifted(logits)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(logprobs)
     result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
     return jnp.where(fine, result, jnp.nan)
 
-  return over_tokens(of_arrays, logits)
+  return over_tokens(compute, logits)

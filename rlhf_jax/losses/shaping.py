@@ -20,11 +20,11 @@ from rlhf_jax.losses.reward import RunningMoments
 Arguments = ParamSpec("Arguments")
 
 
-def _of_constants(shaping: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
+def _on_constants(shaping: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
   """Widens every float array among the arguments and stops its gradient."""
 
   @functools.wraps(shaping)
-  def of_constants(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
+  def on_constants(*args: Arguments.args, **kwargs: Arguments.kwargs) -> jax.Array:
     def constant(x: Any) -> Any:
       if hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating):
         return jax.lax.stop_gradient(masked.widen(x))
@@ -33,13 +33,13 @@ def _of_constants(shaping: Callable[Arguments, jax.Array]) -> Callable[Arguments
     args, kwargs = jax.tree.map(constant, (args, kwargs))
     return shaping(*args, **kwargs)
 
-  return of_constants
+  return on_constants
 
 
 # Functions of one score per response.
 
 
-@_of_constants
+@_on_constants
 def preference_as_reward(
   scores: jax.Array, ref_scores: jax.Array, *, scale: float | jax.Array = 1.0
 ) -> jax.Array:
@@ -62,7 +62,7 @@ def preference_as_reward(
   return jnp.mean(jax.nn.sigmoid(scale * (scores[:, None] - ref_scores)), axis=1)
 
 
-@_of_constants
+@_on_constants
 def log_sigmoid_reward(scores: jax.Array, anchors: jax.Array) -> jax.Array:
   """`log sigmoid(r - anchor)`: linear below the anchor, flat above it.
 
@@ -82,7 +82,7 @@ def log_sigmoid_reward(scores: jax.Array, anchors: jax.Array) -> jax.Array:
   return jax.nn.log_sigmoid(scores - anchors)
 
 
-@_of_constants
+@_on_constants
 def min_max(scores: jax.Array, low: float | jax.Array, high: float | jax.Array) -> jax.Array:
   """Scales scores linearly, from 0 at `low` to 1 at `high`.
 
@@ -99,7 +99,7 @@ def min_max(scores: jax.Array, low: float | jax.Array, high: float | jax.Array) 
   return jnp.clip((scores - low) / width, 0.0, 1.0)
 
 
-@_of_constants
+@_on_constants
 def clip_to_moments(
   scores: jax.Array, moments: RunningMoments, *, width: float | jax.Array = 1.0
 ) -> jax.Array:
@@ -118,7 +118,7 @@ def clip_to_moments(
   return jnp.clip(scores, moments.mean - reach, moments.mean + reach)
 
 
-@_of_constants
+@_on_constants
 def constrained_reward(
   rewards: jax.Array,
   satisfied: jax.Array,
@@ -169,7 +169,7 @@ def length_penalty(
 # Functions of several reward models, or several groups of raters. Bring them to one scale first.
 
 
-@_of_constants
+@_on_constants
 def variance_penalized(rewards: jax.Array, *, coef: float | jax.Array) -> jax.Array:
   """Mean over reward models minus `coef` times their variance.
 
@@ -186,7 +186,7 @@ def variance_penalized(rewards: jax.Array, *, coef: float | jax.Array) -> jax.Ar
   return jnp.mean(rewards, axis=1) - coef * jnp.var(rewards, axis=1)
 
 
-@_of_constants
+@_on_constants
 def nominal_min(rewards: jax.Array, nominal: jax.Array, *, alpha: float | jax.Array) -> jax.Array:
   """`alpha nominal + (1 - alpha) min_g r_g`: between the best guess and the worst case.
 
@@ -206,7 +206,7 @@ def nominal_min(rewards: jax.Array, nominal: jax.Array, *, alpha: float | jax.Ar
   return alpha * nominal + (1 - alpha) * jnp.min(rewards, axis=1)
 
 
-@_of_constants
+@_on_constants
 def worst_group(rewards: jax.Array, mask: jax.Array) -> jax.Array:
   """Rewards of all responses according to the group with the lowest mean reward in the batch.
 
@@ -229,7 +229,7 @@ def worst_group(rewards: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.sum(rewards, axis=1, where=worst[None, :])
 
 
-@_of_constants
+@_on_constants
 def selection_weights(rewards: jax.Array, mask: jax.Array, rule: str) -> jax.Array:
   """Weights of the samples of a prompt when training uses only a selection of them.
 
@@ -273,7 +273,7 @@ def selection_weights(rewards: jax.Array, mask: jax.Array, rule: str) -> jax.Arr
 # Rewards of tokens.
 
 
-@_of_constants
+@_on_constants
 def dense_rewards(
   dpo_logprobs: jax.Array,
   ref_logprobs: jax.Array,
@@ -303,7 +303,7 @@ def dense_rewards(
   return jnp.where(mask, jnp.clip(scale * (dpo_logprobs - ref_logprobs), -clip, clip), 0.0)
 
 
-@_of_constants
+@_on_constants
 def segment_rewards(scores: jax.Array, ends: jax.Array, mask: jax.Array, length: int) -> jax.Array:
   """Puts the score of each segment on its last token.
 

@@ -52,10 +52,10 @@ def _parts(demands: demands_lib.Demands, response: str) -> tuple[float, float, f
   criticising = sum(meaning.criticising for meaning in meanings)
   tone = demands.tone * (praising - criticising) / max(praising + criticising, FULL_TONE_WORDS)
 
-  asked = {demands.subject, *demands.aspects}
+  requested = {demands.subject, *demands.aspects}
   named = {name for meaning in meanings for name in meaning.names}
-  stray = len(named - asked) + sum(meaning.kind == "filler" for meaning in meanings)
-  coverage = max(0.0, len(named & asked) / len(asked) - STRAY_COST * stray)
+  stray = len(named - requested) + sum(meaning.kind == "filler" for meaning in meanings)
+  coverage = max(0.0, len(named & requested) / len(requested) - STRAY_COST * stray)
 
   brevity = _brevity(demands.length, length)
   fluency = sum(words for words, _ in counted) / max(length, 1)

@@ -114,7 +114,7 @@ def merge_metrics(metrics: Metrics) -> Metrics:
 
 
 def _split_rows(batch, parts: int):
-  """Every leaf [B, ...] -> [parts, B / parts, ...]."""
+  """Splits every leaf [B, ...] into [parts, B / parts, ...]."""
 
   def split(x: jax.Array) -> jax.Array:
     if x.shape[0] % parts:

@@ -104,7 +104,7 @@ def exact_answer(
   """1 if the final number of the response equals that of the column `answer`, else 0.
 
   Raises:
-    DataError: A row has no number in `answer`.
+    DataError: If a row has no number in `answer`.
   """
   del prompts
   scores = np.zeros(len(responses), np.float32)

@@ -75,7 +75,7 @@ def split_of(demands: Demands) -> str:
 
 @functools.cache
 def all_demands(split: str) -> tuple[Demands, ...]:
-  """Every combination of demands of a split, in a fixed order.
+  """Lists every combination of demands of a split, in a fixed order.
 
   Raises:
     ValueError: If the split is not one of `SPLITS`.

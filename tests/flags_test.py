@@ -12,10 +12,10 @@ from rlhf_jax import flags
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-  """What all share.
+  """Settings of every script.
 
   Attributes:
-    seed: Of everything random.
+    seed: Random seed.
     steps: Number of updates, of which every
       one counts: warm-up too.
 
@@ -48,8 +48,8 @@ class Config(Common):
   """The options.
 
   Attributes:
-    shuffle (bool): Whether batches come in random order.
-    name: Of the run.
+    shuffle (bool): Random order of batches.
+    name: Name of the run.
   """
 
   shuffle: bool = True
@@ -76,7 +76,7 @@ class PPO:
   """PPO.
 
   Attributes:
-    kl_coef: Of the penalty.
+    kl_coef: Coefficient of the penalty.
   """
 
   kl_coef: float = 0.1
@@ -161,9 +161,9 @@ def test_repeated_name_is_written_once():
 def test_help_comes_from_the_docstrings():
   found = registry()
   assert {name: found[name].help for name in ("seed", "steps", "shuffle", "dpo.beta")} == {
-    "seed": "Of everything random.",
+    "seed": "Random seed.",
     "steps": "Number of updates, of which every one counts: warm-up too.",
-    "shuffle": "Whether batches come in random order.",
+    "shuffle": "Random order of batches.",
     "dpo.beta": "Strength of the implied KL penalty; larger stays closer to the reference.",
   }
 

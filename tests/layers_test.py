@@ -1,4 +1,4 @@
-"""Who imports whom, and what no module may do with what comes from outside."""
+"""Imports between modules, and bans on unsafe uses of outside input."""
 
 import ast
 import pathlib
@@ -130,7 +130,7 @@ _KEYWORDS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def _unsafe(source: str) -> list[str]:
-  """What in `source` can run code that came with data, or hand text to a shell."""
+  """Lists calls in `source` that can run code from data, or pass text to a shell."""
   imported = _imports(source)
   found = [name for name in imported if name.split(".")[0] in _MODULES or name in _CALLS]
   for node in ast.walk(ast.parse(source)):

@@ -1,4 +1,4 @@
-"""What a process makes of the others; `tests/experiments/multiprocess_test.py` has real ones."""
+"""Agreement between simulated processes; `tests/experiments/multiprocess_test.py` has real ones."""
 
 import json
 

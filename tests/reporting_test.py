@@ -19,7 +19,7 @@ HOSTILE = "a\x1b[2Jb\x07c\u202ed\u200be\x9bf\ud800 [red]bold[/red] :smile:\r\nne
 
 @pytest.fixture
 def terminal(monkeypatch):
-  """What is shown on a terminal of 100 columns, without colours and cursor movements."""
+  """Output on a terminal of 100 columns, without colours and cursor movements."""
   stream = io.StringIO()
   console = reporting.Console(
     file=stream,

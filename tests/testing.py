@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Helpers of several test files."""
 
 import contextlib
 import dataclasses
@@ -142,7 +142,7 @@ def wait_for(
   or_say: Callable[[], str] = str,
   pause: float = 0.2,  # Most of what is asked starts a program.
 ) -> Any:
-  """What `what` returns once it is true; fails with `or_say` when the time is over."""
+  """Returns the first true result of `what()`; fails with `or_say()` after `seconds`."""
   deadline = time.monotonic() + seconds
   while not (found := what()):
     assert time.monotonic() < deadline, or_say()
@@ -151,12 +151,12 @@ def wait_for(
 
 
 def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> PackedBatch:
-  """The sequences or pairs of right-padded rows, whose masks end where they do, in fewer rows.
+  """Packs right-padded sequences or pairs, whose masks end where they do, into fewer rows.
 
   Args:
     batch: [N, T] or [N, 2, T].
-    layout: Which of the N stand in each row, in their order.
-    length: Of the rows; padding is filled with any tokens.
+    layout: Indices of the sequences in each row, in order.
+    length: Length of the rows; padding is filled with any tokens.
   """
   tokens, mask = (np.asarray(x) for x in batch)
   sides = tokens.shape[1:-1]

@@ -1,8 +1,8 @@
-"""PPO: step sizes of policy and critic, the KL penalty, how often a batch is learnt from.
+"""PPO: learning rates of policy and critic, KL penalty, epochs per batch.
 
-A weak penalty lets the reward model be exploited: on real data, where no gold reward judges, bound
-the distance too, --constraint='kl<10'. The learning rates are for the built-in task; those of a
-pretrained model are 300 times smaller.
+A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
+also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
 """
 
 METRIC = "gold/win_rate"

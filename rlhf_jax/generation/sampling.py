@@ -1,4 +1,4 @@
-"""Draws tokens from logits."""
+"""Sampling of tokens from logits."""
 
 import dataclasses
 import math
@@ -13,14 +13,15 @@ from rlhf_jax.losses import logprobs as logprobs_lib
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """Settings of sampling.
+  """Settings of the sampler.
 
   Attributes:
-    max_new_tokens: Longest response, tokens, the stop token included.
-    temperature: Divides the logits; 0 takes the most likely token.
-    top_k: Samples among the k most likely tokens only; 0 among all.
-    top_p: Samples among the most likely tokens that together reach this probability.
-    samples_per_prompt: Responses per prompt, which share one prefill.
+    max_new_tokens: Maximum length of a response in tokens, including the stop token.
+    temperature: Sampling temperature; 0 is greedy.
+    top_k: Number of most likely tokens to sample from; 0 samples from all.
+    top_p: Probability of the nucleus. Only the smallest set of most likely tokens that reaches it
+      is sampled from; 1 samples from all.
+    samples_per_prompt: Responses per prompt. They share one prefill.
   """
 
   max_new_tokens: int = 64
@@ -78,8 +79,8 @@ def sample(
 
   Returns:
     Tokens [B] int32, and their log-probabilities [B] float32 under the softmax at
-    `config.temperature` (at temperature 0: at 1). `top_k` and `top_p` do not enter the
-    log-probability, so it is the one that a trainer computes.
+    `config.temperature` (at 1 if the temperature is 0). `top_k` and `top_p` do not affect the
+    log-probabilities, so they equal those that a trainer computes.
   """
   chex.assert_rank([logits, keys], [2, 1])
   chex.assert_equal_shape_prefix([logits, keys], 1)

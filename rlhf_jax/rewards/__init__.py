@@ -1,7 +1,7 @@
 """Judges of sampled responses: models on device, or Python functions of the text.
 
-Of single responses all become a `RewardFn`, `(rollout, prompt_ids) -> [B] scores`; of pairs a
-`PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
+A judge of single responses becomes a `RewardFn`, `(rollout, prompt_ids) -> [B] scores`. A judge of
+pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.functions import REWARDS, TextReward

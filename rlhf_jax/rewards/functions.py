@@ -11,7 +11,7 @@ from rlhf_jax import simulation
 from rlhf_jax.data import DataError
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
-# with all their columns: a reference answer, a label, anything the score needs.
+# with all their columns: a reference answer, a label, anything that the score needs.
 Scores = Sequence[float] | np.ndarray
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
 
@@ -19,7 +19,7 @@ TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]
 def gold(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
-  """The known reward of the built-in task."""
+  """Gold reward of the built-in task."""
   del rows
   return simulation.gold_reward(list(prompts), list(responses))
 
@@ -47,7 +47,7 @@ def sentiment(
   return np.array([score(response)["compound"] for response in responses], np.float32)
 
 
-# What announces an answer, the strongest sign first.
+# Patterns that announce an answer, the strongest sign first.
 _ANNOUNCEMENTS = tuple(
   re.compile(pattern, re.IGNORECASE | re.MULTILINE)
   for pattern in (
@@ -76,9 +76,9 @@ _PLAIN = (
 def final_number(text: str) -> float | None:
   r"""The number that a text gives as its answer.
 
-  It is the first one behind the last `\boxed{`, or else behind the last `####`, or else behind the
-  last "answer is", "answer:" or, at the start of a line, "A:", or else behind the last equals sign
-  of the last line. A text without any of these answers with its last number. Thousands separators,
+  It is the first number after the last `\boxed{`, or else after the last `####`, or else after the
+  last "answer is", "answer:" or, at the start of a line, "A:", or else after the last equals sign
+  of the last line. In a text without any of these it is the last number. Thousands separators,
   currencies, units, fractions and LaTeX are understood.
 
   Args:
@@ -90,7 +90,7 @@ def final_number(text: str) -> float | None:
   text = text.strip()
   for pattern, plain in _PLAIN:
     text = pattern.sub(plain, text)
-  announced = next((found for p in _ANNOUNCEMENTS if (found := list(p.finditer(text)))), [])
+  announced = next((hits for p in _ANNOUNCEMENTS if (hits := list(p.finditer(text)))), [])
   numbers = list(_NUMBER.finditer(text, announced[-1].end() if announced else 0))
   if not numbers:
     return None
@@ -101,10 +101,10 @@ def final_number(text: str) -> float | None:
 def exact_answer(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
-  """1 if the final number of the response is that of the column `answer`, else 0.
+  """1 if the final number of the response equals that of the column `answer`, else 0.
 
   Raises:
-    DataError: A row has no number in `answer`.
+    DataError: If a row has no number in `answer`.
   """
   del prompts
   scores = np.zeros(len(responses), np.float32)

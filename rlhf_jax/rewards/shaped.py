@@ -1,6 +1,6 @@
 """Shapes scores before a method sees them: comparison with the reference, normalisation, clipping.
 
-Every method that samples can use it. The running moments belong into the state of an iteration.
+Every method that samples can use it. The running moments belong in the state of an iteration.
 """
 
 import dataclasses
@@ -36,13 +36,13 @@ class ShapingConfig:
   """Changes to scores before a method sees them.
 
   Attributes:
-    function: Key of rlhf_jax.rewards.shaped.SHAPINGS, which compares a score with those of the
-      reference's responses to the prompt. `par` is how often it beats them, `center` its distance
-      from their mean, `log_sigmoid` the log-sigmoid of that distance. Empty compares with nothing.
-    reference_samples: Responses of the reference to each prompt, for `function`.
-    normalize: Division of the distance from the running mean by the running standard deviation.
-    clip: Bound on the size of a score; 0 does not clip.
-    missing_eos_penalty: Subtracted from the score of a response that was cut at the longest length.
+    function: Key of rlhf_jax.rewards.shaped.SHAPINGS, which compares a score to the scores of the
+      reference's responses to the prompt. `par` is the probability of beating them, `center` the
+      distance from their mean, `log_sigmoid` the log-sigmoid of that distance. Empty for none.
+    reference_samples: Number of responses of the reference to each prompt, for `function`.
+    normalize: Subtract the running mean and divide by the running standard deviation.
+    clip: Bound on the absolute value of a score; 0 does not clip.
+    missing_eos_penalty: Penalty subtracted from the score of a truncated response.
   """
 
   function: str = ""
@@ -68,8 +68,8 @@ def shape(
   """Shapes the scores of a batch.
 
   Args:
-    scores: [B] float. Entries that are not finite are left out of the moments.
-    ended: [B] bool, whether the response ended in a stop token.
+    scores: [B] float. Entries that are not finite are excluded from the moments.
+    ended: [B] bool, True if the response ended in a stop token.
     moments: Running moments of the scores before this batch.
     config: Changes to make.
     ref_scores: [B, M] scores of M responses of the reference to the same prompt, for
@@ -79,7 +79,7 @@ def shape(
     [B] float32 shaped scores, NaN where `scores` is not finite, and the moments with this batch.
 
   Raises:
-    ValueError: `config.function` needs scores of the reference, and there are none.
+    ValueError: If `config.function` needs scores of the reference, and there are none.
   """
   finite = jnp.isfinite(scores)
   scores = jnp.where(finite, scores, 0.0).astype(jnp.float32)

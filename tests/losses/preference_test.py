@@ -257,7 +257,7 @@ def pair_by_rank(high, low, beta, smoothing):
 
 
 def sides(name, arrays):
-  """What is sorted against what."""
+  """The two arrays that are sorted against each other."""
   chosen, rejected, ref_chosen, ref_rejected = np.asarray(arrays, np.float64)
   if name == "aot":
     return chosen - rejected, ref_chosen - ref_rejected
@@ -652,7 +652,7 @@ def test_the_bonus_is_minus_the_value_of_rewards_centred_on_the_calibration():
 
 
 def explore(alpha, seed, arms=5, rounds=60, beta=0.1):
-  """Whether XPO with an exact argmin over a finite class ever tries the best arm.
+  """Runs XPO with an exact argmin over a finite class; True if it ever tries the best arm.
 
   The reference samples that arm once in a thousand.
   """

@@ -50,12 +50,12 @@ class Config(loop.RunConfig):
   opponent: str = ""
   extragradient: bool = False
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   preference: PreferenceOptions = PreferenceOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   nash_md: NashMDConfig = NashMDConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()

@@ -54,13 +54,13 @@ class Config(loop.RunConfig):
   prompts: int = 512
   learning_rate_decay: float = 0.7
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
   reward: judges.RewardOptions = judges.RewardOptions()
-  shaping: ShapingConfig = ShapingConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
   rest: RestConfig = RestConfig()
   optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+  shaping: ShapingConfig = ShapingConfig()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()

@@ -39,14 +39,14 @@ class Config(loop.RunConfig):
   batch_size: int = 16
   checkpoint_every: int = 20
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  rollout: RolloutOptions = RolloutOptions()
   reward: RewardOptions = RewardOptions()
-  shaping: ShapingConfig = ShapingConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
   rloo: RLOOConfig = RLOOConfig(kl_coef=0.2)
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  shaping: ShapingConfig = ShapingConfig()
+  rollout: RolloutOptions = RolloutOptions()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
@@ -99,13 +99,12 @@ def make_experience(bench: workbench.Workbench):
   config = bench.config
   read = reading.make_read(bench.model.apply, config.sampling.temperature)
   return responses.make_experience(
+    config,
     read,
     read,
     lambda rollout, scores, policy, ref: rloo.make_batch(
       rollout, scores, ref, config.rloo, samples_per_prompt=config.sampling.samples_per_prompt
     ),
-    config.shaping,
-    importance_cap=config.rollout.importance_cap,
   )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from experiments.lab import models, responses, training
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
+from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params, Rollout, TokenBatch
 
@@ -167,16 +168,16 @@ class Case(NamedTuple):
     carry: Any,
     *,
     critic: bool = False,
-    sequences: bool = False,
+    ptx: bool = False,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
 
     Args:
       trainer: State and step of the policy, and of the critic if there is one.
-      experience: `(params, ref_params, carry, responses, ...) -> (batch, carry, metrics)`.
+      experience: `(params, ref_params, carry, responses) -> (batch, carry, metrics)`.
       carry: State of the experience.
       critic: True if a critic is a model besides the policy.
-      sequences: True if `experience` reads demonstrations, one per response.
+      ptx: True if the update also reads a demonstration per response.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
@@ -193,13 +194,14 @@ class Case(NamedTuple):
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
     scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
     inputs = [params, bench.start, self.carried(carry), scored]
-    if sequences:
-      wide = (rows, self.length)
-      inputs.append(self.place(TokenBatch(np.zeros(wide, np.int32), np.zeros(wide, bool))))
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
+    if ptx:
+      wide = (rows, self.length)
+      texts = self.place(TokenBatch(np.zeros(wide, np.int32), np.zeros(wide, bool)))
+      batch = terms.WithSequences(batch, texts)
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
     work = self.training_work(settings.epochs * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)

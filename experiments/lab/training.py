@@ -185,13 +185,13 @@ def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
 
 
 class Zipped:
-  """Several sources of batches as one source, with one position to save."""
+  """Several sources of batches as one source of tuples, with one position to save."""
 
-  def __init__(self, combine: Callable[..., Any], sources: Sequence[Any]):
-    self._combine, self._sources = combine, sources
+  def __init__(self, *sources: Any):
+    self._sources = sources
 
-  def __next__(self) -> Any:
-    return self._combine(*(next(source) for source in self._sources))
+  def __next__(self) -> tuple[Any, ...]:
+    return tuple(next(source) for source in self._sources)
 
   def get_state(self) -> list[Any]:
     return [source.get_state() for source in self._sources]

@@ -1,13 +1,47 @@
-"""Triples of responses to a prompt that were all compared, and the cycles among them."""
+"""Quality of a preference model: agreement, calibration, and cycles among triples."""
 
 import itertools
 from collections.abc import Callable
 
 import numpy as np
 
-from rlhf_jax import data, loop, simulation
+from rlhf_jax import data, evaluation, loop, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.data import DataConfig
+
+
+def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
+  """Measures a preference model on held-out comparisons, beside preferring the longer response.
+
+  Args:
+    dataset: Comparisons.
+    logits: [N] log-odds of the first response of each.
+  """
+  preference = np.asarray([example["preference"][0] for example in dataset.examples])
+  metrics = preference_model.preference_metrics(logits, preference)
+  lengths = np.asarray(
+    [np.subtract(*map(len, data.responses_of(example))) for example in dataset.examples]
+  )
+  by_length = preference_model.preference_metrics(lengths.astype(np.float32), preference)
+  untied = preference != 0.5
+  towards = np.where(preference > 0.5, 1.0, -1.0) * logits
+  calibration = evaluation.calibration(towards[untied], np.zeros(untied.sum()))
+  summary = {
+    "accuracy": float(metrics["preference/accuracy"]),
+    "length_baseline": float(by_length["preference/accuracy"]),
+    "calibration_error": calibration.ece,
+    "log_loss": float(
+      np.mean(
+        np.logaddexp(0.0, -logits) * preference + np.logaddexp(0.0, logits) * (1 - preference)
+      )
+    ),
+    "comparisons": len(logits),
+    "ties": int(np.sum(~untied)),
+  }
+  if not untied.all():
+    summary["confidence_in_ties"] = float(np.mean(1 / (1 + np.exp(-np.abs(logits[~untied])))))
+  return summary
+
 
 # For each prompt, where the comparisons of the responses (0, 1), (1, 2) and (0, 2) are.
 Places = list[tuple[int, int, int]]

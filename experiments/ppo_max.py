@@ -33,7 +33,7 @@ from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards import shaped
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
-from rlhf_jax.types import TokenBatch
+from rlhf_jax.types import Params, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.reward.require()
   responses.require_devices(config.rollout)
-  extra = {"ptx": ("demonstrations", config.ptx_path)} if config.ppo_max.ptx_coef else {}
+  extra: dict[str, tuple[data.KindName, str]] = {}
+  if config.ppo_max.ptx_coef:
+    extra["ptx"] = ("demonstrations", config.ptx_path)
   adapted, spare = config.reward.paths[:1], config.rollout.devices
   with workbench.open(
     session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
@@ -145,14 +147,20 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
   return critics.make_trainer(bench, actor, make_step, settings, wait=wait)
 
 
-def make_experience(bench: workbench.Workbench, actor: critics.Actor):
+def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
   """Jitted `(params, ref_params, carry, responses, demonstrations) -> (batch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)
   refer = reading.make_read(bench.model.apply, temperature)
 
   @jax.jit
-  def experience(params, ref_params, carry, answers, demonstrations=None):
+  def experience(
+    params: Params,
+    ref_params: Params,
+    carry: Carry,
+    answers: responses.Responses,
+    demonstrations: TokenBatch | None = None,
+  ):
     rollout, scores, ended, ref_scores = answers
     scores, moments = shaped.shape(scores, ended, carry.moments, config.shaping, ref_scores)
     policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs

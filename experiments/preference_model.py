@@ -19,9 +19,10 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, models, triples, workbench
+from experiments.lab import evaluating, models, training, triples, workbench
 from experiments.lab.case import Case
 from rlhf_jax import data, entry, evaluation, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
@@ -70,7 +71,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return bench.over(heldout, functools.partial(measure, trainer.params(state)))
 
     def evaluate(state, step):
-      metrics = preference_model.preference_metrics(**heldout_rows(state, step))
+      rows = jax.tree.map(jnp.asarray, heldout_rows(state, step))
+      metrics = preference_model.preference_metrics(**rows)
       return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     state = bench.fit(
@@ -93,7 +95,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   return summary
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the judge."""
   settings = bench.config.preference_model
   make_step = functools.partial(preference_model.make_preference_model_step, config=settings)
@@ -108,11 +110,11 @@ def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
     logits: [N] log-odds of the first response of each.
   """
   preference = np.asarray([example["preference"][0] for example in dataset.examples])
-  metrics = preference_model.preference_metrics(logits, preference)
-  lengths = np.asarray(
-    [np.subtract(*map(len, data.responses_of(example))) for example in dataset.examples]
-  )
-  by_length = preference_model.preference_metrics(lengths.astype(np.float32), preference)
+  share = jnp.asarray(preference)
+  metrics = preference_model.preference_metrics(jnp.asarray(logits), share)
+  responses = [data.responses_of(example) for example in dataset.examples]
+  longer_by = jnp.asarray([len(a) - len(b) for a, b in responses], jnp.float32)
+  by_length = preference_model.preference_metrics(longer_by, share)
   untied = preference != 0.5
   towards = np.where(preference > 0.5, 1.0, -1.0) * logits
   calibration = evaluation.calibration(towards[untied], np.zeros(untied.sum()))

@@ -36,12 +36,13 @@ def triples_of(
     a, b = (ids.tobytes() for ids in data.responses_of(example))
     met[prompt, a, b] = i
     answers.setdefault(prompt, {}).update({a: None, b: None})
-  places = []
+  places: Places = []
   for prompt, texts in answers.items():
     for a, b, c in itertools.islice(itertools.combinations(texts, 3), 20):
-      found = [met.get((prompt, *pair)) for pair in ((a, b), (b, c), (a, c))]
-      if None not in found:
-        places.append(tuple(found))
+      pairs = ((prompt, a, b), (prompt, b, c), (prompt, a, c))
+      if all(pair in met for pair in pairs):
+        ab, bc, ac = (met[pair] for pair in pairs)
+        places.append((ab, bc, ac))
   return (heldout, places) if places else None
 
 

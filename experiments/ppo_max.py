@@ -33,7 +33,7 @@ from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards import shaped
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
-from rlhf_jax.types import Params, TokenBatch
+from rlhf_jax.types import TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +154,7 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   refer = reading.make_read(bench.model.apply, temperature)
 
   @jax.jit
-  def experience(
-    params: Params,
-    ref_params: Params,
-    carry: Carry,
-    answers: responses.Responses,
-    demonstrations: TokenBatch | None = None,
-  ):
+  def experience(params, ref_params, carry: Carry, answers, demonstrations=None):
     rollout, scores, ended, ref_scores = answers
     scores, moments = shaped.shape(scores, ended, carry.moments, config.shaping, ref_scores)
     policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs

@@ -17,6 +17,7 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -89,7 +90,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(make_step)
 
 
-def make_refer(bench: workbench.Workbench):
+def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities of pairs under the reference."""
   read = pairs.make_read_pairs(bench.model.apply, bench.config.pairs)
   return jax.jit(lambda params, rows: {"ref": read(params, rows).totals})

@@ -14,7 +14,7 @@ Starting the same command again continues a run that was stopped.
 import dataclasses
 import functools
 
-from experiments.lab import models, responses, workbench
+from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
@@ -85,14 +85,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     return judge.finish(policy_of(state), config.steps, "GSPO")
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the policy."""
   settings, temperature = bench.config.gspo, bench.config.sampling.temperature
   make_step = functools.partial(gspo.make_gspo_step, config=settings, temperature=temperature)
   return bench.trainer(make_step, settings)
 
 
-def make_experience(bench: workbench.Workbench):
+def make_experience(bench: workbench.Workbench) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (GSPOBatch, moments, metrics)`."""
   config = bench.config
   read = reading.make_read(bench.model.apply, config.sampling.temperature)

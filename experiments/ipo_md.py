@@ -17,7 +17,7 @@ import functools
 
 import jax
 
-from experiments.lab import matches, models, responses, workbench
+from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import PreferenceOptions
 from experiments.lab.matches import Match
@@ -91,7 +91,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     return judge.finish(trainer.params(state), config.steps, "IPO-MD")
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the policy."""
   settings, temperature = bench.config.ipo_md, bench.config.sampling.temperature
   return bench.trainer(

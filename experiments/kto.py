@@ -14,6 +14,7 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -85,7 +86,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(functools.partial(kto.make_kto_step, config=bench.config.kto))
 
 
-def make_refer(bench: workbench.Workbench):
+def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities under the reference."""
   apply_fn = bench.model.apply
   return jax.jit(lambda params, rows: {"ref": kto.read_responses(apply_fn, params, rows)})

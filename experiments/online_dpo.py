@@ -64,9 +64,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   samples = config.sampling.samples_per_prompt
   with workbench.open(session, config, "online_dpo", "prompts") as bench:
     trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)
-    prefer_of = bench.open_preference() if config.preference.is_given else None
-    reward_of = bench.open_reward() if prefer_of is None else None
-    score_of = reward_of or pairing.tournament(prefer_of, samples)
+    prefer_of = reward_of = None
+    if config.preference.is_given:
+      prefer_of = bench.open_preference()
+      score_of = pairing.tournament(prefer_of, samples)
+    else:
+      score_of = reward_of = bench.open_reward()
     bench.describe(
       "Online DPO",
       trainer,

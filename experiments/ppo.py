@@ -103,7 +103,7 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
   return critics.make_trainer(bench, actor, make_step, settings)
 
 
-def make_experience(bench: workbench.Workbench, actor: critics.Actor):
+def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (PPOBatch, moments, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   return responses.make_experience(

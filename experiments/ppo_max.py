@@ -5,12 +5,11 @@ Built-in task, after SFT and reward model (three minutes on a laptop CPU; win ra
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-A KL to hold in place of a coefficient; credit for five tokens at a time (MA-RLHF):
+A KL to hold in place of a coefficient; credit for five tokens at a time:
   --ppo_max.kl_target=6    --ppo_max.segment=5
 
-Scores are normalised and clipped, the critic trains alone at first, and a loss on demonstrations is
-added. The default learning rates suit the built-in task; a pretrained model wants about 1e-6.
-Starting the same command again continues a run that was stopped.
+Scores are normalised and clipped, and the critic trains alone at first. Pretrained models want
+learning rates of about 1e-6. Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
@@ -39,8 +38,7 @@ class Config(loop.RunConfig):
   """PPO-max. `batch_size` counts prompts; each step has one iteration of sampling and updates.
 
   Attributes:
-    ptx_path: JSON Lines file of demonstrations for `ppo_max.ptx_coef`; empty takes those of the
-      built-in task.
+    ptx_path: JSON Lines file of demonstrations for `ppo_max.ptx_coef`; empty is the built-in task.
   """
 
   steps: int = 45
@@ -71,7 +69,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.reward.require()
   responses.require_devices(config.rollout)
-  extra = {"ptx": ("demonstrations", config.ptx_path)} if config.ppo_max.ptx_coef else {}
+  extra: workbench.Extra = {}
+  if config.ppo_max.ptx_coef:
+    extra = {"ptx": ("demonstrations", config.ptx_path)}
   adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(
     session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
@@ -82,8 +82,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe("PPO-max", trainer, reward=config.reward.path or config.reward.name)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
-    size = config.batch_size * config.sampling.samples_per_prompt
     control = ppo_max.Control.init(config.ppo_max)
+    size = config.batch_size * config.sampling.samples_per_prompt
 
     def iteration(state: IterationState, batch, key):
       (prompts, *demonstrations), params = batch, trainer.params(state.train)
@@ -119,7 +119,7 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
   return critics.make_trainer(bench, actor, step, settings)
 
 
-def make_experience(bench: workbench.Workbench, actor: critics.Actor):
+def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
   """Jitted `(params, ref_params, carry, responses) -> (PPOBatch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)

@@ -19,9 +19,10 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, models, verdicts, workbench
+from experiments.lab import evaluating, models, training, verdicts, workbench
 from experiments.lab.case import Case
 from rlhf_jax import entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
@@ -70,7 +71,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return bench.over(heldout, functools.partial(measure, trainer.params(state)))
 
     def evaluate(state, step):
-      metrics = preference_model.preference_metrics(**heldout_rows(state, step))
+      rows = jax.tree.map(jnp.asarray, heldout_rows(state, step))
+      metrics = preference_model.preference_metrics(**rows)
       return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     state = bench.fit(
@@ -93,7 +95,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   return summary
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the judge."""
   settings = bench.config.preference_model
   make_step = functools.partial(preference_model.make_preference_model_step, config=settings)

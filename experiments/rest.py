@@ -88,7 +88,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   workdir = workdir_lib.local_path(session.workdir)
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     # Every step runs the programs of the one before, as a run of its own.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   rows: list[dict[str, float]] = []

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
+from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 
@@ -70,8 +71,15 @@ class ModelOptions:
 
 def model_folder(path: str) -> pathlib.Path | None:
   """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
-  if not path:
-    return None
+  return finished_folder(path) if path else None
+
+
+def finished_folder(path: str) -> pathlib.Path:
+  """The Hugging Face folder itself, or the export of a finished run.
+
+  Raises:
+    ModelFolderError: It is neither.
+  """
   folder = workdir_lib.local_path(path)
   if (folder / EXPORT / "config.json").exists():
     return folder / EXPORT
@@ -121,7 +129,7 @@ def open_model(
   options: ModelOptions,
   folder: pathlib.Path | None,
   tokenizer: data.Tokenizer,
-  head: Literal["language", "scalar"] = "language",
+  head: Head = "language",
 ) -> tuple[Model, Params]:
   """A model and its params, created or loaded in place on the mesh of the run."""
   if folder is None and options.preset:

@@ -125,7 +125,11 @@ class Sampled(NamedTuple):
   """Responses that are not scored yet, and the ids of their prompts."""
 
   rollout: Rollout
-  prompt_id: jax.Array
+  prompt_id: jax.Array | np.ndarray
+
+
+# (params, ref_params, carry, responses, ...) -> (batch, carry, metrics)
+Experience = Callable[..., tuple[Any, Any, Metrics]]
 
 
 class Carry(NamedTuple):
@@ -187,7 +191,7 @@ class Responder:
 
   def __call__(
     self, policy: Params, state: IterationState, prompts: data.PromptBatch, key: jax.Array
-  ) -> tuple[Responses, Sampled | None, Metrics]:
+  ) -> tuple[Responses, Sampled | None, dict[str, Any]]:
     """Returns scored responses, those sampled ahead for the next iteration, and metrics.
 
     Args:
@@ -225,7 +229,9 @@ class Responder:
     }
     return Responses(rollout, scores, bench.ended(rollout), ref_scores), following, metrics
 
-  def _score(self, rollout: Rollout, prompt_id: jax.Array) -> tuple[np.ndarray, jax.Array]:
+  def _score(
+    self, rollout: Rollout, prompt_id: jax.Array | np.ndarray
+  ) -> tuple[np.ndarray, jax.Array]:
     """Ids of the prompts and scores of responses, [B] each."""
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
@@ -278,7 +284,7 @@ def make_prepare(
 
 def make_experience(
   config: Any, read: reading.Read, refer: reading.Read, make_batch: Callable[..., Any]
-) -> Callable[..., Any]:
+) -> Experience:
   """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
 
   Args:
@@ -366,12 +372,12 @@ def nothing_sampled(bench: Workbench) -> Sampled:
   config = bench.config
   rows, new = config.batch_size * config.sampling.samples_per_prompt, config.sampling.max_new_tokens
   shape = (rows, bench.train_set.padded_length + new)
-  nothing = Rollout(
-    tokens=np.zeros(shape, np.int32),
-    prompt_mask=np.zeros(shape, bool),
-    response_mask=np.zeros(shape, bool),
-    logprobs=np.zeros((rows, new), np.float32),
-  )
-  return sharding.place_batch(
-    Sampled(nothing, np.zeros(config.batch_size, np.int32)), bench.run.mesh
-  )
+  rollout = {
+    "tokens": np.zeros(shape, np.int32),
+    "prompt_mask": np.zeros(shape, bool),
+    "response_mask": np.zeros(shape, bool),
+    "logprobs": np.zeros((rows, new), np.float32),
+  }
+  nothing = {"rollout": rollout, "prompt_id": np.zeros(config.batch_size, np.int32)}
+  nothing = sharding.place_batch(nothing, bench.run.mesh)
+  return Sampled(Rollout(**nothing["rollout"]), nothing["prompt_id"])

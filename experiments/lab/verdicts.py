@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import data, evaluation, loop, simulation
@@ -18,11 +19,11 @@ def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
     logits: [N] log-odds of the first response of each.
   """
   preference = np.asarray([example["preference"][0] for example in dataset.examples])
-  metrics = preference_model.preference_metrics(logits, preference)
-  lengths = np.asarray(
-    [np.subtract(*map(len, data.responses_of(example))) for example in dataset.examples]
-  )
-  by_length = preference_model.preference_metrics(lengths.astype(np.float32), preference)
+  share = jnp.asarray(preference)
+  metrics = preference_model.preference_metrics(jnp.asarray(logits), share)
+  responses = [data.responses_of(example) for example in dataset.examples]
+  longer_by = jnp.asarray([len(a) - len(b) for a, b in responses], jnp.float32)
+  by_length = preference_model.preference_metrics(longer_by, share)
   untied = preference != 0.5
   towards = np.where(preference > 0.5, 1.0, -1.0) * logits
   calibration = evaluation.calibration(towards[untied], np.zeros(untied.sum()))
@@ -70,12 +71,13 @@ def triples_of(
     a, b = (ids.tobytes() for ids in data.responses_of(example))
     met[prompt, a, b] = i
     answers.setdefault(prompt, {}).update({a: None, b: None})
-  places = []
+  places: Places = []
   for prompt, texts in answers.items():
     for a, b, c in itertools.islice(itertools.combinations(texts, 3), 20):
-      found = [met.get((prompt, *pair)) for pair in ((a, b), (b, c), (a, c))]
-      if None not in found:
-        places.append(tuple(found))
+      pairs = ((prompt, a, b), (prompt, b, c), (prompt, a, c))
+      if all(pair in met for pair in pairs):
+        ab, bc, ac = (met[pair] for pair in pairs)
+        places.append((ab, bc, ac))
   return (heldout, places) if places else None
 
 

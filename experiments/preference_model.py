@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import records
 from experiments.lab import evaluating, models, training, verdicts, workbench
 from experiments.lab.case import Case
 from rlhf_jax import entry, loop, reporting
@@ -79,7 +80,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer.step, trainer, bench.batches(), evaluate=evaluate, title="preference model"
     )
     params = trainer.params(state)
-    bench.export(params, label=models.PREFERENCE)
+    bench.export(params, label=records.PREFERENCE)
     summary = {}
     if heldout.examples:
       summary = verdicts.judge(heldout, heldout_rows(state, config.steps)["logits"])

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from experiments import records
 from experiments.lab import models
 from rlhf_jax import (
   data,
@@ -108,7 +109,7 @@ def open_preference(
   options.require()
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
-    if label == models.PREFERENCE:
+    if label == records.PREFERENCE:
       prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments import records
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
@@ -17,9 +18,6 @@ from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
-
-
-PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +206,7 @@ def open_reward_model(
 ) -> tuple[Model, Params]:
   """The reward model behind `--reward.path`, which must read the policy's tokens."""
   model, params, label = open_scorer(run, path, options, tokenizer)
-  if label == PREFERENCE:
+  if label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
       " experiments.reward_model"

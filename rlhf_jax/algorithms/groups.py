@@ -21,11 +21,27 @@ Compare = Callable[..., jax.Array]
 # (logprobs, old_logprobs, advantages, mask), [B, R] each -> losses [B, R].
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Mask [B, R] -> weight of each token in the mean [B, R].
+
+class Average(NamedTuple):
+  """A mean over the tokens of a batch.
+
+  Attributes:
+    weights: Mask [B, R] -> weight of each token [B, R].
+    count: Mask [B, R] -> number of units that the mean is over [].
+  """
+
+  weights: Callable[[jax.Array], jax.Array]
+  count: Callable[[jax.Array], jax.Array]
+
+
+def _average(aggregation: str, count: Callable[[jax.Array], jax.Array]) -> Average:
+  return Average(functools.partial(policy_gradient.token_weights, aggregation=aggregation), count)
+
+
 AVERAGES = {
-  "responses": functools.partial(policy_gradient.token_weights, aggregation="grpo"),
-  "tokens": functools.partial(policy_gradient.token_weights, aggregation="dapo"),
-  "length": functools.partial(policy_gradient.token_weights, aggregation="dr_grpo"),
+  "responses": _average("grpo", lambda mask: jnp.sum(mask.any(axis=1))),
+  "tokens": _average("dapo", jnp.sum),
+  "length": _average("dr_grpo", lambda mask: jnp.sum(mask.any(axis=1))),
 }
 
 
@@ -127,14 +143,14 @@ def loss_fn(
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)
-  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), AVERAGES[config.average](mask)
+  average = AVERAGES[config.average]
+  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), average.weights(mask)
   policy_loss = jnp.sum(weights * token_loss(logprobs, old, batch.advantages, mask))
   kl_loss = jnp.sum(weights * kl.k3(logprobs, batch.ref_logprobs))
-  units = jnp.sum(mask if config.average == "tokens" else mask.any(axis=1))
   return policy_loss + config.kl_coef * kl_loss, {
     "loss/policy": policy_loss,
     "loss/kl": kl_loss,
     "entropy": masked.masked_mean(now.entropy, mask),
-    "weight": units.astype(jnp.float32),
+    "weight": average.count(mask).astype(jnp.float32),
     **reading.ratio_metrics(logprobs, old, mask, config.clip_low, config.clip_high),
   }

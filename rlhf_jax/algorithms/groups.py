@@ -23,25 +23,20 @@ TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Average(NamedTuple):
-  """A mean over the tokens of a batch.
-
-  Attributes:
-    weights: Mask [B, R] -> weight of each token [B, R].
-    count: Mask [B, R] -> number of units that the mean is over [].
-  """
+  """Mean over tokens: mask [B, R] -> weight of each token [B, R], and number of units []."""
 
   weights: Callable[[jax.Array], jax.Array]
   count: Callable[[jax.Array], jax.Array]
 
 
-def _average(aggregation: str, count: Callable[[jax.Array], jax.Array]) -> Average:
-  return Average(functools.partial(policy_gradient.token_weights, aggregation=aggregation), count)
+def _weigh(aggregation: str) -> Callable[[jax.Array], jax.Array]:
+  return functools.partial(policy_gradient.token_weights, aggregation=aggregation)
 
 
 AVERAGES = {
-  "responses": _average("grpo", lambda mask: jnp.sum(mask.any(axis=1))),
-  "tokens": _average("dapo", jnp.sum),
-  "length": _average("dr_grpo", lambda mask: jnp.sum(mask.any(axis=1))),
+  "responses": Average(_weigh("grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
+  "tokens": Average(_weigh("dapo"), jnp.sum),
+  "length": Average(_weigh("dr_grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
 }
 
 
@@ -136,10 +131,7 @@ def loss_fn(
   config: GroupConfig,
   token_loss: TokenLoss,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean of a token loss plus `kl_coef` times k3, as `config.average` says.
-
-  The metric `weight` counts what the mean is over, tokens or responses.
-  """
+  """Mean of a token loss plus `kl_coef` times k3; the metric `weight` counts its units."""
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)

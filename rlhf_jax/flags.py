@@ -215,9 +215,9 @@ def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: i
 
 
 def _reflow(text: str, width: int) -> str:
-  """Text in fewer columns: sentences are filled, indented commands are continued by backslashes."""
+  """Wraps a text: sentences are filled, indented commands are continued by backslashes."""
   lines, sentences = [], []
-  for line in [*text.replace(" \\\n", " ").splitlines(), ""]:
+  for line in [*re.sub(r" \\\n *", " ", text).splitlines(), ""]:
     if line and not line.startswith(" "):
       sentences.append(line)
       continue

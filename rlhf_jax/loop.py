@@ -44,7 +44,7 @@ class RunConfig:
     init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
       folder.
     steps: Number of steps.
-    batch_size: Rows per step, over all devices.
+    batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.

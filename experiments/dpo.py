@@ -1,4 +1,4 @@
-r"""Fine-tunes a policy on preference pairs directly: DPO and losses of the same log-probabilities.
+r"""Fine-tunes a policy directly on preference pairs: DPO and related losses.
 
 Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.7):
   python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft

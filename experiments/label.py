@@ -8,7 +8,7 @@ A person reads both responses and presses a, b, t (tie), s (skip), u (undo) or q
 (quit):
   python -m experiments.label --workdir=runs/hand --annotator=ada \
     --data.path=PAIRS.jsonl
-The labels train a model:
+Train a model on the labels:
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft \
     --data.path=runs/hand/labels.jsonl
   python -m experiments.preference_model --workdir=runs/pm \

@@ -19,7 +19,7 @@ from rlhf_jax import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class Session(processes.Group):
-  """Settings of a session: workdir, seed, devices and dashboards.
+  """Workdir, seed, devices and dashboards of a run.
 
   Attributes:
     workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. An unfinished run in it

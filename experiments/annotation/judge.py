@@ -24,8 +24,8 @@ class CriticOptions:
 
   Attributes:
     path: Workdir or Hugging Face folder of a language model.
-    principles: Text file with a question per line, such as "Which response is more honest?"; empty
-      takes rlhf_jax.rewards.PRINCIPLES.
+    principles: Text file with one principle per line, as a question such as "Which response is more
+      honest?"; empty takes rlhf_jax.rewards.PRINCIPLES.
   """
 
   path: str = ""
@@ -34,11 +34,11 @@ class CriticOptions:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeOptions(CriticOptions):
-  """The judge, unless a person labels.
+  """AI judge, unless a person labels.
 
   Attributes:
-    max_characters: Longest text of a prompt or response that is shown.
-    canaries: Rows in which the better response also meets empty and malicious ones.
+    max_characters: Maximum number of characters of a prompt or response that the judge reads.
+    canaries: Number of rows whose better response is also compared with empty and malicious ones.
   """
 
   max_characters: int = 1000

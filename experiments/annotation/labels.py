@@ -18,7 +18,7 @@ class LabelConfig:
   """Rows to label.
 
   Attributes:
-    limit: Rows to label; 0 labels all.
+    limit: Maximum number of rows to label; 0 labels all.
   """
 
   limit: int = 0

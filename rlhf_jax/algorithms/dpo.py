@@ -27,8 +27,8 @@ class DPOConfig:
   """DPO and other losses of the same four log-probabilities.
 
   Attributes:
-    loss: Loss: a key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, such as dpo or ipo, or your own
-      `module:function` with the arguments of `dpo_loss`.
+    loss: Loss: a key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, such as `dpo` or `ipo`, or your
+      own `module:function` with the arguments of `dpo_loss`.
     beta: Strength of the implicit KL penalty to the reference.
     label_smoothing: Assumed probability that the label of a pair is flipped.
     divergence: Divergence from the reference that is implicitly penalised: a key of

@@ -49,8 +49,8 @@ class GroupConfig(epochs.UpdateConfig):
     clip_low: Distance below 1 at which the probability ratio is clipped.
     clip_high: Distance above 1 at which the probability ratio is clipped.
     scale: Division of advantages by the standard deviation of the rewards of their group.
-    average: Average over tokens. responses averages within each response, then over responses; for
-      length the first average divides by the maximum length; tokens averages over all tokens.
+    average: Average over tokens. `responses` averages within each response, then over responses.
+      `length` does so with the maximum length as divisor. `tokens` averages over all tokens.
   """
 
   kl_coef: float = 0.1

@@ -22,9 +22,9 @@ class OnlineConfig:
   """Choice of the pairs and of the reference.
 
   Attributes:
-    pick: Rule that picks a pair from the samples of a prompt. best_worst takes the highest and the
-      lowest score, best_random the highest score and a random other sample, first_two the first two
-      samples.
+    pick: Rule that picks a pair from the samples of a prompt. `best_worst` takes the highest and
+      the lowest score, `best_random` the highest score and a random other sample, `first_two` the
+      first two samples.
     round_steps: Steps between updates of the reference to the current policy; 0 keeps the initial
       policy as the reference.
     bonus_coef: Weight of the exploration bonus, a function of the log-probability of samples of the

@@ -30,12 +30,12 @@ class RestConfig:
   """Selection and weights of the sampled responses.
 
   Attributes:
-    keep: Rule that selects responses. advantage keeps those furthest above the mean reward of their
-      prompt. It suits reward models, whose scores are not comparable between prompts. threshold
-      keeps the highest rewards of all prompts together, as in the paper. It suits rewards that are
-      comparable, such as 1 for a right answer. best keeps the best response to each prompt.
-    quantiles: Share of the responses below the threshold, rising, for one Improve step each. 0.7
-      keeps the top 30 %. With keep=best it is a share of the prompts, by their best response.
+    keep: Rule that selects responses. `advantage` keeps those furthest above the mean reward of
+      their prompt. It suits reward models, whose scores are not comparable between prompts.
+      `threshold` keeps the highest rewards of all prompts together, as in the paper. It suits
+      comparable rewards, such as 1 for a right answer. `best` keeps the best response per prompt.
+    quantiles: Shares of the responses to drop, rising, one per Improve step. 0.7 keeps the top
+      30 %. With `best` they are shares of the prompts, ranked by their best response.
     temperature: Temperature of the weights exp(reward / temperature), in standard deviations of the
       sampled rewards; 0 gives all kept responses the same weight.
     trust: Weighting of each token by its probability under the policy, as in GOLD (offline RL).

@@ -29,9 +29,9 @@ class SimPOConfig:
   """SimPO and other losses without a reference.
 
   Attributes:
-    loss: Loss: simpo, orpo or cpo.
-    beta: Scale of the margin; for orpo the weight of the odds-ratio term.
-    gamma: Target margin of simpo, in units of the reward `beta * log p`.
+    loss: Loss: `simpo`, `orpo` or `cpo`.
+    beta: Scale of the margin; for `orpo` the weight of the odds-ratio term.
+    gamma: Target margin of `simpo`, in units of the reward `beta * log p`.
     sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
       The published ORPO has 1.
     microbatches: Micro-batches per batch; more of them save memory.

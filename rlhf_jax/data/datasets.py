@@ -27,7 +27,7 @@ _OVERLONG = ("drop", "truncate_prompt")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Sources of rows, and limits on those used.
+  """Sources of data, and limits on their rows.
 
   Attributes:
     path: JSON Lines file with one row per line. If path and tfds are empty, the built-in task
@@ -42,8 +42,8 @@ class DataConfig:
     eval_rows: Maximum number of held-out rows.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
-    overlong: Treatment of longer prompts. drop drops the row; truncate_prompt keeps the end of the
-      prompt. Rows with a longer response are always dropped.
+    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` keeps the end of
+      the prompt. Rows with a longer response are always dropped.
     packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
@@ -51,7 +51,7 @@ class DataConfig:
     end_token: Token that ends a response, such as <s>; empty takes that of the tokenizer.
     annotator: Annotator or group whose votes are the preferences; empty takes all votes. For the
       built-in task, a key of simulation.ANNOTATORS (empty is the expert).
-    votes: Treatment of several votes on one pair. majority makes one pair and drops ties; each
+    votes: Treatment of several votes on one pair. `majority` makes one pair and drops ties; `each`
       makes one pair per vote, which teaches a model the share of the votes.
   """
 

@@ -59,7 +59,7 @@ def improve(
       tokenizer,
       dataset,
       heldout,
-      more={"improve": index, "start": str(start)},
+      extra={"improve": index, "start": str(start)},
       digests=models.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:

@@ -42,7 +42,7 @@ def actor_critic(params, tokens, **kwargs):
 
 
 def params_of(seed=0, outputs=V):
-  """Params of `language`, or with one output of `scores`; numpy, so that nothing can donate them."""
+  """Params of `language`, or of `scores` with one output; in numpy, so that no step donates them."""
   rng = np.random.default_rng(seed)
   shapes = {"embedding": (V, WIDTH), "head": (WIDTH, outputs)}
   return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

@@ -1,7 +1,7 @@
 """A model that compiles at once, for tests whose subject is not the model.
 
-It sees a token and the mean of those up to it in its sequence, so that order, prompt and segments
-matter.
+It sees a token and a mean of those up to it in its sequence, with more weight on later ones, so that
+order, prompt and segments matter.
 """
 
 import functools
@@ -21,7 +21,9 @@ FIRST = 3  # Smaller ids are special.
 def _hidden(params, tokens, segment_ids):
   x = params["embedding"][tokens]
   ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
-  seen = jnp.tril(ids[:, :, None] == ids[:, None, :]).astype(jnp.float32)
+  at = np.arange(tokens.shape[1])
+  recent = np.tril(0.8 ** np.abs(at[:, None] - at).astype(np.float32))
+  seen = jnp.where(ids[:, :, None] == ids[:, None, :], recent[None], 0.0)
   return jnp.tanh(x + seen @ x / jnp.sum(seen, axis=2, keepdims=True))
 
 

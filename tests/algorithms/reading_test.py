@@ -158,7 +158,9 @@ def test_ratio_metrics_are_those_of_loops(bad):
   mask = rng.random((5, 6)) < 0.6
   old = rng.normal(size=(5, 6)).astype(np.float32)
   new = old + 0.2 * rng.normal(size=(5, 6)).astype(np.float32)
-  metrics = reading.ratio_metrics(np.where(mask, new, bad), np.where(mask, old, bad), mask, 0.1, 0.2)
+  metrics = reading.ratio_metrics(
+    np.where(mask, new, bad), np.where(mask, old, bad), mask, 0.1, 0.2
+  )
   ratio = np.exp(np.float64(new - old))[mask]
   want = {
     "clip_fraction": np.mean((ratio < 0.9) | (ratio > 1.2)),

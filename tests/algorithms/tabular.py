@@ -1,10 +1,14 @@
 """A policy on nine sequences of two tokens, behind an empty prompt of one column."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhf_jax.algorithms import opponents
+from rlhf_jax.losses import game
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import Rollout
 
@@ -171,3 +175,71 @@ def improve_groups(make_step, make_batch, config, samples, steps=150):
 
   step, params = make_step(table_apply, tx, config), REF["policy"]
   return improve(step, to_batch, params, tx, policy_of=lambda params: params, steps=steps)[0]
+
+
+# Preferences between the nine sequences, with cycles.
+_UPPER = np.triu(np.random.default_rng(0).random((V**T, V**T)), 1)
+PREFERENCE = np.float32(_UPPER + np.tril(1 - _UPPER.T, -1) + 0.5 * np.eye(V**T))
+
+
+@functools.cache
+def equilibrium(tau):
+  """[9] log-probabilities of the policy that no other beats in the regularised game."""
+  log_ref = sequence_logprobs(REF["policy"])
+  policy = log_ref
+  for _ in range(400):
+    policy = game.mirror_prox_step(policy, log_ref, PREFERENCE, eta=2 * tau, tau=tau)
+  assert float(game.exploitability(policy, log_ref, PREFERENCE, tau=tau)) < 1e-6
+  return policy
+
+
+def judged(params, opponent, key, *, count, tau, rows=512):
+  """`rows` prompts, all alike, with `count` samples each that met one of the opponent."""
+  own_key, other_key = jax.random.split(key)
+  own = sample_rollout(params, own_key, rows * count)
+  other = sequence_of(sample_rollout(opponent, other_key, rows))
+  wins = jnp.asarray(PREFERENCE)[sequence_of(own), jnp.repeat(other, count)]
+  split = lambda x: x.reshape(rows, count, *x.shape[1:])  # noqa: E731
+  return opponents.OpponentBatch(
+    rollout=jax.tree.map(split, own),
+    ref_logprobs=split(token_logprobs(REF["policy"], own)),
+    preference=split(wins),
+    tau=jnp.full(rows, tau),
+  )
+
+
+def play(update, tx, *, count, tau, ema=0.0, extragradient=False, steps=400):
+  """Plays a policy against itself, or against the average or the look-ahead of itself.
+
+  Args:
+    update: `(state, batch, key) -> (state, metrics)`.
+    tx: Optimizer of the update.
+    count: Responses to a prompt.
+    tau: Weight of the penalty.
+    ema: Decay of the average; 0 plays against the policy.
+    extragradient: True looks a step ahead.
+    steps: Number of updates.
+
+  Returns:
+    [9] log-probabilities of the policy at the end, and the metrics of the last step.
+  """
+
+  def against(state, opponent, key):
+    return update(state, judged(state.params, opponent, key, count=count, tau=tau), key)
+
+  step = opponents.extragradient(against) if extragradient else against
+
+  def iteration(carry, i):
+    state, average = carry
+    opponent = average if ema else state.params
+    state, metrics = step(state, opponent, jax.random.fold_in(jax.random.key(2), i))
+    return (state, opponents.moving_average(opponent, state.params, ema)), metrics
+
+  @jax.jit
+  def run(params):
+    carry = init_state(params, tx), params
+    (state, _), metrics = jax.lax.scan(iteration, carry, jnp.arange(steps))
+    return state, jax.tree.map(lambda x: x[-1], metrics)
+
+  state, metrics = run(REF["policy"])
+  return sequence_logprobs(state.params), metrics

@@ -1,7 +1,7 @@
 """A model that compiles at once, for tests whose subject is not the model.
 
-It sees a token and a mean of those up to it in its sequence, with more weight on later ones, so that
-order, prompt and segments matter.
+It sees a token and a mean of those up to it in its sequence, with more weight on later ones: order,
+prompt and segments matter.
 """
 
 import functools
@@ -44,7 +44,7 @@ def actor_critic(params, tokens, **kwargs):
 
 
 def params_of(seed=0, outputs=V):
-  """Params of `language`, or of `scores` with one output; in numpy, so that no step donates them."""
+  """Params of `language`, or of `scores` with one output; no step can donate numpy arrays."""
   rng = np.random.default_rng(seed)
   shapes = {"embedding": (V, WIDTH), "head": (WIDTH, outputs)}
   return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}

@@ -81,7 +81,7 @@ def identify(
 
 
 def module_of(script: str) -> types.ModuleType | None:
-  """The module of a script that runs or is imported, a user's too; None if there is none."""
+  """Returns the module of a script that runs or is imported; None if there is none."""
   main = sys.modules["__main__"]
   if pathlib.Path(getattr(main, "__file__", None) or "").stem == script:
     return main
@@ -89,7 +89,7 @@ def module_of(script: str) -> types.ModuleType | None:
 
 
 def module_name(script: str) -> str:
-  """The name by which `python -m` runs a script."""
+  """Returns the name by which `python -m` runs a script."""
   module = module_of(script)
   if module is None or _is_ours(module):
     return f"experiments.{script}"
@@ -98,7 +98,7 @@ def module_name(script: str) -> str:
 
 
 def script_digest(script: str) -> dict[str, str]:
-  """The SHA-256 of the file of a script that a user wrote; nothing for ours."""
+  """SHA-256 of the file of a script of the user; empty for the scripts of `experiments`."""
   module = module_of(script)
   if module is None or not module.__file__ or _is_ours(module):
     return {}

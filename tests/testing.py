@@ -205,8 +205,8 @@ def define_flags(
   module = importlib.import_module(script)
   classes = [module.Config] if hasattr(module, "Config") else [module.Options]
   if script == "experiments.compile":
-    classes.append(module.programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
-  elif script != "experiments.plot":
+    classes.append(module.plans.script_of(module.algorithm_of(words)).Config)
+  elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:
     classes.append(module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]

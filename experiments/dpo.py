@@ -17,6 +17,7 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -41,13 +42,13 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
+  reward: RewardOptions = RewardOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   dpo: DPOConfig = DPOConfig()
   pairs: PairConfig = PairConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  reward: RewardOptions = RewardOptions()
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -89,7 +90,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(make_step)
 
 
-def make_refer(bench: workbench.Workbench):
+def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities of pairs under the reference."""
   read = pairs.make_read_pairs(bench.model.apply, bench.config.pairs)
   return jax.jit(lambda params, rows: {"ref": read(params, rows).totals})

@@ -62,7 +62,7 @@ class Config:
 def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   """Samples baseline and policies, writes and shows the comparison, returns summary.json."""
   names = line_files.short_names("policy", (config.baseline, *config.policy))
-  folders = [models.model_folder(path) for path in (config.baseline, *config.policy)]
+  folders = [models.finished_folder(path) for path in (config.baseline, *config.policy)]
   tokenizer = models.open_tokenizer(folders[0], config.data.end_token)
   for path, folder in zip(config.policy, folders[1:], strict=True):
     if models.open_tokenizer(folder, config.data.end_token).digest != tokenizer.digest:

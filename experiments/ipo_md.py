@@ -17,7 +17,7 @@ import functools
 
 import jax
 
-from experiments.lab import matches, models, responses, workbench
+from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import PreferenceOptions
 from experiments.lab.matches import Match
@@ -44,12 +44,12 @@ class Config(loop.RunConfig):
   checkpoint_every: int = 20
   extragradient: bool = False
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   preference: PreferenceOptions = PreferenceOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   ipo_md: IPOMDConfig = IPOMDConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
@@ -91,7 +91,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     return judge.finish(trainer.params(state), config.steps, "IPO-MD")
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the policy."""
   settings, temperature = bench.config.ipo_md, bench.config.sampling.temperature
   return bench.trainer(

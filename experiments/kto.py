@@ -14,6 +14,7 @@ Starting the same command again continues a run that was stopped.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -38,12 +39,12 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
+  reward: RewardOptions = RewardOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   kto: KTOConfig = KTOConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  reward: RewardOptions = RewardOptions()
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -85,7 +86,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(functools.partial(kto.make_kto_step, config=bench.config.kto))
 
 
-def make_refer(bench: workbench.Workbench):
+def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities under the reference."""
   apply_fn = bench.model.apply
   return jax.jit(lambda params, rows: {"ref": kto.read_responses(apply_fn, params, rows)})

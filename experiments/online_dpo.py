@@ -14,7 +14,6 @@ Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
-from rlhf_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,27 +41,20 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   checkpoint_every: int = 20
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
   reward: RewardOptions = RewardOptions()
   preference: PreferenceOptions = PreferenceOptions()
-  shaping: ShapingConfig = ShapingConfig(missing_eos_penalty=0.0)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
   online: OnlineConfig = OnlineConfig()
   dpo: DPOConfig = DPOConfig()
   pairs: PairConfig = PairConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  shaping: ShapingConfig = ShapingConfig(missing_eos_penalty=0.0)
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
     responses.check(self, group=2)
-
-
-class Carry(NamedTuple):
-  """State beside the policy: moments of the scores, and the reference of a round, if there are."""
-
-  moments: RunningMoments
-  reference: Params | None
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -73,9 +64,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   samples = config.sampling.samples_per_prompt
   with workbench.open(session, config, "online_dpo", "prompts") as bench:
     trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)
-    prefer_of = bench.open_preference() if config.preference.is_given else None
-    reward_of = bench.open_reward() if prefer_of is None else None
-    score_of = reward_of or pairing.tournament(prefer_of, samples)
+    prefer_of = reward_of = None
+    if config.preference.is_given:
+      prefer_of = bench.open_preference()
+      score_of = pairing.tournament(prefer_of, samples)
+    else:
+      score_of = reward_of = bench.open_reward()
     bench.describe(
       "Online DPO",
       trainer,
@@ -91,7 +85,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       free = None
       if config.online.bonus_coef:
         free = draw(respond.reshard(bench.start), *prompts, bonus_key)
-      reference = state.carry.reference
+      reference = state.carry.method
       against = bench.start if reference is None else trainer.params(state.train, reference)
       batch, moments, of_batch = make_batch(against, state.carry.moments, scored, free, pick_key)
       train, of_step = trainer.step(state.train, batch, key)
@@ -99,7 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         reference = jax.tree.map(jnp.copy, train.params)
       # The implicit rewards of DPO go by another name here, where there is a real one.
       of_step = {name.replace("reward/", "implicit_reward/"): v for name, v in of_step.items()}
-      carry = Carry(moments, reference)
+      carry = responses.Carry(moments, reference)
       return responses.IterationState(train, carry), metrics | of_batch | of_step
 
     def policy_of(state: responses.IterationState):
@@ -112,7 +106,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       iteration,
       trainer,
       bench.batches(),
-      state=state._replace(carry=Carry(state.carry, first)),
+      state=state._replace(carry=responses.Carry(state.carry, first)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="online dpo",
     )

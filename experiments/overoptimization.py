@@ -21,6 +21,7 @@ from typing import Any
 
 from experiments import ppo, reward_model, sft
 from experiments.lab import charts, judges, training
+from experiments.lab.critics import CriticOptions
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -47,7 +48,7 @@ class Config:
     data=DataConfig(eval_rows=128),
     ppo=PPOConfig(kl_coef=0.3),
     optim=OptimConfig(learning_rate=3e-4, schedule="constant"),
-    value_optim=OptimConfig(learning_rate=2e-3, schedule="constant"),
+    critic=CriticOptions(learning_rate=2e-3),
   )
 
   def __post_init__(self):

@@ -8,7 +8,7 @@ Your model and prompts, against a Python reward function:
 Several prompts with their responses in a row of the update, if lengths differ much:
   --rollout.packed_length=512
 The critic as a head on the policy; two devices that sample while the others learn:
-  --share_trunk    --rollout.devices=2 --rollout.importance_cap=2
+  --critic.share_trunk    --rollout.devices=2 --rollout.importance_cap=2
 
 The default learning rates suit the built-in task; a pretrained model wants about 1e-6.
 At the end the policy and its start answer the held-out prompts, and both are scored.
@@ -20,6 +20,7 @@ import functools
 
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
+from experiments.lab.critics import CriticOptions
 from experiments.lab.judges import RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import entry, loop
@@ -35,29 +36,23 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates.
-
-  Attributes:
-    share_trunk: A critic that is a head on the policy, not a model: it takes no memory, but its
-      loss moves the policy too (`ppo.value_coef`).
-  """
+  """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
 
   steps: int = 45
   batch_size: int = 64
   checkpoint_every: int = 20
-  share_trunk: bool = False
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  rollout: RolloutOptions = RolloutOptions()
   reward: RewardOptions = RewardOptions()
-  shaping: ShapingConfig = ShapingConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   ppo: PPOConfig = PPOConfig(kl_coef=0.2)
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
   # nothing: up to rounding an update then is the same on one device and on many.
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
-  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant", eps=1e-5)
+  critic: CriticOptions = CriticOptions()
+  shaping: ShapingConfig = ShapingConfig()
+  rollout: RolloutOptions = RolloutOptions()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
@@ -67,12 +62,11 @@ class Config(loop.RunConfig):
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.reward.require()
-  critic = () if config.share_trunk else config.reward.paths[:1]
   responses.require_devices(config.rollout)
-  spare = config.rollout.devices
-  with workbench.open(session, config, "ppo", "prompts", adapted=critic, spare=spare) as bench:
+  adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
+  with workbench.open(session, config, "ppo", "prompts", adapted=adapted, spare=spare) as bench:
     responses.require_fit(bench)
-    actor = critics.open_actor(bench, share_trunk=config.share_trunk)
+    actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
     bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
     reward_of = bench.open_reward()
@@ -109,25 +103,24 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
   return critics.make_trainer(bench, actor, make_step, settings)
 
 
-def make_experience(bench: workbench.Workbench, actor: critics.Actor):
+def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (PPOBatch, moments, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   return responses.make_experience(
+    config,
     reading.make_actor_critic_read(actor.apply, temperature),
     reading.make_read(bench.model.apply, temperature),
     lambda rollout, scores, policy, ref: ppo.make_batch(
       rollout, scores, policy.values, ref, config.ppo
     ),
-    config.shaping,
-    importance_cap=config.rollout.importance_cap,
   )
 
 
 def programs(case: Case) -> None:
   """Compiles what an iteration runs, for `experiments.compile`."""
-  actor = critics.open_actor(case.bench, share_trunk=case.config.share_trunk)
+  actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
-  critic = not case.config.share_trunk
+  critic = not case.config.critic.share_trunk
   case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic)
 
 

@@ -5,35 +5,32 @@ Built-in task, after SFT and reward model (three minutes on a laptop CPU; win ra
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-A KL to hold in place of a coefficient; credit for five tokens at a time (MA-RLHF):
+A KL to hold in place of a coefficient; credit for five tokens at a time:
   --ppo_max.kl_target=6    --ppo_max.segment=5
 
-Scores are divided by their running deviation and clipped, the critic trains alone at first, and a
-loss on demonstrations is added. The default learning rates suit the built-in task; a pretrained
-model wants about 1e-6. Starting the same command again continues a run that was stopped.
+Scores are normalised and clipped, and the critic trains alone at first. Pretrained models want
+learning rates of about 1e-6. Starting the same command again continues a run that was stopped.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
+from experiments.lab.critics import CriticOptions
 from experiments.lab.judges import RewardOptions
-from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import data, entry, loop
+from experiments.lab.responses import Carry, IterationState, RolloutOptions
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
-from rlhf_jax.algorithms.ppo_max import Control, PPOMaxConfig
+from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.rewards import shaped
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
-from rlhf_jax.types import TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,63 +38,41 @@ class Config(loop.RunConfig):
   """PPO-max. `batch_size` counts prompts; each step has one iteration of sampling and updates.
 
   Attributes:
-    critic_warmup: Iterations at the start that train the critic alone.
-    ptx_path: JSON Lines file of demonstrations for `ppo_max.ptx_coef`; empty takes those of the
-      built-in task.
+    ptx_path: JSON Lines file of demonstrations for `ppo_max.ptx_coef`; empty is the built-in task.
   """
 
   steps: int = 45
   batch_size: int = 64
   checkpoint_every: int = 20
-  critic_warmup: int = 5
   ptx_path: str = ""
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  rollout: RolloutOptions = RolloutOptions()
   reward: RewardOptions = RewardOptions()
-  shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=0.2, ptx_coef=0.1)
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
-  value_optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="constant", eps=1e-5)
+  critic: CriticOptions = CriticOptions(warmup=5)
+  shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)
+  rollout: RolloutOptions = RolloutOptions()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
     responses.check(self, parts=self.ppo_max.parts, shaping=self.shaping)
-    if not 0 <= self.critic_warmup < self.steps:
-      raise ValueError(f"critic_warmup must be in [0, steps), got {self.critic_warmup}")
     if self.ptx_path and not self.ppo_max.ptx_coef:
       raise ValueError("ptx_path is not read without ppo_max.ptx_coef; set both")
     if self.ppo_max.ptx_coef and not self.ptx_path and (self.data.path or self.data.tfds):
       raise ValueError("ptx_path must name a file of demonstrations for ppo_max.ptx_coef")
 
 
-class Batch(NamedTuple):
-  """Prompts to answer, and a demonstration per response for the ptx term, or None."""
-
-  prompts: data.PromptBatch
-  demonstrations: TokenBatch | None = None
-
-
-class Carry(NamedTuple):
-  """Running moments of the scores, and the control of PPO-max."""
-
-  moments: RunningMoments
-  control: Control
-
-  @classmethod
-  def init(cls, config: Config) -> "Carry":
-    """Returns the state before the first iteration."""
-    return cls(RunningMoments.zero(), Control.init(config.ppo_max))
-
-
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.reward.require()
   responses.require_devices(config.rollout)
-  extra = {"ptx": ("demonstrations", config.ptx_path)} if config.ppo_max.ptx_coef else {}
-  adapted, spare = config.reward.paths[:1], config.rollout.devices
+  extra: workbench.Extra = {}
+  if config.ppo_max.ptx_coef:
+    extra = {"ptx": ("demonstrations", config.ptx_path)}
+  adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(
     session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
   ) as bench:
@@ -107,13 +82,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe("PPO-max", trainer, reward=config.reward.path or config.reward.name)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
+    control = ppo_max.Control.init(config.ppo_max)
     size = config.batch_size * config.sampling.samples_per_prompt
 
-    def iteration(state: IterationState, batch: Batch, key):
-      params = trainer.params(state.train)
-      scored, following, metrics = respond(params["policy"], state, batch.prompts, key)
-      inputs = (state.carry, scored, batch.demonstrations)
-      experienced, carry, of_batch = experience(params, bench.start, *inputs)
+    def iteration(state: IterationState, batch, key):
+      (prompts, *demonstrations), params = batch, trainer.params(state.train)
+      scored, following, metrics = respond(params["policy"], state, prompts, key)
+      experienced, carry, of_batch = experience(params, bench.start, state.carry, scored)
+      if demonstrations:  # A sequence per response.
+        experienced = terms.WithSequences(experienced, *demonstrations)
       train, of_update = trainer.step(state.train, experienced, key)
       return IterationState(train, carry, following), metrics | of_batch | of_update
 
@@ -125,8 +102,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       iteration,
       trainer,
-      training.Zipped(Batch, [bench.batches(), *texts]),
-      state=respond.init(trainer.state, Carry.init(config)),
+      training.Zipped(bench.batches(), *texts),
+      state=respond.init(trainer.state, Carry(RunningMoments.zero(), control)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="ppo_max",
     )
@@ -136,37 +113,26 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:
   """State and step of policy and critic; the policy waits while the critic warms up."""
   policy = lambda params, tokens: actor.apply(params, tokens)[0]  # noqa: E731
-  settings, wait = bench.config.ppo_max, bench.config.critic_warmup
-  make_step = functools.partial(
-    ppo_max.make_ppo_max_step,
-    config=settings,
-    demonstration_loss=functools.partial(sft.loss_fn, apply_fn=policy),
-  )
-  return critics.make_trainer(bench, actor, make_step, settings, wait=wait)
+  settings = bench.config.ppo_max
+  ptx = functools.partial(sft.loss_fn, apply_fn=policy)
+  step = functools.partial(ppo_max.make_ppo_max_step, config=settings, demonstration_loss=ptx)
+  return critics.make_trainer(bench, actor, step, settings)
 
 
-def make_experience(bench: workbench.Workbench, actor: critics.Actor):
-  """Jitted `(params, ref_params, carry, responses, demonstrations) -> (batch, carry, metrics)`."""
+def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
+  """Jitted `(params, ref_params, carry, responses) -> (PPOBatch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)
   refer = reading.make_read(bench.model.apply, temperature)
+  prepare = responses.make_prepare(config, read, refer)
 
   @jax.jit
-  def experience(params, ref_params, carry, answers, demonstrations=None):
-    rollout, scores, ended, ref_scores = answers
-    scores, moments = shaped.shape(scores, ended, carry.moments, config.shaping, ref_scores)
-    policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs
-    rollout, weights, metrics = responses.correct(
-      rollout, policy.logprobs, config.rollout.importance_cap
-    )
-    batch, control, of_batch = ppo_max.make_batch(
-      rollout, scores, policy.values, ref, carry.control, config.ppo_max
-    )
-    batch = batch._replace(advantages=weights * batch.advantages)
-    metrics |= of_batch | responses.response_metrics(answers, rollout, ref)
-    if demonstrations is not None:
-      batch = terms.WithSequences(batch, demonstrations)
-    return batch, Carry(moments, control), metrics
+  def experience(params, ref_params, carry, answers):
+    ready = prepare(params, ref_params, carry.moments, answers)
+    inputs = ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs
+    batch, control, metrics = ppo_max.make_batch(*inputs, carry.method, config.ppo_max)
+    batch = batch._replace(advantages=ready.weights * batch.advantages)
+    return batch, Carry(ready.moments, control), ready.metrics | metrics
 
   return experience
 
@@ -175,9 +141,9 @@ def programs(case: Case) -> None:
   """Compiles what an iteration runs, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
-  sequences = bool(case.config.ppo_max.ptx_coef)
-  carry = Carry.init(case.config)
-  case.policy_gradient(trainer, experience, carry, critic=True, sequences=sequences)
+  critic, ptx = not case.config.critic.share_trunk, bool(case.config.ppo_max.ptx_coef)
+  carry = Carry(RunningMoments.zero(), ppo_max.Control.init(case.config.ppo_max))
+  case.policy_gradient(trainer, experience, carry, critic=critic, ptx=ptx)
 
 
 if __name__ == "__main__":

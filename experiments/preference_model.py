@@ -19,11 +19,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, models, triples, workbench
+from experiments import records
+from experiments.lab import evaluating, models, training, verdicts, workbench
 from experiments.lab.case import Case
-from rlhf_jax import data, entry, evaluation, loop, reporting
+from rlhf_jax import entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -40,10 +42,10 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
   optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -70,18 +72,19 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return bench.over(heldout, functools.partial(measure, trainer.params(state)))
 
     def evaluate(state, step):
-      metrics = preference_model.preference_metrics(**heldout_rows(state, step))
+      rows = jax.tree.map(jnp.asarray, heldout_rows(state, step))
+      metrics = preference_model.preference_metrics(**rows)
       return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
     state = bench.fit(
       trainer.step, trainer, bench.batches(), evaluate=evaluate, title="preference model"
     )
     params = trainer.params(state)
-    bench.export(params, label=models.PREFERENCE)
+    bench.export(params, label=records.PREFERENCE)
     summary = {}
     if heldout.examples:
-      summary = judge(heldout, heldout_rows(state, config.steps)["logits"])
-      summary |= triples.cycles(
+      summary = verdicts.judge(heldout, heldout_rows(state, config.steps)["logits"])
+      summary |= verdicts.cycles(
         session,
         config.data,
         heldout,
@@ -93,44 +96,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   return summary
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the judge."""
   settings = bench.config.preference_model
   make_step = functools.partial(preference_model.make_preference_model_step, config=settings)
   return bench.trainer(make_step, keep_start=False)
-
-
-def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
-  """Measures a preference model on held-out comparisons, beside preferring the longer response.
-
-  Args:
-    dataset: Comparisons.
-    logits: [N] log-odds of the first response of each.
-  """
-  preference = np.asarray([example["preference"][0] for example in dataset.examples])
-  metrics = preference_model.preference_metrics(logits, preference)
-  lengths = np.asarray(
-    [np.subtract(*map(len, data.responses_of(example))) for example in dataset.examples]
-  )
-  by_length = preference_model.preference_metrics(lengths.astype(np.float32), preference)
-  untied = preference != 0.5
-  towards = np.where(preference > 0.5, 1.0, -1.0) * logits
-  calibration = evaluation.calibration(towards[untied], np.zeros(untied.sum()))
-  summary = {
-    "accuracy": float(metrics["preference/accuracy"]),
-    "length_baseline": float(by_length["preference/accuracy"]),
-    "calibration_error": calibration.ece,
-    "log_loss": float(
-      np.mean(
-        np.logaddexp(0.0, -logits) * preference + np.logaddexp(0.0, logits) * (1 - preference)
-      )
-    ),
-    "comparisons": len(logits),
-    "ties": int(np.sum(~untied)),
-  }
-  if not untied.all():
-    summary["confidence_in_ties"] = float(np.mean(1 / (1 + np.exp(-np.abs(logits[~untied])))))
-  return summary
 
 
 def show(summary: dict[str, float]) -> None:

@@ -54,13 +54,13 @@ class Config(loop.RunConfig):
   prompts: int = 512
   learning_rate_decay: float = 0.7
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
   reward: judges.RewardOptions = judges.RewardOptions()
-  shaping: ShapingConfig = ShapingConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
   rest: RestConfig = RestConfig()
   optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+  shaping: ShapingConfig = ShapingConfig()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
@@ -88,7 +88,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   workdir = workdir_lib.local_path(session.workdir)
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     # Every step runs the programs of the one before, as a run of its own.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   rows: list[dict[str, float]] = []

@@ -9,7 +9,6 @@ Rows that rank a list of responses are learnt from as a whole: each response is 
 the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
 see `--data.votes` and `--data.annotator`. With --data.packed_length a row holds several pairs;
 rankings are not packed.
-
 The held-out accuracy is shown beside that of preferring the longer response. After training the
 scores are centred: their mean over `--data.eval_rows` training rows is 0.
 The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
@@ -42,10 +41,10 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
   optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -7,6 +7,8 @@ and the PPO policy side by side on 512 held-out prompts, judged by the gold rewa
 trained on; expect a win rate of PPO against SFT of about 0.8. Every stage is a run of its own in
 `workdir/sft`, `workdir/reward_model` and `workdir/ppo`. Starting the same command again continues
 where it was stopped.
+
+Every flag of a stage's script is a flag here behind `sft.`, `reward_model.` or `ppo.`.
 """
 
 import dataclasses
@@ -25,9 +27,30 @@ from rlhf_jax import workdir as workdir_lib
 class Config:
   """The three stages. `--sft.steps`, `--ppo.kl_coef` and so on change one of them."""
 
-  sft: SFTStage = SFTStage()
-  reward_model: RewardModelStage = RewardModelStage()
-  ppo: PPOStage = PPOStage()
+  sft: SFTStage = dataclasses.field(
+    default=SFTStage(),
+    metadata={
+      "listed": (
+        *("steps", "batch_size", "optim.learning_rate", "data.rows", "data.eval_rows"),
+        *("model.layers", "model.width", "model.heads", "model.mlp_width", "model.dtype"),
+      )
+    },
+  )
+  reward_model: RewardModelStage = dataclasses.field(
+    default=RewardModelStage(),
+    metadata={
+      "listed": ("steps", "batch_size", "optim.learning_rate", "data.rows", "data.annotator")
+    },
+  )
+  ppo: PPOStage = dataclasses.field(
+    default=PPOStage(),
+    metadata={
+      "listed": (
+        *("steps", "batch_size", "optim.learning_rate", "critic.learning_rate", "data.eval_rows"),
+        *("sampling.max_new_tokens", "ppo.kl_coef", "ppo.clip", "ppo.epochs", "ppo.minibatches"),
+      )
+    },
+  )
 
   def __post_init__(self):
     for name in ("reward_model", "ppo"):

@@ -16,7 +16,7 @@ Starting the same command again continues a run that was stopped.
 import dataclasses
 import functools
 
-from experiments.lab import models, responses, workbench
+from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
@@ -39,14 +39,14 @@ class Config(loop.RunConfig):
   batch_size: int = 16
   checkpoint_every: int = 20
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  rollout: RolloutOptions = RolloutOptions()
   reward: RewardOptions = RewardOptions()
-  shaping: ShapingConfig = ShapingConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
   rloo: RLOOConfig = RLOOConfig(kl_coef=0.2)
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  shaping: ShapingConfig = ShapingConfig()
+  rollout: RolloutOptions = RolloutOptions()
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
@@ -87,25 +87,24 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     return judge.finish(policy_of(state), config.steps, "RLOO")
 
 
-def make_trainer(bench: workbench.Workbench):
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   """State and step of the policy."""
   settings, temperature = bench.config.rloo, bench.config.sampling.temperature
   make_step = functools.partial(rloo.make_rloo_step, config=settings, temperature=temperature)
   return bench.trainer(make_step, settings)
 
 
-def make_experience(bench: workbench.Workbench):
+def make_experience(bench: workbench.Workbench) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (RLOOBatch, moments, metrics)`."""
   config = bench.config
   read = reading.make_read(bench.model.apply, config.sampling.temperature)
   return responses.make_experience(
+    config,
     read,
     read,
     lambda rollout, scores, policy, ref: rloo.make_batch(
       rollout, scores, ref, config.rloo, samples_per_prompt=config.sampling.samples_per_prompt
     ),
-    config.shaping,
-    importance_cap=config.rollout.importance_cap,
   )
 
 

@@ -38,11 +38,11 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   sft: SFTConfig = SFTConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-3)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -39,13 +39,13 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
   data: DataConfig = DataConfig()
+  reward: RewardOptions = RewardOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   simpo: SimPOConfig = SimPOConfig()
   pairs: PairConfig = PairConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
-  reward: RewardOptions = RewardOptions()
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -61,6 +61,9 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
   """
 
   def flags_parser(args: Sequence[str]) -> list[str]:
+    if {"--help", "-help", "-h", "--helpshort"} & set(args[1:]):
+      sys.stdout.write(flags.help_text(sys.modules["__main__"].__doc__ or ""))
+      sys.exit(0)
     try:
       flags.parse(args)
     except flags.UsageError as error:

@@ -22,10 +22,11 @@ import math
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from absl import app, flags
 
@@ -167,17 +168,90 @@ def as_line(name: str, value: Any) -> str:
   return f"--{name}={text}"
 
 
+class _Flag(flags.Flag):
+  """A flag with its place in `--help`: the title of a group, None for flags that are rarely set."""
+
+  title: str | None = None
+  order: int = 0
+
+
+def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: int = 80) -> str:
+  """Text of `--help`: the docstring of a script, then its flags in titled groups.
+
+  The groups and the flags in them are in the order of the dataclasses. Left out are flags that are
+  rarely set (`ranges.rare`), and those of a nested dataclass that are not among the names that the
+  metadata of its field call `listed`.
+
+  Args:
+    script: Docstring of the script.
+    flag_values: The registry.
+    width: Columns of the terminal.
+  """
+  groups: dict[str, list[str]] = {}
+  rare = 0
+  direct = [f for f in flag_values.get_flags_for_module(sys.argv[0]) if not isinstance(f, _Flag)]
+  for flag in direct:
+    text = textwrap.fill(flag.help or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    shown = f"  --{flag.name}={'' if flag.default is None else flag.default}\n{text}"
+    groups.setdefault("Flags of the script", []).append(shown.rstrip())
+  for flag in _in_order(flag_values):
+    if flag.title is None:
+      rare += 1
+      continue
+    write = cast(_Parser, flag.parser).write
+    default = "" if flag.default is None else write(flag.default)
+    choices = flag.parser.syntactic_help if flag.parser.syntactic_help.startswith("<") else ""
+    name = f"[no]{flag.name} ({default})" if flag.boolean else f"{flag.name}={default}"
+    words = " ".join(filter(None, [flag.help, choices]))
+    lines = textwrap.wrap(words, width, initial_indent="      ", subsequent_indent="      ")
+    groups.setdefault(flag.title, []).append("\n".join([f"  --{name}", *lines]))
+  parts = [
+    _reflow(script.strip(), width),
+    *("\n".join([title, *texts]) for title, texts in groups.items()),
+  ]
+  if rare:
+    parts.append(f"{rare} more flags are rarely set; --helpfull lists them.")
+  return "\n\n".join(parts) + "\n"
+
+
+def _reflow(text: str, width: int) -> str:
+  """Text in fewer columns: sentences are filled, indented commands are continued by backslashes."""
+  lines, sentences = [], []
+  for line in [*text.replace(" \\\n", " ").splitlines(), ""]:
+    if line and not line.startswith(" "):
+      sentences.append(line)
+      continue
+    lines += textwrap.wrap(" ".join(sentences), width, break_on_hyphens=False)
+    sentences = []
+    indent = " " * (len(line) - len(line.lstrip()))
+    pieces = textwrap.wrap(line, width - 2, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
+    pieces = [line] if len(line) <= width else pieces
+    lines += [f"{piece} \\" for piece in pieces[:-1]] + (pieces[-1:] or [""])
+  return "\n".join(lines).rstrip()
+
+
+def _in_order(flag_values: flags.FlagValues) -> list[_Flag]:
+  """Flags that `define` made, in its order."""
+  by_id = {id(flag_values[name]): flag_values[name] for name in flag_values}
+  return sorted(
+    (flag for flag in by_id.values() if isinstance(flag, _Flag)), key=lambda flag: flag.order
+  )
+
+
 def _define(
   cls: type[Any],
   outer: _Names,
   flag_values: flags.FlagValues,
   defaults: Any,
   taken: dict[str, _Names],
+  listed: Collection[str] | None = None,
+  title: str = "",
 ) -> Callable[[], Any]:
   if not dataclasses.is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009
     raise TypeError(f"{cls.__name__} must be a frozen dataclass")
   hints = typing.get_type_hints(cls)
   docs = _field_docs(cls)
+  title = title or _title(cls, outer)
   readers: dict[str, Callable[[], Any]] = {}
   for field in dataclasses.fields(cls):
     if not field.init:
@@ -185,7 +259,11 @@ def _define(
     names = (*outer, field.name)
     default = _default(field, defaults)
     if dataclasses.is_dataclass(hints[field.name]):
-      readers[field.name] = _define(hints[field.name], names, flag_values, default, taken)
+      inner = field.metadata.get("listed") if listed is None else _below(listed, field.name)
+      group = "" if listed is None else title
+      readers[field.name] = _define(
+        hints[field.name], names, flag_values, default, taken, inner, group
+      )
       continue
     name = _flag_name(names)
     if name in taken:
@@ -193,7 +271,9 @@ def _define(
         f"{'.'.join(taken[name])} and {'.'.join(names)} would both be --{name}; rename one field"
       )
     taken[name] = names
-    _register(name, hints[field.name], default, docs.get(field.name), flag_values)
+    rare = field.metadata.get("rare", False) if listed is None else field.name not in listed
+    shown = None if rare else title
+    _register(name, hints[field.name], default, docs.get(field.name), flag_values, shown)
     readers[field.name] = _reader(name, flag_values)
 
   def build() -> Any:
@@ -204,6 +284,21 @@ def _define(
       raise UsageError(_name_flag(str(error), readers, outer)) from error
 
   return build
+
+
+def _title(cls: type[Any], outer: _Names) -> str:
+  """Title of the flags of a dataclass: the first sentence of its docstring."""
+  text = inspect.getdoc(cls) or ""
+  if text.startswith((f"{cls.__name__}(", "Attributes:")):  # Made by dataclass, or no summary.
+    text = ""
+  summary = (text or cls.__name__).partition("\n\n")[0]
+  sentence = " ".join(re.split(r"(?<=\.)\s", summary.strip(), maxsplit=1)[0].split()).rstrip(".")
+  return f"{sentence} (--{'.'.join(outer)}.*)" if outer else sentence
+
+
+def _below(listed: Collection[str], name: str) -> list[str]:
+  """Names below `name` among names with dots."""
+  return [rest for first, _, rest in (x.partition(".") for x in listed) if first == name and rest]
 
 
 def _default(field: dataclasses.Field, defaults: Any) -> Any:
@@ -281,7 +376,12 @@ class _Serializer(flags.ArgumentSerializer):
 
 
 def _register(
-  name: str, hint: Any, default: Any, help_text: str | None, flag_values: flags.FlagValues
+  name: str,
+  hint: Any,
+  default: Any,
+  help_text: str | None,
+  flag_values: flags.FlagValues,
+  title: str | None,
 ) -> None:
   try:
     parser = _parser(hint)
@@ -292,13 +392,12 @@ def _register(
     help_text = f"{help_text or ''} Required.".strip()
   value = None if required else default
   try:
-    flag = flags.Flag(
-      parser, _Serializer(parser.write), name, value, help_text, boolean=_is_bool(hint)
-    )
+    flag = _Flag(parser, _Serializer(parser.write), name, value, help_text, boolean=_is_bool(hint))
   except flags.IllegalFlagValueError as error:
     raise ValueError(f"the default of {error}") from None
   if flag.value != value:
     raise ValueError(f"--{name}: the default {value!r} would be read back as {flag.value!r}")
+  flag.title, flag.order = title, len(flag_values)
   flags.DEFINE_flag(flag, flag_values, required=required)
 
 

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax import ranges
+
 _AUTO = "auto"
 _TEXT_BYTES = 1000
 
@@ -40,9 +42,9 @@ class Group:
     process_id: Index of this process, from 0. Only with HOST:PORT.
   """
 
-  coordinator: str = ""
-  processes: int | None = None
-  process_id: int | None = None
+  coordinator: str = ranges.rare("")
+  processes: int | None = ranges.rare(None)
+  process_id: int | None = ranges.rare(None)
 
   def __post_init__(self):
     count, number = self.processes, self.process_id

@@ -1,7 +1,13 @@
-"""Range checks of settings. Nothing here imports another rlhf_jax module."""
+"""Fields of settings: range checks, and marks for `--help`. Imports no other rlhf_jax module."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+
+def rare(default: Any) -> Any:
+  """A dataclass field with a default that is rarely changed: `--help` leaves its flag out."""
+  return dataclasses.field(default=default, metadata={"rare": True})
 
 
 def check(

@@ -33,11 +33,11 @@ class OptimConfig:
   schedule: Literal["constant", "linear", "cosine"] = "cosine"
   warmup: float = 0.05
   weight_decay: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
+  b1: float = ranges.rare(0.9)
+  b2: float = ranges.rare(0.95)
+  eps: float = ranges.rare(1e-8)
   max_grad_norm: float = 1.0
-  mu_dtype: Literal["float32", "bfloat16"] = "float32"
+  mu_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
 
   def __post_init__(self):
     ranges.check(

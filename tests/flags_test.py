@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from absl import app
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from rlhf_jax import flags
+from rlhf_jax import flags, loop, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,3 +296,53 @@ def test_flagsaver_overrides_values():
   finally:
     for name in [name for name in flag_values if name.startswith("flags_test.")]:
       delattr(flag_values, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inner:
+  """Inner settings. More of them.
+
+  Attributes:
+    usual: A setting that many change.
+    seldom: One that few change.
+  """
+
+  usual: float = 1.0
+  seldom: int = ranges.rare(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+  """Outer settings.
+
+  Attributes:
+    kind: Choice.
+  """
+
+  kind: Literal["a", "b"] = "a"
+  inner: _Inner = _Inner()
+  few: _Inner = dataclasses.field(default=_Inner(), metadata={"listed": ("seldom",)})
+
+
+def test_help_has_titled_groups_in_order_without_rare_flags():
+  values = absl_flags.FlagValues()
+  flags.define(_Outer, flag_values=values)
+  text = flags.help_text("Does it.\n\n  python -m it\n", values)
+  assert text == (
+    "Does it.\n\n  python -m it\n\n"
+    "Outer settings\n  --kind=a\n      Choice. <a|b>\n\n"
+    "Inner settings (--inner.*)\n  --inner.usual=1.0\n      A setting that many change.\n\n"
+    "Inner settings (--few.*)\n  --few.seldom=2\n      One that few change.\n\n"
+    "2 more flags are rarely set; --helpfull lists them.\n"
+  )
+
+
+@pytest.mark.parametrize("script, most", [("ppo", 70), ("rlhf", 40)])
+def test_help_of_a_script_is_short(script, most):
+  values = absl_flags.FlagValues()
+  flags.define(loop.Session, flag_values=values)
+  module = importlib.import_module(f"experiments.{script}")
+  flags.define(module.Config, flag_values=values)
+  text = flags.help_text(module.__doc__, values)
+  assert text.count("\n  --") - module.__doc__.count("\n  --") <= most
+  assert max(map(len, text.splitlines())) <= 80

@@ -89,7 +89,7 @@ def read_item(row: data.Row, number: int) -> Item:
   if row.fields.get("chosen") or not isinstance(responses, list):
     judged = data.parse_row("comparisons", row, prefer_messages=False, votes="each")
     responses = list(judged[0].answers)
-  texts = [text.get("text") if isinstance(text, Mapping) else text for text in responses]
+  texts: list[Any] = [text.get("text") if isinstance(text, Mapping) else text for text in responses]
   if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
     raise data.DataError(f"{row.where}: responses: two or more texts are needed to compare")
   if not judged and is_judged(row.fields):
@@ -137,9 +137,10 @@ def answer_row(
     **more: Further columns.
   """
   votes = []
-  for a, b in itertools.combinations(range(len(item.responses)) if ranks else (), 2):
-    preferred = None if ranks[a] == ranks[b] else min(a, b, key=lambda i: ranks[i])
-    votes.append({"annotator": annotator, "a": a, "b": b, "preferred": preferred})
+  if ranks:
+    for a, b in itertools.combinations(range(len(item.responses)), 2):
+      preferred = None if ranks[a] == ranks[b] else min(a, b, key=ranks.__getitem__)
+      votes.append({"annotator": annotator, "a": a, "b": b, "preferred": preferred})
   row = {"id": item.id, "prompt": item.prompt, "responses": list(item.responses)}
   return row | {"annotations": votes, "by": annotator, **more}
 

@@ -33,7 +33,8 @@ def label(store: Store, items: Sequence[Item], annotator: str) -> None:
     item = left[0]
     order = shown_order(item.prompt, item.responses)
     title = f"{len(items) - len(left) + 1} of {len(items)}"
-    reporting.show_pair(item.prompt, *(item.responses[i] for i in order), title, _KEYS)
+    a, b = (item.responses[i] for i in order)
+    reporting.show_pair(item.prompt, a, b, title, _KEYS)
     start = time.monotonic()
     key = read_key(_KEYS)
     if key == "q":

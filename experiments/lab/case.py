@@ -14,9 +14,12 @@ import numpy as np
 from experiments.lab import models, responses, training
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
+from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
+from rlhf_jax.models.families import Head
 from rlhf_jax.types import Params, Rollout, TokenBatch
 
+Shapes = Any  # Shapes and shardings in the place of the arrays that a field declares.
 TRAINING = ("train", "update", "improve")  # Names of the programs that compute gradients.
 
 
@@ -62,15 +65,16 @@ class Case(NamedTuple):
     shapes = jax.eval_shape(function, *args)
     return sharding.abstract(shapes, sharding.batch_sharding(self.bench.run.mesh))
 
-  def column(self, *shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+  def column(self, *shape: int, dtype: Any = np.float32) -> Shapes:
     """A column [batch_size, ...] of numbers."""
     shape = (self.config.batch_size, *shape)
     return self.place({"column": np.zeros(shape, dtype)})["column"]
 
-  def tokens(self, *shape: int) -> TokenBatch:
-    """Token sequences [batch_size, ...] with their mask."""
-    shape = (self.config.batch_size, *shape)
-    return self.place(TokenBatch(np.zeros(shape, np.int32), np.zeros(shape, bool)))
+  def tokens(self, *shape: int, rows: int | None = None) -> TokenBatch:
+    """Token sequences [rows, ...] with their mask; `batch_size` rows by default."""
+    shape = (self.config.batch_size if rows is None else rows, *shape)
+    batch = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool)}
+    return TokenBatch(**self.place(batch))
 
   def prompts(self) -> data.PromptBatch:
     """The prompts of an iteration."""
@@ -80,7 +84,7 @@ class Case(NamedTuple):
     """Shapes of the state that an iteration carries, copied to every device."""
     return sharding.abstract(carry, sharding.replicated(self.bench.run.mesh))
 
-  def bools(self, rollout: Rollout) -> jax.ShapeDtypeStruct:
+  def bools(self, rollout: Rollout) -> Shapes:
     """A bool per response of a rollout."""
     return self.place({"flags": np.zeros(rollout.tokens.shape[0], bool)})["flags"]
 
@@ -151,7 +155,7 @@ class Case(NamedTuple):
     work, inputs = self.sampling_work(samples), (*self.prompts(), self.key)
     return self.check(name, generate, policy, *inputs, work=work, held=(held, policy))
 
-  def scores(self, rollout: Rollout, judge: Model | None, held: Any) -> jax.ShapeDtypeStruct:
+  def scores(self, rollout: Rollout, judge: Model | None, held: Any) -> Shapes:
     """Checks the scores of a rollout, if a reward model gives them."""
     rows, length = rollout.tokens.shape
     if judge is not None:
@@ -163,20 +167,20 @@ class Case(NamedTuple):
   def policy_gradient(
     self,
     trainer: training.Trainer,
-    experience: Callable[..., Any],
+    experience: responses.Experience,
     carry: Any,
     *,
     critic: bool = False,
-    sequences: bool = False,
+    ptx: bool = False,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
 
     Args:
       trainer: State and step of the policy, and of the critic if there is one.
-      experience: `(params, ref_params, carry, responses, ...) -> (batch, carry, metrics)`.
+      experience: `(params, ref_params, carry, responses) -> (batch, carry, metrics)`.
       carry: State of the experience.
       critic: True if a critic is a model besides the policy.
-      sequences: True if `experience` reads demonstrations, one per response.
+      ptx: True if the update also reads a demonstration per response.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
@@ -193,20 +197,23 @@ class Case(NamedTuple):
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
     scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
     inputs = [params, bench.start, self.carried(carry), scored]
-    if sequences:
-      wide = (rows, self.length)
-      inputs.append(self.place(TokenBatch(np.zeros(wide, np.int32), np.zeros(wide, bool))))
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
+    if ptx:
+      batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
     work = self.training_work(settings.epochs * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 
 def open_case(
-  config: Any, mesh_spec: str, devices: Any, check: Callable[[Any], preflight.Preflight], head: str
+  config: Any,
+  mesh_spec: str,
+  devices: Any,
+  check: Callable[[Any], preflight.Preflight],
+  head: Head,
 ) -> Case:
   """Opens the table of a script on absent devices.
 

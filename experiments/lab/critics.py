@@ -1,14 +1,40 @@
 """Critics of actor-critic methods."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.lab import models, training
+from experiments.lab import judges, models, training
 from experiments.lab.workbench import Workbench
+from rlhf_jax import ranges
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticOptions:
+  """Critic. It starts as the reward model, or else as the policy with a head of zeros.
+
+  Attributes:
+    learning_rate: Learning rate of the critic, constant after the warm-up. The other settings of
+      its optimizer are those of `optim`.
+    share_trunk: A critic that is a head on the policy, not a model. It takes no memory, but its
+      loss moves the policy too.
+    warmup: Steps at the start that train the critic alone.
+  """
+
+  learning_rate: float = 1e-3
+  share_trunk: bool = False
+  warmup: int = 0
+
+  def __post_init__(self):
+    ranges.check(self, positive=("learning_rate",), non_negative=("warmup",))
+
+  def adapted(self, reward: judges.RewardOptions) -> tuple[str, ...]:
+    """Folders of the models, beside the policy, that get adapters."""
+    return () if self.share_trunk else reward.paths[:1]
 
 
 class Actor(NamedTuple):
@@ -23,18 +49,11 @@ class Actor(NamedTuple):
   params: Params
 
 
-def open_actor(bench: Workbench, *, share_trunk: bool = False) -> Actor:
-  """Opens a critic beside the policy.
-
-  It starts as the reward model, or else as the policy with a head of zeros.
-
-  Args:
-    bench: Table of the script, with `reward` in its config.
-    share_trunk: The critic is a head of zeros on the policy.
-  """
+def open_actor(bench: Workbench) -> Actor:
+  """Opens the critic that `config.critic` asks for beside the policy, see `CriticOptions`."""
   run, config = bench.run, bench.config
   policy = models.add_adapters(run, config.lora, bench.start)
-  if share_trunk:
+  if config.critic.share_trunk:
     both = models.build_model(run, config.model, bench.model.config, bench.tokenizer, "both")
     head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
     value = models.create(run, head, run.key_for(1))
@@ -54,10 +73,8 @@ def make_trainer(
   actor: Actor,
   make_step: Callable[..., Any],
   updates: epochs.UpdateConfig,
-  *,
-  wait: int = 0,
 ) -> training.Trainer:
-  """State and step of policy and critic, with the optimizers `optim` and `value_optim`.
+  """State and step of policy and critic, with an optimizer for each.
 
   Args:
     bench: Table of the script.
@@ -65,11 +82,13 @@ def make_trainer(
     make_step: `(apply_fn, tx, *, packed, state_shardings) -> step`, a `make_x_step` with its
       config bound.
     updates: Division of a batch of sampled responses.
-    wait: Steps of the script at the start that train the critic alone.
   """
   config = bench.config
+  value = dataclasses.replace(
+    config.optim, learning_rate=config.critic.learning_rate, schedule="constant"
+  )
   optimizer = training.actor_critic_optimizer(
-    config.optim, config.value_optim, config.steps, updates.updates, wait=wait
+    config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
   )
   return training.make_trainer(
     bench.run,

@@ -137,7 +137,7 @@ def _sample(
       lines = lines[len(done) + len(rows) - position + size :]
       line_files.append_lines(path, lines)
       rows += lines
-      mean = np.mean([line["score"] for line in lines])
+      mean = float(np.mean([line["score"] for line in lines]))
       progress.update(len(done) + len(rows), {"reward/mean": mean})
   scores = [row["score"] for row in [*done, *rows]]
   summary = {"responses": len(scores), "reward/mean": float(np.mean(scores))}

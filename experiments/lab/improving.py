@@ -60,7 +60,7 @@ def improve(
       dataset,
       heldout,
       more={"improve": index, "start": str(start)},
-      **models.frozen_digest(config.lora, start),
+      digests=models.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:
       return finished

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
+from experiments import records
 from experiments.lab import models
 from rlhf_jax import (
   data,
@@ -16,15 +17,15 @@ from rlhf_jax import (
 
 @dataclasses.dataclass(frozen=True)
 class RewardOptions:
-  """What responses are judged by; give one of the two.
+  """Judge of single responses; give path or name.
 
   Attributes:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
       separated by commas, are an ensemble.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or
       `module:function` of your own, `(prompts, responses, rows) -> one number per response`.
-    ensemble: What the scores of an ensemble are reduced to: their mean, the worst one, or the mean
-      less `ensemble_coef` times their variance.
+    ensemble: Reduction of the scores of an ensemble: their mean, the worst one, or the mean minus
+      `ensemble_coef` times their variance.
     ensemble_coef: Weight of the variance.
   """
 
@@ -62,7 +63,7 @@ class RewardOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceOptions:
-  """What pairs of responses are judged by; give one of the two.
+  """Judge of pairs of responses; give path or name.
 
   Attributes:
     path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
@@ -108,7 +109,7 @@ def open_preference(
   options.require()
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
-    if label == models.PREFERENCE:
+    if label == records.PREFERENCE:
       prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))

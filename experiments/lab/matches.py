@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, generation, preflight, rewards, sharding
 from rlhf_jax.algorithms import opponents, reading
-from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from rlhf_jax.types import Params, Rollout, TrainState
 
 
 class MatchState(NamedTuple):
@@ -65,9 +65,9 @@ class Match:
     prompts: data.PromptBatch,
     key: jax.Array,
     *,
-    mix: jax.Array,
-    tau: jax.Array,
-  ) -> tuple[opponents.OpponentBatch, Metrics]:
+    mix: jax.typing.ArrayLike,
+    tau: jax.typing.ArrayLike,
+  ) -> tuple[opponents.OpponentBatch, dict[str, Any]]:
     """Returns judged responses of the policy, and metrics.
 
     Args:
@@ -78,7 +78,7 @@ class Match:
       mix: [] weight of the start in the opponent.
       tau: [] weight of the KL penalty.
     """
-    bench, start = self._bench, time.monotonic()
+    bench, start, mix = self._bench, time.monotonic(), jnp.asarray(mix)
     keys = jax.random.split(key)
     policy, ref = self.reshard(policy), self.reshard(bench.start)
     rival = policy if opponent is None else self.reshard(opponent)

@@ -9,21 +9,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import data, flags, generation, loop, processes, sharding, simulation
+from experiments import records
+from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
+from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 
 
-PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-  """Which model.
+  """Model.
 
   Attributes:
     path: Hugging Face folder (config.json, safetensors, tokenizer). Empty makes a new model for
@@ -35,12 +34,13 @@ class ModelOptions:
     heads: Attention heads of a new model.
     mlp_width: Width of the MLP of a new model.
     dtype: Type of the computation; params and optimizer state stay float32.
-    attention: What computes attention over whole sequences: XLA, the kernel splash of TPUs, or
-      cuDNN; auto takes the kernel of the device where it can, and sampling always XLA.
-    remat: What the backward pass computes again instead of keeping it: full each block, for the
-      least memory and a third more work; dots all but the products with weights; none nothing.
-    logit_chunk: Logits of each row that a loss holds at a time, tokens times vocabulary. Gradients
-      compute them again if a row has more.
+    attention: Implementation of attention over whole sequences: XLA, the kernel splash of TPUs, or
+      cuDNN. auto takes the kernel of the device where it can. Sampling always takes XLA.
+    remat: Activations that the backward pass recomputes instead of keeping them. full recomputes
+      each block, for the least memory and a third more work; dots all but the products with
+      weights; none nothing.
+    logit_chunk: Maximum number of logits per row, tokens times vocabulary, that are held at once.
+      Longer rows are processed in chunks and rematerialized in the backward pass.
   """
 
   path: str = ""
@@ -52,7 +52,7 @@ class ModelOptions:
   dtype: Literal["float32", "bfloat16"] = "float32"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
-  logit_chunk: int = 2**22
+  logit_chunk: int = ranges.rare(2**22)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
@@ -69,8 +69,15 @@ class ModelOptions:
 
 def model_folder(path: str) -> pathlib.Path | None:
   """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
-  if not path:
-    return None
+  return finished_folder(path) if path else None
+
+
+def finished_folder(path: str) -> pathlib.Path:
+  """The Hugging Face folder itself, or the export of a finished run.
+
+  Raises:
+    ModelFolderError: It is neither.
+  """
   folder = workdir_lib.local_path(path)
   if (folder / EXPORT / "config.json").exists():
     return folder / EXPORT
@@ -120,7 +127,7 @@ def open_model(
   options: ModelOptions,
   folder: pathlib.Path | None,
   tokenizer: data.Tokenizer,
-  head: Literal["language", "scalar"] = "language",
+  head: Head = "language",
 ) -> tuple[Model, Params]:
   """A model and its params, created or loaded in place on the mesh of the run."""
   if folder is None and options.preset:
@@ -199,7 +206,7 @@ def open_reward_model(
 ) -> tuple[Model, Params]:
   """The reward model behind `--reward.path`, which must read the policy's tokens."""
   model, params, label = open_scorer(run, path, options, tokenizer)
-  if label == PREFERENCE:
+  if label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
       " experiments.reward_model"

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from experiments.lab.case import TRAINING, Case, open_case
 from rlhf_jax import flags, preflight, reporting, sharding
+from rlhf_jax.models.families import Head
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1]
-HEADS = {"reward_model": "scalar", "preference_model": "scalar"}
+HEADS: dict[str, Head] = {"reward_model": "scalar", "preference_model": "scalar"}
 
 
 def methods() -> list[str]:

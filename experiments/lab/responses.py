@@ -20,7 +20,7 @@ from rlhf_jax.types import Metrics, Params, Rollout, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class RolloutOptions:
-  """Sampling beside learning, and packing of sampled responses.
+  """Sampling and packing of responses.
 
   Attributes:
     devices: Number of devices, the last ones, that only sample. They sample the next batch while
@@ -67,6 +67,8 @@ def check(
     )
   if sampling.samples_per_prompt < group:
     raise ValueError(f"sampling.samples_per_prompt must be at least {group} for this method")
+  if "critic" in vars(config) and config.critic.warmup >= config.steps:
+    raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
   if config.batch_size * sampling.samples_per_prompt % parts:
     raise ValueError(
       f"batch_size {config.batch_size} * sampling.samples_per_prompt does not split into {parts} ="
@@ -123,7 +125,23 @@ class Sampled(NamedTuple):
   """Responses that are not scored yet, and the ids of their prompts."""
 
   rollout: Rollout
-  prompt_id: jax.Array
+  prompt_id: jax.Array | np.ndarray
+
+
+# (params, ref_params, carry, responses, ...) -> (batch, carry, metrics)
+Experience = Callable[..., tuple[Any, Any, Metrics]]
+
+
+class Carry(NamedTuple):
+  """State of an experience that a method has a share in.
+
+  Attributes:
+    moments: Running moments of the scores.
+    method: State of the method.
+  """
+
+  moments: reward.RunningMoments
+  method: Any
 
 
 class IterationState(NamedTuple):
@@ -173,7 +191,7 @@ class Responder:
 
   def __call__(
     self, policy: Params, state: IterationState, prompts: data.PromptBatch, key: jax.Array
-  ) -> tuple[Responses, Sampled | None, Metrics]:
+  ) -> tuple[Responses, Sampled | None, dict[str, Any]]:
     """Returns scored responses, those sampled ahead for the next iteration, and metrics.
 
     Args:
@@ -211,43 +229,78 @@ class Responder:
     }
     return Responses(rollout, scores, bench.ended(rollout), ref_scores), following, metrics
 
-  def _score(self, rollout: Rollout, prompt_id: jax.Array) -> tuple[np.ndarray, jax.Array]:
+  def _score(
+    self, rollout: Rollout, prompt_id: jax.Array | np.ndarray
+  ) -> tuple[np.ndarray, jax.Array]:
     """Ids of the prompts and scores of responses, [B] each."""
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
     return ids, jnp.asarray(self._reward(rollout, ids))
 
 
+class Prepared(NamedTuple):
+  """Scored responses as a method takes them.
+
+  Attributes:
+    rollout: The responses, with the log-probabilities that ratios start from.
+    scores: [B] shaped scores, NaN on rows to leave out.
+    policy: Reading of the policy, and of the critic if there is one.
+    ref_logprobs: [B, R] under the reference.
+    weights: [B, R] importance weights, factors of the advantages.
+    moments: Running moments of the scores.
+    metrics: Metrics of the responses.
+  """
+
+  rollout: Rollout
+  scores: jax.Array
+  policy: reading.Reading
+  ref_logprobs: jax.Array
+  weights: jax.Array
+  moments: reward.RunningMoments
+  metrics: Metrics
+
+
+def make_prepare(
+  config: Any, read: reading.Read, refer: reading.Read
+) -> Callable[[Params, Params, reward.RunningMoments, Responses], Prepared]:
+  """Builds `prepare(params, ref_params, moments, responses)`: shapes, reads and corrects.
+
+  Args:
+    config: Config with `shaping` and `rollout`.
+    read: Reading of the policy, and of the critic if there is one.
+    refer: Reading of the reference.
+  """
+
+  def prepare(params, ref_params, moments, responses) -> Prepared:
+    rollout, scores, ended, ref_scores = responses
+    scores, moments = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
+    policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs
+    rollout, weights, metrics = correct(rollout, policy.logprobs, config.rollout.importance_cap)
+    metrics |= response_metrics(responses, rollout, ref)
+    return Prepared(rollout, scores, policy, ref, weights, moments, metrics)
+
+  return prepare
+
+
 def make_experience(
-  read: reading.Read,
-  refer: reading.Read,
-  make_batch: Callable[..., Any],
-  shaping: shaped.ShapingConfig,
-  *,
-  importance_cap: float = 0.0,
-) -> Callable[..., Any]:
+  config: Any, read: reading.Read, refer: reading.Read, make_batch: Callable[..., Any]
+) -> Experience:
   """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
 
   Args:
+    config: Config with `shaping` and `rollout`.
     read: Reading of the policy, and of the critic if there is one.
     refer: Reading of the reference.
-    make_batch: `(rollout, scores, policy: Reading, ref_logprobs) -> (batch, metrics)` of a method.
-    shaping: Shaping of the scores.
-    importance_cap: Upper bound on importance weights, which multiply the advantages; 0 is none.
+    make_batch: `(rollout, scores, policy, ref_logprobs) -> (batch, metrics)` of a method.
   """
+  prepare = make_prepare(config, read, refer)
 
   @jax.jit
-  def experience(
-    params: Params, ref_params: Params, moments: reward.RunningMoments, responses: Responses
-  ):
-    rollout, scores, ended, ref_scores = responses
-    shaped_scores, moments = shaped.shape(scores, ended, moments, shaping, ref_scores)
-    policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs
-    rollout, weights, metrics = correct(rollout, policy.logprobs, importance_cap)
-    batch, of_batch = make_batch(rollout, shaped_scores, policy, ref)
-    if importance_cap:
-      batch = batch._replace(advantages=weights * batch.advantages)
-    return batch, moments, metrics | of_batch | response_metrics(responses, rollout, ref)
+  def experience(params, ref_params, moments, responses):
+    ready = prepare(params, ref_params, moments, responses)
+    batch, metrics = make_batch(ready.rollout, ready.scores, ready.policy, ready.ref_logprobs)
+    batch = batch._replace(advantages=ready.weights * batch.advantages)
+    return batch, ready.moments, ready.metrics | metrics
 
   return experience
 
@@ -319,12 +372,12 @@ def nothing_sampled(bench: Workbench) -> Sampled:
   config = bench.config
   rows, new = config.batch_size * config.sampling.samples_per_prompt, config.sampling.max_new_tokens
   shape = (rows, bench.train_set.padded_length + new)
-  nothing = Rollout(
-    tokens=np.zeros(shape, np.int32),
-    prompt_mask=np.zeros(shape, bool),
-    response_mask=np.zeros(shape, bool),
-    logprobs=np.zeros((rows, new), np.float32),
-  )
-  return sharding.place_batch(
-    Sampled(nothing, np.zeros(config.batch_size, np.int32)), bench.run.mesh
-  )
+  rollout = {
+    "tokens": np.zeros(shape, np.int32),
+    "prompt_mask": np.zeros(shape, bool),
+    "response_mask": np.zeros(shape, bool),
+    "logprobs": np.zeros((rows, new), np.float32),
+  }
+  nothing = {"rollout": rollout, "prompt_id": np.zeros(config.batch_size, np.int32)}
+  nothing = sharding.place_batch(nothing, bench.run.mesh)
+  return Sampled(Rollout(**nothing["rollout"]), nothing["prompt_id"])

@@ -14,7 +14,7 @@ from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import epochs, reading
 from rlhf_jax.models import Model, count_params, lora
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
-from rlhf_jax.types import Params, TrainState, TrainStep
+from rlhf_jax.types import Params, TrainState
 
 
 class Trainer(NamedTuple):
@@ -89,7 +89,7 @@ def make_trainer(
   apply_fn: Callable[..., Any],
   params: Params,
   optimizer: Optimizer,
-  make_step: Callable[..., TrainStep],
+  make_step: Callable[..., Callable[..., Any]],
   *,
   updates: epochs.UpdateConfig | None = None,
   packed_length: int = 0,
@@ -110,7 +110,7 @@ def make_trainer(
   state = models.create(run, lambda params: init_state(params, optimizer.tx), trained)
   shardings = jax.tree.map(lambda x: x.sharding, state)
 
-  def make(packed: reading.Packing | None = None) -> TrainStep:
+  def make(packed: reading.Packing | None = None) -> Callable[..., Any]:
     options = {} if packed is None else {"packed": packed}
     bound = functools.partial(make_step, tx=optimizer.tx, **options)
     return freeze(bound, apply_fn, frozen, state_shardings=shardings)
@@ -185,13 +185,13 @@ def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
 
 
 class Zipped:
-  """Several sources of batches as one source, with one position to save."""
+  """Several sources of batches as one source of tuples, with one position to save."""
 
-  def __init__(self, combine: Callable[..., Any], sources: Sequence[Any]):
-    self._combine, self._sources = combine, sources
+  def __init__(self, *sources: Any):
+    self._sources = sources
 
-  def __next__(self) -> Any:
-    return self._combine(*(next(source) for source in self._sources))
+  def __next__(self) -> tuple[Any, ...]:
+    return tuple(next(source) for source in self._sources)
 
   def get_state(self) -> list[Any]:
     return [source.get_state() for source in self._sources]

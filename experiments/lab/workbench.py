@@ -6,7 +6,7 @@ import functools
 import pathlib
 import types
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +16,10 @@ from experiments.lab import evaluating, judges, models, training
 from rlhf_jax import data, flags, generation, loop, reporting, rewards, sharding, user
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
-from rlhf_jax.types import Metrics, Params, Rollout, TrainStep
+from rlhf_jax.models.families import Head
+from rlhf_jax.types import Metrics, Params, Rollout
+
+Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
 
 
 class Workbench(NamedTuple):
@@ -57,7 +60,7 @@ class Workbench(NamedTuple):
 
   def trainer(
     self,
-    make_step: Callable[..., TrainStep],
+    make_step: Callable[..., Callable[..., Any]],
     updates: epochs.UpdateConfig | None = None,
     *,
     keep_start: bool = True,
@@ -261,11 +264,11 @@ def open(
   config: Any,
   script: str,
   kind: data.KindName,
-  head: Literal["language", "scalar"] = "language",
+  head: Head = "language",
   *,
   adapted: tuple[str, ...] = (),
   spare: int = 0,
-  extra: Mapping[str, tuple[data.KindName, str]] = types.MappingProxyType({}),
+  extra: Extra = types.MappingProxyType({}),
 ) -> Generator[Workbench]:
   """Reads the data, locks the workdir, refuses another run's, and places the model on the mesh.
 
@@ -292,6 +295,6 @@ def open(
   named = [v for k, v in settings.items() if k.endswith((".name", ".loss")) and isinstance(v, str)]
   digests |= user.digests(*named)
   with loop.open_run(session, spare=spare) as run:
-    records.identify(run, script, config, tokenizer, train_set, heldout, **digests)
+    records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.lab import models
 from experiments.records.record import (
   SOURCES,
   Record,
@@ -24,6 +23,8 @@ from experiments.records.record import (
 )
 from rlhf_jax import flags, reporting, writers
 from rlhf_jax import workdir as workdir_lib
+
+PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
 
 
 def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
     replayable: False if the run has no file of its flags.
   """
   is_policy = not any(str(a).endswith("Classification") for a in config.get("architectures", ()))
-  is_pairwise = not is_policy and scalar_name(config) == models.PREFERENCE
+  is_pairwise = not is_policy and scalar_name(config) == PREFERENCE
   kind = "Language" if is_policy else "Preference" if is_pairwise else "Reward"
   script = str(record.get("script", ""))
   software_of = mapping_in(record, "software")

@@ -43,7 +43,7 @@ def identify(
   heldout: data.Dataset | None = None,
   *,
   more: Mapping[str, Any] | None = None,
-  **digests: str,
+  digests: Mapping[str, str] | None = None,
 ) -> None:
   """Refuses a workdir that holds another run, and writes `run.json`.
 
@@ -55,10 +55,10 @@ def identify(
     train_set: Rows that are learnt from.
     heldout: Rows that are measured on.
     more: Settings that the config does not have.
-    **digests: Fingerprints of what else the config only points to.
+    digests: Fingerprints of what else the config only points to.
   """
   settings = flags.to_dict(config) | dict(more or {})
-  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **digests}
+  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **(digests or {})}
   loop.identify(run, script, settings, **digests)
   if not processes.is_first():
     return

@@ -42,6 +42,11 @@ class Comparison(NamedTuple):
   evaluation: pathlib.Path | None = None
 
 
+def columns_of(table: Table) -> list[str]:
+  """Columns of a table, in the order in which its rows have them."""
+  return list(dict.fromkeys(name for cells in table.values() for name in cells))
+
+
 def render(comparison: Comparison) -> str:
   """The page."""
   runs = {
@@ -57,10 +62,7 @@ def render(comparison: Comparison) -> str:
     undefined=jinja2.StrictUndefined,
   )
   environment.filters |= {"text": show_text, "cell": reporting.cell, "metric_texts": metric_texts}
-  environment.globals["columns_of"] = lambda table: list(
-    dict.fromkeys(name for cells in table.values() for name in cells)
-  )
-  return environment.get_template("report.html").render(
+  return environment.get_template("report.html", globals={"columns_of": columns_of}).render(
     groups=list(runs),
     count=sum(map(len, runs.values())),
     images=[

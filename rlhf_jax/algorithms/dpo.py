@@ -84,7 +84,7 @@ def row_metrics(
 ) -> tuple[Metrics, jax.Array]:
   """Loss and metrics of each pair; the implicit rewards are `beta * (log pi - log ref)`."""
   policy, ref = read(params, batch.pairs), batch.ref_logprobs.reshape(-1, 2)
-  options: dict[str, Any] = {"beta": config.beta}
+  options: dict[str, Any] = {}
   if config.label_smoothing:  # Else the loss's own default: EXO is infinite without any.
     options["label_smoothing"] = config.label_smoothing
   if config.loss in losses.OF_BATCHES:
@@ -93,7 +93,7 @@ def row_metrics(
   if config.divergence != "reverse_kl":
     score = losses.DIVERGENCE_SCORES[config.divergence](policy.totals, ref)
     scores = *score.T, *jnp.zeros_like(score).T
-  loss = pairwise_loss(config.loss)(*scores, **options)
+  loss = pairwise_loss(config.loss)(*scores, beta=config.beta, **options)
   rows, real = pairs_lib.row_metrics(
     loss, policy, policy.totals, config.beta * (policy.totals - ref)
   )

@@ -21,11 +21,22 @@ Compare = Callable[..., jax.Array]
 # (logprobs, old_logprobs, advantages, mask), [B, R] each -> losses [B, R].
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Mask [B, R] -> weight of each token in the mean [B, R].
+
+class Average(NamedTuple):
+  """Mean over tokens: mask [B, R] -> weight of each token [B, R], and number of units []."""
+
+  weights: Callable[[jax.Array], jax.Array]
+  count: Callable[[jax.Array], jax.Array]
+
+
+def _weigh(aggregation: str) -> Callable[[jax.Array], jax.Array]:
+  return functools.partial(policy_gradient.token_weights, aggregation=aggregation)
+
+
 AVERAGES = {
-  "responses": functools.partial(policy_gradient.token_weights, aggregation="grpo"),
-  "tokens": functools.partial(policy_gradient.token_weights, aggregation="dapo"),
-  "length": functools.partial(policy_gradient.token_weights, aggregation="dr_grpo"),
+  "responses": Average(_weigh("grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
+  "tokens": Average(_weigh("dapo"), jnp.sum),
+  "length": Average(_weigh("dr_grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
 }
 
 
@@ -120,21 +131,18 @@ def loss_fn(
   config: GroupConfig,
   token_loss: TokenLoss,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean of a token loss plus `kl_coef` times k3, as `config.average` says.
-
-  The metric `weight` counts what the mean is over, tokens or responses.
-  """
+  """Mean of a token loss plus `kl_coef` times k3; the metric `weight` counts its units."""
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)
-  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), AVERAGES[config.average](mask)
+  average = AVERAGES[config.average]
+  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), average.weights(mask)
   policy_loss = jnp.sum(weights * token_loss(logprobs, old, batch.advantages, mask))
   kl_loss = jnp.sum(weights * kl.k3(logprobs, batch.ref_logprobs))
-  units = jnp.sum(mask if config.average == "tokens" else mask.any(axis=1))
   return policy_loss + config.kl_coef * kl_loss, {
     "loss/policy": policy_loss,
     "loss/kl": kl_loss,
     "entropy": masked.masked_mean(now.entropy, mask),
-    "weight": units.astype(jnp.float32),
+    "weight": average.count(mask).astype(jnp.float32),
     **reading.ratio_metrics(logprobs, old, mask, config.clip_low, config.clip_high),
   }

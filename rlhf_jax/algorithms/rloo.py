@@ -77,7 +77,7 @@ def loss_fn(
   now = read(params, batch.rollout)
   logprobs = jnp.where(mask, now.logprobs, 0.0)
   losses = policy_gradient.reinforce_loss(logprobs, batch.advantages)
-  loss = jnp.sum(groups.AVERAGES["length"](mask) * losses)
+  loss = jnp.sum(groups.AVERAGES["length"].weights(mask) * losses)
   return loss, {
     "loss/policy": loss,
     "entropy": masked.masked_mean(now.entropy, mask),

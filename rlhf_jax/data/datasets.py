@@ -56,7 +56,7 @@ class DataConfig:
 
   path: str = ""
   tfds: str = ""
-  tfds_dir: str = ""
+  tfds_dir: str = ranges.rare("")
   eval_path: str = ""
   eval_fraction: float = 0.05
   rows: int = 0
@@ -65,7 +65,7 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
-  bad_rows: int = 0
+  bad_rows: int = ranges.rare(0)
   end_token: str = ""
   annotator: str = ""
   votes: Votes = "majority"

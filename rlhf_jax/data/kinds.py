@@ -6,6 +6,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from rlhf_jax.data.schema import KindName
@@ -73,9 +74,9 @@ class PromptBatch(NamedTuple):
     prompt_id: [B] int32, index into `dataset.rows`.
   """
 
-  tokens: np.ndarray
-  mask: np.ndarray
-  prompt_id: np.ndarray
+  tokens: jax.Array | np.ndarray
+  mask: jax.Array | np.ndarray
+  prompt_id: jax.Array | np.ndarray
 
 
 Batch = TokenBatch | PackedBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch

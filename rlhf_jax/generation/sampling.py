@@ -26,8 +26,8 @@ class SamplingConfig:
 
   max_new_tokens: int = 64
   temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
+  top_k: int = ranges.rare(0)
+  top_p: float = ranges.rare(1.0)
   samples_per_prompt: int = 1
 
   def __post_init__(self):

@@ -34,8 +34,8 @@ class LoRAConfig:
   """
 
   rank: int = 0
-  alpha: float = 16.0
-  targets: tuple[str, ...] = ()
+  alpha: float = ranges.rare(16.0)
+  targets: tuple[str, ...] = ranges.rare(())
 
   def __post_init__(self):
     ranges.check(self, non_negative=("rank",), positive=("alpha",))

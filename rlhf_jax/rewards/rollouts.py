@@ -1,7 +1,7 @@
 """Turns scorers of text or of tokens into scorers of a `Rollout`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,24 +45,29 @@ def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
   return lambda rollout, prompt_ids: score(params, rollout)
 
 
-def ensemble_reward(
-  scorers: Sequence[RewardFn], rule: Literal["mean", "min", "uwo"], coef: float = 0.5
-) -> RewardFn:
+# (scores [B, G], coef) -> score [B].
+ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+  "mean": lambda scores, coef: shaping.variance_penalized(scores, coef=0.0),
+  "min": lambda scores, coef: jnp.min(scores, axis=1),
+  "uwo": lambda scores, coef: shaping.variance_penalized(scores, coef=coef),
+}
+
+
+def ensemble_reward(scorers: Sequence[RewardFn], rule: str, coef: float = 0.5) -> RewardFn:
   """Reduces the scores of several reward models to one, against errors that only one of them makes.
 
   Coste et al., 2023, https://arxiv.org/abs/2310.02743.
 
   Args:
     scorers: The reward models; they should score on one scale.
-    rule: Reduction: the mean, the minimum, or the mean minus `coef` times the variance (uwo).
+    rule: Key of `ENSEMBLES`: the mean, the minimum, or the mean minus `coef` times the variance.
     coef: Weight of the variance.
   """
+  reduce = ENSEMBLES[rule]
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
     scores = jnp.stack([jnp.asarray(s(rollout, prompt_ids)) for s in scorers], axis=1)
-    if rule == "min":
-      return jnp.min(scores, axis=1)
-    return shaping.variance_penalized(scores, coef=coef if rule == "uwo" else 0.0)
+    return reduce(scores, coef)
 
   return score
 

@@ -15,7 +15,6 @@ LONGER = {
   "online_dpo": _SHARED,
   "ppo": _SHARED,
   "preference_model": _SHARED,
-  "programs": "no script; still to move to a folder",
   "rest": _SHARED,
   "reward_model": _SHARED,
 }

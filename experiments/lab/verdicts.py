@@ -1,13 +1,48 @@
-"""Triples of responses to a prompt that were all compared, and the cycles among them."""
+"""Quality of a preference model: agreement, calibration, and cycles among triples."""
 
 import itertools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, loop, simulation
+from rlhf_jax import data, evaluation, loop, simulation
 from rlhf_jax.algorithms import preference_model
 from rlhf_jax.data import DataConfig
+
+
+def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
+  """Measures a preference model on held-out comparisons, beside preferring the longer response.
+
+  Args:
+    dataset: Comparisons.
+    logits: [N] log-odds of the first response of each.
+  """
+  preference = np.asarray([example["preference"][0] for example in dataset.examples])
+  share = jnp.asarray(preference)
+  metrics = preference_model.preference_metrics(jnp.asarray(logits), share)
+  responses = [data.responses_of(example) for example in dataset.examples]
+  longer_by = jnp.asarray([len(a) - len(b) for a, b in responses], jnp.float32)
+  by_length = preference_model.preference_metrics(longer_by, share)
+  untied = preference != 0.5
+  towards = np.where(preference > 0.5, 1.0, -1.0) * logits
+  calibration = evaluation.calibration(towards[untied], np.zeros(untied.sum()))
+  summary = {
+    "accuracy": float(metrics["preference/accuracy"]),
+    "length_baseline": float(by_length["preference/accuracy"]),
+    "calibration_error": calibration.ece,
+    "log_loss": float(
+      np.mean(
+        np.logaddexp(0.0, -logits) * preference + np.logaddexp(0.0, logits) * (1 - preference)
+      )
+    ),
+    "comparisons": len(logits),
+    "ties": int(np.sum(~untied)),
+  }
+  if not untied.all():
+    summary["confidence_in_ties"] = float(np.mean(1 / (1 + np.exp(-np.abs(logits[~untied])))))
+  return summary
+
 
 # For each prompt, where the comparisons of the responses (0, 1), (1, 2) and (0, 2) are.
 Places = list[tuple[int, int, int]]
@@ -36,12 +71,13 @@ def triples_of(
     a, b = (ids.tobytes() for ids in data.responses_of(example))
     met[prompt, a, b] = i
     answers.setdefault(prompt, {}).update({a: None, b: None})
-  places = []
+  places: Places = []
   for prompt, texts in answers.items():
     for a, b, c in itertools.islice(itertools.combinations(texts, 3), 20):
-      found = [met.get((prompt, *pair)) for pair in ((a, b), (b, c), (a, c))]
-      if None not in found:
-        places.append(tuple(found))
+      pairs = ((prompt, a, b), (prompt, b, c), (prompt, a, c))
+      if all(pair in met for pair in pairs):
+        ab, bc, ac = (met[pair] for pair in pairs)
+        places.append((ab, bc, ac))
   return (heldout, places) if places else None
 
 

@@ -38,7 +38,8 @@ class Config:
     workdir: Folder for the runs.
     rows: Names of methods, the first column of experiments/lab/methods.csv; empty takes all.
     seeds: Seeds of the chain that each method ends.
-    page: Markdown files whose tables get the results of all runs in the workdir.
+    page: Markdown files whose tables get the results of all runs in the workdir. What they show of
+      other methods stays.
   """
 
   workdir: str
@@ -113,8 +114,10 @@ def run(line: list[str]) -> int:
 
 def show(results: dict[str, dict[int, methods.Result]]) -> None:
   """Shows the table of results."""
-  head, *rows = methods.results_table(results)
-  cells = {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
+  table = methods.TABLES["results"]
+  cells = {
+    row[0]: dict(zip(table.head[1:], row[1:], strict=True)) for row in methods.rows(table, results)
+  }
   reporting.show_summary("Methods, on held-out prompts", cells)
 
 

@@ -95,73 +95,99 @@ def read_record(path: pathlib.Path) -> dict:
 
 
 def mean_win_rate(results: Results) -> str:
-  """Returns the mean over the seeds with its 95 % interval; empty without results."""
-  if not results:
-    return ""
+  """Returns the mean over the seeds with its 95 % interval."""
   rate = sum(result.win_rate for result in results.values()) / len(results)
   width = math.hypot(*((result.high - result.low) / 2 for result in results.values()))
   return f"{rate:.2f} ± {width / len(results):.2f}" if width else f"{rate:.2f}"
 
 
-def methods_table(results: Mapping[str, Results]) -> list[Sequence[str]]:
-  """Command and test of each method."""
-  del results
-  rows = [
-    (_link(method), f"`{method.command}`", f"[{test}](../tests/{file})")
-    for method in METHODS.values()
-    for file, _, test in [method.test.partition("::")]
-  ]
-  return [("method", "command", "test"), *rows]
+def by_seed(results: Results, field: str, digits: int) -> str:
+  """Returns a metric of seed 0, 1 and so on, with a dash for one that was not run."""
+  values = (results[i]._asdict()[field] if i in results else None for i in range(max(results) + 1))
+  return " / ".join("–" if x is None else f"{x:.{digits}f}" for x in values)
 
 
-def results_table(results: Mapping[str, Results]) -> list[Sequence[str]]:
-  """Results of each method that has any, by seed."""
-  seeds = sorted({seed for of in results.values() for seed in of})
+class Table(NamedTuple):
+  """A table of a page, with a row for each method.
 
-  def row(name: str) -> tuple[str, ...]:
-    of = results[name]
+  Attributes:
+    head: Names of the columns.
+    known: Returns the first cells of a method.
+    measured: Returns the other cells, from its results. A table keeps those of a method without
+      results, and a method that never had any is left out.
+  """
 
-    def cell(field: str, digits: int) -> str:
-      values = (getattr(of[seed], field, math.nan) if seed in of else math.nan for seed in seeds)
-      return " / ".join("–" if math.isnan(x) else f"{x:.{digits}f}" for x in values)
-
-    cells = (cell("gold", 2), cell("win_rate", 2), mean_win_rate(of), cell("kl", 1))
-    return (METHODS[name].title, *cells, cell("minutes", 1))
-
-  reward = f"gold reward, seeds {' / '.join(map(str, seeds))}"
-  head = ("method", reward, "win rate against SFT", "its mean, 95 %", "KL to SFT, nats", "minutes")
-  return [head, *(row(name) for name in METHODS if results.get(name))]
+  head: Sequence[str]
+  known: Callable[[Method], tuple[str, ...]]
+  measured: Callable[[Results], tuple[str, ...]] | None = None
 
 
-def short_table(results: Mapping[str, Results]) -> list[Sequence[str]]:
-  """Command and mean win rate of each method."""
-  rows = [
-    (_link(method), f"`{method.command}`", mean_win_rate(results.get(name, {})))
-    for name, method in METHODS.items()
-  ]
-  return [("method", "command", "win rate against SFT"), *rows]
+def _link(method: Method) -> str:
+  return f"[{method.title}](https://arxiv.org/abs/{method.paper})"
+
+
+def _test(method: Method) -> str:
+  file, _, test = method.test.partition("::")
+  return f"[{test}](../tests/{file})"
 
 
 # Name of a place in a page -> its table.
-TABLES: Mapping[str, Callable[[Mapping[str, Results]], list[Sequence[str]]]] = {
-  "methods": methods_table,
-  "results": results_table,
-  "short": short_table,
+TABLES: Mapping[str, Table] = {
+  "methods": Table(
+    ("method", "command", "test"), lambda of: (_link(of), f"`{of.command}`", _test(of))
+  ),
+  "results": Table(
+    ("method", "gold reward", "win rate", "its mean, 95 %", "KL to SFT, nats", "minutes"),
+    lambda of: (of.title,),
+    lambda results: (
+      by_seed(results, "gold", 2),
+      by_seed(results, "win_rate", 2),
+      mean_win_rate(results),
+      by_seed(results, "kl", 1),
+      by_seed(results, "minutes", 1),
+    ),
+  ),
+  "short": Table(
+    ("method", "command", "win rate against SFT"),
+    lambda of: (_link(of), f"`{of.command}`"),
+    lambda results: (mean_win_rate(results),),
+  ),
 }
+
+
+def rows(
+  table: Table, results: Mapping[str, Results], old: Sequence[Sequence[str]] = ()
+) -> list[tuple[str, ...]]:
+  """Returns the rows of a table; results that are not given are those of the old rows."""
+  before = {row[0]: tuple(row) for row in old}
+  new = []
+  for name, method in METHODS.items():
+    known = table.known(method)
+    measured = before.get(known[0], ())[len(known) :]
+    if table.measured is not None and results.get(name):
+      measured = table.measured(results[name])
+    missing = len(table.head) - len(known) - len(measured)
+    if len(known) > 1 or not missing:
+      new.append((*known, *measured, *[""] * missing))
+  return new
 
 
 def fill(page: str, results: Mapping[str, Results]) -> str:
   """Returns a page with new tables between `<!-- NAME -->` and `<!-- end of NAME -->`."""
 
   def place(found: re.Match[str]) -> str:
-    head, *rows = TABLES[found["name"]](results)
-    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
-    return found["begin"] + "".join(f"| {line} |\n" for line in lines) + found["end"]
+    table = TABLES[found["name"]]
+    lines = [table.head, ["---"] * len(table.head), *rows(table, results, read_rows(found["old"]))]
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return found["begin"] + text + found["end"]
 
   names = "|".join(TABLES)
-  pattern = rf"(?P<begin><!-- (?P<name>{names}) -->\n).*?(?P<end><!-- end of (?P=name) -->)"
+  pattern = (
+    rf"(?P<begin><!-- (?P<name>{names}) -->\n)(?P<old>.*?)(?P<end><!-- end of (?P=name) -->)"
+  )
   return re.sub(pattern, place, page, flags=re.DOTALL)
 
 
-def _link(method: Method) -> str:
-  return f"[{method.title}](https://arxiv.org/abs/{method.paper})"
+def read_rows(text: str) -> list[list[str]]:
+  """Returns the cells of the rows of a table in Markdown, its head included."""
+  return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]

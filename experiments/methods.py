@@ -90,13 +90,13 @@ def run_stage(name: str, folder: pathlib.Path, seed: int) -> int:
   command = methods.METHODS[name].command if name in methods.METHODS else name
   record = methods.read_record(path)
   if record.get("command") != command:
-    record = {"command": command}
+    record = {"command": command, "cpu_minutes": 0.0}
   if record.get("code") == 0:
     return 0
   reporting.note(f"seed {seed}: {command}")
   before = cpu_minutes()
   code = run([sys.executable, "-m", *methods.words(name, folder, seed)])
-  minutes = record.get("cpu_minutes", 0.0) + cpu_minutes() - before
+  minutes = float(record["cpu_minutes"]) + cpu_minutes() - before
   record |= {"cpu_minutes": minutes, "code": code}
   workdir_lib.atomic_write(path, json.dumps(record, indent=2) + "\n")
   return code

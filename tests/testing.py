@@ -211,7 +211,7 @@ def define_flags(
   if script == "experiments.compile":
     name = module.algorithm_of(words)
     classes += [module.plans.script_of(name).Config] if name else []
-  elif script != "experiments.plot":
+  elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:
     classes.insert(0, module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]

@@ -80,7 +80,7 @@ def _check_traceable(name: str, beta: float) -> None:
   except Exception as error:
     raise ValueError(f"loss={name} cannot be traced: {user.describe(error)}") from error
   shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
-  if shape != (3,) or not jnp.issubdtype(dtype, jnp.floating):
+  if shape != (3,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     given = type(result).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
     raise ValueError(
       f"loss={name} gave {given} for 3 pairs; it must return float[3], one loss per pair, and"

@@ -176,6 +176,11 @@ def shared_run(tmp_path_factory, start_here):
 
 
 @pytest.fixture(scope="session")
+def chain_run(shared_run) -> pathlib.Path:
+  return shared_run("rlhf", "rlhf")
+
+
+@pytest.fixture(scope="session")
 def sft_run(shared_run) -> pathlib.Path:
   return shared_run("sft", "sft")
 

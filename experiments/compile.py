@@ -32,7 +32,8 @@ class Options:
   """What to compile for. All other flags are those of the script of the algorithm.
 
   Attributes:
-    algorithm: Name of the script, such as ppo.
+    algorithm: Name of the script, such as ppo, or module of one of your own, such as my_method of
+      my_method.py in the working directory or on PYTHONPATH.
     topology: Slice of TPUs, such as v5e:4x4, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4.
     mesh: Devices per mesh axis, as in every script.
     search: Meshes to try, the most promising first, or --mesh alone if it is given. Each gets the
@@ -47,7 +48,8 @@ class Options:
   json: str = ""
 
   def __post_init__(self):
-    ranges.check(self, non_negative=("search",), one_of={"algorithm": plans.methods()})
+    ranges.check(self, non_negative=("search",))
+    plans.script_of(self.algorithm)
 
 
 def show_plans(ranked: Sequence[plans.Plan]) -> None:
@@ -125,12 +127,20 @@ def main(options: Options, config: Any) -> int:
 def algorithm_of(argv: Sequence[str]) -> str:
   """The flag that decides which other flags there are, read before they are defined."""
   prefix = "--algorithm="
-  given = [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
-  return given[0] if given and given[0] in plans.methods() else ""
+  return next((word.removeprefix(prefix) for word in argv if word.startswith(prefix)), "")
+
+
+def script_of(name: str) -> Any:
+  """Returns the module of a script; ends the process if there is none."""
+  try:
+    return plans.script_of(name)
+  except ValueError as error:
+    sys.stderr.write(f"--{error}\n")
+    sys.exit(flags.EX_USAGE)
 
 
 if __name__ == "__main__":
   read_options = flags.define(Options)
   name = algorithm_of(sys.argv)
-  read_config = flags.define(plans.script_of(name).Config) if name else lambda: None
+  read_config = flags.define(script_of(name).Config) if name else lambda: None
   entry.run(lambda argv: main(read_options(), read_config()))

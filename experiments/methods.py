@@ -20,10 +20,10 @@ run beside it in the same workdir. A method that fails is left out, and tried ag
 import dataclasses
 import json
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
-import time
 
 from experiments.lab import methods
 from rlhf_jax import entry, loop, reporting
@@ -85,21 +85,27 @@ def measure(config: Config) -> None:
 
 
 def run_stage(name: str, folder: pathlib.Path, seed: int) -> int:
-  """Runs a stage unless it has finished, and keeps its minutes; returns its exit code."""
+  """Runs a stage unless it has finished, and keeps its CPU minutes; returns its exit code."""
   path = folder / f"{name}.json"
   command = methods.METHODS[name].command if name in methods.METHODS else name
   record = methods.read_record(path)
   if record.get("command") != command:
-    record = {"command": command, "minutes": 0.0, "code": None}
-  if record["code"] == 0:
+    record = {"command": command, "cpu_minutes": 0.0}
+  if record.get("code") == 0:
     return 0
   reporting.note(f"seed {seed}: {command}")
-  begin = time.monotonic()
+  before = cpu_minutes()
   code = run([sys.executable, "-m", *methods.words(name, folder, seed)])
-  minutes = record["minutes"] + (time.monotonic() - begin) / 60
-  record |= {"minutes": minutes, "code": code}
+  minutes = float(record["cpu_minutes"]) + cpu_minutes() - before
+  record |= {"cpu_minutes": minutes, "code": code}
   workdir_lib.atomic_write(path, json.dumps(record, indent=2) + "\n")
   return code
+
+
+def cpu_minutes() -> float:
+  """Returns the processor time of all programs that have ended, which other load hardly changes."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return (used.ru_utime + used.ru_stime) / 60
 
 
 def run(line: list[str]) -> int:

@@ -20,7 +20,7 @@ import dataclasses
 from typing import Any
 
 from experiments import ppo, reward_model, sft
-from experiments.lab import charts, judges, training
+from experiments.lab import charts, judges
 from experiments.lab.critics import CriticOptions
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
@@ -70,7 +70,7 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
   def stage(name, script, stage_config, seed):
     # Each stage draws its own rows of the built-in task.
     own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
-    return training.run_stage(script, own, stage_config)
+    return script(own, stage_config)
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")

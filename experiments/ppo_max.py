@@ -19,7 +19,6 @@ import jax
 
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.critics import CriticOptions
 from experiments.lab.judges import RewardOptions
 from experiments.lab.responses import Carry, IterationState, RolloutOptions
 from rlhf_jax import entry, loop
@@ -51,7 +50,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=0.2, ptx_coef=0.1)
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
-  critic: CriticOptions = CriticOptions(warmup=5)
+  critic: critics.CriticOptions = critics.CriticOptions(warmup=5)
   shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()
@@ -112,11 +111,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:
   """State and step of policy and critic; the policy waits while the critic warms up."""
-  policy = lambda params, tokens: actor.apply(params, tokens)[0]  # noqa: E731
-  settings = bench.config.ppo_max
-  ptx = functools.partial(sft.loss_fn, apply_fn=policy)
-  step = functools.partial(ppo_max.make_ppo_max_step, config=settings, demonstration_loss=ptx)
-  return critics.make_trainer(bench, actor, step, settings)
+
+  def step(apply_fn, tx, config=bench.config.ppo_max, **options):
+    ptx = functools.partial(sft.loss_fn, apply_fn=lambda params, ids: apply_fn(params, ids)[0])
+    return ppo_max.make_ppo_max_step(apply_fn, tx, config, demonstration_loss=ptx, **options)
+
+  return critics.make_trainer(bench, actor, step, bench.config.ppo_max)
 
 
 def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:

@@ -15,7 +15,7 @@ import dataclasses
 import shutil
 
 from experiments import ppo, reward_model, sft
-from experiments.lab import judges, training
+from experiments.lab import judges
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -69,7 +69,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     own = dataclasses.replace(
       session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
     )
-    return training.run_stage(script, own, stage_config)
+    return script(own, stage_config)
 
   start = str(workdir / "sft")
   stage("sft", sft.train, config.sft, 1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, writers
+from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
 from rlhf_jax import workdir as workdir_lib
 
 
@@ -128,11 +128,13 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   Args:
     run: The run being opened or continued.
     name: Name of the script.
-    settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored.
+    settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored. The files of the
+      user's functions that it names are fingerprinted too.
     **digests: Fingerprints of inputs that the config only points to: data, tokenizer, initial
       params.
   """
   fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
+  digests |= user.digests(flags.flatten(settings))
   workdir_lib.check_identity(
     run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
   )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import records
 from experiments.lab import models
@@ -23,7 +23,9 @@ class RewardOptions:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
       separated by commas, are an ensemble.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or
-      `module:function` of your own, `(prompts, responses, rows) -> one number per response`.
+      `module:function` of your own, such as my_rewards:brevity of my_rewards.py in the working
+      directory or on PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows
+      are those of the data, with all their columns.
     ensemble: Reduction of the scores of an ensemble: their mean, the worst one, or the mean minus
       `ensemble_coef` times their variance.
     ensemble_coef: Weight of the variance.
@@ -69,7 +71,8 @@ class PreferenceOptions:
     path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
       reward model, whose scores are then compared as Bradley and Terry do.
     name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or `module:function`
-      of your own, `(prompts, a, b, rows) -> one probability per pair`.
+      of your own, such as my_judges:shorter of my_judges.py in the working directory or on
+      PYTHONPATH: `(prompts, a, b, rows) -> one probability per pair` that `a` is preferred.
   """
 
   path: str = ""
@@ -99,6 +102,24 @@ class PreferenceOptions:
       )
 
 
+def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:
+  """Finds a missing column or an unusable result before anything is compiled.
+
+  Args:
+    function: Reward or preference function of the texts.
+    prompts: Prompts, to the first of which it gets empty responses.
+    answers: Number of responses to each prompt that it judges.
+  """
+  rows = prompts.rows[:3]
+  empty = [""] * len(rows)
+  try:
+    values = function([row["prompt_text"] for row in rows], *[empty] * answers, rows)
+  except Exception as error:
+    error.add_note("It was tried with empty responses, which a policy can give.")
+    raise
+  rewards.one_number_each(values, empty, function, pairs=answers == 2)
+
+
 def open_preference(
   run: loop.Run,
   options: PreferenceOptions,
@@ -115,7 +136,12 @@ def open_preference(
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
     return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
   function = options.function()
-  return lambda prompts: rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+
+  def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
+    _try(function, prompts, answers=2)
+    return rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+
+  return of_prompts
 
 
 def open_reward(
@@ -140,8 +166,7 @@ def open_reward(
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
-    for row in prompts.rows[:1]:
-      function([row["prompt_text"]], [""], [row])  # A missing column is found before compiling.
+    _try(function, prompts, answers=1)
     return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
 
   return of_prompts

@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FILE = pathlib.Path(__file__).with_name("methods.csv")
 START, JUDGE = "sft", "reward_model"  # Stages of a seed that come before the methods.
@@ -39,14 +39,14 @@ METHODS: Mapping[str, Method] = {
 
 
 class Result(NamedTuple):
-  """Metrics of a policy on the held-out prompts of a seed, and the minutes of its run."""
+  """Metrics of a policy on the held-out prompts of a seed, and the CPU minutes of its run."""
 
   gold: float
   win_rate: float
   low: float
   high: float
   kl: float
-  minutes: float
+  cpu_minutes: float
 
 
 # Seed -> result, of one method.
@@ -81,16 +81,17 @@ def read(workdir: pathlib.Path) -> dict[str, dict[int, Result]]:
         continue
       summary = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))
       keys = ("gold/mean", "gold/win_rate", "gold/win_rate_low", "gold/win_rate_high", "kl")
-      results[name][seed] = Result(*(summary[key] for key in keys), record["minutes"])
+      gold, rate, low, high, kl = (summary[key] for key in keys)
+      results[name][seed] = Result(gold, rate, low, high, kl, record["cpu_minutes"])
       start = read_record(folder / f"{START}.json")
       results[START][seed] = Result(
-        summary["gold/mean_before"], 0.5, 0.5, 0.5, 0.0, start.get("minutes", math.nan)
+        summary["gold/mean_before"], 0.5, 0.5, 0.5, 0.0, start.get("cpu_minutes", math.nan)
       )
   return results
 
 
-def read_record(path: pathlib.Path) -> dict:
-  """Returns command, minutes and exit code of a stage; empty before its first end."""
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+  """Returns command, CPU minutes and exit code of a stage; empty before its first end."""
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -137,14 +138,14 @@ TABLES: Mapping[str, Table] = {
     ("method", "command", "test"), lambda of: (_link(of), f"`{of.command}`", _test(of))
   ),
   "results": Table(
-    ("method", "gold reward", "win rate", "its mean, 95 %", "KL to SFT, nats", "minutes"),
+    ("method", "gold reward", "win rate", "its mean, 95 %", "KL to SFT, nats", "CPU minutes"),
     lambda of: (of.title,),
     lambda results: (
       by_seed(results, "gold", 2),
       by_seed(results, "win_rate", 2),
       mean_win_rate(results),
       by_seed(results, "kl", 1),
-      by_seed(results, "minutes", 1),
+      by_seed(results, "cpu_minutes", 1),
     ),
   ),
   "short": Table(

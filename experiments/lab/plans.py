@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments.lab.case import TRAINING, Case, open_case
-from rlhf_jax import flags, preflight, reporting, sharding
+from rlhf_jax import flags, preflight, reporting, sharding, user
 from rlhf_jax.models.families import Head
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1]
@@ -22,8 +22,26 @@ def methods() -> list[str]:
 
 
 def script_of(name: str) -> Any:
-  """Returns the module of a script in `methods()`."""
-  return importlib.import_module(f"experiments.{name}")
+  """Returns the module of a script in `methods()`, or one of a user that is like them.
+
+  Raises:
+    ValueError: There is no such script, or it does not say which programs it compiles.
+  """
+  if name in methods():
+    return importlib.import_module(f"experiments.{name}")
+  try:
+    module = user.load("algorithm", name)
+  except ValueError as error:
+    known = ", ".join(methods())
+    raise ValueError(
+      f"algorithm must be one of {known}, or a module of your own; {error}"
+    ) from error
+  for part in ("Config", "programs"):
+    if not hasattr(module, part):
+      raise ValueError(
+        f"algorithm={name}: {module.__file__} has no {part}, which experiments.dpo has"
+      )
+  return module
 
 
 class Plan(NamedTuple):
@@ -69,8 +87,8 @@ def open_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Case:
 def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
   """Compiles every program, up to the first that does not fit."""
   case = open_plan(algorithm, mesh, config, absent)
-  settings = settings_of(algorithm, config)
-  microbatches = settings.microbatches if settings is not None else 1
+  name = settings_name(config)
+  microbatches = getattr(config, name).microbatches if name else 1
   plan = Plan(mesh, config.model.remat, microbatches, case.check.programs)
   try:
     script_of(algorithm).programs(case)
@@ -79,15 +97,10 @@ def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
   return plan
 
 
-def settings_name(algorithm: str) -> str:
-  """Name of the config field of an algorithm: that of the script, but for online DPO."""
-  return "dpo" if algorithm == "online_dpo" else algorithm
-
-
-def settings_of(algorithm: str, config: Any) -> Any:
-  """Settings that say how many micro-batches there are; None if a batch cannot be cut."""
-  settings = getattr(config, settings_name(algorithm))
-  return settings if hasattr(settings, "microbatches") else None
+def settings_name(config: Any) -> str:
+  """Name of the settings with the number of micro-batches; empty if a batch cannot be cut."""
+  names = (field.name for field in dataclasses.fields(config))
+  return next((name for name in names if hasattr(getattr(config, name), "microbatches")), "")
 
 
 # Each rung takes less memory than the one before, and more time.
@@ -125,11 +138,11 @@ def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
 
 def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
   """The first rung of the ladder that fits on a mesh, or else the last one."""
-  settings, plan = settings_of(algorithm, config), None
+  name, plan = settings_name(config), None
   for remat, microbatches in LADDER:
     changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
-    if settings is not None:
-      changed[settings_name(algorithm)] = dataclasses.replace(settings, microbatches=microbatches)
+    if name:
+      changed[name] = dataclasses.replace(getattr(config, name), microbatches=microbatches)
     elif microbatches > 1:
       continue
     try:

@@ -9,8 +9,7 @@ import optax
 
 from experiments import records
 from experiments.lab import models
-from rlhf_jax import data, flags, loop, plots, processes, reporting, sharding
-from rlhf_jax import workdir as workdir_lib
+from rlhf_jax import data, loop, plots, processes, reporting, sharding
 from rlhf_jax.algorithms import epochs, reading
 from rlhf_jax.models import Model, count_params, lora
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
@@ -163,17 +162,6 @@ def step_tokens(config: Any, dataset: data.Dataset) -> str:
   packed = config.data.packed_length
   tokens = config.batch_size * max(dataset.width, 1) * (packed or dataset.padded_length)
   return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
-
-
-def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, config: Any) -> Any:
-  """Runs a script as a stage of another one, with the flags that repeat it alone in its workdir."""
-  path = workdir_lib.local_path(session.workdir) / "flags"
-  if processes.is_first() and not path.exists():
-    flags.save_configs(path, session, config)
-  summary = train(session, config)
-  if processes.is_first():
-    flags.save_configs(path, session, config)
-  return summary
 
 
 def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, reporting, rewards, sharding, user
+from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
@@ -291,10 +291,16 @@ def open(
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
     digests[name] = further[name].digest
-  settings = flags.flatten(flags.to_dict(config))
-  named = [v for k, v in settings.items() if k.endswith((".name", ".loss")) and isinstance(v, str)]
-  digests |= user.digests(*named)
   with loop.open_run(session, spare=spare) as run:
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
+    if not (run.workdir / "flags").exists():
+      _save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
+    _save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def _save_flags(run: loop.Run, config: Any) -> None:
+  """Writes the flags that repeat a run, also of one that was started from Python."""
+  if processes.is_first():
+    flags.save_configs(run.workdir / "flags", run.session, config)

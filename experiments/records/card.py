@@ -57,7 +57,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
   software_of = mapping_in(record, "software")
   lines = [
     *_front_matter(record, script, is_policy),
-    f"# {kind} model from `experiments.{plain(script)}`",
+    f"# {kind} model from `{_module(record)}`",
     "",
     f"- method: {span(record.get('method') or script)}",
     f"- architecture: {span(config.get('model_type', '?'))},"
@@ -79,7 +79,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
     "",
     "## Settings",
     "",
-    *_settings(record, script, replayable),
+    *_settings(record, replayable),
     "",
     "## Lineage",
     "",
@@ -211,7 +211,12 @@ def _data(record: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def _settings(record: Mapping[str, Any], script: str, replayable: bool) -> list[str]:
+def _module(record: Mapping[str, Any]) -> str:
+  """The name by which `python -m` runs the script of a run."""
+  return plain(record.get("module") or f"experiments.{record.get('script', '')}")
+
+
+def _settings(record: Mapping[str, Any], replayable: bool) -> list[str]:
   changed = {"seed": record.get("seed", 0), **mapping_in(record, "changed")}
   lines = [
     "The flags that differ from their defaults:",
@@ -223,7 +228,7 @@ def _settings(record: Mapping[str, Any], script: str, replayable: bool) -> list[
       "",
       "`flags` in the folder of the run has all of them, and repeats it:",
       "",
-      *block([f"python -m experiments.{plain(script)} --flagfile=RUN/flags --workdir=NEW"], "bash"),
+      *block([f"python -m {_module(record)} --flagfile=RUN/flags --workdir=NEW"], "bash"),
     ]
   software_of = mapping_in(record, "software")
   if software_of:

@@ -11,12 +11,13 @@ import pathlib
 import platform
 import re
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, processes
+from rlhf_jax import data, flags, loop, processes, user
 from rlhf_jax import workdir as workdir_lib
 
 RECORD = "run.json"
@@ -59,12 +60,14 @@ def identify(
   """
   settings = flags.to_dict(config) | dict(more or {})
   digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **(digests or {})}
+  flat = flags.flatten(settings)
+  digests |= user.digests(flat) | script_digest(script)
   loop.identify(run, script, settings, **digests)
   if not processes.is_first():
     return
-  flat = flags.flatten(settings)
   record = {
     "script": script,
+    "module": module_name(script),
     "method": method_of(script),
     "seed": run.session.seed,
     "settings": flat,
@@ -77,12 +80,39 @@ def identify(
   workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
 
 
+def module_of(script: str) -> types.ModuleType | None:
+  """The module of a script that runs or is imported, a user's too; None if there is none."""
+  main = sys.modules["__main__"]
+  if pathlib.Path(getattr(main, "__file__", None) or "").stem == script:
+    return main
+  return sys.modules.get(f"experiments.{script}") or sys.modules.get(script)
+
+
+def module_name(script: str) -> str:
+  """The name by which `python -m` runs a script."""
+  module = module_of(script)
+  if module is None or _is_ours(module):
+    return f"experiments.{script}"
+  name = module.__spec__.name if module.__spec__ else script
+  return name.removesuffix(".__main__")
+
+
+def script_digest(script: str) -> dict[str, str]:
+  """The SHA-256 of the file of a script that a user wrote; nothing for ours."""
+  module = module_of(script)
+  if module is None or not module.__file__ or _is_ours(module):
+    return {}
+  return {"file of the script": workdir_lib.file_digest(pathlib.Path(module.__file__))}
+
+
+def _is_ours(module: types.ModuleType) -> bool:
+  folder = pathlib.Path(__file__).resolve().parents[1]
+  return pathlib.Path(module.__file__ or "").resolve().is_relative_to(folder)
+
+
 def method_of(script: str) -> str:
   """The summary of the docstring of a script that runs or is imported; its name without one."""
-  main = sys.modules["__main__"]
-  is_main = pathlib.Path(getattr(main, "__file__", None) or "").stem == script
-  module = main if is_main else sys.modules.get(f"experiments.{script}")
-  summary = (getattr(module, "__doc__", None) or script).strip().partition("\n\n")[0]
+  summary = (getattr(module_of(script), "__doc__", None) or script).strip().partition("\n\n")[0]
   return " ".join(summary.split()).rstrip(".")
 
 
@@ -192,7 +222,8 @@ def read_json(path: pathlib.Path) -> Record:
 def _tidy(record: Record) -> Record:
   """A record whose parts are there and of their types, whatever a file held."""
   parts = ("settings", "changed", "digests", "data", "software", "summary")
-  tidy: Record = {name: str(record.get(name, "")) for name in ("path", "script", "method", "role")}
+  names = ("path", "script", "module", "method", "role")
+  tidy: Record = {name: str(record.get(name, "")) for name in names}
   tidy |= {name: mapping_in(record, name) for name in parts}
   tidy["digests"] = {name: str(value) for name, value in tidy["digests"].items()}
   tidy["data"] = {name: of for name, of in tidy["data"].items() if isinstance(of, dict)}

@@ -27,8 +27,10 @@ class DPOConfig:
   """DPO and the losses of the same four log-probabilities.
 
   Attributes:
-    loss: Key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, or `module:function` of your own with
-      the arguments of `dpo_loss`.
+    loss: Key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, or `module:function` of your own, such
+      as my_losses:squared of my_losses.py in the working directory or on PYTHONPATH:
+      `(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta) -> [B] losses` of [B]
+      log-probabilities.
     beta: Strength of the pull to the reference.
     label_smoothing: Assumed probability that a pair is labelled the wrong way round.
     divergence: Key of rlhf_jax.losses.preference.DIVERGENCE_SCORES, the implied penalty.
@@ -51,7 +53,7 @@ class DPOConfig:
       at_least_one=("microbatches",),
       one_of={"divergence": losses.DIVERGENCE_SCORES},
     )
-    pairwise_loss(self.loss)
+    _check_traceable(self.loss, self.beta)
     if not 0 <= self.label_smoothing < 0.5:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
     if self.label_smoothing and self.loss not in losses.SMOOTHED:
@@ -64,6 +66,25 @@ class DPOConfig:
 def pairwise_loss(name: str) -> Callable[..., jax.Array]:
   """Loss of the four log-probabilities that a key or `module:function` names."""
   return user.resolve("loss", name, losses.PAIRWISE_LOSSES, _ARGUMENTS, ["beta"])
+
+
+def _check_traceable(name: str, beta: float) -> None:
+  """Refuses a `module:function` that gives no loss per pair, before anything is compiled."""
+  function = pairwise_loss(name)
+  if ":" not in name:
+    return
+  pairs = [jax.ShapeDtypeStruct((3,), jnp.float32)] * len(_ARGUMENTS)
+  try:
+    result = jax.eval_shape(functools.partial(function, beta=beta), *pairs)
+  except Exception as error:
+    raise ValueError(f"loss={name} cannot be traced: {user.describe(error)}") from error
+  shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
+  if shape != (3,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    given = type(result).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
+    raise ValueError(
+      f"loss={name} gave {given} for 3 pairs; it must return float[3], one loss per pair, and"
+      " leave their mean to the method"
+    )
 
 
 class DPOBatch(NamedTuple):

@@ -122,4 +122,4 @@ def test_a_method_is_measured(monkeypatch, run_script, sft_run, reward_run, tmp_
   methods.measure(methods.Config(str(tmp_path), rows=("ppo",), seeds=(0,)))
   results = json.loads((tmp_path / "summary.json").read_text())
   assert 0 <= results["ppo"]["0"]["low"] <= results["ppo"]["0"]["win_rate"] <= 1
-  assert results["ppo"]["0"]["minutes"] > 0
+  assert results["ppo"]["0"]["cpu_minutes"] > 0

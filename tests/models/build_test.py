@@ -354,10 +354,7 @@ def test_scan_equals_block_by_block():
   config = VARIANTS["biases"]
   model, params = make(config)
   tokens = jnp.asarray(random_tokens(*SHAPE))
-  graph, _ = nnx.split(
-    nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))),
-    nnx.Param,
-  )
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)
   mask = jnp.tri(SHAPE[1], dtype=bool)[None]
   attend = functools.partial(dense_attention, mask=mask, scale=config.head_dim**-0.5)
   positions = jnp.broadcast_to(jnp.arange(SHAPE[1]), SHAPE)

@@ -22,6 +22,8 @@ def case(**settings):
       rollout, scores, ref, config, samples_per_prompt=samples
     )[0],
     lambda read: functools.partial(cispo.loss_fn, read=read, config=config),
+    # Its weights are constants of the gradient, but move with the policy.
+    falls=False,
     inexact=() if config.average == "tokens" else OF_TOKENS,
   )
 

@@ -13,41 +13,8 @@ from typing import NamedTuple
 import filelock
 import pytest
 
-from experiments.lab import plans
+from tests.experiments.methods import small
 from tests.testing import forked, start
-
-_ROWS = ("--data.rows=64", "--data.eval_rows=8")
-_TINY = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
-# What the fields of a training script's config do not say.
-_PARTICULAR = {
-  "sft": _TINY,
-  "rest": ("--prompts=16", "--sampling.samples_per_prompt=4", "--rest.quantiles=0.3,0.6"),
-  "evaluate": (*_ROWS, "--sampling.max_new_tokens=8"),
-  "rlhf": (
-    *(
-      f"--{stage}.{size}"
-      for stage in ("sft", "reward_model", "ppo")
-      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
-    ),
-    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
-  ),
-}
-
-
-def small(script: str, flags: Sequence[str]) -> list[str]:
-  """Flags of a run of seconds; those that are given replace others of their name."""
-  base = dict(flag.split("=", 1) for flag in _PARTICULAR.get(script, ()))
-  if script in plans.methods():
-    config = plans.script_of(script).Config()
-    sampling = getattr(config, "sampling", None)
-    usual = {"--batch_size": "8", "--steps": "4", **dict(flag.split("=") for flag in _ROWS)}
-    if sampling is not None:
-      usual["--sampling.max_new_tokens"] = "8"
-      if sampling.samples_per_prompt > 1:
-        usual["--sampling.samples_per_prompt"] = "2"
-    base = usual | base
-  given = {flag.split("=")[0] for flag in flags}
-  return [*(f"{name}={value}" for name, value in base.items() if name not in given), *flags]
 
 
 def _main(script: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:

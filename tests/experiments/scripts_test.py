@@ -14,54 +14,10 @@ from experiments.lab import plans
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from tests.experiments.methods import METHODS, SETTINGS, judges_of
 from tests.testing import full, read_configs, refusal
 
-METHODS = plans.methods()
 STEPS = 6
-# Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
-MORE = {
-  "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
-  "grpo": ("--shaping.normalize", "--rollout.packed_length=64"),
-  "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
-  "nash_md": (
-    "--preference.name=panel",
-    "--nash_md.ema=0.9",
-    "--nash_md.mix=0.25",
-    "--nash_md.mix_end=0.5",
-    "--nash_md.tau_end=0.11",
-  ),
-  "online_dpo": (
-    "--preference.name=expert",
-    "--online.round_steps=2",
-    "--online.bonus_coef=0.01",
-    "--lora.rank=2",
-  ),
-  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64"),
-  "ppo_max": (
-    "--reward.path={reward}",
-    "--critic.warmup=2",
-    "--ppo_max.kl_target=6",
-    "--ppo_max.normalize_values",
-    "--ppo_max.segment=4",
-    "--rollout.importance_cap=2",
-    "--eval_every=2",
-  ),
-  "preference_model": ("--lora.rank=2",),
-  "rest": ("--grow_steps=1", "--batch_size=2", "--rest.kappa=0.3"),
-  "rloo": (
-    "--reward.path={reward},{reward}",
-    "--reward.ensemble=min",
-    "--shaping.function=par",
-    "--lora.rank=4",
-  ),
-}
-
-
-def judges_of(script):
-  """Judges, `reward` or `preference`, that a script which samples takes."""
-  config = plans.script_of(script).Config()
-  rewarded = ["reward"] * hasattr(config, "shaping")
-  return rewarded + ["preference"] * hasattr(config, "preference")
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +26,7 @@ def flags_of(sft_run, reward_run):
 
   def flags(script) -> list[str]:
     given = [f"--steps={STEPS}", "--log_every=1"]
-    given += [word.format(reward=reward_run) for word in MORE.get(script, ())]
+    given += [word.format(reward=reward_run) for word in SETTINGS.get(script, ())]
     if script != "sft":
       given.append(f"--init_from={sft_run}")
     if not any(word.startswith(("--reward.", "--preference.")) for word in given):

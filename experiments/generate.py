@@ -1,14 +1,18 @@
-r"""Samples responses of a model to prompts from a file, or to one prompt.
+r"""Samples responses of a model to held-out prompts, or to one prompt.
 
+To 16 held-out prompts of the built-in task, or of --data.path=PROMPTS.jsonl:
   python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo \
     --limit=16
+To one prompt:
   python -m experiments.generate --workdir=runs/samples --init_from=FOLDER \
     --prompt="What is the capital of France?" --sampling.temperature=0
 
-Scored by a reward model, or by a Python function, one of yours too:
-  --reward.path=runs/rm    --reward.name=my_rewards:brevity
+Scored by a reward model:
+  --reward.path=runs/rm
+Scored by a Python function, here of your file my_rewards.py:
+  --reward.name=my_rewards:brevity
 
-Writes `samples/step_00000000.jsonl` and shows the first few.
+It writes the responses to `samples/step_00000000.jsonl` and shows the first few.
 """
 
 import dataclasses
@@ -26,10 +30,10 @@ class Config:
   """Prompts to answer, and the model.
 
   Attributes:
-    init_from: Workdir of a finished run, or a Hugging Face folder.
-    prompt: One prompt to answer; empty takes the held-out prompts of the data.
-    limit: Number of prompts to take from the data.
-    batch_size: Prompts per call.
+    init_from: Model: the workdir of a finished run, or a Hugging Face folder.
+    prompt: Prompt to answer; empty takes the held-out prompts of the data.
+    limit: Maximum number of held-out prompts.
+    batch_size: Prompts per call of the model.
   """
 
   init_from: str
@@ -48,7 +52,7 @@ class Config:
 
 
 def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
-  """Samples, writes and shows; returns the rows that were written."""
+  """Samples responses, writes and shows them, and returns the rows that were written."""
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   if config.prompt:

@@ -109,13 +109,23 @@ def cpu_minutes() -> float:
 
 
 def run(line: list[str]) -> int:
-  """Runs a program to its end; SIGTERM is handed on to it, so that it saves."""
+  """Runs a program to its end and returns its exit code.
+
+  SIGTERM is handed on to it, so that it saves. The code then is that of a run that has saved.
+  """
+  stopped = []
   with subprocess.Popen(line) as child:
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+
+    def stop(*_):
+      stopped.append(True)
+      child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-      return child.wait()
+      code = child.wait()
     finally:
       signal.signal(signal.SIGTERM, before)
+  return loop.Preempted.exit_code if stopped else code
 
 
 def show(results: dict[str, dict[int, methods.Result]]) -> None:

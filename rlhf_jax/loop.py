@@ -19,7 +19,7 @@ from rlhf_jax import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class Session(processes.Group):
-  """Settings of a session: workdir, seed, devices and dashboards.
+  """Workdir, seed, devices and dashboards of a run.
 
   Attributes:
     workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. An unfinished run in it
@@ -44,7 +44,7 @@ class RunConfig:
     init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
       folder.
     steps: Number of steps.
-    batch_size: Rows per step, over all devices.
+    batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.

@@ -1,4 +1,4 @@
-"""Rewards and preferences that flags name."""
+"""Rewards and preferences that are chosen by flags."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,14 +21,14 @@ class RewardOptions:
 
   Attributes:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
-      separated by commas, are an ensemble.
-    name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or
-      `module:function` of your own, such as my_rewards:brevity of my_rewards.py in the working
-      directory or on PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows
-      are those of the data, with all their columns.
-    ensemble: Reduction of the scores of an ensemble: their mean, the worst one, or the mean minus
-      `ensemble_coef` times their variance.
-    ensemble_coef: Weight of the variance.
+      separated by commas, form an ensemble.
+    name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
+      `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
+      PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows are those of the
+      data, with all their columns.
+    ensemble: Reduction of the scores of an ensemble: their mean, their minimum, or the mean minus
+      `ensemble_coef` times their variance (`uwo`).
+    ensemble_coef: Weight of the variance in `uwo`.
   """
 
   path: str = ""
@@ -43,12 +43,12 @@ class RewardOptions:
       self.function()
 
   def function(self) -> rewards.TextReward:
-    """Returns the Python reward that `name` gives."""
+    """Returns the Python reward of `name`."""
     return user.resolve("name", self.name, rewards.REWARDS, ("prompts", "responses", "rows"))
 
   @property
   def paths(self) -> tuple[str, ...]:
-    """The folders that `path` names."""
+    """Folders in `path`."""
     return tuple(part for part in self.path.split(",") if part)
 
   @property
@@ -69,9 +69,9 @@ class PreferenceOptions:
 
   Attributes:
     path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
-      reward model, whose scores are then compared as Bradley and Terry do.
-    name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or `module:function`
-      of your own, such as my_judges:shorter of my_judges.py in the working directory or on
+      reward model, whose scores are compared by the Bradley-Terry model.
+    name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or your own
+      `module:function`, such as my_judges:shorter for my_judges.py in the working directory or on
       PYTHONPATH: `(prompts, a, b, rows) -> one probability per pair` that `a` is preferred.
   """
 
@@ -85,7 +85,7 @@ class PreferenceOptions:
       self.function()
 
   def function(self) -> rewards.TextPreference:
-    """Returns the Python function that `name` gives."""
+    """Returns the Python judge of `name`."""
     return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
@@ -126,7 +126,7 @@ def open_preference(
   model_options: models.ModelOptions,
   tokenizer: data.Tokenizer,
 ) -> Callable[[data.Dataset], rewards.PreferenceFn]:
-  """The judge that the options name, opened once: prompts -> preference between responses."""
+  """Opens the judge of the options once and returns `(prompts) -> preference` of responses."""
   options.require()
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
@@ -134,7 +134,7 @@ def open_preference(
       prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
-    return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
+    return lambda prompts: prefer  # A model reads the tokens of any prompts.
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
@@ -150,7 +150,7 @@ def open_reward(
   model_options: models.ModelOptions,
   tokenizer: data.Tokenizer,
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
-  """The reward that the options name, opened once: prompts -> reward of responses to them."""
+  """Opens the reward of the options once and returns `(prompts) -> reward` of responses."""
   options.require()
   if options.paths:
     scorers = [
@@ -162,7 +162,7 @@ def open_reward(
     score = scorers[0]
     if len(scorers) > 1:
       score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
-    return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
+    return lambda prompts: score  # A reward model reads the tokens of any prompts.
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
@@ -175,7 +175,7 @@ def open_reward(
 def gold_rewards(
   config: data.DataConfig, prompts: data.Dataset, tokenizer: data.Tokenizer
 ) -> dict[str, rewards.RewardFn]:
-  """The gold reward, if the prompts are those of the built-in task."""
+  """Returns the gold reward, if the prompts are those of the built-in task."""
   if config.path or config.tfds:
     return {}
   gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)

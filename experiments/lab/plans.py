@@ -1,4 +1,4 @@
-"""Plans of a script on absent devices: its programs compiled for a mesh, and the search of one."""
+"""Plans of a script on absent devices: its programs compiled for a mesh, and a search of meshes."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ HEADS: dict[str, Head] = {"reward_model": "scalar", "preference_model": "scalar"
 
 
 def methods() -> list[str]:
-  """Names of the scripts that say which programs they compile."""
+  """Names of the scripts that have a function `programs`."""
   scripts = (path for path in FOLDER.glob("*.py") if "def programs(" in path.read_text("utf-8"))
   return sorted(path.stem for path in scripts)
 
@@ -45,15 +45,15 @@ def script_of(name: str) -> Any:
 
 
 class Plan(NamedTuple):
-  """What was compiled and what the compiler said.
+  """Programs that were compiled, and the message of the compiler.
 
   Attributes:
-    mesh: Devices per axis.
-    remat: What the backward pass computes again.
-    microbatches: Pieces of a batch.
-    programs: Those that fit.
-    refused: Why the next one does not; empty if all fit.
-    stopped_at: Name of the next one.
+    mesh: Devices per mesh axis.
+    remat: Remat policy of the model.
+    microbatches: Micro-batches per batch.
+    programs: Programs that fit.
+    refused: Message about the first program that does not fit; empty if all fit.
+    stopped_at: Name of that program.
   """
 
   mesh: str
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 
 class Slice(NamedTuple):
-  """The absent devices, and what has been compiled for them."""
+  """The absent devices, and the programs that were compiled for them."""
 
   devices: Sequence[Any]
   chip: preflight.Chip
@@ -78,14 +78,14 @@ class Slice(NamedTuple):
 
 
 def open_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Case:
-  """Opens the table of a script on a mesh of the absent devices."""
+  """Opens a script on a mesh of the absent devices."""
   check = lambda on: preflight.Preflight(on, absent.chip, absent.known)  # noqa: E731
   head = HEADS.get(algorithm, "language")
   return open_case(config, mesh, absent.devices, check, head)
 
 
 def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
-  """Compiles every program, up to the first that does not fit."""
+  """Compiles every program, up to the first one that does not fit."""
   case = open_plan(algorithm, mesh, config, absent)
   name = settings_name(config)
   microbatches = getattr(config, name).microbatches if name else 1
@@ -98,7 +98,7 @@ def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
 
 
 def settings_name(config: Any) -> str:
-  """Name of the settings with the number of micro-batches; empty if a batch cannot be cut."""
+  """Name of the settings with the number of micro-batches; empty without micro-batches."""
   names = (field.name for field in dataclasses.fields(config))
   return next((name for name in names if hasattr(getattr(config, name), "microbatches")), "")
 
@@ -108,7 +108,7 @@ LADDER = (("none", 1), ("dots", 1), ("full", 1), ("full", 2), ("full", 4), ("ful
 
 
 def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
-  """The meshes that divide the batch and the model, those first that seem to wait the least."""
+  """Meshes that divide the batch and the model, those with the least estimated waiting first."""
   case = open_plan(algorithm, "", config, absent)
   model = case.bench.model
   sizes = [n for n in range(1, len(absent.devices) + 1) if len(absent.devices) % n == 0]
@@ -137,7 +137,7 @@ def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
 
 
 def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
-  """The first rung of the ladder that fits on a mesh, or else the last one."""
+  """Returns the plan of the first rung of the ladder that fits on a mesh, or of the last rung."""
   name, plan = settings_name(config), None
   for remat, microbatches in LADDER:
     changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
@@ -159,7 +159,7 @@ def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
 
 
 def search(algorithm: str, mesh: str, count: int, config: Any, absent: Slice) -> list[Plan]:
-  """The plans of the most promising meshes: those that fit first, the fastest in front."""
+  """Returns the plans of the most promising meshes: those that fit first, sorted by their time."""
   specs = [mesh] if mesh else promising(algorithm, config, absent)
   if not specs:
     raise flags.UsageError(

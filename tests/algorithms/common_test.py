@@ -1,4 +1,4 @@
-"""What holds for every algorithm: neither mesh nor micro-batches change what is learnt."""
+"""Tests of every algorithm: neither mesh nor micro-batches change the trained params."""
 
 import dataclasses
 import functools

@@ -81,7 +81,7 @@ class Running:
 
 
 class Finished(NamedTuple):
-  """What a script left behind."""
+  """Result of a script."""
 
   code: int | None
   output: str

@@ -282,7 +282,7 @@ def test_commands_on_files_run(commands, run_short, shared):
 
 def test_a_script_explains_itself(run_script, tmp_path):
   shown = run_script("compile", tmp_path / "none", "--help")
-  assert "Name of the script, such as ppo." in shown.output
+  assert "--algorithm=" in shown.output
 
 
 def test_every_flag_that_is_named_exists():

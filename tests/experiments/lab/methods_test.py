@@ -50,7 +50,7 @@ def test_pages_show_the_table(page, repository):
 
 def write(folder, name, minutes, summary=None):
   folder.mkdir(exist_ok=True)
-  record = {"command": name, "minutes": minutes, "code": 0 if summary else 70}
+  record = {"command": name, "cpu_minutes": minutes, "code": 0 if summary else 70}
   (folder / f"{name}.json").write_text(json.dumps(record))
   if summary:
     (folder / name).mkdir()

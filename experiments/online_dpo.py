@@ -83,7 +83,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       " learnt from",
     )
     respond = responses.Responder(bench, score_of, config.shaping)
-    draw = bench.sampler(1)
+    draw = bench.sampler(samples_per_prompt=1)
 
     def iteration(state: responses.IterationState, prompts, key):
       pick_key, bonus_key = jax.random.split(jax.random.fold_in(key, state.train.step))

@@ -52,7 +52,8 @@ class Match:
     self._gold = bench.gold(bench.train_set) if prefer else {}
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
-    self.sample, self.oppose = bench.sampler(count, mixture=mixed), bench.sampler(1, mixture=True)
+    self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)
+    self.oppose = bench.sampler(mixture=True, samples_per_prompt=1)
     read = reading.make_read(bench.model.apply, bench.config.sampling.temperature)
     self.refer: Callable[[Params, Rollout], jax.Array] = jax.jit(
       lambda params, rollout: read(params, rollout).logprobs

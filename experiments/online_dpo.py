@@ -81,7 +81,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       " trained on",
     )
     respond = responses.Responder(bench, score_of, config.shaping)
-    sample = bench.sampler(1)
+    sample = bench.sampler(samples_per_prompt=1)
 
     def iteration(state: responses.IterationState, prompts, key):
       pick_key, bonus_key = jax.random.split(jax.random.fold_in(key, state.train.step))

@@ -187,6 +187,7 @@ def results():
     ([1.0, float("nan"), 2.0], r"gave no finite number: nan for response 1, 'bbb'"),
     ([1.0, None, 2.0], "gave no finite number: nan for response 1"),
     ([1.0, 2.0, -np.inf], "gave no finite number: -inf for response 2"),
+    ([1.0, 2.0, 1e39], "gave no finite number: inf for response 2"),
     (["1", "2", "3"], "gave a list without numbers; it must return one number"),
     ({"a": 1}, "gave a dict without numbers"),
     (None, r"gave (a NoneType without numbers|shape \(\))"),

@@ -52,8 +52,8 @@ class Match:
     self._gold = bench.gold(bench.train_set) if prefer else {}
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
-    self.sample = bench.sampler(count, mixture=mixed)
-    self.sample_opponent = bench.sampler(1, mixture=True)
+    self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)
+    self.sample_opponent = bench.sampler(mixture=True, samples_per_prompt=1)
     read = reading.make_read(bench.model.apply, bench.config.sampling.temperature)
     self.ref_logprobs: Callable[[Params, Rollout], jax.Array] = jax.jit(
       lambda params, rollout: read(params, rollout).logprobs

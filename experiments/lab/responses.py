@@ -183,7 +183,7 @@ class Responder:
     self.reshard, self.generate = bench.reshard(), bench.sampler()
     if self.ahead:
       self.reshard, self.generate = sample_away(bench)
-    self.sample_reference = bench.sampler(shaping.reference_samples)
+    self.sample_reference = bench.sampler(samples_per_prompt=shaping.reference_samples)
 
   def init(self, train: TrainState, carry: Any) -> IterationState:
     """Returns the state before the first iteration."""

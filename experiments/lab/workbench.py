@@ -93,13 +93,14 @@ class Workbench(NamedTuple):
     rows = {name.replace("_", " "): value for name, value in rows.items()}
     training.describe(self.run, title, self.model, trainer, rows)
 
-  def sampler(
-    self, samples_per_prompt: int | None = None, *, mixture: bool = False
-  ) -> Callable[..., Rollout]:
-    """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`."""
-    sampling = self.config.sampling
-    if samples_per_prompt is not None:
-      sampling = dataclasses.replace(sampling, samples_per_prompt=samples_per_prompt)
+  def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
+    """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`.
+
+    Args:
+      mixture: True to sample from a mixture of two models.
+      **changes: Settings of `config.sampling` to change, such as `temperature=0.0`.
+    """
+    sampling = dataclasses.replace(self.config.sampling, **changes)
     return models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
 
   def reshard(self) -> Callable[[Params], Params]:

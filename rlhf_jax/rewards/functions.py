@@ -42,7 +42,8 @@ def one_number_each(
   try:
     if np.asarray(values).dtype.kind in "SU":  # NumPy would read numbers from texts.
       raise TypeError
-    numbers = np.asarray(values, np.float32)
+    with np.errstate(over="ignore"):  # It becomes infinite, which is refused below.
+      numbers = np.asarray(values, np.float32)
   except (TypeError, ValueError) as error:
     raise user.ResultError(f"{gave} a {type(values).__name__} without numbers; {must}") from error
   if numbers.shape != (len(texts),):

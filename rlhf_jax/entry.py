@@ -32,12 +32,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
 
   def main(argv: Sequence[str]) -> None:
     del argv
-    if not absl_flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    _tune_for_cpu()
-    # What was imported stays, and rows and traces are many objects with hardly any garbage.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    tune(quiet=not absl_flags.FLAGS["verbosity"].present)
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):
@@ -52,12 +47,27 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   run(main)
 
 
+def tune(*, quiet: bool = True) -> None:
+  """Sets up a process as scripts do; call it once, before the first computation.
+
+  A script or a notebook that calls `train` of another script is slower without it, no different.
+
+  Args:
+    quiet: True to hide what libraries log below warnings; Orbax narrates every save.
+  """
+  if quiet:
+    logging.set_verbosity(logging.WARNING)
+  _tune_for_cpu()
+  # What was imported stays, and rows and traces are many objects with hardly any garbage.
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 20)
+
+
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
   """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
 
-  The exit code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little
-  memory, and `error.exit_code` for an exception with that attribute. Their message is the last
-  line on stderr; every other exception propagates with its traceback.
+  For an error that `verdict` knows, it exits with that code, and the message is the last line on
+  stderr. Every other exception propagates with its traceback.
   """
 
   def flags_parser(args: Sequence[str]) -> list[str]:
@@ -66,30 +76,36 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
       sys.exit(0)
     try:
       flags.parse(args)
-    except flags.UsageError as error:
-      _exit(str(error), error.exitcode)
-    except absl_flags.Error as error:
-      code = 1 if isinstance(error, absl_flags.UnrecognizedFlagError) else flags.EX_USAGE
-      _exit(f"FATAL Flags parsing error: {error}", code)
+    except Exception as error:
+      _exit(error)
     return list(args[:1])
 
   def checked_main(args: Sequence[str]) -> Any:
     try:
       return main(args)
-    except flags.UsageError as error:
-      _exit(str(error), error.exitcode)
     except Exception as error:
-      code = getattr(error, "exit_code", None)
-      if isinstance(error, ValueError) and str(error).startswith("--"):
-        # By convention the message of a wrong flag starts with it.
-        _exit(str(error), flags.EX_USAGE)
-      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        _exit(f"{error}\n{_less_memory(absl_flags.FLAGS)}", EX_UNAVAILABLE)
-      if not isinstance(code, int):
-        raise
-      _exit(f"{type(error).__name__}: {error}", code)
+      _exit(error)
 
   app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
+
+
+def verdict(error: Exception) -> tuple[int, str] | None:
+  """Exit code and message of an error that is not a bug; None for every other one.
+
+  The code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little memory, and
+  `error.exit_code` for an exception with that attribute.
+  """
+  if isinstance(error, flags.UsageError):
+    return error.exitcode, str(error)
+  if isinstance(error, absl_flags.Error):
+    code = 1 if isinstance(error, absl_flags.UnrecognizedFlagError) else flags.EX_USAGE
+    return code, f"FATAL Flags parsing error: {error}"
+  if isinstance(error, ValueError) and str(error).startswith("--"):
+    return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
+  if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    return EX_UNAVAILABLE, f"{error}\n{_less_memory(absl_flags.FLAGS)}"
+  code = getattr(error, "exit_code", None)
+  return (code, f"{type(error).__name__}: {error}") if isinstance(code, int) else None
 
 
 def _less_memory(flag_values: absl_flags.FlagValues) -> str:
@@ -149,6 +165,10 @@ def _compile_quickly() -> None:
   os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
 
 
-def _exit(message: str, code: int) -> NoReturn:
+def _exit(error: Exception) -> NoReturn:
+  known = verdict(error)
+  if known is None:
+    raise error
+  code, message = known
   sys.stderr.write(message + "\n")
   sys.exit(code)

@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from rlhf_jax import flags
+from rlhf_jax import entry, flags, sharding
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import PackedBatch, Params, TokenBatch
@@ -201,21 +202,58 @@ def compilations() -> Iterator[list[str]]:
 def define_flags(
   script: str, words: Sequence[str] = ()
 ) -> tuple[absl_flags.FlagValues, list[Callable[[], Any]]]:
-  """The flags of a script, such as `experiments.dpo`, and what reads its dataclasses from them."""
+  """Flags of a script, such as `experiments.dpo`, and readers of its dataclasses, in order.
+
+  The first dataclass is that of the session, if the script has one.
+  """
   module = importlib.import_module(script)
   classes = [module.Config] if hasattr(module, "Config") else [module.Options]
   if script == "experiments.compile":
-    classes.append(module.programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
-  elif script != "experiments.plot":
-    classes.append(module.loop.Session)
+    name = module.algorithm_of(words)
+    classes += [module.plans.script_of(name).Config] if name else []
+  elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:
+    classes.insert(0, module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]
 
 
 def read_flags(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
-  """The flags of a script, read and checked as it does before it starts."""
+  """Flags of a script, read and checked as it does before it starts."""
+  return _read(script, words)[0]
+
+
+def read_configs(script: str, words: Sequence[str]) -> list[Any]:
+  """Dataclasses of a script, read and checked as it does before it starts."""
+  return _read(script, words)[1]
+
+
+def _read(script: str, words: Sequence[str]) -> tuple[absl_flags.FlagValues, list[Any]]:
   registry, readers = define_flags(script, words)
   flags.parse([script, *words], registry)
-  for read in readers:
-    read()
-  return registry
+  return registry, [read() for read in readers]
+
+
+def start(script: str, *words: str, devices: int = 1) -> Any:
+  """Runs `experiments.SCRIPT` in this process, on some of its devices; returns what it returns."""
+  module = f"experiments.{script}"
+  session, config = read_configs(module, words)
+  training = importlib.import_module("experiments.lab.training")
+  make_mesh = sharding.make_mesh
+
+  def make(spec: str = "", given: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    return make_mesh(spec, jax.devices()[:devices] if given is None else given)
+
+  with mock.patch.object(sharding, "make_mesh", make):
+    return training.run_stage(importlib.import_module(module).train, session, config)
+
+
+def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:
+  """Exit code and message of `experiments.SCRIPT`, which refuses to run."""
+  try:
+    start(script, *words, devices=devices)
+  except Exception as error:
+    known = entry.verdict(error)
+    if known is None:
+      raise
+    return known
+  raise AssertionError(f"{script} {' '.join(words)} was not refused")

@@ -36,11 +36,11 @@ class ShapingConfig:
   """Changes to scores before a method sees them.
 
   Attributes:
-    function: Key of rlhf_jax.rewards.shaped.SHAPINGS, which compares a score to the scores of the
-      reference's responses to the prompt. `par` is the probability of beating them, `center` the
-      distance from their mean, `log_sigmoid` the log-sigmoid of that distance. Empty for none.
+    function: Function that compares a score to the scores of the reference's responses to the
+      prompt. `par` is the probability of beating them, `center` the distance from their mean,
+      `log_sigmoid` the log-sigmoid of that distance. Empty for none.
     reference_samples: Number of responses of the reference to each prompt, for `function`.
-    normalize: Subtract the running mean and divide by the running standard deviation.
+    normalize: Normalisation of scores by their running mean and standard deviation.
     clip: Bound on the absolute value of a score; 0 does not clip.
     missing_eos_penalty: Penalty subtracted from the score of a truncated response.
   """

@@ -76,7 +76,8 @@ def shape(
       `config.function`.
 
   Returns:
-    [B] float32 shaped scores, NaN where `scores` is not finite, and the moments with this batch.
+    [B] float32 shaped scores, NaN where the score or that of the reference is not finite, and the
+    moments with this batch.
 
   Raises:
     ValueError: If `config.function` needs scores of the reference, and there are none.
@@ -87,6 +88,8 @@ def shape(
     if ref_scores is None:
       raise ValueError(f"function={config.function} needs scores of the reference's responses")
     scores = SHAPINGS[config.function](scores, ref_scores)
+    finite &= jnp.isfinite(scores)
+    scores = jnp.where(finite, scores, 0.0)
   moments = reward.update_moments(moments, scores, finite)
   if config.normalize:
     scores = reward.normalize_scores(scores, moments)

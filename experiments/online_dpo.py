@@ -1,40 +1,40 @@
-r"""Preference optimisation on pairs of the policy's own responses, judged while it trains.
+r"""Improves a policy by DPO on pairs of its own responses, judged during training.
 
-Built-in task, after SFT and reward model; pairs are the best and the worst of four samples:
+Built-in task, after SFT and a reward model; pairs are the best and the worst of four samples:
   python -m experiments.online_dpo --workdir=runs/online --init_from=runs/sft --reward.path=runs/rm
-Judged by a preference model or function instead:
-  --reward.path= --preference.path=runs/pm    --reward.path= --preference.name=panel
-XPO, which explores by a bonus on responses of the start; rounds against the round before:
-  --dpo.bonus_coef=1e-3    --online.reference=previous --online.round_steps=20
-`--dpo.loss` takes every loss of experiments.dpo.
+Judged by a preference model:
+  --preference.path=runs/pm
+Judged by a Python function:
+  --preference.name=panel
+XPO, which explores by a bonus on responses of the initial policy:
+  --online.bonus_coef=1e-3
+Iterative DPO, in rounds of 20 steps whose reference is the policy of the previous round:
+  --online.round_steps=20
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+--dpo.loss takes every loss of experiments.dpo.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
-import functools
-import itertools
-import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, flags, generation, loop, rewards, sharding
-from rlhf_jax.algorithms import dpo, online_dpo
+from experiments.lab import models, pairing, responses, workbench
+from experiments.lab.case import Case
+from experiments.lab.judges import PreferenceOptions, RewardOptions
+from rlhf_jax import entry, flags, loop
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
+from rlhf_jax.algorithms.pairs import PairConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.models import Model
+from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.train_step import OptimConfig, join, make_schedule
-from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from rlhf_jax.rewards.shaped import ShapingConfig
+from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,198 +43,85 @@ class Config(loop.RunConfig):
 
   steps: int = 80
   batch_size: int = 32
-  eval_every: int = 0
   checkpoint_every: int = 20
-  model: common.ModelOptions = common.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
+  reward: RewardOptions = RewardOptions()
+  preference: PreferenceOptions = PreferenceOptions()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  reward: common.RewardOptions = common.RewardOptions()
-  preference: common.PreferenceOptions = common.PreferenceOptions()
   online: OnlineConfig = OnlineConfig()
   dpo: DPOConfig = DPOConfig()
+  pairs: PairConfig = PairConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  shaping: ShapingConfig = ShapingConfig(missing_eos_penalty=0.0)
+  lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
-    common.require_random(self.sampling)
-    if self.sampling.samples_per_prompt < 2:
-      raise ValueError("sampling.samples_per_prompt must be at least 2 to make pairs")
-
-
-class OnlineState(NamedTuple):
-  """What an iteration carries on: the policy with its optimizer, and the one before, if read."""
-
-  train: TrainState
-  previous: Params | None
+    responses.check(self, group=2)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Trains, exports the policy to `workdir/export` and returns the figures of summary.json."""
-  by_preference = bool(config.preference.path or config.preference.name)
-  if by_preference == bool(config.reward.path or config.reward.name):
+  """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
+  if config.preference.is_given == config.reward.is_given:
     raise flags.UsageError("give --reward.path or --reward.name, or else --preference.path or name")
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
-  train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   samples = config.sampling.samples_per_prompt
-  with loop.open_run(session) as run:
-    records.identify(
-      run,
-      "online_dpo",
-      config,
-      tokenizer,
-      train_set,
-      heldout,
-      **common.frozen_digest(config.lora, folder),
-    )
-    model, ref_params = common.open_model(run, config.model, folder, tokenizer)
-    if by_preference:
-      prefer_of = common.open_preference(run, config.preference, config.model, tokenizer)
-      judge_responses = tournament(prefer_of(train_set), samples)
+  with workbench.open(session, config, "online_dpo", "prompts") as bench:
+    trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)
+    prefer_of = reward_of = None
+    if config.preference.is_given:
+      prefer_of = bench.open_preference()
+      score_of = pairing.tournament(prefer_of, samples)
     else:
-      reward_of = common.open_reward(run, config.reward, config.model, tokenizer)
-      judge_responses = reward_of(train_set)
-    gold_fns = common.gold_rewards(config.data, train_set, tokenizer)
-    state, programs = open_programs(run, config, model, ref_params, tokenizer)
-    common.describe(
-      run,
+      score_of = reward_of = bench.open_reward()
+    bench.describe(
       "Online DPO",
-      model,
-      state.train,
-      {
-        "judge": config.reward.path
-        or config.reward.name
-        or config.preference.path
-        or config.preference.name,
-        "data": f"{len(train_set.examples)} prompts",
-        "responses per step": f"{config.batch_size * samples}, of which {config.batch_size * 2}"
-        " are learnt from",
-      },
-      frozen=programs.trainer.frozen,
+      trainer,
+      responses_per_step=f"{config.batch_size * samples}, of which {config.batch_size * 2} are"
+      " trained on",
     )
-    stops = (tokenizer.eos_id,)
-    whole = functools.partial(join, programs.trainer.frozen)
+    respond = responses.Responder(bench, score_of, config.shaping)
+    sample = bench.sampler(1)
 
-    def iteration(state: OnlineState, prompts: data.PromptBatch, key: jax.Array):
-      keys = jax.random.split(jax.random.fold_in(key, state.train.step), 3)
-      inputs = prompts.tokens, prompts.mask, prompts.prompt_id
-      start = time.monotonic()
-      rollout = programs.generate(programs.reshard(whole(state.train.params)), *inputs, keys[0])
-      free = None
-      if config.dpo.bonus_coef:
-        free = programs.alone(programs.reshard(ref_params), *inputs, keys[1])
-      rollout = jax.block_until_ready(rollout)
-      sampled = time.monotonic()
-      ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)
-      scores = jnp.asarray(judge_responses(rollout, ids))
-      scored = time.monotonic()
-      previous = state.previous
-      reference = ref_params if previous is None else whole(previous)
-      batch, figures = programs.make_batch(reference, rollout, scores, free, keys[2])
-      new, metrics = programs.trainer.step(state.train, batch, key)
-      if previous is not None and int(new.step) % config.online.round_steps == 0:
-        previous = jax.tree.map(jnp.copy, new.params)
-      ended = generation.ended(rollout, stops)
-      lengths = jnp.sum(rollout.response_mask, axis=1)
-      # The implicit rewards of DPO go by another name here, where there is a real one.
-      metrics = {name.replace("reward/", "implicit_reward/"): v for name, v in metrics.items()}
-      metrics |= figures | {
-        **{f"{name}_reward/mean": np.mean(fn(rollout, ids)) for name, fn in gold_fns.items()},
-        "eos_fraction": jnp.mean(ended),
-        "response_length/mean": jnp.mean(lengths),
-        "time/generate": sampled - start,
-        "time/reward": scored - sampled,
-      }
-      return OnlineState(new, previous), metrics
+    def iteration(state: responses.IterationState, prompts, key):
+      pick_key, bonus_key = jax.random.split(jax.random.fold_in(key, state.train.step))
+      scored, _, metrics = respond(trainer.params(state.train), state, prompts, key)
+      calibration = None
+      if config.online.bonus_coef:
+        calibration = sample(respond.reshard(bench.start), *prompts, bonus_key)
+      reference = state.carry.method
+      against = bench.start if reference is None else trainer.params(state.train, reference)
+      inputs = against, state.carry.moments, scored, calibration, pick_key
+      batch, moments, of_batch = make_batch(*inputs)
+      train, of_step = trainer.step(state.train, batch, key)
+      if reference is not None and int(train.step) % config.online.round_steps == 0:
+        reference = jax.tree.map(jnp.copy, train.params)
+      # The implicit rewards of DPO get another name, since there is an actual reward here.
+      of_step = {name.replace("reward/", "implicit_reward/"): v for name, v in of_step.items()}
+      carry = responses.Carry(moments, reference)
+      return responses.IterationState(train, carry), metrics | of_batch | of_step
 
-    heldout_fns = {} if by_preference else {"reward": reward_of(heldout)}
-    heldout_fns |= common.gold_rewards(config.data, heldout, tokenizer)
-    judge = common.Judge(
-      run,
-      model,
-      tokenizer,
-      heldout,
-      config.sampling,
-      heldout_fns,
-      ref_params,
-      prefer=prefer_of(heldout) if by_preference else None,
-    )
-    state = loop.fit(
-      run,
-      config,
+    def policy_of(state: responses.IterationState):
+      return trainer.params(state.train)
+
+    first = models.copy(bench.run, trainer.state.params) if config.online.round_steps else None
+    state = respond.init(trainer.state, RunningMoments.zero())
+    judge = bench.judge(reward_of, prefer_of)
+    state = bench.fit(
       iteration,
-      state,
-      data.batches(train_set, config.batch_size, seed=session.seed, pad_id=tokenizer.pad_id),
-      # The end is judged by `finish`.
-      evaluate=judge.evaluate(lambda s: whole(s.train.params)) if config.eval_every else None,
-      learning_rate=make_schedule(config.optim, config.steps),
+      trainer,
+      bench.batches(),
+      state=state._replace(carry=responses.Carry(state.carry, first)),
+      evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="online dpo",
     )
-    return judge.finish(whole(state.train.params), config.steps, "Online DPO")
+    return judge.finish(policy_of(state), config.steps, "Online DPO")
 
 
-class Programs(NamedTuple):
-  """What an iteration runs on the devices."""
-
-  reshard: Callable[[Params], Params]
-  generate: Callable[..., Rollout]  # Of the policy: several responses to each prompt.
-  alone: Callable[..., Rollout]  # Of the reference: one.
-  make_batch: Callable[..., tuple[dpo.DPOBatch, Metrics]]
-  trainer: common.Trainer
-
-
-def open_programs(
-  run: loop.Run, config: Config, model: Model, ref_params: Params, tokenizer: data.Tokenizer
-) -> tuple[OnlineState, Programs]:
-  """The first state and the programs, none of which is compiled yet."""
-  trainer = common.make_trainer(run, config, model, ref_params, dpo.make_dpo_step, config.dpo)
-  previous = None
-  if config.online.reference == "previous":
-    previous = common.copy(run, trainer.state.params)
-  samples = config.sampling.samples_per_prompt
-
-  @jax.jit
-  def make_batch(
-    params: Params, rollout: Rollout, scores: jax.Array, free: Rollout | None, key: jax.Array
-  ):
-    scores = scores.reshape(-1, samples)
-    chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
-    pairs = online_dpo.make_pairs(rollout, chosen, rejected)
-    refs = dpo.reference_logprobs(model.apply, params, pairs, config.dpo)
-    calibration = None if free is None else online_dpo.right_padded(free)
-    figures = {
-      "reward/mean": jnp.mean(scores),
-      "reward/std": jnp.mean(jnp.std(scores, axis=1)),
-      "ties": jnp.mean(chosen == rejected),
-    }
-    return dpo.DPOBatch(pairs, refs, calibration), figures
-
-  generate, alone = (
-    common.make_sampler(
-      model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=count)
-    )
-    for count in (samples, 1)
-  )
-  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  programs = Programs(reshard, generate, alone, make_batch, trainer)
-  return OnlineState(trainer.state, previous), programs
-
-
-def tournament(prefer: rewards.PreferenceFn, samples: int) -> rewards.RewardFn:
-  """Scores each sample of a prompt by how often it is preferred to the others, on average."""
-
-  def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    ids = prompt_ids[::samples]
-    nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
-    total = jnp.zeros([len(ids), samples])
-    for a, b in itertools.combinations(range(samples), 2):
-      wins = jnp.asarray(prefer(nth[a], nth[b], ids))
-      total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
-    return total.ravel() / (samples - 1)
-
-  return score
+def programs(case: Case) -> None:
+  """Compiles the programs of an iteration, for `experiments.compile`."""
+  pairing.programs(case)
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -1,61 +1,53 @@
-r"""Compares runs: curves with seeds as bands, the frontier, over-optimisation, settings, samples.
+r"""Compares runs by curves, reward over KL, settings and samples.
 
-Each run a line:
+One line per run:
   python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/ppo_free
-Seeds together, a line each for two settings:
+One line per setting, each the mean of several seeds:
   python -m experiments.plot --workdir=runs/plots \
     --runs="KL penalty=runs/kl_0,runs/kl_1,runs/kl_2,none=runs/free_*"
+With win rates, and the responses of all policies to the same prompts:
+  python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/nash \
+    --evaluation=runs/eval
 
-With who beats whom, and the answers of all policies to the same prompts:
-  python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/nash --evaluation=runs/eval
+`LABEL=DIR` starts a group of runs that differ only in their seed, and every `DIR`
+after it joins the group. `*` is expanded as by the shell. A group is drawn as the
+mean of its runs, with a band from the lowest to the highest run. Unfinished runs
+can be plotted too. It takes about ten seconds.
 
-`LABEL=DIR` starts a group of runs that differ in their seed only, every `DIR` after it joins it,
-and `*` stands for what the shell would put there. A group is drawn as the mean of its runs in a
-band from the lowest to the highest. Runs may still be going on. It takes some ten seconds.
-
-Writes, for what the runs have logged:
-  report.html                all of it on one page that opens without a network, with the final
-                             figures, the settings that differ, answers side by side and lineage
+It writes these files, from the metrics that the runs have logged:
+  report.html                one page with all plots, the final metrics, the
+                             settings that differ, responses side by side, and
+                             the runs that each run builds on; needs no network
   plots/NAME.png             each metric over the steps
-  plots/frontier.png         reward over the KL to the reference, at the end of training
-  plots/overoptimization.png proxy and gold reward over the KL as training goes on
-  plots/win_rates.png        who beats whom, from an evaluation by pairs
-  summary.json               the same in figures, by group
+  plots/frontier.png         reward over the KL at the end of training
+  plots/overoptimization.png proxy and gold reward over the KL during training
+  plots/win_rates.png        win rates between policies, from --evaluation
+  summary.json               the final metrics by group
 
-A proxy that keeps rising while the gold reward peaks and falls is over-optimised. `diverged` counts
-the runs in which proxy and gold are rank correlated negatively over a third of the training, far
-beyond chance; `diverged_at_kl` is the KL from which they are.
+A proxy reward that keeps rising while the gold reward peaks and falls is
+over-optimised. `diverged` counts the runs in which proxy and gold reward have a
+negative rank correlation, far beyond chance, over a third of the training.
+`diverged_at_kl` is the KL at which this starts.
 """
 
 import dataclasses
-import glob
-import math
-import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from experiments import common, report
-from rlhf_jax import checkpoint, evaluation, flags, metrics, reporting
-
-PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
-_TITLES = {PROXY: "Proxy reward (trained on)", GOLD: "Gold reward (never trained on)"}
-_KL_LABEL = "KL to the reference (nats per response, root scale)"
-
-Rows = list[dict[str, Any]]
-Groups = dict[str, list[Rows]]  # Label -> rows of metrics.jsonl of each run.
-Charts = dict[str, list[reporting.Chart]]
+from experiments.lab import charts
+from experiments.records import report
+from rlhf_jax import entry, flags, plots, reporting
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What to draw.
+  """Runs to draw.
 
   Attributes:
     workdir: Folder for the plots.
-    runs: Workdirs of the runs: DIR,DIR draws each on its own, LABEL=DIR,DIR,LABEL=DIR groups them.
-    evaluation: Workdir of experiments.evaluate, for its figures, win rates and samples.
+    runs: Workdirs of the runs. DIR,DIR draws one line per run; LABEL=DIR,DIR,LABEL=DIR draws one
+      line per group.
+    evaluation: Workdir of experiments.evaluate, to add its metrics, win rates and samples.
   """
 
   workdir: str
@@ -64,200 +56,24 @@ class Config:
 
 
 def plot(config: Config) -> dict[str, Any]:
-  """Reads the runs, writes plots, report.html and summary.json, returns the latter."""
-  workdir = checkpoint.local_path(config.workdir)
+  """Reads the runs, writes plots, report.html and summary.json; returns summary.json."""
+  workdir = workdir_lib.local_path(config.workdir)
   if (workdir / "metrics.jsonl").exists():
-    raise flags.UsageError(f"--workdir={workdir} is a run; give the plots a folder of their own")
-  folders = group_runs(config.runs)
-  groups = {label: [read_run(folder) for folder in some] for label, some in folders.items()}
-  evaluation = checkpoint.local_path(config.evaluation) if config.evaluation else None
+    raise flags.UsageError(f"--workdir={workdir} is a run; give another folder for the plots")
+  folders = charts.group_runs(config.runs)
+  groups = {label: [charts.read_run(run) for run in runs] for label, runs in folders.items()}
+  evaluation = workdir_lib.local_path(config.evaluation) if config.evaluation else None
   matrix = report.win_rates(report.read_evaluation(evaluation)) if evaluation else {}
-  charts = charts_of(groups)
-  summary = draw(workdir, groups, charts)
+  drawn = charts.charts_of(groups)
+  summary = charts.draw(workdir, groups, drawn)
   if matrix:
-    png = reporting.render_matrix("Share of prompts on which the row is preferred", matrix)
+    png = plots.render_matrix("Share of prompts on which the row is preferred", matrix)
     (workdir / "plots" / "win_rates.png").write_bytes(png)
-  page = report.render(report.Comparison(folders, charts, table(summary), evaluation))
-  metrics.write_atomic(workdir / "report.html", page)
+  page = report.render(report.Comparison(folders, drawn, charts.table(summary), evaluation))
+  workdir_lib.atomic_write(workdir / "report.html", page)
   reporting.note(f"report: {workdir / 'report.html'}")
   return summary
 
 
-def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
-  """The folders of each label; those before the first label are groups of their own."""
-  labelled: dict[str, list[str]] = {}
-  single: list[str] = []
-  label = None
-  for item in runs:
-    if "=" in item and not pathlib.Path(item).exists():
-      label, _, item = item.partition("=")
-    found = sorted(glob.glob(item)) if "*" in item else [item]
-    if not found:
-      raise flags.UsageError(f"--runs: no folder matches {item}")
-    (single if label is None else labelled.setdefault(label, [])).extend(found)
-  if not (single or labelled):
-    raise flags.UsageError("--runs must name at least one folder")
-  every = [*single, *(folder for folders in labelled.values() for folder in folders)]
-  names = common.short_names("runs", every)
-  return {name: [folder] for name, folder in zip(names, single, strict=False)} | labelled
-
-
-def read_run(folder: str) -> Rows:
-  """Rows of `metrics.jsonl` of a run.
-
-  Raises:
-    UsageError: There is none, it has no rows yet, or one that cannot be read.
-  """
-  path = checkpoint.local_path(folder) / "metrics.jsonl"
-  if not path.exists():
-    inside = sorted(child.parent.name for child in path.parent.glob("*/metrics.jsonl"))
-    hint = f"; did you mean {', '.join(f'{folder}/{name}' for name in inside)}?" if inside else ""
-    raise flags.UsageError(f"--runs: {folder} is no workdir of a run: no metrics.jsonl{hint}")
-  try:
-    rows = metrics.read_metrics(path)
-  except ValueError as error:
-    raise flags.UsageError(f"--runs: {error}; delete the line, or continue the run") from error
-  if not rows:
-    raise flags.UsageError(f"--runs: {path} is empty; wait for the first steps of the run")
-  return rows
-
-
-def charts_of(groups: Groups) -> Charts:
-  """All charts that the metrics allow, by the name of their file.
-
-  Raises:
-    UsageError: There are none.
-  """
-  charts = {
-    name: curves(panel, groups) for name, panel in reporting.PANELS.items() if panel.x == "step"
-  }
-  if not any(charts.values()):
-    raise flags.UsageError("--runs: no run has logged two points of a known metric yet")
-  charts |= {"frontier": frontier(groups), "overoptimization": overoptimization(groups)}
-  return {name: some for name, some in charts.items() if some}
-
-
-def draw(workdir: pathlib.Path, groups: Groups, charts: Charts | None = None) -> dict[str, Any]:
-  """Writes all plots that the metrics allow, and summary.json, which is returned."""
-  charts = charts_of(groups) if charts is None else charts
-  written = [
-    reporting.save_chart(workdir / "plots" / f"{name}.png", *some) for name, some in charts.items()
-  ]
-  for label, runs in groups.items():
-    missing = [name for name in (PROXY, GOLD, KL) if not has(runs, name)]
-    if 0 < len(missing) < 3:  # Without any of them it is no reinforcement learning.
-      reporting.note(f"{label} is not in every plot: no {' and no '.join(missing)} in every run")
-  summary = {label: figures(runs) for label, runs in groups.items()}
-  reporting.show_summary("At the end of training", table(summary))
-  reporting.note("plots: " + ", ".join(str(path) for path in written))
-  reporting.write_summary(workdir, summary)
-  return summary
-
-
-def has(runs: Sequence[Rows], *names: str) -> bool:
-  """Whether every run has logged all of these metrics."""
-  return all(any(name in row for row in rows) for rows in runs for name in names)
-
-
-def curves(panel: reporting.Panel, groups: Groups) -> list[reporting.Chart]:
-  """A chart for each metric of a panel, side by side."""
-  charts = []
-  for i, name in enumerate(panel.metrics):
-    lines = [reporting.mean_line(label, runs, "step", name) for label, runs in groups.items()]
-    title = f"{panel.ylabel}: {panel.labels[i].lower()}" if panel.labels else panel.title
-    if any(lines):
-      charts.append(
-        reporting.Chart(title, "Step", panel.ylabel, [line for line in lines if line is not None])
-      )
-  return charts
-
-
-def at_end(rows: Rows, name: str) -> float:
-  """Mean of a metric over the last tenth of a run."""
-  values = [row[name] for row in rows if name in row and math.isfinite(row[name])]
-  return float(np.mean(values[-max(len(values) // 10, 1) :])) if values else math.nan
-
-
-def frontier(groups: Groups) -> list[reporting.Chart]:
-  """Each group at its final KL and reward; bars from the lowest to the highest seed."""
-  charts = []
-  for name, title in _TITLES.items():
-    points = []
-    for label, runs in groups.items():
-      if has(runs, name, KL):
-        x, y = (np.array([at_end(rows, metric) for rows in runs]) for metric in (KL, name))
-        ends = [(v.min(), v.max()) if len(runs) > 1 else None for v in (x, y)]
-        points.append(reporting.Point(label, x.mean(), y.mean(), *ends))
-    if points:
-      charts.append(
-        reporting.Chart(f"{title} at the end", _KL_LABEL, "Mean reward", points=points, root_x=True)
-      )
-  return charts
-
-
-def overoptimization(groups: Groups) -> list[reporting.Chart]:
-  """Proxy and gold reward over the KL, side by side; the peak of the gold reward is marked."""
-  shown = {label: runs for label, runs in groups.items() if has(runs, PROXY, GOLD, KL)}
-  charts = []
-  for name, title in _TITLES.items():
-    peak = "peak {y:.2f}\nat {x:.1f} nats" if name == GOLD else ""
-    lines = [
-      reporting.mean_line(label, runs, KL, name, root_x=True, peak=peak)
-      for label, runs in shown.items()
-    ]
-    if any(lines):
-      lines = [line for line in lines if line is not None]
-      charts.append(reporting.Chart(title, _KL_LABEL, "Mean reward", lines, root_x=True))
-  return charts
-
-
-def figures(runs: Sequence[Rows]) -> dict[str, Any]:
-  """Figures of a group: means over its runs, and how proxy and gold go together."""
-  found: dict[str, Any] = {"runs": len(runs)}
-  for name in (PROXY, GOLD, KL, "loss", "eval/loss", "reward/accuracy", "response_length/mean"):
-    if has(runs, name):
-      found[name] = float(np.mean([at_end(rows, name) for rows in runs]))
-  if not has(runs, PROXY, GOLD, KL):
-    return found
-  line = reporting.mean_line("", runs, KL, GOLD, root_x=True)
-  if line is not None:
-    found |= {"gold_peak": np.max(line.y), "gold_peak_kl": line.x[np.argmax(line.y)]}
-    # The law of Gao et al. for the gain over the first point, where the KL is nearly 0.
-    distance, gain = np.sqrt(np.maximum(line.x, 0)), line.y - line.y[0]
-    if len(np.unique(distance[distance > 0])) > 1:
-      law = evaluation.fit_overoptimization(distance, gain, "rl")
-      found |= {"law/alpha": law.alpha, "law/beta": law.beta}
-  correlations, diverged_at = [], []
-  for rows in runs:
-    rows = [row for row in rows if {PROXY, GOLD, KL} <= row.keys()]
-    proxy, gold, kl = (np.array([row[name] for row in rows]) for name in (PROXY, GOLD, KL))
-    correlations.append(evaluation.spearman(proxy, gold))
-    start = evaluation.first_divergence(proxy, gold, window=max(len(rows) // 3, 8))
-    diverged_at += [] if start is None else [max(kl[start], 0.0)]
-  found |= {"spearman": float(np.mean(correlations)), "diverged": len(diverged_at)}
-  if diverged_at:
-    found["diverged_at_kl"] = float(np.mean(diverged_at))
-  return found
-
-
-def table(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-  """The figures of each group as a row of the table at the end."""
-  columns = {
-    "runs": "runs",
-    "KL, nats": KL,
-    "proxy": PROXY,
-    "gold": GOLD,
-    "gold at its peak": "gold_peak",
-    "KL of the peak": "gold_peak_kl",
-    "Spearman of proxy and gold": "spearman",
-    "runs that diverge": "diverged",
-    "loss": "loss",
-  }
-  return {
-    label: {title: of[name] for title, name in columns.items() if name in of}
-    for label, of in summary.items()
-  }
-
-
 if __name__ == "__main__":
-  flags.run_script(plot, Config)
+  entry.run_script(plot, Config)

@@ -2,20 +2,16 @@
 
 Built-in task, from the SFT model (under a minute on a laptop CPU; held-out accuracy about 0.85):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft
-Your model and data (rows with prompt, chosen, rejected, or those of rlhf_jax/data/schema.py):
+Your model and data (rows with prompt, chosen, rejected; rlhf_jax/data/schema.py lists others):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft --data.path=FILE.jsonl
 
-Rows that rank a list of responses are learnt from as a whole: each response is scored once, and
-the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
-see `--data.votes` and `--data.annotator`.
-
-With --data.packed_length a row holds several pairs, the chosen responses in one sequence of tokens
-and the rejected ones in another; rankings are not packed.
-
-The held-out accuracy is shown beside that of preferring the longer response. After training the
-scores are centred: their mean over `--data.eval_rows` training rows is 0.
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues a run that was stopped.
+A row may rank a list of responses: each response is scored once, and the loss is over all pairs of
+the prompt. Votes of several annotators on two responses become pairs; see --data.votes and
+--data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
+The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
+the scores are centred: their mean over --data.eval_rows training rows is 0.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -25,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, evaluation, flags, loop, reporting
-from rlhf_jax.algorithms import reward_model
+from experiments.lab import evaluating, models, training, workbench
+from experiments.lab.case import Case
+from rlhf_jax import data, entry, evaluation, flags, loop, reporting
+from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,64 +39,42 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
   optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Trains, centres, exports to `workdir/export` and returns the figures of summary.json."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
-  kind = data.comparison_kind(config.data)
-  settings = config.reward_model
+  """Trains, centres, exports to `workdir/export` and returns the metrics of summary.json."""
+  kind, settings = data.comparison_kind(config.data), config.reward_model
   if kind == "rankings" and (settings.margin or settings.label_smoothing):
     raise flags.UsageError(
       "--reward_model.margin and --reward_model.label_smoothing are for pairs, and"
       f" {config.data.path or config.data.tfds} holds rankings; set them to 0"
     )
-  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
-  with loop.open_run(session) as run:
-    records.identify(
-      run,
-      "reward_model",
-      config,
-      tokenizer,
-      train_set,
-      heldout,
-      **common.frozen_digest(config.lora, folder),
-    )
-    model, params = common.open_model(run, config.model, folder, tokenizer, "scalar")
-    make_step = reward_model.make_reward_model_step
-    trainer = common.make_trainer(run, config, model, params, make_step, settings)
-    state = trainer.state
-    del params  # The trainer has its own copy.
-    common.describe(
-      run,
+  with workbench.open(session, config, "reward_model", kind, "scalar") as bench:
+    heldout, train_set = bench.heldout, bench.train_set
+    make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
+    trainer = bench.trainer(make_step, keep_start=False)
+    bench.describe(
       "Reward model",
-      model,
-      state,
-      {
-        "data": f"{len(train_set.examples)} {kind} of {train_set.width} responses",
-        "left out": train_set.dropped or "nothing",
-        "tokens per step": common.step_tokens(config, train_set),
-      },
-      frozen=trainer.frozen,
+      trainer,
+      data=f"{len(train_set.examples)} {kind} of {train_set.width} responses",
+      left_out=train_set.dropped or "nothing",
+      tokens_per_step=training.step_tokens(config, train_set),
     )
 
     @jax.jit
     def measure(params, batch):
-      return {"score": reward_model.response_scores(model.apply, params, batch)}
+      return {"score": given.read_scores(bench.model.apply, params, batch)}
 
     def pairs_of(dataset, params):
-      rows = common.measure_rows(
-        run, dataset, config.batch_size, tokenizer.pad_id, functools.partial(measure, params)
-      )
-      return common.compared(dataset, rows["score"])
+      scores = bench.over(dataset, functools.partial(measure, params))["score"]
+      return evaluating.compared(dataset, scores)
 
-    @common.once_per_step
+    @evaluating.once_per_step
     def heldout_pairs(state, step):
       del step
       return pairs_of(heldout, trainer.params(state))
@@ -108,45 +83,33 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       metrics = reward_model.pair_metrics(heldout_pairs(state, step))
       return {f"eval/{name}": value for name, value in metrics.items()}
 
-    batches = data.batches(
-      train_set,
-      config.batch_size,
-      seed=session.seed,
-      pad_id=tokenizer.pad_id,
-      packed_length=config.data.packed_length,
-    )
-    state = loop.fit(
-      run,
-      config,
+    state = bench.fit(
       trainer.step,
-      state,
-      batches,
-      evaluate=evaluate if heldout.examples else None,
-      learning_rate=make_schedule(config.optim, config.steps),
+      trainer,
+      bench.batches(packed_length=config.data.packed_length),
+      evaluate=evaluate,
       title="reward model",
     )
-    some = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
-    seen = reward_model.pair_metrics(pairs_of(some, trainer.params(state)))
+    part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
+    seen = reward_model.pair_metrics(pairs_of(part, trainer.params(state)))
     centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
-    params = shift_scores(trainer.params(state), -jnp.float32(centre))
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
-
+    bench.export(shift_scores(trainer.params(state), -jnp.float32(centre)))
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
       show(summary)
-    common.finish(run, summary)
+    bench.finish(summary)
   return summary
 
 
 def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
-  """Figures of a reward model beside those of preferring the longer response.
+  """Measures a reward model, with preferring the longer response as the baseline.
 
   Args:
     dataset: Held-out pairs or rankings.
-    pairs: [N, 2] scores of the better and of the worse response of every pair.
+    pairs: [N, 2] scores of the better and the worse response of every pair.
   """
-  lengths = common.compared_lengths(dataset)
+  lengths = evaluating.compared_lengths(dataset)
   metrics = reward_model.pair_metrics(pairs)
   calibration = evaluation.calibration(pairs[:, 0], pairs[:, 1])
   return {
@@ -161,7 +124,7 @@ def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
 
 
 def show(summary: dict[str, float]) -> None:
-  """The table at the end."""
+  """Shows the final table."""
   model = "reward model"
   reporting.show_summary(
     f"Reward model, {summary['pairs']} held-out pairs",
@@ -174,5 +137,13 @@ def show(summary: dict[str, float]) -> None:
   )
 
 
+def programs(case: Case) -> None:
+  """Compiles the train step, for `experiments.compile`."""
+  settings, rows = case.config.reward_model, 2 * case.config.batch_size
+  make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
+  batch = case.tokens(2, case.length)
+  case.offline(case.bench.trainer(make_step), batch, rows=rows, scored=False)
+
+
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a language model on demonstrations.
+"""Fine-tunes a language model on demonstrations.
 
 Built-in task (a minute on a laptop CPU; held-out loss falls to about 1.2 nats per token):
   python -m experiments.sft --workdir=runs/sft
@@ -6,26 +6,28 @@ Your model and data (rows with prompt and response, instruction and output, or m
   python -m experiments.sft --workdir=runs/sft --model.path=FOLDER --data.path=FILE.jsonl
 
 With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
-of one and padding. The start panel says how much is padding.
+of one demonstration and padding. The panel at the start shows the share of padding.
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
 import functools
 
 import jax
+import numpy as np
 
-from experiments import common, records
-from rlhf_jax import data, flags, loop, reporting
+from experiments.lab import evaluating, models, training, workbench
+from experiments.lab.case import Case
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.losses import masked, supervised
 from rlhf_jax.models.lora import LoRAConfig
-from rlhf_jax.train_step import OptimConfig, make_schedule
+from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,102 +37,57 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
-  model: common.ModelOptions = common.ModelOptions()
-  lora: LoRAConfig = LoRAConfig()
+  model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   sft: SFTConfig = SFTConfig()
   optim: OptimConfig = OptimConfig(learning_rate=3e-3)
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  lora: LoRAConfig = LoRAConfig()
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Trains, exports the model to `workdir/export` and returns the figures of summary.json."""
-  folder = common.source_folder(config.model, config.init_from)
-  tokenizer = common.open_tokenizer(folder, config.data.end_token)
-  train_set, heldout = data.load("demonstrations", config.data, tokenizer, seed=session.seed)
-  with loop.open_run(session) as run:
-    records.identify(
-      run,
-      "sft",
-      config,
-      tokenizer,
-      train_set,
-      heldout,
-      **common.frozen_digest(config.lora, folder),
-    )
-    model, params = common.open_model(run, config.model, folder, tokenizer)
-    trainer = common.make_trainer(run, config, model, params, sft.make_sft_step, config.sft)
-    state = trainer.state
-    del params  # The trainer has its own copy.
-    common.describe(
-      run,
+  """Trains, exports the model to `workdir/export` and returns the metrics of summary.json."""
+  with workbench.open(session, config, "sft", "demonstrations") as bench:
+    make_step = functools.partial(sft.make_sft_step, config=config.sft)
+    trainer = bench.trainer(make_step, keep_start=False)
+    bench.describe(
       "Supervised fine-tuning",
-      model,
-      state,
-      {
-        "data": f"{len(train_set.examples)} demonstrations",
-        "tokens per step": common.step_tokens(config, train_set),
-      },
-      frozen=trainer.frozen,
+      trainer,
+      data=f"{len(bench.train_set.examples)} demonstrations",
+      tokens_per_step=training.step_tokens(config, bench.train_set),
     )
 
     @jax.jit
     def measure(params, batch):
-      losses = supervised.nll(model.apply(params, batch.tokens), batch.tokens)
+      losses = supervised.nll(bench.model.apply(params, batch.tokens), batch.tokens)
       return {"eval/loss": masked.masked_mean(losses, batch.mask, axis=1)}
 
-    @common.once_per_step
+    @evaluating.once_per_step
     def evaluate(state, step):
       del step
-      return common.evaluate_batches(
-        run,
-        heldout,
-        config.batch_size,
-        tokenizer.pad_id,
-        functools.partial(measure, trainer.params(state)),
-      )
+      rows = bench.over(bench.heldout, functools.partial(measure, trainer.params(state)))
+      return {name: float(np.mean(values)) for name, values in rows.items()}
 
-    batches = data.batches(
-      train_set,
-      config.batch_size,
-      seed=session.seed,
-      pad_id=tokenizer.pad_id,
-      packed_length=config.data.packed_length,
-    )
-    state = loop.fit(
-      run,
-      config,
+    state = bench.fit(
       trainer.step,
-      state,
-      batches,
-      evaluate=evaluate if heldout.examples else None,
-      learning_rate=make_schedule(config.optim, config.steps),
+      trainer,
+      bench.batches(packed_length=config.data.packed_length),
+      evaluate=evaluate,
       title="sft",
     )
     params = trainer.params(state)
-    common.export(run.workdir / common.EXPORT, params, model, tokenizer)
-    summary = evaluate(state, config.steps) if heldout.examples else {}
-    if heldout.examples:
-      show_samples(run, config, model, params, heldout, tokenizer)
-    common.finish(run, summary)
+    bench.export(params)
+    summary = evaluate(state, config.steps) if bench.heldout.examples else {}
+    bench.show_samples(params, "Samples of the fine-tuned model")
+    bench.finish(summary)
   return summary
 
 
-def show_samples(run, config, model, params, heldout, tokenizer) -> None:
-  """A few responses to held-out prompts, on the terminal and in `samples/`."""
-  prompts = common.as_prompts(heldout, 8)
-  sample = common.heldout_sampler(
-    run,
-    model,
-    prompts,
-    tokenizer,
-    config.sampling,
-    reward_fns=common.gold_rewards(config.data, prompts, tokenizer),
-  )
-  rows = common.sample_rows(sample(params))
-  run.writer.table(config.steps, "samples", rows)
-  reporting.show_samples(rows, "Samples of the fine-tuned model")
+def programs(case: Case) -> None:
+  """Compiles the train step, for `experiments.compile`."""
+  trainer = case.bench.trainer(functools.partial(sft.make_sft_step, config=case.config.sft))
+  case.offline(trainer, case.tokens(case.length), rows=case.config.batch_size, scored=True)
 
 
 if __name__ == "__main__":
-  flags.run_script(train, loop.Session, Config)
+  entry.run_script(train, loop.Session, Config)

@@ -1,4 +1,4 @@
-"""Names of accelerators, and what a launcher has to know of them: hosts, devices, topology, images.
+"""Names of accelerators, and their hosts, devices, topologies and images.
 
 https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each generation.
 """
@@ -14,11 +14,11 @@ class Generation(NamedTuple):
 
   Attributes:
     prefix: First part of an accelerator's name.
-    counted: What the second part counts for one chip: 1 if chips, 2 if TensorCores.
-    devices: Devices of JAX a chip is.
-    topologies: Shapes of its slices.
+    counted: Count of one chip in the second part of the name: 1 for chips, 2 for TensorCores.
+    devices: JAX devices per chip.
+    topologies: Shapes of the generation's slices.
     gke: Value of the node selector `cloud.google.com/gke-tpu-accelerator`.
-    runtime: Image of a TPU VM; empty where there are none, only GKE.
+    runtime: Image of a TPU VM; empty if the generation is only on GKE.
   """
 
   prefix: str
@@ -33,10 +33,10 @@ class Accelerator(NamedTuple):
   """A slice of TPUs, or a host with GPUs.
 
   Attributes:
-    name: As Google Cloud and xpk write it, or MODEL:COUNT for GPUs.
-    hosts: Hosts of a slice.
-    devices: Devices of JAX in a slice, of all its hosts.
-    chips: TPU chips or GPUs of a slice.
+    name: Name in Google Cloud and xpk, or MODEL:COUNT for GPUs.
+    hosts: Number of hosts in a slice.
+    devices: Number of JAX devices in a slice, over all hosts.
+    chips: Number of TPU chips or GPUs in a slice.
     topology: Generation and shape, such as v5e:4x4; empty for GPUs.
     gke: Value of the node selector `cloud.google.com/gke-tpu-accelerator`; empty for GPUs.
     runtime: Image of a TPU VM; empty if there are none.
@@ -79,10 +79,10 @@ GPUS = (
 def _slice(name: str, generation: Generation, topology: str) -> Accelerator:
   chips = math.prod(map(int, topology.split("x")))
   # Small flat slices are one host; all others are made of hosts of four chips.
-  alone = chips <= 8 if generation.topologies is _FLAT else chips <= 4
+  single_host = chips <= 8 if generation.topologies is _FLAT else chips <= 4
   return Accelerator(
     name=f"{generation.prefix}-{chips * generation.counted}",
-    hosts=1 if alone else chips // 4,
+    hosts=1 if single_host else chips // 4,
     devices=chips * generation.devices,
     chips=chips,
     topology=f"{name}:{topology}",
@@ -100,10 +100,10 @@ SLICES = {
 
 
 def find(name: str) -> Accelerator:
-  """The accelerator of a name such as `v5litepod-16`, `v5p-256` or `H100:8`.
+  """Finds an accelerator by a name such as `v5litepod-16`, `v5p-256` or `H100:8`.
 
   Raises:
-    ValueError: There is none; the message says which names are like it.
+    ValueError: If there is none; the message lists similar names.
   """
   if name in SLICES:
     return SLICES[name]
@@ -114,7 +114,7 @@ def find(name: str) -> Accelerator:
 
 
 def _hint(name: str) -> str:
-  # As others write it: generation and shape, or generation and number.
+  # Other spellings: generation and shape, or generation and number.
   spelled = {f"{gpu}:8".lower(): f"{gpu}:8" for gpu in GPUS}
   for one in SLICES.values():
     generation = one.topology.split(":")[0]

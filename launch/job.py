@@ -1,7 +1,7 @@
-"""A job, as a value: what runs, on what, and how often it is started again.
+"""A job as a value: the script, its hardware, and the number of restarts.
 
-Nothing here knows a target. A target is a pure function from a `Job` to a `Plan`: the files that it
-takes and the commands that submit it.
+Nothing here depends on a target. A target is a pure function from a `Job` to a `Plan`: the files to
+write and the commands that submit the job.
 """
 
 import dataclasses
@@ -14,31 +14,32 @@ from typing import NamedTuple
 
 from launch import accelerators
 
-# How scripts end (rlhf_jax raises errors with these codes; the names are of sysexits.h). Only what
-# may go away by itself is worth another start: a save that failed (74) and a job that was asked to
-# stop and has saved its state (75). So are signals, of which the shell makes 128 + their number:
-# memory, the machine, a neighbour that is gone. A wrong flag (64, or 1 if it is unknown), bad data
-# (65), broken gradients (70), a workdir that cannot be locked (73) or holds another run (78) stay.
+# Exit codes of scripts (rlhf_jax raises errors with these codes; the names are of sysexits.h). Only
+# transient failures are worth another start: a save that failed (74), and a job that was told to
+# stop and has saved its state (75). So are signals, which the shell reports as 128 + their number:
+# out of memory, a lost machine, a lost process. The others are permanent: a wrong flag (64, or 1 if
+# it is unknown), bad data (65), broken gradients (70), a workdir that cannot be locked (73) or that
+# holds another run (78).
 RETRIED = (74, 75)
 FIRST_SIGNAL = 128
-# Seconds between the first SIGTERM and the end, in which a script finishes a step and saves it.
+# Seconds between SIGTERM and the end, in which a script finishes a step and saves.
 GRACE_SECONDS = 120
 
-_AXES = ("data", "fsdp", "tensor")  # Of rlhf_jax.sharding; `data` and `fsdp` split the rows.
-_GIVEN = ("coordinator", "processes", "process_id")  # Flags that the launcher gives itself.
+_AXES = ("data", "fsdp", "tensor")  # As in rlhf_jax.sharding; `data` and `fsdp` split the rows.
+_GIVEN = ("coordinator", "processes", "process_id")  # Flags that the launcher sets.
 
 
 class JobError(ValueError):
-  """The job asks for something impossible. The message names the flag and the fix."""
+  """The job is impossible. The message names the flag and the fix."""
 
 
 class Plan(NamedTuple):
-  """What a target makes of a job.
+  """Files and commands that submit a job to a target.
 
   Attributes:
     files: Path -> text, written before the commands run.
-    commands: Argument lists, run one after the other.
-    later: What one may want to do afterwards -> command line.
+    commands: Argument lists, run one after another.
+    later: Purpose -> command line, for use after submission.
   """
 
   files: Mapping[str, str]
@@ -52,26 +53,25 @@ class Job:
 
   Attributes:
     module: Module to run, such as experiments.ppo.
-    flags: Its flags, as `--name=value`; --workdir is one of them.
-    name: Name of the job: small letters, digits, dashes. By default made of the last folder of the
-      workdir.
+    flags: Flags of the script, as `--name=value`, including --workdir.
+    name: Name of the job: small letters, digits, dashes. By default the last folder of the workdir.
     accelerator: TPU slice such as v5litepod-16, or GPUs of one host such as H100:8. Empty for CPUs.
-    slices: How many of them, as one job: slices of a TPU, or hosts.
-    processes: Processes on a host, without an accelerator.
-    devices: CPU devices of a process, without an accelerator; 0 takes what is there.
-    shared: Folder that is the same file system on all hosts and outlives them.
-    mount: HOST:/EXPORT of a Filestore or NFS server, for the hosts to mount there; empty if they
-      have it already.
-    restarts: How often the job is started again, after a preemption or a lost host.
-    spot: Whether to take capacity that is cheap and may be taken away.
-    env: `NAME=VALUE` for the processes.
-    python: Interpreter of the hosts, where the target does not make an environment of its own.
-    source: What a TPU VM installs: a git+https URL with a commit, or a wheel on `shared`.
+    slices: Number of TPU slices, or of hosts, in the job.
+    processes: Processes per host, without an accelerator.
+    devices: CPU devices per process, without an accelerator; 0 uses the existing ones.
+    shared: Folder on a file system that all hosts share and that outlives them.
+    mount: HOST:/EXPORT of a Filestore or NFS server that the hosts mount on `shared`; empty if it
+      is mounted already.
+    restarts: Maximum number of restarts after preemptions or lost hosts.
+    spot: Use cheap capacity that may be preempted.
+    env: Environment variables of the processes, as `NAME=VALUE`.
+    python: Python interpreter on the hosts, if the target does not create an environment.
+    source: Package that a TPU VM installs: a git+https URL with a commit, or a wheel on `shared`.
     image: Container image, for xpk.
     project: Google Cloud project.
     zone: Google Cloud zone.
     cluster: GKE cluster, for xpk.
-    extra: Further flags for the command that submits the job, such as --partition=gpu for sbatch.
+    extra: More flags for the command that submits the job, such as --partition=gpu for sbatch.
   """
 
   module: str
@@ -127,7 +127,7 @@ class Job:
 
   @property
   def hardware(self) -> accelerators.Accelerator:
-    """A slice or a host; without an accelerator a host with CPU devices."""
+    """The slice or host of the job; without an accelerator a host with CPU devices."""
     if self.accelerator:
       try:
         return accelerators.find(self.accelerator)
@@ -138,20 +138,20 @@ class Job:
 
   @property
   def hosts(self) -> int:
-    """Hosts of all slices."""
+    """Number of hosts over all slices."""
     return self.slices * self.hardware.hosts
 
   def flag(self, name: str) -> str:
-    """The value of a flag of the script, empty if it is not given."""
+    """Value of a flag of the script; empty if it is not given."""
     prefix = f"--{name}="
     return next((f.removeprefix(prefix) for f in self.flags if f.startswith(prefix)), "")
 
-  def command(self, python: str, *more: str) -> tuple[str, ...]:
-    """The script as an argument list."""
-    return (python, "-m", self.module, *self.flags, *more)
+  def command(self, python: str, *extra: str) -> tuple[str, ...]:
+    """Argument list that runs the script."""
+    return (python, "-m", self.module, *self.flags, *extra)
 
   def require_shared(self, why: str) -> None:
-    """Refuses a workdir that other hosts do not see, or that goes away with them."""
+    """Refuses a workdir that other hosts cannot see, or that is lost with the hosts."""
     if not self.shared:
       raise JobError(
         f"--workdir={self.workdir}: {why}; put it on a file system that all hosts mount, and give"
@@ -162,7 +162,7 @@ class Job:
       raise JobError(f"--workdir={self.workdir} is not inside --shared={self.shared}; {why}")
 
   def refuse(self, target: str, *names: str) -> None:
-    """Refuses settings that mean nothing to a target."""
+    """Refuses settings that have no meaning for a target."""
     defaults = {field.name: field.default for field in dataclasses.fields(self)}
     for name in names:
       if getattr(self, name) != defaults[name]:
@@ -200,7 +200,7 @@ class Job:
       raise JobError(f"--mount={self.mount} is not HOST:/EXPORT of an NFS server")
 
   def _check_mesh(self) -> None:
-    """What rlhf_jax.sharding would refuse on the hosts."""
+    """Refuses a mesh or batch size that rlhf_jax.sharding would refuse on the hosts."""
     if not self.hardware.devices:
       return
     spare = self.flag("rollout.devices")
@@ -215,16 +215,16 @@ class Job:
       )
     sizes = {part[1]: int(part[2]) for part in parts}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1:
+    unset = [axis for axis, size in sizes.items() if size == -1]
+    if len(unset) > 1:
       raise JobError(f"--mesh={spec}: only one axis can be -1")
-    if total < 1 or (total % fixed if free else total != fixed):
+    if total < 1 or (total % fixed if unset else total != fixed):
       raise JobError(
-        f"--mesh={spec} needs {'a multiple of ' if free else ''}{fixed} devices, {have} has"
+        f"--mesh={spec} needs {'a multiple of ' if unset else ''}{fixed} devices, {have} has"
         f" {total}{' to learn with' if spare else ''}"
       )
-    if free:
-      sizes[free[0]] = total // fixed
+    if unset:
+      sizes[unset[0]] = total // fixed
     rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
     batch = self.flag("batch_size")
     if batch.isdigit() and int(batch) % rows:

@@ -1,9 +1,9 @@
-"""A pod on this machine: the processes of one script, each with CPU devices of its own.
+"""Simulates a pod on this machine: runs the processes of one script, each with its CPU devices.
 
   python -m launch.pod --processes=2 --devices=2 -- python -m experiments.sft --workdir=runs/two
 
-The processes find each other on 127.0.0.1. One that fails ends the others, which could only wait
-for it, and its exit code is that of the pod. SIGTERM is handed on to all of them.
+The processes find each other on 127.0.0.1. If one fails, the others are ended, because they could
+only wait for it; its exit code is the exit code of the pod. SIGTERM is forwarded to all of them.
 """
 
 import os
@@ -17,15 +17,15 @@ from absl import app, flags
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
-  "devices", 0, "CPU devices of each; 0 takes the devices that are there.", lower_bound=0
+  "devices", 0, "CPU devices per process; 0 uses the existing devices.", lower_bound=0
 )
 PATIENCE = flags.DEFINE_float(
-  "patience", 15.0, "Seconds that the others get to end by themselves.", lower_bound=0.0
+  "patience", 15.0, "Seconds that the others may take to end after one failed.", lower_bound=0.0
 )
 
 
 def environment(devices: int) -> dict[str, str]:
-  """The environment of a process with this many CPU devices; 0 changes nothing."""
+  """Environment of a process with this many CPU devices; 0 changes nothing."""
   if not devices:
     return dict(os.environ)
   xla_flags = os.environ.get("XLA_FLAGS", "")
@@ -33,16 +33,16 @@ def environment(devices: int) -> dict[str, str]:
   return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla_flags} {count}".strip()}
 
 
-def watch(group: Sequence[subprocess.Popen], asked: list[int], patience: float) -> int:
-  """Waits until all have ended, or for a while after one has failed.
+def watch(group: Sequence[subprocess.Popen], signals: list[int], patience: float) -> int:
+  """Waits until all processes have ended, or for a while after one has failed.
 
   Args:
     group: The processes.
-    asked: Signals to hand on, filled while this waits.
-    patience: How long the others may take after one has failed, seconds.
+    signals: Signals to forward, filled while this waits.
+    patience: Seconds that the others may take to end after one has failed.
 
   Returns:
-    The exit code of the first that failed, 0 if none did.
+    The exit code of the first process that failed, 0 if none did.
   """
   failed, until = 0, float("inf")
   while time.monotonic() < until:
@@ -51,12 +51,12 @@ def watch(group: Sequence[subprocess.Popen], asked: list[int], patience: float) 
       failed, until = next(filter(None, codes)), time.monotonic() + patience
     if None not in codes:
       break
-    while asked:
-      number = asked.pop()
+    while signals:
+      number = signals.pop()
       for process in group:
         process.send_signal(number)
     time.sleep(0.05)
-  return 128 - failed if failed < 0 else failed  # As a shell says which signal it was.
+  return 128 - failed if failed < 0 else failed  # Signals are encoded as in a shell.
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,19 +64,19 @@ def main(argv: Sequence[str]) -> int:
   command = argv[1:]
   if not command:
     raise app.UsageError("give the command after --, such as: -- python -m experiments.sft")
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    address = "127.0.0.1:{1}".format(*free.getsockname())
-  count, asked = PROCESSES.value, []
-  signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-  signal.signal(signal.SIGINT, lambda *unused: None)  # Ctrl-C reaches the processes without us.
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    address = "127.0.0.1:{1}".format(*probe.getsockname())
+  count, signals = PROCESSES.value, []
+  signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+  signal.signal(signal.SIGINT, lambda *unused: None)  # The terminal sends Ctrl-C to all processes.
   group: list[subprocess.Popen] = []
   try:
     for i in range(count):
       place = (f"--coordinator={address}", f"--processes={count}", f"--process_id={i}")
       words = [*command, *place] if count > 1 else command
       group.append(subprocess.Popen(words, env=environment(DEVICES.value)))
-    return watch(group, asked, PATIENCE.value)
+    return watch(group, signals, PATIENCE.value)
   finally:
     for process in group:
       process.kill()

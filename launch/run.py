@@ -1,10 +1,10 @@
-"""Runs a script here or on a cluster: the same command, with a launcher in front.
+"""Runs a script here or on a cluster: the same command after a launcher.
 
   python -m launch.run --to=local -- experiments.sft --workdir=runs/sft
   python -m launch.run --to=slurm --dry_run -- experiments.ppo --workdir=runs/ppo
 
 After the -- come the module and the flags of the script, each as --name=value. --dry_run shows the
-files and commands and does nothing; launch/README.md says which target to take when.
+files and commands and does nothing. launch/README.md helps to choose a target.
 """
 
 import difflib
@@ -30,37 +30,41 @@ TARGETS = {
   "sky": sky.render,
 }
 
-TO = flags.DEFINE_enum("to", None, list(TARGETS), "Where to run. Required.")
+TO = flags.DEFINE_enum("to", None, list(TARGETS), "Target that runs the job. Required.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show files and commands, and do nothing.")
 PREFLIGHT = flags.DEFINE_bool(
   "preflight",
   False,
-  "First compile the job for its TPU slice, here, and stop if it does not fit into the memory of"
-  " the chips. Needs rlhf_jax[tpu] and takes minutes.",
+  "First compile the job for its TPU slice on this machine, and stop if it does not fit into the"
+  " memory of the chips. Needs rlhf_jax[tpu] and takes minutes.",
 )
 
 _NAME = flags.DEFINE_string("name", "", "Name of the job; by default the last folder of --workdir.")
 _ACCELERATOR = flags.DEFINE_string(
   "accelerator", "", "TPU slice such as v5litepod-16, or GPUs of a host such as H100:8."
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "How many of them: TPU slices, or hosts.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes of a host without an accelerator.")
+_SLICES = flags.DEFINE_integer("slices", 1, "Number of TPU slices, or of hosts.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Processes per host without an accelerator.")
 _DEVICES = flags.DEFINE_integer(
-  "devices", 0, "CPU devices of a process without an accelerator; 0 takes what is there."
+  "devices", 0, "CPU devices per process without an accelerator; 0 uses the existing ones."
 )
 _SHARED = flags.DEFINE_string(
-  "shared", "", "Folder of a file system that all hosts mount; --workdir has to be in it."
+  "shared", "", "Folder of a file system that all hosts mount; it must contain --workdir."
 )
 _MOUNT = flags.DEFINE_string(
   "mount", "", "HOST:/EXPORT of a Filestore or NFS server, for the hosts to mount on --shared."
 )
 _RESTARTS = flags.DEFINE_integer(
-  "restarts", 10, "How often to start again after a preemption or a lost host."
+  "restarts", 10, "Maximum number of restarts after preemptions or lost hosts."
 )
-_SPOT = flags.DEFINE_bool("spot", False, "Take capacity that is cheap and may be taken away.")
-_ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE for the processes; not for secrets.")
+_SPOT = flags.DEFINE_bool("spot", False, "Use cheap capacity that may be preempted.")
+_ENV = flags.DEFINE_multi_string(
+  "env", [], "Environment variable of the processes, NAME=VALUE; not for secrets."
+)
 _SOURCE = flags.DEFINE_string(
-  "source", "", "What a TPU VM installs: git+https://HOST/REPOSITORY@COMMIT, or a wheel on it."
+  "source",
+  "",
+  "Package that a TPU VM installs: git+https://HOST/REPOSITORY@COMMIT, or a wheel on --shared.",
 )
 _IMAGE = flags.DEFINE_string("image", "", "Container image, for xpk.")
 _PROJECT = flags.DEFINE_string("project", "", "Google Cloud project.")
@@ -71,13 +75,13 @@ _EXTRA = flags.DEFINE_string(
 )
 
 _EX_USAGE = 64  # sysexits.h
-_OF_THE_SESSION = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
+_SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
 
 
 def read_job(words: Sequence[str]) -> Job:
-  """The job of the flags and of the words after the --."""
+  """Builds the job from the flags and the words after the --."""
   if not words:
-    raise JobError("what is to run? Give the script after --, such as: -- experiments.sft")
+    raise JobError("no script is given; write it after --, such as: -- experiments.sft")
   try:
     extra = tuple(shlex.split(_EXTRA.value))
   except ValueError as error:
@@ -105,15 +109,15 @@ def read_job(words: Sequence[str]) -> Job:
 
 
 def check_module(module: str) -> None:
-  """Refuses a module that its package does not have, where the package is at hand."""
+  """Refuses a module that its package does not have, if the package is installed here."""
   package, _, name = module.rpartition(".")
   try:
     spec = importlib.util.find_spec(package) if package else None
   except ModuleNotFoundError:
     spec = None
   if spec is None or not spec.submodule_search_locations:
-    return  # It may be there on the hosts.
-  names = [found.name for found in pkgutil.iter_modules(spec.submodule_search_locations)]
+    return  # The hosts may have it.
+  names = [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
   if name not in names:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {package}.{close[0]}?" if close else f"there are {', '.join(names)}"
@@ -121,7 +125,7 @@ def check_module(module: str) -> None:
 
 
 def check_flags(job: Job) -> None:
-  """Lets the script look at its flags, where jax is at hand."""
+  """Lets the script check its flags, if jax is installed here."""
   if importlib.util.find_spec("jax") is None:
     return
   if subprocess.run(job.command(sys.executable, "--only_check_args"), check=False).returncode:
@@ -129,18 +133,18 @@ def check_flags(job: Job) -> None:
 
 
 def preflight_command(job: Job) -> tuple[str, ...]:
-  """Compiles the programs of the job for its slice, which is not there."""
+  """Command that compiles the programs of the job for its absent slice."""
   algorithm = job.module.removeprefix("experiments.")
   if not job.hardware.is_tpu or job.slices > 1:
     raise JobError("--preflight compiles for one slice of TPUs; leave it out")
-  session = tuple(f"--{name}=" for name in _OF_THE_SESSION)
+  session = tuple(f"--{name}=" for name in _SESSION_FLAGS)
   kept = [flag for flag in job.flags if not flag.startswith(session)]
   target = (f"--algorithm={algorithm}", f"--topology={job.hardware.topology}")
   return (sys.executable, "-m", "experiments.compile", *target, *kept)
 
 
 def describe(job: Job) -> str:
-  """One line: what runs on what."""
+  """Describes the script and its hardware in one line."""
   hardware = job.hardware
   times = f"{job.slices} x " if job.slices > 1 else ""
   chips = f", {job.slices * hardware.chips} chips, hosts: {job.hosts}" if hardware.is_tpu else ""
@@ -148,7 +152,7 @@ def describe(job: Job) -> str:
 
 
 def show(plan: Plan) -> str:
-  """A plan as text: files, commands, and what one may want afterwards."""
+  """Formats a plan as text: files, commands, and commands for later."""
   parts = [f"# {path}\n{text}" for path, text in plan.files.items()]
   if plan.commands:
     parts.append("".join(f"$ {shlex.join(command)}\n" for command in plan.commands))
@@ -158,7 +162,7 @@ def show(plan: Plan) -> str:
 
 
 def submit(plan: Plan) -> int:
-  """Writes the files and runs the commands; returns the first exit code that is not 0."""
+  """Writes the files and runs the commands; returns the first nonzero exit code, or 0."""
   for path, text in plan.files.items():
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text(text, encoding="utf-8")
@@ -169,13 +173,13 @@ def submit(plan: Plan) -> int:
       raise JobError(
         f"{command[0]} is not installed here; launch/README.md says how to get it"
       ) from None
-    # A script that runs here saves its state when the launcher is asked to stop. Ctrl-C reaches it
-    # without us, and it says how it ended.
+    # A script that runs here saves its state when the launcher is told to stop. The terminal sends
+    # Ctrl-C to the script too, and the script reports how it ended.
     signal.signal(signal.SIGTERM, lambda *unused, to=process: to.terminate())
     signal.signal(signal.SIGINT, lambda *unused: None)
     code = process.wait()
     if code:
-      return 128 - code if code < 0 else code  # As a shell says which signal it was.
+      return 128 - code if code < 0 else code  # Signals are encoded as in a shell.
   return 0
 
 
@@ -202,7 +206,7 @@ def launch(words: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-  """Reads the flags of the launcher; ends it if there is something wrong with them."""
+  """Reads the flags of the launcher; exits if they are invalid."""
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -213,7 +217,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Of the command line."""
+  """Runs the launcher; returns the exit code."""
   try:
     return launch(argv[1:])
   except JobError as error:

@@ -1,4 +1,4 @@
-"""What a sweep shows and leaves behind: its table, the flags of the best trial, plots."""
+"""Reports of a sweep: its table, the flags of the best trial, plots."""
 
 import csv
 import io
@@ -27,12 +27,12 @@ _WORDS = {
 
 
 def short(value: Any) -> Any:
-  """A number with the digits that a person reads; anything else as it is."""
+  """Rounds a float to three digits; returns anything else unchanged."""
   return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-  """The best trial of those that keep every constraint, None if there is none."""
+  """Best trial among those that meet all constraints; None if there is none."""
   try:
     return study.best_trial
   except ValueError:
@@ -40,7 +40,7 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def default_trial(study: optuna.Study) -> FrozenTrial | None:
-  """The trial with the script's default settings, if it has ended well."""
+  """Trial with the script's default settings, if it is complete."""
   for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
     if trial.user_attrs.get("default"):
       return trial
@@ -48,7 +48,7 @@ def default_trial(study: optuna.Study) -> FrozenTrial | None:
 
 
 def ordered(study: optuna.Study) -> list[FrozenTrial]:
-  """All trials that have begun: done ones first, the best on top, then those that got farthest."""
+  """Sorts the trials that have begun: complete ones, best first, then the others, longest first."""
   down = -1 if study.direction == StudyDirection.MAXIMIZE else 1
 
   def key(trial: FrozenTrial) -> tuple:
@@ -61,12 +61,12 @@ def ordered(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def is_infeasible(trial: FrozenTrial) -> bool:
-  """Whether it breaks a constraint."""
+  """True if a trial violates a constraint."""
   return any(violation > 0 for violation in trial.constraints.values())
 
 
 def describe(trial: FrozenTrial) -> str:
-  """How it ended, in a word or two."""
+  """Describes the outcome of a trial in a word or two."""
   if trial.state == TrialState.PRUNED and "pruned_at" in trial.user_attrs:
     return f"pruned at {trial.user_attrs['pruned_at']}"
   if broken := [text for text, violation in trial.constraints.items() if violation > 0]:
@@ -75,15 +75,15 @@ def describe(trial: FrozenTrial) -> str:
 
 
 def write_files(study: optuna.Study, folder: pathlib.Path) -> None:
-  """Writes `table.csv` and `best/flags` anew, each at once."""
+  """Rewrites `table.csv` and `best/flags`, each atomically."""
   begun = study.get_trials(deepcopy=False)
   begun = [trial for trial in begun if trial.state != TrialState.WAITING]
-  figures = _names(trial.user_attrs.get("figures", {}) for trial in begun)
+  metrics = _names(trial.user_attrs.get("figures", {}) for trial in begun)
   flags = _names(trial.user_attrs.get("flags", {}) for trial in begun)
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(
-    ["trial", "state", *figures, *flags, "default", "feasible", "pruned_at", "seconds", "reason"]
+    ["trial", "state", *metrics, *flags, "default", "feasible", "pruned_at", "seconds", "reason"]
   )
   for trial in begun:
     done = trial.state == TrialState.COMPLETE
@@ -92,7 +92,7 @@ def write_files(study: optuna.Study, folder: pathlib.Path) -> None:
       [
         trial.number,
         _WORDS[trial.state],
-        *(trial.user_attrs.get("figures", {}).get(name, "") for name in figures),
+        *(trial.user_attrs.get("figures", {}).get(name, "") for name in metrics),
         *(trial.user_attrs.get("flags", {}).get(name, "") for name in flags),
         "yes" if trial.user_attrs.get("default") else "no",
         ("no" if is_infeasible(trial) else "yes") if done else "",
@@ -104,9 +104,9 @@ def write_files(study: optuna.Study, folder: pathlib.Path) -> None:
   _write(folder / "table.csv", text.getvalue())
   best = best_trial(study)
   if best is not None:
-    own = folder / "trials" / f"{best.number:04d}" / "flags"
-    if own.exists():
-      lines = own.read_text().splitlines(keepends=True)
+    source = folder / "trials" / f"{best.number:04d}" / "flags"
+    if source.exists():
+      lines = source.read_text().splitlines(keepends=True)
       kept = [line for line in lines if not line.startswith("--workdir=")]
       _write(folder / "best" / "flags", "".join(kept))
 
@@ -116,7 +116,7 @@ def _names(dicts) -> list[str]:
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  """Replaces a file as a whole: several controllers may write it."""
+  """Writes a file atomically: several controllers may write it."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   temporary.write_text(text)
@@ -124,13 +124,13 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-  """Share of each parameter in how good trials are, by PED-ANOVA; empty for too few of them."""
+  """Importance of each parameter by PED-ANOVA, as shares; empty if there are too few trials."""
   done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params]
   if len(done) < 4 or len({trial.value for trial in done}) < 2:
     return {}
   try:
     return optuna.importance.get_param_importances(study)
-  except (RuntimeError, ValueError):  # No parameter that differs between them.
+  except (RuntimeError, ValueError):  # No parameter differs between trials.
     return {}
 
 
@@ -141,12 +141,12 @@ def show(study: optuna.Study, folder: pathlib.Path, metric: str) -> None:
   if not trials:
     return
   best, default = best_trial(study), default_trial(study)
-  figures = _names(trial.user_attrs.get("figures", {}) for trial in trials)
+  metrics = _names(trial.user_attrs.get("figures", {}) for trial in trials)
   flags = _names(trial.user_attrs.get("flags", {}) for trial in trials)
   shown = table.Table(box=box.SIMPLE_HEAD, pad_edge=False)
   shown.add_column("trial", justify="right")
-  for name in (*figures, *_shortest(flags)):
-    shown.add_column(Text(name), justify="right")  # Nothing in it is markup.
+  for name in (*metrics, *_shortest(flags)):
+    shown.add_column(Text(name), justify="right")  # As Text, so that it is not read as markup.
   shown.add_column("")
   for trial in trials:
     values = trial.user_attrs.get("figures", {}), trial.user_attrs.get("flags", {})
@@ -154,7 +154,7 @@ def show(study: optuna.Study, folder: pathlib.Path, metric: str) -> None:
     notes = ["best"] if best is not None and trial.number == best.number else []
     notes += ["defaults"] if trial.user_attrs.get("default") else []
     cells = [
-      *(_cell(values[0].get(name)) for name in figures),
+      *(_cell(values[0].get(name)) for name in metrics),
       *(_cell(values[1].get(name)) for name in flags),
     ]
     row = [str(trial.number), *cells, ", ".join([*notes, ended] if ended else notes)]
@@ -188,12 +188,12 @@ def _cell(value: Any) -> str:
 
 
 def _shortest(names: Sequence[str]) -> list[str]:
-  """The last part of each name, the whole one where two end alike."""
+  """Last part of each name, or the full name if two have the same last part."""
   ends = [name.rpartition(".")[2] for name in names]
   return [end if ends.count(end) == 1 else name for end, name in zip(ends, names, strict=True)]
 
 
-# The look of the scripts' own plots, whose code needs jax.
+# The style of the scripts' plots, whose code needs jax.
 _BLUE, _RED, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 _STYLE = {
   "axes.axisbelow": True,
@@ -216,7 +216,7 @@ _STYLE = {
 
 
 def draw(study: optuna.Study, folder: pathlib.Path, metric: str) -> list[pathlib.Path]:
-  """Writes the plots that the trials allow: history, slice, parallel, importances, learning."""
+  """Writes the plots that have data: history, slice, parallel, importances, learning."""
   done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
   written = []
   if len(done) >= 2:
@@ -237,7 +237,7 @@ def draw(study: optuna.Study, folder: pathlib.Path, metric: str) -> list[pathlib
 
 
 def _save(path: pathlib.Path, count: int, paint: Callable[[Sequence[Any]], None]) -> pathlib.Path:
-  import matplotlib  # A second or so, which only the end of a sweep should pay.
+  import matplotlib  # Takes about a second, so only at the end of a sweep.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -285,7 +285,7 @@ def _history(axes, study: optuna.Study, metric: str) -> None:
     )
   if (default := default_trial(study)) is not None:
     axes.axhline(default.value, color=_RED, linestyle="--", label="default settings")
-  # Those without a value: as marks at the foot of the chart.
+  # Trials without a value are marks at the bottom of the chart.
   for state, colour in ((TrialState.PRUNED, _GREY), (TrialState.FAIL, _RED)):
     numbers = [t.number for t in study.get_trials(deepcopy=False, states=(state,))]
     if numbers:
@@ -304,7 +304,7 @@ def _history(axes, study: optuna.Study, metric: str) -> None:
 
 
 def _is_log(trials: Sequence[FrozenTrial], name: str) -> bool:
-  """Whether a parameter is drawn on a logarithmic axis: one sampled so, or a wide grid."""
+  """True if a parameter needs a logarithmic axis: it is sampled that way, or on a wide grid."""
   values = [trial.params[name] for trial in trials]
   if not _is_numeric(trials, name) or min(values) <= 0:
     return False
@@ -315,7 +315,7 @@ def _is_log(trials: Sequence[FrozenTrial], name: str) -> bool:
 
 
 def _set_log(axes) -> None:
-  """A logarithmic axis with plain numbers on it."""
+  """Makes the x axis logarithmic, with plain numbers as labels."""
   from matplotlib import ticker
 
   axes.set_xscale("log")
@@ -332,9 +332,9 @@ def _slices(axes, study: optuna.Study, names: Sequence[str], metric: str) -> Non
     here = [trial for trial in trials if name in trial.params]
     value_of = (lambda v: v) if _is_numeric(here, name) else str
     for broken, marker, colour in ((False, "o", _BLUE), (True, "x", _GREY)):
-      some = [trial for trial in here if is_infeasible(trial) == broken]
+      group = [trial for trial in here if is_infeasible(trial) == broken]
       each.plot(
-        [value_of(t.params[name]) for t in some], [t.value for t in some], marker, color=colour
+        [value_of(t.params[name]) for t in group], [t.value for t in group], marker, color=colour
       )
     for trial, marker, colour, label in (
       (default, "D", _RED, "default settings"),
@@ -362,7 +362,7 @@ def _is_numeric(trials: Sequence[FrozenTrial], name: str) -> bool:
 
 
 def _parallel(axes, study: optuna.Study, names: Sequence[str], metric: str) -> None:
-  """A line per trial through an axis per parameter; the colour is how good it is."""
+  """Draws a line per trial through an axis per parameter; better trials are darker."""
   import matplotlib
 
   done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -386,7 +386,7 @@ def _parallel(axes, study: optuna.Study, names: Sequence[str], metric: str) -> N
   results = [trial.value for trial in done]
   places.append(_unit(results))
   _ends(axes, len(places) - 1, min(results), max(results))
-  # From pale to dark blue, the palest still visible.
+  # From pale to dark blue; the palest is still visible.
   colours, span = matplotlib.colormaps["Blues"], max(results) - min(results)
   worst = min(results) if study.direction == StudyDirection.MAXIMIZE else max(results)
   best = best_trial(study)
@@ -413,7 +413,7 @@ def _unit(values: Sequence[float]) -> list[float]:
 
 
 def _ends(axes, place: int, low: Any, high: Any) -> None:
-  """Writes what the ends of an axis stand for."""
+  """Labels the two ends of a parameter's axis."""
   for y, value, align in ((-0.02, low, "top"), (1.02, high, "bottom")):
     axes.text(place, y, _cell(value), ha="center", va=align, fontsize=8)
 
@@ -421,12 +421,14 @@ def _ends(axes, place: int, low: Any, high: Any) -> None:
 def _importances(axes, shares: dict[str, float], metric: str) -> None:
   names = list(shares)[::-1]
   axes.barh(names, [shares[name] for name in names], color=_BLUE, height=0.6)
-  axes.set(title=f"What {metric} depends on", xlabel="Importance (PED-ANOVA)", xlim=(0, 1))
+  axes.set(
+    title=f"Parameters that {metric} depends on", xlabel="Importance (PED-ANOVA)", xlim=(0, 1)
+  )
   axes.grid(axis="y", visible=False)
 
 
 def _learning(axes, study: optuna.Study) -> None:
-  """The metric that trials are stopped by, over the steps."""
+  """Draws the metric that decides about pruning, over the steps."""
   best = best_trial(study)
   identity = study.user_attrs["identity"]
   sign = 1 if identity["prune_direction"] == identity["direction"] else -1
@@ -455,5 +457,5 @@ def _learning(axes, study: optuna.Study) -> None:
       label=None if label in labels else label,
     )
     labels.add(label)
-  axes.set(title="What trials were stopped by", xlabel="Step", ylabel=identity["prune_on"])
+  axes.set(title="Metric for pruning", xlabel="Step", ylabel=identity["prune_on"])
   axes.legend(fontsize=8)

@@ -1,8 +1,8 @@
 """Processes of trials. They outlive the controller that started them, and the next one finds them.
 
-A place where trials run is an object of two methods, `start(argv, folder)` and `find(folder)`, that
-return a handle of two methods, `poll()` and `stop()`. A folder has one process at most: `start`
-returns the one that is there. Its output is appended to `folder/log`.
+A place to run trials is an object with two methods, `start(argv, folder)` and `find(folder)`. They
+return a handle with two methods, `poll()` and `stop()`. A folder has at most one process: `start`
+returns an existing one. Its output is appended to `folder/log`.
 """
 
 import contextlib
@@ -18,44 +18,44 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-# Exit code of a process that nobody waited for, because its controller had died.
+# Exit code of a process whose controller died before it could wait for it.
 LOST = 256
 
 
 class PlaceError(RuntimeError):
-  """Trials cannot be started here. The message says why."""
+  """Trials cannot be started here; the message gives the reason."""
 
 
 class Handle(Protocol):
   """A process that was started."""
 
   def poll(self) -> int | None:
-    """None while it runs, then its exit code, or LOST."""
+    """Returns None while it runs, then its exit code, or LOST."""
     ...
 
   def stop(self) -> None:
-    """Asks it to save and end."""
+    """Tells it to save and end."""
     ...
 
 
 class Place(Protocol):
-  """Where trials run. `poll_seconds` is how long to wait between two looks at them."""
+  """A place to run trials, which are polled every `poll_seconds`."""
 
   poll_seconds: float
 
   def start(self, argv: Sequence[str], folder: pathlib.Path) -> Handle:
-    """The process that runs in `folder`, started if there is none."""
+    """Returns the process that runs in `folder`; starts one if there is none."""
     ...
 
   def find(self, folder: pathlib.Path) -> Handle | None:
-    """The process that runs in `folder`, if there is one."""
+    """Returns the process that runs in `folder`, if there is one."""
     ...
 
 
 def try_lock(path: pathlib.Path) -> int | None:
-  """Locks a file, made if need be, and returns its descriptor; None if another one holds it.
+  """Locks a file, creating it if needed; returns its descriptor, or None if it is locked already.
 
-  The lock is held until the last copy of the descriptor is closed, however its owner ends: a
+  The lock is held until the last copy of the descriptor is closed, however its owner ends. A
   process that inherits it holds the lock as long as it lives.
   """
   fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -84,20 +84,20 @@ def locked(path: pathlib.Path) -> Iterator[None]:
 class Local:
   """Processes on this machine.
 
-  Each is in a session of its own, so that neither Ctrl-C nor a closed terminal reaches it, and
-  holds the lock of `folder/.process`, in which its number and machine are written.
+  Each process has its own session, so that neither Ctrl-C nor a closed terminal reaches it. It
+  holds the lock of `folder/.process`, which contains its process id and machine.
   """
 
   poll_seconds = 0.2
 
   def __init__(self, study: pathlib.Path, gpus: int = 0):
-    """Trials get `gpus` GPUs each, all of them with 0; `study` holds the locks of those in use."""
+    """Gives each trial `gpus` GPUs, or all of them if 0; `study` has the locks of those in use."""
     self._study, self._per_trial = study, gpus
     self.gpus = visible_gpus() if gpus else []
 
   def find(self, folder: pathlib.Path) -> "LocalProcess | None":
-    found = LocalProcess(folder)
-    return found if found.poll() is None else None
+    process = LocalProcess(folder)
+    return process if process.poll() is None else None
 
   def start(self, argv: Sequence[str], folder: pathlib.Path) -> "LocalProcess":
     lock = try_lock(folder / ".process")
@@ -127,7 +127,7 @@ class Local:
     return LocalProcess(folder, process)
 
   def _take_gpus(self) -> tuple[list[str], int]:
-    """GPUs that no trial of this study uses, and the descriptor that holds them."""
+    """Takes GPUs that no trial of this study uses; also returns the descriptor of their lock."""
     for first in range(0, len(self.gpus) - self._per_trial + 1, self._per_trial):
       gpus = self.gpus[first : first + self._per_trial]
       name = re.sub(r"[^A-Za-z0-9]+", "-", f"{socket.gethostname()}-{'-'.join(gpus)}")
@@ -141,7 +141,7 @@ class Local:
 
 
 class LocalProcess:
-  """A process on this machine: a child, or one that a controller before this one left behind."""
+  """A process on this machine: a child, or a process started by an earlier controller."""
 
   def __init__(self, folder: pathlib.Path, child: subprocess.Popen | None = None):
     self._lock, self._child = folder / ".process", child
@@ -156,8 +156,8 @@ class LocalProcess:
     return LOST
 
   def stop(self) -> None:
-    # While it runs its number cannot belong to another process of its machine. There is none in
-    # the file if its controller died in the instant after it was started.
+    # While it runs, no other process of its machine can have its id. The file has no id if the
+    # controller died right after starting the process.
     number, _, host = self._lock.read_text().strip().partition(" ")
     if number and host == socket.gethostname() and self.poll() is None:
       with contextlib.suppress(ProcessLookupError):
@@ -179,14 +179,14 @@ def visible_gpus() -> list[str]:
 class Slurm:
   """Slurm jobs, through sbatch, squeue and scancel.
 
-  A job is found again by its name, which is made from the path of the folder. Where it hits its
-  time limit or is preempted, the script saves, and the controller submits the rest.
+  A job is found again by its name, which derives from the path of the folder. If it reaches its
+  time limit or is preempted, the script saves, and the controller submits it again.
   """
 
   poll_seconds = 10.0
 
   def __init__(self, gpus: int = 0, minutes: int = 0, options: Sequence[str] = ()):
-    """`options` are handed to sbatch as they are."""
+    """Builds the options of sbatch; `options` are passed on unchanged."""
     self._options = [
       *([f"--gpus-per-node={gpus}"] if gpus else []),
       *([f"--time={minutes}"] if minutes else []),
@@ -194,7 +194,7 @@ class Slurm:
     ]
 
   def command(self, argv: Sequence[str], folder: pathlib.Path) -> list[str]:
-    """The sbatch command of a trial."""
+    """Builds the sbatch command of a trial."""
     code = shlex.quote(str(folder.resolve() / ".exit_code"))
     return [
       "sbatch",
@@ -202,7 +202,7 @@ class Slurm:
       f"--job-name={job_name(folder)}",
       f"--output={str(folder.resolve() / 'log').replace('%', '%%')}",
       "--open-mode=append",
-      "--signal=TERM@120",  # To the script, which saves; srun alone would be killed with it.
+      "--signal=TERM@120",  # Reaches the script, which then saves.
       *self._options,
       f"--wrap=srun {shlex.join(argv)}; code=$?; echo $code >{code}; exit $code",
     ]
@@ -226,7 +226,7 @@ class SlurmJob:
     self._folder = folder
 
   def queued(self) -> list[list[str]]:
-    """Number and state of each job of this trial that has not ended: one or none."""
+    """Lists id and state of the job of this trial, if it has not ended: one entry or none."""
     name = f"--name={job_name(self._folder)}"
     listed = _call("squeue", "--me", "--noheader", name, "--format=%A %T")
     return [line.split() for line in listed.splitlines()]
@@ -235,7 +235,7 @@ class SlurmJob:
     try:
       if self.queued():
         return None
-    except PlaceError:  # The daemon is restarted now and then; the job does not mind.
+    except PlaceError:  # The daemon restarts now and then; jobs survive that.
       return None
     try:
       return int((self._folder / ".exit_code").read_text())
@@ -244,18 +244,18 @@ class SlurmJob:
 
   def stop(self) -> None:
     for number, state in self.queued():
-      # Without a signal it would be killed half a minute later, saved or not.
+      # Without the signal it would be killed half a minute later, saved or not.
       _call("scancel", *(["--signal=TERM"] if state == "RUNNING" else []), number)
 
 
 def job_name(folder: pathlib.Path) -> str:
-  """Name of the Slurm job of a trial, its own for every folder."""
+  """Name of the Slurm job of a trial, unique for every folder."""
   digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
   return f"trial-{folder.name}-{digest}"
 
 
 def _call(*command: str) -> str:
-  """What a command prints. Raises PlaceError with its message if it fails."""
+  """Runs a command and returns its output. Raises PlaceError with its message if it fails."""
   try:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
   except FileNotFoundError as error:

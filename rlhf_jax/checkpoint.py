@@ -1,30 +1,24 @@
-"""Checkpoints that are whole, verified and never mixed up.
+"""Checkpoints that are complete, verified and never mixed up.
 
 A step is one orbax composite: every item of the run (params, optimizer state, ...) and its metadata
 become visible in one rename or not at all. Orbax does not notice a flipped bit, so a manifest
 `<step>.digest.json` with the size and SHA-256 of every file is written next to the step, and a step
-is restored only if it still matches. An exclusive lock keeps a second process out of a run
-directory, because orbax would let it overwrite committed steps.
+is restored only if it still matches. A run holds `workdir.run_lock` while it saves, because orbax
+would let a second process overwrite committed steps.
 
-Directories are local or on a shared POSIX file system: the lock and the durable rename need one.
-With several processes, call everything here from all of them, after `jax.distributed.initialize`.
-Process 0 looks and decides, for all of them.
+Directories are local or on a shared POSIX file system: the durable rename needs one. With several
+processes, call everything here from all of them, after `jax.distributed.initialize`. Process 0
+looks and decides, for all of them.
 """
 
 import concurrent.futures
 import contextlib
-import datetime
-import errno
-import fcntl
-import hashlib
 import json
 import os
 import pathlib
 import re
 import shutil
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +28,15 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 PyTree = Any
-PathLike = str | os.PathLike[str]
 
 _META = "meta"
 _DIGEST_SUFFIX = ".digest.json"
 _TMP_MARK = ".orbax-checkpoint-tmp"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_LOCKED: set[pathlib.Path] = set()  # Directories this process holds the lock of.
-_SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
 
 
 class CheckpointError(RuntimeError):
@@ -59,12 +51,6 @@ class CheckpointWriteError(RuntimeError):
   exit_code = 74  # EX_IOERR
 
 
-class LockedError(RuntimeError):
-  """The run directory belongs to another process or cannot be locked."""
-
-  exit_code = 73  # EX_CANTCREAT
-
-
 class NonFiniteError(FloatingPointError):
   """A NaN or infinity was about to be saved."""
 
@@ -72,7 +58,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class Restored(NamedTuple):
-  """What `Checkpointer.restore` read.
+  """A step as `Checkpointer.restore` read it.
 
   Attributes:
     step: The step the checkpoint was saved at.
@@ -85,195 +71,14 @@ class Restored(NamedTuple):
   meta: dict[str, Any]
 
 
-def local_path(path: PathLike) -> pathlib.Path:
-  """Returns an absolute path; raises CheckpointError for a URL such as `gs://bucket/run`."""
-  if "://" in os.fspath(path):
-    raise CheckpointError(
-      f"--workdir={os.fspath(path)} is not a file system path: locking and atomic renames need one;"
-      " mount the bucket or the share and pass the mounted folder"
-    )
-  return pathlib.Path(path).absolute()
-
-
-def atomic_write(path: PathLike, text: str) -> None:
-  """Replaces a text file so that a crash or power loss leaves the old file or the new one."""
-  path = pathlib.Path(path)
-  tmp = path.with_name(path.name + ".tmp")
-  with open(tmp, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(tmp, path)
-  _sync_directory(path.parent)
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-  fd = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)
-
-
-@contextlib.contextmanager
-def run_lock(workdir: PathLike) -> Iterator[None]:
-  """Holds `<workdir>/.lock`, so that no second process works in the same directory.
-
-  The operating system releases the lock when its owner dies, however it dies. Process 0 of a
-  multi-process run holds it for all.
-
-  Raises:
-    LockedError: Another process holds it (named with host, pid and start time), or `workdir`
-      cannot be written, or is not the same directory for all processes of the run.
-  """
-  directory = local_path(workdir)
-  with contextlib.ExitStack() as stack:
-    owner = processes.agree(lambda: stack.enter_context(_lock(directory)))
-    if jax.process_count() > 1:
-      _require_shared(directory, owner)
-    yield
-
-
-def _require_shared(directory: pathlib.Path, owner: str) -> None:
-  """Refuses a directory in which not every process finds the lock that process 0 has written."""
-  deadline = time.monotonic() + _SEEN_SECONDS
-  while not (found := _read(directory / ".lock") == owner) and time.monotonic() < deadline:
-    time.sleep(0.2)
-  alone = [host for host in processes.gather("" if found else socket.gethostname()) if host]
-  if alone:
-    raise LockedError(
-      f"--workdir={directory} is another folder on {', '.join(alone)} than for process 0;"
-      " several processes need one on a file system that they share"
-    )
-
-
-def _read(path: pathlib.Path) -> str:
-  """The text of a file, empty if it cannot be read."""
-  try:
-    return path.read_text(encoding="utf-8")
-  except OSError:
-    return ""
-
-
-@contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[str]:
-  """Locks and yields what `.lock` says of the owner."""
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise LockedError(f"--workdir={directory} cannot be written: {error}") from error
-  with os.fdopen(fd, "r+", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      if error.errno not in (errno.EAGAIN, errno.EACCES):
-        raise LockedError(f"--workdir={directory} cannot be locked: {error}") from error
-      raise LockedError(
-        f"--workdir={directory} is in use by {_owner(file) or 'another process'};"
-        " stop it first, or use another --workdir"
-      ) from error
-    if previous := _owner(file):
-      logging.info("Took over the lock of %s, left by %s", directory, previous)
-    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    file.seek(0)
-    file.truncate()
-    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
-    file.write(owner)
-    file.flush()
-    os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
-    _LOCKED.add(directory)
-    try:
-      yield owner
-    finally:
-      # The file stays: unlinking it would let two processes lock two files of the same name.
-      _LOCKED.discard(directory)
-      os.ftruncate(fd, 0)
-
-
-def _owner(file) -> str:
-  file.seek(0)
-  try:
-    owner = json.load(file)
-    return f"pid {owner['pid']} on host {owner['host']} since {owner['start']}"
-  except (ValueError, KeyError, TypeError):
-    return ""
-
-
-def check_identity(workdir: PathLike, identity: Mapping[str, Any]) -> None:
-  """Refuses to continue a run as something else than what it was started as.
-
-  The first call writes `<workdir>/identity.json`; later calls compare with it.
-
-  Args:
-    workdir: The run directory; created if missing.
-    identity: JSON-able values that must not change over the life of a run.
-
-  Raises:
-    CheckpointError: A key differs, from what it was or between processes; the message has one
-      line per key.
-  """
-  path = local_path(workdir) / "identity.json"
-  now = json.loads(json.dumps(identity, sort_keys=True))
-
-  def read() -> Any:
-    if not path.exists():
-      path.parent.mkdir(parents=True, exist_ok=True)
-      atomic_write(path, json.dumps(now, indent=2) + "\n")
-      return now
-    try:
-      return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-      raise CheckpointError(f"{path} cannot be read: {error}; use another --workdir") from error
-
-  was = processes.agree(read)
-  lines = [
-    f"  {key}: was {_show(was, key)}, now {_show(now, key)}"
-    for key in sorted(was.keys() | now.keys())
-    if _show(was, key) != _show(now, key)
-  ]
-  found = "\n".join(lines)
-  if jax.process_count() > 1:  # The data of a process may differ from that of process 0.
-    found = next(filter(None, processes.gather(found)), "")
-  if found:
-    raise CheckpointError(
-      f"--workdir={path.parent} holds another run; use another --workdir, or its flags\n{found}"
-    )
-
-
-def _show(values: Mapping[str, Any], key: str) -> str:
-  return json.dumps(values[key], sort_keys=True) if key in values else "absent"
-
-
-def params_digest(tree: PyTree) -> str:
-  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of all leaves.
-
-  It depends on neither the sharding nor the container types. One leaf at a time is on the host.
-  """
-  digest = hashlib.sha256()
-  for path, leaf in sorted(_flatten("tree", tree).items()):
-    array = np.ascontiguousarray(sharding.to_host(leaf))
-    digest.update(f"{path}\0{_kind(leaf)}\0".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
-
-
-def files_digest(files: Iterable[pathlib.Path]) -> str:
-  """Returns the SHA-256 of the names and contents of files, in their order."""
-  digest = hashlib.sha256()
-  for path in files:
-    digest.update(f"{path.name}\0{_sha256(path)}\0".encode())
-  return digest.hexdigest()
-
-
 class Checkpointer:
   """Saves and restores named trees of arrays, one atomic unit per step.
 
   Attributes:
-    directory: Where the steps are; `<directory>/<step>/` and `<directory>/<step>.digest.json`.
+    directory: Folder of the steps, `<directory>/<step>/` and `<directory>/<step>.digest.json`.
   """
 
-  def __init__(self, directory: PathLike, *, keep: int = 2):
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
     """Opens a directory, creating nothing until the first `save`.
 
     Left-overs of killed saves are removed if this process holds the `run_lock` of the directory or
@@ -281,19 +86,19 @@ class Checkpointer:
 
     Args:
       directory: The folder of the steps, `<workdir>/checkpoints` for a run.
-      keep: How many of the newest steps stay on disk. With 1 there is no older step to fall back
-        to when the newest is damaged.
+      keep: Number of newest steps that stay on disk. With 1 there is no older step to fall back to
+        when the newest is damaged.
     """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self.directory = local_path(directory)
+    self.directory = workdir_lib.local_path(directory)
     self._keep = keep
     self._manager: ocp.CheckpointManager | None = None
     # One thread waits for the commit and hashes the files, so that training does not.
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_digest")
     self._commit: concurrent.futures.Future[None] | None = None
     self._last: int | None = None  # New steps must be greater; None before a restore or save.
-    if _LOCKED & {self.directory, *self.directory.parents}:
+    if workdir_lib.holds_lock(self.directory):
       self._remove_leftovers()
 
   def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
@@ -375,8 +180,8 @@ class Checkpointer:
       The step, its items and metadata; None if the directory holds no checkpoint.
 
     Raises:
-      CheckpointError: An item or leaf is missing, extra or of another shape or dtype; or there
-        are steps but none (or not the one asked for) is usable.
+      CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or there are
+        steps, but none is usable, or not the one asked for.
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
@@ -453,12 +258,16 @@ class Checkpointer:
     if processes.is_first():
       files = _files(self.directory / str(step))
       with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        digests = pool.map(_sha256, files.values())
+        digests = pool.map(workdir_lib.file_digest, files.values())
         content = {
           n: [p.stat().st_size, d] for (n, p), d in zip(files.items(), digests, strict=True)
         }
-      _sync_directory(self.directory)  # The rename of the step itself, which orbax does not sync.
-      atomic_write(self._digest_path(step), json.dumps({"step": step, "files": content}, indent=1))
+      workdir_lib.sync_directory(
+        self.directory
+      )  # The rename of the step itself, which orbax does not sync.
+      workdir_lib.atomic_write(
+        self._digest_path(step), json.dumps({"step": step, "files": content}, indent=1)
+      )
       for other in set(self._known_steps()) - set(self._committed_steps()):
         self._digest_path(other).unlink(missing_ok=True)  # Its step was rotated out.
 
@@ -578,7 +387,7 @@ def _all_finite_on_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _all_finite(leaves: Sequence[Any]) -> list[Any]:
-  """Whether each leaf is finite. All of them are on the same devices."""
+  """Returns a bool per leaf, True if it is finite. All leaves are on the same devices."""
   first = leaves[0]
   if not isinstance(first, jax.Array) or (
     first.is_fully_addressable and {device.platform for device in first.devices()} == {"cpu"}
@@ -617,9 +426,9 @@ def _check_leaves(
       continue
     for path in [*tree, *(p for p in saved[name] if p not in tree)]:
       expected = _kind(tree[path]) if path in tree else "nothing"
-      found = saved[name].get(path, "missing")
-      if found != expected:
-        lines.append(f"item {name!r}, leaf {path!r}: saved {found}, expected {expected}")
+      actual = saved[name].get(path, "missing")
+      if actual != expected:
+        lines.append(f"item {name!r}, leaf {path!r}: saved {actual}, expected {expected}")
   if lines:
     shown = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
     raise CheckpointError(
@@ -656,11 +465,6 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
   }
 
 
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
   """Returns why the files of a step cannot be trusted; empty if they can."""
   if not directory.is_dir():
@@ -677,8 +481,8 @@ def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
       if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes, {size} were written"
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-      found = pool.map(lambda name: _sha256(directory / name), files)
-      for (name, (_, digest)), now in zip(files.items(), found, strict=True):
+      digests = pool.map(lambda name: workdir_lib.file_digest(directory / name), files)
+      for (name, (_, digest)), now in zip(files.items(), digests, strict=True):
         if now != digest:
           return f"{name} has changed since it was written (SHA-256 differs)"
   except OSError as error:

@@ -1,7 +1,7 @@
-"""Figures about scores and texts: win rates, calibration, diversity, over-optimisation.
+"""Metrics of scores and texts: win rates, calibration, diversity, over-optimisation.
 
-Numpy on the host, in float64. Scores are arrays with one entry per prompt; a text is a sequence of
-tokens (ids or words) without padding or end token.
+Everything is numpy on the host, in float64. Scores are arrays with one entry per prompt. A text is
+a sequence of tokens (ids or words) without padding or end token.
 """
 
 import collections
@@ -17,12 +17,12 @@ Text = Sequence[Hashable]
 
 
 class Estimate(NamedTuple):
-  """A figure and its confidence interval.
+  """An estimate and its confidence interval.
 
   Attributes:
-    value: The figure.
+    value: The estimate.
     low: Lower end of the interval.
-    high: Upper end.
+    high: Upper end of the interval.
   """
 
   value: float
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 def mean(x: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-  """Mean of independent values with Student's t interval, which one value leaves unbounded.
+  """Mean of independent values with Student's t interval, which is unbounded for one value.
 
   Args:
     x: [B] values, one per prompt (or per seed).
@@ -49,26 +49,26 @@ def mean(x: np.ndarray, *, confidence: float = 0.95) -> Estimate:
 def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estimate:
   """Share of prompts on which `a` scores higher than `b`; a tie counts half.
 
-  The interval inverts the score test of a difference of paired proportions (Tango, 1998, Statistics
-  in Medicine 17, 891-908). Without ties it is Wilson's interval of a binomial proportion; with ties
-  it is narrower, and ties alone do not shrink it to a point. Of several samples per prompt all
-  pairs are compared, and the interval is Student's over the prompts, whose pairs are not
-  independent.
+  The interval inverts the score test for a difference of paired proportions (Tango, 1998,
+  Statistics in Medicine 17, 891-908). Without ties it is Wilson's interval of a binomial
+  proportion. With ties it is narrower, but it does not shrink to a point even if all are ties. With
+  several samples per prompt, all pairs are compared. The interval is then Student's over prompts,
+  because the pairs of a prompt are not independent.
 
-  Three readings: policies `a` and `b` on the same prompts; the accuracy of a reward model, for `a`
-  the scores of the chosen and `b` those of the rejected responses; and the accuracy that length
-  alone would have, for the lengths of the same responses.
+  There are three uses: comparing policies `a` and `b` on the same prompts; the accuracy of a reward
+  model, with `a` the scores of the chosen and `b` those of the rejected responses; and the accuracy
+  of length alone, with the lengths of the same responses.
 
   Args:
-    a: [B] scores, or [B, N] of N samples per prompt.
-    b: Same shape, for the same prompts.
+    a: [B] scores, or [B, N] scores of N samples per prompt.
+    b: Same shape, scores for the same prompts.
     confidence: Probability that the interval covers the true rate.
 
   Returns:
     The rate and its interval; NaN if a score is NaN.
 
   Raises:
-    ValueError: The shapes differ, or there are no prompts.
+    ValueError: If the shapes differ, or there are no prompts.
   """
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape or a.ndim not in (1, 2) or not a.size:
@@ -84,8 +84,8 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
   lead = (wins - losses) / n
 
   def rejected(d: float) -> bool:
-    """Whether the test refuses a true lead P(win) - P(loss) of `d`."""
-    # The likeliest P(loss) given d solves 2n p^2 + linear p + constant = 0.
+    """True if the test rejects a true lead P(win) - P(loss) of `d`."""
+    # The maximum likelihood P(loss) given d solves 2n p^2 + linear p + constant = 0.
     linear = d * (2 * n - wins + losses) - wins - losses
     constant = -losses * d * (1 - d)
     loss = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
@@ -93,7 +93,7 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
 
   def edge(outside: float) -> float:
     inside = lead
-    for _ in range(60):  # Halvings: more than a float64 has bits.
+    for _ in range(60):  # More bisections than a float64 has bits.
       middle = (inside + outside) / 2
       inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
     return (1 + inside) / 2
@@ -102,17 +102,17 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
 
 
 class Calibration(NamedTuple):
-  """How well the predicted probabilities of preferences match their frequencies.
+  """Agreement between predicted probabilities of preferences and their frequencies.
 
   Attributes:
     ece: Expected calibration error: mean distance of predicted from observed over the pairs, by
       bin (Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3).
-    brier: Mean squared error of the probabilities; always saying 1/2 has 0.25.
-    log_loss: Mean negative log-likelihood, nats; always saying 1/2 has 0.693.
+    brier: Mean squared error of the probabilities; 0.25 for a constant prediction of 1/2.
+    log_loss: Mean negative log-likelihood, nats; 0.693 for a constant prediction of 1/2.
     count: [bins] int, pairs in each bin.
-    predicted: [bins] mean probability given to the preferred response by the model, NaN in an
+    predicted: [bins] mean probability that the model gives to the response it prefers, NaN in an
       empty bin.
-    observed: [bins] how often that response was the chosen one, NaN in an empty bin.
+    observed: [bins] frequency with which that response was the chosen one, NaN in an empty bin.
   """
 
   ece: float
@@ -124,15 +124,15 @@ class Calibration(NamedTuple):
 
 
 def calibration(chosen: np.ndarray, rejected: np.ndarray, *, bins: int = 10) -> Calibration:
-  """Calibration of a reward model read as a Bradley-Terry model.
+  """Calibration of a reward model as a Bradley-Terry model.
 
-  Its probability for the response that it scores higher is `sigmoid(|difference|)`, which the bins
-  of equal width divide from 1/2 to 1. Looking at the chosen response instead would find no bin in
-  which it is not always chosen.
+  Pairs are binned by the probability of the response with the higher score, `sigmoid(|difference|)`
+  between 1/2 and 1, in bins of equal width. (Binned by the probability of the chosen response, the
+  observed frequency would be 1 in every bin.)
 
   Args:
     chosen: [B] scores of the chosen responses.
-    rejected: [B] scores of the rejected ones.
+    rejected: [B] scores of the rejected responses.
     bins: Number of bins.
   """
   margin = _vector("chosen", chosen) - _vector("rejected", rejected)
@@ -159,7 +159,7 @@ def _ngrams(text: Text, n: int) -> Iterator[tuple[Hashable, ...]]:
 
 
 def distinct(texts: Sequence[Text], n: int) -> float:
-  """Share of the n-grams of all texts that are different ones; NaN if there is none.
+  """Number of distinct n-grams over the number of n-grams in all texts; NaN if there are none.
 
   Li et al., 2016, https://arxiv.org/abs/1510.03055, section 5. It falls with the amount of text:
   compare sets of equal size, or use `expectation_adjusted_distinct`.
@@ -169,16 +169,16 @@ def distinct(texts: Sequence[Text], n: int) -> float:
 
 
 def expectation_adjusted_distinct(texts: Sequence[Text], n: int, vocab_size: int) -> float:
-  """Different n-grams over the number that uniformly random text of this length would have.
+  """Number of distinct n-grams over its expectation in uniformly random text of equal length.
 
   Liu et al., 2022, https://arxiv.org/abs/2202.13587: `N / (V (1 - ((V - 1) / V)^C))` for N
-  different ones among C n-grams, here with V = vocab_size ** n possible ones, so that random text
-  has 1 for any n and any amount of text.
+  distinct ones among C n-grams. Here V = vocab_size ** n, the number of possible n-grams, so random
+  text has 1 for any n and any amount of text.
 
   Args:
     texts: The texts, taken together.
     n: Tokens per n-gram.
-    vocab_size: Number of tokens there are.
+    vocab_size: Size of the vocabulary.
 
   Returns:
     The ratio, 0 or higher; NaN if no text has n tokens.
@@ -193,21 +193,21 @@ def expectation_adjusted_distinct(texts: Sequence[Text], n: int, vocab_size: int
 
 
 def self_similarity(texts: Sequence[Text], *, max_n: int = 4) -> float:
-  """Mean cosine similarity of two of the texts, each a bag of its n-grams of 1 to `max_n` tokens.
+  """Mean cosine similarity of pairs of texts, as bags of n-grams of 1 to `max_n` tokens.
 
-  1 for copies of one text, 0 for texts without a common token; the counterpart of self-BLEU (Zhu
-  et al., 2018, https://arxiv.org/abs/1802.01886) without its asymmetry. The time is linear in the
-  number of texts.
+  It is 1 for copies of one text and 0 for texts without a common token. It is a symmetric
+  counterpart of self-BLEU (Zhu et al., 2018, https://arxiv.org/abs/1802.01886). The time is linear
+  in the number of texts.
 
   Raises:
-    ValueError: There are fewer than two texts.
+    ValueError: If there are fewer than two texts.
   """
   if len(texts) < 2:
     raise ValueError(f"similarity needs at least 2 texts, got {len(texts)}")
   total: dict[tuple[Hashable, ...], float] = collections.defaultdict(float)
   for text in texts:
     bag = collections.Counter(gram for n in range(1, max_n + 1) for gram in _ngrams(text, n))
-    bag = bag or collections.Counter([()])  # Empty texts are alike, and unlike all others.
+    bag = bag or collections.Counter([()])  # Empty texts equal each other and no other text.
     norm = math.sqrt(sum(count**2 for count in bag.values()))
     for gram, count in bag.items():
       total[gram] += count / norm
@@ -217,14 +217,15 @@ def self_similarity(texts: Sequence[Text], *, max_n: int = 4) -> float:
 
 
 def diversity(texts: Sequence[Text], vocab_size: int) -> dict[str, float]:
-  """The figures above: of one sample per prompt across inputs, of N of one prompt per input.
+  """Computes the diversity metrics above.
 
-  Kirk et al., 2023, https://arxiv.org/abs/2310.06452, with bags of n-grams in place of sentence
-  embeddings.
+  For one sample per prompt this is diversity across inputs, for N samples of one prompt it is
+  diversity per input (Kirk et al., 2023, https://arxiv.org/abs/2310.06452, with bags of n-grams in
+  place of sentence embeddings).
 
   Args:
-    texts: At least two.
-    vocab_size: Number of tokens there are.
+    texts: Two or more texts.
+    vocab_size: Size of the vocabulary.
 
   Returns:
     `distinct_1`, `distinct_2`, `ead` (mean over n = 1 to 5) and `self_similarity`.
@@ -240,18 +241,18 @@ def diversity(texts: Sequence[Text], vocab_size: int) -> dict[str, float]:
 
 
 def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
-  """Expected value of the response that the proxy picks among n, unbiased from a pool of N.
+  """Expected value of the response that the proxy picks among n, estimated without bias from N.
 
-  The mean over all draws of n from the pool without putting back: Nakano et al., 2021,
+  It is the mean over all draws of n from the pool without replacement: Nakano et al., 2021,
   https://arxiv.org/abs/2112.09332, appendix I.
 
   Args:
-    proxy: [..., N] scores that pick.
-    values: [..., N] what is asked about the picked response: the gold reward, or the proxy itself.
+    proxy: [..., N] scores that pick the response.
+    values: [..., N] values to average: the gold reward, or the proxy itself.
     n: Responses to pick from, 1 to N.
 
   Returns:
-    [...]; for n = 1 the mean of `values`, for n = N the value of the best of all.
+    [...]; for n = 1 the mean of `values`, for n = N the value of the best response in the pool.
   """
   proxy, values = np.asarray(proxy, np.float64), np.asarray(values, np.float64)
   size = proxy.shape[-1]
@@ -260,7 +261,7 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
       f"n must be between 1 and the size of the pools, got n={n}, shapes {proxy.shape} and"
       f" {values.shape}"
     )
-  # The k-th best is picked if it is drawn with n - 1 of the N - k below it, which has the chance
+  # The k-th best is picked if it is drawn with n - 1 of the N - k below it, with probability
   # C(N - k, n - 1) / C(N, n): n / N for the best, times (N - k - n + 1) / (N - k) for each next.
   below = np.arange(size - 1, 0, -1)
   chances = n / size * np.cumprod(np.append(1, np.maximum(below - n + 1, 0) / below))
@@ -278,12 +279,12 @@ def best_of_n_kl(n: int) -> float:
 
 
 class OverOptimization(NamedTuple):
-  """A fitted law of how the gold reward depends on the distance d = sqrt(KL).
+  """A fitted law of the gold reward as a function of the distance d = sqrt(KL).
 
   Attributes:
-    alpha: Slope at the start (per d at d = 1 for the form "rl").
-    beta: How fast the slope falls.
-    peak: The d of the highest gold reward; infinite if the fit does not turn.
+    alpha: Slope at the start (reward / d at d = 1 for the form "rl").
+    beta: Rate at which the slope falls.
+    peak: Distance d of the highest gold reward; infinite if the fit never falls.
   """
 
   alpha: float
@@ -294,15 +295,15 @@ class OverOptimization(NamedTuple):
 def fit_overoptimization(
   distance: np.ndarray, gold: np.ndarray, form: Literal["best_of_n", "rl"]
 ) -> OverOptimization:
-  """Least squares fit of the gold reward over the distance from the start.
+  """Fits the gold reward over the distance from the initial policy by least squares.
 
   Gao et al., 2022, https://arxiv.org/abs/2210.10760, section 1: `d (alpha - beta d)` for best of n
   and `d (alpha - beta log d)` for reinforcement learning.
 
   Args:
-    distance: [C] sqrt of the KL to the start, of C checkpoints. Those at 0 say nothing.
-    gold: [C] gold reward less that of the start.
-    form: Which law.
+    distance: [C] sqrt of the KL to the initial policy, for C checkpoints. Those at 0 are ignored.
+    gold: [C] gold reward minus that of the initial policy.
+    form: Law to fit.
   """
   falls = {"best_of_n": lambda d: d, "rl": np.log}[form]
   d, gold = _vector("distance", distance), _vector("gold", gold)
@@ -319,7 +320,7 @@ def fit_overoptimization(
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-  """Rank correlation, tied values sharing their mean rank; NaN if one of the two is constant."""
+  """Rank correlation; ties share their mean rank. NaN if one of the two is constant."""
   x, y = _ranks(_vector("x", x)), _ranks(_vector("y", y))
   x, y = x - np.mean(x), y - np.mean(y)
   scale = math.sqrt(np.sum(x**2) * np.sum(y**2))
@@ -329,16 +330,16 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 def first_divergence(
   proxy: np.ndarray, gold: np.ndarray, *, window: int, z: float = 2.5
 ) -> int | None:
-  """Where training on a proxy begins to cost gold reward.
+  """Finds the checkpoint from which training on a proxy costs gold reward.
 
-  Slides a window over the checkpoints and looks for a rank correlation of proxy and gold below
-  what unrelated noise would give, `-z / sqrt(window - 1)`.
+  Slides a window over the checkpoints, and looks for a rank correlation of proxy and gold below
+  `-z / sqrt(window - 1)`, which is unlikely for unrelated noise.
 
   Args:
     proxy: [C] proxy reward of each checkpoint, in the order of training.
     gold: [C] gold reward.
-    window: Checkpoints to look at together.
-    z: Standard deviations of that noise.
+    window: Number of checkpoints in a window.
+    z: Threshold, in standard deviations of the correlation of unrelated noise.
 
   Returns:
     Index of the first checkpoint of the first such window; None if there is none.
@@ -364,19 +365,19 @@ def _vector(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float:
-  """Agreement of two annotators beyond chance: 1 is complete, 0 what their habits alone would give.
+  """Agreement of two annotators beyond chance: 1 is complete, 0 is chance agreement.
 
   Cohen, 1960, https://doi.org/10.1177/001316446002000104.
 
   Args:
-    a: Verdicts of one on B items.
-    b: Verdicts of the other on the same items.
+    a: Verdicts of the first annotator on B items.
+    b: Verdicts of the second annotator on the same items.
 
   Returns:
-    `(observed - expected) / (1 - expected)`; NaN if both always say the same one thing.
+    `(observed - expected) / (1 - expected)`; NaN if all verdicts of both are the same.
 
   Raises:
-    ValueError: The lengths differ, or there are no items.
+    ValueError: If the lengths differ, or there are no items.
   """
   if len(a) != len(b) or not a:
     raise ValueError(f"two lists of the same items are needed, got {len(a)} and {len(b)}")

@@ -8,7 +8,7 @@ A script describes its options once, as a frozen dataclass with an "Attributes:"
     train(config())
 
   if __name__ == "__main__":
-    flags.run(main)
+    entry.run(main)
 
 Every field is a plain absl flag: `--steps` for a field of `Config`, `--dpo.beta` for a field of its
 nested dataclass `dpo`. Values are checked before anything is compiled: by type here, by range in
@@ -16,32 +16,26 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 """
 
 import collections
-import ctypes
 import dataclasses
-import gc
-import importlib.metadata
-import importlib.util
 import inspect
 import math
 import os
-import pathlib
 import re
 import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-import jax
-from absl import app, flags, logging
+from absl import app, flags
 
-from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 # A flag belongs to the script that calls `define`, whose --help then lists it.
 flags.disclaim_key_flags()
 
 EX_USAGE = 64  # sysexits.h
-EX_UNAVAILABLE = 69
 
 T = TypeVar("T")
 _Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
@@ -102,129 +96,6 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> N
     raise UsageError(_explain(left_over[0], last_flag, flag_values))
 
 
-def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
-  """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
-
-  The exit code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little
-  memory, and `error.exit_code` for an exception with that attribute. Their message is the last
-  line on stderr; every other exception propagates with its traceback.
-  """
-
-  def flags_parser(args: Sequence[str]) -> list[str]:
-    try:
-      parse(args)
-    except UsageError as error:
-      _exit(str(error), error.exitcode)
-    except flags.Error as error:
-      code = 1 if isinstance(error, flags.UnrecognizedFlagError) else EX_USAGE
-      _exit(f"FATAL Flags parsing error: {error}", code)
-    return list(args[:1])
-
-  def checked_main(args: Sequence[str]) -> Any:
-    try:
-      return main(args)
-    except UsageError as error:
-      _exit(str(error), error.exitcode)
-    except Exception as error:
-      code = getattr(error, "exit_code", None)
-      if isinstance(error, ValueError) and str(error).startswith("--"):
-        _exit(str(error), EX_USAGE)  # By convention the message of a wrong flag starts with it.
-      if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-        _exit(f"{error}\n{_less_memory(flags.FLAGS)}", EX_UNAVAILABLE)
-      if not isinstance(code, int):
-        raise
-      _exit(f"{type(error).__name__}: {error}", code)
-
-  app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
-
-
-def _less_memory(flag_values: flags.FlagValues) -> str:
-  """Which flags of a script make it take less memory than it does with those it was given."""
-  micro = [name for name in flag_values if name.endswith(".microbatches")]
-  ways = {
-    "model.remat": (lambda remat: remat != "full", "--model.remat=full"),
-    **{name: (bool, f"--{name}={2 * getattr(flag_values, name)}") for name in micro},
-    "batch_size": (lambda size: size > 1, "a smaller --batch_size"),
-    "lora.rank": (lambda rank: not rank, "--lora.rank=16"),
-    "mesh": (lambda _: True, "--mesh over more devices"),
-  }
-  found = [
-    way
-    for name, (is_left, way) in ways.items()
-    if name in flag_values and is_left(getattr(flag_values, name))
-  ]
-  return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
-
-
-def _tune_for_cpu() -> None:
-  """What helps where programs run on the CPU; nothing where an accelerator is installed.
-
-  It has an effect only before the first computation.
-  """
-  plugins = importlib.metadata.entry_points(group="jax_plugins")
-  if not plugins and not importlib.util.find_spec("libtpu"):
-    _keep_freed_memory()
-    _compile_quickly()
-
-
-def _keep_freed_memory() -> None:
-  """Lets the C library reuse freed memory, up to 1 GiB, rather than give it back to the system.
-
-  XLA's CPU backend allocates the temporaries of a program anew in every call. glibc maps such
-  blocks afresh, and their page faults take up to a fifth of a training step. Other C libraries are
-  left alone.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError, TypeError):
-    return
-  # The names in malloc.h; blocks above 64 MiB have to come from the one main arena.
-  m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-  mallopt(m_mmap_max, 0)
-  mallopt(m_arena_max, 1)
-  mallopt(m_trim_threshold, 1 << 30)
-
-
-def _compile_quickly() -> None:
-  """Takes the first of LLVM's three levels of optimisation, unless XLA_FLAGS names another.
-
-  Programs compile in two thirds of the time and run as fast: most of theirs is spent in matrix
-  products, which come from a library.
-  """
-  given = os.environ.get("XLA_FLAGS", "")  # The last of two equal flags wins.
-  os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
-
-
-def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
-  """Runs `train(*configs)` with one config per dataclass, each read from the command line.
-
-  The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
-  a `processes.Group`, its processes meet before anything else happens.
-  """
-  readers = [define(cls) for cls in classes]
-
-  def main(argv: Sequence[str]) -> None:
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    _tune_for_cpu()
-    # What was imported stays, and rows and traces are many objects with hardly any garbage.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
-    configs = [read() for read in readers]
-    path = pathlib.Path(configs[0].workdir) / "flags"
-    if isinstance(configs[0], processes.Group):
-      configs[0].connect()
-    # The flags of another run stay until this one has been accepted and has finished.
-    if processes.is_first() and not path.exists():
-      save_flags(path)
-    train(*configs)
-    if processes.is_first():
-      save_flags(path)
-
-  run(main)
-
-
 def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Writes the value of every flag of the script, so that `--flagfile=path` repeats the run.
 
@@ -241,24 +112,14 @@ def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = fla
       lines.append(f"--{name}={flag.parser.write(flag.value)}")
     elif name in own and flag.value is not None:
       lines.append(flag.serialize())
-  _write_lines(path, lines)
+  workdir_lib.atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def save_configs(path: str | os.PathLike[str], *configs: Any) -> None:
   """Writes what `save_flags` would, had a script been started with these dataclasses."""
   settings = {name: value for config in configs for name, value in to_dict(config).items()}
-  _write_lines(path, [as_line(name, value) for name, value in sorted(flatten(settings).items())])
-
-
-def _write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  tmp = path.with_name(path.name + ".tmp")
-  with open(tmp, "w", encoding="utf-8") as file:
-    file.write("".join(line + "\n" for line in lines))
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(tmp, path)
+  lines = [as_line(name, value) for name, value in sorted(flatten(settings).items())]
+  workdir_lib.atomic_write(path, "".join(line + "\n" for line in lines))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -307,17 +168,93 @@ def as_line(name: str, value: Any) -> str:
   return f"--{name}={text}"
 
 
+class _Flag(flags.Flag):
+  """A flag with its place in `--help`: the title of a group, None for flags that are rarely set."""
+
+  title: str | None = None
+  order: int = 0
+
+
+def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: int = 80) -> str:
+  """Text of `--help`: the docstring of a script, then its flags in titled groups.
+
+  The groups and the flags in them are in the order of the dataclasses. Left out are flags that are
+  rarely set (`ranges.rare`), and those of a nested dataclass that are not among the names that the
+  metadata of its field call `listed`.
+
+  Args:
+    script: Docstring of the script.
+    flag_values: The registry.
+    width: Columns of the terminal.
+  """
+  groups: dict[str, list[str]] = {}
+  rare = 0
+  direct = [f for f in flag_values.get_flags_for_module(sys.argv[0]) if not isinstance(f, _Flag)]
+  for flag in direct:
+    text = textwrap.fill(flag.help or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    shown = f"  --{flag.name}={'' if flag.default is None else flag.default}\n{text}"
+    groups.setdefault("Flags of the script", []).append(shown.rstrip())
+  for flag in _in_order(flag_values):
+    if flag.title is None:
+      rare += 1
+      continue
+    write = cast(_Parser, flag.parser).write
+    default = "" if flag.default is None else write(flag.default)
+    choices = flag.parser.syntactic_help if flag.parser.syntactic_help.startswith("<") else ""
+    name = f"[no]{flag.name} ({default})" if flag.boolean else f"{flag.name}={default}"
+    words = " ".join(filter(None, [flag.help, choices]))
+    lines = textwrap.wrap(words, width, initial_indent="      ", subsequent_indent="      ")
+    groups.setdefault(flag.title, []).append("\n".join([f"  --{name}", *lines]))
+  parts = [
+    _reflow(script.strip(), width),
+    *("\n".join([title, *texts]) for title, texts in groups.items()),
+  ]
+  if rare:
+    parts.append(f"{rare} more flags are rarely set; --helpfull lists them.")
+  return "\n\n".join(parts) + "\n"
+
+
+def _reflow(text: str, width: int) -> str:
+  """Wraps a text: sentences are filled, indented commands are continued by backslashes."""
+  lines, sentences = [], []
+  for command in [*re.split(r"(?<! \\)\n", text), ""]:
+    if command and not command.startswith(" "):
+      sentences.append(command)
+      continue
+    lines += textwrap.wrap(" ".join(sentences), width, break_on_hyphens=False)
+    sentences = []
+    if all(len(line) <= width for line in command.split("\n")):
+      lines.append(command)
+      continue
+    line = re.sub(r" \\\n *", " ", command)
+    indent = " " * (len(line) - len(line.lstrip()))
+    pieces = textwrap.wrap(line, width - 2, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
+    lines += [f"{piece} \\" for piece in pieces[:-1]] + pieces[-1:]
+  return "\n".join(lines).rstrip()
+
+
+def _in_order(flag_values: flags.FlagValues) -> list[_Flag]:
+  """Flags that `define` made, in its order."""
+  by_id = {id(flag_values[name]): flag_values[name] for name in flag_values}
+  return sorted(
+    (flag for flag in by_id.values() if isinstance(flag, _Flag)), key=lambda flag: flag.order
+  )
+
+
 def _define(
   cls: type[Any],
   outer: _Names,
   flag_values: flags.FlagValues,
   defaults: Any,
   taken: dict[str, _Names],
+  listed: Collection[str] | None = None,
+  title: str = "",
 ) -> Callable[[], Any]:
   if not dataclasses.is_dataclass(cls) or not getattr(cls, "__dataclass_params__").frozen:  # noqa: B009
     raise TypeError(f"{cls.__name__} must be a frozen dataclass")
   hints = typing.get_type_hints(cls)
   docs = _field_docs(cls)
+  title = title or _title(cls, outer)
   readers: dict[str, Callable[[], Any]] = {}
   for field in dataclasses.fields(cls):
     if not field.init:
@@ -325,7 +262,11 @@ def _define(
     names = (*outer, field.name)
     default = _default(field, defaults)
     if dataclasses.is_dataclass(hints[field.name]):
-      readers[field.name] = _define(hints[field.name], names, flag_values, default, taken)
+      inner = field.metadata.get("listed") if listed is None else _below(listed, field.name)
+      group = "" if listed is None else title
+      readers[field.name] = _define(
+        hints[field.name], names, flag_values, default, taken, inner, group
+      )
       continue
     name = _flag_name(names)
     if name in taken:
@@ -333,7 +274,9 @@ def _define(
         f"{'.'.join(taken[name])} and {'.'.join(names)} would both be --{name}; rename one field"
       )
     taken[name] = names
-    _register(name, hints[field.name], default, docs.get(field.name), flag_values)
+    rare = field.metadata.get("rare", False) if listed is None else field.name not in listed
+    shown = None if rare else title
+    _register(name, hints[field.name], default, docs.get(field.name), flag_values, shown)
     readers[field.name] = _reader(name, flag_values)
 
   def build() -> Any:
@@ -344,6 +287,21 @@ def _define(
       raise UsageError(_name_flag(str(error), readers, outer)) from error
 
   return build
+
+
+def _title(cls: type[Any], outer: _Names) -> str:
+  """Title of the flags of a dataclass: the first sentence of its docstring."""
+  text = inspect.getdoc(cls) or ""
+  if text.startswith((f"{cls.__name__}(", "Attributes:")):  # Made by dataclass, or no summary.
+    text = ""
+  summary = (text or cls.__name__).partition("\n\n")[0]
+  sentence = " ".join(re.split(r"(?<=\.)\s", summary.strip(), maxsplit=1)[0].split()).rstrip(".")
+  return f"{sentence} (--{'.'.join(outer)}.*)" if outer else sentence
+
+
+def _below(listed: Collection[str], name: str) -> list[str]:
+  """Names below `name` among names with dots."""
+  return [rest for first, _, rest in (x.partition(".") for x in listed) if first == name and rest]
 
 
 def _default(field: dataclasses.Field, defaults: Any) -> Any:
@@ -421,7 +379,12 @@ class _Serializer(flags.ArgumentSerializer):
 
 
 def _register(
-  name: str, hint: Any, default: Any, help_text: str | None, flag_values: flags.FlagValues
+  name: str,
+  hint: Any,
+  default: Any,
+  help_text: str | None,
+  flag_values: flags.FlagValues,
+  title: str | None,
 ) -> None:
   try:
     parser = _parser(hint)
@@ -432,13 +395,12 @@ def _register(
     help_text = f"{help_text or ''} Required.".strip()
   value = None if required else default
   try:
-    flag = flags.Flag(
-      parser, _Serializer(parser.write), name, value, help_text, boolean=_is_bool(hint)
-    )
+    flag = _Flag(parser, _Serializer(parser.write), name, value, help_text, boolean=_is_bool(hint))
   except flags.IllegalFlagValueError as error:
     raise ValueError(f"the default of {error}") from None
   if flag.value != value:
     raise ValueError(f"--{name}: the default {value!r} would be read back as {flag.value!r}")
+  flag.title, flag.order = title, len(flag_values)
   flags.DEFINE_flag(flag, flag_values, required=required)
 
 
@@ -552,8 +514,3 @@ def _explain(word: str, last_flag: flags.Flag | None, flag_values: flags.FlagVal
   if name in flag_values:
     return f"stray word {word!r}: write --{word if has_value else name + '=VALUE'}"
   return f"stray word {word!r}: flags are written --name=value (quote values with spaces)"
-
-
-def _exit(message: str, code: int) -> typing.NoReturn:
-  sys.stderr.write(message + "\n")
-  sys.exit(code)

@@ -13,20 +13,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, metrics, processes, reporting, sharding
+from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
+from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Session(processes.Group):
-  """Where and how a script runs.
+  """Workdir, seed, devices and dashboards of a run.
 
   Attributes:
-    workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. Resumed if it holds
-      an unfinished run.
-    seed: Seed of everything that is random.
-    mesh: Devices per mesh axis, such as data:8 or fsdp:4,tensor:2; -1 takes the rest, empty puts
-      all devices on data.
-    trackers: Dashboards to log to beside metrics.jsonl: tensorboard, wandb, trackio.
+    workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. An unfinished run in it
+      is resumed.
+    seed: Random seed.
+    mesh: Devices per mesh axis, such as data:8 or fsdp:4,tensor:2. -1 takes the remaining devices;
+      empty puts all devices on data.
+    trackers: Dashboards to log to in addition to metrics.jsonl: tensorboard, wandb, trackio.
   """
 
   workdir: str
@@ -37,14 +38,15 @@ class Session(processes.Group):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """How long a training run is and when it reports.
+  """Length of a training run and its reporting intervals.
 
   Attributes:
-    init_from: Folder to start from: the workdir of a finished run, or a Hugging Face folder.
+    init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
+      folder.
     steps: Number of steps.
-    batch_size: Rows per step, over all devices.
+    batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
-    eval_every: Steps between evaluations on held-out rows; 0 evaluates at the end only.
+    eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.
   """
 
@@ -56,27 +58,27 @@ class RunConfig:
   checkpoint_every: int = 100
 
   def __post_init__(self):
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    if self.eval_every < 0:
-      raise ValueError(f"eval_every must not be negative, got {self.eval_every}")
+    ranges.check(
+      self,
+      at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
+      non_negative=("eval_every",),
+    )
 
 
-# Settings that may differ when a run is continued: they do not change what a step computes.
+# Settings that may change when a run is continued: they do not change what a step computes.
 FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
-# A run whose every gradient is broken has nothing left to save.
+# A run without finite gradients has nothing left to save.
 _MAX_SKIPPED_IN_A_ROW = 5
 
 
 class Preempted(RuntimeError):
-  """The process was asked to stop and has saved its state; start it again to continue."""
+  """The process was told to stop and has saved its state; start it again to continue."""
 
   exit_code = 75
 
 
 class NumericsError(RuntimeError):
-  """Several steps in a row had no finite gradient. The last checkpoint is from before them."""
+  """Several consecutive steps had no finite gradient. The last checkpoint is from before them."""
 
   exit_code = 70
 
@@ -85,37 +87,37 @@ class Run(NamedTuple):
   """An opened run.
 
   Attributes:
-    workdir: Its folder, locked while the run is open.
-    session: The flags it was opened with.
-    mesh: Devices.
+    workdir: Folder of the run, locked while the run is open.
+    session: Flags of the session.
+    mesh: Device mesh.
     key: Random key of the run.
-    writer: Where its metrics and tables go; `fit` opens it, the end of the run closes it.
+    writer: Writer of metrics and tables; `fit` opens it, the end of the run closes it.
   """
 
   workdir: pathlib.Path
   session: Session
   mesh: jax.sharding.Mesh
   key: jax.Array
-  writer: metrics.RunWriter
+  writer: writers.RunWriter
 
   def key_for(self, purpose: int) -> jax.Array:
-    """A key of its own for each purpose, such as initialisation or sampling."""
+    """Derives a separate key for each purpose, such as initialisation or sampling."""
     return jax.random.fold_in(self.key, purpose)
 
 
 @contextlib.contextmanager
 def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
-  """Creates and locks the workdir and lays out the devices, but for `spare` of them.
+  """Creates and locks the workdir, and builds the mesh of all devices but the last `spare`.
 
-  After it every process sees what the run has written.
+  On exit it waits for all processes, so that each sees what the run has written.
 
   Raises:
-    LockedError: Another run is in the workdir, or the processes do not share it.
+    LockedError: If another run is in the workdir, or the processes do not share it.
   """
-  workdir = checkpoint.local_path(session.workdir)
+  workdir = workdir_lib.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
-  writer = metrics.RunWriter(workdir, session.trackers)
-  with checkpoint.run_lock(workdir), contextlib.closing(writer):
+  writer = writers.RunWriter(workdir, session.trackers)
+  with workdir_lib.run_lock(workdir), contextlib.closing(writer):
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.wait()
 
@@ -126,33 +128,36 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   Args:
     run: The run being opened or continued.
     name: Name of the script.
-    settings: Its config as a plain dict; `FREE_SETTINGS` do not count.
-    **digests: Fingerprints of what the config only points to: data, tokenizer, initial params.
+    settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored. The files of the
+      user's functions that it names are fingerprinted too.
+    **digests: Fingerprints of inputs that the config only points to: data, tokenizer, initial
+      params.
   """
   fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
-  checkpoint.check_identity(
+  digests |= user.digests(flags.flatten(settings))
+  workdir_lib.check_identity(
     run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
   )
 
 
 def hyperparameters(run: Run, config: Any) -> dict[str, Any]:
-  """What dashboards show as the settings of a run, by the names of the flags."""
+  """Settings of a run for dashboards, by the names of the flags."""
   session = {"seed": run.session.seed, "mesh": run.session.mesh}
   return session | flags.flatten(flags.to_dict(config))
 
 
 class _SharedStop:
-  """Set on all processes in the same step, soon after it was set on one of them.
+  """A stop event that becomes set on all processes in the same step.
 
-  What is read was sent in the step before, so that no step waits for another.
+  Each call reads the result that was dispatched one step before, so that no step waits.
   """
 
-  def __init__(self, own: threading.Event, mesh: jax.sharding.Mesh):
-    self._own, self._mesh, self._sent = own, mesh, None
+  def __init__(self, event: threading.Event, mesh: jax.sharding.Mesh):
+    self._event, self._mesh, self._sent = event, mesh, None
     self._any = jax.jit(jnp.any)
 
   def is_set(self) -> bool:
-    sent, flag = self._sent, np.full([1], self._own.is_set())
+    sent, flag = self._sent, np.full([1], self._event.is_set())
     shards = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec(sharding.AXES))
     flags = jax.make_array_from_callback((self._mesh.size,), shards, lambda index: flag)
     self._sent = self._any(flags)
@@ -161,7 +166,7 @@ class _SharedStop:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-  """Set when SIGTERM arrives, which then does not kill the process."""
+  """Yields an event that SIGTERM sets instead of killing the process."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event
@@ -176,7 +181,7 @@ def _stop_signal() -> Iterator[threading.Event]:
 class _Log:
   """Turns the device metrics of a step into a written line, one step later."""
 
-  def __init__(self, writer: metrics.RunWriter, progress: reporting.Progress, every: int):
+  def __init__(self, writer: writers.RunWriter, progress: reporting.Progress, every: int):
     self._writer, self._progress, self._every = writer, progress, every
     self._pending: tuple[int, Mapping[str, Any], bool, float] | None = None
     self._last_time = time.monotonic()
@@ -184,18 +189,18 @@ class _Log:
 
   @property
   def skipping(self) -> bool:
-    """Whether the newest written step had no finite gradient."""
+    """True if the newest written step had no finite gradient."""
     return self._skipped > 0
 
   def push(self, step: int, values: Mapping[str, Any], *, keep: bool) -> None:
     """Takes the values of a step and writes those of the step before it."""
     self.flush()
-    now = time.monotonic()  # Once a step: a line may be written early, before a save.
+    now = time.monotonic()  # Taken once per step: a line may be written early, before a save.
     seconds, self._last_time = now - self._last_time, now
     self._pending = (step, values, keep or step == 1 or step % self._every == 0, seconds)
 
   def flush(self) -> None:
-    """Writes what was pushed last."""
+    """Writes the values that were pushed last."""
     if self._pending is not None:
       pending, self._pending = self._pending, None
       self._write(*pending)
@@ -231,39 +236,39 @@ def fit(
 ) -> Any:
   """Runs `config.steps` steps, from the newest checkpoint of the workdir if there is one.
 
-  A run that was killed at any time and started again ends with bitwise the same state as one
-  that was not: the state, the step and the position in the data are saved as one unit, and every
-  key is made from the seed and the step.
+  A run that is killed at any time and started again ends with bitwise the same state as one that
+  is not. State, step and position in the data are saved as one unit, and every key derives from the
+  seed and the step.
 
   Args:
     run: The opened run.
     config: Length and intervals.
     step: `(state, batch, key) -> (state, metrics)`; it may donate the state. `metrics["tokens"]`
       becomes `tokens_per_second`.
-    state: State before the first step, of jax arrays; given up, as to a step that donates it.
+    state: State before the first step, a tree of jax arrays. It is donated.
     batches: Iterator of numpy batches with `get_state` and `set_state`.
     evaluate: `(state, step) -> scalars`, on held-out rows.
-    learning_rate: Step -> learning rate, for the log.
-    title: Shown beside the progress bar.
+    learning_rate: Function from step to learning rate, for the log.
+    title: Title of the progress bar.
 
   Returns:
     The state after the last step.
 
   Raises:
-    Preempted: SIGTERM arrived; the state was saved.
-    NumericsError: Five steps in a row had no finite gradient.
+    Preempted: If SIGTERM arrived; the state was saved.
+    NumericsError: If five consecutive steps had no finite gradient.
   """
   key = run.key_for(0)
   with (
     checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
-    _stop_signal() as asked,
+    _stop_signal() as stop_event,
     contextlib.ExitStack() as stack,
   ):
     restored = saver.restore({"state": state})
     start = 0
     if restored is not None:
       for leaf in jax.tree.leaves(state):
-        leaf.delete()  # Its first owner may hold it as long as the run lasts.
+        leaf.delete()  # The caller may hold it as long as the run lasts.
       start, state = restored.step, restored.items["state"]
       batches.set_state(restored.meta["data"])
       reporting.note(f"continuing from step {start} of {run.workdir}")
@@ -272,12 +277,12 @@ def fit(
     run.writer.open(resume_step=start, config=hyperparameters(run, config))
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(run.writer, progress, config.log_every)
-    stop = _SharedStop(asked, run.mesh) if jax.process_count() > 1 else asked
+    stop = _SharedStop(stop_event, run.mesh) if jax.process_count() > 1 else stop_event
     for index in range(start, config.steps):
       batch = sharding.place_batch(next(batches), run.mesh)
       state, values = step(state, batch, key)
       if run.mesh.devices.flat[0].platform == "cpu":
-        # The next step would have its temporaries allocated while this one still holds its own.
+        # Otherwise the next step would allocate temporaries while this one still holds its own.
         jax.block_until_ready(state)
       done = index + 1
       last = done == config.steps
@@ -285,14 +290,14 @@ def fit(
         values = {**values, "lr": learning_rate(index)}
       due = last or (config.eval_every > 0 and done % config.eval_every == 0)
       if evaluate is not None and due:
-        log.flush()  # Trackers want the steps in their order, and `evaluate` may write a table.
+        log.flush()  # Trackers need the steps in order, and `evaluate` may write a table.
         values = {**values, **evaluate(state, done)}
       log.push(done, values, keep=due)
-      stopping = stop.is_set() and not last  # Read once: it may change between two lines.
+      stopping = stop.is_set() and not last  # Read only once: it may change at any time.
       if last or stopping or done % config.checkpoint_every == 0:
-        # Before the save: a process that continues from it cannot write this line any more.
+        # Before the save: a process that continues from it does not write this line again.
         log.flush()
-        # After a broken gradient there is nothing new to save, and `NumericsError` may be near.
+        # After a skipped step there is nothing new to save, and `NumericsError` may follow.
         if last or stopping or not log.skipping:
           saver.save(done, {"state": state}, {"data": batches.get_state()})
       if stopping:

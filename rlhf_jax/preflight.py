@@ -1,9 +1,9 @@
-"""What compiled programs ask of a slice of TPUs, which need not be there.
+"""Memory, collectives and minimum time of programs compiled for a TPU slice that need not be there.
 
-XLA compiles for a TPU topology on any machine that has libtpu. The compiler then knows the memory
-of a chip, or that it does not suffice, and which collectives there are. It does not know the time:
-its count of operations takes the body of a loop once. So operations are counted here from the
-architecture, and the time is a roofline: what the chip cannot beat, not what it will reach.
+XLA compiles for a TPU topology on any machine that has libtpu. The compiler reports the memory per
+chip, or that it does not suffice, and the collectives. It does not report time: its count of
+operations counts the body of a loop once. So operations are counted here from the architecture. The
+time is a roofline, a lower bound and not a prediction.
 """
 
 import collections
@@ -26,10 +26,10 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What one device of a TPU can do at best.
+  """Peak capabilities of one TPU device.
 
   Attributes:
-    hbm_bytes: Memory that the compiler hands out.
+    hbm_bytes: Memory available to the compiler.
     flops: bfloat16 operations per second.
     hbm_bandwidth: Bytes per second.
     ici_bandwidth: Bytes per second that a ring along one axis of the torus sends, both ways.
@@ -41,9 +41,9 @@ class Chip(NamedTuple):
   ici_bandwidth: float
 
 
-# Figures of https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, by the name in front of
-# the shape of a topology. Memory is what the compiler says is available. A chip of tpu7x is two
-# devices, which get half of it each.
+# Numbers from https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, by the name before the
+# shape in a topology. Memory is the amount that the compiler reports as available. A chip of tpu7x
+# is two devices, with half of its resources each.
 CHIPS = {
   "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 100e9),
   "v5p": Chip(95.73 * _GIB, 459e12, 2765e9, 200e9),
@@ -53,19 +53,19 @@ CHIPS = {
 
 
 def topology_devices(topology: str) -> tuple[Sequence[Any], Chip]:
-  """The devices of a slice that need not be there, and what one of them can do.
+  """Returns the devices of a slice, which need not be there, and the capabilities of one.
 
   Args:
-    topology: Such as `v5e:4x4` or `v5p:4x4x8`.
+    topology: Generation and shape, such as `v5e:4x4` or `v5p:4x4x8`.
 
   Raises:
-    ValueError: There is no such slice, or no libtpu to compile for it.
+    ValueError: If there is no such slice, or no libtpu to compile for it.
   """
   chip = CHIPS.get(topology.split(":")[0])
   if chip is None:
     known = ", ".join(CHIPS)
     raise ValueError(f"--topology={topology} must be one of {known}, then its shape: v5e:4x4")
-  # libtpu else asks the network what machine this is, and lets only one process at a time use it.
+  # Otherwise libtpu queries the network for the machine type and allows only one process at a time.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -73,10 +73,10 @@ def topology_devices(topology: str) -> tuple[Sequence[Any], Chip]:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     return topologies.get_topology_desc(topology, platform="tpu").devices, chip
-  except Exception as error:  # Of various types; not all say what is missing.
+  except Exception as error:  # Of various types; not all of them name the cause.
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise ValueError(
-      f"--topology={topology} cannot be compiled for ({reason}); it takes a shape that exists and"
+      f"--topology={topology} cannot be compiled for ({reason}); it needs a shape that exists and"
       " libtpu: pip install 'rlhf_jax[tpu]'"
     ) from error
 
@@ -86,9 +86,9 @@ class Collective(NamedTuple):
 
   Attributes:
     kind: all-gather, all-reduce, reduce-scatter, all-to-all or collective-permute.
-    result: Its type on one device, such as bf16[4096,3584].
-    bytes: What each device sends every time, by the algorithm of a ring.
-    trips: How often each loop around it runs, the outermost first; None if only the run will tell.
+    result: Type of the result on one device, such as bf16[4096,3584].
+    bytes: Bytes that each device sends per execution, with the ring algorithm.
+    trips: Trip count of each loop around it, outermost first; None if it is not known statically.
   """
 
   kind: str
@@ -97,13 +97,13 @@ class Collective(NamedTuple):
   trips: tuple[int | None, ...]
 
   def total_bytes(self, unknown_trips: int = 1) -> float:
-    """What each device sends in one run of the program, if the other loops run so often."""
+    """Bytes that each device sends per run of the program, with a count for unknown loops."""
     return self.bytes * math.prod(unknown_trips if n is None else n for n in self.trips)
 
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(]+) .*\{$")
-# A type never has a word in front of a parenthesis after a space.
+# A type never contains a space, a word and "(" in a row, so the first such word is the kind.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
@@ -119,10 +119,10 @@ class _Instruction(NamedTuple):
 
 
 def collectives(hlo: str) -> list[Collective]:
-  """The collectives of a compiled program, `compiled.as_text()`, in the order of its calls.
+  """Lists the collectives of a compiled program, `compiled.as_text()`, in call order.
 
-  The text may be that of the CPU or of the TPU compiler. A reduce-scatter, which the latter writes
-  as an all-reduce in a computation of that name, is counted as one.
+  The text may come from the CPU or the TPU compiler. The TPU compiler writes a reduce-scatter as an
+  all-reduce in a computation of that name; it counts as a reduce-scatter.
   """
   computations, entry = _parse(hlo)
   return list(_walk(computations, entry, ()))
@@ -172,7 +172,7 @@ def _walk(
 
 
 def _trip_count(computations: dict[str, list[_Instruction]], attributes: str) -> int | None:
-  """How often a loop runs: said by the compiler, or the bound of a counter that starts at 0."""
+  """Trip count of a loop: as given by the compiler, or the bound of a counter from 0."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
     return int(known[1])
   condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
@@ -187,7 +187,7 @@ def _trip_count(computations: dict[str, list[_Instruction]], attributes: str) ->
 def _collective(kind: str, instruction: _Instruction, trips: tuple[int | None, ...]) -> Collective:
   arrays = [(text, size) for text, size in _arrays(instruction.result) if text != "u32[]"]
   if instruction.kind.endswith("-start") and kind != "all-reduce":
-    arrays = arrays[len(arrays) // 2 :]  # Operands stand in front of results.
+    arrays = arrays[len(arrays) // 2 :]  # Operands come before results.
   size = sum(size for _, size in arrays)
   group = _group_size(instruction.rest)
   sent = {
@@ -201,7 +201,7 @@ def _collective(kind: str, instruction: _Instruction, trips: tuple[int | None, .
 
 
 def _arrays(types: str) -> Iterator[tuple[str, float]]:
-  """Type and bytes of each array in the text of a type."""
+  """Yields type and bytes of each array in the text of a type."""
   for name, dimensions in _ARRAY.findall(types):
     bits = re.search(r"\d+", name)
     width = 8 if name == "pred" else int(bits[0]) if bits else 0
@@ -210,7 +210,7 @@ def _arrays(types: str) -> Iterator[tuple[str, float]]:
 
 
 def _group_size(attributes: str) -> int:
-  """Devices that take part in one instance of a collective; those of a permute do not matter."""
+  """Number of devices in one group of a collective; irrelevant for a permute."""
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
     return int(match[1])
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
@@ -221,12 +221,12 @@ def _group_size(attributes: str) -> int:
   return 2
 
 
-def summarize(found: Iterable[Collective], unknown_trips: int = 1) -> dict[str, dict[str, float]]:
-  """By kind of collective: how many there are, in loops too, and the bytes that a device sends."""
+def summarize(items: Iterable[Collective], unknown_trips: int = 1) -> dict[str, dict[str, float]]:
+  """Sums up collectives by kind: `count`, `in_loops`, and `bytes` that each device sends."""
   rows: dict[str, dict[str, float]] = collections.defaultdict(
     lambda: {"count": 0, "in_loops": 0, "bytes": 0.0}
   )
-  for collective in found:
+  for collective in items:
     row = rows[collective.kind]
     row["count"] += 1
     row["in_loops"] += bool(collective.trips)
@@ -237,15 +237,15 @@ def summarize(found: Iterable[Collective], unknown_trips: int = 1) -> dict[str, 
 def forward_flops(
   config: ModelConfig, rows: int, length: int, *, scored: int | None = None
 ) -> float:
-  """Operations of one forward pass: two for each weight that a token uses, and those of attention.
+  """Counts the operations of one forward pass: two per weight that a token uses, plus attention.
 
-  Of attention, the half that a causal mask leaves. Norms and other elementwise work do not count.
+  Attention counts half, because of the causal mask. Norms and elementwise operations do not count.
 
   Args:
     config: Architecture.
-    rows: B.
-    length: T.
-    scored: Positions of each row whose logits are computed; None for a scalar head.
+    rows: Number B of rows.
+    length: Number T of tokens per row.
+    scored: Positions per row whose logits are computed; None for a scalar head.
   """
   c = config
   weights = matrices(c, c.experts_per_token)
@@ -255,7 +255,7 @@ def forward_flops(
 
 
 def matrices(config: ModelConfig, experts: int) -> int:
-  """Weights in the layers' matrices, with so many of the experts, if there are any."""
+  """Counts the weights in the layers' matrices, with `experts` experts if the model has any."""
   c = config
   attention = c.head_dim * (2 * c.heads + 2 * c.kv_heads)
   mlp = (3 if c.gated_mlp else 2) * c.mlp_width
@@ -265,12 +265,12 @@ def matrices(config: ModelConfig, experts: int) -> int:
 
 
 class Work(NamedTuple):
-  """What a program has to do at least, counted from the architecture.
+  """Minimum work of a program, counted from the architecture.
 
   Attributes:
-    flops: Operations, of all devices together.
-    steps: How often a loop runs whose end depends on data, such as the one over new tokens.
-    bytes_per_step: What each device reads in each of these steps.
+    flops: Operations of all devices together.
+    steps: Trip count of a loop whose end depends on data, such as the loop over new tokens.
+    bytes_per_step: Bytes that each device reads in each of these steps.
   """
 
   flops: float = 0.0
@@ -279,12 +279,12 @@ class Work(NamedTuple):
 
 
 def training(config: ModelConfig, flops: float, *, frozen: bool = False) -> Work:
-  """A step whose forward passes take `flops`; each of the two kinds of gradient takes as much.
+  """Work of a train step; gradients of weights and of activations each cost a forward pass.
 
   Args:
-    config: Architecture, and whether the backward pass computes all again.
-    flops: Of the forward passes.
-    frozen: Only activations have gradients, for adapters whose own are too small to count.
+    config: Architecture and rematerialization.
+    flops: Operations of the forward passes.
+    frozen: Count gradients of activations only; those of adapters are negligible.
   """
   return Work(((2 if frozen else 3) + (config.remat == "full")) * flops)
 
@@ -292,12 +292,12 @@ def training(config: ModelConfig, flops: float, *, frozen: bool = False) -> Work
 def sampling(
   config: ModelConfig, mesh: Mesh, prompts: int, samples: int, length: int, new: int
 ) -> Work:
-  """Prefill and decode of `samples` responses of `new` tokens to each prompt of `length`."""
+  """Work to sample `samples` responses of `new` tokens to each prompt of `length` tokens."""
   rows, context = prompts * samples, length + new / 2
   prefill = forward_flops(config, prompts, length, scored=1)
   grown = forward_flops(config, rows, length + new, scored=new)
   width = 2 if config.dtype == "bfloat16" else 4
-  # Rows choose for themselves; together they read most experts.
+  # Each row chooses its experts; together the rows read most of them.
   weights = matrices(config, min(config.experts, rows * config.experts_per_token))
   weights = (weights + config.width * config.vocab_size) * width / mesh.shape["tensor"]
   cached = 2 * config.layers * config.kv_heads * config.head_dim * width * rows * context
@@ -306,15 +306,15 @@ def sampling(
 
 
 def network_bytes(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
-  """What a chip sends in a training step, roughly; to tell promising meshes before compiling.
+  """Estimates the bytes that a chip sends per train step, to rank meshes before compiling.
 
-  Weights are gathered twice in bfloat16 and their gradients scattered in float32 over `fsdp`, and
-  summed over `data`; activations are summed over `tensor` twice per layer and pass.
+  Weights are gathered twice in bfloat16 over `fsdp`. Gradients are scattered in float32 over `fsdp`
+  and summed over `data`. Activations are summed over `tensor` twice per layer and pass.
 
   Args:
     config: Architecture.
     mesh: Absent devices.
-    tokens: Of a batch.
+    tokens: Number of tokens in a batch.
   """
   data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
   weights = (matrices(config, config.experts) + config.width * config.vocab_size) / tensor
@@ -325,18 +325,18 @@ def network_bytes(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
 
 
 class Program(NamedTuple):
-  """What the compiler says of one program, bytes of one device.
+  """Report on one compiled program; memory is in bytes per device.
 
   Attributes:
-    name: What it is for.
-    arguments: Inputs, donated ones included.
-    temporaries: Scratch.
-    peak: Most that is in use at a time, arguments included.
-    beside: What else is in memory while it runs.
-    compile_seconds: Time of compiling.
-    flops: Operations of all devices, see `Work`.
-    collectives: See `summarize`.
-    seconds: What it takes at least to compute, to read the memory, and to send.
+    name: Name of the program.
+    arguments: Size of the inputs, including donated ones.
+    temporaries: Size of temporary buffers.
+    peak: Peak memory, including arguments.
+    beside: Size of other arrays that are in memory while it runs.
+    compile_seconds: Compilation time.
+    flops: Operations of all devices; see `Work`.
+    collectives: Sums by kind of collective; see `summarize`.
+    seconds: Minimum time to compute, to read the memory, and to send.
   """
 
   name: str
@@ -354,7 +354,7 @@ class TooLargeError(Exception):
   """A program does not fit into the memory of a chip.
 
   Attributes:
-    program: Its name.
+    program: Name of the program.
   """
 
   def __init__(self, program: str, reason: str):
@@ -363,7 +363,7 @@ class TooLargeError(Exception):
 
 
 class _Compiled(NamedTuple):
-  refused: str  # Why not; then nothing else is known.
+  refused: str  # The compiler's reason if it failed; the other fields are then unset.
   seconds: float
   memory: Any = None
   collectives: Sequence[Collective] = ()
@@ -371,12 +371,12 @@ class _Compiled(NamedTuple):
 
 
 class Preflight:
-  """Compiles the programs of an iteration one after the other, and keeps what is said of them.
+  """Compiles the programs of an iteration one after another, and keeps a report on each.
 
   Args:
     mesh: Absent devices.
-    chip: What one of them can do.
-    known: Programs by their text, to which new ones are added: none is compiled twice.
+    chip: Capabilities of one of them.
+    known: Cache of compiled programs by their text; new ones are added.
   """
 
   def __init__(self, mesh: Mesh, chip: Chip, known: dict[str, _Compiled] | None = None):
@@ -393,18 +393,18 @@ class Preflight:
     held: Any = (),
     **kwargs: Any,
   ) -> Any:
-    """Compiles a program and gives the shapes of its results, to be arguments of the next one.
+    """Compiles a program; returns the shapes of its results, to be arguments of the next one.
 
     Args:
-      name: Of the program.
-      function: Jitted; one that is not, since it has nothing to do, is called.
-      *args: `jax.ShapeDtypeStruct` with shardings, in the place of arrays.
-      work: What it has to do.
-      held: Arrays that are in memory while it runs, among its arguments or not.
-      **kwargs: As `args`.
+      name: Name of the program.
+      function: A jitted function. A plain one (a no-op reshard) is simply called.
+      *args: `jax.ShapeDtypeStruct` with shardings, in place of arrays.
+      work: Minimum work of the program.
+      held: Arrays that are in memory while it runs, whether or not they are arguments.
+      **kwargs: Keyword arguments, likewise shapes in place of arrays.
 
     Raises:
-      TooLargeError: It does not fit.
+      TooLargeError: If the program does not fit.
     """
     if not hasattr(function, "lower"):
       return function(*args, **kwargs)
@@ -415,8 +415,9 @@ class Preflight:
     compiled = self._known[text]
     if compiled.refused:
       raise TooLargeError(name, compiled.refused)
-    own = {id(leaf) for leaf in jax.tree.leaves((args, kwargs, getattr(function, "frozen", None)))}
-    beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in own])
+    inputs = jax.tree.leaves((args, kwargs, getattr(function, "frozen", None)))
+    input_ids = {id(leaf) for leaf in inputs}
+    beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in input_ids])
     memory = compiled.memory
     sent = sum(collective.total_bytes(work.steps) for collective in compiled.collectives)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -451,10 +452,10 @@ def _compile(lowered: jax.stages.Lowered) -> _Compiled:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    said = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
-    if said is None:
+    reason = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
+    if reason is None:
       raise
-    return _Compiled(said[0].strip(), time.monotonic() - start)
+    return _Compiled(reason[0].strip(), time.monotonic() - start)
   return _Compiled(
     "",
     time.monotonic() - start,
@@ -465,7 +466,7 @@ def _compile(lowered: jax.stages.Lowered) -> _Compiled:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Memory of arrays, or of shapes with shardings, on one device."""
+  """Size of arrays, or of shapes with shardings, on one device."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )

@@ -1,10 +1,10 @@
-"""Several processes of JAX as one: how they meet and how they agree.
+"""Coordination of several JAX processes that run one script.
 
 On a TPU pod, under Slurm or by hand the same script is started once per process, and each process
-owns a part of the devices. All run the same program: a computation on the mesh needs every process
-to take part, in the same order. So whatever decides what comes next and may differ between hosts,
-such as what a file holds, is asked of process 0 and told to the others. Only process 0 writes
-files, apart from checkpoints, and only process 0 speaks.
+owns some of the devices. All run the same program: every process must take part in each computation
+on the mesh, in the same order. Decisions that depend on anything that may differ between hosts,
+such as the contents of a file, are therefore made by process 0 and broadcast. Only process 0 writes
+files, apart from checkpoints, and only process 0 prints.
 """
 
 import dataclasses
@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rlhf_jax import ranges
+
 _AUTO = "auto"
 _TEXT_BYTES = 1000
 
 
 class FirstProcessError(RuntimeError):
-  """Process 0 has stopped for a reason of its own, which is the message."""
+  """Process 0 has stopped; the message is its error."""
 
   def __init__(self, message: str, exit_code: int | None):
     super().__init__(message)
@@ -31,18 +33,18 @@ class FirstProcessError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-  """Which processes run a script together.
+  """The group of processes that run a script together.
 
   Attributes:
-    coordinator: Address of process 0, HOST:PORT, if several processes run this script together;
-      auto finds it on a TPU pod, under Slurm and under Open MPI; empty runs alone.
-    processes: Number of processes, with an address.
-    process_id: Number of this process, from 0, with an address.
+    coordinator: Address of process 0, HOST:PORT, if several processes run this script together.
+      auto finds it on a TPU pod, under Slurm and under Open MPI. Empty for a single process.
+    processes: Number of processes. Only with HOST:PORT.
+    process_id: Index of this process, from 0. Only with HOST:PORT.
   """
 
-  coordinator: str = ""
-  processes: int | None = None
-  process_id: int | None = None
+  coordinator: str = ranges.rare("")
+  processes: int | None = ranges.rare(None)
+  process_id: int | None = ranges.rare(None)
 
   def __post_init__(self):
     count, number = self.processes, self.process_id
@@ -60,14 +62,14 @@ class Group:
       raise ValueError(f"process_id must be in [0, {count}) of --processes, got {number}")
 
   def connect(self) -> None:
-    """Waits for the other processes. To be called before anything asks for a device."""
+    """Waits for the other processes. Call it before anything uses a device."""
     if not self.coordinator:
       return
-    # The loop has its own way to stop together. That of JAX would take SIGTERM at any time, count
+    # The loop has its own way to stop together. JAX's service would take SIGTERM at any time, count
     # steps that may never be reached, and lose a request that comes before the first of them.
     jax.config.update("jax_enable_preemption_service", False)
-    # On CPUs programs with collectives could else overtake each other, and processes would wait
-    # for each other for ever; accelerators run them in the order in which they were sent.
+    # Otherwise programs with collectives could overtake each other on CPUs, and processes would
+    # deadlock. Accelerators run programs in the order of dispatch.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if self.coordinator == _AUTO:
       try:
@@ -84,43 +86,43 @@ class Group:
       self.processes,
       self.process_id,
       cluster_detection_method="deactivate",
-      # Anybody who reaches the port is let in, so that of a group on one machine stays there.
+      # The port has no authentication, so a group on one machine only listens locally.
       coordinator_bind_address=self.coordinator if host in ("localhost", "127.0.0.1") else None,
     )
 
 
 def is_first() -> bool:
-  """Whether this is process 0, which writes and speaks for all."""
+  """True on process 0, which writes and prints for all."""
   return jax.process_index() == 0
 
 
 def agree(function: Callable[[], Any]) -> Any:
-  """Calls a function on process 0 alone and returns its result, JSON-able, on every process.
+  """Calls a function on process 0 only and returns its JSON-able result on every process.
 
   Raises:
     FirstProcessError: On the other processes, if the function raised on process 0.
   """
   if jax.process_count() == 1:
     return function()
-  told: dict[str, Any] = {}
+  outcome: dict[str, Any] = {}
   error = None
   if is_first():
     try:
-      told = {"result": function()}
+      outcome = {"result": function()}
     except Exception as caught:
       error = caught
-      told = {"error": f"{type(error).__name__}: {error}"}
-      told["exit_code"] = getattr(error, "exit_code", None)
-  told = json.loads(_broadcast(json.dumps(told).encode()))
+      outcome = {"error": f"{type(error).__name__}: {error}"}
+      outcome["exit_code"] = getattr(error, "exit_code", None)
+  outcome = json.loads(_broadcast(json.dumps(outcome).encode()))
   if error is not None:
     raise error
-  if "error" in told:
-    raise FirstProcessError(told["error"], told["exit_code"])
-  return told["result"]
+  if "error" in outcome:
+    raise FirstProcessError(outcome["error"], outcome["exit_code"])
+  return outcome["result"]
 
 
 def gather(text: str) -> list[str]:
-  """A short text of each process, in their order; longer ones are cut."""
+  """Gathers a short text from each process, in their order; longer texts are truncated."""
   content = text.encode()[:_TEXT_BYTES]
   row = np.frombuffer(content.ljust(_TEXT_BYTES, b"\0"), np.uint8)
   rows = np.reshape(multihost_utils.process_allgather(row), (-1, _TEXT_BYTES))
@@ -128,12 +130,12 @@ def gather(text: str) -> list[str]:
 
 
 def wait() -> None:
-  """Returns when every process has got here: all see what process 0 wrote before."""
+  """Waits until every process gets here; then all see what process 0 wrote before."""
   multihost_utils.sync_global_devices("wait")
 
 
 def _broadcast(content: bytes) -> bytes:
-  """The bytes of process 0."""
+  """Returns the bytes of process 0 on every process."""
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
   buffer = np.zeros(max(256, 1 << (size - 1).bit_length()), np.uint8)  # Few shapes to compile.
   if is_first():

@@ -1,12 +1,12 @@
-"""Where arrays live: the device mesh, the placement of parameters and of batches.
+"""The device mesh, and the placement of params and batches on it.
 
-Three axes always exist, whatever their sizes: `data` splits the batch and copies the parameters,
+Three axes always exist, whatever their sizes: `data` splits the batch and replicates the params,
 `fsdp` splits both, `tensor` splits the width of the model. Axes are Auto: the compiler propagates
 the placement of the inputs, and model code names no axis.
 
-With several processes the host side works on whole arrays, the same on each: `put` and
-`place_batch` keep the part that the devices of a process hold, `to_host` gathers all of it. So
-neither the rows of a batch nor their order depend on the number of processes.
+With several processes, the host code of each works on full arrays, the same on all: `put` and
+`place_batch` keep the shards of a process's devices, `to_host` gathers the full array. So neither
+the rows of a batch nor their order depend on the number of processes.
 """
 
 import math
@@ -27,7 +27,7 @@ Rules = Sequence[tuple[str, P]]
 ROWS = P(("data", "fsdp"))  # [B, ...]
 CACHE = P(("data", "fsdp"), "tensor")  # [B, kv_heads, S, K]
 
-# Matched against the end of a path, so that optimizer moments follow their parameter.
+# Rules match the end of a path, so that optimizer moments follow their parameter.
 DECODER_RULES: Rules = (
   # The width of the embedding is not on fsdp: the token gather would rebuild the whole table.
   (r"(^|/)embed/embedding$", P("fsdp", "tensor")),  # [V, D]
@@ -36,12 +36,12 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/attention/o/kernel$", P(None, "tensor", "fsdp")),  # [L, H * K, D]
   (r"(^|/)layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),  # [L, D, F]
   (r"(^|/)layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),  # [L, F, D]
-  # Whole experts, so that each token's are multiplied where they are.
+  # Experts are not split, so that each device multiplies its own.
   (r"(^|/)layers/mlp/router/kernel$", P(None, "fsdp")),  # [L, D, E]
   (r"(^|/)layers/mlp/experts/(gate|up)/kernel$", P(None, "tensor", None, "fsdp")),  # [L, E, D, F]
   (r"(^|/)layers/mlp/experts/down/kernel$", P(None, "tensor", "fsdp")),  # [L, E, F, D]
   (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
-  # Adapters, [L, in, rank] and [L, rank, out], as the kernel beside them.
+  # Adapters, [L, in, rank] and [L, rank, out], follow their kernel.
   (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
   (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_b$", P(None, None, "tensor")),
   (r"(^|/)layers/(attention/o|mlp/down)/lora_a$", P(None, "tensor")),
@@ -53,12 +53,12 @@ def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
   """Builds the (data, fsdp, tensor) mesh over all devices of all processes.
 
   Args:
-    spec: Such as `data:8,fsdp:4,tensor:2`. Axes that are not named have size 1; one may be -1 and
-      takes the devices that are left. Empty puts all devices on `data`.
-    devices: Other devices than those of this process, such as absent ones to compile for.
+    spec: Size of each axis, such as `data:8,fsdp:4,tensor:2`. The default size is 1; one axis may
+      be -1 and takes the remaining devices. Empty puts all devices on `data`.
+    devices: Devices to use; all devices by default. They may be absent ones to compile for.
 
   Raises:
-    ValueError: The spec cannot be read or does not fit the number of devices.
+    ValueError: If the spec is malformed or does not fit the number of devices.
   """
   count = jax.device_count() if devices is None else len(devices)
   sizes = _parse_mesh(spec or "data:-1")
@@ -72,8 +72,8 @@ def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
       )
     sizes = {axis: count // fixed if size == -1 else size for axis, size in sizes.items()}
   elif fixed != count:
-    free = next((axis for axis in AXES if axis not in sizes), None)
-    fix = f"--mesh={named},{free}:-1 takes the rest" if free else "use -1 for one axis"
+    unused = next((axis for axis in AXES if axis not in sizes), None)
+    fix = f"--mesh={named},{unused}:-1 takes the rest" if unused else "use -1 for one axis"
     raise ValueError(
       f"--mesh={named} needs {fixed} devices, there are {count};"
       f" {fix if fixed < count else 'make an axis smaller'}"
@@ -81,18 +81,18 @@ def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
   shape = tuple(sizes.get(axis, 1) for axis in AXES)
   if devices is None:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-  # An axis of the mesh may be a part of an axis of the torus.
+  # An axis of the mesh may be part of an axis of the torus.
   grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def is_absent(mesh: Any) -> bool:
-  """Whether its devices can be compiled for, but hold no arrays."""
+  """True if the devices of a mesh can be compiled for, but cannot hold arrays."""
   return mesh.devices.flat[0] not in jax.devices()
 
 
 def is_one_cpu(mesh: Mesh | None) -> bool:
-  """Whether all there is to a mesh, or the default device for None, is one CPU."""
+  """True if a mesh consists of one CPU; for None, if the default device is a CPU."""
   devices = jax.devices()[:1] if mesh is None else mesh.devices.ravel()
   return len(devices) == 1 and devices[0].platform == "cpu"
 
@@ -115,13 +115,13 @@ def _parse_mesh(spec: str) -> dict[str, int]:
 
 
 def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-  """Gives every leaf a sharding by the first rule that matches its '/'-joined path.
+  """Assigns every leaf a sharding by the first rule that matches its '/'-joined path.
 
-  A leaf that no rule matches is replicated. So is one of lower rank than its rule, such as the
-  factored moments that some optimizers keep under the path of a parameter.
+  A leaf without a matching rule is replicated. So is a leaf of lower rank than its rule, such as
+  the factored moments that some optimizers keep under the path of a parameter.
 
   Args:
-    tree: Arrays or `jax.ShapeDtypeStruct`; parameters, or an optimizer state that mirrors them.
+    tree: Arrays or `jax.ShapeDtypeStruct`; params, or an optimizer state that mirrors them.
     mesh: A mesh with the axes that the rules name.
     rules: Pairs of a regular expression for `re.search` and a spec for the leaf.
 
@@ -129,7 +129,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     The same tree of NamedSharding.
 
   Raises:
-    ValueError: A dimension does not split evenly.
+    ValueError: If a dimension does not split evenly.
   """
 
   def place(path, leaf) -> NamedSharding:
@@ -145,7 +145,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
 
 
 def _names(axes: Any) -> tuple[str, ...]:
-  """The axes of one entry of a spec."""
+  """Names of the axes in one entry of a spec."""
   return (axes,) if isinstance(axes, str) else axes or ()
 
 
@@ -160,31 +160,31 @@ def _check_divides(name: str, dimension: int, size: int, axes: Any, mesh: Mesh) 
 
 
 def rollout_shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
-  """Where params are while they sample: by the rules, but split over `tensor` alone.
+  """Shardings of params for sampling: those of the rules, but split over `tensor` only.
 
-  What `fsdp` splits is gathered before it is used. A training step does that once for thousands of
-  tokens, a sampler would do it for every token of a response.
+  Params that `fsdp` splits are gathered before use. A train step does that once for thousands of
+  tokens; a sampler would do it for every token of a response.
   """
 
   def kept(axes: Any) -> Any:
     return tuple(axis for axis in _names(axes) if axis != "fsdp") or None
 
-  own = [(pattern, P(*map(kept, spec))) for pattern, spec in rules]
-  return named_shardings(params, mesh, own)
+  without_fsdp = [(pattern, P(*map(kept, spec))) for pattern, spec in rules]
+  return named_shardings(params, mesh, without_fsdp)
 
 
 def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[Any], Any]:
-  """Builds `reshard(params)`, which gives params placed by `DECODER_RULES` as a sampler wants them.
+  """Builds `reshard(params)`: moves params from the training layout to the sampling layout.
 
   Args:
-    mesh: Where they are.
-    dtype: Of the matrices. A model rounds them to its computation dtype anyway, and a copy in it is
-      read faster. Norms, biases and heads stay as they are.
-    onto: Where the sampler is, if on other devices.
+    mesh: Mesh that holds the params, placed by `DECODER_RULES`.
+    dtype: Dtype of the matrices. A model rounds them to its computation dtype anyway, and a copy in
+      that dtype is read faster. Norms, biases and heads keep theirs.
+    onto: Mesh of the sampler, if it runs on other devices.
 
   Returns:
-    A jitted function; if there is nothing to change, one that gives back its argument. Onto other
-    devices, one that returns before the params are there.
+    A jitted function, or the identity if there is nothing to change. With `onto`, a function that
+    returns before the copy is complete.
   """
 
   def cast(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -203,7 +203,7 @@ def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of an array that every device holds whole."""
+  """Returns the sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, P())
 
 
@@ -213,9 +213,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
-  """Pins where an array is, inside a jitted function; free without a mesh or on one device.
+  """Constrains the sharding of an array in a jitted function; a no-op on one device or no mesh.
 
-  Axes that do not divide their dimension are left out.
+  Axes that do not divide their dimension are dropped.
   """
   if mesh is None or mesh.size == 1:
     return x
@@ -223,7 +223,7 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
 
 
 def fitting(mesh: Mesh, shape: Sequence[int], spec: P) -> P:
-  """The spec without the axes that do not divide their dimension."""
+  """Drops the axes of a spec that do not divide their dimension."""
 
   def fits(size: int, axes: Any) -> bool:
     return size % math.prod(mesh.shape[axis] for axis in _names(axes)) == 0
@@ -234,13 +234,13 @@ def fitting(mesh: Mesh, shape: Sequence[int], spec: P) -> P:
 def heads_spec(mesh: Mesh, rows: int, heads: int) -> P:
   """Returns the spec of [B, H, ...] arrays: rows over data and fsdp, heads over tensor.
 
-  Where the axes do not divide the rows or the heads, each device holds all of them.
+  If the axes do not divide the rows or the heads, each device holds all of them.
   """
   return fitting(mesh, (rows, heads), P(("data", "fsdp"), ("tensor",)))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-  """Shapes in place of arrays, to compile with.
+  """Replaces arrays by shapes with shardings, to compile with.
 
   Args:
     tree: Arrays or shapes.
@@ -254,7 +254,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
-  """Puts arrays that every process holds whole on the devices; gives shapes for absent ones."""
+  """Puts full arrays, the same on every process, on devices; returns shapes for absent ones."""
   if is_absent(sharding.mesh):
     return abstract(jax.tree.map(np.asarray, tree), sharding)
 
@@ -266,28 +266,28 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """Copies arrays to numpy, whole, on every process; all of them have to call it."""
+  """Copies full arrays to numpy on every process; all processes must call it."""
 
-  def whole(x: Any) -> Any:
+  def gather(x: Any) -> Any:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
       return multihost_utils.process_allgather(x, tiled=True)
     return x
 
-  return jax.device_get(jax.tree.map(whole, tree))
+  return jax.device_get(jax.tree.map(gather, tree))
 
 
 def place_batch(tree: Any, mesh: Mesh) -> Any:
   """Puts a batch on the mesh.
 
   Args:
-    tree: Numpy arrays [B, ...], the whole batch on every process.
-    mesh: From `make_mesh`.
+    tree: Numpy arrays [B, ...], the full batch on every process.
+    mesh: Mesh from `make_mesh`.
 
   Returns:
     The same tree of jax.Array [B, ...], split by `batch_sharding`.
 
   Raises:
-    ValueError: B does not split evenly.
+    ValueError: If B does not split evenly.
   """
   sharding = batch_sharding(mesh)
   shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,4 +1,4 @@
-"""The one place that turns a loss into an update: jitted, donated, micro-batched, guarded."""
+"""Turns a loss into an update: jitted, donated, micro-batched, guarded."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax import ranges
 from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
 
 
@@ -17,37 +18,34 @@ class OptimConfig:
 
   Attributes:
     learning_rate: Peak learning rate.
-    schedule: What the rate does after the warm-up: stays, or falls to 0 at the last step along a
-      line or a cosine.
-    warmup: Fraction of all optimizer steps over which the rate rises from 0.
+    schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
+      `cosine` decay to 0 at the last step.
+    warmup: Fraction of all optimizer steps over which the learning rate rises from 0.
     weight_decay: Decoupled weight decay, on matrices only.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
-    eps: Added to the root of the second moment.
-    max_grad_norm: Gradients are scaled down to this global norm; 0 does not clip.
-    mu_dtype: Type in which the first moment is kept; bfloat16 saves 2 bytes per parameter.
+    eps: Constant added to the root of the second moment.
+    max_grad_norm: Maximum global norm of gradients, which are scaled down to it; 0 does not clip.
+    mu_dtype: Dtype of the first moment; bfloat16 saves 2 bytes per parameter.
   """
 
   learning_rate: float = 1e-5
   schedule: Literal["constant", "linear", "cosine"] = "cosine"
   warmup: float = 0.05
   weight_decay: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.95
-  eps: float = 1e-8
+  b1: float = ranges.rare(0.9)
+  b2: float = ranges.rare(0.95)
+  eps: float = ranges.rare(1e-8)
   max_grad_norm: float = 1.0
-  mu_dtype: Literal["float32", "bfloat16"] = "float32"
+  mu_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
 
   def __post_init__(self):
-    for name in ("learning_rate", "eps"):
-      if getattr(self, name) <= 0:
-        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-    for name in ("warmup", "b1", "b2"):
-      if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-    for name in ("weight_decay", "max_grad_norm"):
-      if getattr(self, name) < 0:
-        raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    ranges.check(
+      self,
+      positive=("learning_rate", "eps"),
+      below_one=("warmup", "b1", "b2"),
+      non_negative=("weight_decay", "max_grad_norm"),
+    )
 
 
 def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
@@ -69,12 +67,12 @@ def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimConfig, updates: int, *, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-  """AdamW behind a clip by global norm.
+  """Builds AdamW after a clip by global norm.
 
   Args:
-    config: Its settings.
-    updates: Optimizer steps of the whole run, over which the schedule falls.
-    schedule: Learning rate, if it is not that of `make_schedule`.
+    config: Settings of the optimizer.
+    updates: Number of optimizer steps in the run, over which the schedule decays.
+    schedule: Learning rate schedule; that of `make_schedule` by default.
   """
   adamw = optax.adamw(
     schedule or make_schedule(config, updates),
@@ -83,7 +81,7 @@ def make_optimizer(
     eps=config.eps,
     mu_dtype=config.mu_dtype,
     weight_decay=config.weight_decay,
-    # Stacked norms and biases are [L, D], matrices [L, in, out]: the last name tells them apart.
+    # Stacked norms and biases are [L, D], so rank does not identify matrices; the last name does.
     mask=lambda params: jax.tree_util.tree_map_with_path(
       lambda path, _: path[-1].key in ("kernel", "embedding", "lora_a", "lora_b"), params
     ),
@@ -94,12 +92,12 @@ def make_optimizer(
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-  """State before the first step. The step donates its state: keep no other use of `params`."""
+  """State before the first step. Steps donate their state: do not use `params` afterwards."""
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
 def _merge(name: str, values: jax.Array, weights: jax.Array) -> jax.Array:
-  """One figure from those of several micro-batches or minibatches."""
+  """Reduces one metric over several micro-batches or minibatches."""
   if name in ("weight", "tokens"):
     return jnp.sum(values)
   if name.endswith("/max"):
@@ -116,7 +114,7 @@ def merge_metrics(metrics: Metrics) -> Metrics:
 
 
 def _split_rows(batch, parts: int):
-  """Every leaf [B, ...] -> [parts, B / parts, ...]."""
+  """Splits every leaf [B, ...] into [parts, B / parts, ...]."""
 
   def split(x: jax.Array) -> jax.Array:
     if x.shape[0] % parts:
@@ -130,20 +128,20 @@ def _split_rows(batch, parts: int):
 def gradients(
   loss_fn: LossFn, params: Params, batch, key: jax.Array, microbatches: int = 1
 ) -> tuple[Params, Metrics]:
-  """Gradient and metrics of `loss_fn` over a batch, computed in `microbatches` pieces.
+  """Gradient and metrics of `loss_fn` over a batch, accumulated over `microbatches`.
 
-  Exact for a loss that is a mean over some units, if it reports their number in
-  `metrics["weight"]`: micro-batches then count by their units and not equally.
+  The result is exact even if the loss is a mean over units other than rows, if it reports their
+  number in `metrics["weight"]`: micro-batches are then weighted by it.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`.
-    params: Tree to differentiate.
+    params: Tree to differentiate with respect to.
     batch: Tree of arrays with a common leading axis B, divisible by `microbatches`.
-    key: Random key, folded with the index of the micro-batch when there are several.
-    microbatches: Number of pieces; peak memory falls with it.
+    key: Random key, folded with the index of the micro-batch if there are several.
+    microbatches: Number of micro-batches; more of them need less memory.
 
   Returns:
-    Gradient and metrics, `loss` among them.
+    Gradient and metrics, including `loss`.
   """
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -181,10 +179,10 @@ def update(
   *,
   microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step, not jitted. A step whose gradient is not finite changes no parameter.
+  """One optimizer step, not jitted. A step whose gradient is not finite changes no params.
 
-  Such a step leaves params and optimizer state bitwise as they were, advances `state.step` and
-  sets the metric `skipped_steps` to 1.
+  Such a step leaves params and optimizer state bitwise unchanged, advances `state.step` and sets
+  the metric `skipped_steps` to 1.
   """
   grads, metrics = gradients(loss_fn, state.params, batch, key, microbatches)
   grad_norm = optax.tree.norm(grads)
@@ -204,8 +202,8 @@ def jit_step(step: Callable[..., Any], state_shardings: Any = None) -> Callable[
 
   Args:
     step: `(state, ...) -> (state, metrics)`.
-    state_shardings: Tree of shardings of the state, which then stays where it is. Left to the
-      compiler, parts of it may move on a mesh, and the second call compiles anew.
+    state_shardings: Tree of shardings that fixes the layout of the state. Without it, the compiler
+      may change the layout on a mesh, and the second call recompiles.
   """
   if state_shardings is None:
     return jax.jit(step, donate_argnums=0)
@@ -213,7 +211,7 @@ def jit_step(step: Callable[..., Any], state_shardings: Any = None) -> Callable[
 
 
 def join(left: Params, right: Params) -> Params:
-  """Nested dicts with the leaves of both, which have none in common."""
+  """Merges two nested dicts that have no leaves in common."""
   joined = dict(left)
   for name, value in right.items():
     joined[name] = join(left[name], value) if name in left else value
@@ -238,15 +236,15 @@ def freeze(
   *,
   state_shardings: Any = None,
 ) -> Callable[..., Any]:
-  """A step whose state holds only a part of the params.
+  """Builds a step whose state holds only some of the params; the others are frozen.
 
-  The other part has no gradient, no moments and no place in checkpoints. It is an argument of the
-  compiled step: as a constant it would be held twice.
+  Frozen params have no gradient and no moments, and are not saved in checkpoints. They are passed
+  to the compiled step as an argument; closing over them would store a second copy.
 
   Args:
     make_step: `(apply_fn, *, state_shardings) -> step`, a `make_x_step` with all else bound.
-    apply_fn: Function of whole params.
-    frozen: What `state.params` lacks; empty if it lacks nothing.
+    apply_fn: Function of the full params.
+    frozen: Params that `state.params` lacks; empty if none are frozen.
     state_shardings: See `jit_step`.
 
   Returns:
@@ -256,10 +254,10 @@ def freeze(
     return make_step(apply_fn, state_shardings=state_shardings)
 
   def step(state: TrainState, frozen: Params, *inputs):
-    def apply_whole(params: Params, *args, **kwargs):
+    def apply_joined(params: Params, *args, **kwargs):
       return apply_fn(join(frozen, params), *args, **kwargs)
 
-    return make_step(apply_whole, state_shardings=state_shardings)(state, *inputs)
+    return make_step(apply_joined, state_shardings=state_shardings)(state, *inputs)
 
   return _FrozenStep(jit_step(step, state_shardings), frozen)
 
@@ -271,13 +269,13 @@ def make_train_step(
   microbatches: int = 1,
   state_shardings: Any = None,
 ) -> TrainStep:
-  """Jitted `step(state, batch, key) -> (state, metrics)` with a donated state.
+  """Builds the jitted `step(state, batch, key) -> (state, metrics)` with a donated state.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`; see `rlhf_jax.types.LossFn`.
     tx: Optimizer.
-    microbatches: Pieces the batch is cut into; the result does not depend on it.
-    state_shardings: See `jit_step`; wanted on a mesh.
+    microbatches: Number of micro-batches; the result does not depend on it.
+    state_shardings: See `jit_step`; recommended on a mesh.
 
   Returns:
     The step. `key` is folded with `state.step`, so one key serves a whole run.
@@ -291,7 +289,7 @@ def make_train_step(
 
 
 def _shuffle(batch, epoch_key: jax.Array, minibatches: int) -> tuple[Any, jax.Array]:
-  """Minibatches of an epoch, [minibatches, B / minibatches, ...], and the key of their losses."""
+  """Shuffles a batch; returns its parts [minibatches, B / minibatches, ...] and a loss key."""
   order_key, loss_key = jax.random.split(epoch_key)
   order = jax.random.permutation(order_key, jax.tree.leaves(batch)[0].shape[0])
   return _split_rows(jax.tree.map(lambda x: x[order], batch), minibatches), loss_key
@@ -300,14 +298,14 @@ def _shuffle(batch, epoch_key: jax.Array, minibatches: int) -> tuple[Any, jax.Ar
 def split_epochs(
   batch, key: jax.Array, *, epochs: int, minibatches: int, microbatches: int = 1
 ) -> Any:
-  """What `update_epochs` hands to the loss, piece by piece.
+  """Stacks the micro-batches that `update_epochs` passes to the loss, in order.
 
   Args:
     batch: Tree of arrays with a common leading axis B.
-    key: As for `update_epochs`; the others too.
+    key: The key passed to `update_epochs`.
     epochs: Passes over the batch.
     minibatches: Optimizer steps per pass.
-    microbatches: Pieces of a minibatch.
+    microbatches: Micro-batches per minibatch.
 
   Returns:
     The tree with [epochs * minibatches * microbatches, B / (minibatches * microbatches), ...].
@@ -337,12 +335,12 @@ def update_epochs(
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`.
     tx: Optimizer.
-    state: State before; its step is advanced by one, however many minibatches there are.
+    state: State before; its step is advanced by one, regardless of the number of minibatches.
     batch: Tree of arrays with a common leading axis, divisible by `minibatches`.
-    key: Random key of the shuffles and of the losses.
+    key: Random key of the shuffles and the losses.
     epochs: Passes over the batch, each in a new order.
     minibatches: Optimizer steps per pass.
-    microbatches: Pieces each minibatch is cut into.
+    microbatches: Micro-batches per minibatch.
 
   Returns:
     New state, and metrics with one entry per optimizer step, [epochs * minibatches] each.

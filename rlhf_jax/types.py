@@ -27,7 +27,7 @@ class TokenBatch(NamedTuple):
 
 
 class PackedBatch(NamedTuple):
-  """Rows that hold several sequences, one behind the other, then padding.
+  """Rows that hold several sequences one after another, then padding.
 
   Pairs are packed side by side: the k-th sequences of both sides of a row belong together.
 
@@ -35,7 +35,7 @@ class PackedBatch(NamedTuple):
     tokens: [B, T] int32, or [B, 2, T] for pairs, where 0 is chosen and 1 rejected.
     mask: Same shape, bool, True on scored tokens.
     segment_ids: Same shape, int32: 1, 2 and so on for the sequences of a row, 0 on padding.
-    real: [B, S] bool, whether the row has a first, a second ... an S-th sequence or pair.
+    real: [B, S] bool, True if the row has an s-th sequence or pair.
   """
 
   tokens: jax.Array
@@ -45,13 +45,13 @@ class PackedBatch(NamedTuple):
 
 
 class ComparisonBatch(NamedTuple):
-  """Two responses a and b to each prompt, one behind the other in both orders.
+  """Two responses a and b to each prompt, one after the other in both orders.
 
   Attributes:
     tokens: [B, 2, T] int32: 0 is prompt, a, b; 1 is prompt, b, a; then padding. The end token of a
       response separates the two.
     mask: [B, 2, T] bool, True on the tokens of both responses.
-    preference: [B] float32, how often a is preferred to b; 0.5 is a tie.
+    preference: [B] float32, probability that a is preferred to b; 0.5 is a tie.
   """
 
   tokens: jax.Array
@@ -66,7 +66,7 @@ class RankingBatch(NamedTuple):
     tokens: [B, K, T] int32, prompt then response then padding.
     mask: [B, K, T] bool, True on the tokens of the response.
     ranks: [B, K] int32, 0 is best, equal ranks are ties.
-    real: [B, K] bool, False on the places of a row that has fewer than K responses.
+    real: [B, K] bool, False on the empty places of a row with fewer than K responses.
   """
 
   tokens: jax.Array
@@ -82,8 +82,8 @@ class UnpairedBatch(NamedTuple):
     tokens: [B, T] int32, prompt then response then padding.
     mask: [B, T] bool, True on the tokens of the response.
     desirable: [B] bool.
-    mismatched: The same prompts, each with the response to another prompt of the data, [B, T]
-      each: what KTO estimates its KL from.
+    mismatched: Same prompts, each with the response to another prompt of the data, [B, T] each.
+      KTO estimates its KL from them.
   """
 
   tokens: jax.Array
@@ -107,12 +107,12 @@ class TrainState(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """Sampled responses behind their prompts: columns `[:P]` prompt, `[P:]` response.
+  """Prompts with sampled responses: columns `[:P]` are the prompt, `[P:]` the response.
 
   Attributes:
     tokens: [B, P + R] int32; prompts are left padded to P, responses right padded to R.
     prompt_mask: [B, P + R] bool, True on prompt tokens.
-    response_mask: [B, P + R] bool, True on sampled tokens, the stop token included.
+    response_mask: [B, P + R] bool, True on sampled tokens, including the stop token.
     logprobs: [B, R] float32, log-probability of each sampled token at the sampling temperature;
       0 after the stop token.
   """
@@ -125,8 +125,8 @@ class Rollout(NamedTuple):
 
 # (params, tokens, ...) -> logits [B, T, V], or scores [B, T] for a model with a scalar head.
 ApplyFn = Callable[..., jax.Array]
-# (params, batch, key) -> (loss, metrics). `loss` is a mean; a loss whose mean is over something
-# else than rows says how many units it averaged in `metrics["weight"]`, so that gradient
-# accumulation over micro-batches stays exact. `metrics["tokens"]` counts what it trained on.
+# (params, batch, key) -> (loss, metrics). `loss` is a mean. If it is not a mean over rows,
+# `metrics["weight"]` is the number of units that it averages, so that gradient accumulation over
+# micro-batches stays exact. `metrics["tokens"]` is the number of tokens trained on.
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]

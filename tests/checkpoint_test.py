@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import random
@@ -6,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +15,10 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import checkpoint, processes, sharding
+from rlhf_jax import checkpoint, sharding
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.types import TrainState
-from tests.testing import forked, wait_for
+from tests.testing import forked
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def warnings_logged(monkeypatch):
 def save_fast(workdir: pathlib.Path) -> None:
   """Saves every step as fast as it can; the content of a step follows from its number."""
   tree = lambda step: {f"w{i}": random_array(step, i) for i in range(4)}  # noqa: E731
-  with checkpoint.run_lock(workdir), checkpoint.Checkpointer(workdir) as ckpt:
+  with workdir_lib.run_lock(workdir), checkpoint.Checkpointer(workdir) as ckpt:
     restored = ckpt.restore({"state": tree(0)})
     start = restored.step if restored else 0
     for step in range(start + 1, start + 500):
@@ -41,12 +40,6 @@ def save_fast(workdir: pathlib.Path) -> None:
 
 def random_array(*seed: int) -> np.ndarray:
   return np.random.default_rng(seed).random((64, 1024), np.float32)
-
-
-def hold_lock(workdir: pathlib.Path) -> None:
-  with checkpoint.run_lock(workdir):
-    (workdir / "held").touch()
-    time.sleep(60)
 
 
 def weights(step: int, size: int = 4096):
@@ -208,7 +201,7 @@ def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path):
     time.sleep(rng.uniform(0.0, 0.4))
     child.kill()
     child.join()
-    with checkpoint.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path) as ckpt:
+    with workdir_lib.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path) as ckpt:
       assert not list(tmp_path.glob("*.orbax-checkpoint-tmp*"))
       restored = ckpt.restore({"state": like})
       assert restored is not None and restored.step > newest
@@ -358,7 +351,7 @@ def test_leaves_that_would_change_are_refused(tmp_path):
 
 
 def test_failed_write_keeps_the_older_steps(tmp_path, monkeypatch):
-  with checkpoint.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+  with workdir_lib.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
     ckpt.save(1, {"state": weights(1)}, {})
     ckpt.wait()
     # As on a full disk: files stop growing, the write fails after `save` returned.
@@ -394,117 +387,16 @@ ckpt.close()
   ]
 
 
-def test_lock_names_its_holder_and_dies_with_it(tmp_path):
-  child = forked(hold_lock, tmp_path)
-  try:
-    wait_for((tmp_path / "held").exists, 60, pause=0.01)
-    locked = pytest.raises(checkpoint.LockedError, match=f"pid {child.pid} on host .* since 2")
-    with locked as e, checkpoint.run_lock(tmp_path):
-      pass
-    assert e.value.exit_code == 73
-  finally:
-    child.kill()
-    child.join()
-  locked = pytest.raises(checkpoint.LockedError, match=f"pid {os.getpid()} ")
-  with checkpoint.run_lock(tmp_path), locked, checkpoint.run_lock(tmp_path):
-    pass
-  with checkpoint.run_lock(tmp_path):
-    pass
-
-
-def test_lock_of_a_folder_that_cannot_be_made(tmp_path):
-  (tmp_path / "file").write_text("")
-  locked = pytest.raises(checkpoint.LockedError, match="cannot be written")
-  with locked, checkpoint.run_lock(tmp_path / "file" / "run"):
-    pass
-
-
 def test_leftovers_are_removed_only_under_the_lock(tmp_path):
   leftover = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp"
   leftover.mkdir(parents=True)
   checkpoint.Checkpointer(tmp_path / "checkpoints").close()
   assert leftover.exists()
-  with checkpoint.run_lock(tmp_path):
+  with workdir_lib.run_lock(tmp_path):
     checkpoint.Checkpointer(tmp_path / "checkpoints").close()
   assert not leftover.exists()
 
 
 def test_urls_are_refused():
-  with pytest.raises(checkpoint.CheckpointError, match="mount the bucket"):
+  with pytest.raises(workdir_lib.WorkdirError, match="mount the bucket"):
     checkpoint.Checkpointer("gs://bucket/run")
-
-
-def test_identity(tmp_path):
-  checkpoint.check_identity(tmp_path / "run", {"model": "tiny", "shape": (2, 3), "old": 1})
-  checkpoint.check_identity(tmp_path / "run", {"shape": [2, 3], "model": "tiny", "old": 1})
-  with pytest.raises(checkpoint.CheckpointError) as e:
-    checkpoint.check_identity(tmp_path / "run", {"model": "base", "shape": [2, 3], "new": None})
-  assert e.value.exit_code == 78
-  assert str(e.value).splitlines()[1:] == [
-    '  model: was "tiny", now "base"',
-    "  new: was absent, now null",
-    "  old: was 1, now absent",
-  ]
-  assert "another --workdir" in str(e.value)
-
-
-@pytest.fixture
-def second_of_two(monkeypatch):
-  """Plays the second process: gives it what the first one says, and records what it says."""
-  said, first = [], []
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(processes, "agree", lambda function: first[-1])
-  monkeypatch.setattr(processes, "gather", lambda text: [said.append(text) or "", text])
-  return first, said
-
-
-def test_processes_with_other_data_or_settings_are_refused(tmp_path, second_of_two):
-  first, said = second_of_two
-  first.append({"data": "abc", "seed": 0})
-  checkpoint.check_identity(tmp_path, {"data": "abc", "seed": 0})
-  with pytest.raises(checkpoint.CheckpointError, match='data: was "abc", now "abd"'):
-    checkpoint.check_identity(tmp_path, {"data": "abd", "seed": 0})
-  assert said[0] == "" and "abd" in said[1]
-
-
-def test_processes_with_another_folder_are_refused(tmp_path, second_of_two, monkeypatch):
-  first, _ = second_of_two
-  monkeypatch.setattr(checkpoint, "_SEEN_SECONDS", 0.0)
-  first.append('{"host": "a", "pid": 1, "start": "now"}')
-  for content in (None, '{"host": "b", "pid": 1, "start": "now"}'):
-    if content:
-      (tmp_path / ".lock").write_text(content)
-    with pytest.raises(checkpoint.LockedError, match=f"--workdir={tmp_path} is another folder on"):
-      with checkpoint.run_lock(tmp_path):
-        raise AssertionError("it was opened")
-  (tmp_path / ".lock").write_text(first[-1])
-  with checkpoint.run_lock(tmp_path):
-    pass
-
-
-def test_atomic_write_replaces_whole_files(tmp_path):
-  path = tmp_path / "x.json"
-  checkpoint.atomic_write(path, json.dumps([1]))
-  checkpoint.atomic_write(path, "é")
-  assert path.read_text(encoding="utf-8") == "é"
-  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_params_digest_sees_values_paths_and_dtypes_but_not_placement():
-  class Pair(NamedTuple):
-    a: jax.Array
-    b: jax.Array
-
-  tree = {"a": jnp.arange(16.0), "b": jnp.ones((), jnp.bfloat16)}
-  digest = checkpoint.params_digest(tree)
-  mesh = sharding.make_mesh("fsdp:8")
-  placed = {**tree, "a": jax.device_put(tree["a"], NamedSharding(mesh, P("fsdp")))}
-  assert checkpoint.params_digest(placed) == digest
-  assert checkpoint.params_digest(Pair(**tree)) == digest
-  others = [
-    {**tree, "a": tree["a"].at[3].set(-3.0)},
-    {**tree, "a": tree["a"].reshape(4, 4)},
-    {**tree, "b": jnp.ones((), jnp.float16)},
-    {"c": tree["a"], "b": tree["b"]},
-  ]
-  assert len({digest, *map(checkpoint.params_digest, others)}) == 5

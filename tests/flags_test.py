@@ -1,11 +1,6 @@
-import ctypes
 import dataclasses
+import importlib
 import json
-import os
-import pathlib
-import subprocess
-import sys
-import textwrap
 from typing import Any, Literal
 
 import pytest
@@ -13,15 +8,15 @@ from absl import app
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-from rlhf_jax import flags
+from rlhf_jax import flags, loop, ranges
 
 
 @dataclasses.dataclass(frozen=True)
 class Common:
-  """What all share.
+  """Settings of every script.
 
   Attributes:
-    seed: Of everything random.
+    seed: Random seed.
     steps: Number of updates, of which every
       one counts: warm-up too.
 
@@ -54,8 +49,8 @@ class Config(Common):
   """The options.
 
   Attributes:
-    shuffle (bool): Whether batches come in random order.
-    name: Of the run.
+    shuffle (bool): Random order of batches.
+    name: Name of the run.
   """
 
   shuffle: bool = True
@@ -82,7 +77,7 @@ class PPO:
   """PPO.
 
   Attributes:
-    kl_coef: Of the penalty.
+    kl_coef: Coefficient of the penalty.
   """
 
   kl_coef: float = 0.1
@@ -167,9 +162,9 @@ def test_repeated_name_is_written_once():
 def test_help_comes_from_the_docstrings():
   found = registry()
   assert {name: found[name].help for name in ("seed", "steps", "shuffle", "dpo.beta")} == {
-    "seed": "Of everything random.",
+    "seed": "Random seed.",
     "steps": "Number of updates, of which every one counts: warm-up too.",
-    "shuffle": "Whether batches come in random order.",
+    "shuffle": "Random order of batches.",
     "dpo.beta": "Strength of the implied KL penalty; larger stays closer to the reference.",
   }
 
@@ -303,163 +298,60 @@ def test_flagsaver_overrides_values():
       delattr(flag_values, name)
 
 
-_FATAL = "FATAL Flags parsing error:"
-_SCRIPT = '''
-"""Trains a toy to 98 % of nothing.
-
-  python toy.py --workdir=DIR
-"""
-
-import dataclasses
-
-import jax
-from absl import flags as absl_flags
-
-from rlhf_jax import flags
-{dataclasses}
-_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where the run lives.")
-config = flags.define(Config)
-
-
-class DiskFull(Exception):
-  exit_code = 74
-
-
-def main(argv):
-  print(argv[1:], config().dpo.beta)
-  if config().steps == 74:
-    raise DiskFull("no space")
-  if config().steps == 69:
-    jax.numpy.zeros(2**47)
-  if config().steps == 99:
-    raise RuntimeError("a bug")
-  flags.save_flags(_WORKDIR.value + "/flags")
-
-
-if __name__ == "__main__":
-  flags.run(main)
-'''
-_DATACLASSES = '''
 @dataclasses.dataclass(frozen=True)
-class DPO:
-  beta: float = 0.1
-
-  def __post_init__(self):
-    if self.beta <= 0:
-      raise ValueError("beta must be positive")
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Options.
+class _Inner:
+  """Inner settings. More of them.
 
   Attributes:
-    steps: Number of updates.
+    usual: A setting that many change.
+    seldom: One that few change.
   """
-  steps: int = 10
-  batch_size: int = 8
-  shuffle: bool = True
-  dpo: DPO = DPO()
-'''
+
+  usual: float = 1.0
+  seldom: int = ranges.rare(2)
 
 
-@pytest.fixture(scope="module")
-def script(tmp_path_factory, repository):
-  path = tmp_path_factory.mktemp("script") / "toy.py"
-  path.write_text(_SCRIPT.format(dataclasses=_DATACLASSES).lstrip())
+@dataclasses.dataclass(frozen=True)
+class _Outer:
+  """Outer settings.
 
-  def run(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(path), *args]
-    env = os.environ | {"PYTHONPATH": str(repository)}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+  Attributes:
+    kind: Choice.
+  """
 
-  return run
-
-
-def test_script_help_lists_its_own_flags(script):
-  out = script("--help").stdout
-  assert out.startswith("Trains a toy to 98 % of nothing.\n")
-  assert "  --steps: Number of updates.\n    (default: '10')\n    (an integer)\n" in out
-  assert "  --[no]shuffle: " in out
-  assert "  --workdir: Where the run lives.\n" in out
-  assert "--verbosity" not in out
-  assert textwrap.dedent(out).count("--dpo.beta:") == 1
+  kind: Literal["a", "b"] = "a"
+  inner: _Inner = _Inner()
+  few: _Inner = dataclasses.field(default=_Inner(), metadata={"listed": ("seldom",)})
 
 
-@pytest.mark.parametrize(
-  "args, code, last_line",
-  [
-    ("--dpo.beta=-1", 64, "--dpo.beta must be positive"),
-    ("--shuffle False", 64, "stray word 'False': write --noshuffle or --shuffle=false"),
-    ("--steps=1 --steps=2", 64, "--steps is given 2 times; keep one"),
-    ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
-    ("--stesp=3", 1, f"{_FATAL} Unknown command line flag 'stesp'. Did you mean: steps ?"),
-    ("--steps=74", 74, "DiskFull: no space"),
-    ("--steps=69", 69, "A device has too little memory. Less is taken by a smaller --batch_size"),
-    (
-      "--steps=69 --batch_size=1",
-      69,
-      "A device has too little memory. Less is taken by a smaller model",
-    ),
-    ("--steps=99", 1, "RuntimeError: a bug"),
-  ],
-)
-def test_script_exit_codes(script, args, code, last_line):
-  result = script(*args.split())
-  assert result.returncode == code
-  assert result.stderr.splitlines()[-1] == last_line
-  assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)
+def test_help_has_titled_groups_in_order_without_rare_flags():
+  values = absl_flags.FlagValues()
+  flags.define(_Outer, flag_values=values)
+  text = flags.help_text("Does it.\n\n  python -m it\n", values)
+  assert text == (
+    "Does it.\n\n  python -m it\n\n"
+    "Outer settings\n  --kind=a\n      Choice. <a|b>\n\n"
+    "Inner settings (--inner.*)\n  --inner.usual=1.0\n      A setting that many change.\n\n"
+    "Inner settings (--few.*)\n  --few.seldom=2\n      One that few change.\n\n"
+    "2 more flags are rarely set; --helpfull lists them.\n"
+  )
 
 
-def test_script_flags_replay(script, tmp_path):
-  first = script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
-  assert (first.returncode, first.stdout) == (0, "[] 0.5\n"), first.stderr
-  lines = pathlib.Path(tmp_path, "flags").read_text().splitlines()
-  assert lines == [
-    "--batch_size=8",
-    "--dpo.beta=0.5",
-    "--shuffle=true",
-    "--steps=10",
-    f"--workdir={tmp_path}",
-  ]
-  assert script(f"--flagfile={tmp_path}/flags").stdout == first.stdout
+def test_help_breaks_only_commands_that_are_too_wide():
+  fits = '  python -m it \\\n    --runs="a b=c"\n'
+  first, second = f"--first={'x' * 30}", f"--second={'y' * 30}"
+  wide = f"  python -m it {first} {second} \\\n    --third=1\n"
+  text = flags.help_text(f"Does it.\n\n{fits}\n{wide}", absl_flags.FlagValues())
+  wrapped = f"  python -m it {first} \\\n    {second} --third=1\n"
+  assert text == f"Does it.\n\n{fits}\n{wrapped}"
 
 
-_FAULTS = """
-import resource, sys
-import numpy as np
-from rlhf_jax import flags
-if sys.argv[1] == "keep":
-  flags._keep_freed_memory()
-for step in range(6):
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  blocks = [np.ones(2**25, np.int8) for _ in range(4)]
-  after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-  del blocks
-print(after - before)
-"""
-
-
-def test_freed_memory_is_reused(repository):
-  if not hasattr(ctypes.CDLL(None), "mallopt"):
-    pytest.skip("the C library is not glibc")
-  faults = {}
-  for mode in ("keep", "default"):
-    command = [sys.executable, "-c", _FAULTS, mode]
-    env = os.environ | {"PYTHONPATH": str(repository)}
-    faults[mode] = int(subprocess.run(command, capture_output=True, env=env, check=True).stdout)
-  assert faults["keep"] < 100  # Of 32,768 pages.
-  assert faults["keep"] < faults["default"]
-
-
-@pytest.mark.parametrize("plugins", [(), ("cuda13",)], ids=["cpu", "accelerator"])
-def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
-  kept = []
-  monkeypatch.setattr(flags, "_keep_freed_memory", lambda: kept.append(True))
-  monkeypatch.setattr(flags.importlib.metadata, "entry_points", lambda group: plugins)
-  monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
-  given = "--xla_backend_optimization_level=3"
-  monkeypatch.setenv("XLA_FLAGS", given)
-  flags._tune_for_cpu()
-  before = "" if plugins else "--xla_backend_optimization_level=1 "
-  assert os.environ["XLA_FLAGS"] == before + given  # What was given comes last, and wins.
-  assert len(kept) == (not plugins)
+@pytest.mark.parametrize("script, most", [("ppo", 70), ("rlhf", 40)])
+def test_help_of_a_script_is_short(script, most):
+  values = absl_flags.FlagValues()
+  flags.define(loop.Session, flag_values=values)
+  module = importlib.import_module(f"experiments.{script}")
+  flags.define(module.Config, flag_values=values)
+  text = flags.help_text(module.__doc__, values)
+  assert text.count("\n  --") - module.__doc__.count("\n  --") <= most
+  assert max(map(len, text.splitlines())) <= 80

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, loop, metrics, sharding
+from rlhf_jax import checkpoint, loop, sharding, writers
+from rlhf_jax import workdir as workdir_lib
 
 STEPS = 8
 CONFIG = loop.RunConfig(steps=STEPS, batch_size=8, log_every=3, checkpoint_every=2)
@@ -68,7 +69,7 @@ def fit(workdir, config=CONFIG, step=quadratic, batches=None, seed=0, **kwargs):
 
 def lines(workdir):
   """The rows of metrics.jsonl without what depends on the clock."""
-  rows = metrics.read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+  rows = writers.read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
   return [{k: v for k, v in row.items() if k not in _TIMES} for row in rows]
 
 
@@ -129,7 +130,7 @@ def test_trackers_get_the_settings_and_everything_in_the_order_of_the_steps(tmp_
     def close(self):
       calls.append(("close", None))
 
-  monkeypatch.setitem(metrics.TRACKERS, "wandb", Tracker)
+  monkeypatch.setitem(writers.TRACKERS, "wandb", Tracker)
   config = dataclasses.replace(CONFIG, steps=4, log_every=1, eval_every=2)
   with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("wandb",))) as run:
 
@@ -195,7 +196,7 @@ def test_lines_of_metrics(tmp_path, log_every, eval_every, logged, evaluated):
     return {"win_rate": step / 10}
 
   fit(tmp_path, config, evaluate=evaluate, learning_rate=lambda index: 0.5 * index)
-  rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+  rows = writers.read_metrics(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in rows] == logged
   assert calls == evaluated
   for row in rows:
@@ -372,11 +373,11 @@ def test_identity(tmp_path):
       ("dpo", SETTINGS, {"data": "abd"}, 'data: was "abc", now "abd"'),
       ("dpo", SETTINGS, {}, 'data: was "abc", now absent'),
     ):
-      with pytest.raises(checkpoint.CheckpointError, match=words) as e:
+      with pytest.raises(workdir_lib.WorkdirError, match=words) as e:
         loop.identify(run, name, settings, **digests)
       assert e.value.exit_code == 78
   with loop.open_run(loop.Session(str(tmp_path), seed=1)) as run:
-    with pytest.raises(checkpoint.CheckpointError, match="seed: was 0, now 1"):
+    with pytest.raises(workdir_lib.WorkdirError, match="seed: was 0, now 1"):
       loop.identify(run, "dpo", SETTINGS, data="abc")
 
 
@@ -389,11 +390,12 @@ def test_keys_of_a_run(tmp_path):
 
 _SECOND = """
 import sys
-from rlhf_jax import checkpoint, loop
+from rlhf_jax import loop
+from rlhf_jax import workdir as workdir_lib
 try:
   with loop.open_run(loop.Session(sys.argv[1])):
     print("opened")
-except checkpoint.LockedError as error:
+except workdir_lib.LockedError as error:
   print(error.exit_code, error)
 """
 _TRAINER = """

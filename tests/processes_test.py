@@ -1,4 +1,4 @@
-"""What a process makes of the others; `tests/experiments/multiprocess_test.py` has real ones."""
+"""Agreement between simulated processes; `tests/experiments/multiprocess_test.py` has real ones."""
 
 import json
 
@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, processes
+from rlhf_jax import processes
+from rlhf_jax import workdir as workdir_lib
 
 ADDRESS = "10.0.0.1:1234"
 
@@ -85,11 +86,11 @@ def test_the_first_decides(two_processes, monkeypatch):
 
 def test_an_error_of_the_first_is_that_of_all(two_processes, monkeypatch):
   def refuse():
-    raise checkpoint.LockedError("--workdir=x is in use")
+    raise workdir_lib.LockedError("--workdir=x is in use")
 
   for function, code in ((refuse, 73), (fails, None)):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
-    with pytest.raises((checkpoint.LockedError, OSError)):
+    with pytest.raises((workdir_lib.LockedError, OSError)):
       processes.agree(function)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(processes.FirstProcessError, match="in use|planted") as caught:

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Helpers of several test files."""
 
 import contextlib
 import dataclasses
@@ -9,19 +9,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
 
-from rlhf_jax import flags
+from rlhf_jax import entry, flags, sharding
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
 from rlhf_jax.types import PackedBatch, Params, TokenBatch
 
 _PRELOADED = [
-  "experiments.common",
+  "experiments.lab.training",
   "rlhf_jax.algorithms.ppo",
   "matplotlib.backends.backend_agg",
   "matplotlib.figure",
@@ -30,6 +31,12 @@ _PRELOADED = [
 
 # For what takes long and differs little from another test.
 full = pytest.mark.skipif("FULL" not in os.environ, reason="takes long; FULL=1 runs it")
+
+# Text that a page must show as text.
+INJECTION = (
+  '<img src=x onerror="window.hurt=1"><script>window.hurt=1</script> ${window.hurt=1}'
+  " {{constructor.constructor('window.hurt=1')()}} [a](javascript:window.hurt=1) </div></section>"
+)
 
 # Small enough to compile in seconds; large weights, so that its outputs differ between tokens.
 TINY_MODEL = ModelConfig(
@@ -136,7 +143,7 @@ def wait_for(
   or_say: Callable[[], str] = str,
   pause: float = 0.2,  # Most of what is asked starts a program.
 ) -> Any:
-  """What `what` returns once it is true; fails with `or_say` when the time is over."""
+  """Returns the first true result of `what()`; fails with `or_say()` after `seconds`."""
   deadline = time.monotonic() + seconds
   while not (found := what()):
     assert time.monotonic() < deadline, or_say()
@@ -145,12 +152,12 @@ def wait_for(
 
 
 def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> PackedBatch:
-  """The sequences or pairs of right-padded rows, whose masks end where they do, in fewer rows.
+  """Packs right-padded sequences or pairs, whose masks end where they do, into fewer rows.
 
   Args:
     batch: [N, T] or [N, 2, T].
-    layout: Which of the N stand in each row, in their order.
-    length: Of the rows; padding is filled with any tokens.
+    layout: Indices of the sequences in each row, in order.
+    length: Length of the rows; padding is filled with any tokens.
   """
   tokens, mask = (np.asarray(x) for x in batch)
   sides = tokens.shape[1:-1]
@@ -195,21 +202,58 @@ def compilations() -> Iterator[list[str]]:
 def define_flags(
   script: str, words: Sequence[str] = ()
 ) -> tuple[absl_flags.FlagValues, list[Callable[[], Any]]]:
-  """The flags of a script, such as `experiments.dpo`, and what reads its dataclasses from them."""
+  """Flags of a script, such as `experiments.dpo`, and readers of its dataclasses, in order.
+
+  The first dataclass is that of the session, if the script has one.
+  """
   module = importlib.import_module(script)
   classes = [module.Config] if hasattr(module, "Config") else [module.Options]
   if script == "experiments.compile":
-    classes.append(module.programs.ALGORITHMS[module.algorithm_of(words)][0].Config)
-  elif script != "experiments.plot":
-    classes.append(module.loop.Session)
+    name = module.algorithm_of(words)
+    classes += [module.plans.script_of(name).Config] if name else []
+  elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:
+    classes.insert(0, module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]
 
 
 def read_flags(script: str, words: Sequence[str]) -> absl_flags.FlagValues:
-  """The flags of a script, read and checked as it does before it starts."""
+  """Flags of a script, read and checked as it does before it starts."""
+  return _read(script, words)[0]
+
+
+def read_configs(script: str, words: Sequence[str]) -> list[Any]:
+  """Dataclasses of a script, read and checked as it does before it starts."""
+  return _read(script, words)[1]
+
+
+def _read(script: str, words: Sequence[str]) -> tuple[absl_flags.FlagValues, list[Any]]:
   registry, readers = define_flags(script, words)
   flags.parse([script, *words], registry)
-  for read in readers:
-    read()
-  return registry
+  return registry, [read() for read in readers]
+
+
+def start(script: str, *words: str, devices: int = 1) -> Any:
+  """Runs `experiments.SCRIPT` in this process, on some of its devices; returns what it returns."""
+  module = f"experiments.{script}"
+  session, config = read_configs(module, words)
+  training = importlib.import_module("experiments.lab.training")
+  make_mesh = sharding.make_mesh
+
+  def make(spec: str = "", given: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    return make_mesh(spec, jax.devices()[:devices] if given is None else given)
+
+  with mock.patch.object(sharding, "make_mesh", make):
+    return training.run_stage(importlib.import_module(module).train, session, config)
+
+
+def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:
+  """Exit code and message of `experiments.SCRIPT`, which refuses to run."""
+  try:
+    start(script, *words, devices=devices)
+  except Exception as error:
+    known = entry.verdict(error)
+    if known is None:
+      raise
+    return known
+  raise AssertionError(f"{script} {' '.join(words)} was not refused")

@@ -387,7 +387,7 @@ def test_merge_metrics():
 
 
 def visits(epochs, minibatches, microbatches=1, rows=12, seed=0):
-  """Which rows each optimizer step of `update_epochs` saw, [epochs, minibatches, rows]."""
+  """Rows that each optimizer step of `update_epochs` saw, [epochs, minibatches, rows]."""
 
   def loss(params, batch, key):
     del key

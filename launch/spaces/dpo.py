@@ -1,4 +1,4 @@
-"""DPO and its relatives: step size, the pull to the start, likelihood of the chosen responses.
+"""DPO and variants: learning rate, KL penalty, weight of the chosen responses' likelihood.
 
 The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
 """

@@ -1,4 +1,4 @@
-"""KTO: step size, the pull to the start, how much a thumb down counts.
+"""KTO: learning rate, KL penalty, weight of undesirable responses.
 
 The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
 """

@@ -1,8 +1,8 @@
-"""Nash-MD: step size, the KL penalty, how near to the start the opponent is.
+"""Nash-MD: learning rate, KL penalty, weight of the reference in the opponent.
 
-By how often the policy beats its start, which is not how little it can be exploited: give the best
-response to the winner to experiments.evaluate. The learning rates are for the built-in task; those
-of a pretrained model are 300 times smaller.
+The metric is the win rate against the initial policy. It does not measure exploitability: for that,
+train a best response to the winner and compare them with experiments.evaluate. The learning rates
+are for the built-in task; those of a pretrained model are 300 times smaller.
 """
 
 METRIC = "preference/win_rate"

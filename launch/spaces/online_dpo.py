@@ -1,4 +1,4 @@
-"""Online DPO: step size, the pull to the start, which of the samples make a pair.
+"""Online DPO: learning rate, KL penalty, choice of the samples that make a pair.
 
 The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
 """

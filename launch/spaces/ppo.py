@@ -1,14 +1,14 @@
-"""PPO: step sizes of policy and critic, the KL penalty, how often a batch is learnt from.
+"""PPO: learning rates of policy and critic, KL penalty, epochs per batch.
 
-A weak penalty lets the reward model be exploited: on real data, where no gold reward judges, bound
-the distance too, --constraint='kl<10'. The learning rates are for the built-in task; those of a
-pretrained model are 300 times smaller.
+A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
+also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
 """
 
 METRIC = "gold/win_rate"
 DEFAULTS = {
   "optim.learning_rate": 1e-3,
-  "value_optim.learning_rate": 1e-3,
+  "critic.learning_rate": 1e-3,
   "ppo.kl_coef": 0.2,
   "ppo.epochs": 1,
   "ppo.minibatches": 2,
@@ -20,9 +20,7 @@ def space(trial):
   """The flags of a trial."""
   return {
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
-    "value_optim.learning_rate": trial.suggest_float(
-      "value_optim.learning_rate", 3e-4, 1e-2, log=True
-    ),
+    "critic.learning_rate": trial.suggest_float("critic.learning_rate", 3e-4, 1e-2, log=True),
     "ppo.kl_coef": trial.suggest_float("ppo.kl_coef", 0.005, 0.3, log=True),
     "ppo.epochs": trial.suggest_int("ppo.epochs", 1, 4),
     "ppo.minibatches": trial.suggest_categorical("ppo.minibatches", [1, 2, 4]),

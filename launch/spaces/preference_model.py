@@ -1,4 +1,4 @@
-"""Preference model: step size and weight decay, by the log loss on held-out comparisons.
+"""Preference model: learning rate and weight decay, by the log loss on held-out comparisons.
 
 The learning rates are for the built-in task; those of a pretrained model are 100 times smaller.
 """

@@ -1,4 +1,4 @@
-"""ReST: step size and its decay, thresholds of the Improve steps, the pull to the start.
+"""ReST: learning rate and its decay, thresholds of the Improve steps, KL penalty.
 
 The learning rates are for the built-in task; those of a pretrained model are 50 times smaller.
 """

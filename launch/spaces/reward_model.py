@@ -1,4 +1,4 @@
-"""Reward model: step size, trust in the labels, scores near 0, by the order of held-out pairs.
+"""Reward model: learning rate, label smoothing, centring, by the accuracy on held-out pairs.
 
 The learning rates are for the built-in task; those of a pretrained model are 100 times smaller.
 """

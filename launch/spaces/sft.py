@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: step size, warm-up and weight decay, by the loss on held-out rows.
+"""Supervised fine-tuning: learning rate, warm-up, weight decay, by the loss on held-out rows.
 
 The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
 """

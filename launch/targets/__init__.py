@@ -1,1 +1,1 @@
-"""Where jobs can go: one module each, with `render(job) -> Plan`."""
+"""Targets of jobs: one module each, with `render(job) -> Plan`."""

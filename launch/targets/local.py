@@ -1,10 +1,10 @@
-"""This machine: the script itself, or several processes that play a pod."""
+"""This machine: the script itself, or several processes that simulate a pod."""
 
 from launch.job import Job, Plan
 
 
 def render(job: Job) -> Plan:
-  """The command that runs in the foreground and ends with the exit code of the script."""
+  """Renders a command that runs in the foreground and returns the exit code of the script."""
   job.refuse(
     "local",
     *("accelerator", "slices", "mount", "restarts", "spot", "source", "image", "project", "zone"),

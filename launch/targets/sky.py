@@ -1,4 +1,4 @@
-"""SkyPilot: a managed job on any cloud it knows, with GPUs or one TPU slice."""
+"""SkyPilot: a managed job on any cloud that it supports, with GPUs or one TPU slice."""
 
 import json
 import shlex
@@ -18,13 +18,13 @@ run: |
 {run}
 """
 
-# SkyPilot restarts on codes that are listed, and as often as it takes: those of the scripts, and of
-# a process that ended by abort, kill, segmentation fault or termination.
+# SkyPilot restarts on listed codes, without a limit: those of the scripts, and those of a process
+# that ended by abort, kill, segmentation fault or termination.
 _CODES = [*jobs.RETRIED, *(jobs.FIRST_SIGNAL + number for number in (6, 9, 11, 15))]
 
 
 def render(job: Job) -> Plan:
-  """The task and `sky jobs launch`, which copies the current folder to the hosts."""
+  """Renders the task and `sky jobs launch`, which copies the current folder to the hosts."""
   job.refuse("sky", "processes", "devices", "source", "image", "cluster", "project")
   job.need("sky", accelerator="H100:8", mount="10.0.0.2:/runs")
   hardware = job.hardware

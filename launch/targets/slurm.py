@@ -25,7 +25,7 @@ fi
 
 
 def render(job: Job) -> Plan:
-  """The batch script and its `sbatch`. Run it on a login node that sees the workdir."""
+  """Renders the batch script and its `sbatch`, for a login node that sees the workdir."""
   job.refuse("slurm", "mount", "spot", "source", "image", "project", "zone", "cluster")
   if job.hardware.is_tpu:
     raise jobs.JobError(
@@ -43,7 +43,7 @@ def render(job: Job) -> Plan:
     "nodes": job.slices,
     "ntasks-per-node": tasks,
     **({"gpus-per-node": job.hardware.chips} if job.accelerator else {}),
-    # To the processes, not to this script: they save and end with 75.
+    # The signal goes to the processes, not to this script: they save and end with 75.
     "signal": f"TERM@{jobs.GRACE_SECONDS}",
   }
   words = [f"--{name}={value}" for name, value in options.items()]

@@ -1,7 +1,7 @@
 """TPU VMs of Google Cloud: a queued resource whose hosts install and start the job by themselves.
 
-Nobody has to wait for the capacity: the start-up script of each host mounts the shared folder,
-installs `--source` and runs the script as a systemd service, which also starts it again. The same
+There is no need to wait for capacity. The start-up script of each host mounts the shared folder,
+installs `--source` and runs the script as a systemd service, which also restarts it. The same
 happens after a reboot.
 """
 
@@ -16,7 +16,7 @@ _STARTUP = pathlib.Path(__file__).parents[1] / "files" / "tpu_vm_startup.sh"
 _FOLDER = "/opt/rlhf_jax"
 _SERVICE = "rlhf_jax"
 
-# systemd counts starts in an interval: longer than any job, so that it counts all of them.
+# systemd counts starts in an interval. It is longer than any job, so that all starts count.
 _UNIT = """\
 [Unit]
 Description=The job {name}: {module}
@@ -30,12 +30,12 @@ ExecStart=/bin/bash {folder}/job.sh
 
 
 def render(job: Job) -> Plan:
-  """The start-up script and `gcloud compute tpus queued-resources create`."""
+  """Renders the start-up script and `gcloud compute tpus queued-resources create`."""
   job.refuse("tpu_vm", "processes", "devices", "image", "cluster")
   job.need("tpu_vm", accelerator="v5litepod-16", zone="us-west4-a", project="my-project")
   job.need("tpu_vm", source="git+https://HOST/REPOSITORY@COMMIT", mount="10.0.0.2:/runs")
   if not re.fullmatch(r"git\+https://\S+@\S+|/\S+\.whl", job.source):
-    # A folder would be built by all hosts at once, in the same place.
+    # All hosts would build a folder at the same time, in the same place.
     raise jobs.JobError(f"--source={job.source} is neither git+https://...@COMMIT nor /....whl")
   hardware = job.hardware
   if not hardware.runtime:
@@ -77,7 +77,7 @@ def _script(job: Job) -> str:
   restart = ""
   if job.restarts:
     codes = " ".join(map(str, jobs.RETRIED))
-    # on-abnormal: after signals; other exit codes than those named end the job.
+    # on-abnormal restarts after signals; exit codes that are not listed end the job.
     restart = f"Restart=on-abnormal\nRestartForceExitStatus={codes}\nRestartSec=30\n"
   unit = _UNIT.format(
     module=job.module,

@@ -1,7 +1,7 @@
-"""GKE by xpk: one JobSet, with a job for each slice and a pod for each host.
+"""GKE through xpk: one JobSet, with a job for each slice and a pod for each host.
 
-The workdir is on a storage of the cluster (`xpk storage attach`), mounted in every pod; one that is
-not mounted by itself is named by `--extra=--storage=NAME`.
+The workdir is on a storage of the cluster (`xpk storage attach`), mounted in every pod. If it is
+not mounted automatically, name it with `--extra=--storage=NAME`.
 """
 
 import shlex
@@ -9,11 +9,11 @@ import shlex
 from launch import job as jobs
 from launch.job import Job, Plan
 
-_TOO_SMALL = ("v5litepod-1", "v5litepod-4")  # For the machine types that xpk has.
+_TOO_SMALL = ("v5litepod-1", "v5litepod-4")  # xpk has no machine types for them.
 
 
 def render(job: Job) -> Plan:
-  """`xpk workload create`, with the image that launch/files/Dockerfile makes."""
+  """Renders `xpk workload create`, with the image built from launch/files/Dockerfile."""
   job.refuse("xpk", "processes", "devices", "mount", "source")
   job.need("xpk", accelerator="v5litepod-16", cluster="my-cluster", zone="us-west4-a")
   job.need("xpk", project="my-project", image="us-docker.pkg.dev/my-project/images/rlhf_jax:COMMIT")
@@ -31,12 +31,12 @@ def render(job: Job) -> Plan:
     f"--num-slices={job.slices}",
     f"--docker-image={job.image}",
     f"--max-restarts={job.restarts}",
-    # Besides signals, which xpk adds; every other exit code ends the JobSet.
+    # xpk adds signals; every other exit code ends the JobSet.
     f"--restart-on-exit-codes={','.join(map(str, jobs.RETRIED))}",
     f"--termination-grace-period-seconds={jobs.GRACE_SECONDS}",
     *(("--spot",) if job.spot else ()),
     *job.extra,
-    # exec: xpk hands SIGTERM to what it has started, which would else be a shell.
+    # exec: xpk sends SIGTERM to the process that it started, which would otherwise be a shell.
     f"--command={shlex.join(('exec', 'env', *job.env, *script))}",
   )
   label = "cloud.google.com/gke-tpu"

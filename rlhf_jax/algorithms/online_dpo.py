@@ -1,96 +1,113 @@
-"""Online preference optimisation: pairs of the policy's own responses, judged as they are sampled.
+"""Online preference optimisation: trains on pairs of the policy's samples, judged during training.
 
-Guo et al., 2024, https://arxiv.org/abs/2402.04792; in rounds against the policy of the round before
-it is the RLHF Workflow (https://arxiv.org/abs/2405.07863). The loss is any of `algorithms.dpo`.
+Guo et al., 2024, https://arxiv.org/abs/2402.04792. The loss is any of `algorithms.dpo`. With the
+policy of the previous round as reference it is the RLHF Workflow
+(https://arxiv.org/abs/2405.07863). With a bonus on samples of the reference
+(`terms.make_value_bonus`) it is XPO.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.algorithms.rollouts import move_padding_right
+from rlhf_jax import ranges
+from rlhf_jax.losses import packing
 from rlhf_jax.types import Rollout, TokenBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlineConfig:
-  """Which pairs, against which reference.
+  """Choice of the pairs and of the reference.
 
   Attributes:
-    pick: best_worst takes the two samples of a prompt with the highest and the lowest score,
-      best_random the highest and another one, first_two the first two whatever the others are.
-    reference: What the log-ratios are taken against: the initial policy, or the previous one, that
-      of `round_steps` steps ago at most.
-    round_steps: Steps between two previous policies.
+    pick: Rule that picks a pair from the samples of a prompt. `best_worst` takes the highest and
+      the lowest score, `best_random` the highest score and a random other sample, `first_two` the
+      first two samples.
+    round_steps: Steps between updates of the reference to the current policy; 0 keeps the initial
+      policy as the reference.
+    bonus_coef: Weight of the exploration bonus, a function of the log-probability of samples of the
+      reference (XPO; for VPO, its alpha times beta).
   """
 
-  pick: Literal["best_worst", "best_random", "first_two"] = "best_worst"
-  reference: Literal["initial", "previous"] = "initial"
-  round_steps: int = 20
+  pick: str = "best_worst"
+  round_steps: int = 0
+  bonus_coef: float = 0.0
 
   def __post_init__(self):
-    for name, known in (
-      ("pick", ("best_worst", "best_random", "first_two")),
-      ("reference", ("initial", "previous")),
-    ):
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-    if self.round_steps < 1:
-      raise ValueError(f"round_steps must be at least 1, got {self.round_steps}")
+    ranges.check(self, non_negative=("round_steps", "bonus_coef"), one_of={"pick": PICKS})
 
 
-def pick_pairs(scores: jax.Array, key: jax.Array, rule: str) -> tuple[jax.Array, jax.Array]:
-  """Chooses a better and a worse sample of each prompt.
+def best_worst(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Picks the samples with the highest and with the lowest score [B, N] of each prompt."""
+  del key
+  return jnp.argmax(scores, axis=1), jnp.argmin(scores, axis=1)
+
+
+def best_random(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Picks the sample with the highest score [B, N] of each prompt and a random other one."""
+  rows, samples = scores.shape
+  chosen = jnp.argmax(scores, axis=1)
+  return chosen, (chosen + jax.random.randint(key, [rows], 1, samples)) % samples
+
+
+def first_two(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Picks the better and the worse of the first two samples of each prompt, scores [B, N]."""
+  return best_worst(scores[:, :2], key)
+
+
+# (scores [B, N], key) -> indices [B] of the chosen and of the rejected sample.
+PICKS: dict[str, Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]] = {
+  "best_worst": best_worst,
+  "best_random": best_random,
+  "first_two": first_two,
+}
+
+
+def pick_pairs(scores: jax.Array, key: jax.Array, pick: str) -> tuple[jax.Array, jax.Array]:
+  """Picks a better and a worse sample of each prompt.
 
   Args:
     scores: [B, N] float, N >= 2.
     key: Random key, for `best_random`.
-    rule: See `OnlineConfig.pick`.
+    pick: Key of `PICKS`.
 
   Returns:
-    Index of the chosen and of the rejected sample, [B] int32 each. They are the same where the two
-    samples that were picked are tied: no loss of a difference then learns anything.
+    Index of the chosen and of the rejected sample, [B] int32 each. They are equal where the two
+    samples are tied, so that a loss of their difference has no gradient.
   """
-  rows, samples = scores.shape
-  if samples < 2:
-    raise ValueError(f"pairs need at least 2 samples per prompt, got {samples}")
-  if rule == "first_two":
-    scores = scores[:, :2]
-  chosen = jnp.argmax(scores, axis=1)
-  rejected = jnp.argmin(scores, axis=1)
-  if rule == "best_random":
-    step = jax.random.randint(key, [rows], 1, samples)
-    rejected = (chosen + step) % samples
+  if scores.shape[1] < 2:
+    raise ValueError(f"pairs need at least 2 samples per prompt, got {scores.shape[1]}")
+  chosen, rejected = PICKS[pick](scores, key)
   at = lambda index: jnp.take_along_axis(scores, index[:, None], axis=1)[:, 0]  # noqa: E731
   rejected = jnp.where(at(chosen) > at(rejected), rejected, chosen)
   return chosen.astype(jnp.int32), rejected.astype(jnp.int32)
 
 
 def right_padded(rollout: Rollout) -> TokenBatch:
-  """Prompts and responses without the padding in front of and between them.
+  """Moves all padding of a rollout to the right, so that responses follow their prompts.
 
   Args:
     rollout: B responses; prompts are left padded.
 
   Returns:
-    tokens [B, P + R] and mask [B, P + R] on the responses.
+    tokens [B, P + R], and mask [B, P + R], True on responses.
   """
   real = rollout.prompt_mask | rollout.response_mask
-  return TokenBatch(*move_padding_right(real, rollout.tokens, rollout.response_mask))
+  return TokenBatch(*packing.move_padding_right(real, rollout.tokens, rollout.response_mask))
 
 
 def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> TokenBatch:
-  """The picked samples of every prompt as pairs.
+  """Gathers the picked samples of every prompt into a pair.
 
   Args:
-    rollout: B * N responses, those of a prompt next to each other.
-    chosen: [B] index among the N.
-    rejected: [B].
+    rollout: B * N responses; those to a prompt are adjacent rows.
+    chosen: [B] index of the chosen sample among the N.
+    rejected: [B] index of the rejected sample.
 
   Returns:
-    tokens [B, 2, T] and mask [B, 2, T], 0 chosen and 1 rejected.
+    tokens [B, 2, T] and mask [B, 2, T], index 0 chosen and 1 rejected.
   """
   samples = right_padded(rollout)
   rows = chosen.shape[0]

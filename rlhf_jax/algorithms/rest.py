@@ -1,22 +1,23 @@
-"""ReST: fine-tuning on a policy's own scored samples, of which ever fewer and better ones are kept.
+"""ReST: fine-tuning on those of a policy's samples whose score is above a rising threshold.
 
-Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998. Grow samples N responses to each prompt and
-scores them once; each Improve step keeps what passes a higher threshold and fine-tunes on it.
-Keeping the best of the N is RAFT (https://arxiv.org/abs/2304.06767), with a forward KL to the start
-it is SuperHF (https://arxiv.org/abs/2310.16763).
+Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998. A Grow step samples N responses to each
+prompt and scores them once. Each Improve step raises the threshold and fine-tunes on the responses
+above it. Keeping the best of the N is RAFT (https://arxiv.org/abs/2304.06767). RAFT with a forward
+KL to the initial policy is SuperHF (https://arxiv.org/abs/2310.16763).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from rlhf_jax.losses import kl, logprobs, masked, packing, shaping, supervised
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import selection
+from rlhf_jax.losses import kl, logprobs, masked, packing, supervised
 from rlhf_jax.train_step import jit_step, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
@@ -26,93 +27,51 @@ RestStep = Callable[[TrainState, "RestBatch", Params, jax.Array], tuple[TrainSta
 
 @dataclasses.dataclass(frozen=True)
 class RestConfig:
-  """What is kept of the grown responses, and how it is learnt from.
+  """Selection and weights of the sampled responses.
 
   Attributes:
-    keep: advantage keeps the responses that are the furthest above the mean reward of their prompt,
-      which suits reward models: pairs of the same prompt do not tell them how good a prompt's
-      responses are beside those of another. threshold keeps the highest rewards of all prompts
-      together, as the paper does, and suits rewards that mean the same everywhere, such as a right
-      answer. best keeps the best response to each prompt.
-    quantiles: One Improve step each: the share of the responses that lie below the threshold,
-      rising. With keep=best, the share of the prompts whose best response does.
-    loss: bc is the likelihood of what is kept; weighted weighs it by exp(reward / temperature);
-      gold is offline RL: also by the policy's own probability of each token.
-    temperature: Of the weights, in standard deviations of the grown rewards.
-    kappa: Weight of the forward KL from the start to the policy, over the whole vocabulary.
-    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+    keep: Rule that selects responses. `advantage` keeps those furthest above the mean reward of
+      their prompt. It suits reward models, whose scores are not comparable between prompts.
+      `threshold` keeps the highest rewards of all prompts together, as in the paper. It suits
+      comparable rewards, such as 1 for a right answer. `best` keeps the best response per prompt.
+    quantiles: Shares of the responses to drop, rising, one per Improve step. 0.7 keeps the top
+      30 %. With `best` they are shares of the prompts, ranked by their best response.
+    temperature: Temperature of the weights exp(reward / temperature), in standard deviations of the
+      sampled rewards; 0 gives all kept responses the same weight.
+    trust: Weighting of each token by its probability under the policy, as in GOLD (offline RL).
+    kappa: Weight of the forward KL from the initial policy to the policy, over the full vocabulary.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
-  keep: Literal["advantage", "threshold", "best"] = "advantage"
+  keep: str = "advantage"
   quantiles: tuple[float, ...] = (0.5, 0.7, 0.85)
-  loss: Literal["bc", "weighted", "gold"] = "bc"
-  temperature: float = 1.0
+  temperature: float = 0.0
+  trust: bool = False
   kappa: float = 0.0
   microbatches: int = 1
 
   def __post_init__(self):
-    known_values = {
-      "keep": ("advantage", "threshold", "best"),
-      "loss": ("bc", "weighted", "gold"),
-    }
-    for name, known in known_values.items():
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    ranges.check(
+      self,
+      non_negative=("temperature", "kappa"),
+      at_least_one=("microbatches",),
+      one_of={"keep": selection.RULES},
+    )
     rising = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
     if not self.quantiles or not rising or not 0 <= self.quantiles[0] <= self.quantiles[-1] < 1:
       raise ValueError(f"quantiles must rise from 0 or more to below 1, got {self.quantiles}")
-    if not self.temperature > 0:
-      raise ValueError(f"temperature must be positive, got {self.temperature}")
-    if not self.kappa >= 0:
-      raise ValueError(f"kappa must not be negative, got {self.kappa}")
 
 
 class RestBatch(NamedTuple):
   """Kept responses.
 
   Attributes:
-    sequences: B of them, right padded.
-    weights: [B] float32, at least 0; what a response counts beside the others.
+    sequences: B prompts with their responses, right padded.
+    weights: [B] float32, relative weight of each response, not negative.
   """
 
   sequences: TokenBatch
   weights: jax.Array
-
-
-def kept_weights(rewards: np.ndarray, quantile: float, config: RestConfig) -> np.ndarray:
-  """What each grown response counts in an Improve step.
-
-  A reward that many responses share, such as 0 for a wrong answer, can be the threshold itself.
-  Those at it are left out if any lies above.
-
-  Args:
-    rewards: [P, N] of N responses to each of P prompts; those that are not finite are left out.
-    quantile: One of `config.quantiles`.
-    config: Which to keep, and how to weigh them.
-
-  Returns:
-    [P, N] float32, 0 on those left out; the largest is 1. All 0 only if no reward is finite.
-  """
-  rewards = np.asarray(rewards, np.float64)
-  fine = np.isfinite(rewards)
-  if not fine.any():
-    return np.zeros(rewards.shape, np.float32)
-  rewards = np.where(fine, rewards, 0.0)
-  if config.keep == "advantage":
-    rewards -= rewards.sum(axis=1, keepdims=True) / np.maximum(fine.sum(axis=1, keepdims=True), 1)
-  candidates = fine
-  if config.keep == "best":
-    candidates = shaping.selection_weights(jnp.asarray(rewards), jnp.asarray(fine), "best") > 0
-    candidates = np.asarray(candidates)
-  spread = max(float(np.std(rewards[fine])), 1e-9)
-  threshold = np.quantile(rewards[candidates], quantile)
-  kept = candidates & (rewards > threshold + 1e-9 * spread)  # Equal ones may be rounded apart.
-  if quantile == 0 or not kept.any():
-    kept = candidates & (rewards >= threshold)
-  if config.loss == "bc":
-    return kept.astype(np.float32)
-  excess = np.where(kept, rewards - rewards[kept].max(), -np.inf)
-  return np.exp(excess / (spread * config.temperature)).astype(np.float32)
 
 
 def loss_fn(
@@ -125,19 +84,20 @@ def loss_fn(
   config: RestConfig,
   ref_apply_fn: ApplyFn | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """Weighted mean over the response tokens of their negative log-likelihood.
+  """Weighted mean negative log-likelihood of the response tokens.
 
-  With `loss=gold` a token's weight is also the policy's probability of it, as a constant (Pang and
-  He, 2021, https://arxiv.org/abs/2009.07839): what the policy would not say is not imitated.
+  With `config.trust` a token's weight is also the policy's probability of it, as a constant (Pang
+  and He, 2021, https://arxiv.org/abs/2009.07839): tokens that the policy finds unlikely get little
+  weight.
 
   Args:
     params: Policy.
     batch: B weighted responses; all weights 0 give a gradient of 0.
-    key: Unused.
-    ref_params: Start of the policy, read if `config.kappa` is not 0.
+    key: Random key, unused.
+    ref_params: Initial policy, used if `config.kappa` is not 0.
     apply_fn: `(params, tokens) -> logits [B, T, V]`.
-    config: Settings.
-    ref_apply_fn: Of the reference, if it has no adapters and the policy does.
+    config: ReST settings.
+    ref_apply_fn: Function of `ref_params`, if only the policy has adapters; None is `apply_fn`.
 
   Returns:
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
@@ -149,7 +109,7 @@ def loss_fn(
   nll = supervised.nll(logits, tokens)
   weights = jnp.where(mask, batch.weights[:, None], 0.0)
   total = jnp.maximum(jnp.sum(weights), 1e-9)
-  trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.loss == "gold" else 1.0
+  trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.trust else 1.0
   loss = masked.masked_sum(trust * weights * nll, mask) / total
   metrics = {
     "nll": masked.masked_sum(weights * nll, mask) / total,

@@ -1,4 +1,4 @@
-"""Reward model from comparisons or rankings, with the score read at the last real token.
+"""Reward model trained on comparisons or rankings; the score is read at the last real token.
 
 Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4; rankings as in Ouyang et al.,
 2022, https://arxiv.org/abs/2203.02155, eq. 1.
@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.losses import masked, packing, reward
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import given
+from rlhf_jax.losses import masked, reward
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import (
   ApplyFn,
@@ -25,7 +27,7 @@ from rlhf_jax.types import (
 )
 
 # Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-# Or several of them packed in a row, or rankings of K responses, each of which is scored once.
+# Or several pairs packed in a row, or rankings of K responses, each of which is scored once.
 RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
 
 
@@ -34,11 +36,11 @@ class RewardModelConfig:
   """Reward model.
 
   Attributes:
-    label_smoothing: Assumed probability that a pair is labelled the wrong way round; not for
-      rankings.
-    margin: Score difference asked of every pair; not for rankings.
-    centering_coef: Weight of the penalty on the squared sum of a pair's scores.
-    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+    label_smoothing: Assumed probability that the label of a pair is flipped; not for rankings.
+    margin: Margin by which the chosen score should exceed the rejected one; not for rankings.
+    centering_coef: Weight of the penalty on the squared sum of a pair's two scores, which keeps
+      scores near 0.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   label_smoothing: float = 0.0
@@ -47,43 +49,23 @@ class RewardModelConfig:
   microbatches: int = 1
 
   def __post_init__(self):
+    ranges.check(self, non_negative=("centering_coef",), at_least_one=("microbatches",))
     if not 0 <= self.label_smoothing < 0.5:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
 
-def response_scores(apply_fn: ApplyFn, params: Params, batch: RewardModelBatch) -> jax.Array:
-  """Scores of all responses, from one forward pass over all sequences.
-
-  Args:
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`; packed rows come with `segment_ids`.
-    params: Reward model.
-    batch: B prompts with K responses each; two if they are pairs, B * S of them if packed.
-
-  Returns:
-    [B, K] float32; 0 for a place without a response.
-  """
-  shape, tokens = batch.tokens.shape, batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  if not isinstance(batch, PackedBatch):
-    return masked.last_real(apply_fn(params, tokens).reshape(shape), batch.mask)
-  scores = apply_fn(params, tokens, segment_ids=batch.segment_ids.reshape(tokens.shape))
-  mask, scores = packing.unpack(
-    batch.segment_ids, batch.real.shape[1], batch.mask, scores.reshape(shape)
-  )
-  return masked.last_real(scores, mask)
-
-
 def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array, jax.Array]:
-  """Every comparison that a batch makes.
+  """Arranges the scores of a batch in pairs, the better response first.
 
   Args:
-    scores: [B, K], of its responses.
+    scores: [B, K] scores of the responses.
     batch: Pairs or rankings.
 
   Returns:
     [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
     is no such pair. M is 1 for pairs and K * K for rankings; all packed pairs are one row.
   """
-  if isinstance(batch, PackedBatch):  # As the pairs of one prompt: each counts the same.
+  if isinstance(batch, PackedBatch):  # All pairs in one row, so that each counts the same.
     return scores[None], batch.real.reshape(1, -1)
   if not isinstance(batch, RankingBatch):
     return scores[:, None], jnp.ones((scores.shape[0], 1), bool)
@@ -103,23 +85,13 @@ def loss_fn(
   apply_fn: ApplyFn,
   config: RewardModelConfig,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean over the prompts of their mean Bradley-Terry loss over pairs.
+  """Bradley-Terry loss, averaged over the pairs of each prompt and then over prompts.
 
-  Args:
-    params: Reward model.
-    batch: B prompts with their responses.
-    key: Unused.
-    apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    config: Settings.
-
-  Returns:
-    Loss, `pair_metrics` and the number of response tokens; of packed pairs `weight`, their number.
-
-  Raises:
-    ValueError: A setting that is for pairs, and rankings.
+  The metrics are `pair_metrics`, the number of response tokens and, for packed pairs, the number of
+  pairs as `weight`. Settings for pairs raise ValueError with rankings.
   """
   del key  # The loss is deterministic given the batch.
-  scores = response_scores(apply_fn, params, batch)
+  scores = given.read_scores(apply_fn, params, batch)
   if isinstance(batch, RankingBatch):
     if config.margin or config.label_smoothing:
       raise ValueError("margin and label_smoothing are for pairs; set them to 0 for rankings")
@@ -146,8 +118,8 @@ def pair_metrics(pairs: jax.Array, mask: jax.Array | None = None) -> Metrics:
 
   Args:
     pairs: [..., 2] scores of the better and of the worse response.
-    mask: [B, M] bool for pairs [B, M, 2]: the means are over the pairs of a prompt, then over the
-      prompts, as in the loss. None counts all pairs alike.
+    mask: [B, M] bool for pairs [B, M, 2]: averages over the pairs of each prompt, then over
+      prompts, as in the loss. None averages over all pairs.
   """
 
   def mean(x: jax.Array) -> jax.Array:

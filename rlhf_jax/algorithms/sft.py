@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import given
 from rlhf_jax.losses import logprobs as logprobs_lib
-from rlhf_jax.losses import masked, packing
+from rlhf_jax.losses import masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
 
@@ -25,10 +27,13 @@ class SFTConfig:
   """Supervised fine-tuning.
 
   Attributes:
-    microbatches: Pieces each batch is cut into; saves memory, does not change the result.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   microbatches: int = 1
+
+  def __post_init__(self):
+    ranges.check(self, at_least_one=("microbatches",))
 
 
 def loss_fn(
@@ -39,7 +44,7 @@ def loss_fn(
   Args:
     params: Policy.
     batch: Right-padded or packed sequences.
-    key: Unused.
+    key: Random key, unused.
     apply_fn: `(params, tokens) -> logits [B, T, V]`; packed rows come with `segment_ids`.
 
   Returns:
@@ -47,17 +52,11 @@ def loss_fn(
   """
   del key  # The loss is deterministic given the batch.
 
-  def figures(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     logprobs = logprobs_lib.token_logprobs(logits, targets)
     return logprobs, jnp.argmax(logits, axis=-1) == targets
 
-  if isinstance(batch, PackedBatch):
-    logits = apply_fn(params, batch.tokens, segment_ids=batch.segment_ids)
-    mask = packing.predicted(batch.mask, batch.segment_ids)
-  else:
-    logits = apply_fn(params, batch.tokens)
-    mask = packing.predicted(batch.mask)
-  logprobs, hit = logprobs_lib.over_next_tokens(figures, batch.tokens, logits)
+  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, score)
   loss = -masked.masked_mean(logprobs, mask)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {

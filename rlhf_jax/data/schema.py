@@ -1,4 +1,4 @@
-"""What a row must hold: columns of the formats in use, turned into prompts and their answers.
+"""Schema of rows: turns the columns of common formats into prompts and answers.
 
 | kind           | columns                                                                         |
 |----------------|---------------------------------------------------------------------------------|
@@ -7,37 +7,37 @@
 |                | or `messages` that end with an assistant turn                                   |
 |                | or `text` alone: an empty prompt, plain language modelling                      |
 |                | or judged answers: the best one                                                 |
-| preferences    | judged answers: every two of them, unless they are tied                         |
-| comparisons    | judged answers: every two that were compared, and the share of the verdicts     |
-|                | that prefer the first; a tie counts as half of one                              |
+| preferences    | judged answers: every pair of them, unless it is a tie                          |
+| comparisons    | judged answers: every pair that was compared, and the share of the verdicts     |
+|                | that prefer the first answer; a tie counts as half                              |
 | rankings       | judged answers: all of them, best first                                         |
 | unpaired       | a demonstration and `label`: true if desirable, else false                      |
-|                | or judged answers: each, as desirable if it is `correct`, or else if it wins    |
-|                | more often than it loses                                                        |
+|                | or judged answers: each one. It is desirable if it is `correct`, or, without    |
+|                | `correct`, if it wins more often than it loses                                  |
 | prompts        | a prompt                                                                        |
 
 A prompt is `prompt` or `question` (text, or `prompt` as messages), or `instruction` with an
-optional `input`, or `messages` that end with a user turn (for prompts, a last assistant turn is
-cut off). `chosen`, `rejected` and the other answers may be messages whose last turn is the answer;
-the turns before it are the prompt. Where a row has both a text and messages, the messages count if
-the tokenizer has a chat template, else the text. A null counts as an absent column. Other columns
-are ignored here and kept for reward functions.
+optional `input`, or `messages` that end with a user turn (for the kind prompts, a final assistant
+turn is dropped). `chosen`, `rejected` and the other answers may be messages. Then the last turn is
+the answer, and the turns before it are the prompt. If a row has both a text and messages, the
+messages are used if the tokenizer has a chat template, else the text. A null counts as an absent
+column. Other columns are ignored here and kept for reward functions.
 
 Judged answers are a prompt and
 
 - `chosen` and `rejected`; or
-- `responses`, a list of texts or of objects with `text`, which were judged in one of these ways:
+- `responses`, a list of texts or of objects with `text`, judged in one of these ways:
   - each has a `rank` (lower is better), a `score` (higher is better) or `correct` (true or false);
   - `annotations` or `preferences` list votes: `preferred` is the index of the better response, or
-    null for a tie; `a` and `b` are the indices of the two that were compared (0 and 1 if there are
-    just two); `annotator` names who judged; `probability`, if given, is how sure the judge is that
-    `a` is the better one, a soft label for comparisons. Without any vote the row is left out.
+    null for a tie; `a` and `b` are the indices of the compared responses (0 and 1 by default if
+    there are just two); `annotator` names the judge; `probability`, if given, is the judge's
+    probability that `a` is better, a soft label for comparisons. Rows without votes are skipped.
 
-Several votes on the same two answers count by majority: the verdict, tie included, that more votes
-name than any other, and a tie if there is no such verdict. With `votes="each"` every vote is a
-verdict of its own: trained on, they give a model the share of the votes as a soft label. In a
-ranking answers are ordered by wins minus losses. An `annotator` restricts all this to the votes of
-one annotator or group; for rows that were judged as a whole, the column `annotator` names who did.
+Several votes on the same two answers are decided by majority: the verdict with the most votes
+(ties are a verdict too), or a tie if there is no such verdict. With `votes="each"` every vote is a
+separate verdict; a model trained on them sees the share of the votes as a soft label. In a ranking,
+answers are ordered by wins minus losses. An `annotator` restricts all this to the votes of one
+annotator or group. For rows judged as a whole, the column `annotator` names the judge.
 """
 
 import collections
@@ -51,27 +51,28 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
-Kind = Literal["demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"]
+KindName = Literal[
+  "demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"
+]
 Votes = Literal["majority", "each"]
-KINDS: tuple[Kind, ...] = typing.get_args(Kind)
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
 _TEXT_PROMPTS = ("prompt", "question", "instruction")
 _VOTES = ("annotations", "preferences")
-_VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name to sign: 1 where more is better.
+_VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name -> sign, 1 if more is better.
 
 
 class Example(NamedTuple):
-  """What is learnt from at once, as text.
+  """One training example, as text.
 
   Attributes:
     prompt: Text or messages; "" for plain language modelling.
     answers: The response, or the chosen and the rejected one, or the two of a comparison, or a
-      ranking from the best to the worst, or nothing.
+      ranking from best to worst, or nothing.
     labels: For rankings, the rank of each answer; for unpaired, 1 if it is desirable, else 0; for
       comparisons, the share of the verdicts that prefer the first answer.
-    skip: Why nothing can be learnt from it: "ties", or "not_judged" by the annotator asked for.
+    skip: Reason to skip the example: "ties", or "not_judged" by the requested annotator.
   """
 
   prompt: Prompt
@@ -81,7 +82,7 @@ class Example(NamedTuple):
 
   @property
   def key(self) -> str:
-    """Rows with the same key must stay on one side of a split into training and held-out."""
+    """Key of a split into training and held-out rows: equal keys stay on one side."""
     if self.prompt == "":
       return self.answers[0]
     if isinstance(self.prompt, str):
@@ -90,7 +91,7 @@ class Example(NamedTuple):
 
 
 def parse_row(
-  kind: Kind,
+  kind: KindName,
   row: Row,
   *,
   prefer_messages: bool,
@@ -100,17 +101,17 @@ def parse_row(
   """Reads the columns that `kind` needs.
 
   Args:
-    kind: What the row is for.
+    kind: Kind of examples.
     row: The row.
-    prefer_messages: Take `messages` where the row has a prompt as text too.
-    annotator: Whose judgements count; "" takes those of all.
-    votes: How several judgements of the same two answers count.
+    prefer_messages: Use `messages` even if the row also has a prompt as text.
+    annotator: Annotator whose judgements count; "" counts those of all.
+    votes: Rule for several judgements of the same two answers.
 
   Returns:
     One or more examples that share the prompt.
 
   Raises:
-    DataError: A missing column, another type than expected, or an empty text.
+    DataError: If a column is missing or has the wrong type, or a text is empty.
   """
   if kind == "prompts":
     return [Example(_prompt(row, prefer_messages, cut_answer=True), ())]
@@ -125,8 +126,8 @@ def parse_row(
   return _FROM_JUDGED[kind](judged)
 
 
-def comparison_kind(row: Row) -> Kind:
-  """Rankings for a row that orders a list of responses, preferences for one that compares two."""
+def comparison_kind(row: Row) -> KindName:
+  """Returns "rankings" if a row orders a list of responses, "preferences" if it compares two."""
   fields = row.fields
   ranked = _given(fields, "responses") and not _given(fields, "annotations")
   return "rankings" if ranked else "preferences"
@@ -135,7 +136,7 @@ def comparison_kind(row: Row) -> Kind:
 class _Verdict(NamedTuple):
   """A comparison of the answers `a` and `b`; `preferred` is one of the two, or None for a tie.
 
-  `probability` that `a` is the better one, from a judge that says how sure it is.
+  `probability` is the judge's probability that `a` is better, if given.
   """
 
   a: int
@@ -146,7 +147,7 @@ class _Verdict(NamedTuple):
 
   @property
   def share(self) -> float:
-    """How much of the vote goes to `a`."""
+    """Share of the vote that goes to `a`."""
     if self.probability is not None:
       return self.probability
     return 0.5 if self.preferred is None else float(self.preferred == self.a)
@@ -161,7 +162,7 @@ class _Judged(NamedTuple):
 
   @property
   def merits(self) -> list[int]:
-    """Wins minus losses of each answer: positive if it is preferred more often than not."""
+    """Wins minus losses of each answer."""
     merits = [0] * len(self.answers)
     for a, b, preferred, *_ in self.verdicts:
       if preferred is not None:
@@ -171,7 +172,7 @@ class _Judged(NamedTuple):
 
 
 def _pairs(judged: _Judged) -> list[Example]:
-  """An example of every verdict."""
+  """Makes an example of every verdict."""
   examples = []
   for a, b, preferred, *_ in judged.verdicts:
     chosen, rejected = (b, a) if preferred == b else (a, b)
@@ -181,7 +182,7 @@ def _pairs(judged: _Judged) -> list[Example]:
 
 
 def _shares(judged: _Judged) -> list[Example]:
-  """An example of every two answers that were compared; ties are among them."""
+  """Makes an example of every pair of answers that was compared, ties included."""
   shares: dict[tuple[int, int], list[float]] = {}
   for verdict in judged.verdicts:
     pair = min(verdict[:2]), max(verdict[:2])
@@ -194,7 +195,7 @@ def _shares(judged: _Judged) -> list[Example]:
 
 
 def _ranking(judged: _Judged) -> list[Example]:
-  """All answers as one example, best first."""
+  """Makes one example of all answers, best first."""
   merits = judged.merits
   levels = sorted(set(merits), reverse=True)
   order = sorted(range(len(merits)), key=lambda i: -merits[i])
@@ -204,13 +205,13 @@ def _ranking(judged: _Judged) -> list[Example]:
 
 
 def _best(judged: _Judged) -> list[Example]:
-  """The first of the best answers."""
+  """Makes an example of the best answer, the first one if several are."""
   (ranking,) = _ranking(judged)
   return [ranking._replace(answers=ranking.answers[:1], labels=())]
 
 
 def _good_and_bad(judged: _Judged) -> list[Example]:
-  """An example of every answer."""
+  """Makes an example of every answer."""
   return [
     Example(judged.prompt, (answer,), (int(merit > 0),), skip="" if merit else "ties")
     for answer, merit in zip(judged.answers, judged.merits, strict=True)
@@ -227,7 +228,7 @@ _FROM_JUDGED: dict[str, Callable[[_Judged], list[Example]]] = {
 
 
 def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _Judged:
-  """The judged answers of a row, by the votes of those who were asked for."""
+  """Reads the judged answers of a row and the verdicts of the requested annotator."""
   fields = row.fields
   if _given(fields, "chosen") or not _given(fields, "responses"):
     prompt, answers = _chosen_and_rejected(row, prefer_messages)
@@ -243,15 +244,16 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
 
 
 def _majority(votes: Sequence[_Verdict]) -> list[_Verdict]:
-  """One verdict for each two answers that were compared; a single vote stays as it is."""
+  """Reduces votes to one verdict per pair of compared answers; a single vote is kept."""
   votes_on: dict[tuple[int, int], list[_Verdict]] = {}
   for vote in votes:
     votes_on.setdefault((min(vote[:2]), max(vote[:2])), []).append(vote)
   verdicts = []
-  for (a, b), some in votes_on.items():
-    (preferred, most), *rest = collections.Counter(v.preferred for v in some).most_common(2)
+  for (a, b), ballots in votes_on.items():
+    (preferred, most), *rest = collections.Counter(v.preferred for v in ballots).most_common(2)
     tied = rest and rest[0][1] == most
-    verdicts.append(some[0] if len(some) == 1 else _Verdict(a, b, None if tied else preferred))
+    majority = _Verdict(a, b, None if tied else preferred)
+    verdicts.append(ballots[0] if len(ballots) == 1 else majority)
   return verdicts
 
 
@@ -271,7 +273,7 @@ def _chosen_and_rejected(row: Row, prefer_messages: bool) -> tuple[Prompt, list[
 
 
 def _responses(row: Row) -> list[str]:
-  """Texts of a list of judged answers; they may be empty, as saying nothing can be judged too."""
+  """Texts of a list of judged answers; empty ones are valid, since silence can be judged too."""
   responses = _list(row, "responses")
   if len(responses) < 2:
     _fail(row, "responses", "holds a single response", "give two or more to compare")
@@ -286,7 +288,7 @@ def _responses(row: Row) -> list[str]:
 
 
 def _verdicts(row: Row, count: int) -> list[_Verdict]:
-  """Every comparison of the `count` responses of a row."""
+  """Lists all comparisons of the `count` responses of a row."""
   column = _first_given(row.fields, _VOTES)
   if column and row.fields[column] == []:
     return []
@@ -302,7 +304,7 @@ def _verdicts(row: Row, count: int) -> list[_Verdict]:
 
 
 def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
-  """Entry `i` of a column of votes on `count` responses."""
+  """Reads entry `i` of a column of votes on `count` responses."""
   at = f"{column}[{i}]"
   fix = 'write {"annotator": "...", "a": 0, "b": 1, "preferred": 0, 1 or null}'
   if not isinstance(vote, dict):
@@ -320,15 +322,18 @@ def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
   if preferred is not None and (type(preferred) is not int or preferred not in pair):
     problem = f"expected {pair[0]}, {pair[1]} or null, found {_describe(preferred)}"
     _fail(row, f"{at}.preferred", problem, fix)
-  sure = vote.get("probability")
-  if sure is not None and (type(sure) not in (int, float) or not 0 <= sure <= 1):
-    problem = f"expected a number from 0 to 1, found {_describe(sure)}"
-    _fail(row, f"{at}.probability", problem, "write how probably `a` is the better one")
-  return _Verdict(*pair, preferred, vote.get("annotator", row.fields.get("annotator")), sure)
+  probability = vote.get("probability")
+  if probability is not None and (
+    type(probability) not in (int, float) or not 0 <= probability <= 1
+  ):
+    problem = f"expected a number from 0 to 1, found {_describe(probability)}"
+    _fail(row, f"{at}.probability", problem, "write the probability that `a` is better")
+  annotator = vote.get("annotator", row.fields.get("annotator"))
+  return _Verdict(*pair, preferred, annotator, probability)
 
 
 def _values(row: Row) -> tuple[str, list[float]]:
-  """What each response was given, higher for better ones, and the name of that field."""
+  """Name of the field that judges the responses, and a value for each, higher if better."""
   responses = _list(row, "responses")
   first = responses[0] if isinstance(responses[0], dict) else {}
   name = _first_given(first, tuple(_VALUES))
@@ -349,7 +354,7 @@ def _values(row: Row) -> tuple[str, list[float]]:
 
 
 def _labelled(row: Row, prefer_messages: bool) -> list[Example]:
-  """Answers that were judged each on its own: by `label`, or by `correct` in `responses`."""
+  """Reads answers that were judged separately: by `label`, or by `correct` in `responses`."""
   if _given(row.fields, "label"):
     label = int(_flag(row, "label", row.fields["label"]))
     return [_demonstration(row, prefer_messages)._replace(labels=(label,))]
@@ -384,7 +389,7 @@ def _demonstration(row: Row, prefer_messages: bool) -> Example:
 def _prompt(
   row: Row, prefer_messages: bool, turns: Messages | None = None, cut_answer: bool = False
 ) -> Prompt:
-  """The prompt of a row; `turns` are those before an answer that was given as messages."""
+  """Reads the prompt of a row; `turns` are those before an answer given as messages."""
   fields = row.fields
   name = "messages"
   if _given(fields, "messages"):
@@ -410,7 +415,7 @@ def _prompt(
 
 
 def _answer(row: Row, name: str) -> tuple[Messages, str]:
-  """The turns before an answer, if it is given as messages, and its text."""
+  """Reads an answer: the turns before it, if it is given as messages, and its text."""
   if not _given(row.fields, name):
     _fail_missing(row, (name,))
   if not isinstance(row.fields[name], list):
@@ -431,7 +436,7 @@ def _answer(row: Row, name: str) -> tuple[Messages, str]:
 
 
 def _checked_turns(row: Row, name: str, turns: Messages) -> Messages:
-  """Turns that can be answered: the last one is a user's and says something."""
+  """Checks that turns can be answered: the last one is a user's and is not empty."""
   if not turns or turns[-1]["role"] != "user":
     last = f"ends with a turn of the {turns[-1]['role']}" if turns else "has no user turn"
     _fail(
@@ -443,7 +448,7 @@ def _checked_turns(row: Row, name: str, turns: Messages) -> Messages:
 
 
 def _messages(row: Row, name: str) -> Messages:
-  """A list of turns, checked; keys other than role and content are left out."""
+  """Reads and checks a list of turns; keys other than role and content are dropped."""
   value = row.fields[name]
   fix = 'write [{"role": "user", "content": "..."}, ...]'
   if not isinstance(value, list) or not value:
@@ -455,8 +460,8 @@ def _messages(row: Row, name: str) -> Messages:
       _fail(row, at, f"expected a message, found {_describe(turn)}", fix)
     for key in ("role", "content"):
       if not isinstance(turn.get(key), str):
-        found = _describe(turn[key]) if key in turn else f"only {sorted(turn)}"
-        _fail(row, f"{at}.{key}", f"expected text, found {found}", fix)
+        actual = _describe(turn[key]) if key in turn else f"only {sorted(turn)}"
+        _fail(row, f"{at}.{key}", f"expected text, found {actual}", fix)
     if turn["role"] not in ROLES:
       _fail(row, f"{at}.role", f"unknown role {turn['role']!r}", f"use one of {', '.join(ROLES)}")
     turns.append({"role": turn["role"], "content": turn["content"]})
@@ -510,7 +515,7 @@ def _fail(row: Row, field: str, problem: str, fix: str) -> NoReturn:
 
 
 def _describe(value: Any) -> str:
-  """What was found, short enough for a message."""
+  """Describes a value in a few words, for a message."""
   if value is None:
     return "null"
   if isinstance(value, (list, dict)):

@@ -1,7 +1,7 @@
-"""Rows from JSON Lines, TFDS or the built-in task: plain dicts that know where they came from.
+"""Rows from JSON Lines, TFDS or the built-in task: plain dicts with their origin.
 
-A source is strict: what it cannot read as text it refuses with the file, the line and the field,
-because a row that is silently wrong costs more than a run that does not start.
+A source is strict: it refuses anything that it cannot read as text and names the file, line and
+field. A row that is silently wrong costs more than a run that does not start.
 """
 
 import json
@@ -32,15 +32,15 @@ class Row(NamedTuple):
   """One row.
 
   Attributes:
-    where: Its origin for messages, such as "pairs.jsonl:12".
-    fields: Column name to value: text, numbers, lists and dicts.
+    where: Origin of the row for messages, such as "pairs.jsonl:12".
+    fields: Column name -> value: text, numbers, lists and dicts.
   """
 
   where: str
   fields: dict[str, Any]
 
 
-# Called with the error of a bad row: raises it, or returns to have the row skipped.
+# Called with the error of a bad row: raises it, or returns to skip the row.
 OnBadRow = Callable[[DataError], None]
 
 
@@ -54,13 +54,13 @@ def read_jsonl(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error)
 
   Args:
     path: The file.
-    on_bad_row: Called for every line that is not an object of clean text.
+    on_bad_row: Function called for every line that is not an object of clean text.
 
   Yields:
     The rows in order.
 
   Raises:
-    DataError: The file cannot be opened, or from `on_bad_row`.
+    DataError: If the file cannot be opened, or from `on_bad_row`.
   """
   try:
     file = open(path, "rb")  # noqa: SIM115, closed below: errors of the caller are not ours.
@@ -92,28 +92,28 @@ def read_jsonl(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error)
 
 
 def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
-  """Reads a prepared TFDS data set that is stored as ArrayRecord; TensorFlow is not needed.
+  """Reads a prepared TFDS data set stored as ArrayRecord; TensorFlow is not needed.
 
   Args:
-    spec: NAME[/CONFIG][:VERSION][:SPLIT]; the split is "train" unless given.
-    data_dir: Where the data set was prepared; "" is the TFDS default.
-    on_bad_row: Called for every row whose text is not clean.
+    spec: NAME[/CONFIG][:VERSION][:SPLIT]; the default split is "train".
+    data_dir: Folder with the prepared data set; "" is the TFDS default.
+    on_bad_row: Function called for every row whose text is not clean.
 
   Yields:
-    The rows in stored order, bytes decoded to text, arrays turned into lists.
+    The rows in stored order, with bytes decoded to text and arrays turned into lists.
 
   Raises:
-    DataError: A malformed name, a data set that is not there, or from `on_bad_row`.
+    DataError: If the name is malformed or the data set is not there, or from `on_bad_row`.
   """
   name, split = parse_tfds(spec)
   from tensorflow_datasets.core import read_only_builder
 
   try:
-    # From the files alone: `tfds.data_source` would first import the code that built them, and on
-    # a pod every host would try to download what is missing.
+    # From the files only: `tfds.data_source` would first import the code that built them, and on a
+    # pod every host would try to download missing files.
     builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     source: Any = builder.as_data_source(split=split)
-  except Exception as error:  # TFDS raises bare AssertionError, ValueError and its own kinds.
+  except Exception as error:  # TFDS raises AssertionError, ValueError and its own types.
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise DataError(
       f"tfds:{name}:{split}: cannot be read ({reason}); check data.tfds and data.tfds_dir, and "
@@ -134,7 +134,7 @@ def parse_tfds(spec: str) -> tuple[str, str]:
   """Splits "NAME[:SPLIT]" into the name and the split.
 
   Raises:
-    DataError: Not such a name. Names with a namespace would import code, so they are refused.
+    DataError: If the spec is malformed. Names with a namespace are refused: they would import code.
   """
   match = _TFDS_SPEC.fullmatch(spec)
   if not match:
@@ -146,17 +146,17 @@ def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") 
   """Writes rows of the built-in task.
 
   Args:
-    kind: "demonstrations", "prompts", or one that compares responses.
+    kind: "demonstrations", "prompts", or a kind that compares responses.
     split: "train" or "eval".
     n: Number of rows.
     seed: Seed of the rows.
-    annotator: Who compares; "" is the expert.
+    annotator: Annotator that compares; "" is the expert.
 
   Yields:
     The rows.
 
   Raises:
-    DataError: There is no such annotator.
+    DataError: If there is no such annotator.
   """
   from rlhf_jax import simulation
 
@@ -220,10 +220,10 @@ def _check_text(value: Any, where: str, field: str) -> None:
   if isinstance(value, str):
     if "\0" in value:
       raise DataError(f"{where}: {field}: the text has a NUL character; remove it")
-    if found := _UNPAIRED_SURROGATE.search(value):
+    if match := _UNPAIRED_SURROGATE.search(value):
       raise DataError(
-        f"{where}: {field}: the text has an unpaired surrogate (U+{ord(found[0]):04X} at "
-        f"character {found.start() + 1}), which is not Unicode text; write the file as UTF-8"
+        f"{where}: {field}: the text has an unpaired surrogate (U+{ord(match[0]):04X} at "
+        f"character {match.start() + 1}), which is not Unicode text; write the file as UTF-8"
       )
   elif isinstance(value, list):
     for i, item in enumerate(value):
@@ -234,7 +234,7 @@ def _check_text(value: Any, where: str, field: str) -> None:
 
 
 def _to_plain(value: Any, where: str, field: str) -> Any:
-  """Turns what TFDS decodes into plain Python values."""
+  """Converts a value decoded by TFDS to plain Python."""
   if isinstance(value, bytes):
     try:
       return value.decode("utf-8")
@@ -255,7 +255,7 @@ def _to_plain(value: Any, where: str, field: str) -> Any:
 
 
 def _json_type(value: Any) -> str:
-  """What a JSON value is called in a message."""
+  """Name of the type of a JSON value, for a message."""
   if value is None:
     return "null"
   names = {bool: "true or false", int: "a number", float: "a number", str: "text"}

@@ -1,10 +1,10 @@
-"""Text to token ids and back, on top of a Hugging Face fast tokenizer read from a local folder.
+"""Encoding and decoding with a Hugging Face fast tokenizer read from a local folder.
 
-Two rules keep outside text harmless. Text from a dataset or a user never becomes a control id:
-`"<|im_end|>"` typed by a user is encoded as the characters it is made of. And a folder is read as
-data: no class is picked by name, no code is run (chat templates render in a sandbox).
+Two rules keep outside text harmless. First, text from a dataset or a user never becomes a control
+id: `"<|im_end|>"` typed by a user is encoded as plain characters. Second, a folder is read as data:
+no class is picked by name and no code is run (chat templates render in a sandbox).
 
-Control ids are the added tokens that the tokenizer itself declares special.
+Control ids are the added tokens that the tokenizer declares special.
 """
 
 import functools
@@ -30,17 +30,16 @@ _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 # Characters of a private-use area cannot be part of a template's own text.
 _PLACEHOLDER = "\ue000{}\ue001"
 _PLACEHOLDER_PATTERN = re.compile("\ue000([0-9]+)\ue001")
-# Some templates write today's date. Then the same file would give other tokens tomorrow, and a
-# resumed run would refuse its own data; the date is pinned instead.
+# Some templates write today's date. The same file would give other tokens tomorrow, and a resumed
+# run would refuse its own data. So the date is pinned.
 _PINNED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 class Tokenizer:
   """A fast tokenizer with the conventions of this package.
 
-  A prompt starts with whatever the tokenizer itself puts in front (usually BOS) and never carries
-  an end token. A response carries no special tokens except one end token, which is scored: it is
-  how the model learns to stop.
+  A prompt starts with the tokenizer's own prefix (usually BOS) and has no end token. A response has
+  no special tokens except one end token. It is scored: this is how the model learns to stop.
   """
 
   def __init__(self, hf: "transformers.PreTrainedTokenizerFast", eos_token: str | None = None):
@@ -49,10 +48,10 @@ class Tokenizer:
     Args:
       hf: The tokenizer.
       eos_token: The token that ends a response; by default the one that ends an assistant turn
-        of the chat template, or else the tokenizer's own EOS.
+        of the chat template, or else the tokenizer's EOS.
 
     Raises:
-      DataError: `eos_token` is not one token of the vocabulary.
+      DataError: If `eos_token` is not one token of the vocabulary.
     """
     import tokenizers
 
@@ -62,7 +61,7 @@ class Tokenizer:
     backend.no_padding()
     backend.encode_special_tokens = False
     self._template_encoder = backend
-    # The switch is a property of the object, so text from outside gets an object of its own.
+    # The switch is a property of the object, so outside text gets a separate object.
     self._text_encoder = tokenizers.Tokenizer.from_str(backend.to_str())
     self._text_encoder.encode_special_tokens = True
     self._vocab = backend.get_vocab(with_added_tokens=True)
@@ -74,7 +73,7 @@ class Tokenizer:
 
   @functools.cached_property
   def vocab_size(self) -> int:
-    """One more than the largest id, added tokens included: what an embedding must hold."""
+    """One more than the largest id, added tokens included: the rows that an embedding needs."""
     return max(self._vocab.values()) + 1
 
   @property
@@ -84,10 +83,10 @@ class Tokenizer:
 
   @property
   def eos_id(self) -> int:
-    """The id that ends a response, on which generation stops.
+    """The id that ends a response and stops generation.
 
     Raises:
-      DataError: The tokenizer names no end token.
+      DataError: If the tokenizer names no end token.
     """
     if self._end_id is None:
       raise DataError("the tokenizer names no end token; choose one with data.end_token")
@@ -101,12 +100,12 @@ class Tokenizer:
 
   @property
   def has_chat_template(self) -> bool:
-    """Whether prompts are rendered as chats."""
+    """True if prompts are rendered as chats."""
     return bool(self.hf.chat_template)
 
   @functools.cached_property
   def digest(self) -> str:
-    """sha256 of everything that decides the ids: vocabulary, rules, chat template, end token."""
+    """SHA-256 of all that determines the ids: vocabulary, rules, chat template, end token."""
     parts = [self._template_encoder.to_str(), self.hf.chat_template, self._end_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -114,7 +113,7 @@ class Tokenizer:
     """The id of one token given by its exact name.
 
     Raises:
-      DataError: It is not in the vocabulary.
+      DataError: If it is not in the vocabulary.
     """
     if token not in self._vocab:
       raise DataError(
@@ -124,23 +123,24 @@ class Tokenizer:
     return self._vocab[token]
 
   def encode_text(self, text: str) -> list[int]:
-    """Ids of plain text: nothing added, no control ids."""
+    """Ids of plain text, with nothing added and no control ids."""
     return self._encode_texts([text])[0]
 
   def encode_prompt(self, prompt: Prompt) -> list[int]:
     """Ids of a prompt, ready for the model to answer.
 
-    With a chat template, text counts as one user message. Without one, messages are written as a
-    transcript that ends in "Assistant:". The empty text is the bare start of a document: BOS.
+    With a chat template, text is one user message. Without one, messages are written as a
+    transcript that ends in "Assistant:". The empty text is the start of a document: BOS.
 
     Args:
-      prompt: Text, or the messages up to and with the last user turn.
+      prompt: Text, or the messages up to and including the last user turn.
 
     Returns:
-      Ids, the tokenizer's own prefix first, no end token.
+      Ids, starting with the tokenizer's prefix, without an end token.
 
     Raises:
-      DataError: The template refuses the messages, or an empty prompt has no token to start with.
+      DataError: If the template refuses the messages, or an empty prompt has no token to start
+        with.
     """
     return self.encode_prompts([prompt])[0]
 
@@ -159,7 +159,7 @@ class Tokenizer:
     return encoded
 
   def encode_response(self, text: str) -> list[int]:
-    """Ids of a response and its end token, nothing in front. The text is taken as it is."""
+    """Ids of a response and its end token, without a prefix. The text is not changed."""
     return self.encode_responses([text])[0]
 
   def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,11 +168,11 @@ class Tokenizer:
     return [[*ids, end] for ids in self._encode_texts(texts)]
 
   def render_prompt(self, prompt: Prompt) -> str:
-    """The text of a prompt as the model sees it, without the tokenizer's own prefix."""
+    """Text of a prompt as the model sees it, without the tokenizer's prefix."""
     return "".join(text for text, _ in self._pieces(prompt))
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids. Ids outside the vocabulary are left out."""
+    """Text of ids. Ids outside the vocabulary are dropped."""
     return self._template_encoder.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
   def batch_decode(self, rows: Iterable[Iterable[int]], skip_special: bool = True) -> list[str]:
@@ -203,7 +203,7 @@ class Tokenizer:
     return [i for i in replaced if i is not None and i not in self._control_ids]
 
   def _added_prefix(self) -> list[int]:
-    """The ids that the tokenizer's post-processor puts before a text."""
+    """Ids that the tokenizer's post-processor puts before a text."""
     bare = self._template_encoder.encode("a", add_special_tokens=False).ids
     full = self._template_encoder.encode("a", add_special_tokens=True).ids
     starts = range(len(full) - len(bare) + 1)
@@ -223,7 +223,7 @@ class Tokenizer:
     return [] if self.has_chat_template else list(self._prefix)
 
   def _pieces(self, prompt: Prompt) -> list[tuple[str, bool]]:
-    """Splits a prompt into (text, is it from outside)."""
+    """Splits a prompt into (text, from_user) pieces."""
     if prompt == "":
       return []
     if not self.has_chat_template:
@@ -231,7 +231,7 @@ class Tokenizer:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     contents = [message["content"] for message in messages]
     if not any(self._control_text.search(content) for content in contents):
-      # One piece gives the ids that every other tool gives for this chat.
+      # As one piece, this chat gets the same ids as in every other tool.
       return [(self._render(messages, add_generation_prompt=True), False)]
     marked = [
       {"role": message["role"], "content": _PLACEHOLDER.format(i)}
@@ -273,14 +273,14 @@ class Tokenizer:
     return self.hf.eos_token_id if turn_end is None else turn_end
 
   def _template_turn_end(self) -> int | None:
-    """The first control id after an assistant turn: some templates do not end turns with EOS."""
+    """First control id after an assistant turn: some templates do not end turns with EOS."""
     answer = _PLACEHOLDER.format(0)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     try:
-      _, found, tail = self._render(turns, add_generation_prompt=False).rpartition(answer)
+      _, rendered, tail = self._render(turns, add_generation_prompt=False).rpartition(answer)
     except DataError:
       return None
-    ids = self._encode_templates([tail])[0] if found else []
+    ids = self._encode_templates([tail])[0] if rendered else []
     return next((i for i in ids if i in self._control_ids), None)
 
 
@@ -288,7 +288,7 @@ def transcript(messages: Messages) -> str:
   r"""Messages as plain text, for tokenizers without a chat template.
 
   Args:
-    messages: The turns up to and with the last user turn.
+    messages: The turns up to and including the last user turn.
 
   Returns:
     "\n\nHuman: ...\n\nAssistant: ..." that ends in "\n\nAssistant:".
@@ -303,13 +303,13 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
   Args:
     path: A folder with tokenizer.json (and usually tokenizer_config.json).
     eos_token: The token that ends a response, for models that do not use their tokenizer's EOS
-      (stories260k ends stories with "<s>"); None or "" keeps the folder's.
+      (stories260k ends stories with "<s>"); None or "" uses the folder's.
 
   Returns:
     The tokenizer.
 
   Raises:
-    DataError: No tokenizer.json, a broken one, or an `eos_token` that is not in the vocabulary.
+    DataError: If tokenizer.json is missing or broken, or `eos_token` is not in the vocabulary.
   """
   folder = pathlib.Path(path)
   if not (folder / "tokenizer.json").is_file():
@@ -319,7 +319,7 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
     )
   fast_tokenizer = _fast_tokenizer_class()
   try:
-    # Not AutoTokenizer: a config.json must not choose what runs.
+    # Not AutoTokenizer: a config.json must not choose the code that runs.
     hf = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return Tokenizer(hf, eos_token)
   except DataError as error:
@@ -334,14 +334,14 @@ def word_level_tokenizer(words: Sequence[str]) -> Tokenizer:
   """Builds a tokenizer of whole words that saves and loads like any other.
 
   Args:
-    words: The vocabulary, without white space and without "<". Ids follow the four specials
-      `<pad>` 0, `<bos>` 1, `<eos>` 2, `<unk>` 3 in this order.
+    words: The vocabulary, without white space and "<". Ids follow the four special tokens `<pad>`
+      0, `<bos>` 1, `<eos>` 2, `<unk>` 3 in the given order.
 
   Returns:
     A tokenizer that splits on white space, puts `<bos>` before prompts and joins words by spaces.
 
   Raises:
-    ValueError: A repeated, empty or unusable word.
+    ValueError: If a word is repeated, empty or unusable.
   """
   import tokenizers
   from tokenizers import models, pre_tokenizers, processors
@@ -354,7 +354,7 @@ def word_level_tokenizer(words: Sequence[str]) -> Tokenizer:
     if not word or word.split() != [word] or "<" in word:
       raise ValueError(f'words must be free of white space and "<", got {word!r}')
   backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-  # The specials are words of the model too; cutting at "<" keeps typed ones from matching them.
+  # Special tokens are words of the model too; cutting at "<" keeps typed text from matching them.
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("<", "isolated")]
   )

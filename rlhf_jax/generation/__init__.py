@@ -1,4 +1,4 @@
-"""Sampling on device: one jitted program of prefill and a decode loop."""
+"""Sampling on device: one jitted program with prefill and a decode loop."""
 
 from rlhf_jax.generation.generate import ended, make_generate
 from rlhf_jax.generation.mixture import MixtureParams, make_mixture

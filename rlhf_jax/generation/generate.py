@@ -29,20 +29,19 @@ def make_generate(
 ) -> Callable[..., Rollout]:
   """Builds the jitted sampler.
 
-  A token depends on (key, prompt id, sample id, position in the response) and the logits only:
-  not on the other rows, their order or number, nor on the mesh.
+  A token depends only on its logits and on (key, prompt id, sample id, position in the response).
+  It does not depend on the mesh, or on the order or number of the other rows.
 
   Args:
     decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)`.
     init_cache: `(batch, slots) -> cache` with a method `repeat(n)` that repeats its rows.
-    config: Sampling rule and longest response R.
-    stop_ids: Tokens that end a response; each is kept, with its log-probability.
-    pad_id: Written after the end of a response; nothing reads it.
+    config: Sampling rule and maximum response length R.
+    stop_ids: Tokens that end a response; the stop token is kept, with its log-probability.
+    pad_id: Token that fills a row after the end of its response; nothing reads it.
 
   Returns:
-    `generate(params, tokens [B, P], mask [B, P], prompt_ids [B], key) -> Rollout` of
-    `B * samples_per_prompt` rows, the samples of a prompt next to each other. Prompts are left
-    padded.
+    `generate(params, tokens [B, P], mask [B, P], prompt_ids [B], key) -> Rollout` with
+    `B * samples_per_prompt` rows; the samples of a prompt are adjacent. Prompts are left padded.
   """
   if not stop_ids:
     raise ValueError("stop_ids is empty: no response could ever end")
@@ -107,6 +106,6 @@ def make_generate(
 
 @jax.jit
 def ended(rollout: Rollout, stop_ids: Sequence[int]) -> jax.Array:
-  """Whether each response ended in a stop token, and was not cut at the longest length. [B]."""
+  """[B] bool, True if a response ended in a stop token instead of being truncated."""
   stops = jnp.asarray(stop_ids, jnp.int32)[None, None]
   return jnp.any((rollout.tokens[..., None] == stops).any(-1) & rollout.response_mask, axis=1)

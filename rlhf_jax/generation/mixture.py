@@ -1,4 +1,4 @@
-"""Decoding from the geometric mixture of two models, one cache each."""
+"""Decoding from the geometric mixture of two models, each with its own cache."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from rlhf_jax.types import Params
 
 
 class MixtureParams(NamedTuple):
-  """Two sets of params of one architecture, and how they are mixed.
+  """Two sets of params of one architecture, and their mixing weight.
 
   Attributes:
-    policy: Params of weight `1 - mix`.
-    ref: Params of weight `mix`.
-    mix: [] float32 in [0, 1]; may change from call to call without a new compilation.
+    policy: Params with weight `1 - mix`.
+    ref: Params with weight `mix`.
+    mix: [] float32 in [0, 1]; changing it does not recompile.
   """
 
   policy: Params
@@ -30,25 +30,25 @@ class MixtureCache(NamedTuple):
   ref: Any
 
   def repeat(self, n: int) -> "MixtureCache":
-    """Every row n times, the copies next to each other."""
+    """Repeats every row n times; the copies are adjacent."""
     return MixtureCache(self.policy.repeat(n), self.ref.repeat(n))
 
 
 def make_mixture(
   decode: Callable[..., tuple[jax.Array, Any]], init_cache: Callable[..., Any]
 ) -> tuple[Callable[..., tuple[jax.Array, MixtureCache]], Callable[..., MixtureCache]]:
-  """The opponent of Nash-MD as something `make_generate` samples from.
+  """Builds `decode` and `init_cache` of Nash-MD's opponent, for `make_generate`.
 
-  Munos et al., 2023, https://arxiv.org/abs/2312.00886: each token comes from
-  `policy^(1 - mix) ref^mix`, normalised (`losses.game.mixture_logits`). A token costs one forward
-  pass of each model at the newest position, and the memory of two caches.
+  Munos et al., 2023, https://arxiv.org/abs/2312.00886: each token is sampled from
+  `policy^(1 - mix) ref^mix`, normalised (`losses.game.mixture_logits`). A token costs a forward
+  pass of both models at the newest position, and two caches are held.
 
   Args:
     decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)` of the architecture.
     init_cache: `(batch, slots) -> cache` with a method `repeat(n)`.
 
   Returns:
-    `decode` and `init_cache` that take `MixtureParams` and `MixtureCache` instead; the logits are
+    `decode` and `init_cache` for `MixtureParams` and `MixtureCache`. The logits are
     log-probabilities of the mixture.
   """
 

@@ -1,4 +1,4 @@
-"""How a token is drawn from logits."""
+"""Sampling of tokens from logits."""
 
 import dataclasses
 import math
@@ -7,38 +7,38 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import ranges
 from rlhf_jax.losses import logprobs as logprobs_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How responses are sampled.
+  """Settings of the sampler.
 
   Attributes:
-    max_new_tokens: Longest response, tokens, the stop token included.
-    temperature: Divides the logits; 0 takes the most likely token.
-    top_k: Samples among the k most likely tokens only; 0 among all.
-    top_p: Samples among the most likely tokens that together reach this probability.
-    samples_per_prompt: Responses per prompt, which share one prefill.
+    max_new_tokens: Maximum length of a response in tokens, including the stop token.
+    temperature: Sampling temperature; 0 is greedy.
+    top_k: Number of most likely tokens to sample from; 0 samples from all.
+    top_p: Probability of the nucleus. Only the smallest set of most likely tokens that reaches it
+      is sampled from; 1 samples from all.
+    samples_per_prompt: Responses per prompt. They share one prefill.
   """
 
   max_new_tokens: int = 64
   temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
+  top_k: int = ranges.rare(0)
+  top_p: float = ranges.rare(1.0)
   samples_per_prompt: int = 1
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-    if not 0 <= self.temperature < math.inf:
-      raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
-    if self.top_k < 0:
-      raise ValueError(f"top_k must not be negative (0 is off), got {self.top_k}")
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f"top_p must be in (0, 1] (1 is off), got {self.top_p}")
-    if self.samples_per_prompt < 1:
-      raise ValueError(f"samples_per_prompt must be at least 1, got {self.samples_per_prompt}")
+    ranges.check(
+      self,
+      at_least_one=("max_new_tokens", "samples_per_prompt"),
+      non_negative=("temperature", "top_k"),
+      above_zero=("top_p",),
+    )
+    if math.isinf(self.temperature):
+      raise ValueError(f"temperature must be finite, got {self.temperature}")
 
 
 def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
@@ -79,8 +79,8 @@ def sample(
 
   Returns:
     Tokens [B] int32, and their log-probabilities [B] float32 under the softmax at
-    `config.temperature` (at temperature 0: at 1). `top_k` and `top_p` do not enter the
-    log-probability, so it is the one that a trainer computes.
+    `config.temperature` (at 1 if the temperature is 0). `top_k` and `top_p` do not affect the
+    log-probabilities, so they equal those that a trainer computes.
   """
   chex.assert_rank([logits, keys], [2, 1])
   chex.assert_equal_shape_prefix([logits, keys], 1)

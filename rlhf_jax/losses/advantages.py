@@ -1,4 +1,4 @@
-"""Advantage estimators. None of them whitens: that is `masked.whiten`, over the global batch."""
+"""Advantage estimators. None of them whitens; use `masked.whiten` over the global batch."""
 
 import chex
 import jax
@@ -18,9 +18,9 @@ def gae(
 ) -> tuple[jax.Array, jax.Array]:
   """Generalised advantage estimation (Schulman et al., 2015, https://arxiv.org/abs/1506.02438).
 
-  With `delta_t = r_t + gamma V_{t+1} - V_t` (eq. 10) and `A_t = delta_t + gamma lam A_{t+1}`
-  (eq. 16). After the last unmasked token `A` is 0, and `V` is 0 as well, since the episode ends
-  there, unless `bootstrap` says otherwise.
+  Computes `delta_t = r_t + gamma V_{t+1} - V_t` (eq. 10) and `A_t = delta_t + gamma lam A_{t+1}`
+  (eq. 16). After the last unmasked token `A` is 0. `V` is `bootstrap` there, or 0 without one,
+  because the episode has ended.
 
   Args:
     rewards: [B, T] reward of each token.
@@ -28,11 +28,11 @@ def gae(
     mask: [B, T] bool, True on response tokens, which must be contiguous in each row.
     gamma: Discount per token.
     lam: Weight of longer returns; 1 is Monte Carlo, 0 the one-step error.
-    bootstrap: [B] value after the last token: the critic's for a response that was cut, 0 for one
-      that ended. All 0 when None.
+    bootstrap: [B] value after the last token: the critic's value for a truncated response, 0 for a
+      finished one. All 0 when None.
 
   Returns:
-    Advantages and returns (`advantages + values`), [B, T] each, 0 where masked. No gradient is
+    Advantages and returns (`advantages + values`), [B, T] each, 0 where masked. Gradients are not
     stopped.
   """
   chex.assert_rank([rewards, values, mask], 2)
@@ -51,13 +51,13 @@ def gae(
     advantage = jnp.where(on, advantage, 0.0)
     return (advantage, value), advantage
 
-  # Padding has the value after the end and advantage 0: scanning over it is ending before it.
+  # Padding has the value after the end and advantage 0, so scanning over it changes nothing.
   _, advantages = jax.lax.scan(backward, (end, after), (rewards.T, values.T, mask.T), reverse=True)
   return advantages.T, jnp.where(mask, advantages.T + values, 0.0)
 
 
 def ngram_segments(mask: jax.Array, n: int | jax.Array) -> jax.Array:
-  """Cuts each response into macro actions of n tokens, the last one shorter, for `macro_gae`.
+  """Cuts each response into macro actions of n tokens for `macro_gae`; the last may be shorter.
 
   Args:
     mask: [B, T] bool, True on response tokens.
@@ -80,18 +80,18 @@ def macro_gae(
   lam: float = 0.95,
   bootstrap: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`gae` over macro actions instead of tokens: credit travels segments, not tokens.
+  """`gae` over macro actions instead of tokens.
 
-  MA-RLHF (Chai et al., 2024, https://arxiv.org/abs/2410.02743). A macro action has the sum of its
-  tokens' rewards, so that the return of a response does not depend on how it is cut (the released
-  code takes their mean, which shrinks the KL penalty), and the mean of their values. Ratio, clip
-  and losses stay per token. One token per macro action is `gae`.
+  MA-RLHF (Chai et al., 2024, https://arxiv.org/abs/2410.02743). The reward of a macro action is the
+  sum of its tokens' rewards, so the return of a response does not depend on how it is cut. (The
+  released code takes the mean, which shrinks the KL penalty.) Its value is the mean of its tokens'
+  values. Ratio, clip and losses stay per token. With one token per macro action this is `gae`.
 
   Args:
     rewards: [B, T] reward of each token.
     values: [B, T] value before each token.
-    segment_ids: [B, T] int, index of the macro action of each response token: 0 for the first,
-      then the same or one more than that of the token before.
+    segment_ids: [B, T] int, index of the macro action of each response token. It starts at 0 and
+      grows by 0 or 1 from one token to the next.
     mask: [B, T] bool, True on response tokens.
     gamma: Discount per macro action.
     lam: Weight of longer returns.
@@ -114,9 +114,9 @@ def macro_gae(
     total(jnp.where(mask, masked.widen(x), 0.0), segment_ids) for x in (rewards, values)
   )
   values = values / jnp.maximum(tokens, 1).astype(values.dtype)
-  of_segments = gae(rewards, values, tokens > 0, gamma=gamma, lam=lam, bootstrap=bootstrap)
+  per_segment = gae(rewards, values, tokens > 0, gamma=gamma, lam=lam, bootstrap=bootstrap)
   advantages, returns = (
-    jnp.where(mask, jnp.take_along_axis(x, segment_ids, axis=1), 0.0) for x in of_segments
+    jnp.where(mask, jnp.take_along_axis(x, segment_ids, axis=1), 0.0) for x in per_segment
   )
   return advantages, returns
 
@@ -140,10 +140,10 @@ def leave_one_out(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.A
 
   Args:
     rewards: [B, N] with N >= 2 samples per prompt.
-    mask: [B, N] bool, False on samples to leave out; all count when None.
+    mask: [B, N] bool, False on samples to ignore; all count when None.
 
   Returns:
-    [B, N] advantages; each row sums to 0. 0 where masked or alone.
+    [B, N] advantages; each row sums to 0. 0 where masked, and for a prompt's only sample.
   """
   rewards, mask = _group(rewards, mask)
   n = jnp.sum(mask, axis=1, keepdims=True).astype(rewards.dtype)
@@ -156,16 +156,16 @@ def group_normalize(
   """Reward standardised over the samples of the same prompt (GRPO).
 
   Shao et al., 2024, https://arxiv.org/abs/2402.03300, section 4.1.2. The standard deviation has
-  Bessel's correction. A group of equal rewards has advantage 0.
+  Bessel's correction. Advantages are 0 in a group of equal rewards.
 
   Args:
     rewards: [B, N] with N >= 2 samples per prompt.
-    eps: Added to the standard deviation.
-    scale: False only centres (Dr. GRPO, https://arxiv.org/abs/2503.20783).
-    mask: [B, N] bool, False on samples to leave out; all count when None.
+    eps: Constant added to the standard deviation.
+    scale: False only centres the rewards (Dr. GRPO, https://arxiv.org/abs/2503.20783).
+    mask: [B, N] bool, False on samples to ignore; all count when None.
 
   Returns:
-    [B, N] advantages; 0 where masked or alone.
+    [B, N] advantages; 0 where masked, and for a prompt's only sample.
   """
   rewards, mask = _group(rewards, mask)
   centred = _centre(rewards, mask)

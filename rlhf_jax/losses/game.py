@@ -1,12 +1,12 @@
 """Preference games: Nash learning from human feedback, on samples and on tables.
 
-Munos et al., 2023, https://arxiv.org/abs/2312.00886. Of two policies, `P(p, q)` is the probability
-that a response of `p` is preferred to one of `q`. Policies play the game regularised towards a
-reference, `P_tau(p, q) = P(p, q) - tau KL(p || ref) + tau KL(q || ref)`, which has one equilibrium,
-also where preferences are cyclic and no reward explains them.
+Munos et al., 2023, https://arxiv.org/abs/2312.00886. `P(p, q)` is the probability that a response
+of policy `p` is preferred to a response of policy `q`. Policies play the game regularised towards a
+reference, `P_tau(p, q) = P(p, q) - tau KL(p || ref) + tau KL(q || ref)`. It has exactly one
+equilibrium, even where preferences are cyclic and no reward explains them.
 
-The tabular functions take log-probabilities of A responses and know every preference: what the
-sampled loss should learn, and the place to study the algorithms themselves.
+The tabular functions take log-probabilities of A responses and know every preference. They show
+what the sampled loss should learn, and they are the place to study the algorithms themselves.
 """
 
 import chex
@@ -22,8 +22,8 @@ def mixture_logits(
 ) -> jax.Array:
   """Normalised geometric mixture `policy^(1 - mix) ref^mix`, the opponent of Nash-MD.
 
-  Munos et al., 2023, mix whole responses on paper; sampled is the mixture of each next token,
-  which is another distribution of responses, but one that can be sampled.
+  Munos et al., 2023, define the mixture over whole responses, but sample from the mixture of each
+  next token. That is a different distribution of responses, but one that can be sampled.
 
   Args:
     policy_logits: [..., V].
@@ -31,7 +31,7 @@ def mixture_logits(
     mix: Weight of the reference: 0 is the policy, 1 the reference.
 
   Returns:
-    [..., V] log-probabilities; -inf where a distribution of weight above 0 has probability 0.
+    [..., V] log-probabilities; -inf where a distribution with nonzero weight has probability 0.
   """
   chex.assert_equal_shape([policy_logits, ref_logits])
   (policy, fine), (ref, ref_fine) = map(logprobs_lib.shifted, (policy_logits, ref_logits))
@@ -55,19 +55,21 @@ def nash_md_loss(
 ) -> jax.Array:
   """Policy gradient of the regularised game against a fixed opponent (Nash-MD-PG).
 
-  Munos et al., 2023. The gradient of a row's sum is, in expectation over responses of the policy,
-  that of `-P(policy, opponent) + tau KL(policy || ref)`: the preference is shared by all tokens,
-  and each token answers for its own and all later log-ratios (`kl.reverse_kl_loss`).
-  The opponent sets the algorithm: the mixture (`mixture_logits`), the policy itself (self-play,
-  the equilibrium is stationary), its moving average (Nash-EMA), the reference (best response).
+  Munos et al., 2023. In expectation over responses of the policy, the gradient of a row's sum is
+  the gradient of `-P(policy, opponent) + tau KL(policy || ref)`. All tokens share the preference,
+  and each token is credited with its own and all later log-ratios (`kl.reverse_kl_loss`).
+  The opponent determines the algorithm: the mixture (`mixture_logits`), the policy itself
+  (self-play, where the equilibrium is stationary), its moving average (Nash-EMA), or the reference
+  (best response).
 
   Args:
-    logprobs: [B, T] of the tokens of a response under the policy, which has sampled it.
-    ref_logprobs: [B, T] under the reference.
+    logprobs: [B, T] log-probabilities of the response's tokens under the policy that sampled them.
+    ref_logprobs: [B, T] log-probabilities under the reference.
     mask: [B, T] bool, True on response tokens.
-    preference: [B] probability that the response beats one of the opponent, a constant.
+    preference: [B] probability that the response beats one of the opponent's; a constant in the
+      gradient.
     tau: Strength of the regularisation.
-    baseline: Scalar or [B]; any constant leaves the expected gradient as it is.
+    baseline: Scalar or [B]; no constant changes the expected gradient.
 
   Returns:
     [B, T] loss, 0 where masked. Sum it over tokens and average over rows.
@@ -81,7 +83,7 @@ def nash_md_loss(
 
 
 def _table(log_policy: jax.Array, log_ref: jax.Array, preference: jax.Array) -> list[jax.Array]:
-  """The arrays of a game in float32 or wider, once their shapes agree."""
+  """Checks the shapes of a game's arrays and widens them to float32 or wider."""
   chex.assert_rank([log_policy, log_ref, preference], [1, 1, 2])
   chex.assert_equal_shape([log_policy, log_ref])
   chex.assert_shape(preference, (*log_policy.shape, *log_policy.shape))
@@ -105,7 +107,8 @@ def nash_md_step(
 
   Munos et al., 2023: `m ~ policy^(1 - eta tau) ref^(eta tau)`, then
   `policy' ~ m exp(eta P(., m))`. With `eta_t = 2 / (tau (t + 2))` from t = 0, after T steps
-  `KL(equilibrium || policy) <= 8 / (tau^2 (T + 1))`; a constant `eta` stops short of it.
+  `KL(equilibrium || policy) <= 8 / (tau^2 (T + 1))`; a constant `eta` stops short of
+  the equilibrium.
 
   Args:
     log_policy: [A] normalised log-probabilities.
@@ -130,13 +133,13 @@ def mirror_prox_step(
   eta: float | jax.Array,
   tau: float | jax.Array,
 ) -> jax.Array:
-  """One step of Nash-MP: against the policy first, then from the same start against the result.
+  """One step of Nash-MP: a half step against the policy, then a step against its result.
 
-  Tiapkin et al., 2025, https://arxiv.org/abs/2505.19731v1. Each half step maximises
+  Tiapkin et al., 2025, https://arxiv.org/abs/2505.19731v1. Both start from the policy and maximise
   `P_tau(p, opponent) - (tau / eta) KL(p || policy)`, so
-  `p ~ (policy ref^eta exp(eta / tau P(., opponent)))^(1 / (1 + eta))`. With `eta = 2 tau <= 1` the
-  KL from the equilibrium falls by `1 + 2 tau` a step. EGPO (https://arxiv.org/abs/2503.08942) of
-  step `s` is this with `eta = s tau / (1 - s tau)`.
+  `p ~ (policy ref^eta exp(eta / tau P(., opponent)))^(1 / (1 + eta))`. With `eta = 2 tau <= 1` each
+  step divides the KL from the equilibrium by `1 + 2 tau`. EGPO (https://arxiv.org/abs/2503.08942)
+  with step size `s` is this step with `eta = s tau / (1 - s tau)`.
 
   Args:
     log_policy: [A] normalised log-probabilities.
@@ -160,7 +163,7 @@ def mirror_prox_step(
 def exploitability(
   log_policy: jax.Array, log_ref: jax.Array, preference: jax.Array, *, tau: float | jax.Array
 ) -> jax.Array:
-  """`max_q P_tau(q, policy) - 1 / 2`: what the best response to the policy wins.
+  """`max_q P_tau(q, policy) - 1 / 2`: the gain of the best response to the policy.
 
   The best response is `ref exp(P(., policy) / tau)`, so the maximum is
   `tau log sum ref exp(P(., policy) / tau) + tau KL(policy || ref)`.
@@ -168,12 +171,12 @@ def exploitability(
   Args:
     log_policy: [A] normalised log-probabilities.
     log_ref: [A] normalised log-probabilities of the reference.
-    preference: [A, A], `preference[i, j]` is the probability that i beats j, and the two ways
-      round sum to 1.
+    preference: [A, A], `preference[i, j]` is the probability that i beats j;
+      `preference[i, j] + preference[j, i] = 1`.
     tau: Strength of the regularisation, above 0.
 
   Returns:
-    [] >= 0 up to rounding; 0 at the equilibrium alone.
+    [] >= 0 up to rounding; 0 only at the equilibrium.
   """
   log_policy, log_ref, preference = _table(log_policy, log_ref, preference)
   gain = _win_rates(preference, log_policy)

@@ -11,9 +11,9 @@ Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx
 | `reverse_kl_loss` | l             | KL          | that of KL(pi || ref) of the whole response    |
 | `full_kl`         | sum over V    | exact KL    | of either side, at this token                  |
 
-"At this token" takes the tokens before it as given. That a token also decides which later tokens
-are met is left out by all but `reverse_kl_loss`; `k1` inside the reward of a policy gradient has it
-too. `k3` times `exp(logprobs - sg(logprobs))`, which is 1, has the gradient of `k2`.
+"At this token" takes the tokens before it as given. A token also changes the distribution of later
+tokens. Only `reverse_kl_loss` accounts for this, and so does `k1` inside the reward of a policy
+gradient. `k3` times `exp(logprobs - sg(logprobs))`, which is 1, has the gradient of `k2`.
 """
 
 import chex
@@ -33,7 +33,7 @@ def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
   Args:
     logprobs: [...] log-probabilities of the sampled tokens under the policy.
-    ref_logprobs: Same shape, under the reference.
+    ref_logprobs: Same shape, log-probabilities under the reference.
 
   Returns:
     Same shape, nats.
@@ -48,7 +48,7 @@ def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
   Args:
     logprobs: [...] log-probabilities of the sampled tokens under the policy.
-    ref_logprobs: Same shape, under the reference.
+    ref_logprobs: Same shape, log-probabilities under the reference.
 
   Returns:
     Same shape, nats, >= 0.
@@ -60,11 +60,11 @@ def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """`exp(-l) - 1 + l`: unbiased and never negative.
 
-  The exponent is held below 20, where the value is past any use and its gradient would overflow.
+  The exponent is clipped at 20: beyond it the value is useless and its gradient would overflow.
 
   Args:
     logprobs: [...] log-probabilities of the sampled tokens under the policy.
-    ref_logprobs: Same shape, under the reference.
+    ref_logprobs: Same shape, log-probabilities under the reference.
 
   Returns:
     Same shape, nats, >= 0.
@@ -76,18 +76,18 @@ def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def reverse_kl_loss(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
   """KL(policy || ref) of whole responses, with its unbiased policy gradient.
 
-  The gradient of a row's sum is `sum_t (sum_{s >= t} l_s) grad log pi_t`, with `l` the log-ratio: a
-  token answers for its own log-ratio and for all later ones (reward-to-go; those before it have no
-  gradient in expectation). A token that answers only for its own is biased.
+  The gradient of a row's sum is `sum_t (sum_{s >= t} l_s) grad log pi_t`, with `l` the log-ratio.
+  Each token is credited with its own log-ratio and all later ones (reward-to-go); earlier ones have
+  no gradient in expectation. Crediting a token with its own log-ratio only would be biased.
 
   Args:
-    logprobs: [B, T] of the sampled tokens under the policy, which has sampled them.
-    ref_logprobs: [B, T] under the reference.
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy that sampled them.
+    ref_logprobs: [B, T] log-probabilities under the reference.
     mask: [B, T] bool, True on response tokens.
 
   Returns:
-    [B, T] log-ratios, nats, 0 where masked. Sum them over tokens: with other weights the gradient
-    is no longer that of the KL.
+    [B, T] log-ratios, nats, 0 where masked. Sum them over tokens: with any other weights the
+    gradient is not the gradient of the KL.
   """
   chex.assert_rank([logprobs, ref_logprobs, mask], 2)
   chex.assert_equal_shape([logprobs, ref_logprobs, mask])
@@ -100,12 +100,13 @@ def reverse_kl_loss(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Arra
 def full_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
   """Exact KL between the next-token distributions at each position.
 
-  The arguments swapped give KL(ref || policy), the forward KL, whose gradient is that of a
+  Swapping the arguments gives KL(ref || policy), the forward KL. Its gradient is the gradient of a
   cross-entropy with the reference as target (SuperHF's penalty, https://arxiv.org/abs/2310.16763).
 
   Args:
-    logits: [..., V] of the first distribution; an entry of -inf has probability 0.
-    ref_logits: [..., V] of the second one, which needs support wherever the first has it.
+    logits: [..., V] logits of the first distribution; an entry of -inf has probability 0.
+    ref_logits: [..., V] logits of the second distribution, which must have support wherever the
+      first has it.
 
   Returns:
     [...] nats, >= 0 up to rounding.
@@ -114,6 +115,6 @@ def full_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
   (logits, fine), (ref_logits, ref_fine) = map(logprobs_lib.shifted, (logits, ref_logits))
   logprobs, ref_logprobs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
   probs = jnp.exp(logprobs)
-  # Where probs is 0 both may be -inf, whose difference is NaN.
+  # Both may be -inf where probs is 0, and -inf - (-inf) is NaN.
   log_ratio = jnp.where(probs > 0, logprobs - ref_logprobs, 0.0)
   return jnp.where(fine & ref_fine, jnp.sum(probs * log_ratio, axis=-1), jnp.nan)

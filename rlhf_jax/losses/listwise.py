@@ -1,6 +1,6 @@
 """Losses on K responses to one prompt: [B, K] in, [B] losses out.
 
-Rows may be ragged: `mask` [B, K] is True on real responses, and a row without any has loss 0.
+Rows may be ragged: `mask` [B, K] is True on real responses. A row without any has loss 0.
 """
 
 import chex
@@ -11,7 +11,7 @@ from rlhf_jax.losses import masked
 
 
 def _after(mask: jax.Array) -> jax.Array:
-  """[B, K, K] bool: whether both are real and the second comes after the first."""
+  """[B, K, K] bool, True where both responses are real and the second follows the first."""
   place = jnp.arange(mask.shape[1])
   return (place[:, None] < place[None, :])[None] & mask[:, :, None] & mask[:, None, :]
 
@@ -19,20 +19,20 @@ def _after(mask: jax.Array) -> jax.Array:
 def _staged_choice(logits: jax.Array, after: jax.Array) -> jax.Array:
   """`sum_k [logsumexp_{i = k or i after k} logits[k, i] - logits[k, k]]`, [B, K, K] -> [B].
 
-  Each stage chooses its own response among the ones not chosen before.
+  Stage k chooses response k among those not chosen before.
   """
-  own = jnp.eye(logits.shape[1], dtype=bool)[None]
-  chosen = jnp.sum(logits, axis=2, where=own)
-  total = jax.nn.logsumexp(logits, axis=2, where=own | after)
+  diagonal = jnp.eye(logits.shape[1], dtype=bool)[None]
+  chosen = jnp.sum(logits, axis=2, where=diagonal)
+  total = jax.nn.logsumexp(logits, axis=2, where=diagonal | after)
   return jnp.sum(total - chosen, axis=1)
 
 
 def plackett_luce_loss(scores: jax.Array, mask: jax.Array) -> jax.Array:
   """Negative log-likelihood of a full ranking (Plackett, 1975; Luce, 1959).
 
-  `sum_k [logsumexp_{i >= k} s_i - s_k]`. With the scores of a reward model it trains that model;
-  with `beta * (log pi - log pi_ref)` it is DPO on rankings (https://arxiv.org/abs/2305.18290,
-  appendix A.3). Two responses give the Bradley-Terry loss.
+  `sum_k [logsumexp_{i >= k} s_i - s_k]`. With the scores of a reward model it trains that model.
+  With `beta * (log pi - log pi_ref)` it is DPO on rankings (https://arxiv.org/abs/2305.18290,
+  appendix A.3). With two responses it is the Bradley-Terry loss.
 
   Args:
     scores: [B, K] scores of K responses, ranked best first.
@@ -51,14 +51,14 @@ def plackett_luce_loss(scores: jax.Array, mask: jax.Array) -> jax.Array:
 def pro_loss(logprobs: jax.Array, rewards: jax.Array, mask: jax.Array) -> jax.Array:
   """Preference ranking optimisation: a ranking likelihood sharpened by reward differences.
 
-  Song et al., 2023, https://arxiv.org/abs/2306.17492: stage k is a softmax of
-  `s_i (r_k - r_i)` over the responses after it, and `s_k max_i (r_k - r_i)` for itself. The method
-  adds the negative log-likelihood of the best response.
+  Song et al., 2023, https://arxiv.org/abs/2306.17492. Stage k is a softmax over response k, with
+  logit `s_k max_i (r_k - r_i)`, and the responses i after it, with logits `s_i (r_k - r_i)`. The
+  method adds the negative log-likelihood of the best response.
 
   Args:
-    logprobs: [B, K] **mean** log-probability of a token, `s`; responses ranked best first.
+    logprobs: [B, K] **mean** log-probability per token, `s`; responses ranked best first.
     rewards: [B, K] scores that do not increase along a row, constant in the gradient. Their scale
-      is a hyperparameter, their offset has no effect.
+      is a hyperparameter; their offset has no effect.
     mask: [B, K] bool, True on real responses.
 
   Returns:
@@ -70,8 +70,8 @@ def pro_loss(logprobs: jax.Array, rewards: jax.Array, mask: jax.Array) -> jax.Ar
   logprobs, rewards = (jnp.where(mask, masked.widen(x), 0.0) for x in (logprobs, rewards))
   after = _after(mask)
   gap = jnp.where(after, rewards[:, :, None] - rewards[:, None, :], 0.0)
-  own = jnp.eye(mask.shape[1], dtype=bool)[None]
-  sharpness = jnp.where(own, jnp.max(gap, axis=2, keepdims=True), gap)
+  diagonal = jnp.eye(mask.shape[1], dtype=bool)[None]
+  sharpness = jnp.where(diagonal, jnp.max(gap, axis=2, keepdims=True), gap)
   return _staged_choice(sharpness * logprobs[:, None, :], after)
 
 
@@ -82,7 +82,7 @@ def rrhf_loss(logprobs: jax.Array, mask: jax.Array) -> jax.Array:
   log-likelihood of the best response.
 
   Args:
-    logprobs: [B, K] **mean** log-probability of a token, `p`; responses ranked best first.
+    logprobs: [B, K] **mean** log-probability per token, `p`; responses ranked best first.
     mask: [B, K] bool, True on real responses.
 
   Returns:
@@ -107,14 +107,14 @@ def brain_loss(
   """Cross-entropy from the reward-weighted posterior to the policy, both over K samples.
 
   Pandey et al., 2024 (BRAIn), https://arxiv.org/abs/2402.02479, with self-normalised importance
-  weights over samples of a proposal q: target `softmax(r / beta + log pi_ref - log q)`, model
-  `softmax(log pi - log q)`. Its optimum is `pi_ref exp(r / beta) / Z`. Two samples of the
-  reference with a certain target give `dpo_loss` with a beta of 1.
+  weights over samples from a proposal q. The target is `softmax(r / beta + log pi_ref - log q)`,
+  the model `softmax(log pi - log q)`. The optimum is `pi_ref exp(r / beta) / Z`. For two samples
+  from the reference and a one-hot target it is `dpo_loss` with beta 1.
 
   Args:
     policy: [B, K] log pi(y | x), summed over tokens.
     ref: [B, K] log pi_ref(y | x).
-    proposal: [B, K] log q(y | x) of the distribution that was sampled.
+    proposal: [B, K] log q(y | x) of the distribution that the responses were sampled from.
     rewards: [B, K]; only their differences within a row matter.
     mask: [B, K] bool, True on real responses.
     beta: Strength of the implied KL penalty.
@@ -129,7 +129,7 @@ def brain_loss(
   policy, ref, proposal, rewards = (
     jnp.where(mask, masked.widen(x), 0.0) for x in (policy, ref, proposal, rewards)
   )
-  # A row without a response has a distribution too, so that its gradient is finite.
+  # An empty row is normalised over all its slots, so that its gradient is finite.
   real = mask | ~jnp.any(mask, axis=1, keepdims=True)
 
   def log_softmax(x: jax.Array) -> jax.Array:
@@ -145,7 +145,7 @@ def all_pairs_regression_loss(
   """Mean of `preference.pair_regression_loss` over all pairs of one prompt's responses.
 
   Calandriello et al., 2024 (online IPO), https://arxiv.org/abs/2403.08635, with
-  `target[i, j] = (P(y_i > y_j) - 1/2) / tau`; K forward passes serve K (K - 1) / 2 pairs.
+  `target[i, j] = (P(y_i > y_j) - 1/2) / tau`. K forward passes serve K (K - 1) / 2 pairs.
 
   Args:
     policy: [B, K] log pi(y | x), summed over tokens.

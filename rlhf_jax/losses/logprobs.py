@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, and entropy, in float32 or wider.
 
-Logits are arrays, or `LazyLogits` of which a few tokens are computed at a time: at a vocabulary of
-128 thousand the logits of a batch, their softmax and their gradients outweigh all the rest.
+Logits are arrays or `LazyLogits`, which are computed for a few tokens at a time. With a vocabulary
+of 128 thousand, the logits of a batch, their softmax and their gradients would dominate memory.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from rlhf_jax.losses import masked
 )
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
-  """Logits [B, T, V] that are computed where they are read (`over_tokens`).
+  """Logits [B, T, V] that are computed when they are read (`over_tokens`).
 
   Attributes:
-    hidden: [B, T, D] that they are computed from.
-    params: Of the computation.
+    hidden: [B, T, D] hidden states that the logits are computed from.
+    params: Params of `read_out`.
     read_out: `(params, hidden [B, t, D]) -> logits [B, t, V]`.
-    chunk: Tokens of each row whose logits are held at a time, t.
+    chunk: Number t of tokens per row whose logits are held at a time.
   """
 
   hidden: jax.Array
@@ -44,20 +44,20 @@ Logits = jax.Array | LazyLogits
 def over_tokens(fn: Callable[..., Any], *inputs: Logits) -> Any:
   """`fn(*inputs)`, computed for a few tokens at a time if an input is lazy.
 
-  Gradients compute each piece again. Pieces are cut along T alone, so that rows stay where they
-  are on a mesh.
+  The backward pass recomputes each chunk. Chunks are cut along T only, so that rows stay where
+  they are on a mesh.
 
   Args:
-    fn: Function of arrays [B, t, ...] to a tree of arrays [B, t, ...] that treats every token on
-      its own.
-    *inputs: [B, T, ...] each; lazy ones reach `fn` as arrays [B, t, V]. Without a lazy one they
-      may have any shape and go to `fn` as they are.
+    fn: Function from arrays [B, t, ...] to a tree of arrays [B, t, ...] that treats each token
+      independently.
+    *inputs: [B, T, ...] each; lazy ones reach `fn` as arrays [B, t, V]. If none is lazy, they may
+      have any shape and are passed to `fn` unchanged.
 
   Returns:
     Tree of [B, T, ...].
 
   Raises:
-    AssertionError: If B or T differ beside a lazy input.
+    AssertionError: If an input is lazy and B or T differ between inputs.
   """
   lazy = [x for x in inputs if isinstance(x, LazyLogits)]
   if not lazy:
@@ -86,12 +86,12 @@ def over_tokens(fn: Callable[..., Any], *inputs: Logits) -> Any:
     x = jnp.swapaxes(x, 0, 1)
     return x.reshape(x.shape[0], pieces * size, *x.shape[3:])[:, :length]
 
-  piece = jax.checkpoint(piece, prevent_cse=False)  # In a loop nothing can be merged anyway.
+  piece = jax.checkpoint(piece, prevent_cse=False)  # In a loop there is nothing to merge anyway.
   return jax.tree.map(join, jax.lax.map(piece, [cut(x) for x in arrays]))
 
 
 def over_next_tokens(fn: Callable[..., Any], tokens: jax.Array, *logits: Logits) -> Any:
-  """`fn(targets, *logits)` with the token that follows each position: the one place that shifts.
+  """`fn(targets, *logits)`, where targets are the next tokens. This is the only place that shifts.
 
   Args:
     fn: See `over_tokens`.
@@ -103,15 +103,15 @@ def over_next_tokens(fn: Callable[..., Any], tokens: jax.Array, *logits: Logits)
     is 0.
   """
   chex.assert_rank(tokens, 2)
-  # What the last position is given here is dropped below.
-  found = over_tokens(fn, jnp.roll(tokens, -1, axis=1), *logits)
+  # The last position gets a wrong target here; its result is dropped below.
+  results = over_tokens(fn, jnp.roll(tokens, -1, axis=1), *logits)
   return jax.tree.map(
-    lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2)), found
+    lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2)), results
   )
 
 
 def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Logits less their maximum, [..., V], and whether there is a finite maximum, [...].
+  """Logits minus their maximum, [..., V], and whether that maximum is finite, [...].
 
   Next to a logit of 30, float32 keeps only five decimals of a log-probability. Logits without a
   finite maximum (padding may hold anything) become zeros, so that they pass no gradient.
@@ -131,8 +131,8 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
   """Log-probability of each target under the logits at the same position.
 
-  Nothing is shifted: `logits[..., t, :]` must be the distribution of `targets[..., t]`. Use
-  `next_token_logprobs` for the logits of a causal model over its own input.
+  Nothing is shifted: `logits[..., t, :]` must be the distribution of `targets[..., t]`. For the
+  logits of a causal model over its input, use `next_token_logprobs`.
 
   Args:
     logits: [..., T, V] float.
@@ -145,19 +145,19 @@ def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
     AssertionError: If the shapes do not match.
   """
 
-  def of_arrays(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  def compute(logits: jax.Array, targets: jax.Array) -> jax.Array:
     chex.assert_rank(logits, targets.ndim + 1)
     chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
     logits, fine = shifted(logits)
     # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
     # Explicit meshes, and needs less memory on TPU.
-    # int32 whatever the type of the tokens: 8 bits would count past 255 back to 0.
+    # int32 whatever the dtype of the tokens: 8 bits would wrap around after 255.
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     hit = vocabulary == targets[..., None]
     logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
     return jnp.where(fine, logprobs, jnp.nan)
 
-  return over_tokens(of_arrays, logits, targets)
+  return over_tokens(compute, logits, targets)
 
 
 def next_token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
@@ -183,11 +183,11 @@ def entropy(logits: Logits) -> jax.Array:
     [...] float32.
   """
 
-  def of_arrays(logits: jax.Array) -> jax.Array:
+  def compute(logits: jax.Array) -> jax.Array:
     logits, fine = shifted(logits)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     probs = jnp.exp(logprobs)
     result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
     return jnp.where(fine, result, jnp.nan)
 
-  return over_tokens(of_arrays, logits)
+  return over_tokens(compute, logits)

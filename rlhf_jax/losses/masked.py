@@ -1,4 +1,4 @@
-"""Means and variances over masked positions. Masked values may be NaN: they are never read."""
+"""Means and variances over the positions where a mask is True. Other values may even be NaN."""
 
 import functools
 from collections.abc import Callable
@@ -13,19 +13,19 @@ Arguments = ParamSpec("Arguments")
 
 
 def widen(x: jax.Array) -> jax.Array:
-  """`x` in float32, or in float64 where it was. bfloat16 keeps only 8 bits: sums need more."""
+  """`x` in float32, or in float64 if it was. bfloat16 has only 8 bits; sums need more."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def elementwise(loss: Callable[Arguments, jax.Array]) -> Callable[Arguments, jax.Array]:
   """Makes a loss without a mask safe to use under one.
 
-  For a function whose result at an index depends on its array arguments at that index alone. It
-  is computed in float32 or wider, and an entry that is not finite (padding may hold anything)
-  passes no gradient: by the chain rule, the zero that a mask sends back would become 0 * NaN.
+  For elementwise functions: output `i` depends only on inputs at `i`. The loss is computed in
+  float32 or wider. Entries that are not finite (padding may hold anything) pass no gradient;
+  otherwise the zero gradient from a mask would become 0 * NaN by the chain rule.
 
   Args:
-    loss: Function of arrays of one shape, and of scalars, to an array of that shape.
+    loss: Function from arrays of one shape, and scalars, to an array of that shape.
 
   Returns:
     A function with the same signature and values.
@@ -70,7 +70,7 @@ def masked_sum(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
     axis: Axes to reduce; all when None.
 
   Returns:
-    `x` reduced over `axis`; 0 where nothing is unmasked.
+    `x` reduced over `axis`; 0 where everything is masked.
   """
   chex.assert_equal_shape([x, mask])
   return jnp.sum(_keep(x, mask), axis=axis)
@@ -116,7 +116,7 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
 def whiten(
   x: jax.Array, mask: jax.Array, *, shift_mean: bool = True, ddof: int = 0, eps: float = 1e-8
 ) -> jax.Array:
-  """Scales `x` to unit variance over all masked positions (and zero mean if `shift_mean`).
+  """Scales `x` to unit variance where `mask` is set (and to zero mean if `shift_mean`).
 
   Under `jit` the statistics are those of the global batch, however it is sharded.
 
@@ -125,7 +125,7 @@ def whiten(
     mask: Same shape, bool.
     shift_mean: False keeps the mean.
     ddof: 1 for Bessel's correction.
-    eps: Added to the variance.
+    eps: Constant added to the variance.
 
   Returns:
     Same shape; 0 where masked.

@@ -1,8 +1,8 @@
-"""Rows that hold several sequences, one behind the other, told apart by segment ids.
+"""Rows that hold several sequences one after another, distinguished by segment ids.
 
-Sequences that are packed as they are read come as `PackedBatch`, whose figures `unpack` gives back
-per sequence. Padded ones that are already on the devices are packed for one forward pass by
-`places`, `pack` and `take`.
+Data that is packed when it is read comes as a `PackedBatch`; `unpack` separates its per-token
+arrays by sequence. Padded sequences that are already on the devices are packed for one forward pass
+by `places`, `pack` and `take`.
 """
 
 import chex
@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 
 def predicted(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-  """A mask without the first token of each sequence, which no token of it predicts.
+  """Clears the mask on the first token of each sequence, which no earlier token predicts.
 
   Args:
     mask: [..., T] bool.
-    segment_ids: [..., T] int, equal and contiguous within a sequence; None: a row is a sequence.
+    segment_ids: [..., T] int, equal and contiguous within a sequence. None if each row is one
+      sequence.
 
   Returns:
     [..., T] bool.
@@ -30,20 +31,20 @@ def predicted(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arra
 def unpack(
   segment_ids: jax.Array, segments: int, mask: jax.Array, *arrays: jax.Array
 ) -> tuple[jax.Array, ...]:
-  """Gives each sequence a row of its own, in which it stands where it stood.
+  """Gives each sequence its own row, without moving it along T.
 
-  What reduces along T under the mask (a sum, a mean, the last value) then does so per sequence and
-  need not know of packing.
+  Masked reductions along T (a sum, a mean, the last value) then work per sequence and need not know
+  about packing.
 
   Args:
     segment_ids: [B, ..., T] int, counted from 1 in each row; 0 on padding.
-    segments: S, the most sequences that a row has.
+    segments: Maximum number S of sequences in a row.
     mask: [B, ..., T] bool.
     *arrays: [B, ..., T] each.
 
   Returns:
-    The mask and the arrays, [B * S, ..., T] each. Row `b * S + s` is for segment `s + 1` of row b;
-    its mask is empty if there is none.
+    The mask and the arrays, [B * S, ..., T] each. Row `b * S + s` belongs to segment `s + 1` of row
+    b; its mask is all False if there is no such segment.
   """
   chex.assert_equal_shape([segment_ids, mask, *arrays])
 
@@ -51,24 +52,25 @@ def unpack(
     rows = jnp.broadcast_to(x[:, None], (x.shape[0], segments, *x.shape[1:]))
     return rows.reshape(-1, *x.shape[1:])
 
-  own = 1 + jnp.arange(segments).reshape(1, -1, *(1,) * (mask.ndim - 1))
-  here = mask[:, None] & (segment_ids[:, None] == own)  # [B, S, ..., T]
+  index = 1 + jnp.arange(segments).reshape(1, -1, *(1,) * (mask.ndim - 1))
+  here = mask[:, None] & (segment_ids[:, None] == index)  # [B, S, ..., T]
   return here.reshape(-1, *mask.shape[1:]), *map(repeat, arrays)
 
 
 def first_fit(lengths: jax.Array, row_length: int) -> tuple[jax.Array, jax.Array]:
-  """Puts sequences into rows: the longest first, each into the first row that has room.
+  """Assigns sequences to rows: longest first, each into the first row that has room.
 
-  They take at most 11/9 of the fewest rows possible, and four more (Johnson, 1974,
-  https://doi.org/10.1137/0203025). Sequences of up to T tokens never take more than
-  `ceil(N / (row_length // T))`.
+  The number of rows is at most 11/9 of the minimum plus four (Johnson, 1974,
+  https://doi.org/10.1137/0203025). Sequences of up to T tokens never need more than
+  `ceil(N / (row_length // T))` rows.
 
   Args:
-    lengths: [N] int, none of them above `row_length`.
-    row_length: Tokens of a row.
+    lengths: [N] int, each at most `row_length`.
+    row_length: Tokens per row.
 
   Returns:
-    Row of each sequence and where it starts in it, [N] int32 each; rows are filled from 0.
+    Row of each sequence, and its first position in that row, [N] int32 each. Rows are filled from
+    row 0 on.
   """
   chex.assert_rank(lengths, 1)
   order = jnp.argsort(-lengths)
@@ -84,15 +86,15 @@ def first_fit(lengths: jax.Array, row_length: int) -> tuple[jax.Array, jax.Array
 
 
 def places(real: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """Where each token goes when the sequences of a batch are packed into fewer rows.
+  """Finds the place of each token when the sequences of a batch are packed into fewer rows.
 
   Args:
-    real: [N, T] bool, False on padding, wherever it is.
-    shape: M rows of L tokens; L is at least T.
+    real: [N, T] bool, False on padding, on either side.
+    shape: (M, L), M rows of L tokens; L is at least T.
 
   Returns:
-    [N, T] int32, index into [M * L]; beyond it for padding, and for a sequence that M rows have no
-    room for.
+    [N, T] int32, index into [M * L]. It is out of range for padding, and for a sequence that does
+    not fit into M rows.
   """
   chex.assert_rank(real, 2)
   rows, starts = first_fit(jnp.sum(real, axis=1), shape[1])
@@ -102,26 +104,33 @@ def places(real: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def pack(x: jax.Array, places: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """[N, T] -> [M, L] by the `places` of tokens; 0 where there is none."""
+  """[N, T] -> [M, L]: moves each token to its place in `places`; empty places are 0."""
   chex.assert_equal_shape([x, places])
   packed = jnp.zeros(shape[0] * shape[1], x.dtype)
   return packed.at[places].set(x, mode="drop").reshape(shape)
 
 
 def take(packed: jax.Array, places: jax.Array) -> jax.Array:
-  """[M, L] float -> [N, T], what stands at each of the `places`; NaN at those beyond the rows."""
+  """[M, L] float -> [N, T]: reads the entry at each of the `places`; NaN where out of range."""
   return packed.reshape(-1).at[places].get(mode="fill", fill_value=jnp.nan)
 
 
-def round_up(rows: int, multiple: int = 1) -> int:
-  """A number of rows of which there are few, so that few programs are compiled.
+def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Moves the entries of arrays [B, T] that are not `real` [B, T] to the right, keeping order."""
+  order = jnp.argsort(~real, axis=1, stable=True)
+  return tuple(jnp.take_along_axis(x, order, axis=1) for x in arrays)
 
-  It has four significant binary digits: eight numbers from each power of two to the next, and at
-  most an eighth more than was asked for.
+
+def round_up(rows: int, multiple: int = 1) -> int:
+  """Rounds a row count up to one of few values, to limit recompilation.
+
+  The result has four significant binary digits: there are eight values per power of two, and at
+  most an eighth is added.
 
   Args:
-    rows: How many there must be.
-    multiple: The result is then made a multiple of it, such as the devices that share the rows.
+    rows: Number of rows needed.
+    multiple: Number that the result must be a multiple of, such as the number of devices that share
+      the rows.
   """
   unit = 1 << max(rows.bit_length() - 4, 0)
   rows += -rows % unit

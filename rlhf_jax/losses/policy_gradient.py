@@ -1,8 +1,8 @@
 """Policy-gradient losses over response tokens, and the reward PPO optimises.
 
 A method is an advantage, a loss per token and a weight per token; the objective is
-`sum(loss * weights)`, with `advantages` as `adv`, [B, N] groups as rows [B * N] and an advantage of
-a response repeated at each of its tokens:
+`sum(loss * weights)`. Below, `adv` is the module `advantages`, [B, N] groups are rows [B * N], and
+the advantage of a response is repeated at each of its tokens:
 
 | method      | advantage                                      | loss              | weights    |
 |-------------|------------------------------------------------|-------------------|------------|
@@ -50,13 +50,13 @@ def ppo_policy_loss(
   Different bounds are DAPO's clip-higher (https://arxiv.org/abs/2503.14476, eq. 10).
 
   Args:
-    logprobs: [B, T] of the sampled tokens under the policy being trained.
-    old_logprobs: [B, T] under the policy that sampled them.
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy being trained.
+    old_logprobs: [B, T] log-probabilities under the policy that sampled them.
     advantages: [B, T].
-    clip_low: How far the ratio may fall below 1.
-    clip_high: How far the ratio may rise above 1.
-    dual_clip: Caps the loss of a negative advantage at `-dual_clip * A` (Ye et al., 2020,
-      https://arxiv.org/abs/1912.09729, eq. 5); must be above 1.
+    clip_low: Distance of the lower bound of the ratio from 1.
+    clip_high: Distance of the upper bound of the ratio from 1.
+    dual_clip: Factor above 1 that caps the loss of a negative advantage at `-dual_clip * A` (Ye et
+      al., 2020, https://arxiv.org/abs/1912.09729, eq. 5). None for no cap.
 
   Returns:
     [B, T] loss. The gradient flows through `logprobs` only.
@@ -79,10 +79,10 @@ def ppo_value_loss(
   """`0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2)`.
 
   Args:
-    values: [B, T] under the critic being trained.
-    old_values: [B, T] when the rollout was made.
+    values: [B, T] values from the critic being trained.
+    old_values: [B, T] values at the time of the rollout.
     returns: [B, T] targets.
-    clip: How far a value may move before its gradient stops.
+    clip: Distance that a value may move from its old value before its gradient stops.
 
   Returns:
     [B, T] loss. The gradient flows through `values` only.
@@ -99,7 +99,7 @@ def reinforce_loss(logprobs: jax.Array, rewards_minus_baseline: jax.Array) -> ja
   """`-(R - b) log pi(y_t)`: the policy gradient (Williams, 1992).
 
   Args:
-    logprobs: [B, T] of the sampled tokens.
+    logprobs: [B, T] log-probabilities of the sampled tokens.
     rewards_minus_baseline: [B, T], constant in the gradient.
 
   Returns:
@@ -125,11 +125,11 @@ def cispo_loss(
   stopped gradient: `-sg(clip(rho, 1 - low, 1 + high)) A log pi(y_t)`.
 
   Args:
-    logprobs: [B, T] of the sampled tokens under the policy being trained.
-    old_logprobs: [B, T] under the policy that sampled them.
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy being trained.
+    old_logprobs: [B, T] log-probabilities under the policy that sampled them.
     advantages: [B, T].
-    clip_low: How far the weight may fall below 1; 1 is no bound.
-    clip_high: How far the weight may rise above 1.
+    clip_low: Distance of the lower bound of the weight from 1; 1 is no bound.
+    clip_high: Distance of the upper bound of the weight from 1.
 
   Returns:
     [B, T] loss. The gradient flows through `logprobs` only.
@@ -150,19 +150,19 @@ def gspo_loss(
   clip_low: float = 3e-4,
   clip_high: float = 4e-4,
 ) -> jax.Array:
-  """Clipped surrogate with one ratio for all tokens of a response, its geometric mean.
+  """Clipped surrogate with one ratio per response, the geometric mean of its token ratios.
 
   GSPO-token (Zheng et al., 2025, https://arxiv.org/abs/2507.18071, eq. 13 and 14): the ratio of
   token t has the value `s = exp(mean_t (log pi_t - log old_t))` and the gradient
-  `s grad log pi_t`. With one advantage for all tokens, its mean over tokens is GSPO (eq. 5 to 7).
+  `s grad log pi_t`. With one advantage for all tokens, the mean over tokens is GSPO (eq. 5 to 7).
 
   Args:
-    logprobs: [B, T] of the sampled tokens under the policy being trained.
-    old_logprobs: [B, T] under the policy that sampled them.
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy being trained.
+    old_logprobs: [B, T] log-probabilities under the policy that sampled them.
     advantages: [B, T].
     mask: [B, T] bool, True on response tokens.
-    clip_low: How far the ratio may fall below 1; far less than for the ratio of one token.
-    clip_high: How far the ratio may rise above 1.
+    clip_low: Distance of the lower bound of the ratio from 1; far smaller than for token ratios.
+    clip_high: Distance of the upper bound of the ratio from 1.
 
   Returns:
     [B, T] loss. The gradient flows through `logprobs` only.
@@ -171,8 +171,8 @@ def gspo_loss(
   chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
   old_logprobs = jax.lax.stop_gradient(masked.widen(old_logprobs))
   log_ratio = jnp.where(mask, masked.widen(logprobs) - old_logprobs, 0.0)
-  own, mean = log_ratio, masked.masked_mean(log_ratio, mask, axis=1)[:, None]
-  shared = jax.lax.stop_gradient(mean) + own - jax.lax.stop_gradient(own)
+  mean = masked.masked_mean(log_ratio, mask, axis=1)[:, None]
+  shared = jax.lax.stop_gradient(mean) + log_ratio - jax.lax.stop_gradient(log_ratio)
   return ppo_policy_loss(
     shared, jnp.zeros_like(shared), advantages, clip_low=clip_low, clip_high=clip_high
   )
@@ -181,7 +181,7 @@ def gspo_loss(
 def _pairs(
   logprobs: jax.Array, old_logprobs: jax.Array, rewards: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Log-ratios [B, 2] of two responses, and the difference of their rewards [B]."""
+  """Checks the arrays; returns log-ratios [B, 2] and the difference of the rewards [B]."""
   chex.assert_rank([logprobs, old_logprobs, rewards], 2)
   chex.assert_equal_shape([logprobs, old_logprobs, rewards])
   chex.assert_axis_dimension(logprobs, 1, 2)
@@ -205,15 +205,16 @@ def p3o_loss(
 
   P3O (Wu et al., 2023, https://arxiv.org/abs/2310.00212), variant 2. With
   `v = log rho_1 - log rho_2`, `d = r_1 - r_2` and `c = log(1 + clip)`:
-  `-sg(rho_1 rho_2) min(d v, d clip(v, -c, c)) / 2`. At ratio 1 it is RLOO of two samples, and
-  nothing that shifts both rewards changes it. Inside the clip both variants have the gradient of
-  the paper; where exactly the clip acts is our reading of it.
+  `-sg(rho_1 rho_2) min(d v, d clip(v, -c, c)) / 2`. At ratio 1 it is RLOO with two samples. It is
+  invariant to a shift of both rewards. Inside the clip both variants have the gradient of the
+  paper; where exactly the clip acts is our reading of the paper.
 
   Args:
-    logprobs: [B, 2] sums over the tokens of two responses to one prompt, policy being trained.
-    old_logprobs: [B, 2] under the policy that sampled them.
-    rewards: [B, 2], the KL penalty taken off: `r - beta (log old - log ref)`.
-    clip: How far the ratio of the two probabilities may move from where it was.
+    logprobs: [B, 2] log-probabilities of two responses to one prompt under the policy being
+      trained, summed over tokens.
+    old_logprobs: [B, 2] log-probabilities under the policy that sampled them.
+    rewards: [B, 2] rewards minus the KL penalty: `r - beta (log old - log ref)`.
+    clip: Bound on the ratio of the two ratios: it stays between `1 / (1 + clip)` and `1 + clip`.
 
   Returns:
     [B] loss. The gradient flows through `logprobs` only.
@@ -225,16 +226,17 @@ def p3o_loss(
 def p3o_separate_loss(
   logprobs: jax.Array, old_logprobs: jax.Array, rewards: jax.Array, *, clip: float = 0.2
 ) -> jax.Array:
-  """Pairwise PPO with a clip on each response's own ratio: P3O, variant 1; see `p3o_loss`.
+  """Pairwise PPO with a clip on the ratio of each response: P3O, variant 1; see `p3o_loss`.
 
-  The two clipped surrogates of advantages `sg(rho_2) (r_1 - r_2)` and `sg(rho_1) (r_2 - r_1)`,
-  halved.
+  It is half the sum of two clipped surrogates, with advantages `sg(rho_2) (r_1 - r_2)` and
+  `sg(rho_1) (r_2 - r_1)`.
 
   Args:
-    logprobs: [B, 2] sums over the tokens of two responses to one prompt, policy being trained.
-    old_logprobs: [B, 2] under the policy that sampled them.
-    rewards: [B, 2], the KL penalty taken off.
-    clip: How far each ratio may move from 1.
+    logprobs: [B, 2] log-probabilities of two responses to one prompt under the policy being
+      trained, summed over tokens.
+    old_logprobs: [B, 2] log-probabilities under the policy that sampled them.
+    rewards: [B, 2] rewards minus the KL penalty.
+    clip: Distance of the bounds of each ratio from 1.
 
   Returns:
     [B] loss. The gradient flows through `logprobs` only.
@@ -252,19 +254,19 @@ def p3o_separate_loss(
 def truncated_importance_weights(
   logprobs: jax.Array, sampler_logprobs: jax.Array, *, cap: float = 2.0
 ) -> jax.Array:
-  """`min(pi(y_t) / mu(y_t), cap)`: makes up for a sampler that is not quite the policy.
+  """`min(pi(y_t) / mu(y_t), cap)`: corrects for a sampler that differs slightly from the policy.
 
-  Espeholt et al., 2018, https://arxiv.org/abs/1802.01561, eq. 1 (`rho` there). A sampler in other
-  kernels or precision gives the same token another probability; without the weight the policy
-  drifts, and without the cap a rare token has a weight without bound.
+  Espeholt et al., 2018, https://arxiv.org/abs/1802.01561, eq. 1 (`rho` there). A sampler with other
+  kernels or another precision gives the same token a different probability. Without the weight the
+  policy drifts; without the cap the weight of a rare token is unbounded.
 
   Args:
-    logprobs: [...] of the sampled tokens under the policy, by the code that trains it.
-    sampler_logprobs: Same shape, by the code that sampled them.
+    logprobs: [...] log-probabilities of the sampled tokens, computed by the trainer.
+    sampler_logprobs: Same shape, log-probabilities computed by the sampler.
     cap: Largest weight.
 
   Returns:
-    Same shape, in (0, cap], a constant in the gradient: a factor of any loss per token.
+    Same shape, in (0, cap], a constant in the gradient. Multiply any per-token loss by it.
   """
   chex.assert_equal_shape([logprobs, sampler_logprobs])
   log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
@@ -274,17 +276,17 @@ def truncated_importance_weights(
 def token_weights(
   mask: jax.Array, aggregation: str, *, length: float | jax.Array | None = None
 ) -> jax.Array:
-  """How much each token counts, so that `sum(losses * weights)` is the objective of the batch.
+  """Weights of the tokens, such that `sum(losses * weights)` is the objective of the batch.
 
   - "grpo": mean over tokens, then over responses (https://arxiv.org/abs/2402.03300, eq. 3).
     Tokens of long responses count less.
   - "dr_grpo": sum over tokens divided by a constant, then mean over responses
-    (https://arxiv.org/abs/2503.20783, section 3.2): the policy gradient up to that factor, which
-    is what REINFORCE and RLOO ask for, with length 1.
+    (https://arxiv.org/abs/2503.20783, section 3.2): the policy gradient up to that factor.
+    REINFORCE and RLOO are this with length 1.
   - "dapo": mean over all tokens (https://arxiv.org/abs/2503.14476, eq. 8).
 
-  Call it once on the whole batch, before micro-batches are cut: their sums then add up to the
-  objective. "dapo" of each micro-batch on its own is BNPO.
+  Call it once on the whole batch, before it is split into micro-batches: their sums then add up to
+  the objective. Applying "dapo" to each micro-batch separately is BNPO.
 
   Args:
     mask: [B, T] bool, True on response tokens that count.
@@ -292,7 +294,7 @@ def token_weights(
     length: The constant of "dr_grpo"; T when None.
 
   Returns:
-    [B, T] float32; 0 where masked. Responses without a token leave the means.
+    [B, T] float32; 0 where masked. Empty responses are not counted in the means.
 
   Raises:
     KeyError: If there is no aggregation of this name.
@@ -315,15 +317,15 @@ def kl_shaped_rewards(
   *,
   kl_coef: float | jax.Array,
 ) -> jax.Array:
-  """Token rewards of RLHF: a KL penalty on every token, the score on the last real one.
+  """Token rewards of RLHF: a KL penalty on every token, plus the score on the last real token.
 
   `r_t = -kl_coef (log pi_t - log ref_t) + 1[t last] score` (Ouyang et al., 2022,
   https://arxiv.org/abs/2203.02155, eq. 2). They sum to the score minus the penalty.
 
   Args:
     scores: [B] reward of the whole response.
-    logprobs: [B, T] of the sampled tokens under the policy that sampled them.
-    ref_logprobs: [B, T] under the reference.
+    logprobs: [B, T] log-probabilities of the sampled tokens under the policy that sampled them.
+    ref_logprobs: [B, T] log-probabilities under the reference.
     mask: [B, T] bool, True on response tokens (the stop token included).
     kl_coef: Strength of the penalty.
 

@@ -1,18 +1,18 @@
 """Losses on preferences: log-probabilities of whole responses in, [B] losses out.
 
-Log-probabilities are sums over the tokens of a response; where a variant wants means per token
+Log-probabilities are sums over the tokens of a response. Where a variant needs means per token
 (`simpo_loss`, `orpo_loss`, some uses of `ipo_loss`), the caller divides by the length.
 
-Write `h = log pi(y | x) - log pi_ref(y | x)` for the log-ratio of a response, `h_w` of the chosen
-and `h_l` of the rejected one; `beta * h` is its implicit reward. Losses are unreduced, so a method
-that adds terms or weighs them needs no function of its own:
+`h = log pi(y | x) - log pi_ref(y | x)` denotes the log-ratio of a response: `h_w` for the chosen
+one and `h_l` for the rejected one; `beta * h` is the implicit reward. Losses are unreduced, so a
+method that adds or reweights terms needs no separate function:
 
 - RPO and CPO: `dpo_loss` or `cpo_loss` plus the negative log-likelihood of the chosen response.
 - ORPO: `orpo_loss` plus the mean negative log-likelihood of the chosen response.
 - MPO: 0.8 `dpo_loss` + 0.2 `bco_pair_loss` + the negative log-likelihood of the chosen response.
 - WPO: `dpo_loss` times the `wpo_weights` of both responses.
 - XPO and VPO: `dpo_loss` plus `value_bonus`.
-- LD-DPO: `dpo_loss` of what `length_desensitized_logprobs` gives.
+- LD-DPO: `dpo_loss` of the results of `length_desensitized_logprobs`.
 - f-DPO: a loss of `h_w - h_l` with one of `DIVERGENCE_SCORES` in place of both.
 """
 
@@ -87,8 +87,8 @@ def ipo_loss(
   """Identity preference optimisation: `(h_w - h_l - 1 / (2 beta))^2`.
 
   Azar et al., 2023, https://arxiv.org/abs/2310.12036, eq. 17, with `beta` for its tau. The margin
-  of certain preferences stays finite. The paper's log-probabilities are sums; TRL gives means per
-  token: divide the arrays by the lengths for that.
+  of certain preferences stays finite. The paper's log-probabilities are sums. TRL uses means per
+  token; to reproduce that, divide the arrays by the lengths.
 
   Args:
     policy_chosen: [B] log pi(y_w | x).
@@ -122,7 +122,7 @@ def hinge_loss(
     policy_rejected: [B] log pi(y_l | x).
     ref_chosen: [B] log pi_ref(y_w | x).
     ref_rejected: [B] log pi_ref(y_l | x).
-    beta: Inverse of the margin of log-ratios asked for.
+    beta: Inverse of the required margin of log-ratios.
 
   Returns:
     [B] loss.
@@ -158,7 +158,7 @@ def robust_dpo_loss(
     [B] loss, nats.
   """
   arrays = policy_chosen, policy_rejected, ref_chosen, ref_rejected
-  # Smoothing by this negative amount is what undoes the flips.
+  # Smoothing by this negative amount undoes the flips.
   undo = -label_smoothing / (1 - 2 * label_smoothing)
   return dpo_loss(*arrays, beta=beta, label_smoothing=undo)
 
@@ -184,7 +184,7 @@ def exo_pair_loss(
     ref_chosen: [B] log pi_ref(y_w | x).
     ref_rejected: [B] log pi_ref(y_l | x).
     beta: Strength of the implied KL penalty.
-    label_smoothing: `s`, above 0: a certain label has an infinite divergence.
+    label_smoothing: `s`, above 0 because a certain label has an infinite divergence.
 
   Returns:
     [B] loss, nats.
@@ -205,7 +205,7 @@ def nca_pair_loss(
   *,
   beta: float = 0.1,
 ) -> jax.Array:
-  """Noise contrastive alignment: absolute rewards, so that h_w does not fall with h_l.
+  """Noise contrastive alignment: the rewards are absolute, which keeps h_w from falling with h_l.
 
   Chen et al., 2024, https://arxiv.org/abs/2402.05369, for two responses with rewards 0 and
   minus infinity: `-ls(beta h_w) - ls(-beta h_w) / 2 - ls(-beta h_l) / 2`, `ls = log sigmoid`.
@@ -237,9 +237,9 @@ def bco_pair_loss(
 ) -> jax.Array:
   """Binary classifier optimisation: `-ls(beta h_w - shift) - ls(-(beta h_l - shift))`.
 
-  Jung et al., 2024, https://arxiv.org/abs/2404.04656. Its shift is the mean implicit
-  reward seen so far, constant in the gradient: the `mean` of `reward.update_moments` over
-  `beta * h_w` and `beta * h_l`. TRL's loss of this name has none, as the default here.
+  Jung et al., 2024, https://arxiv.org/abs/2404.04656. The shift is the mean implicit reward seen
+  so far, constant in the gradient: the `mean` of `reward.update_moments` over `beta * h_w` and
+  `beta * h_l`. TRL's loss of this name has no shift, like the default here.
 
   Args:
     policy_chosen: [B] log pi(y_w | x).
@@ -264,12 +264,12 @@ def sppo_loss(
 ) -> jax.Array:
   """Self-play preference optimisation: `(h - (P - 1/2) / beta)^2`.
 
-  Wu et al., 2024, https://arxiv.org/abs/2405.00675, eq. 4.7, with `beta` for its 1 / eta: the
-  log-ratio to the policy that sampled regresses on the chance to win against it.
+  Wu et al., 2024, https://arxiv.org/abs/2405.00675, eq. 4.7, with `beta` for its 1 / eta. The
+  log-ratio to the sampling policy is fitted to the probability of beating that policy.
 
   Args:
     policy: [B] log pi(y | x) of one response, summed over its tokens.
-    ref: [B] under the policy that sampled it.
+    ref: [B] log-probability under the policy that sampled it.
     win_probability: [B] in [0, 1] against that policy, constant in the gradient.
     beta: Inverse step size of the multiplicative update.
 
@@ -290,7 +290,7 @@ def sppo_hard_loss(
   *,
   beta: float = 0.1,
 ) -> jax.Array:
-  """`sppo_loss` of both responses, where the chosen one always wins and the other never.
+  """`sppo_loss` of both responses, where the chosen one always wins and the other one never does.
 
   Args:
     policy_chosen: [B] log pi(y_w | x).
@@ -308,7 +308,7 @@ def sppo_hard_loss(
 
 
 def _everywhere(x: jax.Array) -> jax.Array:
-  """`x` [B] unsharded: on an explicit mesh, rows of one axis cannot be compared with each other."""
+  """Replicates `x` [B]: on an explicit mesh, rows of one axis cannot be compared to each other."""
   sharding = jax.typeof(x).sharding
   if sharding.spec[0] is None:
     return x
@@ -316,7 +316,7 @@ def _everywhere(x: jax.Array) -> jax.Array:
 
 
 def _ranks(x: jax.Array, mask: jax.Array) -> jax.Array:
-  """How many unmasked rows come before each one when `x` is sorted; ties stay in order."""
+  """Number of unmasked rows that come before each row when `x` is sorted; the sort is stable."""
   other, place = _everywhere(x)[None, :], jnp.arange(x.shape[0])
   earlier = place[None, :] < place[:, None]
   before = (other < x[:, None]) | ((other == x[:, None]) & earlier)
@@ -330,9 +330,9 @@ def _transport_loss(
   beta: float,
   label_smoothing: float,
 ) -> jax.Array:
-  """Bradley-Terry loss of each row of `high` and the row of `low` that has the same rank.
+  """Bradley-Terry loss of each row of `high` against the row of `low` with the same rank.
 
-  Counting in place of a sort partitions over the rows of a mesh and leaves out masked ones.
+  Ranks are counted instead of sorted: this partitions over a mesh and ignores masked rows.
   """
   mask = jnp.ones_like(high, bool) if mask is None else mask
   chex.assert_equal_shape([high, mask])
@@ -357,9 +357,9 @@ def aot_loss(
 ) -> jax.Array:
   """Alignment by optimal transport, paired: the policy's margins should dominate the reference's.
 
-  Melnyk et al., 2024, https://arxiv.org/abs/2406.05882: margins
-  `log pi(y_w) - log pi(y_l)` of policy and reference are sorted over the batch, and those of equal
-  rank enter the DPO loss as a pair.
+  Melnyk et al., 2024, https://arxiv.org/abs/2406.05882. The margins `log pi(y_w) - log pi(y_l)` of
+  policy and reference are each sorted over the batch. Margins of equal rank enter the DPO loss as a
+  pair.
 
   Args:
     policy_chosen: [B] log pi(y_w | x).
@@ -368,11 +368,11 @@ def aot_loss(
     ref_rejected: [B] log pi_ref(y_l | x).
     beta: Strength of the implied KL penalty.
     label_smoothing: Assumed probability that a label is flipped.
-    mask: [B] bool, False on rows to leave out; all are real if None.
+    mask: [B] bool, False on rows to ignore; all count when None.
 
   Returns:
-    [B] loss, nats, 0 where masked. A row's loss is that of its policy margin and the reference
-    margin of the same rank: rows are not reordered.
+    [B] loss, nats, 0 where masked. Rows are not reordered: a row's loss is that of its policy
+    margin and the reference margin of the same rank.
   """
   arrays = [masked.widen(x) for x in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)]
   chex.assert_rank(arrays, 1)
@@ -394,8 +394,8 @@ def aot_unpaired_loss(
 ) -> jax.Array:
   """Alignment by optimal transport, unpaired: chosen log-ratios should dominate rejected ones.
 
-  As `aot_loss` (https://arxiv.org/abs/2406.05882), of the sorted `h_w` and `h_l`: which
-  chosen response belongs to which rejected one has no effect.
+  Like `aot_loss` (https://arxiv.org/abs/2406.05882), but for the sorted `h_w` and `h_l`. The
+  pairing of chosen and rejected responses has no effect.
 
   Args:
     policy_chosen: [B] log pi(y_w | x).
@@ -404,7 +404,7 @@ def aot_unpaired_loss(
     ref_rejected: [B] log pi_ref(y_l | x).
     beta: Strength of the implied KL penalty.
     label_smoothing: Assumed probability that a label is flipped.
-    mask: [B] bool, False on rows to leave out; all are real if None.
+    mask: [B] bool, False on rows to ignore; all count when None.
 
   Returns:
     [B] loss, nats, 0 where masked. A row's loss is that of its chosen response and the rejected
@@ -491,7 +491,7 @@ def discopop_loss(
     ref_chosen: [B] log pi_ref(y_w | x).
     ref_rejected: [B] log pi_ref(y_l | x).
     beta: Strength of the implied KL penalty.
-    tau: Width of the passage from one to the other, at most 1.
+    tau: Width of the transition from one to the other, at most 1.
 
   Returns:
     [B] loss.
@@ -517,8 +517,8 @@ def cpl_loss(
 
   Hejna et al., 2023, https://arxiv.org/abs/2310.13639, section 3: preferences over segments follow
   the regret, and `beta * log pi(a | s)` is the advantage of an action. The paper's main variant
-  has no reference: give zeros. With one (its CPL-KL) and a bias of 1 this is `dpo_loss`. A
-  discount is a factor of the tokens' log-probabilities before they are summed.
+  has no reference; pass zeros. With a reference (its CPL-KL) and a bias of 1 this is `dpo_loss`. To
+  discount, scale the tokens' log-probabilities before summing them.
 
   Args:
     policy_chosen: [B] log pi(y_w | x), of a segment.
@@ -552,6 +552,12 @@ PAIRWISE_LOSSES: dict[str, Callable[..., jax.Array]] = {
   "discopop": discopop_loss,
   "cpl": cpl_loss,
 }
+# Losses that take `label_smoothing`.
+SMOOTHED = ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired")
+# Losses that compare the pairs of a batch to each other and therefore take a `mask`.
+OF_BATCHES = ("aot", "aot_unpaired")
+# Losses of the difference of two log-ratios, which the scores of another divergence can replace.
+OF_MARGINS = ("dpo", "ipo", "hinge", "robust_dpo", "exo_pair", "discopop")
 
 
 def cpo_loss(
@@ -594,10 +600,10 @@ def simpo_loss(
   Meng et al., 2024, https://arxiv.org/abs/2405.14734, eq. 6.
 
   Args:
-    policy_chosen: [B] **mean** log-probability of a token of the preferred response, p_w.
-    policy_rejected: [B] of the other one, p_l.
+    policy_chosen: [B] **mean** log-probability per token of the preferred response, p_w.
+    policy_rejected: [B] mean log-probability per token of the other one, p_l.
     beta: Scale of the margin.
-    gamma: Margin asked for, in units of the reward `beta * p`.
+    gamma: Required margin, in units of the reward `beta * p`.
     label_smoothing: Assumed probability that a label is flipped.
 
   Returns:
@@ -615,12 +621,12 @@ def orpo_loss(
   """Odds-ratio preference optimisation: `-beta log sigmoid(log odds(y_w) - log odds(y_l))`.
 
   Hong et al., 2024, https://arxiv.org/abs/2403.07691, eq. 7, with `beta` for its lambda and
-  `odds(y) = p / (1 - p)`, `log p` the mean log-probability of a token. This is the preference
-  term; the method (eq. 6) adds the mean negative log-likelihood of the chosen response.
+  `odds(y) = p / (1 - p)`, where `log p` is the mean log-probability per token. This is the
+  preference term; the method (eq. 6) adds the mean negative log-likelihood of the chosen response.
 
   Args:
-    policy_chosen: [B] **mean** log-probability of a token of the preferred response, below 0.
-    policy_rejected: [B] of the other one.
+    policy_chosen: [B] **mean** log-probability per token of the preferred response, below 0.
+    policy_rejected: [B] mean log-probability per token of the other one.
     beta: Weight of the term.
 
   Returns:
@@ -651,7 +657,7 @@ def slic_loss(
     policy_chosen: [B] log pi(y_w | x).
     policy_rejected: [B] log pi(y_l | x).
     policy_target: [B] log pi of the supervised target, whose likelihood regularises.
-    margin: Difference asked for, nats.
+    margin: Required difference, nats.
     sft_weight: Weight of the regulariser.
 
   Returns:
@@ -677,10 +683,10 @@ def kto_loss(
   """Kahneman-Tversky optimisation of single responses with a thumb up or down.
 
   Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306, eq. 7: `w sigmoid(-beta (h - z))` for
-  a desirable response and `w sigmoid(beta (h - z))` for another. The reference point `z` is
-  `max(0, mean h')` over responses put behind prompts of other rows: an estimate of KL(policy ||
-  ref), constant in the gradient. With equal mismatched arrays `z` is 0, which is unpaired
-  APO-zero (https://arxiv.org/abs/2408.06266).
+  a desirable response and `w sigmoid(beta (h - z))` for an undesirable one. The reference point `z`
+  is `max(0, mean h')` over prompts with the response of another row. It estimates
+  KL(policy || ref) and is constant in the gradient. If both mismatched arrays are equal, `z` is 0,
+  and this is unpaired APO-zero (https://arxiv.org/abs/2408.06266).
 
   Args:
     policy: [B] log pi(y | x), summed over tokens.
@@ -690,8 +696,8 @@ def kto_loss(
     ref_mismatched: [B] log pi_ref(y' | x).
     beta: Strength of the implied KL penalty.
     desirable_weight: Weight of desirable rows, to balance unequal numbers.
-    undesirable_weight: Weight of the others.
-    mask: [B] bool, False on rows to leave out; all are real if None.
+    undesirable_weight: Weight of undesirable rows.
+    mask: [B] bool, False on rows to ignore; all count when None.
 
   Returns:
     [B] loss in [0, weight], 0 where masked.
@@ -718,7 +724,7 @@ def pair_regression_loss(
 ) -> jax.Array:
   """Squared error of a difference of log-ratios: `(h_1 - h_2 - target)^2`.
 
-  What the target is makes the method; it is constant in the gradient:
+  The target determines the method; it is constant in the gradient:
 
   | method     | target                          | reference             | source               |
   |------------|---------------------------------|-----------------------|----------------------|
@@ -729,14 +735,14 @@ def pair_regression_loss(
   | REFUEL     | `eta (G_1 - G_2)`, rewards to go | the policy that sampled | arXiv 2410.04612  |
 
   Args:
-    policy_first: [B] log pi(y_1 | x); for REFUEL over the tokens of one turn.
+    policy_first: [B] log pi(y_1 | x); for REFUEL, summed over the tokens of one turn.
     policy_second: [B] log pi(y_2 | x).
     ref_first: [B] log-probability of y_1 under the reference.
-    ref_second: [B] of y_2.
+    ref_second: [B] log-probability of y_2 under the reference.
     target: [B].
 
   Returns:
-    [B] loss; swapping the responses and the sign of the target leaves it as it is.
+    [B] loss; it does not change if the responses are swapped and the target's sign is flipped.
   """
   chex.assert_equal_shape([policy_first, target])
   first, second = _log_ratios(policy_first, policy_second, ref_first, ref_second)
@@ -747,15 +753,15 @@ def pair_regression_loss(
 def value_bonus(policy: jax.Array, *, coef: float | jax.Array) -> jax.Array:
   """`coef log pi(y)` of calibration responses, a term to add to `dpo_loss`.
 
-  It moves the value of the best policy that fits the preferences, which is
-  `-beta E_y[log pi(y) - log pi_ref(y)]` for rewards of mean 0 over these responses.
+  It changes the value of the best policy that fits the preferences. For rewards with mean 0 over
+  these responses that value is `-beta E_y[log pi(y) - log pi_ref(y)]`.
   XPO (Xie et al., 2024, https://arxiv.org/abs/2405.21046, algorithm 1) is optimistic: `alpha`, with
   samples of the reference. VPO (Cen et al., 2024, https://arxiv.org/abs/2405.19320) is optimistic
   online with `alpha beta`, and pessimistic offline with `-alpha beta` and responses of the data.
 
   Args:
     policy: [B] log pi(y | x) of the calibration response.
-    coef: Above 0 explores away from these responses, below 0 stays near them.
+    coef: Weight of the term. Above 0 it explores away from these responses, below 0 it stays near.
 
   Returns:
     [B] term of the loss.
@@ -769,10 +775,10 @@ def alpha_divergence_score(
 ) -> jax.Array:
   """`f'(pi / pi_ref)` of the alpha-divergence: `(1 - exp(-alpha h)) / alpha`.
 
-  Wang et al., 2023 (f-DPO), https://arxiv.org/abs/2309.16240. Takes the place of `h` when the
-  policy is held to the reference by that divergence: give a loss of `h_w - h_l` (dpo, ipo, hinge,
-  robust_dpo, exo_pair or discopop) the scores as the policy's arrays and zeros as the reference's.
-  TRL's coefficient is 1 - alpha. The exponent is held below 40.
+  Wang et al., 2023 (f-DPO), https://arxiv.org/abs/2309.16240. It replaces `h` when this divergence
+  regularises the policy towards the reference. Call a loss of `h_w - h_l` (dpo, ipo, hinge,
+  robust_dpo, exo_pair or discopop) with the scores as the policy's arrays and zeros as the
+  reference's. TRL's coefficient is 1 - alpha. The exponent is clipped at 40.
 
   Args:
     policy: [B] log pi(y | x), summed over tokens.
@@ -793,7 +799,7 @@ def alpha_divergence_score(
 def jensen_shannon_score(policy: jax.Array, ref: jax.Array) -> jax.Array:
   """`f'(pi / pi_ref)` of the Jensen-Shannon divergence: `log 2 + log sigmoid(h)`.
 
-  Used as `alpha_divergence_score` (https://arxiv.org/abs/2309.16240).
+  It is used like `alpha_divergence_score` (https://arxiv.org/abs/2309.16240).
 
   Args:
     policy: [B] log pi(y | x), summed over tokens.
@@ -815,14 +821,14 @@ DIVERGENCE_SCORES: dict[str, Callable[..., jax.Array]] = {
 
 
 def wpo_weights(logprobs: jax.Array, log_collision: jax.Array, mask: jax.Array) -> jax.Array:
-  """Weights that make preference data of another policy look sampled by this one.
+  """Importance weights that make off-policy preference data look on-policy.
 
   Zhou et al., 2024 (WPO), https://arxiv.org/abs/2406.11827, eq. 2 with the alignment by samples:
-  `exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`, so that a response sampled by the policy
-  weighs about 1. The loss of a pair is multiplied by the weights of both responses.
+  `exp(mean_t [log pi(y_t) - log sum_v pi(v)^2])`, so that a response sampled by the policy has a
+  weight of about 1. The loss of a pair is multiplied by the weights of both responses.
 
   Args:
-    logprobs: [B, T] of the response's tokens under the policy.
+    logprobs: [B, T] log-probabilities of the response's tokens under the policy.
     log_collision: [B, T] log-probability that two samples at the position are equal,
       `logsumexp(2 * log_softmax(logits))`; zeros give weights without alignment.
     mask: [B, T] bool, True on response tokens.
@@ -845,17 +851,16 @@ def length_desensitized_logprobs(
   *,
   alpha: float = 0.5,
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums in which the tokens beyond the length of the shorter response weigh less (LD-DPO).
+  """Sequence log-probabilities with less weight beyond the shorter response's length (LD-DPO).
 
-  Liu et al., 2024, https://arxiv.org/abs/2409.06411. Policy and reference go through it
-  alike.
+  Liu et al., 2024, https://arxiv.org/abs/2409.06411. Apply it to both policy and reference.
 
   Args:
     chosen: [B, T] log-probabilities of the preferred response's tokens.
-    rejected: [B, S] of the other one's.
+    rejected: [B, S] log-probabilities of the other response's tokens.
     chosen_mask: [B, T] bool, True on response tokens.
     rejected_mask: [B, S] bool.
-    alpha: Weight of the tokens beyond; 1 gives plain sums, 0 cuts both to one length.
+    alpha: Weight of the tokens beyond that length. 1 gives plain sums, 0 ignores those tokens.
 
   Returns:
     Log-probabilities of the chosen and of the rejected response, [B] each.

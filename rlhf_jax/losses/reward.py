@@ -1,4 +1,4 @@
-"""Losses that train reward models, and the normalisation of the scores they give."""
+"""Losses that train reward models, and normalisation of their scores."""
 
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ def bradley_terry_loss(
   Args:
     chosen: [B] score of the preferred response.
     rejected: [B] score of the other one.
-    margin: Scalar or [B], difference asked for before the loss goes down.
+    margin: Scalar or [B], required difference of the scores.
     label_smoothing: Scalar or [B], assumed probability that a label is flipped. For a soft label
-      `p`, the probability that the first response is the better one, it is `1 - p`.
+      `p`, the probability that the first response is the better one, pass `1 - p`.
 
   Returns:
     [B] loss, nats.
@@ -42,11 +42,11 @@ def bradley_terry_loss(
 def binary_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
   """Negative log-likelihood of a label on one response: thumbs up, a principle met, correct.
 
-  `-y log sigmoid(r) - (1 - y) log sigmoid(-r)`: a comparison with a response of score 0, so 0 is
-  the threshold, which comparisons alone leave open. RLUF (https://arxiv.org/abs/2505.14946);
-  RLBFF (https://arxiv.org/abs/2509.21319), where the score is `log P(yes) - log P(no)`. Of rare
-  labels keep every positive and a share of the negatives, and add the log of that share to the
-  trained scores.
+  `-y log sigmoid(r) - (1 - y) log sigmoid(-r)`. This is a comparison with a response of score 0,
+  which fixes the threshold at 0; comparisons alone leave it open. See RLUF
+  (https://arxiv.org/abs/2505.14946) and RLBFF (https://arxiv.org/abs/2509.21319), where the score
+  is `log P(yes) - log P(no)`. If positive labels are rare, keep all of them and a share of the
+  negatives, and add the log of that share to the trained scores.
 
   Args:
     scores: [B] score of each response.
@@ -64,8 +64,8 @@ def binary_loss(scores: jax.Array, labels: jax.Array) -> jax.Array:
 def ranking_loss(scores: jax.Array, ranks: jax.Array, mask: jax.Array) -> jax.Array:
   """Mean Bradley-Terry loss over all ordered pairs of one prompt's responses.
 
-  Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, eq. 1: the pairs of one prompt stay
-  together, so each response is scored once.
+  Ouyang et al., 2022, https://arxiv.org/abs/2203.02155, eq. 1. The pairs of one prompt stay
+  together, so each response is scored only once.
 
   Args:
     scores: [B, K] scores of K responses.
@@ -125,12 +125,12 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
   """Adds a batch to the moments by the parallel-variance rule of Chan et al. (1979).
 
   Args:
-    moments: Moments of what came before.
+    moments: Moments of the scores seen so far.
     x: [B] new scores.
-    mask: [B] bool, False on scores to leave out.
+    mask: [B] bool, False on scores to ignore.
 
   Returns:
-    Moments of both.
+    Moments of all scores, old and new.
   """
   chex.assert_rank([x, mask], 1)
   x = jnp.where(
@@ -148,12 +148,12 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
 
 @masked.elementwise
 def normalize_scores(x: jax.Array, moments: RunningMoments, *, eps: float = 1e-8) -> jax.Array:
-  """`(x - mean) / std` by running moments (PPO-max, https://arxiv.org/abs/2307.04964, eq. 15).
+  """`(x - mean) / std` with running moments (PPO-max, https://arxiv.org/abs/2307.04964, eq. 15).
 
   Args:
     x: [B] scores.
     moments: Moments, normally already updated with `x`.
-    eps: Added to the variance.
+    eps: Constant added to the variance.
 
   Returns:
     [B].

@@ -1,8 +1,8 @@
 """Supervised losses on given tokens.
 
-Weighed per response it is the loss of iterated fine-tuning: ReST keeps what passes a threshold,
-RAFT the best of N (`shaping.selection_weights`), SuperHF adds
-`kappa * kl.full_kl(ref_logits, logits)`, and PPO-ptx adds it to PPO.
+Weighted per response, `nll` is the loss of iterated fine-tuning: ReST keeps the responses that pass
+a threshold, RAFT keeps the best of N (`shaping.selection_weights`), and SuperHF adds
+`kappa * kl.full_kl(ref_logits, logits)`. PPO-ptx adds `nll` to the loss of PPO.
 """
 
 import jax
@@ -18,6 +18,6 @@ def nll(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     tokens: [B, T] int.
 
   Returns:
-    [B, T] float32, nats. Column 0 has no prediction and is 0: leave it out of the mask.
+    [B, T] float32, nats. Column 0 has no prediction and is 0; exclude it from the mask.
   """
   return -logprobs_lib.next_token_logprobs(logits, tokens)

@@ -1,9 +1,9 @@
 """Attention over whole sequences, computed by XLA, by a TPU kernel or by cuDNN.
 
-What a token sees is described and not listed: a dense [T, T] mask is what the kernels avoid. It
-sees itself and the tokens before it of its own segment, and of those the last `window`. Segment 0
-is padding, on whichever side; its tokens see each other, so that no row of a softmax is empty, and
-nothing reads what comes out there. Packed sequences have segments of their own.
+Masks are given by segment ids and a window, not as dense [T, T] arrays, which the kernels avoid. A
+token attends to itself and to the tokens before it in its segment, and of those to the last
+`window`. Packed sequences are separate segments. Segment 0 is padding, on either side. Padding
+tokens attend to each other, so that no row of a softmax is empty; their outputs are never read.
 """
 
 import functools
@@ -23,19 +23,19 @@ Attend = Callable[..., jax.Array]
 
 NO_WINDOW = jnp.iinfo(jnp.int32).max
 _LANES = 128  # Splash takes lengths and blocks that are multiples of it.
-_MOST_LANES = 4  # Longest block: 512 tokens.
+_MAX_LANES = 4  # Longest block: 512 tokens.
 
 
 def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
-  """The attention of a model, by the implementation that `config.attention` names.
+  """Builds the attention of a model, with the implementation named by `config.attention`.
 
   Args:
-    config: Architecture; "auto" takes splash on a TPU, cuDNN on a GPU that it can use, else XLA.
-    mesh: Devices that the model runs on, possibly absent ones to compile for; None: the default
-      device. Splash needs it where there are several devices.
+    config: Architecture. "auto" uses splash on a TPU, cuDNN on a GPU that supports it, else XLA.
+    mesh: Devices that the model runs on, possibly absent ones to compile for; None is the default
+      device. Splash needs the mesh if there are several devices.
 
   Raises:
-    ValueError: The implementation cannot be used.
+    ValueError: If the implementation cannot be used.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   options: dict[str, Any] = {
@@ -55,7 +55,7 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
 
 
 def choose(config: ModelConfig, device: Any) -> str:
-  """Which of "xla", "splash" and "cudnn" a model uses on a device; ValueError as `make_attend`."""
+  """Chooses "xla", "splash" or "cudnn" for a model on a device; ValueError as in `make_attend`."""
   if config.attention == "auto":
     if device.platform == "tpu":
       return "splash"
@@ -71,13 +71,13 @@ def choose(config: ModelConfig, device: Any) -> str:
 
 
 def _cudnn_obstacle(config: ModelConfig, device: Any) -> str:
-  """What keeps cuDNN from computing the attention of a model; empty if nothing does."""
+  """Reason why cuDNN cannot compute the attention of a model; empty if it can."""
   if config.dtype == "float32":
     return "cuDNN has no float32 attention; set --model.dtype=bfloat16"
   if config.attention_softcap is not None:
     return "cuDNN does not cap attention scores, as this model does"
   major = str(getattr(device, "compute_capability", "")).split(".")[0]
-  generation = int(major) if major.isdigit() else 0  # Other makers count in other ways.
+  generation = int(major) if major.isdigit() else 0  # Other vendors have other schemes.
   if generation < 8:
     return f"it needs an NVIDIA GPU of the generation of A100 or later, not {device.device_kind}"
   widest = 128 if generation < 9 else 256
@@ -92,12 +92,13 @@ def _cudnn_obstacle(config: ModelConfig, device: Any) -> str:
 def visible(
   length: int, segment_ids: jax.Array | None = None, window: jax.Array | int | None = None
 ) -> jax.Array:
-  """Which keys each query sees.
+  """Dense mask of the keys that each query attends to.
 
   Args:
     length: T.
     segment_ids: [B, T] int, or None.
-    window: [] int, how many tokens a token sees, itself included; None: all before it.
+    window: [] int, number of tokens that a token attends to, including itself; None for all before
+      it.
 
   Returns:
     [B, T, T] bool, queries before keys; B is 1 without segment ids.
@@ -121,13 +122,13 @@ def dense_attention(
   scale: float,
   softcap: float | None = None,
 ) -> jax.Array:
-  """Softmax attention of grouped queries under any mask, scores in float32.
+  """Softmax attention of grouped queries under any mask, with scores in float32.
 
   Args:
     q: [B, T, H, K].
     k: [B, S, kv_heads, K].
     v: [B, S, kv_heads, K].
-    mask: [B, T, S] bool, True where a query sees a key; B may be 1.
+    mask: [B, T, S] bool, True where a query attends to a key; B may be 1.
     scale: Factor of the scores.
     softcap: Bound c of the scores: `c * tanh(score / c)` (Bello et al., 2016,
       https://arxiv.org/abs/1611.09940, section 5), or None.
@@ -150,15 +151,15 @@ def cached_attention(
   scale: float,
   softcap: float | None = None,
 ) -> jax.Array:
-  """`dense_attention` over keys and values as a cache holds them, which are read where they are.
+  """`dense_attention` over keys and values in the layout of a cache, which are not copied.
 
   Args:
     q: [B, T, H, K].
     k: [B, kv_heads, S, K].
     v: [B, kv_heads, S, K].
     mask: [B, T, S] bool; B may be 1.
-    scale: As in `dense_attention`.
-    softcap: As in `dense_attention`.
+    scale: Factor of the scores.
+    softcap: Bound of the scores, or None; see `dense_attention`.
 
   Returns:
     [B, T, H, K], dtype of `v`.
@@ -179,9 +180,9 @@ def attention_on_cpu(
 ) -> jax.Array:
   """`dense_attention` that trains faster on one CPU; it has no forward-mode derivative.
 
-  XLA's CPU backend multiplies many small matrices well where each lies in one piece, but does not
-  lay them out so of itself. Where there is a gradient both passes have heads before tokens, which
-  saves a tenth of the time of a small model's step.
+  XLA's CPU backend is fast at many small matrix products if each matrix is contiguous, but does not
+  choose that layout by itself. Under differentiation both passes therefore put heads before tokens.
+  This saves a tenth of the step time of a small model.
   """
   return dense_attention(q, k, v, mask, scale=scale)
 
@@ -205,7 +206,7 @@ def _attention_backward(scale, saved, dout):
   dout = dout.reshape(q.shape)
   dv = _products(weights.astype(v.dtype), dout, 2, 2)
   dweights = _products(dout, v, 3, 3)
-  # Of softmax: each weight times how far its gradient lies above their weighted mean.
+  # Backward pass of softmax: weight times (gradient minus the weighted mean of gradients).
   mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
   dscores = (weights * (dweights - mean) * scale).astype(q.dtype)
   dq = _products(dscores, k, 3, 2).reshape(by_head)
@@ -215,13 +216,13 @@ def _attention_backward(scale, saved, dout):
 
 
 def _products(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-  """Matrix products over one axis of each, for every row and head, in float32."""
+  """Batched matrix products over one axis of each, for every row and head, in float32."""
   axes = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
   return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
-  """[B, T, H, K] -> [B, H, T, K], stored as such."""
+  """[B, T, H, K] -> [B, H, T, K], also in memory."""
   return jax.lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
 
 
@@ -239,9 +240,9 @@ def xla_attention(
   softcap: float | None,
   on_cpu: bool = False,
 ) -> jax.Array:
-  """An `Attend` that holds all scores, [B, H, T, T]: runs anywhere, the measure of the others.
+  """`Attend` that holds all scores, [B, H, T, T]. It runs anywhere and is the reference.
 
-  With `on_cpu` its gradients are those of `attention_on_cpu`, which has no `softcap`.
+  With `on_cpu` it is `attention_on_cpu`, unless there is a `softcap`.
   """
   mask = visible(q.shape[1], segment_ids, window)
   if on_cpu and softcap is None:
@@ -259,17 +260,17 @@ def cudnn_attention(
   scale: float,
   windows: tuple[int, ...],
 ) -> jax.Array:
-  """An `Attend` by cuDNN, bfloat16 or float16 only.
+  """`Attend` by cuDNN, for bfloat16 or float16 only.
 
-  It is told nothing but "causal" where the rows are single segments and all layers have one window.
-  Otherwise it reads a [B, T, T] mask, which still saves the [B, H, T, T] scores.
+  If rows are single segments and all layers have the same window, no mask is passed. Otherwise
+  cuDNN reads a [B, T, T] mask, which still avoids the [B, H, T, T] scores.
   """
   attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
   if segment_ids is None and len(windows) == 1:
     size = None if windows[0] == NO_WINDOW else (windows[0] - 1, 0)
     return attend(q, k, v, is_causal=True, local_window_size=size)
   length = q.shape[1]
-  # Its backward pass takes masks of even lengths only.
+  # The backward pass only supports masks of even lengths.
   q, k, v, segment_ids = _lengthen(2, q, k, v, segment_ids)
   mask = visible(q.shape[1], segment_ids, window)
   return attend(q, k, v, mask=mask[:, None])[:, :length]
@@ -288,7 +289,7 @@ def splash_attention(
   mesh: Mesh | None,
   interpret: bool,
 ) -> jax.Array:
-  """An `Attend` by the kernels "splash" of JAX for TPUs, whose memory is linear in T.
+  """`Attend` by JAX's "splash" kernels for TPUs; its memory is linear in T.
 
   Args:
     q: [B, T, H, K].
@@ -298,11 +299,11 @@ def splash_attention(
     window: [] int32, one of `windows`; None if there is only one.
     scale: Factor of the scores.
     softcap: Bound of the scores, or None.
-    windows: The sizes that layers have. Each is a kernel of its own, since it is compiled in.
+    windows: Window sizes of the layers. Each has its own kernel, since the size is static.
     mesh: Devices to split rows and heads over, because the compiler cannot split a kernel.
-    interpret: Run the kernels as plain JAX: slow, and the same on any device.
+    interpret: Run the kernels as plain JAX: slow, but the same on any device.
   """
-  # Here and not above: a change in what JAX calls experimental can then break splash alone.
+  # Imported here, so that a change of JAX's experimental modules can only break splash.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernels,
   )
@@ -314,7 +315,7 @@ def splash_attention(
   q = (q * scale).astype(q.dtype)
   q, k, v, segment_ids = _lengthen(_LANES, q, k, v, segment_ids)
   lanes = q.shape[1] // _LANES
-  block = _LANES * max(n for n in range(1, _MOST_LANES + 1) if lanes % n == 0)
+  block = _LANES * max(n for n in range(1, _MAX_LANES + 1) if lanes % n == 0)
   blocks = kernels.BlockSizes(
     block_q=block,
     block_kv=block,
@@ -325,7 +326,7 @@ def splash_attention(
   )
 
   def attend(size: int, q, k, v, segment_ids):
-    """[B, H, T, K] each, on one device."""
+    """Runs a kernel on one device; q, k and v are [B, H, T, K]."""
     square = q.shape[2:3] * 2
     mask = masks.CausalMask(square)
     if size < length:
@@ -350,7 +351,7 @@ def splash_attention(
       mesh=mesh,
       in_specs=(spec, spec, spec, jax.P(spec[0])),
       out_specs=spec,
-      check_vma=False,  # Kernels do not say over which axes their results vary.
+      check_vma=False,  # Kernels do not declare over which axes their results vary.
     )
     branches = [split(branch) for branch in branches]
   which = jnp.int32(0) if window is None else jnp.sum(window > jnp.array(windows[:-1], jnp.int32))
@@ -359,7 +360,7 @@ def splash_attention(
 
 
 def _lengthen(multiple: int, *arrays: jax.Array | None) -> list[Any]:
-  """Pads axis 1 with zeros at its end, which no token before it sees and which are segment 0."""
+  """Pads the end of axis 1 with zeros: segment 0, after every token that could attend to it."""
 
   def pad(x: jax.Array | None) -> jax.Array | None:
     if x is None or not x.shape[1] % multiple:

@@ -1,15 +1,15 @@
-"""From a config to pure functions: the boundary where NNX ends.
+"""Turns a config into pure functions; NNX is not used beyond this module.
 
-`build(config)` gives `Model(init, apply, decode, init_cache)`. Params are a plain nested dict:
+`build(config)` returns `Model(init, apply, decode, init_cache)`. Params are a plain nested dict:
 
     embed/embedding [V, D]
     layers/attention/{q,k,v,o}/kernel, layers/mlp/{gate,up,down}/kernel  [L, in, out]
     layers/{attention_norm,mlp_norm}/scale [L, D], final_norm/scale [D]
     lm_head/kernel [D, V]  (untied models)   or   score/{kernel [D, 1], bias [1]}
 
-and where the config asks for them `bias` beside a kernel or scale, embed/positions [max_length, D],
-layers/{attention_post_norm,mlp_post_norm}/scale [L, D], layers/attention/{q_norm,k_norm}/scale
-[L, K]. Beside a kernel there may be an adapter (`lora.py`).
+Depending on the config there are also `bias` beside a kernel or scale, embed/positions
+[max_length, D], layers/{attention_post_norm,mlp_post_norm}/scale [L, D] and
+layers/attention/{q_norm,k_norm}/scale [L, K]. Beside a kernel there may be an adapter (`lora.py`).
 """
 
 import functools
@@ -42,15 +42,15 @@ class Model(NamedTuple):
   """A decoder as pure functions.
 
   Attributes:
-    config: Its architecture.
+    config: Architecture.
     init: `key -> params`.
     apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
-      [B, T, V] float32 (lazy ones if built so), or scores [B, T] float32 for a scalar head, or the
-      pair of them for both.
+      [B, T, V] float32 (lazy ones with `logit_chunk`), or scores [B, T] float32 for a scalar head,
+      or the pair for both heads.
       `segment_ids` [B, T] int is 0 on padding (left or right) and numbers packed sequences;
-      attention stays inside a segment. `positions` [B, T] are by default those in the segment;
-      windows count tokens whatever they are. `last` computes only the final `last` positions.
-      ValueError for more tokens than a model with learned positions has.
+      attention stays inside a segment. `positions` [B, T] are by default counted per segment;
+      windows count tokens and ignore them. `last` computes only the final `last` positions.
+      ValueError for more tokens than there are learned positions.
     decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
       the cache after writing `tokens`; `mask` [B, T] is False on padding.
     init_cache: `(batch, slots, dtype)` -> empty cache. ValueError as for `apply`.
@@ -64,13 +64,13 @@ class Model(NamedTuple):
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
-  """Position of every token in its own segment, counted from 0.
+  """Position of every token in its segment, counted from 0.
 
   Args:
     segment_ids: [B, T] int, 0 on padding; equal ids are contiguous.
 
   Returns:
-    [B, T] int32; padding gets a position too, which nothing reads.
+    [B, T] int32; positions of padding are never read.
   """
   index = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
   previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -79,10 +79,10 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 def _layer_arrays(config: ModelConfig) -> tuple[jax.Array | None, jax.Array | None]:
-  """What differs between layers beside their params, to be scanned with them.
+  """Arrays that differ between layers, besides params, to be scanned with the params.
 
   Returns:
-    Windows [L] int32 and rotary frequencies [L, R / 2] float32, None for what does not differ.
+    Windows [L] int32 and rotary frequencies [L, R / 2] float32; None if equal in all layers.
   """
   if not config.windows:
     return None, None
@@ -94,7 +94,7 @@ def _layer_arrays(config: ModelConfig) -> tuple[jax.Array | None, jax.Array | No
 
 
 def _pure(module: Callable[..., nnx.Module], *args):
-  """`init(key) -> params` and `call(params, *inputs)` of one module."""
+  """Builds `init(key) -> params` and `call(params, *inputs)` of one module."""
   abstract = nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0)))
   graph, _ = nnx.split(abstract, nnx.Param)
 
@@ -118,25 +118,25 @@ def build(
   logit_chunk: int | None = None,
   mesh: Mesh | None = None,
 ) -> Model:
-  """Pure functions of a decoder with a language-model or a scalar head, or with both.
+  """Builds the pure functions of a decoder with a language-model head, a scalar head, or both.
 
   Args:
     config: Architecture.
-    head: What is read out of the final hidden states.
-    known_tokens: Number of ids that the tokenizer knows, if the embedding has more rows: the
-      logits of the others are -inf, so that neither sampling nor training gives them probability.
-    logit_chunk: `apply` gives `LazyLogits`, of which a loss computes about so many of a row at a
-      time (tokens times V); None gives the array.
-    mesh: Devices that the model runs on; see `attention.make_attend`. Activations and caches stay
-      split by rows on it. Left to the compiler, on a mesh with fsdp they follow the weights: every
-      device computes all rows.
+    head: Head over the final hidden states.
+    known_tokens: Number of ids in the tokenizer, if the embedding has more rows. The logits of the
+      other ids are -inf, so that neither sampling nor training gives them probability.
+    logit_chunk: Approximate number of logits per row (tokens times V) that a loss computes at a
+      time: `apply` returns `LazyLogits`. None returns the array.
+    mesh: Devices that the model runs on; see `attention.make_attend`. Activations and caches are
+      constrained to be split by rows. Without this constraint XLA shards activations like the fsdp
+      weights, and every device computes every row.
 
   Raises:
-    ValueError: `config.attention` cannot be used on them.
+    ValueError: If `config.attention` cannot be used on these devices.
   """
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
-  # On a mesh the partitioner would gather activations for it.
+  # On a mesh the partitioner would gather activations for `matmul_on_cpu`.
   matmul = matmul_on_cpu if sharding.is_one_cpu(mesh) else jnp.matmul
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)
@@ -144,13 +144,13 @@ def build(
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
-  # Few queries and many keys, and slots that hold nothing: not for the kernels.
+  # Few queries, many keys and empty slots: the kernels are not made for that.
   attend_cache = functools.partial(
     attention.cached_attention,
     scale=config.score_scale,
     softcap=config.attention_softcap,
   )
-  # A loop over so few layers costs more time than it saves in compiling.
+  # A loop over so few layers costs more time than it saves in compilation.
   unroll = config.layers if config.layers <= 4 else 1
 
   def init(key: jax.Array) -> Params:
@@ -170,7 +170,7 @@ def build(
     return sharding.constrain(x, mesh, sharding.ROWS)
 
   def to_logits(params: Params, hidden: jax.Array) -> jax.Array:
-    """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the params of its head."""
+    """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the head."""
     if config.tied:
       table = params["embedding"].astype(hidden.dtype)
       logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
@@ -204,10 +204,10 @@ def build(
       )
 
   def run_layer(x, positions, frequencies, xs, attend_within, cache=None):
-    """One block; `attend_within(window)` attends within the window of the layer."""
-    layer_params, window, own_frequencies = xs
-    if own_frequencies is not None:
-      frequencies = own_frequencies
+    """Runs one block; `attend_within(window)` attends within the window of the layer."""
+    layer_params, window, layer_frequencies = xs
+    if layer_frequencies is not None:
+      frequencies = layer_frequencies
     return block(layer_params, x, positions, frequencies, attend_within(window), cache)
 
   def apply(
@@ -220,8 +220,8 @@ def build(
   ) -> Any:
     require_positions(tokens.shape[1])
     if positions is None:
-      whole = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-      positions = segment_positions(whole)
+      segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+      positions = segment_positions(segments)
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
     def attend_within(window):
@@ -241,10 +241,10 @@ def build(
 
     def zeros() -> tuple[jax.Array, ...]:
       if unroll > 1:
-        spec, own = sharding.CACHE, shape
+        spec, dims = sharding.CACHE, shape
       else:
-        spec, own = sharding.P(None, *sharding.CACHE), (config.layers, *shape)
-      return tuple(sharding.constrain(jnp.zeros(own, dtype), mesh, spec) for _ in range(unroll))
+        spec, dims = sharding.P(None, *sharding.CACHE), (config.layers, *shape)
+      return tuple(sharding.constrain(jnp.zeros(dims, dtype), mesh, spec) for _ in range(unroll))
 
     return Cache(zeros(), zeros(), by_rows(jnp.zeros((batch, slots), bool)), jnp.int32(0))
 
@@ -259,7 +259,7 @@ def build(
     here = cache.index + jnp.arange(length)[None, :, None]
     # A padding query sees its own slot, so that no row of the softmax is empty.
     visible = (valid[:, None] & (slot <= here)) | (slot == here)
-    # In tokens, not in slots: there may be padding between them.
+    # Distances are in tokens, not in slots: there may be padding in between.
     slot_positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
     distance = positions[:, :, None] - slot_positions[:, None, :]
     distance = jnp.where(slot == here, 0, distance)
@@ -278,8 +278,8 @@ def build(
     if len(cache.k) > 1:
       written = []
       for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
-        own = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
-        x, kv = layer(x, own, *kv, (), cache.index)
+        layer_xs = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
+        x, kv = layer(x, layer_xs, *kv, (), cache.index)
         written.append(kv)
     else:
 
@@ -303,7 +303,7 @@ def count_params(params: Params) -> int:
 
 
 def actor_critic(policy: Model, critic: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """One apply function over `{"policy": ..., "value": ...}` -> (logits, values)."""
+  """Builds one apply function of `{"policy": ..., "value": ...}` -> (logits, values)."""
 
   def apply(params: Params, tokens: jax.Array, **kwargs) -> tuple[jax.Array, jax.Array]:
     logits = policy.apply(params["policy"], tokens, **kwargs)
@@ -313,7 +313,7 @@ def actor_critic(policy: Model, critic: Model) -> Callable[..., tuple[jax.Array,
 
 
 def shared_actor_critic(model: Model) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """The same over `{"policy": ..., "value": {"score": ...}}` of a model built with both heads."""
+  """`actor_critic` of `{"policy": ..., "value": {"score": ...}}`, for a model with both heads."""
 
   def apply(params: Params, tokens: jax.Array, **kwargs) -> tuple[jax.Array, jax.Array]:
     return model.apply(params["policy"] | params["value"], tokens, **kwargs)

@@ -1,8 +1,8 @@
-"""Mixtures of experts: every token goes through the few MLPs that its router picks.
+"""Mixtures of experts: a router sends every token through a few MLPs.
 
 Shazeer et al., 2017, https://arxiv.org/abs/1701.06538, as in Mixtral (Jiang et al., 2024,
-https://arxiv.org/abs/2401.04088) and Qwen 3. No expert is ever full and no token is dropped: what a
-token becomes does not depend on the others, so that a sampler and a trainer compute the same.
+https://arxiv.org/abs/2401.04088) and Qwen 3. Experts have no capacity limit and no token is
+dropped. The output of a token does not depend on other tokens, so sampler and trainer agree.
 """
 
 import functools
@@ -31,19 +31,20 @@ def mix_local(
   activation: str,
   first: jax.Array | None = None,
 ) -> jax.Array:
-  """Weighted sum of what the chosen experts make of each token.
+  """Weighted sum of the outputs of the chosen experts for each token.
 
   The tokens are sorted by expert, so that each expert is one matrix product.
 
   Args:
     x: [B, T, D].
-    chosen: [B, T, k] int32, numbers of experts.
+    chosen: [B, T, k] int32, indices of experts.
     weights: [B, T, k].
-    gate: [E, D, F] of the experts that are here.
+    gate: [E, D, F] weights of the local experts.
     up: [E, D, F].
     down: [E, F, D].
-    activation: Between them.
-    first: [] int32, number of the first expert that is here; None: all are. Others add nothing.
+    activation: Name of the activation.
+    first: [] int32, index of the first local expert; the others contribute nothing. None if all are
+      local.
 
   Returns:
     [B, T, D], dtype of `x`.
@@ -52,7 +53,7 @@ def mix_local(
   expert = chosen.reshape(-1)
   if first is not None:
     expert = expert - first
-    expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # Those elsewhere last.
+    expert = jnp.where((expert >= 0) & (expert < count), expert, count)  # Remote experts last.
   order = jnp.argsort(expert)
   sizes = jnp.bincount(expert, length=count).astype(jnp.int32)
 
@@ -69,11 +70,11 @@ def mix_local(
 
 
 def make_mix(config: ModelConfig, mesh: Mesh | None = None) -> Mix:
-  """`mix_local` on the devices of a mesh: each has its own rows and, along `tensor`, experts.
+  """Builds `mix_local` for a mesh: each device has its own rows and, along `tensor`, experts.
 
   Args:
     config: Architecture.
-    mesh: Devices that the model runs on; None: one.
+    mesh: Devices that the model runs on; None for one device.
   """
   mix = functools.partial(mix_local, activation=config.activation)
   if mesh is None or mesh.size == 1:

@@ -1,6 +1,6 @@
-"""How each model family spells config.json and the names of its tensors: tables, no computation.
+"""Tables of the fields of config.json and the names of tensors in each model family.
 
-What an absent field means is what the configuration class of the family in transformers says.
+The default of an absent field is the one of the family's configuration class in transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ class Field(NamedTuple):
   """A field of config.json.
 
   Attributes:
-    ours: The fields of ModelConfig that it sets.
-    kind: Type of its value.
-    default: Where it is absent. None of `kv_heads`, `head_dim` and `mlp_width` follows from others.
+    ours: Fields of ModelConfig that it sets.
+    kind: Type of the value.
+    default: Value if the field is absent. None for `kv_heads`, `head_dim` and `mlp_width` derives
+      the value from other fields.
   """
 
   ours: tuple[str, ...]
@@ -29,26 +30,26 @@ class Family(NamedTuple):
   """One architecture.
 
   Attributes:
-    model_type: As config.json names it.
-    architectures: The classes of transformers that hold the weights, and with which head.
-    fields: Fields that set one of ModelConfig's.
+    model_type: Name of the family in config.json.
+    architectures: Classes of transformers that hold the weights -> their head.
+    fields: Fields of config.json that set fields of ModelConfig.
     fixed: Fields of ModelConfig that are part of the architecture.
-    activation: Field that names the activation, and the one that is implemented.
-    modules: Our modules -> theirs; `{}` is the number of the layer, a second one the expert's.
+    activation: Field that names the activation, and the value that is implemented.
+    modules: Our modules -> theirs; `{}` is the index of the layer, a second one that of the expert.
       Modules of one name are stored in one tensor, side by side in this order.
-    only: Fields that change the computation, with the values that are implemented.
-    ignored: Fields that change nothing, beside those of all families.
-    aliases: Other names of fields -> those above.
-    parsed: Fields of windows and rope that are read beside `fields` and the usual ones.
-    window: `sliding_window` where it is absent.
-    is_local: `(layer, window, raw) -> bool`, whether a layer has the window where `layer_types` is
-      absent; None: no layer has.
-    rope: "one" base, another one "by_layer" for those with a window, or "none".
-    rope_theta: Base where it is absent, and that of layers with a window.
+    only: Fields that change the computation -> the values that are implemented.
+    ignored: Fields that change nothing, in addition to those of all families.
+    aliases: Other names of fields -> the names above.
+    parsed: Fields of windows and rope that are read in addition to `fields` and the usual ones.
+    window: Default of `sliding_window`.
+    is_local: `(layer, window, raw) -> bool`, True if a layer has the window, for folders without
+      `layer_types`. None if no layer has one.
+    rope: "one" base for all layers, "by_layer" for another base in layers with a window, or "none".
+    rope_theta: Default base, and default base in layers with a window.
     rope_kinds: Implemented kinds of rope scaling.
-    partial_rotary: Whether `partial_rotary_factor` is read.
-    transposed: Whether linear layers are [out, in].
-    prefix: Some folders leave it out of all names.
+    partial_rotary: True if `partial_rotary_factor` is read.
+    transposed: True if linear layers are [out, in].
+    prefix: Prefix of tensor names that some folders omit.
   """
 
   model_type: str
@@ -120,7 +121,7 @@ _QWEN_EXPERTS = {
   "layers/mlp/experts/down": _EXPERTS + "down_proj",
 }
 _MIXTRAL_EXPERTS = _LAYER + "block_sparse_moe.experts.{}."
-# Of the losses that balance experts in pretraining, which no loss here adds.
+# Fields of the losses that balance experts in pretraining; no loss here adds them.
 _ROUTER_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
 _QK_NORM = {
   "layers/attention/q_norm": _LAYER + "self_attn.q_norm",
@@ -242,7 +243,7 @@ FAMILIES: Mapping[str, Family] = {
     fields={
       name: field
       for name, field in _fields(max_length=32768, kv_heads=4).items()
-      if name != "intermediate_size"  # Of layers without experts, of which there are none.
+      if name != "intermediate_size"  # For layers without experts; there are none.
     }
     | _ATTENTION_BIAS
     | {
@@ -286,7 +287,7 @@ FAMILIES: Mapping[str, Family] = {
       "Gemma3ForCausalLM": "language",
       "Gemma3TextForSequenceClassification": "scalar",
     },
-    # A cap on attention scores is in its format, but transformers does not apply it.
+    # The format has a cap on attention scores, but transformers does not apply it.
     fields=_fields(max_length=131072, kv_heads=4, head_dim=256, tied=True)
     | _ATTENTION_BIAS
     | _QUERY_WIDTH
@@ -383,7 +384,7 @@ FAMILIES: Mapping[str, Family] = {
     modules=_MODULES
     | {f"layers/attention/{name}": _LAYER + "self_attn.qkv_proj" for name in "qkv"}
     | {f"layers/mlp/{name}": _LAYER + "mlp.gate_up_proj" for name in ("gate", "up")},
-    # The length before longrope stretched it.
+    # The context length before longrope extended it.
     ignored=frozenset({"embd_pdrop", "resid_pdrop", "original_max_position_embeddings"}),
     parsed=frozenset({"sliding_window"}),
     is_local=lambda layer, window, raw: window is not None,

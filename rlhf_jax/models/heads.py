@@ -46,5 +46,5 @@ def shift_scores(params: Params, offset: jax.Array) -> Params:
 
 
 def zero_scores(params: Params) -> Params:
-  """Makes a model with a scalar head give 0 everywhere: where a fresh critic starts."""
+  """Zeroes the scalar head, so that all scores are 0: the start of a fresh critic."""
   return params | {"score": jax.tree.map(jnp.zeros_like, params["score"])}

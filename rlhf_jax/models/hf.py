@@ -1,7 +1,7 @@
-"""Hugging Face folders in and out: config.json, safetensors, nothing that runs code.
+"""Reading and writing Hugging Face folders: config.json and safetensors, nothing that runs code.
 
-A folder is read as data. Every field of config.json that could change what the model computes is
-either understood or refused by name; weights come from safetensors only.
+A folder is read as data. Every field of config.json that could change the computation is either
+understood or refused by name. Weights come from safetensors only.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ ARCHITECTURES: Mapping[str, tuple[str, Head]] = {
   for family, spelling in FAMILIES.items()
   for name, head in spelling.architectures.items()
 }
-# Where null is not the same as absent: not set, or (in the first two) to be derived from others.
+# Fields where null differs from absent: it means not set, or (the first two) derived from others.
 _NULLABLE = frozenset({"kv_heads", "head_dim", "attention_softcap", "logit_softcap"})
 # Kind of rope scaling -> its fields -> fields of RopeScaling.
 _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
@@ -43,8 +43,8 @@ _ROPE_FIELDS: Mapping[str, Mapping[str, str]] = {
     "original_max_position_embeddings": "original_length",
   },
 }
-# Fields that change the computation and for which only one value is implemented, except in families
-# that say otherwise.
+# Fields that change the computation and for which only one value is implemented, unless a family
+# overrides this.
 _ONLY: Mapping[str, tuple[Any, ...]] = {
   "use_sliding_window": (False, None),
   "sliding_window": (None,),
@@ -67,7 +67,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 # Tensors that hold no weights: rotary frequencies, and the causal mask of old GPT-2 folders.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 _KINDS = {"sliding_attention": True, "full_attention": False}
-# Fields that say nothing about the forward pass.
+# Fields that do not affect the forward pass.
 _IGNORED = frozenset(
   {
     "_name_or_path",
@@ -101,7 +101,7 @@ _IGNORED = frozenset(
 
 
 class ModelFolderError(ValueError):
-  """A model folder that cannot be loaded as asked; the message names the file and the fix."""
+  """A model folder cannot be loaded as requested; the message names the file and the fix."""
 
   exit_code = 78
 
@@ -111,7 +111,7 @@ def _refuse(path: pathlib.Path, problem: str) -> ModelFolderError:
 
 
 def _typed(path: pathlib.Path, name: str, value: Any, kind: type) -> Any:
-  """The value of a field, which must be of type `kind`, and positive if a number."""
+  """Checks that a field has type `kind` and, if a number, is positive; returns the value."""
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -128,37 +128,37 @@ class _Rope(NamedTuple):
 
 
 def _parse_rope(path: pathlib.Path, raw: Mapping[str, Any], kinds: Sequence[str]) -> _Rope:
-  """From rope_theta, rope_scaling, partial_rotary_factor, or from the newer rope_parameters."""
-  found: dict[str, Any] = {}
+  """Reads rope_theta, rope_scaling, partial_rotary_factor, or the newer rope_parameters."""
+  merged: dict[str, Any] = {}
   for field in ("rope_scaling", "rope_parameters"):
     part = raw.get(field) or {}
     if not isinstance(part, dict):
       raise _refuse(path, f"{field} is {part!r}, expected an object")
     older = {"rope_type": part["type"]} if "type" in part else {}
     part = older | {name: value for name, value in part.items() if name != "type"}
-    if any(found[name] != part[name] for name in found.keys() & part.keys()):
+    if any(merged[name] != part[name] for name in merged.keys() & part.keys()):
       raise _refuse(path, "rope_scaling and rope_parameters differ; keep one")
-    found |= part
+    merged |= part
   numbers: dict[str, float | None] = {}
   for name in ("rope_theta", "partial_rotary_factor"):
-    value = found.pop(name, raw.get(name))
+    value = merged.pop(name, raw.get(name))
     if raw.get(name) not in (None, value):
       raise _refuse(path, f"{name} is both {raw[name]} and {value}; keep one")
     numbers[name] = None if value is None else _typed(path, name, value, float)
   theta, fraction = numbers.values()
   fraction = 1.0 if fraction is None else fraction
-  kind = found.pop("rope_type", None) or "default"
+  kind = merged.pop("rope_type", None) or "default"
   if kind not in kinds:
     raise _refuse(path, f"rope scaling {kind!r} is not supported, only {', '.join(kinds)}")
   names = _ROPE_FIELDS[kind]
-  if set(found) != set(names):
+  if set(merged) != set(names):
     raise _refuse(
-      path, f"rope scaling {kind!r} needs exactly {sorted(names)}, found {sorted(found)}"
+      path, f"rope scaling {kind!r} needs exactly {sorted(names)}, found {sorted(merged)}"
     )
   if not names:
     return _Rope(theta, None, fraction)
   values = {
-    ours: _typed(path, theirs, found[theirs], int if ours == "original_length" else float)
+    ours: _typed(path, theirs, merged[theirs], int if ours == "original_length" else float)
     for theirs, ours in names.items()
   }
   if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
@@ -168,7 +168,7 @@ def _parse_rope(path: pathlib.Path, raw: Mapping[str, Any], kinds: Sequence[str]
 
 
 def _rope_fields(path: pathlib.Path, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-  """The rotary fields of ModelConfig."""
+  """Reads the rotary fields of ModelConfig."""
   if family.rope == "none":
     return {}
   local = None
@@ -181,9 +181,9 @@ def _rope_fields(path: pathlib.Path, raw: Mapping[str, Any], family: Family) -> 
     base = raw.get("rope_local_base_freq")
     if base is not None:
       base = _typed(path, "rope_local_base_freq", base, float)
-    of_local = {"rope_theta": base, "rope_parameters": parts.get("sliding_attention")}
+    local_raw = {"rope_theta": base, "rope_parameters": parts.get("sliding_attention")}
     raw = {**raw, "rope_parameters": parts.get("full_attention")}
-    local = _parse_rope(path, of_local, ("default",))
+    local = _parse_rope(path, local_raw, ("default",))
   rope = _parse_rope(path, raw, family.rope_kinds)
   for part in (rope, local):
     if part is not None and part.fraction != 1 and not family.partial_rotary:
@@ -202,8 +202,8 @@ def _rope_fields(path: pathlib.Path, raw: Mapping[str, Any], family: Family) -> 
 def _parse_windows(
   path: pathlib.Path, raw: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, ...]:
-  """Windows of all layers from `sliding_window` and `layer_types`; empty without any."""
-  if layers > 10_000:  # Below, they are counted one by one.
+  """Reads the windows of all layers; empty if no layer has one."""
+  if layers > 10_000:  # The code below loops over all of them.
     raise _refuse(path, f"{layers} layers are more than any model has")
   window = raw.get("sliding_window", family.window)
   if window is not None:
@@ -233,16 +233,17 @@ def _parse_windows(
 
 
 def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
-  """Reads config.json by an allow-list of fields.
+  """Reads config.json with an allow-list of fields.
 
   Args:
     path: The folder or the file itself.
 
   Returns:
-    The architecture, and which head the weights carry.
+    The architecture, and the head of the weights.
 
   Raises:
-    ModelFolderError: Unknown architecture, missing field, or a value that is not implemented.
+    ModelFolderError: If the architecture is unknown, a field is missing or a value is not
+      implemented.
   """
   path = pathlib.Path(path)
   path = path / "config.json" if path.is_dir() else path
@@ -258,7 +259,7 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
 
 
 def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Head]:
-  """`parse_config` of what `path` holds."""
+  """Parses the fields of a config.json; `path` is for messages."""
   names = raw.get("architectures")
   if not isinstance(names, list) or len(names) != 1 or names[0] not in list(ARCHITECTURES):
     raise _refuse(path, f"architectures is {names!r}; one of {sorted(ARCHITECTURES)} can be loaded")
@@ -319,12 +320,12 @@ def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Hea
 
 
 class _Tensor(NamedTuple):
-  """A tensor of a folder. `{}` stands for the number of the layer, a second one for the expert's.
+  """A tensor, or one tensor per layer or expert, of a folder.
 
   Attributes:
-    name: As the folder has it.
-    paths: Our leaves that it holds, side by side on the last axis of ours.
-    transpose: Whether it is [out, in].
+    name: Name in the folder. `{}` is the index of the layer, a second one that of the expert.
+    paths: Our leaves that it holds, side by side on their last axis.
+    transpose: True if the tensor is [out, in].
   """
 
   name: str
@@ -333,13 +334,13 @@ class _Tensor(NamedTuple):
 
   @property
   def stacked(self) -> int:
-    """How many leading axes of ours are numbers in its name."""
+    """Number of leading axes of our leaves that are indices in the name."""
     return self.name.count("{}")
 
 
 def _tensors(family: Family, tree: Params) -> list[_Tensor]:
-  """The tensors of a folder that hold the leaves of `tree`, in the order of `family.modules`."""
-  found: dict[str, _Tensor] = {}
+  """Lists the tensors that hold the leaves of `tree`, in the order of `family.modules`."""
+  tensors: dict[str, _Tensor] = {}
   for module, theirs in family.modules.items():
     *path, last = module.split("/")
     node = tree
@@ -355,13 +356,13 @@ def _tensors(family: Family, tree: Params) -> list[_Tensor]:
     for path in paths:
       name = theirs + (".bias" if path[-1] == "bias" else ".weight")
       transpose = path[-1] == "kernel" and (family.transposed or path[0] != "layers")
-      before = found[name].paths if name in found else ()
-      found[name] = _Tensor(name, (*before, tuple(path)), transpose)
-  return list(found.values())
+      before = tensors[name].paths if name in tensors else ()
+      tensors[name] = _Tensor(name, (*before, tuple(path)), transpose)
+  return list(tensors.values())
 
 
 def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
-  """Name -> reader, for a single file or for the shards of an index."""
+  """Opens a single file or the shards of an index; returns name -> reader."""
   index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
   if index.exists():
     try:
@@ -418,21 +419,21 @@ def load_params(
 ) -> Params:
   """Reads the weights of `model` from a folder, one stacked leaf at a time.
 
-  A model with a scalar head can be started from a language model: the trunk is read and the head
-  is initialised from `key`.
+  A model with a scalar head can start from a language model: the trunk is read and the head is
+  initialised from `key`.
 
   Args:
     folder: Folder with config.json and safetensors.
     model: Model built from `parse_config(folder)`, with either head.
     key: Random key for a scalar head that the folder does not have.
-    dtype: Type of the returned params.
-    place: `(path, array) -> jax.Array` puts a leaf on devices; default `jnp.asarray`.
+    dtype: Dtype of the returned params.
+    place: `(path, array) -> jax.Array` puts a leaf on devices; `jnp.asarray` by default.
 
   Returns:
     Params for `model.apply`.
 
   Raises:
-    ModelFolderError: Missing, unexpected, misshapen or non-finite tensors.
+    ModelFolderError: If a tensor is missing, unexpected, of the wrong shape or not finite.
   """
   folder = pathlib.Path(folder)
   _, stored_head = parse_config(folder)
@@ -457,7 +458,7 @@ def load_params(
     try:
       value = tensors[name]()
     except (AttributeError, KeyError, TypeError) as error:
-      raise _refuse(folder, f"tensor {name} is of a type that is not read: {error}") from None
+      raise _refuse(folder, f"tensor {name} is of a type that cannot be read: {error}") from None
     value = value.T if transpose else value
     if value.shape != shape:
       raise _refuse(folder, f"tensor {name} gives shape {value.shape}, config.json says {shape}")
@@ -475,15 +476,15 @@ def load_params(
     if tensor.name.startswith("score.") and stored_head == "language":
       if key is None:
         raise _refuse(folder, "has no scalar head; give a key to initialise one")
-      # Returned alone, so that the compiler drops the trunk that is made with it.
+      # Only the head is returned, so that the compiler drops the trunk.
       fresh = jax.jit(lambda key, path=tensor.paths[0]: _get(model.init(key), path))(key)
       value = np.asarray(fresh).astype(jnp.dtype(dtype))
     elif tensor.name == "score.bias" and tensor.name not in tensors:
       value = np.zeros(shape, jnp.dtype(dtype))  # The classification format has no bias.
     else:
-      numbers, own = shape[: tensor.stacked], shape[tensor.stacked :]
-      every = [read(tensor.name.format(*i), own, tensor.transpose) for i in np.ndindex(numbers)]
-      value = every[0] if not numbers else np.stack(every).reshape(shape)
+      numbers, inner = shape[: tensor.stacked], shape[tensor.stacked :]
+      values = [read(tensor.name.format(*i), inner, tensor.transpose) for i in np.ndindex(numbers)]
+      value = values[0] if not numbers else np.stack(values).reshape(shape)
     ends = np.cumsum([part[-1] for part in parts])
     for path, part in zip(tensor.paths, np.split(value, ends[:-1], axis=-1), strict=True):
       part = np.ascontiguousarray(part)
@@ -491,7 +492,7 @@ def load_params(
       _set(params, path, jnp.asarray(part) if place is None else place(name, part))
 
   if "lm_head.weight" in unread:
-    # Some tied checkpoints store the embedding twice; a trunk alone has no use for a head.
+    # Some tied checkpoints store the embedding twice; a scalar model does not need a language head.
     tied = model.config.tied
     if head == "language" and tied:
       embedding = sharding.to_host(params["embed"]["embedding"])
@@ -504,7 +505,7 @@ def load_params(
 
 
 def scalar_label(folder: str | pathlib.Path) -> str:
-  """What the scalar of a folder is called, such as "reward" or "preference"; "" without a name."""
+  """Label of a folder's scalar head, such as "reward" or "preference"; "" if it has none."""
   raw = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
   return str((raw.get("id2label") or {}).get("0", ""))
 
@@ -512,10 +513,10 @@ def scalar_label(folder: str | pathlib.Path) -> str:
 def config_json(
   config: ModelConfig, head: Head, token_ids: Mapping[str, int], label: str = "reward"
 ) -> dict[str, Any]:
-  """The config.json that `parse_config` reads back to `config`.
+  """Writes the fields of the config.json from which `parse_config` reads `config`.
 
   Raises:
-    ModelFolderError: The format of `config.family` has no place for something in it.
+    ModelFolderError: If the format of `config.family` cannot represent a field of `config`.
   """
   if config.family not in FAMILIES:
     raise ModelFolderError(f"family {config.family!r} is none of {', '.join(FAMILIES)}")
@@ -553,7 +554,7 @@ def config_json(
   lost = [
     f"{field.name}={getattr(config, field.name)!r}"
     for field in dataclasses.fields(config)
-    if field.name not in ("dtype", "attention", "remat")  # How it is computed.
+    if field.name not in ("dtype", "attention", "remat")  # Not part of the architecture.
     and getattr(config, field.name) != getattr(again, field.name)
   ]
   if lost:
@@ -566,8 +567,8 @@ def _named_tensors(params: Params, tensors: list[_Tensor]) -> Iterator[tuple[str
     parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
     value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
     for i in np.ndindex(value.shape[: tensor.stacked]):
-      own = value[i]
-      yield tensor.name.format(*i), np.ascontiguousarray(own.T if tensor.transpose else own)
+      part = value[i]
+      yield tensor.name.format(*i), np.ascontiguousarray(part.T if tensor.transpose else part)
 
 
 def save_folder(
@@ -581,29 +582,29 @@ def save_folder(
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
 
-  With several processes all have to call it, and process 0 writes.
+  With several processes, all must call it, and process 0 writes.
 
   Args:
-    folder: Created if needed.
+    folder: Output folder; created if needed.
     params: Params of a model with either head.
-    config: Its architecture.
-    token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` as the tokenizer has them.
-    label: What the scalar of a scalar head is.
-    shard_bytes: Largest size of one file.
+    config: Architecture of the model.
+    token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+    label: Label of a scalar head.
+    shard_bytes: Maximum size of one file.
 
   Raises:
-    ModelFolderError: The format of `config.family` has no place for something in `config`.
+    ModelFolderError: If the format of `config.family` cannot represent a field of `config`.
   """
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
   described = config_json(config, head, token_ids, label)
   named = _named_tensors(params, _tensors(FAMILIES[config.family], params))
   if not processes.is_first():
-    for _ in named:  # Their parts are gathered.
+    for _ in named:  # Gathering the tensors needs every process.
       pass
     return
   folder.mkdir(parents=True, exist_ok=True)
-  # The weights of an earlier save could be read in place of these.
+  # Weights of an earlier save could be read instead of these.
   ours = r"config\.json|model\.safetensors\.index\.json|model(-\d{5}-of-\d{5})?\.safetensors"
   for file in folder.iterdir():
     if re.fullmatch(ours, file.name):
@@ -629,7 +630,7 @@ def save_folder(
     total = sum(value.nbytes for shard in shards for value in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
-  # Last, so that a folder with a config.json is a whole one.
+  # Written last: a folder with a config.json is complete.
   _write_json(folder / "generation_config.json", dict(token_ids))
   _write_json(folder / "config.json", described)
 

@@ -1,12 +1,12 @@
-"""LoRA: low-rank adapters beside weights that stay as they are.
+"""LoRA: low-rank adapters beside frozen weights.
 
 Hu et al., 2021, https://arxiv.org/abs/2106.09685, equation 3: a layer `x W` becomes
 `x W + alpha / rank * x A B`. Adapters are leaves beside the kernel in the params of a model,
 
     lora_a [L, in, rank], lora_b [L, rank, out], lora_scale [L]
 
-and every function of a `Model` computes with those that it finds. `split` tells what is trained
-from what stays, `train_step.join` puts the two together again; `base` is the model from before.
+and every function of a `Model` applies the adapters in its params. `split` separates frozen from
+trained params, and `train_step.join` reverses it. `base` removes the adapters.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import ranges
 from rlhf_jax.types import Params
 
 _GROUPS = ("attention", "mlp")
@@ -26,25 +27,22 @@ class LoRAConfig:
   """Low-rank adapters.
 
   Attributes:
-    rank: Of the adapters; 0 has none and trains every parameter.
-    alpha: The output of an adapter is multiplied by alpha / rank.
-    targets: Layers that get one, of q, k, v, o, gate, up and down; empty: all of them. Experts and
-      their router get none.
+    rank: Rank of the adapters. 0 uses no adapters and trains all params.
+    alpha: Scale of the adapters: their output is multiplied by alpha / rank.
+    targets: Layers with adapters, among q, k, v, o, gate, up and down. Empty for all of them.
+      Experts and routers never have adapters.
   """
 
   rank: int = 0
-  alpha: float = 16.0
-  targets: tuple[str, ...] = ()
+  alpha: float = ranges.rare(16.0)
+  targets: tuple[str, ...] = ranges.rare(())
 
   def __post_init__(self):
-    if self.rank < 0:
-      raise ValueError(f"rank must not be negative, got {self.rank}")
-    if not self.alpha > 0:
-      raise ValueError(f"alpha must be positive, got {self.alpha}")
+    ranges.check(self, non_negative=("rank",), positive=("alpha",))
 
 
 def _filter(tree: Params, keep: Callable[[tuple[str, ...]], bool], path: tuple[str, ...] = ()):
-  """The leaves whose path is to be kept, without the dicts that this leaves empty."""
+  """Keeps the leaves whose path satisfies `keep`, and drops empty dicts."""
   kept = {}
   for name, value in tree.items():
     at = (*path, name)
@@ -58,23 +56,23 @@ def _filter(tree: Params, keep: Callable[[tuple[str, ...]], bool], path: tuple[s
 
 
 def init(key: jax.Array, params: Params, config: LoRAConfig) -> Params:
-  """Fresh adapters: A is normal with standard deviation 1 / sqrt(in), B is 0.
+  """Creates adapters: A is normal with standard deviation 1 / sqrt(in), B is 0.
 
   Args:
     key: Random key.
-    params: Of the model, arrays or shapes.
-    config: Their rank, and which layers get one.
+    params: Params of the model, arrays or shapes.
+    config: Rank and target layers.
 
   Returns:
-    Leaves to `join` to the params, which then compute what they did before.
+    Leaves to `join` to the params. The model's outputs do not change.
 
   Raises:
-    ValueError: A target is no layer of the model.
+    ValueError: If a target is not a layer of the model.
   """
   kernels = {
     (group, name): layer["kernel"].shape
     for group in _GROUPS
-    for name, layer in sorted(params["layers"][group].items())  # In one order, however it is made.
+    for name, layer in sorted(params["layers"][group].items())  # The order must be deterministic.
     if "kernel" in layer and name != "router"
   }
   known = [name for _, name in kernels]
@@ -97,12 +95,12 @@ def init(key: jax.Array, params: Params, config: LoRAConfig) -> Params:
 
 
 def base(params: Params) -> Params:
-  """The params without adapters: the same arrays, in no more memory."""
+  """Removes the adapters from params; the arrays are not copied."""
   return _filter(params, lambda path: not path[-1].startswith("lora_"))
 
 
 def leaves(params: Params) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
-  """Path and value of every leaf of every adapter."""
+  """Yields path and value of every leaf of every adapter."""
   for name, value in params.items():
     if isinstance(value, dict):
       yield from (((name, *path), leaf) for path, leaf in leaves(value))
@@ -111,10 +109,12 @@ def leaves(params: Params) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-  """What stays and what is trained: without adapters everything, else they and a scalar head.
+  """Splits params into (frozen, trained).
+
+  With adapters, only the adapters and a scalar head are trained; without adapters, everything is.
 
   Args:
-    params: Of one model, or a dict of them.
+    params: Params of one model, or a dict of the params of several.
   """
   if not any(True for _ in leaves(params)):
     return {}, params
@@ -133,7 +133,7 @@ def _merge_kernel(layer: dict[str, jax.Array]) -> jax.Array:
 
 
 def merge(params: Params) -> Params:
-  """Params of a plain model that computes the same: `W + alpha / rank * A B` in place of W."""
+  """Merges adapters into the weights: `W + alpha / rank * A B` in place of W."""
   if "lora_a" in params:
     rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
     return rest | {"kernel": _merge_kernel(params)}

@@ -1,4 +1,4 @@
-"""Architectures of published models, as their config.json has them."""
+"""Architectures of published models, as in their config.json."""
 
 from collections.abc import Mapping
 

@@ -15,17 +15,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rlhf_jax import ranges
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched to a longer context.
+  """Scaling of rotary frequencies to a longer context.
 
   Attributes:
-    kind: "linear" divides every frequency by `factor`; "llama3" only the low ones, with a smooth
-      transition (Llama 3.1).
-    factor: Stretch of the context.
-    low_freq_factor: llama3: wavelengths above `original_length / low_freq_factor` are divided.
-    high_freq_factor: llama3: wavelengths below `original_length / high_freq_factor` are kept.
+    kind: "linear" divides every frequency by `factor`; "llama3" divides only the low ones, with a
+      smooth transition (Llama 3.1).
+    factor: Factor by which the context is extended.
+    low_freq_factor: llama3: frequencies with wavelengths above `original_length / low_freq_factor`
+      are divided.
+    high_freq_factor: llama3: frequencies with wavelengths below `original_length /
+      high_freq_factor` are kept.
     original_length: llama3: context length of pretraining, tokens.
   """
 
@@ -51,7 +55,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Architecture of a decoder. The defaults are those of Llama.
+  """Architecture of a decoder. The defaults follow Llama.
 
   Attributes:
     vocab_size: Rows of the embedding, V.
@@ -61,42 +65,43 @@ class ModelConfig:
     kv_heads: Key and value heads; divides `heads`.
     head_dim: Width of a head, K.
     mlp_width: Width of the MLP, or of each expert.
-    experts: MLPs of which each token goes through a few (see `experts.py`); 0: one, for all.
-    experts_per_token: How many.
-    normalized_router: Whether the router's weights of the chosen experts are divided by their sum.
+    experts: Number of expert MLPs (see `experts.py`); 0 is one MLP for all tokens.
+    experts_per_token: Number of experts that each token goes through.
+    normalized_router: Divide the router's weights of the chosen experts by their sum.
     max_length: Longest sequence the model was made for, tokens.
-    family: How a folder of the model is spelt (`hf.FAMILIES`); changes no computation.
-    norm: "rms" multiplies by a scale, "rms_plus_one" by one plus it (Gemma), "layer" also takes
-      off the mean and adds a bias.
-    norm_eps: Added to the mean square, or to the variance, in norms.
-    post_norms: Norms also behind attention and MLP, before they are added to the residual stream.
+    family: Format of the model's folder (`hf.FAMILIES`); it does not change the computation.
+    norm: "rms" multiplies by a scale, "rms_plus_one" by one plus the scale (Gemma), "layer" also
+      subtracts the mean and adds a bias.
+    norm_eps: Constant added to the mean square, or to the variance, in norms.
+    post_norms: Norms also after attention and MLP, before the residual connection.
     qk_norm: Norms over the width of every query and key head, before the rotation.
-    activation: Of the MLP; "gelu_tanh" is the approximation by tanh.
+    activation: Activation of the MLP; "gelu_tanh" is the tanh approximation.
     gated_mlp: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without gate.
     positions: "rope" rotates queries and keys, "learned" adds one of `max_length` vectors to the
       embedding.
     rope_theta: Base of the rotary frequencies.
-    rope_scaling: Stretching of the rotary frequencies, or None.
-    rope_local_theta: Base in layers with a window, where nothing is stretched; None: as elsewhere.
-    rotary_fraction: Part of each head that is rotated, from its start.
-    windows: Per layer, how many tokens a token sees, itself included; None: all before it. Empty:
-      all layers see all.
-    query_width: Attention scores are divided by its square root; None: `head_dim`.
-    attention_softcap: Attention scores s become `cap * tanh(s / cap)`, or None.
-    logit_softcap: The same for the logits over the vocabulary.
+    rope_scaling: Scaling of the rotary frequencies, or None.
+    rope_local_theta: Base in layers with a window, which have no scaling; None uses the same
+      frequencies in all layers.
+    rotary_fraction: Fraction of each head that is rotated, from its start.
+    windows: Number of tokens that a token attends to, including itself, for each layer; None is
+      all before it. Empty if no layer has a window.
+    query_width: Width whose square root divides the attention scores; None is `head_dim`.
+    attention_softcap: Cap of the attention scores s, `cap * tanh(s / cap)`, or None.
+    logit_softcap: Cap of the logits over the vocabulary, likewise.
     embed_scale: Multiply embeddings by sqrt(D).
-    tied: Whether the output projection is the embedding.
+    tied: Use the embedding as the output projection.
     qkv_bias: Biases on query, key and value projections.
-    out_bias: Bias on the projection behind attention.
+    out_bias: Bias on the output projection of attention.
     mlp_bias: Biases in the MLP.
     init_std: Standard deviation of initial weights.
     dtype: Computation dtype; params are float32 unless loaded otherwise.
-    attention: What computes attention over whole sequences; see `attention.make_attend`.
-    remat: What the backward pass computes again instead of keeping it: "full" each block, "dots"
-      all of a block but its products with weights, "none" nothing.
+    attention: Implementation of attention over whole sequences; see `attention.make_attend`.
+    remat: Activations that the backward pass recomputes: "full" is all of a block, "dots" all
+      except the outputs of products with weights, "none" nothing.
 
   Raises:
-    ValueError: The fields do not go together.
+    ValueError: If the fields are inconsistent.
   """
 
   vocab_size: int
@@ -139,16 +144,18 @@ class ModelConfig:
   def __post_init__(self):
     if self.heads % self.kv_heads:
       raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-    names = {
-      "norm": NORMS,
-      "activation": ACTIVATIONS,
-      "positions": POSITIONS,
-      "attention": ATTENTIONS,
-      "remat": REMAT,
-    }
-    for name, known in names.items():
-      if getattr(self, name) not in known:
-        raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {sorted(known)}")
+    ranges.check(
+      self,
+      above_zero=("rotary_fraction",),
+      positive=("attention_softcap", "logit_softcap", "query_width"),
+      one_of={
+        "norm": NORMS,
+        "activation": ACTIVATIONS,
+        "positions": POSITIONS,
+        "attention": ATTENTIONS,
+        "remat": REMAT,
+      },
+    )
     if self.experts and not 0 < self.experts_per_token <= self.experts:
       raise ValueError(f"experts_per_token is {self.experts_per_token} of {self.experts} experts")
     if self.experts and (self.mlp_bias or not self.gated_mlp):
@@ -166,21 +173,15 @@ class ModelConfig:
       raise ValueError(
         "learned positions leave no use for rope_scaling, rope_local_theta, rotary_fraction"
       )
-    if not 0 < self.rotary_fraction <= 1:
-      raise ValueError(f"rotary_fraction is {self.rotary_fraction}, expected above 0, at most 1")
     if self.positions == "rope" and (not self.rotary_width or self.rotary_width % 2):
       raise ValueError(
         f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is"
         f" {self.rotary_width} dimensions, expected an even number"
       )
-    for name in ("attention_softcap", "logit_softcap", "query_width"):
-      value = getattr(self, name)
-      if value is not None and not value > 0:
-        raise ValueError(f"{name} is {value}, expected above 0 or None")
 
   @property
   def rotary_width(self) -> int:
-    """How many dimensions of a head are rotated."""
+    """Number of dimensions of a head that are rotated."""
     return int(self.head_dim * self.rotary_fraction)
 
   @property
@@ -192,12 +193,12 @@ class ModelConfig:
 class Cache(NamedTuple):
   """Keys and values of the tokens seen so far.
 
-  They are written in place and lie in the order in which attention multiplies them: what a token
-  costs is reading them once.
+  They are written in place, in the layout that attention multiplies, so a new token only costs
+  reading them once.
 
   Attributes:
-    k: Keys, already rotated: [B, kv_heads, S, K] of each layer, or one [L, B, kv_heads, S, K] where
-      a loop runs the layers; S slots.
+    k: Rotated keys: one [B, kv_heads, S, K] per layer, or one [L, B, kv_heads, S, K] if a loop runs
+      the layers; S slots.
     v: Values, likewise.
     mask: [B, S] bool, True on slots that hold a real token.
     index: [] int32, next free slot, common to all rows.
@@ -209,7 +210,7 @@ class Cache(NamedTuple):
   index: jax.Array
 
   def repeat(self, n: int) -> "Cache":
-    """Every row n times, the copies next to each other."""
+    """Repeats every row n times; the copies are adjacent."""
     k, v = jax.tree.map(lambda x: jnp.repeat(x, n, axis=-4), (self.k, self.v))
     return Cache(k, v, jnp.repeat(self.mask, n, axis=0), self.index)
 
@@ -219,7 +220,7 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> jax.Array:
 
   Args:
     config: Architecture; R is its `rotary_width`.
-    local: Those of layers with a window, where they differ.
+    local: Frequencies for layers with a window, if they differ.
   """
   theta, scaling = config.rope_theta, config.rope_scaling
   if local and config.rope_local_theta is not None:
@@ -258,10 +259,10 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Ar
 
 
 class Norm(nnx.Module):
-  """Root-mean-square or layer norm over the last axis, statistics in float32."""
+  """Root-mean-square or layer norm over the last axis, with statistics in float32."""
 
   def __init__(self, config: ModelConfig, width: int, *, rngs: nnx.Rngs):
-    del rngs  # Starts as the plain norm; taken so that every module is made the same way.
+    del rngs  # Unused; every module has the same signature.
     self.kind, self.eps = config.norm, config.norm_eps
     start = jnp.zeros if self.kind == "rms_plus_one" else jnp.ones
     self.scale = nnx.Param(start((width,), jnp.float32))
@@ -275,7 +276,7 @@ class Norm(nnx.Module):
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
     shape = (1,) * (x.ndim - 1) + (-1,)
     scale = self.scale[...].reshape(shape)
-    if self.kind == "rms":  # Rounded before the scale, as the models were trained.
+    if self.kind == "rms":  # Rounded before scaling, as the models were trained.
       return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
     scale = scale.astype(jnp.float32)
     if self.kind == "rms_plus_one":
@@ -290,9 +291,9 @@ Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """`x [..., D] @ kernel [D, F]` that trains faster on one CPU; it has no forward-mode derivative.
 
-  The gradient of the kernel is `x^T @ dy`, where JAX would write `(dy^T @ x)^T`, and XLA's CPU
-  backend copies the operand that it transposes. That is now `x`, once for all kernels that read it,
-  and not each `dy` along with what computes it: a third of the time of a step.
+  The gradient of the kernel is `x^T @ dy`, where JAX would write `(dy^T @ x)^T`. XLA's CPU backend
+  copies the operand that it transposes. That is now `x`, once for all kernels that read it, instead
+  of each `dy` with the computation fused into it. This saves a third of the step time.
   """
   return x @ kernel
 
@@ -313,7 +314,7 @@ matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)
 class Linear(nnx.Module):
   """`x @ kernel (+ bias)` in the dtype of `x`."""
 
-  # Set where the params hold an adapter (lora.py).
+  # Set if the params hold an adapter (lora.py).
   lora_a: nnx.Param
   lora_b: nnx.Param
   lora_scale: nnx.Param
@@ -417,7 +418,7 @@ class Experts(nnx.Module):
 
 
 class Mixture(nnx.Module):
-  """A router, which gives each token weights of a few experts, and the experts."""
+  """A mixture of experts and the router that weighs a few of them for each token."""
 
   def __init__(self, config: ModelConfig, mix: Callable[..., jax.Array], *, rngs: nnx.Rngs):
     self.config, self.mix = config, mix
@@ -437,7 +438,7 @@ class Mixture(nnx.Module):
 
 
 class Block(nnx.Module):
-  """Attention and MLP, each behind its norm and added to the residual stream."""
+  """Attention and MLP, each after its norm and added to the residual stream."""
 
   def __init__(
     self,

@@ -1,4 +1,7 @@
-"""Rewards that are plain Python functions of text. Add yours to `REWARDS`."""
+"""Rewards that are plain Python functions of text.
+
+Add yours to `REWARDS`, or name it as `module:function` on the command line.
+"""
 
 import functools
 import re
@@ -7,19 +10,54 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import simulation
+from rlhf_jax import simulation, user
 from rlhf_jax.data import DataError
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
-# with all their columns: a reference answer, a label, anything the score needs.
+# with all their columns: a reference answer, a label, anything that the score needs.
 Scores = Sequence[float] | np.ndarray
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
+
+
+def one_number_each(
+  values: Any, texts: Sequence[str], function: Callable[..., Any], *, pairs: bool = False
+) -> np.ndarray:
+  """Returns the result of a reward or preference function as [B] float32.
+
+  Args:
+    values: Result of the function.
+    texts: Responses that it was asked for, the first ones of pairs.
+    function: The function, for messages.
+    pairs: True if the values are probabilities of pairs.
+
+  Raises:
+    user.ResultError: The values are not one finite number per response, or not one probability
+      per pair.
+  """
+  kind, unit, plural, wanted = "reward", "response", "responses", "number"
+  if pairs:
+    kind, unit, plural, wanted = "preference", "pair", "pairs", "probability"
+  gave = f"{kind} function {getattr(function, '__name__', repr(function))} gave"
+  must = f"it must return one {wanted} per {unit}"
+  try:
+    if np.asarray(values).dtype.kind in "SU":  # NumPy would read numbers from texts.
+      raise TypeError
+    numbers = np.asarray(values, np.float32)
+  except (TypeError, ValueError) as error:
+    raise user.ResultError(f"{gave} a {type(values).__name__} without numbers; {must}") from error
+  if numbers.shape != (len(texts),):
+    raise user.ResultError(f"{gave} shape {numbers.shape} for {len(texts)} {plural}; {must}")
+  valid = (numbers >= 0) & (numbers <= 1) if pairs else np.isfinite(numbers)
+  for i in np.flatnonzero(~valid)[:1]:
+    problem = "a value outside [0, 1]" if pairs else "no finite number"
+    raise user.ResultError(f"{gave} {problem}: {numbers[i]:g} for {unit} {i}, {texts[i][:80]!r}")
+  return numbers
 
 
 def gold(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
-  """The known reward of the built-in task."""
+  """Gold reward of the built-in task."""
   del rows
   return simulation.gold_reward(list(prompts), list(responses))
 
@@ -47,7 +85,7 @@ def sentiment(
   return np.array([score(response)["compound"] for response in responses], np.float32)
 
 
-# What announces an answer, the strongest sign first.
+# Patterns that announce an answer, the strongest sign first.
 _ANNOUNCEMENTS = tuple(
   re.compile(pattern, re.IGNORECASE | re.MULTILINE)
   for pattern in (
@@ -76,9 +114,9 @@ _PLAIN = (
 def final_number(text: str) -> float | None:
   r"""The number that a text gives as its answer.
 
-  It is the first one behind the last `\boxed{`, or else behind the last `####`, or else behind the
-  last "answer is", "answer:" or, at the start of a line, "A:", or else behind the last equals sign
-  of the last line. A text without any of these answers with its last number. Thousands separators,
+  It is the first number after the last `\boxed{`, or else after the last `####`, or else after the
+  last "answer is", "answer:" or, at the start of a line, "A:", or else after the last equals sign
+  of the last line. In a text without any of these it is the last number. Thousands separators,
   currencies, units, fractions and LaTeX are understood.
 
   Args:
@@ -90,7 +128,7 @@ def final_number(text: str) -> float | None:
   text = text.strip()
   for pattern, plain in _PLAIN:
     text = pattern.sub(plain, text)
-  announced = next((found for p in _ANNOUNCEMENTS if (found := list(p.finditer(text)))), [])
+  announced = next((hits for p in _ANNOUNCEMENTS if (hits := list(p.finditer(text)))), [])
   numbers = list(_NUMBER.finditer(text, announced[-1].end() if announced else 0))
   if not numbers:
     return None
@@ -101,10 +139,10 @@ def final_number(text: str) -> float | None:
 def exact_answer(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
-  """1 if the final number of the response is that of the column `answer`, else 0.
+  """1 if the final number of the response equals that of the column `answer`, else 0.
 
   Raises:
-    DataError: A row has no number in `answer`.
+    DataError: If a row has no number in `answer`.
   """
   del prompts
   scores = np.zeros(len(responses), np.float32)

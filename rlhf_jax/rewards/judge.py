@@ -1,9 +1,10 @@
 """An AI judge: a language model asked which of two responses follows a principle better.
 
 Bai et al., 2022, https://arxiv.org/abs/2212.08073; Lee et al., 2023,
-https://arxiv.org/abs/2309.00267. The verdict is not sampled: it is the probability of "1" against
-that of "2" as the next token, averaged over both orders of the responses, because judges prefer a
-place. It is a `TextPreference`: label data with it, or let `text_preference` judge samples.
+https://arxiv.org/abs/2309.00267. The verdict is not sampled: it is the probability of "1" relative
+to "2" as the next token. It is averaged over both orders of the responses, because judges have a
+position bias. A judge is a `TextPreference`: use it to label data, or wrap it in `text_preference`
+to judge samples.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ Answer with 1 or 2."""
 
 
 class Verdicts(NamedTuple):
-  """What a judge said before it was averaged.
+  """Verdicts of a judge before averaging.
 
   Attributes:
     first: [B, K] probability that `a` is better by each of K principles, shown as response 1.
@@ -54,17 +55,17 @@ class Verdicts(NamedTuple):
 
   @property
   def preference(self) -> np.ndarray:
-    """[B] probability that `a` is better, without the preference for a place."""
+    """[B] probability that `a` is better, without position bias."""
     return np.mean(0.5 * (self.first + self.second), axis=1)
 
   @property
   def position_bias(self) -> float:
-    """How much more probable a response is to win because it is shown first; 0 is none."""
+    """Increase in a response's probability of winning when it is shown first; 0 is no bias."""
     return float(np.mean(self.first - self.second))
 
   @property
   def consistency(self) -> float:
-    """Share of the questions whose answer is the same response in both orders."""
+    """Share of the questions for which the same response wins in both orders."""
     return float(np.mean((self.first > 0.5) == (self.second > 0.5)))
 
 
@@ -73,12 +74,12 @@ class JudgeModel:
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids, last) -> logits`.
-    params: The model.
-    tokenizer: Of the model; a chat template makes the question a user's turn.
+    params: Params of the model.
+    tokenizer: Tokenizer of the model. If it has a chat template, the question is a user's turn.
     principles: Questions; their verdicts are averaged.
     batch_size: Questions per forward pass.
-    max_characters: Longest text of a prompt or response that is shown; a prompt keeps its end, a
-      response its start.
+    max_characters: Maximum length of a prompt or response in the question. A longer prompt keeps
+      its end, a longer response its start.
   """
 
   def __init__(
@@ -113,15 +114,15 @@ class JudgeModel:
     b: Sequence[str],
     rows: Sequence[Mapping[str, Any]] = (),
   ) -> np.ndarray:
-    """[B] probability that each response of `a` is better than that of `b`."""
+    """[B] probability that each response in `a` is better than the one in `b`."""
     del rows
     return self.verdicts(prompts, a, b).preference
 
   def question(self, principle: str, prompt: str, first: str, second: str) -> str:
-    """What the judge is asked."""
-    most = self._max_characters
+    """Writes the question for the judge."""
+    limit = self._max_characters
     return _QUESTION.format(
-      principle=principle, prompt=prompt[-most:], first=first[:most], second=second[:most]
+      principle=principle, prompt=prompt[-limit:], first=first[:limit], second=second[:limit]
     )
 
   def verdicts(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> Verdicts:
@@ -130,7 +131,7 @@ class JudgeModel:
     Args:
       prompts: B texts.
       a: B responses.
-      b: B responses.
+      b: B responses to the same prompts.
     """
     shape = (2, len(prompts), len(self._principles))
     questions = [
@@ -143,7 +144,7 @@ class JudgeModel:
     return Verdicts(answers[0], 1 - answers[1])
 
   def _ask(self, questions: Sequence[str]) -> np.ndarray:
-    """Probability of the verdict "1" for each question, in batches of one shape."""
+    """Computes the probability of the verdict "1" for each question, in batches of one shape."""
     encoded = [[*ids, *self._lead] for ids in self._tokenizer.encode_prompts(questions)]
     length = max(map(len, encoded))
     length += -length % _LENGTH_MULTIPLE
@@ -156,13 +157,13 @@ class JudgeModel:
         tokens[row, length - len(ids) :] = ids
         mask[row, length - len(ids) :] = True
       mask[len(part) :, -1] = True  # Rows that fill the batch; nothing reads them.
-      found = sharding.to_host(self._verdict(self._params, tokens, mask))
-      answers[start : start + len(part)] = found[: len(part)]
+      verdicts = sharding.to_host(self._verdict(self._params, tokens, mask))
+      answers[start : start + len(part)] = verdicts[: len(part)]
     return answers
 
 
 def _verdict_tokens(tokenizer: Tokenizer) -> tuple[list[int], tuple[int, int]]:
-  """What is written before the verdict, and the tokens of the verdicts "1" and "2"."""
+  """Tokens before the verdict, and the token of each verdict, "1" and "2"."""
   opening = "" if tokenizer.has_chat_template else "\n\nAnswer: "
   one, two = (tokenizer.encode_text(opening + verdict) for verdict in "12")
   lead = 0

@@ -1,4 +1,4 @@
-"""From whatever judges two responses to a `PreferenceFn`: `(a, b, prompt_ids) -> [B] P(a > b)`."""
+"""Turns any judge of two responses into a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import simulation
-from rlhf_jax.algorithms.preference_model import preference_logits
-from rlhf_jax.algorithms.rollouts import move_padding_right
+from rlhf_jax.algorithms import given
+from rlhf_jax.losses import packing
+from rlhf_jax.rewards.functions import one_number_each
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
-# (a, b, prompt_ids [B]) -> [B] float32, how probably each response of `a` is preferred to the one
-# of `b` to the same prompt.
+# (a, b, prompt_ids [B]) -> [B] float32, probability that each response in `a` is preferred to the
+# one in `b` to the same prompt.
 PreferenceFn = Callable[[Rollout, Rollout, np.ndarray], jax.Array | np.ndarray]
 # (prompts, responses a, responses b, rows) -> one probability per pair.
 TextPreference = Callable[
@@ -24,7 +25,7 @@ TextPreference = Callable[
 
 
 def _annotator(name: str) -> TextPreference:
-  """An annotator of the built-in task."""
+  """Preference function of an annotator of the built-in task."""
 
   def judge(
     prompts: Sequence[str],
@@ -38,18 +39,18 @@ def _annotator(name: str) -> TextPreference:
   return judge
 
 
-# Add yours here. The expert judges by the gold reward; the panel are three raters whose majority
-# is intransitive.
+# Add yours here. The expert judges by the gold reward; the panel is three raters whose majority
+# preference is intransitive.
 PREFERENCES: dict[str, TextPreference] = {name: _annotator(name) for name in ("expert", "panel")}
 
 
 def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Array]:
-  """Both responses behind their prompt, in both orders, as a preference model reads them.
+  """Joins each prompt with both responses, in both orders, as input of a preference model.
 
   Args:
     a: B responses.
     b: B responses to the same prompts.
-    eos_id: Put behind a response that was cut before it ended, to separate the two.
+    eos_id: End token. It is appended to truncated responses, to separate the two.
 
   Returns:
     tokens [B, 2, T] int32 and mask [B, 2, T] bool as in `types.ComparisonBatch`, right padded.
@@ -73,7 +74,7 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
     tokens = jnp.concatenate([prompt, one[0], other[0]], axis=1)
     mask = jnp.concatenate([jnp.zeros_like(prompt_mask), one[1], other[1]], axis=1)
     real = jnp.concatenate([prompt_mask, one[1], other[1]], axis=1)
-    return move_padding_right(real, tokens, mask)
+    return packing.move_padding_right(real, tokens, mask)
 
   tokens, mask = zip(join(first, second), join(second, first), strict=True)
   return jnp.stack(tokens, axis=1), jnp.stack(mask, axis=1)
@@ -82,35 +83,35 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
 def make_preferrer(
   apply_fn: ApplyFn, eos_id: int
 ) -> Callable[[Params, Rollout, Rollout], jax.Array]:
-  """Jitted `(params, a, b) -> [B]` preferences of a preference model.
+  """Builds the jitted `(params, a, b) -> [B]` preferences of a preference model.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    eos_id: End token of its tokenizer.
+    eos_id: End token of the model's tokenizer.
   """
 
   @jax.jit
   def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
-    logits = preference_logits(apply_fn, params, *join_pairs(a, b, eos_id))
+    logits = given.read_preferences(apply_fn, params, *join_pairs(a, b, eos_id))
     return jax.nn.sigmoid(logits)
 
   return prefer
 
 
 def model_preference(apply_fn: ApplyFn, params: Params, *, eos_id: int) -> PreferenceFn:
-  """Preferences of a trained preference model, which reads the tokens as they were sampled.
+  """Preferences of a trained preference model, which reads the sampled tokens themselves.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    params: Preference model, with the tokenizer of the policy.
-    eos_id: Its end token.
+    params: Params of a preference model that shares the policy's tokenizer.
+    eos_id: End token of that tokenizer.
   """
   prefer = make_preferrer(apply_fn, eos_id)
   return lambda a, b, prompt_ids: prefer(params, a, b)
 
 
 def reward_preference(reward_fn: RewardFn) -> PreferenceFn:
-  """Preferences of a Bradley-Terry reward: the sigmoid of the difference of the scores."""
+  """Preferences of a Bradley-Terry reward: the sigmoid of the score difference."""
 
   def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> jax.Array:
     return jax.nn.sigmoid(
@@ -130,22 +131,14 @@ def text_preference(
   Args:
     function: The judge.
     rows: Data rows, indexed by prompt id, with the prompt under "prompt_text".
-    decode: Token ids of several texts -> texts.
+    decode: Function from the token ids of several texts to the texts.
   """
 
   def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
     first, second = response_texts(a, decode), response_texts(b, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
     prompts = [row["prompt_text"] for row in chosen]
-    values = np.asarray(function(prompts, first, second, chosen), np.float32)
-    name = getattr(function, "__name__", repr(function))
-    if values.shape != (len(first),):
-      raise ValueError(
-        f"preference function {name} gave shape {values.shape} for {len(first)} pairs; it must"
-        " return one probability per pair"
-      )
-    if not ((values >= 0) & (values <= 1)).all():
-      raise ValueError(f"preference function {name} gave a value outside [0, 1]: {values}")
-    return values
+    values = function(prompts, first, second, chosen)
+    return one_number_each(values, first, function, pairs=True)
 
   return prefer

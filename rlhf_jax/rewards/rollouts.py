@@ -1,7 +1,7 @@
-"""From a scorer of text or of tokens to scores of a `Rollout`."""
+"""Turns scorers of text or of tokens into scorers of a `Rollout`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,16 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
-from rlhf_jax.rewards.functions import TextReward
+from rlhf_jax.rewards.functions import TextReward, one_number_each
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
-# (rollout, prompt_ids [B]) -> scores [B] float32. Several processes each score the whole batch, so
-# equal arguments have to give equal scores.
+# (rollout, prompt_ids [B]) -> scores [B] float32. Each of several processes scores the whole batch,
+# so equal arguments must give equal scores.
 RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
 
 
 def make_scorer(apply_fn: ApplyFn) -> Callable[[Params, Rollout], jax.Array]:
-  """Jitted `(params, rollout) -> [B]` scores of a reward model.
+  """Builds the jitted `(params, rollout) -> [B]` scores of a reward model.
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids) -> scores [B, T]`; the score of a response is the
@@ -35,44 +35,49 @@ def make_scorer(apply_fn: ApplyFn) -> Callable[[Params, Rollout], jax.Array]:
 
 
 def model_reward(apply_fn: ApplyFn, params: Params) -> RewardFn:
-  """Scores by a reward model that reads the tokens as they were sampled.
+  """Scores of a reward model, which reads the sampled tokens themselves.
 
   Args:
-    apply_fn: As in `make_scorer`.
-    params: Reward model, with the tokenizer of the policy.
+    apply_fn: See `make_scorer`.
+    params: Params of a reward model that shares the policy's tokenizer.
   """
   score = make_scorer(apply_fn)
   return lambda rollout, prompt_ids: score(params, rollout)
 
 
-def ensemble_reward(
-  scorers: Sequence[RewardFn], rule: Literal["mean", "min", "uwo"], coef: float = 0.5
-) -> RewardFn:
-  """One score from several reward models, against the errors that only one of them makes.
+# (scores [B, G], coef) -> score [B].
+ENSEMBLES: dict[str, Callable[[jax.Array, float], jax.Array]] = {
+  "mean": lambda scores, coef: shaping.variance_penalized(scores, coef=0.0),
+  "min": lambda scores, coef: jnp.min(scores, axis=1),
+  "uwo": lambda scores, coef: shaping.variance_penalized(scores, coef=coef),
+}
+
+
+def ensemble_reward(scorers: Sequence[RewardFn], rule: str, coef: float = 0.5) -> RewardFn:
+  """Reduces the scores of several reward models to one, against errors that only one of them makes.
 
   Coste et al., 2023, https://arxiv.org/abs/2310.02743.
 
   Args:
     scorers: The reward models; they should score on one scale.
-    rule: Their mean, the worst score, or the mean less `coef` times the variance (uwo).
+    rule: Key of `ENSEMBLES`: the mean, the minimum, or the mean minus `coef` times the variance.
     coef: Weight of the variance.
   """
+  reduce = ENSEMBLES[rule]
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
     scores = jnp.stack([jnp.asarray(s(rollout, prompt_ids)) for s in scorers], axis=1)
-    if rule == "min":
-      return jnp.min(scores, axis=1)
-    return shaping.variance_penalized(scores, coef=coef if rule == "uwo" else 0.0)
+    return reduce(scores, coef)
 
   return score
 
 
 def response_texts(rollout: Rollout, decode: Callable[[list[list[int]]], list[str]]) -> list[str]:
-  """Text of every response, without special tokens.
+  """Decodes every response, without special tokens.
 
   Args:
     rollout: B sampled responses.
-    decode: Token ids of several texts -> texts.
+    decode: Function from the token ids of several texts to the texts.
   """
   tokens, mask = sharding.to_host((rollout.tokens, rollout.response_mask))
   return decode([row[on].tolist() for row, on in zip(tokens, mask, strict=True)])
@@ -83,26 +88,18 @@ def text_reward(
   rows: Sequence[Mapping[str, Any]],
   decode: Callable[[list[list[int]]], list[str]],
 ) -> RewardFn:
-  """Scores by a Python function of prompt and response.
+  """Scores of a Python function of prompt and response.
 
   Args:
     function: The scorer.
     rows: Data rows, indexed by prompt id, with the prompt under "prompt_text".
-    decode: Token ids of several texts -> texts.
+    decode: Function from the token ids of several texts to the texts.
   """
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
     responses = response_texts(rollout, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
-    scores = np.asarray(
-      function([row["prompt_text"] for row in chosen], responses, chosen), np.float32
-    )
-    if scores.shape != (len(responses),):
-      name = getattr(function, "__name__", repr(function))
-      raise ValueError(
-        f"reward function {name} gave shape {scores.shape} for {len(responses)}"
-        " responses; it must return one number per response"
-      )
-    return scores
+    scores = function([row["prompt_text"] for row in chosen], responses, chosen)
+    return one_number_each(scores, responses, function)
 
   return score

@@ -18,9 +18,9 @@ class Annotator(NamedTuple):
   """A panel of raters.
 
   Attributes:
-    description: what the annotator stands for.
-    raters: for each rater, the weights of the features in `FEATURES`; absent means 0.
-    temperature: noise of each rater, in the units of the weighted sum.
+    description: Short description of the annotator.
+    raters: Weights of the features in `FEATURES` for each rater; absent means 0.
+    temperature: Noise of each rater, in the units of the weighted sum.
   """
 
   description: str
@@ -28,14 +28,14 @@ class Annotator(NamedTuple):
   temperature: float
 
 
-# What a sentence talks about. No text can be all of one and all of another.
+# Topics of sentences. No text can be entirely about one and entirely about another.
 TOPICS = {
   "facts": world.ASPECT_KINDS,
   "verdict": ("opener", "verdict"),
   "advice": ("company", "again", "recommend"),
 }
-# The parts of the gold reward; shortness in [0, 1], which ignores the length asked for; and the
-# share of the words that stands in sentences of each topic that count, in [0, 1].
+# The parts of the gold reward; shortness in [0, 1], which ignores the requested length; and, for
+# each topic, the share of the words in sentences of that topic that count, in [0, 1].
 FEATURES = (*gold.WEIGHTS, "shortness", *TOPICS)
 
 _CONTENT = {"tone": 3.0, "coverage": 4.0, "fluency": 1.5}
@@ -64,15 +64,15 @@ ANNOTATORS = {
 
 
 def features(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, np.ndarray]:
-  """What raters look at: arrays `[B]` under the keys of `FEATURES`."""
+  """Features that raters judge by: arrays `[B]` under the keys of `FEATURES`."""
   words = np.asarray([len(response.split()) for response in responses], np.float32)
   counted = [gold.counted_sentences(response) for response in responses]
-  found = gold.gold_parts(prompts, responses)
-  found["shortness"] = 1 - np.minimum(words / world.MAX_RESPONSE_WORDS, 1)
+  values = gold.gold_parts(prompts, responses)
+  values["shortness"] = 1 - np.minimum(words / world.MAX_RESPONSE_WORDS, 1)
   for topic, kinds in TOPICS.items():
     on_topic = [sum(n for n, meaning in text if meaning.kind in kinds) for text in counted]
-    found[topic] = np.asarray(on_topic, np.float32) / np.maximum(words, 1)
-  return found
+    values[topic] = np.asarray(on_topic, np.float32) / np.maximum(words, 1)
+  return values
 
 
 def preference_probability(
@@ -81,16 +81,16 @@ def preference_probability(
   """Probability that an annotator prefers response `a` to response `b`.
 
   Args:
-    annotator: a key of `ANNOTATORS`.
+    annotator: Key of `ANNOTATORS`.
     prompts: `B` prompts of the world.
     a: `B` responses.
     b: `B` responses.
 
   Returns:
-    `[B] float64` in [0, 1]; swapping `a` and `b` gives one minus it.
+    `[B] float64` in [0, 1]; swapping `a` and `b` gives one minus the result.
 
   Raises:
-    ValueError: if the annotator is unknown, the numbers of texts differ, or a prompt is not of
+    ValueError: If the annotator is unknown, the numbers of texts differ, or a prompt is not of
       this world.
   """
   if annotator not in ANNOTATORS:
@@ -104,5 +104,5 @@ def preference_probability(
 
 
 def majority_preference(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-  """Share of the intransitive panel that prefers `a` to `b`, `[B]`."""
+  """`[B]` probability that a rater of the intransitive panel prefers `a` to `b`."""
   return preference_probability("panel", prompts, a, b)

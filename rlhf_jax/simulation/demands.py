@@ -1,4 +1,4 @@
-"""What a prompt asks for, how it is worded, and which demands belong to which split."""
+"""Demands of prompts: their wording, parsing, and assignment to splits."""
 
 import functools
 import hashlib
@@ -13,13 +13,13 @@ EVAL_SHARE = 0.1
 
 
 class Demands(NamedTuple):
-  """What a prompt asks for.
+  """The demands of a prompt.
 
   Attributes:
-    subject: the thing to review, a key of `world.SUBJECTS`.
+    subject: Thing to review, a key of `world.SUBJECTS`.
     tone: `world.PRAISE` (+1) or `world.CRITICISE` (-1).
-    aspects: the two aspects to mention, in the order of the prompt.
-    length: one of `world.LENGTHS`.
+    aspects: The two aspects to mention, in the order of the prompt.
+    length: One of `world.LENGTHS`.
   """
 
   subject: str
@@ -29,7 +29,7 @@ class Demands(NamedTuple):
 
 
 def write_prompt(demands: Demands, wording: int) -> str:
-  """Words the demands in the `wording`-th of `world.PROMPT_WORDINGS`."""
+  """Writes the prompt for the demands in the `wording`-th of `world.PROMPT_WORDINGS`."""
   tone = next(word for word, sign in world.TONES.items() if sign == demands.tone)
   first, second = demands.aspects
   return world.PROMPT_WORDINGS[wording].format(
@@ -48,7 +48,7 @@ def parse_prompt(text: str) -> Demands:
   """Recovers the demands of a prompt.
 
   Raises:
-    ValueError: if the text is not a prompt of this world.
+    ValueError: If the text is not a prompt of this world.
   """
   for regex in _WORDING_REGEXES:
     match = regex.fullmatch(text)
@@ -66,7 +66,7 @@ def parse_prompt(text: str) -> Demands:
 def split_of(demands: Demands) -> str:
   """The split that the demands belong to.
 
-  The hash ignores the order of the aspects, so a mere rewording of a train prompt is never in eval.
+  The hash ignores the order of the aspects, so eval contains no mere rewording of a train prompt.
   """
   key = f"{demands.subject} {demands.tone} {sorted(demands.aspects)} {demands.length}"
   digest = hashlib.sha256(key.encode()).digest()
@@ -75,10 +75,10 @@ def split_of(demands: Demands) -> str:
 
 @functools.cache
 def all_demands(split: str) -> tuple[Demands, ...]:
-  """Every combination of demands of a split, in a fixed order.
+  """Lists every combination of demands of a split, in a fixed order.
 
   Raises:
-    ValueError: if the split is not one of `SPLITS`.
+    ValueError: If the split is not one of `SPLITS`.
   """
   if split not in SPLITS:
     raise ValueError(f"split must be one of {SPLITS}, got {split!r}")

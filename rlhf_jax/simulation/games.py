@@ -1,6 +1,6 @@
 """Tabular preference games: `preference[i, j]` is the probability that response i beats j.
 
-Both ways round sum to 1, so a response is tied with itself. `losses.game` plays them.
+`preference[i, j] + preference[j, i] = 1`, so a response ties with itself. `losses.game` plays them.
 """
 
 import numpy as np
@@ -10,14 +10,14 @@ def cycle(strength: float = 1.0) -> np.ndarray:
   """Rock, paper, scissors: each of three responses beats the next one.
 
   Args:
-    strength: Probability that it does, from 0.5 to 1.
+    strength: Probability that a response beats the next one, from 0.5 to 1.
 
   Returns:
-    [3, 3] float64. No score per response explains it; the equilibrium is uniform if the reference
+    [3, 3] float64. No score per response explains it. The equilibrium is uniform if the reference
     is.
 
   Raises:
-    ValueError: `strength` is out of range.
+    ValueError: If `strength` is out of range.
   """
   if not 0.5 <= strength <= 1:
     raise ValueError(f"strength must be from 0.5 to 1, got {strength}")
@@ -26,12 +26,12 @@ def cycle(strength: float = 1.0) -> np.ndarray:
 
 
 def three_raters(surplus: float) -> np.ndarray:
-  """Raters who each know one comparison and call the others ties.
+  """Game of three raters who each know one comparison and call the others ties.
 
   Munos et al., 2023, https://arxiv.org/abs/2312.00886, section 3.3. With weights
   `1/3 - e, 1/3 + e/2, 1/3 + e/2` they say that response 1 beats 0, 0 beats 2, and 2 beats 1. The
-  equilibrium without regularisation is `1/3 + e/2, 1/3 + e/2, 1/3 - e`, continuous in `e`, while
-  the response of the highest average win rate jumps at `e = 0`.
+  equilibrium without regularisation is `1/3 + e/2, 1/3 + e/2, 1/3 - e`, continuous in `e`. The
+  response with the highest average win rate jumps at `e = 0`.
 
   Args:
     surplus: `e`, from -2/3 to 1/3.
@@ -40,7 +40,7 @@ def three_raters(surplus: float) -> np.ndarray:
     [3, 3] float64.
 
   Raises:
-    ValueError: A weight would be negative.
+    ValueError: If a weight would be negative.
   """
   weights = 1 / 3 - surplus, 1 / 3 + surplus / 2, 1 / 3 + surplus / 2
   if min(weights) < 0:
@@ -53,11 +53,11 @@ def three_raters(surplus: float) -> np.ndarray:
 
 
 def random_game(responses: int, rng: np.random.Generator) -> np.ndarray:
-  """Every two responses meet with a uniformly random probability.
+  """Draws a game with uniformly random win probabilities.
 
   Args:
-    responses: A, how many there are.
-    rng: Where the numbers come from.
+    responses: Number A of responses.
+    rng: Random generator.
 
   Returns:
     [A, A] float64.

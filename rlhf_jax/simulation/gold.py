@@ -2,9 +2,9 @@
 
     gold = 3 * tone + 4 * coverage + 1.5 * brevity + 1.5 * fluency        from -3 to 10
 
-Only sentences that *count* carry tone and coverage: those that match a pattern of the world, are
-finished, and make no point that an earlier sentence made. So text that a learned proxy may like
-(praise over and over, a list of every aspect, heaps of adverbs) earns little here.
+Only sentences that *count* contribute to tone and coverage. A sentence counts if it matches a
+pattern of the world, is finished, and makes no point that an earlier sentence made. So text that a
+learned proxy may like (repeated praise, a list of every aspect, heaps of adverbs) earns little.
 """
 
 import functools
@@ -21,7 +21,7 @@ GOLD_MAX = 10.0
 
 # A text with fewer words of tone than this is lukewarm.
 FULL_TONE_WORDS = 2
-# Cost in coverage of each thing that was not asked for.
+# Cost in coverage of each thing that was not requested.
 STRAY_COST = 0.25
 # Brevity is 0 outside the outer lengths, 1 between the inner ones, linear in between.
 LENGTH_BANDS = {"brief": (0, 10, 18, 26), "detailed": (12, 26, 40, 60)}
@@ -33,7 +33,7 @@ def _brevity(length: str, count: int) -> float:
 
 @functools.lru_cache(maxsize=1 << 14)
 def counted_sentences(response: str) -> tuple[tuple[int, grammar.Meaning], ...]:
-  """The sentences of a text that count, each as (number of words, meaning)."""
+  """Lists the sentences of a text that count, each as (number of words, meaning)."""
   counted, points = [], set()
   for sentence in grammar.sentences(response.split()):
     meaning = grammar.read(sentence)
@@ -52,10 +52,10 @@ def _parts(demands: demands_lib.Demands, response: str) -> tuple[float, float, f
   criticising = sum(meaning.criticising for meaning in meanings)
   tone = demands.tone * (praising - criticising) / max(praising + criticising, FULL_TONE_WORDS)
 
-  asked = {demands.subject, *demands.aspects}
+  requested = {demands.subject, *demands.aspects}
   named = {name for meaning in meanings for name in meaning.names}
-  stray = len(named - asked) + sum(meaning.kind == "filler" for meaning in meanings)
-  coverage = max(0.0, len(named & asked) / len(asked) - STRAY_COST * stray)
+  stray = len(named - requested) + sum(meaning.kind == "filler" for meaning in meanings)
+  coverage = max(0.0, len(named & requested) / len(requested) - STRAY_COST * stray)
 
   brevity = _brevity(demands.length, length)
   fluency = sum(words for words, _ in counted) / max(length, 1)
@@ -72,13 +72,13 @@ def gold_parts(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, np
   Returns:
     Arrays `[B] float32` under the keys of `WEIGHTS`:
     tone: in [-1, 1]: balance of praising and criticising words, positive in the demanded tone.
-    coverage: in [0, 1]: share of the subject and the two aspects that is mentioned, less
-      `STRAY_COST` for each other subject, other aspect or filler sentence.
-    brevity: in [0, 1]: whether the number of words suits the demanded length; see `LENGTH_BANDS`.
-    fluency: in [0, 1]: share of the words that stands in sentences that count.
+    coverage: in [0, 1]: mentioned share of the subject and the two aspects, minus `STRAY_COST` for
+      each other subject, other aspect or filler sentence.
+    brevity: in [0, 1]: fit of the number of words to the demanded length; see `LENGTH_BANDS`.
+    fluency: in [0, 1]: share of the words in sentences that count.
 
   Raises:
-    ValueError: if the numbers of prompts and responses differ, or a prompt is not of this world.
+    ValueError: If the numbers of prompts and responses differ, or a prompt is not of this world.
   """
   if len(prompts) != len(responses):
     raise ValueError(f"got {len(prompts)} prompts but {len(responses)} responses")
@@ -91,7 +91,7 @@ def gold_parts(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, np
 
 
 def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-  """The gold reward: the weighted sum of `gold_parts`, whose arguments and errors it shares.
+  """Computes the weighted sum of `gold_parts`; arguments and errors are the same.
 
   Returns:
     `[B] float32` between `GOLD_MIN` and `GOLD_MAX`.

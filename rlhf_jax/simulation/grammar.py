@@ -1,4 +1,4 @@
-"""Fills the sentence patterns of the world, and recognises them again."""
+"""Fills the sentence patterns of the world, and recognises them in text."""
 
 import functools
 import re
@@ -10,14 +10,14 @@ from rlhf_jax.simulation import world
 
 
 class Meaning(NamedTuple):
-  """What a well-formed sentence says.
+  """Meaning of a well-formed sentence.
 
   Attributes:
-    kind: a key of `world.PATTERNS`.
-    points: the points that the sentence makes; see `world.PATTERNS`.
-    names: the subject or the aspects that it names.
-    praising: number of words that praise.
-    criticising: number of words that criticise.
+    kind: Key of `world.PATTERNS`.
+    points: Points that the sentence makes; see `world.PATTERNS`.
+    names: Subject or aspects that the sentence names.
+    praising: Number of words that praise.
+    criticising: Number of words that criticise.
   """
 
   kind: str
@@ -28,12 +28,12 @@ class Meaning(NamedTuple):
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-  """One of the options, all equally likely."""
+  """Picks one of the options, all equally likely."""
   return options[int(rng.integers(len(options)))]
 
 
 def fitting_adjectives(aspect: str, tone: int) -> tuple[str, ...]:
-  """The adjectives that can be said of an aspect in a tone."""
+  """Adjectives that fit an aspect in a tone."""
   index = 0 if tone == world.PRAISE else 1
   return world.ADJECTIVES[aspect][index] + world.TONE_SLOTS["overall"][index]
 
@@ -51,16 +51,16 @@ def fill(
   """Writes one sentence.
 
   Args:
-    pattern: one of the patterns in `world.PATTERNS`.
-    rng: source of the words.
-    tone: tone of the words.
-    subject: word for `{subject}`.
-    aspects: words for `{aspect}` and `{other}`, as many as the pattern has.
-    other_tone: tone of what is said of the second aspect; `tone` if None.
-    optional: probability of filling a slot that may stay empty.
+    pattern: One of the patterns in `world.PATTERNS`.
+    rng: Random generator.
+    tone: Tone of the words.
+    subject: Word for `{subject}`.
+    aspects: Words for `{aspect}` and `{other}`, as many as the pattern has.
+    other_tone: Tone of the words about the second aspect; `tone` if None.
+    optional: Probability of filling a slot that may stay empty.
 
   Returns:
-    The words of the sentence, the full stop included.
+    The words of the sentence, including the full stop.
   """
   topics = {"subject": subject, **dict(zip(("aspect", "other"), aspects, strict=False))}
   words = []
@@ -143,10 +143,10 @@ def _read(sentence: str) -> Meaning | None:
 
 
 def read(words: list[str]) -> Meaning | None:
-  """What a sentence says, or None if it is not well formed.
+  """Meaning of a sentence, or None if it is not well formed.
 
   Args:
-    words: the words of one sentence, the full stop included.
+    words: Words of one sentence, including the full stop.
   """
   # Both rules follow from the patterns; checked first, they keep long garbage out of the cache.
   if len(words) > world.MAX_RESPONSE_WORDS or not _KNOWN_WORDS.issuperset(words):

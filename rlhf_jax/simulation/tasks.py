@@ -1,8 +1,8 @@
 """Data sets of the built-in task: prompts, demonstrations and preferences.
 
-Rows depend on the split, the seed and their position only, so a larger `n` extends a smaller one.
-All functions give row `i` of a split and seed the same id and the same prompt: take another
-seed where stages should see other prompts. Prompts do not repeat until all of a split are used.
+A row depends only on the split, the seed and its position, so a larger `n` extends a smaller one.
+All functions give row `i` of a split and seed the same id and the same prompt; use different seeds
+for stages that should see different prompts. Prompts repeat only after all of a split are used.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def _rng(stream: int, split: str, *numbers: int) -> np.random.Generator:
 
 
 def _responses(rng: np.random.Generator, prompt: str, count: int) -> list[str]:
-  """Different responses of independent writers to one prompt."""
+  """Writes `count` different responses to one prompt, each by an independent writer."""
   demands = demands_lib.parse_prompt(prompt)
   responses = []
   while len(responses) < count:
@@ -37,14 +37,14 @@ def prompts(split: str, n: int, seed: int) -> list[dict[str, str]]:
 
   Args:
     split: "train" or "eval"; no combination of demands is in both.
-    n: number of rows, at least 0.
-    seed: at least 0.
+    n: Number of rows, at least 0.
+    seed: Random seed, at least 0.
 
   Returns:
     `n` rows with `id` and `prompt`.
 
   Raises:
-    ValueError: if an argument is out of range.
+    ValueError: If an argument is out of range.
   """
   if n < 0 or seed < 0:
     raise ValueError(f"n and seed must be at least 0, got n={n}, seed={seed}")
@@ -62,7 +62,7 @@ def prompts(split: str, n: int, seed: int) -> list[dict[str, str]]:
 def demonstrations(split: str, n: int, seed: int) -> list[dict[str, str]]:
   """Demonstrations of mixed quality, by `writer.write_response`.
 
-  Arguments and errors are those of `prompts`.
+  Arguments and errors are the same as those of `prompts`.
 
   Returns:
     `n` rows with `id`, `prompt` and `response`.
@@ -81,15 +81,15 @@ def preferences(split: str, n: int, seed: int, annotator: str = "expert") -> lis
 
   Args:
     split: "train" or "eval"; no combination of demands is in both.
-    n: number of rows, at least 0.
-    seed: at least 0.
-    annotator: a key of `annotators.ANNOTATORS`.
+    n: Number of rows, at least 0.
+    seed: Random seed, at least 0.
+    annotator: Key of `annotators.ANNOTATORS`.
 
   Returns:
     `n` rows with `id`, `prompt`, `chosen`, `rejected` and `annotator`.
 
   Raises:
-    ValueError: if an argument is out of range or the annotator is unknown.
+    ValueError: If an argument is out of range or the annotator is unknown.
   """
   rows = prompts(split, n, seed)
   pairs, draws = [], []
@@ -109,13 +109,13 @@ def preferences(split: str, n: int, seed: int, annotator: str = "expert") -> lis
 def votes(
   split: str, n: int, seed: int, annotator: str = "expert", responses: int = 3
 ) -> list[dict[str, Any]]:
-  """Several responses to each prompt, with the majority's verdict on every two of them.
+  """Several responses to each prompt, with the majority's verdict on every pair of them.
 
-  Arguments and errors are those of `preferences`; `responses` is at least 2.
+  Arguments and errors are the same as those of `preferences`; `responses` is at least 2.
 
   Returns:
-    `n` rows with `id`, `prompt`, `responses` and `annotations`, the votes of the annotator: for
-    each two responses `a`, `b` and the `preferred` one.
+    `n` rows with `id`, `prompt`, `responses` and `annotations`. The annotations are the votes of
+    the annotator: for each pair of responses `a` and `b`, the `preferred` one.
   """
   rows: list[dict[str, Any]] = [dict(row) for row in prompts(split, n, seed)]
   for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The world of the built-in task as data: what can be reviewed, in which words, by which sentences.
+"""The world of the built-in task as data: things to review, words, and patterns of sentences.
 
 Everything is lower case, and words (punctuation included) are separated by single spaces, so that
 `text.split()` is the tokenizer. A sentence pattern is a list of words and `{slots}`; a slot that
@@ -182,7 +182,7 @@ ADJECTIVES = {
 
 
 def aspects_of(subject: str) -> tuple[str, ...]:
-  """The aspects that the domain of a subject has; none for a word that is no subject."""
+  """Aspects of the subject's domain; empty if the word is not a subject."""
   return DOMAINS[SUBJECTS[subject]][1] if subject in SUBJECTS else ()
 
 

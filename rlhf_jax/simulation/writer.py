@@ -1,4 +1,4 @@
-"""A writer of mixed skill, whose texts are the demonstrations that a policy starts from."""
+"""A writer of mixed skill. Its texts are the demonstrations that a policy starts from."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ SKILL = (2.0, 2.0)
 
 
 def _choose_aspects(demands, rng, slip) -> tuple[str, ...]:
-  """The aspects that the text will mention: some are forgotten, some are taken for others."""
+  """Chooses the aspects to mention: some are forgotten, some are replaced by others."""
   chosen = []
   for aspect in demands.aspects:
     if slip(0.4):
@@ -23,7 +23,7 @@ def _choose_aspects(demands, rng, slip) -> tuple[str, ...]:
 
 
 def _damage(sentence: list[str], rng) -> list[str]:
-  """A slip of the pen: a word is doubled or left out."""
+  """Damages a sentence: doubles a word or leaves one out."""
   place = int(rng.integers(len(sentence) - 1))
   if rng.random() < 0.5:
     return sentence[: place + 1] + sentence[place:]
@@ -36,9 +36,9 @@ def write_response(
   """Writes one response of at most `world.MAX_RESPONSE_WORDS` words.
 
   Args:
-    demands: what the prompt asks for.
-    rng: source of the words and of the mistakes.
-    skill: from 0 to 1, where 1 makes no mistake; drawn from `SKILL` if None.
+    demands: Demands of the prompt.
+    rng: Random generator.
+    skill: Skill from 0 to 1, where 1 makes no mistake; drawn from `SKILL` if None.
   """
   if skill is None:
     skill = float(rng.beta(*SKILL))
@@ -48,13 +48,13 @@ def write_response(
 
   def sentence(kind: str, aspects: tuple[str, ...] = ()) -> list[str]:
     pattern = grammar.pick(rng, world.PATTERNS[kind])
-    own_tone = -tone if mixed and rng.random() < 0.4 else tone
-    other_tone = -own_tone if kind == "contrast" else own_tone
-    # Skilled writers use more adverbs: true of the texts, yet no part of the gold reward.
+    first_tone = -tone if mixed and rng.random() < 0.4 else tone
+    other_tone = -first_tone if kind == "contrast" else first_tone
+    # Skilled writers use more adverbs, but adverbs are no part of the gold reward.
     return grammar.fill(
       pattern,
       rng,
-      tone=own_tone,
+      tone=first_tone,
       subject=subject,
       aspects=aspects,
       other_tone=other_tone,

@@ -1,52 +1,15 @@
 import dataclasses
 import itertools
-import json
 import pathlib
-import typing
 
 import numpy as np
 import pytest
 
 from rlhf_jax import data
-from rlhf_jax.data import DataConfig, DataError, PromptBatch, word_level_tokenizer
-from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.data import DataConfig, DataError, word_level_tokenizer
+from tests.data.rows import TOKENIZER, ids, load, prompts, text, write
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
-WORDS = tuple(f"w{i}" for i in range(40))
-TOKENIZER = word_level_tokenizer(WORDS)
-
-
-def text(*numbers):
-  return " ".join(f"w{i}" for i in numbers)
-
-
-def ids(*numbers):
-  return [i + 4 for i in numbers]
-
-
-def write(folder, rows, name="rows.jsonl"):
-  path = folder / name
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  return str(path)
-
-
-def prompts(n, start=0):
-  return [{"prompt": text(i % 40, i // 40), "n": i} for i in range(start, start + n)]
-
-
-def load(kind, folder, rows, /, **config):
-  path = write(folder, rows)
-  return data.load(kind, DataConfig(path=path, **{"eval_fraction": 0.0} | config), TOKENIZER)
-
-
-def leaves(batch):
-  return [np.asarray(x) for x in batch]
-
-
-def assert_same(a, b):
-  assert type(a) is type(b)
-  for x, y in zip(leaves(a), leaves(b), strict=True):
-    np.testing.assert_array_equal(x, y)
 
 
 # Config.
@@ -55,12 +18,12 @@ def assert_same(a, b):
 @pytest.mark.parametrize(
   ("config", "message"),
   [
-    ({"max_prompt_length": 0}, "max_prompt_length must be positive, got 0"),
-    ({"max_response_length": -1}, "max_response_length must be positive, got -1"),
+    ({"max_prompt_length": 0}, "max_prompt_length must be at least 1, got 0"),
+    ({"max_response_length": -1}, "max_response_length must be at least 1, got -1"),
     ({"eval_fraction": 1.0}, "eval_fraction must be"),
     ({"eval_fraction": float("nan")}, "eval_fraction must be"),
-    ({"rows": -1}, "rows must be at least 0"),
-    ({"bad_rows": -1}, "bad_rows must be at least 0"),
+    ({"rows": -1}, "rows must not be negative, got -1"),
+    ({"bad_rows": -1}, "bad_rows must not be negative, got -1"),
     ({"eval_rows": 0}, "eval_rows must be at least 1"),
     ({"overlong": "cut"}, "overlong must be one of drop, truncate_prompt"),
     ({"votes": "one"}, "votes must be one of majority, each"),
@@ -80,103 +43,6 @@ def test_every_config_field_is_described():
     assert f"    {field.name}: " in attributes
 
 
-# Shapes and masks.
-
-
-def test_demonstrations(tmp_path):
-  rows = [{"prompt": text(1, 2), "response": text(3)}, {"text": text(4, 5, 6)}]
-  train, heldout = load("demonstrations", tmp_path, rows)
-  assert heldout.examples == []
-  assert train.padded_length == 8
-  assert train.rows[0]["prompt_text"] == "w1 w2"
-  assert train.rows[1]["prompt_text"] == ""
-  batch = next(data.batches(train, 2, seed=0, pad_id=2, shuffle=False))
-  assert isinstance(batch, TokenBatch)
-  assert batch.tokens.dtype == np.int32
-  assert batch.mask.dtype == bool
-  np.testing.assert_array_equal(
-    batch.tokens, [[1, *ids(1, 2), *ids(3), 2, 2, 2, 2], [1, *ids(4, 5, 6), 2, 2, 2, 2]]
-  )
-  # The end token is scored although it equals the padding.
-  np.testing.assert_array_equal(
-    batch.mask, np.array([[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0, 0]], bool)
-  )
-
-
-def test_preferences(tmp_path):
-  rows = [{"prompt": text(1), "chosen": text(2, 3), "rejected": text(4)}]
-  train, _ = load("preferences", tmp_path, rows)
-  batch = next(data.batches(train, 1, seed=0, pad_id=0))
-  assert batch.tokens.shape == batch.mask.shape == (1, 2, 8)
-  np.testing.assert_array_equal(
-    batch.tokens[0], [[1, *ids(1, 2, 3), 2, 0, 0, 0], [1, *ids(1, 4), 2, 0, 0, 0, 0]]
-  )
-  np.testing.assert_array_equal(
-    batch.mask[0], np.array([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0]], bool)
-  )
-
-
-def test_rankings(tmp_path):
-  rows = [
-    {
-      "prompt": text(1),
-      "responses": [{"text": text(2), "rank": 1}, {"text": text(3, 4), "rank": 0}],
-    },
-    {
-      "prompt": text(5, 6),
-      "responses": [
-        {"text": text(7), "score": 0.1},
-        {"text": "", "score": 2},
-        {"text": text(8, 9), "score": 0.1},
-      ],
-    },
-  ]
-  train, _ = load("rankings", tmp_path, rows)
-  assert (train.width, train.padded_length) == (3, 8)
-  assert [len(data.responses_of(example)) for example in train.examples] == [2, 3]
-  batch = next(data.batches(train, 2, seed=0, pad_id=0, shuffle=False))
-  assert isinstance(batch, RankingBatch)
-  want = [
-    [[1, *ids(1, 3, 4), 2], [1, *ids(1, 2), 2], []],
-    [[1, *ids(5, 6), 2], [1, *ids(5, 6, 7), 2], [1, *ids(5, 6, 8, 9), 2]],
-  ]
-  prompts = [2, 3]
-  for b, row in enumerate(want):
-    for k, sequence in enumerate(row):
-      assert batch.tokens[b, k].tolist() == sequence + [0] * (8 - len(sequence))
-      scored = [bool(sequence) and prompts[b] <= t < len(sequence) for t in range(8)]
-      assert batch.mask[b, k].tolist() == scored
-  np.testing.assert_array_equal(batch.ranks, [[0, 1, 0], [0, 1, 1]])
-  np.testing.assert_array_equal(batch.real, [[True, True, False], [True] * 3])
-  assert (batch.ranks.dtype, batch.real.dtype) == (np.int32, bool)
-
-
-def test_comparisons(tmp_path):
-  votes = lambda *preferred: [{"annotator": "a", "preferred": p} for p in preferred]  # noqa: E731
-  rows = [
-    {"prompt": text(1), "responses": [text(2), text(3, 4)], "annotations": votes(0, 0, 1)},
-    {"prompt": text(5, 6), "responses": [text(7), text(8)], "annotations": votes(None)},
-    {"prompt": text(9), "responses": [text(7), text(7)], "annotations": votes(0)},
-    {"prompt": text(9), "responses": [text(7), text(8)], "annotations": []},
-  ]
-  train, _ = load("comparisons", tmp_path, rows, votes="each")
-  assert train.report["dropped_identical_pairs"] == 1
-  assert train.report["dropped_not_judged"] == 1
-  assert (train.padded_length, train.width) == (8, 2)
-  ((batch, valid),) = data.eval_batches(train, 2, TOKENIZER.pad_id)
-  assert isinstance(batch, ComparisonBatch)
-  assert valid.all()
-  np.testing.assert_array_equal(batch.preference, np.float32([2 / 3, 0.5]))
-  end = TOKENIZER.eos_id
-  first, second = [*ids(2), end], [*ids(3, 4), end]
-  for order, answers in enumerate(([*first, *second], [*second, *first])):
-    want = [*train.examples[0]["prompt"].tolist(), *answers]
-    assert batch.tokens[0, order, : len(want)].tolist() == want
-    assert batch.tokens[0, order][batch.mask[0, order]].tolist() == answers
-  changed, _ = load("comparisons", tmp_path, rows)  # Other labels are other data.
-  assert changed.digest != train.digest
-
-
 def test_data_sets_of_rows_and_examples_at_hand(tmp_path):
   rows = [{"prompt": text(i), "chosen": text(i, 2), "rejected": text(3)} for i in range(5)]
   want, _ = load("preferences", tmp_path, rows)
@@ -186,64 +52,6 @@ def test_data_sets_of_rows_and_examples_at_hand(tmp_path):
   assert want.digest == got.digest == again.digest
   assert want.padded_length == got.padded_length == again.padded_length
   assert data.from_rows("preferences", [], DataConfig(), TOKENIZER).examples == []
-
-
-def test_unpaired(tmp_path):
-  rows = [
-    {"prompt": text(1), "response": text(2), "label": True},
-    {"prompt": text(3, 4), "chosen": text(5), "rejected": text(6, 7, 8)},
-  ]
-  train, _ = load("unpaired", tmp_path, rows)
-  batch = next(data.batches(train, 3, seed=0, pad_id=0, shuffle=False))
-  assert isinstance(batch, UnpairedBatch)
-  assert train.padded_length == 8  # For the longest response behind the longest prompt.
-  answers = [
-    [1, *ids(1), *ids(2), 2],
-    [1, *ids(3, 4), *ids(5), 2],
-    [1, *ids(3, 4), *ids(6, 7, 8), 2],
-  ]
-  # The next response to another prompt: that of the third row for the first, not for the second.
-  others = [[1, *ids(1), *ids(5), 2], [1, *ids(3, 4), *ids(2), 2], [1, *ids(3, 4), *ids(2), 2]]
-  for got, want in ((batch, answers), (batch.mismatched, others)):
-    for b, sequence in enumerate(want):
-      assert got.tokens[b].tolist() == sequence + [0] * (8 - len(sequence))
-      start = 2 if b == 0 else 3
-      assert got.mask[b].tolist() == [start <= t < len(sequence) for t in range(8)]
-  assert batch.desirable.tolist() == [True, True, False]
-  assert batch.desirable.dtype == bool
-
-
-def test_the_only_prompt_has_no_mismatched_response(tmp_path):
-  rows = [{"prompt": text(1), "response": text(i), "label": True} for i in range(3)]
-  train, _ = load("unpaired", tmp_path, rows)
-  batch = next(data.batches(train, 3, seed=0, pad_id=0))
-  np.testing.assert_array_equal(batch.mismatched.tokens, batch.tokens)
-
-
-def test_mismatched_responses_do_not_depend_on_the_batch(tmp_path):
-  rows = [{"prompt": text(i), "response": text(i, i), "label": True} for i in range(7)]
-  train, _ = load("unpaired", tmp_path, rows)
-  whole = next(data.batches(train, 7, seed=0, pad_id=0, shuffle=False))
-  np.testing.assert_array_equal(
-    whole.mismatched.tokens[:, 2:4], np.roll(whole.tokens[:, 2:4], -1, axis=0)
-  )
-  order = np.argsort(whole.tokens[:, 1])
-  for batch in itertools.islice(data.batches(train, 2, seed=3, pad_id=0), 5):
-    same = order[np.searchsorted(whole.tokens[order, 1], batch.tokens[:, 1])]
-    np.testing.assert_array_equal(batch.mismatched.tokens, whole.mismatched.tokens[same])
-
-
-def test_prompts(tmp_path):
-  train, _ = load("prompts", tmp_path, [{"prompt": text(1), "n": 5}, {"prompt": text(2, 3)}])
-  batch = next(data.batches(train, 2, seed=0, pad_id=0, shuffle=False))
-  assert isinstance(batch, PromptBatch)
-  np.testing.assert_array_equal(
-    batch.tokens, [[0, 0, 0, 0, 0, 0, 1, *ids(1)], [0, 0, 0, 0, 0, 1, *ids(2, 3)]]
-  )
-  np.testing.assert_array_equal(batch.mask.sum(1), [2, 3])
-  assert batch.mask[:, -1].all()
-  np.testing.assert_array_equal(batch.prompt_id, [0, 1])
-  assert train.rows[batch.prompt_id[0]] == {"prompt": "w1", "n": 5, "prompt_text": "w1"}
 
 
 def test_both_sets_have_one_padded_length(tmp_path):
@@ -471,7 +279,7 @@ def test_eval_file_and_its_overlap(tmp_path):
   assert heldout.report["eval_prompts_in_train"] == 3
 
 
-@pytest.mark.parametrize("kind", typing.get_args(data.Kind))
+@pytest.mark.parametrize("kind", data.KINDS)
 def test_builtin_task(kind):
   from rlhf_jax import simulation
 
@@ -505,150 +313,6 @@ def test_annotators_of_the_builtin_task():
     chosen("me")
 
 
-# Order and position.
-
-
-@pytest.fixture
-def dataset(tmp_path):
-  return load("prompts", tmp_path, prompts(13))[0]
-
-
-def order(batches, n):
-  return [batch.prompt_id.tolist() for batch in itertools.islice(batches, n)]
-
-
-def test_every_epoch_has_all_rows_in_another_order(dataset):
-  seen = np.concatenate(order(data.batches(dataset, 4, seed=3, pad_id=0), 13)).reshape(4, 13)
-  for epoch in seen:
-    assert sorted(epoch) == list(range(13))
-  assert len({tuple(epoch) for epoch in seen}) == 4
-  other = np.concatenate(order(data.batches(dataset, 4, seed=4, pad_id=0), 13))
-  assert (other != seen.ravel()).any()
-
-
-def test_finite_epochs_and_no_shuffle(dataset):
-  seen = order(data.batches(dataset, 4, seed=3, pad_id=0, shuffle=False, epochs=2), 100)
-  assert np.concatenate(seen).tolist() == [*range(13), *range(11)]
-
-
-def test_resume_at_every_step_of_two_epochs(dataset):
-  steps = 8  # 32 rows: past the end of the second epoch of 13.
-  iterator = data.batches(dataset, 4, seed=3, pad_id=0)
-  states, expected = [], []
-  for _ in range(steps):
-    states.append(json.loads(json.dumps(iterator.get_state())))
-    expected.append(next(iterator))
-  for start, state in enumerate(states):
-    resumed = data.batches(dataset, 4, seed=3, pad_id=0)
-    resumed.set_state(state)
-    for batch in expected[start:]:
-      assert_same(next(resumed), batch)
-
-
-def test_batches_refuses(dataset):
-  with pytest.raises(ValueError, match="--batch_size=14 does not fit a data set of 13 rows"):
-    data.batches(dataset, 14, seed=0, pad_id=0)
-  with pytest.raises(ValueError, match="--batch_size=0 does not fit"):
-    data.batches(dataset, 0, seed=0, pad_id=0)
-
-
-def packable(tmp_path, kind):
-  """Rows of unequal lengths, each with a prompt of its own."""
-  rng = np.random.default_rng(0)
-  names = {"demonstrations": ("response",), "preferences": ("chosen", "rejected")}[kind]
-  rows = [
-    {"prompt": text(n)} | {name: text(*rng.integers(0, 40, rng.integers(1, 12))) for name in names}
-    for n in range(23)
-  ]
-  return load(kind, tmp_path, rows)[0]
-
-
-@pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
-def test_packed_rows_are_those_of_first_fit(tmp_path, kind):
-  dataset = packable(tmp_path, kind)
-  columns = np.arange(2 * 23.0).reshape(23, 2) + 1
-  rows, length = 3, 32
-  stream = data.batches(
-    dataset, rows, seed=1, pad_id=7, shuffle=False, columns=columns, packed_length=length
-  )
-  order = itertools.cycle(range(23))
-  nxt = next(order)
-  for batch, known in itertools.islice(stream, 9):
-    assert type(batch) is PackedBatch
-    sides = [x[:, None] if kind == "demonstrations" else x for x in batch[:3]]
-    tokens, mask, segments = sides
-    assert tokens.dtype == segments.dtype == np.int32 and mask.dtype == batch.real.dtype == bool
-    members = [[] for _ in range(rows)]
-    while True:
-      sequences = [
-        np.concatenate([dataset.examples[nxt]["prompt"], response])
-        for response in data.responses_of(dataset.examples[nxt])
-      ]
-      fits = [
-        all(
-          sum(map(len, [m[side] for m in row])) + len(sequences[side]) <= length
-          for side in range(len(sequences))
-        )
-        for row in [[m[1] for m in row] for row in members]
-      ]
-      if not any(fits):
-        break
-      members[fits.index(True)].append((nxt, sequences))
-      nxt = next(order)
-    for r, row in enumerate(members):
-      assert batch.real[r].sum() == len(row) and batch.real[r, : len(row)].all()
-      np.testing.assert_array_equal(known[r, : len(row)], columns[[n for n, _ in row]])
-      assert (known[r, len(row) :] == 0).all()
-      for side in range(tokens.shape[1]):
-        whole = np.concatenate([sequences[side] for _, sequences in row])
-        ids = np.repeat(np.arange(len(row)) + 1, [len(s[side]) for _, s in row])
-        np.testing.assert_array_equal(tokens[r, side, : len(whole)], whole)
-        assert (tokens[r, side, len(whole) :] == 7).all()
-        np.testing.assert_array_equal(segments[r, side, : len(whole)], ids)
-        assert (segments[r, side, len(whole) :] == 0).all()
-        prompts_of = [len(dataset.examples[n]["prompt"]) for n, _ in row]
-        scored = [
-          np.arange(len(s[side])) >= prompt for (_, s), prompt in zip(row, prompts_of, strict=True)
-        ]
-        np.testing.assert_array_equal(mask[r, side, : len(whole)], np.concatenate(scored))
-        assert not mask[r, side, len(whole) :].any()
-
-
-def test_packed_batches_resume_at_every_step(tmp_path):
-  dataset = packable(tmp_path, "demonstrations")
-  make = lambda: data.batches(dataset, 2, seed=3, pad_id=0, packed_length=40)  # noqa: E731
-  iterator, states, expected = make(), [], []
-  for _ in range(8):
-    states.append(json.loads(json.dumps(iterator.get_state())))
-    expected.append(next(iterator))
-  seen = sum(int(batch.real.sum()) for batch in expected)
-  assert seen > 2 * 23, "not past the end of the second epoch"
-  for start, state in enumerate(states):
-    resumed = make()
-    resumed.set_state(state)
-    for batch in expected[start : start + 3]:
-      assert_same(next(resumed), batch)
-
-
-def test_short_sequences_close_a_row_early(tmp_path):
-  # The places of a row are of a fixed number, too: twice the usual one.
-  rows = [{"prompt": text(n), "response": text(*[0] * (1 if n < 20 else 30))} for n in range(30)]
-  dataset = load("demonstrations", tmp_path, rows)[0]
-  stream = data.batches(dataset, 1, seed=0, pad_id=0, shuffle=False, packed_length=60)
-  counts = [int(batch.real.sum()) for batch in itertools.islice(stream, 2)]
-  lengths = [len(e["prompt"]) + len(e["response"]) for e in dataset.examples]
-  assert counts[0] == np.ceil(2 * 60 / np.mean(lengths)) < 60 // min(lengths)
-
-
-def test_padding_is_counted(tmp_path):
-  dataset = packable(tmp_path, "preferences")
-  lengths = [len(e["prompt"]) + len(r) for e in dataset.examples for r in data.responses_of(e)]
-  padded = data.padding_fraction(dataset, 4)
-  assert padded == pytest.approx(1 - np.mean(lengths) / dataset.padded_length)
-  packed = data.padding_fraction(dataset, 4, packed_length=256)
-  assert 0 < packed < padded / 2
-
-
 @pytest.mark.parametrize(
   ("kind", "length", "message"),
   [
@@ -660,17 +324,6 @@ def test_impossible_packing_is_refused(tmp_path, kind, length, message):
   rows = [{"prompt": text(1), "response": text(*range(19)), "label": True}]
   with pytest.raises(DataError, match=message):
     load(kind, tmp_path, rows, packed_length=length)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 13, 40])
-def test_eval_batches_count_every_row_once(dataset, batch_size):
-  counted = []
-  for batch, valid in data.eval_batches(dataset, batch_size, pad_id=0):
-    assert batch.tokens.shape == (batch_size, 8)
-    assert valid.shape == (batch_size,)
-    assert batch.mask.any(axis=1).all()
-    counted.extend(batch.prompt_id[valid].tolist())
-  assert counted == list(range(13))
 
 
 # Real rows.

@@ -13,43 +13,8 @@ from typing import NamedTuple
 import filelock
 import pytest
 
-from tests.testing import forked
-
-_TINY = (
-  "--model.layers=1",
-  "--model.width=32",
-  "--model.heads=2",
-  "--model.mlp_width=32",
-  "--data.rows=64",
-  "--data.eval_rows=8",
-)
-_SMALL = ("--data.rows=64", "--data.eval_rows=8", "--batch_size=8")
-_SAMPLED = (*_SMALL, "--sampling.max_new_tokens=8", "--steps=3")
-_BASE = {
-  "sft": (*_TINY, "--steps=4", "--batch_size=8", "--sampling.max_new_tokens=8"),
-  "reward_model": (*_SMALL, "--steps=4"),
-  "preference_model": (*_SMALL, "--steps=4"),
-  "dpo": (*_SMALL, "--steps=4"),
-  "kto": (*_SMALL, "--steps=4"),
-  "ppo": (*_SAMPLED, "--ppo.minibatches=2"),
-  "nash_md": _SAMPLED,
-  "online_dpo": _SAMPLED,
-  "rest": (
-    *_SAMPLED,
-    "--prompts=16",
-    "--sampling.samples_per_prompt=4",
-    "--rest.quantiles=0.3,0.6",
-  ),
-  "evaluate": ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8"),
-  "rlhf": (
-    *(
-      f"--{stage}.{size}"
-      for stage in ("sft", "reward_model", "ppo")
-      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
-    ),
-    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
-  ),
-}
+from tests.experiments.methods import small
+from tests.testing import forked, start
 
 
 def _main(script: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
@@ -66,14 +31,11 @@ class Running:
   """A script that was started."""
 
   def __init__(self, script: str, workdir: pathlib.Path, flags: Sequence[str], devices: int = 1):
-    # A flag given by the test replaces the one of the base.
-    given = {flag.split("=")[0] for flag in flags}
-    base = [flag for flag in _BASE.get(script, ()) if flag.split("=")[0] not in given]
     self.workdir = pathlib.Path(workdir)
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
     own = () if script == "compile" else (f"--workdir={workdir}",)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
-    self.process = forked(_main, script, [*own, *base, *flags], self._output, devices)
+    self.process = forked(_main, script, [*own, *small(script, flags)], self._output, devices)
 
   def end(self, timeout: float) -> "Finished":
     """Waits for it; kills it when the time is over."""
@@ -86,7 +48,7 @@ class Running:
 
 
 class Finished(NamedTuple):
-  """What a script left behind."""
+  """Result of a script."""
 
   code: int | None
   output: str
@@ -155,7 +117,17 @@ def kill_script():
 
 
 @pytest.fixture(scope="session")
-def shared_run(tmp_path_factory, run_script):
+def start_here():
+  """`start_here(name, workdir, *flags, devices=1) -> summary`, in this process."""
+
+  def run(script, workdir, *flags, devices: int = 1):
+    return start(script, f"--workdir={workdir}", *small(script, flags), devices=devices)
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory, start_here):
   """`shared_run(name, script, *flags, devices=1)`: workdir of a run that all workers share."""
   root = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
@@ -164,11 +136,15 @@ def shared_run(tmp_path_factory, run_script):
   def run(name, script, *flags, devices: int = 1) -> pathlib.Path:
     with filelock.FileLock(root / f"{name}.lock"):
       if not (root / name / "summary.json").exists():
-        finished = run_script(script, root / name, *flags, devices=devices)
-        assert finished.code == 0, finished.output
+        start_here(script, root / name, *flags, devices=devices)
     return root / name
 
   return run
+
+
+@pytest.fixture(scope="session")
+def chain_run(shared_run) -> pathlib.Path:
+  return shared_run("rlhf", "rlhf")
 
 
 @pytest.fixture(scope="session")
@@ -187,11 +163,12 @@ def preference_run(shared_run, sft_run) -> pathlib.Path:
 
 
 @pytest.fixture
-def train_on_labels(tmp_path, run_script, sft_run):
-  """`train_on_labels(script, path) -> Finished`, of two steps on what was labelled."""
+def train_on_labels(tmp_path, start_here, sft_run, capsys):
+  """`train_on_labels(script, path) -> output`, of two steps on labelled rows."""
 
-  def train(script, path) -> Finished:
-    return run_script(
+  def train(script, path) -> str:
+    capsys.readouterr()
+    start_here(
       script,
       tmp_path / "model",
       f"--init_from={sft_run}",
@@ -201,5 +178,6 @@ def train_on_labels(tmp_path, run_script, sft_run):
       "--batch_size=4",
       "--steps=2",
     )
+    return capsys.readouterr().err
 
   return train

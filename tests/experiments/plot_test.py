@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import common, plot
-from rlhf_jax import flags, metrics
+from experiments import plot
+from rlhf_jax import flags, writers
 
 PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 
@@ -15,7 +15,7 @@ PLOTS = {"frontier", "kl", "loss", "overoptimization", "reward"}
 def write_run(folder, *, seed=0, steps=60, free=False, without=()):
   """A run whose proxy rises; without a penalty the gold reward peaks at a KL of 9 nats."""
   noise = np.random.default_rng(seed).normal(scale=0.05, size=(steps, 2))
-  writer = metrics.make_writer(folder)
+  writer = writers.make_writer(folder)
   for step in range(1, steps + 1):
     distance = 8 * step / steps if free else 2 * math.sqrt(step / steps)
     row = {
@@ -38,7 +38,7 @@ def runs(tmp_path):
   return tmp_path / "runs"
 
 
-def test_groups_of_seeds_end_in_plots_and_figures(tmp_path, runs, capsys):
+def test_groups_of_seeds_end_in_plots_and_metrics(tmp_path, runs, capsys):
   items = (f"KL penalty={runs}/kl_0", f"{runs}/kl_1", f"{runs}/kl_2", f"none={runs}/free_*")
   summary = plot.plot(plot.Config(str(tmp_path / "out"), items))
   assert {path.stem for path in (tmp_path / "out" / "plots").glob("*.png")} == PLOTS
@@ -60,16 +60,6 @@ def test_groups_of_seeds_end_in_plots_and_figures(tmp_path, runs, capsys):
 def test_each_run_without_a_label_is_a_line_of_its_own(tmp_path, runs):
   config = plot.Config(str(tmp_path / "out"), (f"{runs}/kl_0", f"{runs}/free_0/"))
   assert plot.plot(config).keys() == {"kl_0", "free_0"}
-  assert plot.group_runs((f"{runs}/kl_0", f"both={runs}/kl_1", f"{runs}/free_0")) == {
-    "kl_0": [f"{runs}/kl_0"],
-    "both": [f"{runs}/kl_1", f"{runs}/free_0"],
-  }
-
-
-def test_a_folder_may_have_an_equals_sign(tmp_path):
-  folder = write_run(tmp_path / "lr=0.1")
-  assert plot.group_runs((folder,)) == {"lr=0.1": [folder]}
-  assert plot.group_runs((f"low={folder}",)) == {"low": [folder]}
 
 
 def test_runs_without_gold_have_no_overoptimization_plot(tmp_path, runs, capsys):
@@ -101,6 +91,7 @@ def refused(tmp_path, *items, workdir="out"):
 
 def test_bad_input_is_refused_in_words(tmp_path, runs):
   assert "--runs must name" in refused(tmp_path)
+  assert "nowhere is no workdir of a run" in refused(tmp_path, "nowhere")
   assert "no folder matches" in refused(tmp_path, f"{runs}/nothing_*")
   (tmp_path / "empty").mkdir()
   message = refused(tmp_path, str(tmp_path / "empty"))
@@ -122,13 +113,3 @@ def test_the_command(tmp_path, runs, run_script):
   finished = run_script("plot", tmp_path / "out", f"--runs=free={runs}/free_*,kl={runs}/kl_*")
   assert finished.code == 0, finished.output
   assert {path.stem for path in (tmp_path / "out" / "plots").iterdir()} == PLOTS
-  nowhere = run_script("plot", tmp_path / "nowhere", "--runs=nowhere")
-  assert nowhere.code == 64 and "Traceback" not in nowhere.output
-  assert "nowhere is no workdir of a run" in nowhere.output
-
-
-def test_short_names_tell_paths_apart():
-  assert common.short_names("runs", ["a/ppo", "a/dpo/"]) == ["ppo", "dpo"]
-  assert common.short_names("runs", ["a/ppo", "b/ppo", "b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
-  with pytest.raises(flags.UsageError, match="--policy names a folder twice"):
-    common.short_names("policy", ["a/../ppo", "ppo"])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import common
+from experiments.lab import line_files
 
 # The gold reward of many short answers is the same, and ties are left out.
 FLAGS = ("--reward.name=gold", "--grow_steps=2", "--batch_size=2")
@@ -21,7 +21,7 @@ def whole(tmp_path_factory, run_script, sft_run):
 
 
 def grown(workdir, step):
-  return common.read_lines(workdir / f"grow_{step}" / "responses.jsonl")
+  return line_files.read_lines(workdir / f"grow_{step}" / "responses.jsonl")
 
 
 def test_the_grown_data_can_be_read(whole):
@@ -77,9 +77,9 @@ def test_a_kill_while_sampling_loses_no_scored_response(tmp_path, run_script, ki
 def test_a_torn_line_is_cut_off(tmp_path):
   path = tmp_path / "responses.jsonl"
   path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
-  assert common.read_lines(path) == [{"a": 1}, {"a": 2}]
+  assert line_files.read_lines(path) == [{"a": 1}, {"a": 2}]
   assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
-  assert common.read_lines(tmp_path / "none") == []
+  assert line_files.read_lines(tmp_path / "none") == []
 
 
 def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, run_script, sft_run):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import common, reward_model
+from experiments import reward_model
+from experiments.lab import evaluating, models
 from rlhf_jax import data, flags, loop
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -34,7 +35,7 @@ def config_of(path, **settings):
   return reward_model.Config(
     steps=60,
     batch_size=8,
-    model=common.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
+    model=models.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
     data=DataConfig(path=path, eval_fraction=0.3),
     optim=OptimConfig(learning_rate=1e-2),
     **settings,
@@ -75,7 +76,7 @@ def test_figures_of_pairs():
     {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
   )
   scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
-  pairs = common.compared(heldout, scores)
+  pairs = evaluating.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, scores)
   figures = reward_model.judge(heldout, pairs)
   assert figures["accuracy"] == (1 + 1 + 0.5 + 0) / 4
@@ -98,7 +99,7 @@ def test_figures_of_rankings():
     {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
   )
   scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  pairs = common.compared(heldout, scores)
+  pairs = evaluating.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, [[3, 2], [3, 4], [1, 0]])
   figures = reward_model.judge(heldout, pairs)
   assert figures["accuracy"] == pytest.approx(2 / 3)

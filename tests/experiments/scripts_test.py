@@ -1,132 +1,213 @@
-"""Every script: what it writes, that it resumes bitwise after SIGKILL, and how it refuses."""
+"""Every training script: what it writes, that it resumes bitwise, and how it refuses."""
 
 import json
+import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.testing import full
+from experiments import evaluate, generate
+from experiments.lab import plans
+from rlhf_jax import loop, writers
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from tests.experiments.methods import METHODS, SETTINGS, judges_of
+from tests.testing import full, read_configs, refusal
 
-SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "nash_md", "online_dpo")
-MORE = {
-  "preference_model": ("--lora.rank=2",),
-  "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=6"),
-  "ppo": ("--ppo.packed_length=64",),
-  "nash_md": ("--preference.name=panel", "--nash_md.mix=0", "--nash_md.ema=0.9"),
-  "online_dpo": (
-    "--preference.name=expert",
-    "--online.reference=previous",
-    "--online.round_steps=2",
-    "--dpo.bonus_coef=0.01",
-    "--lora.rank=2",
-  ),
-}
+STEPS = 6
 
 
-def chained(script, sft_run, reward_run):
-  """The flags that put a script behind the ones before it."""
-  if script == "sft":
-    return ()
-  first = (f"--init_from={sft_run}", *MORE.get(script, ()))
-  return (*first, f"--reward.path={reward_run}") if script == "ppo" else first
+@pytest.fixture(scope="session")
+def flags_of(sft_run, reward_run):
+  """`flags_of(script)`: flags that put a training script behind those before it."""
+
+  def flags(script) -> list[str]:
+    given = [f"--steps={STEPS}", "--log_every=1"]
+    given += [word.format(reward=reward_run) for word in SETTINGS.get(script, ())]
+    if script != "sft":
+      given.append(f"--init_from={sft_run}")
+    if not any(word.startswith(("--reward.", "--preference.")) for word in given):
+      names = {"reward": "gold", "preference": "expert"}
+      given += [f"--{judge}.name={names[judge]}" for judge in judges_of(script)[:1]]
+    return given
+
+  return flags
 
 
-@pytest.fixture
-def whole_and_killed(tmp_path, run_script, kill_script):
-  """A run, and the same killed after a step and continued, which ends with the same weights."""
+@pytest.fixture(scope="session")
+def whole(shared_run, flags_of):
+  """`whole(script)`: workdir of a run that nothing stops."""
+  return lambda script: shared_run(f"whole_{script}", script, *flags_of(script))
 
-  def run(script, flags, after_step, devices=1):
-    whole = run_script(script, tmp_path / "whole", *flags, devices=devices)
-    assert whole.code == 0, whole.output
-    kill_script(script, tmp_path / "killed", *flags, after_step=after_step, devices=devices)
-    again = run_script(script, tmp_path / "killed", *flags, devices=devices)
-    assert again.code == 0, again.output
-    assert "continuing from step" in again.output
-    exports = [run.workdir / "export" / "model.safetensors" for run in (whole, again)]
-    assert exports[0].read_bytes() == exports[1].read_bytes()
-    return whole, again
 
+def lines_of(workdir):
+  """Lines of metrics.jsonl without times."""
+  lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  return [{k: v for k, v in row.items() if "second" not in k and "time/" not in k} for row in lines]
+
+
+def assert_same_end(workdir, whole):
+  assert lines_of(workdir) == lines_of(whole)
+  for name in ("export/model.safetensors", "summary.json"):
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def stopping(write, after):
+  """`write`, with a SIGTERM once the line of a step is written, which is in the step after it."""
+
+  def write_and_stop(writer, step, scalars):
+    write(writer, step, scalars)
+    if step == after:
+      signal.raise_signal(signal.SIGTERM)
+
+  return write_and_stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", METHODS)
+def test_a_stopped_run_ends_with_the_same_bits(
+  script, tmp_path, flags_of, whole, start_here, monkeypatch, capsys
+):
+  workdir, flags = tmp_path / "stopped", flags_of(script)
+  with monkeypatch.context() as patch:
+    patch.setattr(writers.RunWriter, "write", stopping(writers.RunWriter.write, after=2))
+    with pytest.raises(loop.Preempted, match=f"saved step 3 of {STEPS}"):
+      start_here(script, workdir, *flags)
+  assert not (workdir / "export").exists()
+  start_here(script, workdir, *flags)
+  assert "continuing from step 3" in capsys.readouterr().err
+  assert_same_end(workdir, whole(script))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", METHODS)
+def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run):
+  workdir = whole(script)
+  files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
+  for name in (*files, "export/README.md", "export/config.json", "export/tokenizer.json"):
+    assert (workdir / name).stat().st_size > 0, name
+  assert list((workdir / "plots").glob("*.png"))
+  weights = [run / "export" / "model.safetensors" for run in (workdir, sft_run)]
+  assert weights[0].read_bytes() != weights[1].read_bytes()
+  for row in lines_of(workdir):
+    assert all(map(math.isfinite, row.values())), row
+  session, config = read_configs(f"experiments.{script}", [f"--flagfile={workdir / 'flags'}"])
+  assert (session.workdir, config.steps) == (str(workdir), STEPS)
+  if hasattr(config, "sampling"):
+    assert list((workdir / "samples").glob("step_*.jsonl"))
+
+
+@pytest.mark.parametrize(
+  "script", [name for name in METHODS if hasattr(plans.script_of(name).Config(), "rollout")]
+)
+def test_a_policy_gradient_starts_at_the_reference(script, whole):
+  rows = lines_of(whole(script))
+  assert abs(rows[0]["kl/ref"]) < 1e-4  # With adapters, too.
+  assert rows[0]["ratio/first_deviation"] < 1e-5
+  names = {"reward/mean", "kl/ref", "entropy", "eos_fraction", "response_length/mean", "lr"}
+  assert names <= rows[-1].keys()
+  summary = json.loads((whole(script) / "summary.json").read_text())
+  assert {"kl", "gold/mean", "gold/win_rate", "reward/mean"} <= summary.keys()
+
+
+def test_the_critic_of_ppo_max_learns_before_the_policy(whole):
+  rows = lines_of(whole("ppo_max"))
+  assert {"loss/value", "loss/ptx", "importance/mean"} <= rows[0].keys()
+  assert [row["lr"] for row in rows[:3]] == [0.0, 0.0, pytest.approx(1e-3, rel=0.5)]
+  assert abs(rows[2]["kl/ref"]) < 1e-4  # In the third iteration the policy still is the reference.
+  assert rows[2]["importance/mean"] == pytest.approx(1, abs=1e-5)
+
+
+def test_an_opponent_by_schedules(whole):
+  rows = lines_of(whole("nash_md"))
+  assert [row["mix"] for row in rows] == pytest.approx([0.25, 0.3, 0.35, 0.4, 0.45, 0.5])
+  assert [row["tau"] for row in rows] == pytest.approx([0.01, 0.03, 0.05, 0.07, 0.09, 0.11])
+
+
+@pytest.mark.parametrize("script", ["nash_md", "ipo_md"])
+def test_a_match_starts_at_the_reference(script, whole):
+  rows = lines_of(whole(script))
+  assert 0 < rows[0]["preference/mean"] < 1
+  assert abs(rows[0]["kl/ref"]) < 1e-4
+  summary = json.loads((whole(script) / "summary.json").read_text())
+  assert summary["preference/win_rate_low"] <= summary["preference/win_rate"]
+
+
+def test_dpo_is_judged_while_it_learns(whole):
+  rows = lines_of(whole("dpo"))
+  summary = json.loads((whole("dpo") / "summary.json").read_text())
+  assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)  # It starts as the reference.
+  assert 0 < summary["eval/length_baseline"] < 1
+  judged = [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
+  assert [step for step, _ in judged] == [3, 6]
+  assert judged[-1][1] == pytest.approx(summary["gold/mean"], rel=1e-5)
+
+
+def test_kto_on_pairs_as_single_responses(whole):
+  rows = lines_of(whole("kto"))
+  assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-4)  # It starts as the reference.
+  summary = json.loads((whole("kto") / "summary.json").read_text())
+  assert {"eval/loss", "eval/reward/chosen", "gold/win_rate", "kl"} <= summary.keys()
+
+
+def test_a_judge_is_exported_with_a_scalar_head(whole):
+  for script in ("reward_model", "preference_model"):
+    config = json.loads((whole(script) / "export" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"]
+    assert 0 <= json.loads((whole(script) / "summary.json").read_text())["accuracy"] <= 1
+
+
+def kill_and_continue(script, flags, tmp_path, run_script, kill_script, after_step, devices=1):
+  """Runs a script, and again with a SIGKILL in between; returns the first run."""
+  run = run_script(script, tmp_path / "whole", *flags, devices=devices)
+  assert run.code == 0, run.output
+  kill_script(script, tmp_path / "killed", *flags, after_step=after_step, devices=devices)
+  again = run_script(script, tmp_path / "killed", *flags, devices=devices)
+  assert again.code == 0, again.output
+  assert "continuing from step" in again.output
+  assert_same_end(again.workdir, run.workdir)
   return run
 
 
-# A kill of DPO is in multiprocess_test.py, too.
-_KILLED = [
-  pytest.param(script, marks=full) if script in ("dpo", "nash_md", "preference_model") else script
-  for script in (*SCRIPTS, "preference_model")
-]
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, run_script, kill_script):
+  flags = ("--steps=12", "--checkpoint_every=3", "--log_every=1")
+  kill_and_continue("sft", flags, tmp_path, run_script, kill_script, after_step=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", _KILLED)
-def test_a_killed_run_ends_with_the_same_bits(script, whole_and_killed, sft_run, reward_run):
-  flags = (
-    *chained(script, sft_run, reward_run),
-    "--steps=12",
-    "--checkpoint_every=3",
-    "--log_every=4",
-  )
-  whole, again = whole_and_killed(script, flags, after_step=3)
-  lines = [
-    [json.loads(line) for line in (run.workdir / "metrics.jsonl").read_text().splitlines()]
-    for run in (whole, again)
-  ]
-  timeless = [
-    [{k: v for k, v in row.items() if "second" not in k and "time/" not in k} for row in rows]
-    for rows in lines
-  ]
-  assert timeless[0] == timeless[1]
-  if script == "dpo":
-    summary = json.loads((again.workdir / "summary.json").read_text())
-    assert 0 < summary["eval/length_baseline"] < 1
-    assert f"by length alone: {summary['eval/length_baseline']:.3f}" in again.output
-    judged = [(row["step"], row["eval/gold"]) for row in timeless[1] if "eval/gold" in row]
-    assert [step for step, _ in judged] == [6, 12]
-    np.testing.assert_allclose(judged[-1][1], summary["gold/mean"], rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_samples_drawn_while_the_others_learn(whole_and_killed, sft_run):
+def test_samples_drawn_while_the_others_learn(tmp_path, run_script, kill_script, sft_run):
   """The policy waits for the critic, so that it first changes in the third iteration."""
   flags = (
     f"--init_from={sft_run}",
     "--reward.name=gold",
     "--mesh=data:2",
     "--rollout.devices=1",
-    "--ppo.importance_cap=2",
-    "--critic_warmup=2",
+    "--rollout.importance_cap=2",
+    "--critic.warmup=2",
     "--lora.rank=4",
     "--optim.learning_rate=3e-3",
     "--steps=8",
     "--checkpoint_every=2",
   )
-  whole, _ = whole_and_killed("ppo", flags, after_step=2, devices=3)
-  rows = [json.loads(x) for x in (whole.workdir / "metrics.jsonl").read_text().splitlines()]
+  run = kill_and_continue(
+    "ppo_max", flags, tmp_path, run_script, kill_script, after_step=2, devices=3
+  )
+  rows = lines_of(run.workdir)
   assert [row["staleness"] for row in rows] == [0, 1, 1, 1, 1, 1, 1, 1]
   importance = np.array([row["importance/mean"] for row in rows])
   np.testing.assert_allclose(importance[:3], 1, atol=1e-5)
   assert (np.abs(importance[3:] - 1) > 1e-4).all()
 
 
-def test_adapters_from_a_base_that_changed_are_refused(tmp_path, run_script, sft_run):
-  base = tmp_path / "base"
-  shutil.copytree(sft_run / "export", base)
-  flags = (f"--model.path={base}", "--lora.rank=2", "--checkpoint_every=2")
-  first = run_script("sft", tmp_path / "run", *flags)
-  assert first.code == 0, first.output
-  tensors = safetensors.numpy.load_file(base / "model.safetensors")
-  name = next(iter(tensors))
-  safetensors.numpy.save_file(tensors | {name: tensors[name] + 1}, base / "model.safetensors")
-  again = run_script("sft", tmp_path / "run", *flags, "--steps=6")
-  assert again.code == 78, again.output
-  assert "frozen" in again.output
-
-
-def test_the_chain(tmp_path, run_script):
-  finished = run_script("rlhf", tmp_path / "rlhf")
-  assert finished.code == 0, finished.output
-  summary = json.loads((tmp_path / "rlhf" / "summary.json").read_text())
+@pytest.mark.slow
+def test_the_chain(tmp_path, start_here):
+  summary = start_here("rlhf", tmp_path / "rlhf")
+  written = json.loads((tmp_path / "rlhf" / "summary.json").read_text())
+  assert written == pytest.approx(summary, abs=1e-6)
   names = {"reward_model/accuracy", "sft/gold_reward", "ppo/gold_reward", "ppo/win_rate", "ppo/kl"}
   assert names <= set(summary)
   for stage in ("sft", "reward_model", "ppo"):
@@ -134,131 +215,14 @@ def test_the_chain(tmp_path, run_script):
     assert list((tmp_path / "rlhf" / "plots" / stage).glob("*.png"))
 
 
-def test_sft_writes_what_it_says(sft_run):
-  files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
-  for name in (*files, "export/README.md"):
-    assert (sft_run / name).stat().st_size > 0, name
-  assert list((sft_run / "plots").glob("*.png"))
-  assert list((sft_run / "samples").glob("step_*.jsonl"))
-  rows = [json.loads(line) for line in (sft_run / "metrics.jsonl").read_text().splitlines()]
-  assert {"step", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds"} <= set(rows[0])
-  assert rows[-1]["step"] == 4
-
-
-def test_reward_model_is_centred(reward_run):
-  summary = json.loads((reward_run / "summary.json").read_text())
-  assert 0 <= summary["accuracy"] <= 1
-  config = json.loads((reward_run / "export" / "config.json").read_text())
-  assert config["architectures"] == ["LlamaForSequenceClassification"]
-
-
-def test_kto_on_pairs_as_single_responses(tmp_path, run_script, sft_run):
-  finished = run_script("kto", tmp_path, f"--init_from={sft_run}", "--sampling.max_new_tokens=8")
-  assert finished.code == 0, finished.output
-  summary = json.loads((tmp_path / "summary.json").read_text())
-  assert {"eval/loss", "eval/reward/chosen", "gold/win_rate", "kl"} <= set(summary)
-  first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-  # The policy starts as the reference, whose log-probabilities are those of another program.
-  assert first["loss"] == pytest.approx(0.5, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-  "flags",
-  [
-    (
-      "--ppo.advantage=rloo",
-      "--ppo.objective=reinforce",
-      "--sampling.samples_per_prompt=2",
-      "--ppo.shaping=par",
-      "--reward.ensemble=min",
-      "--lora.rank=4",
-    ),
-    (
-      "--critic_warmup=2",
-      "--share_trunk",
-      "--ppo.normalize_scores",
-      "--ppo.normalize_values",
-      "--ppo.ptx_coef=0.1",
-      "--ppo.importance_cap=2",
-      "--ppo.segment=4",
-      "--eval_every=2",
-    ),
-  ],
-  ids=["rloo", "ppo_max"],
-)
-def test_relatives_of_ppo(flags, tmp_path, run_script, sft_run, reward_run):
-  reward = f"--reward.path={reward_run},{reward_run}"
-  finished = run_script("ppo", tmp_path, f"--init_from={sft_run}", reward, *flags)
-  assert finished.code == 0, finished.output
-  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert ("loss/value" in rows[0]) == ("loss/ptx" in rows[0]) == ("--critic_warmup=2" in flags)
-  assert abs(rows[0]["kl/ref"]) < 1e-4  # With adapters too the policy starts as the reference.
-  exports = [run / "export" / "model.safetensors" for run in (tmp_path, sft_run)]
-  assert exports[0].read_bytes() != exports[1].read_bytes()
-  if "--critic_warmup=2" in flags:
-    # The policy waited for the critic: in the third iteration it still is the reference.
-    assert [row["lr"] for row in rows] == [0.0, 0.0, pytest.approx(1e-3, rel=0.5)]
-    assert abs(rows[2]["kl/ref"]) < 1e-4
-    assert rows[2]["importance/mean"] == pytest.approx(1, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-  "flags",
-  [
-    pytest.param(
-      ("--nash_md.mix=0.25", "--nash_md.mix_end=0.5", "--nash_md.tau_end=0.1", "--eval_every=2"),
-      marks=full,
-    ),
-    (
-      "--nash_md.objective=regression",
-      "--nash_md.mix=0",
-      "--nash_md.extragradient",
-      "--lora.rank=2",
-    ),
-    pytest.param(
-      ("--nash_md.objective=regression", "--nash_md.tau=0.1", "--nash_md.normalize_lengths"),
-      marks=full,
-    ),
-  ],
-  ids=["schedules", "egpo", "ipo_md"],
-)
-def test_relatives_of_nash_md(flags, tmp_path, run_script, sft_run, preference_run):
-  judge = f"--preference.path={preference_run}"
-  finished = run_script("nash_md", tmp_path / "nash", f"--init_from={sft_run}", judge, *flags)
-  assert finished.code == 0, finished.output
-  rows = [json.loads(line) for line in (tmp_path / "nash/metrics.jsonl").read_text().splitlines()]
-  assert 0 < rows[0]["preference/mean"] < 1
-  assert abs(rows[0]["kl/ref"]) < 1e-4
-  if "--nash_md.mix_end=0.5" in flags:
-    assert [row["mix"] for row in rows] == pytest.approx([0.25, 0.375, 0.5])
-    assert [row["tau"] for row in rows] == pytest.approx([0.01, 0.055, 0.1])
-  summary = json.loads((tmp_path / "nash/summary.json").read_text())
-  assert summary["preference/win_rate_low"] <= summary["preference/win_rate"]
-
-
-@full
-def test_a_best_response_and_who_beats_whom(tmp_path, run_script, sft_run, preference_run):
+def test_a_best_response_and_who_beats_whom(tmp_path, start_here, sft_run):
   judge = "--preference.name=panel"
-  best = run_script(
-    "nash_md",
-    tmp_path / "best",
-    f"--init_from={sft_run}",
-    f"--opponent={sft_run}",
-    "--nash_md.mix=0",
-    "--lora.rank=2",
-    judge,
-  )
-  assert best.code == 0, best.output
-  summary = json.loads((tmp_path / "best/summary.json").read_text())
+  best = (f"--init_from={sft_run}", f"--opponent={sft_run}", "--nash_md.mix=0", "--lora.rank=2")
+  summary = start_here("nash_md", tmp_path / "best", judge, *best, "--steps=2")
   assert 0 <= summary["preference/over_opponent"] <= 1
-  finished = run_script(
-    "evaluate",
-    tmp_path / "matrix",
-    f"--policy={tmp_path / 'best'},{sft_run}",
-    f"--baseline={sft_run / 'export'}",
-    judge,
-  )
-  assert finished.code == 0, finished.output
+  words = [f"--workdir={tmp_path / 'matrix'}", f"--policy={tmp_path / 'best'},{sft_run}", judge]
+  words += [f"--baseline={sft_run / 'export'}", "--data.rows=64", "--data.eval_rows=8"]
+  evaluate.evaluate(*read_configs("experiments.evaluate", [*words, "--sampling.max_new_tokens=8"]))
   rates = json.loads((tmp_path / "matrix/summary.json").read_text())["preference/win_rates"]
   for one, of in rates.items():
     assert len(of) == 2
@@ -267,117 +231,128 @@ def test_a_best_response_and_who_beats_whom(tmp_path, run_script, sft_run, prefe
       assert rate["low"] <= rate["value"] <= rate["high"]
 
 
-def test_a_reward_model_judges_pairs_and_a_preference_model_scores_nothing(
-  tmp_path, run_script, sft_run, reward_run, preference_run
+@pytest.mark.parametrize("judge", ["reward", "preference"])
+def test_a_reward_model_judges_the_pairs_of_online_dpo(
+  judge, tmp_path, start_here, sft_run, reward_run
 ):
-  first = f"--init_from={sft_run}"
-  for judge in (f"--preference.path={reward_run}", f"--reward.path={reward_run}"):
-    name = judge.split(".")[0].strip("-")
-    finished = run_script("online_dpo", tmp_path / name, first, judge)
-    assert finished.code == 0, finished.output
-  for script in ("ppo", "online_dpo"):
-    refused = run_script(script, tmp_path / script, first, f"--reward.path={preference_run}")
-    assert refused.code == 78, refused.output
-    assert "a preference model" in refused.output
-    assert "Traceback" not in refused.output
+  flags = (f"--init_from={sft_run}", f"--{judge}.path={reward_run}", "--steps=2")
+  start_here("online_dpo", tmp_path, *flags)
+  rows = lines_of(tmp_path)
+  assert len(rows) == 2 and all(0 <= row["ties"] < 1 for row in rows)
 
 
-def test_ppo_with_python_reward_generate_and_evaluate(tmp_path, run_script, sft_run):
-  trained = run_script("ppo", tmp_path / "ppo", f"--init_from={sft_run}", "--reward.name=gold")
-  assert trained.code == 0, trained.output
-  summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
-  assert {"kl", "gold/mean", "gold/win_rate", "reward/mean"} <= set(summary)
-  metrics = [
-    json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()
-  ]
-  assert metrics[0]["ratio/first_deviation"] < 1e-5
-  assert abs(metrics[0]["kl/ref"]) < 1e-4
-  for name in ("reward/mean", "kl/ref", "entropy", "clip_fraction", "eos_fraction"):
-    assert name in metrics[-1], name
+@pytest.mark.parametrize("script", ["ppo", "online_dpo"])
+def test_a_preference_model_scores_nothing(script, tmp_path, sft_run, preference_run):
+  flags = (f"--init_from={sft_run}", f"--reward.path={preference_run}", "--data.rows=64")
+  code, message = refusal(script, f"--workdir={tmp_path}", *flags)
+  assert code == 78
+  assert "a preference model" in message
 
-  judged = run_script(
-    "evaluate",
-    tmp_path / "evaluate",
-    f"--policy={tmp_path / 'ppo'}",
-    f"--baseline={sft_run}",
+
+def test_a_trained_policy_answers_and_is_judged(tmp_path, whole, sft_run):
+  ppo, sampling = str(whole("ppo")), SamplingConfig(max_new_tokens=8, samples_per_prompt=3)
+  prompt = "write a brief review of the film"
+  config = generate.Config(ppo, prompt=prompt, sampling=sampling)
+  rows = generate.run_samples(loop.Session(str(tmp_path / "generate")), config)
+  assert [row["prompt"] for row in rows] == [prompt] * 3
+  assert len({row["response"] for row in rows}) > 1
+  config = evaluate.Config(
+    (ppo,), str(sft_run), data=DataConfig(rows=64, eval_rows=8), sampling=sampling
   )
-  assert judged.code == 0, judged.output
-  assert "gold (mean)" in judged.output
-
-  answered = run_script(
-    "generate",
-    tmp_path / "generate",
-    f"--init_from={tmp_path / 'ppo'}",
-    "--prompt=write a brief review of the film",
-    "--sampling.samples_per_prompt=3",
-    "--sampling.max_new_tokens=8",
-  )
-  assert answered.code == 0, answered.output
-  rows = (tmp_path / "generate" / "samples" / "step_00000000.jsonl").read_text().splitlines()
-  assert len(rows) == 3
-  assert len({json.loads(row)["response"] for row in rows}) > 1
+  summary = evaluate.evaluate(loop.Session(str(tmp_path / "evaluate")), config)
+  assert {"gold/mean", "gold/win_rate", "kl"} <= summary.keys()
 
 
 @full
-def test_sft_on_a_mesh_of_eight_devices(tmp_path):
-  """In this process, which has eight devices."""
-  from experiments import common, sft
-  from rlhf_jax import loop
-  from rlhf_jax.data import DataConfig
-  from rlhf_jax.generation import SamplingConfig
-
-  config = sft.Config(
-    steps=2,
-    batch_size=8,
-    model=common.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
-    data=DataConfig(rows=64, eval_rows=8),
-    sampling=SamplingConfig(max_new_tokens=4),
-  )
-  summary = sft.train(loop.Session(str(tmp_path), mesh="data:2,fsdp:2,tensor:2"), config)
-  assert 0 < summary["eval/loss"] < 20
+def test_sft_on_a_mesh_of_eight_devices(tmp_path, start_here):
+  flags = ("--mesh=data:2,fsdp:2,tensor:2", "--steps=2")
+  assert 0 < start_here("sft", tmp_path, *flags, devices=8)["eval/loss"] < 20
 
 
+GOLD, PANEL = "--reward.name=gold", "--preference.name=panel"
 BAD_FLAGS = [
-  (("sft", "--stesp=3"), 1, "steps"),
-  (("sft", "--steps=0"), 64, "--steps"),
-  (("sft", "--optim.learning_rate=nan"), 64, "optim.learning_rate"),
+  (("sft", "--steps=0"), 64, "--steps must be at least 1"),
+  (("sft", "--optim.learning_rate=nan"), 64, "--optim.learning_rate=nan: must be a finite number"),
   (("sft", "--optim.learning_rate=-1"), 64, "--optim.learning_rate"),
   (("sft", "stray"), 64, "stray"),
   (("sft", "--init_from=nowhere"), 78, "nowhere"),
   (("sft", "--init_from=any", "--model.preset=llama3_8b"), 64, "--model.preset"),
   (("sft", "--lora.rank=4"), 64, "--init_from"),
-  (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
   (("sft", "--mesh=data:64"), 64, "--mesh"),
   (("sft", "--processes=2"), 64, "--coordinator"),
-  (("sft", "--coordinator=auto"), 64, "--coordinator=auto"),
-  (("ppo", "--sampling.top_k=5", "--reward.name=gold"), 64, "top_k"),
-  (("ppo", "--ppo.minibatches=3", "--reward.name=gold"), 64, "minibatches"),
+  (("dpo", "--dpo.loss=best"), 64, "--dpo.loss must be one of"),
+  (("dpo", "--dpo.loss=nowhere:loss"), 64, "--dpo.loss=nowhere:loss"),
+  (("dpo", "--dpo.loss=math:best"), 64, "has no function best"),
+  (("dpo", "--dpo.loss=math:sqrt"), 64, "--dpo.loss=math:sqrt must take ("),
+  (("dpo", "--pairs.length_alpha=2"), 64, "--pairs.length_alpha must be in [0, 1]"),
+  (("simpo", "--simpo.loss=dpo"), 64, "--simpo.loss must be one of"),
+  (("ppo", "--sampling.top_k=5", GOLD), 64, "top_k"),
+  (("ppo", "--ppo.minibatches=3", GOLD), 64, "minibatches"),
   (("ppo",), 64, "--reward.path"),
   (("ppo", "--reward.name=best"), 64, "sentiment"),
+  (("ppo", "--reward.name=nowhere:score"), 64, "--reward.name=nowhere:score"),
   (("ppo", "--reward.name=exact_answer"), 65, "answer: missing"),
-  (("ppo", "--reward.name=gold", "--rollout.devices=1"), 64, "ppo.importance_cap"),
-  (("ppo", "--reward.name=gold", "--data.packed_length=64"), 64, "ppo.packed_length"),
-  (("ppo", "--reward.name=gold", "--ppo.packed_length=8"), 64, "--ppo.packed_length=8 is too"),
+  (("ppo", GOLD, "--data.packed_length=64"), 64, "rollout.packed_length packs"),
+  (("ppo", GOLD, "--rollout.packed_length=8"), 64, "--rollout.packed_length=8 is too short"),
+  (("ppo", GOLD, "--rollout.devices=1"), 64, "set rollout.importance_cap"),
+  (("ppo", GOLD, "--rollout.devices=8", "--rollout.importance_cap=2"), 64, "to learn with"),
+  (("ppo", GOLD, "--rollout.importance_cap=-1"), 64, "--rollout.importance_cap must not be"),
+  (("ppo_max", GOLD, "--critic.warmup=45"), 64, "--critic.warmup"),
+  (("ppo_max", GOLD, "--ppo_max.ptx_coef=0", "--ptx_path=x"), 64, "--ptx_path is not read"),
+  (("ppo_max", GOLD, "--data.path=x"), 64, "--ptx_path must name a file"),
+  (("grpo", GOLD, "--grpo.average=best"), 64, "--grpo.average=best: must be one of responses"),
+  (("grpo", GOLD, "--sampling.samples_per_prompt=1"), 64, "--sampling.samples_per_prompt must"),
+  (("grpo", GOLD, "--shaping.function=best"), 64, "--shaping.function must be one of par"),
   (
-    ("ppo", "--reward.name=gold", "--rollout.devices=1", "--ppo.importance_cap=2"),
+    (
+      *("grpo", GOLD, "--shaping.function=par"),
+      *("--rollout.devices=1", "--rollout.importance_cap=2"),
+    ),
     64,
-    "learn with",
+    "--rollout.devices does not go with shaping.function=par",
   ),
   (("nash_md",), 64, "--preference.path"),
   (("nash_md", "--preference.name=nobody"), 64, "panel"),
-  (("nash_md", "--preference.name=panel", "--opponent=x", "--nash_md.ema=0.5"), 64, "opponent"),
-  (("nash_md", "--preference.name=panel", "--lora.rank=2", "--nash_md.ema=0.5"), 64, "lora.rank"),
+  (("nash_md", PANEL, "--opponent=x", "--nash_md.ema=0.5"), 64, "opponent"),
+  (("nash_md", PANEL, "--extragradient", "--nash_md.ema=0.5"), 64, "extragradient"),
+  (("nash_md", PANEL, "--lora.rank=2", "--nash_md.ema=0.5"), 64, "lora.rank"),
+  (("ipo_md", PANEL, "--sampling.samples_per_prompt=2"), 64, "--sampling.samples_per_prompt must"),
+  (("ipo_md", PANEL, "--ipo_md.tau=0"), 64, "--ipo_md.tau must be positive"),
   (("online_dpo",), 64, "--reward.path"),
+  (("online_dpo", GOLD, PANEL), 64, "--reward.path"),
   (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
-  (("rest", "--reward.name=gold"), 64, "--init_from"),
-  (("rest", "--reward.name=gold", "--rest.quantiles=0.9,0.99"), 64, "rest.quantiles"),
-  (("annotate",), 64, "judge.path"),
+  (("online_dpo", GOLD, "--online.pick=best"), 64, "--online.pick must be one of"),
+  (("rest", GOLD), 64, "--init_from"),
+  (("rest", GOLD, "--rest.quantiles=0.9,0.99", "--prompts=16"), 64, "rest.quantiles"),
+  (("rest", GOLD, "--rest.keep=all"), 64, "--rest.keep must be one of"),
+]
+
+
+@pytest.mark.parametrize(("command", "code", "message"), BAD_FLAGS, ids=lambda x: str(x)[:60])
+def test_bad_flags_are_refused_in_words(command, code, message, tmp_path):
+  script, *words = command
+  given, said = refusal(script, f"--workdir={tmp_path / 'run'}", *words)
+  assert given == code, said
+  assert message in said
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", [name for name in METHODS if judges_of(name)])
+def test_a_script_that_samples_asks_for_a_judge(script, tmp_path):
+  code, message = refusal(script, f"--workdir={tmp_path}")
+  assert code == 64
+  assert all(f"--{judge}.path" in message for judge in judges_of(script))
+
+
+BAD_COMMANDS = [
+  (("sft", "--stesp=3"), 1, "steps"),
+  (("sft", "--data.path=nowhere.jsonl"), 65, "nowhere.jsonl"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "code", "message"), BAD_FLAGS, ids=lambda x: str(x)[:40])
-def test_bad_input_is_refused_in_words(command, code, message, tmp_path, run_script):
+@pytest.mark.parametrize(("command", "code", "message"), BAD_COMMANDS, ids=lambda x: str(x)[:40])
+def test_a_process_that_refuses_ends_with_the_code(command, code, message, tmp_path, run_script):
   script, *flags = command
   finished = run_script(script, tmp_path / "run", *flags)
   assert finished.code == code, finished.output
@@ -385,36 +360,38 @@ def test_bad_input_is_refused_in_words(command, code, message, tmp_path, run_scr
   assert message in finished.output
 
 
-def test_a_model_that_the_mesh_does_not_divide_is_refused(tmp_path, run_script, sft_run):
-  flags = (f"--init_from={sft_run}", "--mesh=fsdp:2")
-  finished = run_script("sft", tmp_path / "run", *flags, devices=2)
-  assert finished.code == 64, finished.output
-  assert "Traceback" not in finished.output
-  assert "--mesh: dimension 0 of embed/embedding has size" in finished.output
+def test_a_model_that_the_mesh_does_not_divide_is_refused(tmp_path, sft_run):
+  words = (f"--workdir={tmp_path}", f"--init_from={sft_run}", "--mesh=fsdp:2", "--data.rows=64")
+  code, message = refusal("sft", *words, devices=2)
+  assert code == 64
+  assert message.startswith("--mesh: dimension 0 of embed/embedding has size")
 
 
-def test_a_bad_row_is_named_before_anything_is_compiled(tmp_path, run_script):
+def test_a_bad_row_is_named_before_anything_is_compiled(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": 3}\n')
-  finished = run_script("sft", tmp_path / "run", f"--data.path={path}")
-  assert finished.code == 65, finished.output
-  assert "rows.jsonl:2" in finished.output
-  assert "response" in finished.output
+  code, message = refusal("sft", f"--workdir={tmp_path / 'run'}", f"--data.path={path}")
+  assert code == 65
+  assert "rows.jsonl:2" in message and "response" in message
   assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_another_run_is_refused(tmp_path, run_script, sft_run):
-  finished = run_script("sft", sft_run, "--optim.learning_rate=0.5")
-  assert finished.code == 78, finished.output
-  assert "learning_rate" in finished.output
+def test_another_run_is_refused(sft_run):
+  flags = [f"--flagfile={sft_run / 'flags'}", "--optim.learning_rate=0.5"]
+  code, message = refusal("sft", *flags)
+  assert code == 78
+  assert "learning_rate" in message
 
 
-@pytest.mark.parametrize("rewards", [{}, {"reward": 1.0, "gold": 2.0}], ids=["none", "two"])
-def test_answers_side_by_side_with_and_without_a_reward(rewards):
-  from experiments import common
-
-  values = {name: np.array([value]) for name, value in rewards.items()}
-  one = np.ones(1)
-  samples = common.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
-  (row,) = common.side_by_side(samples, samples)
-  assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")
+def test_adapters_from_a_base_that_changed_are_refused(tmp_path, start_here, sft_run):
+  base = tmp_path / "base"
+  shutil.copytree(sft_run / "export", base)
+  flags = (f"--model.path={base}", "--lora.rank=2", "--checkpoint_every=2")
+  start_here("sft", tmp_path / "run", *flags)
+  tensors = safetensors.numpy.load_file(base / "model.safetensors")
+  name = next(iter(tensors))
+  safetensors.numpy.save_file(tensors | {name: tensors[name] + 1}, base / "model.safetensors")
+  words = [f"--flagfile={tmp_path / 'run' / 'flags'}", "--steps=8"]
+  code, message = refusal("sft", *words)
+  assert code == 78
+  assert "frozen" in message

@@ -1,12 +1,16 @@
 """Sweeps over a fake script that takes milliseconds."""
 
+import csv
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import optuna
 import pytest
+
+from launch import controller, sweep, sweep_report, trials
 
 SCRIPT = "tests.launch.fake_script"
 SPACE = """
@@ -51,6 +55,44 @@ def command(study) -> Callable[..., list[str]]:
     return [f"--study={study}", f"--space={space}", *flags, "--", SCRIPT, *script]
 
   return make
+
+
+def open_study(study) -> optuna.Study:
+  backend = optuna.storages.journal.JournalFileBackend(str(study / "journal.log"))
+  return optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(backend))
+
+
+def table(study) -> list[dict[str, str]]:
+  with open(study / "table.csv", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def steps_of(study, number: int) -> list[int]:
+  path = controller.trial_folder(study, number) / "metrics.jsonl"
+  return [row["step"] for row in controller.read_rows(path)]
+
+
+@pytest.fixture
+def plots():
+  """For the tests that look at them."""
+
+
+@pytest.fixture
+def quick(monkeypatch, request):
+  monkeypatch.setattr(trials.Local, "poll_seconds", 0.01)
+  if "plots" not in request.fixturenames:  # They would take most of the time.
+    monkeypatch.setattr(sweep_report, "draw", lambda *unused: [])
+
+
+@pytest.fixture
+def run(command, capsys):
+  """`run(*flags, script=(...)) -> (exit code, output)` of a controller in this process."""
+
+  def call(*flags, script=()):
+    code = sweep.main(command(*flags, script=script))
+    return code, capsys.readouterr().err
+
+  return call
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What every target makes of a job, word for word.
+"""Golden files: the plan of every target for a job, word for word.
 
 After a change that is meant, `python tests/launch/goldens_test.py` writes them anew; the commit
 says why they changed.

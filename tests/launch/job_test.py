@@ -134,12 +134,13 @@ def test_refuses_a_workdir(flags, message):
 
 def test_codes_are_those_of_the_scripts():
   from rlhf_jax import checkpoint, flags, loop
+  from rlhf_jax import workdir as workdir_lib
   from rlhf_jax.data import sources
 
   tried_again = {checkpoint.CheckpointWriteError, loop.Preempted}
   stay = {
-    *(checkpoint.CheckpointError, checkpoint.LockedError, checkpoint.NonFiniteError),
-    *(loop.NumericsError, sources.DataError),
+    *(checkpoint.CheckpointError, checkpoint.NonFiniteError),
+    *(workdir_lib.WorkdirError, workdir_lib.LockedError, loop.NumericsError, sources.DataError),
   }
   assert {error.exit_code for error in tried_again} == set(jobs.RETRIED)
   for code in (flags.EX_USAGE, *(error.exit_code for error in stay)):

@@ -60,7 +60,7 @@ def test_dry_run_shows_and_does_nothing(launch, tmp_path):
     ((), "--to is needed, one of local, slurm, tpu_vm, xpk, sky; see --help"),
     (("--to=slum",), "flag --to=slum: value should be one of <local|slurm|tpu_vm|xpk|sky>"),
     (("--to=sky", "--extra='x", "--", *PPO), "--extra='x cannot be read: No closing quotation"),
-    (("--to=local",), "what is to run? Give the script after --, such as: -- experiments.sft"),
+    (("--to=local",), "no script is given; write it after --, such as: -- experiments.sft"),
     (
       ("--to=local", *PPO),
       "Unknown command line flag 'workdir'. Did you mean: log_dir ?;"

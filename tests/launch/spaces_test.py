@@ -3,7 +3,8 @@ import pathlib
 import optuna
 import pytest
 
-from launch import sweep
+from experiments.lab import plans
+from launch.space import flag, grid_points, load_space
 from tests.testing import read_flags
 
 _SPACES = sorted(
@@ -17,17 +18,14 @@ def case(request, repository):
   script = f"experiments.{request.param}"
 
   def read(own):
-    given = [sweep.flag(name, value) for name, value in own.items()]
+    given = [flag(name, value) for name, value in own.items()]
     return read_flags(script, ["--workdir=runs/trial", *given])
 
-  return sweep.load_space(str(repository / "launch" / "spaces" / f"{request.param}.py")), read
+  return load_space(str(repository / "launch" / "spaces" / f"{request.param}.py")), read
 
 
 def test_every_training_script_has_a_space():
-  assert set(_SPACES) == {
-    *("sft", "reward_model", "preference_model", "dpo", "kto", "ppo", "nash_md", "online_dpo"),
-    "rest",
-  }
+  assert plans.methods() == _SPACES
 
 
 def test_scripts_accept_what_is_drawn(case):
@@ -35,7 +33,7 @@ def test_scripts_accept_what_is_drawn(case):
   study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
   for _ in range(20):
     read(space.sample(study.ask()))
-  for point in sweep.grid_points(space.grid):
+  for point in grid_points(space.grid):
     read(point)
 
 
@@ -54,4 +52,4 @@ def test_defaults_are_those_of_the_script(case):
 
 def test_grids_contain_the_defaults(case):
   space, _ = case
-  assert {name: space.defaults[name] for name in space.grid} in sweep.grid_points(space.grid)
+  assert {name: space.defaults[name] for name in space.grid} in grid_points(space.grid)

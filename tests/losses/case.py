@@ -1,4 +1,4 @@
-"""How a loss is put to the tests that hold for every loss: see common_test.py.
+"""Cases for the tests that hold for every loss: see common_test.py.
 
 Each test file of a losses module lists its functions in `CASES`, under "function" or
 "function/variant".
@@ -21,9 +21,9 @@ class Case:
 
   Attributes:
     call: `(mask, *arrays, **hyper) -> scalar`, differentiable in the arrays.
-    shapes: Of the arrays, with B in front.
+    shapes: Shapes of the arrays, with B in front.
     padded: Indices of the arrays that the mask is about; all if None.
-    mask_shape: Of the mask.
+    mask_shape: Shape of the mask.
     hyper: Hyperparameters with a value each; they may be traced arrays.
   """
 

@@ -1,4 +1,4 @@
-"""What holds for every loss: padding changes nothing, every transformation and mesh agrees.
+"""Tests that hold for every loss: padding changes nothing, every transformation and mesh agrees.
 
 A function that takes no mask is used the way the algorithms use it, under `masked_mean`.
 """

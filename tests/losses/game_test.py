@@ -183,7 +183,7 @@ def test_self_play_has_the_direction_of_online_ipo():
 
 
 def stationary_point(mix, tau=0.1):
-  """Where exact gradient descent on `nash_md_loss` ends, on responses of one token."""
+  """Runs exact gradient descent on `nash_md_loss` to its end, on responses of one token."""
   log_ref = jnp.asarray(CYCLE_REF, jnp.float32)
   preference, mask = jnp.asarray(CYCLE, jnp.float32), np.ones((3, 1), bool)
 
@@ -372,7 +372,7 @@ def test_duality_gaps_at_equal_numbers_of_preferences(tau, queries, want, float6
 
 @pytest.mark.parametrize("e", [0.1, -0.01])
 def test_three_raters_of_opposed_tastes(e, float64):
-  """Where the average win rate jumps from one response to another, the equilibrium moves on."""
+  """The equilibrium is continuous where the best average win rate jumps between responses."""
   preference = games.three_raters(e)
   uniform = np.full(3, -np.log(3))
   tau = 1e-3

@@ -1,4 +1,4 @@
-"""Where the policy gradients end: at `ref exp(score / beta)`, on every sequence there is.
+"""Policy gradients end at `ref exp(score / beta)`, on every sequence there is.
 
 Expectations are sums over the nine sequences, so nothing is left to luck. A wrong sign of the KL
 penalty, a mask that is off by one or a value that leaks into a return ends somewhere else.
@@ -160,7 +160,7 @@ def token_level(estimator):
 
 
 def gains(first, second):
-  """What the score pays for each first token, and for each second one after it, centred."""
+  """Centred score of each first token, and of each second token after it."""
   score = np.float64(SCORE).reshape(3, 3)
   means = np.sum(second * score, axis=1)
   return means - first @ means, score - means[:, None]

@@ -1,0 +1,1 @@
+"""Parts of the scripts that label pairs and revise responses."""

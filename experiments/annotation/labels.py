@@ -1,0 +1,78 @@
+"""Opening and report of labels, shared by the scripts that label."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from experiments.annotation import agreement
+from experiments.annotation.items import Item, read_items
+from experiments.annotation.store import Store
+from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax.data import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelConfig:
+  """Rows to label.
+
+  Attributes:
+    limit: Maximum number of rows to label; 0 labels all.
+  """
+
+  limit: int = 0
+  data: DataConfig = DataConfig()
+
+  def __post_init__(self):
+    if self.limit < 0:
+      raise ValueError(f"limit must not be negative, got {self.limit}")
+
+
+def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
+  """Opens the items of the data, and the answers in the workdir, also those of another script.
+
+  Raises:
+    DataError: A row is not an item.
+    CheckpointError: The workdir holds answers to other data.
+  """
+  items = read_items(config.data, config.limit, run.session.seed)
+  loop.identify(run, "annotate", {"data": flags.to_dict(config.data)})
+  return items, Store(run.workdir)
+
+
+def require_one_process() -> None:
+  """Refuses several processes, since each would ask the same person."""
+  if jax.process_count() > 1:
+    raise flags.UsageError("people label in one process: leave --coordinator empty")
+
+
+def require_pairs(items: Sequence[Item]) -> None:
+  """Refuses items of more than two responses.
+
+  Raises:
+    DataError: An item has more than two responses.
+  """
+  for item in items:
+    if len(item.responses) > 2:
+      raise data.DataError(
+        f"the row {item.id!r} has {len(item.responses)} responses, and two are compared here; rank"
+        " them with experiments.label_page"
+      )
+
+
+def report(
+  run: loop.Run, items: Sequence[Item], store: Store, metrics: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+  """Shows and writes counts and agreement of all answers; returns summary.json.
+
+  Args:
+    run: Opened run.
+    items: Items to label.
+    store: Answers to them.
+    metrics: Further metrics for the summary.
+  """
+  summary = agreement.summarize(items, store.rows()) | dict(metrics or {})
+  reporting.show_summary("Labels", {name: {"": value} for name, value in summary.items()})
+  reporting.write_summary(run.workdir, summary)
+  return summary

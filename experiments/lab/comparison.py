@@ -1,0 +1,182 @@
+"""Comparison of policies on held-out prompts: metrics with intervals, tables and charts."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.lab import evaluating
+from rlhf_jax import data, evaluation, plots, reporting
+
+
+def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
+  """Repeats every prompt `count` times in a row; each copy gets an independent sample."""
+  examples = [example for example in prompts.examples for _ in range(count)]
+  rows = [row for row in prompts.rows for _ in range(count)]
+  return prompts._replace(examples=examples, rows=rows)
+
+
+def intervals(
+  before: evaluating.Samples, after: evaluating.Samples, count: int
+) -> dict[str, float]:
+  """Means and win rates with their intervals, and the accuracy of the proxy reward."""
+  by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
+  estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
+  for name, values in after.rewards.items():
+    values, start = by_prompt(values), by_prompt(before.rewards[name])
+    estimates[f"{name}/mean"] = evaluation.mean(np.mean(values, axis=1))
+    estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
+  metrics = {}
+  for name, estimate in estimates.items():
+    metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
+  if {"reward", "gold"} <= after.rewards.keys():
+    # Share of prompts on which proxy and gold reward prefer the same one of the two responses.
+    proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
+    agrees = (proxy * np.sign(gold))[gold != 0]
+    if agrees.size:
+      metrics["reward/accuracy"] = evaluation.win_rate(agrees, np.zeros_like(agrees)).value
+  return metrics
+
+
+def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> dict[str, float]:
+  """Diversity of the first responses across prompts, and of all responses to one prompt."""
+  texts = [ids[:-1] for ids in tokens]  # Without the end token.
+  metrics = {}
+  if len(texts[::count]) > 1:
+    across = evaluation.diversity(texts[::count], vocab_size)
+    metrics |= {f"diversity/{name}": value for name, value in across.items()}
+  if count > 1:
+    groups = [texts[i : i + count] for i in range(0, len(texts), count)]
+    per_input = [evaluation.diversity(group, vocab_size) for group in groups]
+    metrics |= {
+      f"diversity_per_input/{name}": float(np.mean([of[name] for of in per_input]))
+      for name in per_input[0]
+    }
+  return metrics
+
+
+def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
+  """Lines by reward name: the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
+  if count == 1:
+    return {}
+  sizes = [2**i for i in range(int(math.log2(count)) + 1)]
+  pools = {name: np.reshape(values, (-1, count)) for name, values in samples.rewards.items()}
+  proxy = next(iter(pools.values()))
+  kl = np.array([evaluation.best_of_n_kl(n) for n in sizes])
+  lines = {}
+  for name, pool in pools.items():
+    estimates = [evaluation.mean(evaluation.best_of_n(proxy, pool, n)) for n in sizes]
+    lines[name] = plots.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
+  return lines
+
+
+def frontier(
+  metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
+) -> list[plots.Chart]:
+  """Makes one chart per reward: policies at their KL to the baseline, with 95 % intervals."""
+  titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
+  rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
+
+  def point(policy: str, reward: str) -> plots.Point:
+    of = metrics[policy]
+    x_range, y_range = ((of[f"{f}_low"], of[f"{f}_high"]) for f in ("kl", f"{reward}/mean"))
+    return plots.Point(policy, of["kl"], of[f"{reward}/mean"], x_range, y_range)
+
+  return [
+    plots.Chart(
+      f"{titles[reward]} against KL",
+      f"KL to {baseline} (nats per response, root scale)",
+      f"{titles[reward]}, mean of held-out prompts",
+      lines=[lines[reward]] if lines else [],
+      points=[point(policy, reward) for policy in metrics],
+      root_x=True,
+    )
+    for reward in rewards
+  ]
+
+
+def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[str, str]]:
+  """Returns the first answers of all policies to the first prompts, with their last reward."""
+
+  def answer(of: evaluating.Samples, i: int) -> str:
+    name = list(of.rewards)[-1]
+    return f"{of.responses[i]}  [{name} {of.rewards[name][i]:.2f}]"
+
+  prompts = next(iter(samples.values())).prompts
+  return [
+    {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
+    for i in range(0, min(4 * count, len(prompts)), count)
+  ]
+
+
+def win_rate_matrix(
+  policies: Mapping[str, Any], compare: Callable[[Any, Any], np.ndarray]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """Share of prompts on which each policy is preferred to each other one, with intervals.
+
+  Args:
+    policies: Params by name.
+    compare: `(params, other) -> [B]` preferences, one per prompt.
+
+  Returns:
+    Name -> name of the other policy -> `value`, and the ends `low` and `high` of the 95 % interval.
+    Both directions come from the same responses, so their values sum to 1.
+  """
+  matrix: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
+  for a, b in itertools.combinations(policies, 2):
+    wins = compare(policies[a], policies[b])
+    for first, second, values in ((a, b, wins), (b, a, 1 - wins)):
+      matrix[first][second] = evaluation.mean(values)._asdict()
+  return matrix
+
+
+def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+  """Shows a row per policy: the share of prompts on which it is preferred to each other one."""
+
+  def cell(rate: Mapping[str, float]) -> str:
+    return f"{rate['value']:.3f} ± {(rate['high'] - rate['low']) / 2:.3f}"
+
+  reporting.show_summary(
+    "The policy of the row is preferred to that of the column: share, half of the 95 % interval",
+    {
+      name: {other: cell(of[other]) if other in of else "" for other in matrix}
+      for name, of in matrix.items()
+    },
+  )
+
+
+def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> None:
+  """Shows the final tables, one row per policy."""
+
+  def pm(of: Mapping[str, float], name: str) -> str:
+    return f"{of[name]:.3f} ± {(of[f'{name}_high'] - of[f'{name}_low']) / 2:.3f}"
+
+  table = {}
+  for policy, of in metrics.items():
+    table[policy] = {"KL, nats": pm(of, "kl")}
+    for reward in rewards:
+      table[policy] |= {
+        f"{reward} (mean)": pm(of, f"{reward}/mean"),
+        f"{reward} (win rate)": pm(of, f"{reward}/win_rate"),
+      }
+  reporting.show_summary("Held-out prompts: mean or share, and half of the 95 % interval", table)
+  columns = {
+    "length": "length",
+    "ended": "eos_fraction",
+    "proxy agrees with gold": "reward/accuracy",
+    "distinct 1": "diversity/distinct_1",
+    "distinct 2": "diversity/distinct_2",
+    "EAD": "diversity/ead",
+    "alike": "diversity/self_similarity",
+    "EAD per input": "diversity_per_input/ead",
+    "alike per input": "diversity_per_input/self_similarity",
+  }
+  reporting.show_summary(
+    "Responses",
+    {
+      policy: {title: of[name] for title, name in columns.items() if name in of}
+      for policy, of in metrics.items()
+    },
+  )

@@ -1,0 +1,101 @@
+"""Critics of actor-critic methods: opening one, and training it beside its policy."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from experiments.lab import judges, models, training
+from experiments.lab.workbench import Workbench
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import epochs
+from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
+from rlhf_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticOptions:
+  """Critic. It starts as the reward model, or without one as the policy with a head of zeros.
+
+  Attributes:
+    learning_rate: Learning rate of the critic, constant after the warm-up. The other settings of
+      its optimizer are those of `optim`.
+    share_trunk: Critic as a head on the policy, not as a separate model. It takes no extra memory,
+      but its loss also updates the policy.
+    warmup: Number of first steps that train only the critic.
+  """
+
+  learning_rate: float = 1e-3
+  share_trunk: bool = False
+  warmup: int = 0
+
+  def __post_init__(self):
+    ranges.check(self, positive=("learning_rate",), non_negative=("warmup",))
+
+  def adapted(self, reward: judges.RewardOptions) -> tuple[str, ...]:
+    """Returns the folders of the models that get adapters besides the policy."""
+    return () if self.share_trunk else reward.paths[:1]
+
+
+class Actor(NamedTuple):
+  """Policy with a critic.
+
+  Attributes:
+    apply: `(params, tokens, *, segment_ids, last) -> (logits, values)`.
+    params: `{"policy": ..., "value": ...}`, with their adapters.
+  """
+
+  apply: Callable[..., Any]
+  params: Params
+
+
+def open_actor(bench: Workbench) -> Actor:
+  """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`."""
+  run, config = bench.run, bench.config
+  policy = models.add_adapters(run, config.lora, bench.start)
+  if config.critic.share_trunk:
+    both = models.build_model(run, config.model, bench.model.config, bench.tokenizer, "both")
+    head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
+    value = models.create(run, head, run.key_for(1))
+    return Actor(shared_actor_critic(both), {"policy": policy, "value": value})
+  if config.reward.paths:
+    path = config.reward.paths[0]
+    critic, value = models.open_reward_model(run, path, config.model, bench.tokenizer)
+  else:
+    critic, value = models.open_model(run, config.model, bench.folder, bench.tokenizer, "scalar")
+    value |= models.create(run, zero_scores, {"score": value["score"]})
+  value = models.add_adapters(run, config.lora, value)
+  return Actor(actor_critic(bench.model, critic), {"policy": policy, "value": value})
+
+
+def make_trainer(
+  bench: Workbench,
+  actor: Actor,
+  make_step: Callable[..., Any],
+  updates: epochs.UpdateConfig,
+) -> training.Trainer:
+  """Builds the state and the step of policy and critic, with an optimizer for each.
+
+  Args:
+    bench: Workbench of the script.
+    actor: Policy and critic.
+    make_step: `(apply_fn, tx, *, packed, state_shardings) -> step`, a `make_x_step` with its
+      config bound.
+    updates: Division of a batch of sampled responses.
+  """
+  config = bench.config
+  value = dataclasses.replace(
+    config.optim, learning_rate=config.critic.learning_rate, schedule="constant"
+  )
+  optimizer = training.actor_critic_optimizer(
+    config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
+  )
+  return training.make_trainer(
+    bench.run,
+    actor.apply,
+    actor.params,
+    optimizer,
+    functools.partial(make_step, temperature=config.sampling.temperature),
+    updates=updates,
+    packed_length=config.rollout.packed_length,
+  )

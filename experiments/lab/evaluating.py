@@ -1,0 +1,404 @@
+"""Evaluation on held-out rows and prompts."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lab import models, training
+from rlhf_jax import (
+  data,
+  evaluation,
+  generation,
+  loop,
+  reporting,
+  rewards,
+  sharding,
+)
+from rlhf_jax.algorithms import reading, reward_model
+from rlhf_jax.losses import masked
+from rlhf_jax.models import Model
+from rlhf_jax.types import Metrics, Params, Rollout
+
+T = TypeVar("T")
+
+
+def measure_rows(
+  run: loop.Run,
+  dataset: data.Dataset,
+  batch_size: int,
+  pad_id: int,
+  measure: Callable[[Any], Metrics],
+  columns: np.ndarray | None = None,
+  show: str = "",
+) -> dict[str, np.ndarray]:
+  """Runs `measure` on every batch of a data set and concatenates its [B, ...] arrays.
+
+  With `show` a progress bar of that name is shown, which must not be inside another bar.
+  """
+  collected: dict[str, list[np.ndarray]] = {}
+  batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns)
+  total = -(-len(dataset.examples) // batch_size)
+  with contextlib.ExitStack() as stack:
+    bar = None
+    if show:
+      bar = stack.enter_context(reporting.Progress(total, description=show, tenths=False))
+    for step, (batch, valid) in enumerate(batches, start=1):
+      values = sharding.to_host(measure(sharding.place_batch(batch, run.mesh)))
+      for name, value in values.items():
+        collected.setdefault(name, []).append(value[valid])
+      if bar is not None:
+        bar.update(step)
+  return {name: np.concatenate(parts) for name, parts in collected.items()}
+
+
+def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
+  """Turns values [rows, K] of responses into values [N, 2] of the better and worse of all pairs."""
+  pairs = []
+  for example, row in zip(dataset.examples, values, strict=True):
+    ranks = example.get("ranks", np.arange(2))  # A pair has its better response first.
+    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
+    pairs.append(np.stack([row[better], row[worse]], axis=1))
+  return np.concatenate(pairs)
+
+
+def compared_lengths(dataset: data.Dataset) -> np.ndarray:
+  """Lengths [N, 2] of the better and the worse response of all pairs, in tokens."""
+  lengths = np.zeros([len(dataset.examples), dataset.width])
+  for row, example in zip(lengths, dataset.examples, strict=True):
+    responses = data.responses_of(example)
+    row[: len(responses)] = [len(response) for response in responses]
+  return compared(dataset, lengths)
+
+
+def length_baseline(dataset: data.Dataset) -> dict[str, float]:
+  """Accuracy of preferring the longer response on held-out pairs; empty without rows."""
+  if not dataset.examples:
+    return {}
+  by_length = reward_model.pair_metrics(compared_lengths(dataset))
+  return {"eval/length_baseline": float(by_length["reward/accuracy"])}
+
+
+def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
+  """Caches the last result of `measure(state, step)`, which the end of a run needs twice."""
+  last: dict[int, T] = {}
+
+  def measure_once(state: Any, step: int) -> T:
+    if step not in last:
+      last.clear()
+      last[step] = measure(state, step)
+    return last[step]
+
+  return measure_once
+
+
+def as_prompts(dataset: data.Dataset, limit: int) -> data.Dataset:
+  """Returns the first prompts of any data set, each once, to sample responses to."""
+  first = {row["prompt_text"]: i for i, row in reversed(list(enumerate(dataset.rows)))}
+  kept = sorted(first.values())[:limit]
+  examples, rows = [dataset.examples[i] for i in kept], [dataset.rows[i] for i in kept]
+  longest = max((len(example["prompt"]) for example in examples), default=1)
+  return dataset._replace(kind="prompts", examples=examples, rows=rows, padded_length=longest)
+
+
+class Samples(NamedTuple):
+  """One response of a policy to every held-out prompt.
+
+  Attributes:
+    prompts: [B] texts.
+    responses: [B] texts.
+    rewards: Rewards [B] by name.
+    kl: [B] sum of log pi - log ref over each response, in nats.
+    lengths: [B] lengths of the responses in tokens.
+    ended: [B] bool, True on responses that ended in a stop token.
+  """
+
+  prompts: list[str]
+  responses: list[str]
+  rewards: dict[str, np.ndarray]
+  kl: np.ndarray
+  lengths: np.ndarray
+  ended: np.ndarray
+
+
+def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
+  """Builds jitted `(ref_params, rollout) -> [B]`: log pi - log ref summed over each response."""
+  read_ref = reading.make_read(model.apply, temperature)
+
+  @jax.jit
+  def kl(ref_params: Params, rollout: Rollout) -> jax.Array:
+    ref = read_ref(ref_params, rollout).logprobs
+    mask = rollout.response_mask[:, -ref.shape[1] :]
+    return masked.masked_sum(rollout.logprobs - ref, mask, axis=1)
+
+  return kl
+
+
+def heldout_sampler(
+  run: loop.Run,
+  model: Model,
+  dataset: data.Dataset,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  reward_fns: Mapping[str, rewards.RewardFn],
+  ref_params: Params | None = None,
+  batch_size: int = 128,
+) -> Callable[[Params], Samples]:
+  """Builds `sample(params)`: one scored response of a policy per held-out prompt, compiled once.
+
+  Args:
+    run: Opened run, with the mesh and the key; every call samples with the same key.
+    model: Architecture of the policies and of the reference.
+    dataset: Held-out prompts.
+    tokenizer: Tokenizer of the policies.
+    config: Settings of the sampler.
+    reward_fns: Rewards to compute, by name.
+    ref_params: Reference of the KL; None makes the KL 0.
+    batch_size: Prompts per call of the model.
+  """
+  config = dataclasses.replace(config, samples_per_prompt=1)
+  stops = (tokenizer.eos_id,)
+  generate = models.make_sampler(model, tokenizer, config)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  kl_fn = sequence_kl(model, config.temperature or 1.0)
+  key = heldout_key(run, 0)
+  batch_size = heldout_batch_size(run, dataset, batch_size)
+
+  def sample(params: Params) -> Samples:
+    parts: list[dict[str, np.ndarray]] = []
+    responses: list[str] = []
+    params = reshard(params)
+    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(prompts, run.mesh)
+      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
+      values = {f"reward/{name}": fn(rollout, prompts.prompt_id) for name, fn in reward_fns.items()}
+      values |= {
+        "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
+        "lengths": jnp.sum(rollout.response_mask, axis=1),
+        "ended": generation.ended(rollout, stops),
+      }
+      parts.append({name: np.asarray(v)[valid] for name, v in sharding.to_host(values).items()})
+      texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+      responses += [text for text, on in zip(texts, valid, strict=True) if on]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Samples(
+      prompts=[row["prompt_text"] for row in dataset.rows],
+      responses=responses,
+      rewards={name: joined[f"reward/{name}"] for name in reward_fns},
+      kl=joined["kl"],
+      lengths=joined["lengths"],
+      ended=joined["ended"],
+    )
+
+  return sample
+
+
+def heldout_comparer(
+  run: loop.Run,
+  model: Model,
+  dataset: data.Dataset,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  prefer: rewards.PreferenceFn,
+  *,
+  batch_size: int = 128,
+) -> Callable[[Params, Params], np.ndarray]:
+  """Builds `compare(params, other) -> [B]`: preferences for the first policy per held-out prompt.
+
+  Each policy answers once, with a different random key.
+  """
+  config = dataclasses.replace(config, samples_per_prompt=1)
+  generate = models.make_sampler(model, tokenizer, config)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  keys = [heldout_key(run, i) for i in range(2)]
+  batch_size = heldout_batch_size(run, dataset, batch_size)
+
+  def compare(params: Params, other: Params) -> np.ndarray:
+    parts = []
+    policies = reshard(params), reshard(other)
+    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(prompts, run.mesh)
+      first, second = (
+        generate(policy, placed.tokens, placed.mask, placed.prompt_id, key)
+        for policy, key in zip(policies, keys, strict=True)
+      )
+      parts.append(sharding.to_host(prefer(first, second, prompts.prompt_id))[valid])
+    return np.concatenate(parts)
+
+  return compare
+
+
+def heldout_key(run: loop.Run, index: int) -> jax.Array:
+  """Returns a key on the mesh, as in training, so that both use the same compiled sampler."""
+  on_mesh = sharding.put(np.int32(index), sharding.replicated(run.mesh))
+  return jax.random.fold_in(run.key_for(2), on_mesh)
+
+
+def heldout_batch_size(run: loop.Run, dataset: data.Dataset, most: int) -> int:
+  """Returns a batch size of at most `most` prompts, rounded up to a multiple of the devices."""
+  size = min(most, max(len(dataset.examples), 1))
+  return size + -size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+
+
+def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
+  """Returns the rows of a table or file of samples."""
+  return [
+    {
+      "prompt": samples.prompts[i],
+      "response": samples.responses[i],
+      **{name: float(values[i]) for name, values in samples.rewards.items()},
+    }
+    for i in range(len(samples.responses))
+  ]
+
+
+def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
+  """Returns both answers to the first prompts, each with its last reward (the gold one), if any."""
+
+  def answer(of: Samples, i: int) -> str:
+    shown = [f"  [{name} {values[i]:.2f}]" for name, values in of.rewards.items()]
+    return of.responses[i] + "".join(shown[-1:])
+
+  return [
+    {"prompt": after.prompts[i], "start": answer(before, i), "trained": answer(after, i)}
+    for i in range(min(limit, len(after.responses)))
+  ]
+
+
+def compare(before: Samples, after: Samples) -> dict[str, float]:
+  """Metrics of the trained policy and of the initial policy on the same prompts."""
+  metrics: dict[str, float] = {
+    "kl": float(np.mean(after.kl)),
+    "length": float(np.mean(after.lengths)),
+    "length_before": float(np.mean(before.lengths)),
+    "eos_fraction": float(np.mean(after.ended)),
+  }
+  for name, values in after.rewards.items():
+    start = before.rewards[name]
+    metrics[f"{name}/mean"] = float(np.mean(values))
+    metrics[f"{name}/mean_before"] = float(np.mean(start))
+    rate = evaluation.win_rate(values, start)
+    metrics[f"{name}/win_rate"] = rate.value
+    metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
+  return metrics
+
+
+def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
+  """Arranges the metrics of `compare` as rows of the final table of a script."""
+  rows: dict[str, dict[str, float]] = {}
+  for name, values in after.rewards.items():
+    start = before.rewards[name]
+    rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
+    rows[f"{name}: win rate against the start"] = {
+      "trained": evaluation.win_rate(values, start).value
+    }
+  rows["KL to the start, nats"] = {"start": 0.0, "trained": float(np.mean(after.kl))}
+  rows["length, tokens"] = {
+    "start": float(np.mean(before.lengths)),
+    "trained": float(np.mean(after.lengths)),
+  }
+  rows["ended by itself"] = {
+    "start": float(np.mean(before.ended)),
+    "trained": float(np.mean(after.ended)),
+  }
+  return rows
+
+
+class Judge:
+  """Compares a policy in training with the initial policy, on held-out prompts.
+
+  Args:
+    run: Opened run.
+    model: Architecture of both policies.
+    tokenizer: Tokenizer of both policies.
+    prompts: Held-out prompts; if empty, all evaluation is skipped.
+    sampling: Settings of the sampler.
+    reward_fns: Rewards of the responses, by name.
+    ref_params: Params of the initial policy.
+    prefer: Preference between responses, if they are also compared directly.
+    batch_size: Prompts per call of the model; the batch size of training needs no recompilation.
+  """
+
+  def __init__(
+    self,
+    run: loop.Run,
+    model: Model,
+    tokenizer: data.Tokenizer,
+    prompts: data.Dataset,
+    sampling: generation.SamplingConfig,
+    reward_fns: Mapping[str, rewards.RewardFn],
+    ref_params: Params,
+    *,
+    prefer: rewards.PreferenceFn | None = None,
+    batch_size: int = 128,
+  ):
+    self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
+    self._compare = None
+    if prefer is not None:
+      self._compare = heldout_comparer(
+        run, model, prompts, tokenizer, sampling, prefer, batch_size=batch_size
+      )
+    self._ref_params = ref_params
+    self._sample = heldout_sampler(
+      run,
+      model,
+      prompts,
+      tokenizer,
+      sampling,
+      reward_fns=reward_fns,
+      ref_params=ref_params,
+      batch_size=batch_size,
+    )
+    self._sample_once = once_per_step(lambda params, step: self._sample(params))
+
+  def preference(self, params: Params, other: Params) -> evaluation.Estimate:
+    """Mean preference for the first policy over the second one on the held-out prompts."""
+    if self._compare is None:
+      raise ValueError("the judge was given no preference")
+    return evaluation.mean(self._compare(params, other))
+
+  def measure(self, params: Params, step: int) -> dict[str, float]:
+    """Writes responses to the held-out prompts and returns their mean rewards and KL."""
+    samples = self._sample_once(params, step)
+    self._run.writer.table(step, "samples", sample_rows(samples))
+    means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
+    return {"eval/kl": float(np.mean(samples.kl)), **means}
+
+  def evaluate(
+    self, params_of: Callable[[Any], Params]
+  ) -> Callable[[Any, int], dict[str, float]] | None:
+    """Builds `(state, step) -> metrics` for `loop.fit`; None without held-out prompts."""
+    if not self._prompts.examples:
+      return None
+    return lambda state, step: self.measure(params_of(state), step)
+
+  def finish(
+    self, params: Params, step: int, title: str, metrics: Mapping[str, float] | None = None
+  ) -> dict[str, float]:
+    """Exports the trained policy, compares it with the initial policy and writes summary.json."""
+    run = self._run
+    models.export(run.workdir / models.EXPORT, params, self._model, self._tokenizer)
+    summary = dict(metrics or {})
+    if self._prompts.examples:
+      before, after = self._sample(self._ref_params), self._sample_once(params, step)
+      summary |= compare(before, after)
+      table = comparison_table(before, after)
+      if self._compare is not None:
+        rate = self.preference(params, self._ref_params)
+        summary |= {
+          "preference/win_rate": rate.value,
+          "preference/win_rate_low": rate.low,
+          "preference/win_rate_high": rate.high,
+        }
+        table["preferred to the start"] = {"start": 0.5, "trained": rate.value}
+      reporting.save_samples(run.workdir, 0, sample_rows(before))
+      run.writer.table(step, "samples", sample_rows(after))
+      reporting.show_samples(side_by_side(before, after), "Before and after")
+      reporting.show_summary(f"{title}, held-out prompts", table)
+    training.finish(run, summary)
+    return summary

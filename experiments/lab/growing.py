@@ -1,0 +1,183 @@
+"""The Grow step of ReST: samples and scores responses into a file that survives a kill."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lab import evaluating, judges, line_files, models
+from rlhf_jax import data, flags, generation, loop, plots, reporting, sharding
+from rlhf_jax.losses.reward import RunningMoments
+from rlhf_jax.rewards import shaped
+
+GROWN = "responses.jsonl"
+
+
+class Grown(NamedTuple):
+  """Sampled and scored responses, N to each of P prompts.
+
+  Attributes:
+    rows: P * N rows of the file; those of a prompt are adjacent.
+    rewards: [P, N] float32, shaped scores.
+  """
+
+  rows: list[dict[str, Any]]
+  rewards: np.ndarray
+
+
+def take_prompts(dataset: data.Dataset, step: int, count: int) -> data.Dataset:
+  """Takes the next `count` prompts for a Grow step, starting over after the last prompt."""
+  size = len(dataset.examples)
+  chosen = [(step * count + i) % size for i in range(min(count, size))]
+  return dataset._replace(
+    examples=[dataset.examples[i] for i in chosen], rows=[dataset.rows[i] for i in chosen]
+  )
+
+
+def grow(
+  session: loop.Session,
+  config: Any,
+  start: pathlib.Path,
+  reference: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+) -> Grown:
+  """Samples and scores the responses that are not in the file yet; returns all, in order.
+
+  A line that a killed process left incomplete is dropped and written again. The samples of a prompt
+  depend only on its number, so finished prompts are not sampled again.
+
+  Args:
+    session: Workdir, seed and devices of the Grow step.
+    config: Config of the script: `sampling`, `reward`, `shaping` and `model`.
+    start: Folder of the policy that samples.
+    reference: Folder of the reference policy, for `shaping`.
+    tokenizer: Tokenizer of both policies.
+    prompts: Prompts to sample responses to.
+  """
+  count = config.sampling.samples_per_prompt
+  wanted = len(prompts.examples) * count
+  with loop.open_run(session) as run:
+    settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
+    loop.identify(
+      run, "grow", settings | {"start": str(start)}, data=prompts.digest, tokenizer=tokenizer.digest
+    )
+    path = run.workdir / GROWN
+    done = line_files.read_lines(path)
+    if len(done) < wanted:
+      done += _sample(run, config, start, reference, tokenizer, prompts, done, path)
+  moments, ref_scores = RunningMoments.zero(), None
+  if config.shaping.function:
+    ref_scores = jnp.asarray([row["reference_scores"] for row in done])
+  scores, ended = (jnp.asarray([row[name] for row in done]) for name in ("score", "ended"))
+  rewards, _ = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
+  return Grown(done, np.asarray(rewards).reshape(-1, count))
+
+
+def _sample(
+  run: loop.Run,
+  config: Any,
+  start: pathlib.Path,
+  reference: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+  done: Sequence[Any],
+  path: pathlib.Path,
+) -> list[dict[str, Any]]:
+  """Samples the rows that follow the `done` ones, writes them to disk and returns them."""
+  count = config.sampling.samples_per_prompt
+  model, params = models.open_model(run, config.model, start, tokenizer)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  params, stops = reshard(params), (tokenizer.eos_id,)
+  generate = models.make_sampler(model, tokenizer, config.sampling)
+  reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+  sample_reference, ref_params, others = None, None, config.shaping.reference_samples
+  if config.shaping.function:
+    sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)
+    sample_reference = models.make_sampler(model, tokenizer, sampling)
+    ref_params = reshard(models.open_model(run, config.model, reference, tokenizer)[1])
+  batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
+  wanted, rows = len(prompts.examples) * count, []
+  if done:
+    reporting.note(f"continuing from response {len(done)} of {path}")
+  with reporting.Progress(wanted, len(done), "grow") as progress:
+    position = 0
+    for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
+      size = int(np.sum(valid)) * count
+      position += size
+      if position <= len(done):
+        continue
+      placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
+      rollout = generate(params, *placed, run.key_for(0))
+      ended = generation.ended(rollout, stops)
+      scored = (reward_fn(rollout, ids), ended, rollout.tokens, rollout.response_mask)
+      scores, ended, tokens, mask = sharding.to_host(scored)
+      answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
+      lines = [
+        {
+          "prompt": prompts.rows[ids[n]]["prompt_text"],
+          "response": text,
+          "score": float(scores[n]),
+          "ended": bool(ended[n]),
+          "sample": n % count,
+          "prompt_tokens": prompts.examples[ids[n]]["prompt"].tolist(),
+          "tokens": answers[n],
+        }
+        for n, text in enumerate(tokenizer.batch_decode(answers)[:size])
+      ]
+      if sample_reference is not None:
+        answered = sample_reference(ref_params, *placed, run.key_for(1))
+        compared = reward_fn(answered, np.repeat(batch.prompt_id, others))
+        compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
+        for n, line in enumerate(lines):
+          line["reference_scores"] = compared[n // count].tolist()
+      lines = lines[len(done) + len(rows) - position + size :]
+      line_files.append_lines(path, lines)
+      rows += lines
+      mean = float(np.mean([line["score"] for line in lines]))
+      progress.update(len(done) + len(rows), {"reward/mean": mean})
+  scores = [row["score"] for row in [*done, *rows]]
+  summary = {"responses": len(scores), "reward/mean": float(np.mean(scores))}
+  reporting.write_summary(run.workdir, summary)
+  return rows
+
+
+def kept_examples(grown: Grown, weights: np.ndarray) -> tuple[data.Dataset, np.ndarray]:
+  """Turns grown responses of positive weight [P, N] into demonstrations; returns weights too."""
+  places = np.flatnonzero(weights.ravel() > 0)
+  examples = [
+    {
+      "prompt": np.asarray(grown.rows[i]["prompt_tokens"], np.int32),
+      "response": np.asarray(grown.rows[i]["tokens"], np.int32),
+    }
+    for i in places
+  ]
+  rows = [{"prompt_text": grown.rows[i]["prompt"], **grown.rows[i]} for i in places]
+  kept = data.from_examples("demonstrations", examples, rows)
+  return kept, weights.ravel()[places].astype(np.float32)
+
+
+def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int) -> None:
+  """Draws `plots/quality.png`: rewards of grown and kept responses, and held-out rewards."""
+  steps = np.arange(1, len(rows) + 1)
+
+  def line(label: str, name: str) -> plots.Line:
+    return plots.Line(label, steps, np.asarray([row[name] for row in rows]))
+
+  quality = [line("Grown", "grown_reward/mean"), line("Kept", "kept_reward/mean")]
+  if "eval/reward/mean" in rows[0]:
+    quality.append(line("Policy after the step (held out)", "eval/reward/mean"))
+  xlabel = f"Improve step ({improve_steps} per Grow step)"
+  plots.save_chart(
+    workdir / "plots" / "quality.png",
+    plots.Chart("Quality of the data", xlabel, "Mean reward", lines=quality),
+    plots.Chart(
+      "Share of the grown responses that was kept",
+      xlabel,
+      "Share",
+      lines=[line("Kept", "kept_share")],
+    ),
+  )

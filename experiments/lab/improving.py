@@ -1,0 +1,120 @@
+"""The Improve step of ReST: fine-tunes on the kept responses, in a separate run."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from experiments.lab.case import Case
+from experiments.lab.workbench import Workbench
+from rlhf_jax import data, loop, processes
+from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.algorithms import rest
+
+
+def stage(
+  session: loop.Session, workdir: pathlib.Path, *, grow: int, improve: int = -1
+) -> loop.Session:
+  """Makes the session of a Grow step, or of one of the Improve steps after it."""
+  name = f"grow_{grow}" if improve < 0 else f"grow_{grow}_improve_{improve}"
+  seed = session.seed * 1000 + 100 * grow + improve + 1
+  return dataclasses.replace(session, workdir=str(workdir / name), seed=seed)
+
+
+def improve(
+  session: loop.Session,
+  config: Any,
+  index: int,
+  start: pathlib.Path,
+  reference: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  kept: tuple[data.Dataset, np.ndarray],
+  heldout: data.Dataset,
+) -> dict[str, float]:
+  """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards.
+
+  Args:
+    session: Workdir, seed and devices of the Improve step.
+    config: Config of the script.
+    index: Number of the Improve step after its Grow step.
+    start: Folder of the policy to start from.
+    reference: Folder of the reference policy, for the forward KL.
+    tokenizer: Tokenizer of both policies.
+    kept: Kept responses and their weights.
+    heldout: Held-out prompts to evaluate on.
+  """
+  dataset, weights = kept
+  path = workdir_lib.local_path(session.workdir) / "summary.json"
+  read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
+  with loop.open_run(session) as run:
+    records.identify(
+      run,
+      "improve",
+      config,
+      tokenizer,
+      dataset,
+      heldout,
+      extra={"improve": index, "start": str(start)},
+      digests=models.frozen_digest(config.lora, start),
+    )
+    if (finished := processes.agree(read)) is not None:
+      return finished
+    model, params = models.open_model(run, config.model, start, tokenizer)
+    ref_params = params
+    if config.rest.kappa:
+      _, ref_params = models.open_model(run, config.model, reference, tokenizer)
+    rate = config.optim.learning_rate * config.learning_rate_decay**index
+    slower = dataclasses.replace(
+      config, optim=dataclasses.replace(config.optim, learning_rate=rate)
+    )
+    bench = Workbench(run, slower, tokenizer, dataset, heldout, model, params, start)
+    trainer = make_trainer(bench)
+    bench.describe(f"Improve {index}", trainer, data=f"{len(dataset.examples)} kept responses")
+    state = loop.fit(
+      run,
+      config,
+      lambda state, batch, key: trainer.step(state, rest.RestBatch(*batch), ref_params, key),
+      trainer.state,
+      bench.batches(columns=weights),
+      learning_rate=trainer.learning_rate,
+      title="improve",
+    )
+    params = trainer.params(state)
+    bench.export(params)
+    summary = {"responses": float(len(dataset.examples))}
+    if heldout.examples:
+      reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
+      fns = {"reward": reward_of(heldout)} | bench.gold(heldout)
+      sample = evaluating.heldout_sampler(
+        run, model, heldout, tokenizer, config.sampling, reward_fns=fns
+      )
+      summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
+    bench.finish(summary)
+  return processes.agree(read)
+
+
+def make_trainer(bench: Workbench) -> training.Trainer:
+  """Builds the state and the step of the policy."""
+  return bench.trainer(
+    functools.partial(rest.make_rest_step, config=bench.config.rest, ref_apply_fn=bench.model.apply)
+  )
+
+
+def programs(case: Case) -> None:
+  """Checks a Grow step, then an Improve step, whose memory holds nothing of the Grow step."""
+  config, bench = case.config, case.bench
+  held = {"policy": bench.start}
+  judge, held["reward"] = case.open_judge(config.reward)
+  samples = config.sampling.samples_per_prompt
+  rollout = case.rollout("grow", bench.sampler(), bench.start, held, samples)
+  case.scores(rollout, judge, held)
+  trainer = make_trainer(bench)
+  length = case.prompt_length + config.sampling.max_new_tokens
+  batch = rest.RestBatch(case.tokens(length), case.column())
+  work = case.training_work(case.forward(bench.model, config.batch_size, length, scored=length))
+  case.check("improve", trainer.step, trainer.state, batch, bench.start, case.key, work=work)

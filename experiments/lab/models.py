@@ -1,0 +1,292 @@
+"""Opens, creates, places and exports the models of a script."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from experiments import records
+from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
+from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
+from rlhf_jax.models.families import Head
+from rlhf_jax.train_step import join
+from rlhf_jax.types import Params, Rollout
+
+EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """Model.
+
+  Attributes:
+    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty creates a model for the
+      built-in task with the sizes below, unless --init_from gives one.
+    preset: Architecture of a new model, by its name in rlhf_jax.models.presets, instead of the
+      sizes below.
+    layers: Number of transformer blocks of a new model.
+    width: Width of a new model.
+    heads: Number of attention heads of a new model.
+    mlp_width: Width of the MLPs of a new model.
+    dtype: Dtype of the computation; params and optimizer state stay float32.
+    attention: Implementation of attention over full sequences: `xla`, the TPU kernel `splash`, or
+      `cudnn`. `auto` takes the kernel of the device where possible. Sampling always uses `xla`.
+    remat: Activations that the backward pass recomputes to save memory. `none` recomputes nothing,
+      `dots` everything but products with weights. `full` recomputes each block, which takes the
+      least memory and a third more work.
+    logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
+      are processed in chunks and rematerialized in the backward pass.
+  """
+
+  path: str = ""
+  preset: str = ""
+  layers: int = 4
+  width: int = 128
+  heads: int = 4
+  mlp_width: int = 256
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+  remat: Literal["none", "full", "dots"] = "none"
+  logit_chunk: int = ranges.rare(2**22)
+
+  def __post_init__(self):
+    for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    if self.preset and self.path:
+      raise ValueError("preset is for a new model; leave path empty, or preset")
+    if self.preset and self.preset not in presets.PRESETS:
+      known = ", ".join(sorted(presets.PRESETS))
+      raise ValueError(f"preset must be one of {known}, got {self.preset!r}")
+    if self.width % (2 * self.heads):
+      raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+
+
+def model_folder(path: str) -> pathlib.Path | None:
+  """Returns the Hugging Face folder of `--init_from` or `--model.path`; None for an empty path."""
+  return finished_folder(path) if path else None
+
+
+def finished_folder(path: str) -> pathlib.Path:
+  """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
+
+  Raises:
+    ModelFolderError: The path is neither.
+  """
+  folder = workdir_lib.local_path(path)
+  if (folder / EXPORT / "config.json").exists():
+    return folder / EXPORT
+  if (folder / "config.json").exists():
+    return folder
+  if (folder / "checkpoints").exists():
+    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
+  raise hf.ModelFolderError(
+    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
+  )
+
+
+def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
+  """Returns the folder of the initial model, given by one of two flags."""
+  for name in ("path", "preset"):
+    if getattr(options, name) and init_from:
+      raise flags.UsageError(f"--init_from and --model.{name} are both given; keep one")
+  return model_folder(init_from or options.path)
+
+
+def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tokenizer:
+  """Opens the tokenizer of a model folder; without a folder, that of the built-in task."""
+  if folder is None:
+    return data.word_level_tokenizer(simulation.WORDS)
+  return data.load_tokenizer(folder, end_token or None)
+
+
+def build_model(
+  run: loop.Run,
+  options: ModelOptions,
+  config: ModelConfig,
+  tokenizer: data.Tokenizer,
+  head: Literal["language", "scalar", "both"] = "language",
+) -> Model:
+  """Builds a model of an architecture on the mesh of the run."""
+  return build(
+    config,
+    head,
+    known_tokens=tokenizer.vocab_size,
+    logit_chunk=options.logit_chunk,
+    mesh=run.mesh,
+  )
+
+
+def open_model(
+  run: loop.Run,
+  options: ModelOptions,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  head: Head = "language",
+) -> tuple[Model, Params]:
+  """Opens a model and its params, created or loaded in place on the mesh of the run."""
+  if folder is None and options.preset:
+    config = presets.PRESETS[options.preset]
+  elif folder is None:
+    config = ModelConfig(
+      # Unused rows let the embedding be sharded evenly.
+      vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
+      width=options.width,
+      layers=options.layers,
+      heads=options.heads,
+      kv_heads=options.heads,
+      head_dim=options.width // options.heads,
+      mlp_width=options.mlp_width,
+      init_std=options.width**-0.5,  # Narrow models learn to copy much sooner than from 0.02.
+    )
+  else:
+    config, _ = hf.parse_config(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+      raise hf.ModelFolderError(
+        f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has"
+        f" {config.vocab_size} rows; they do not belong together"
+      )
+  config = dataclasses.replace(
+    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+  )
+  model = build_model(run, options, config, tokenizer, head)
+  key = run.key_for(1)
+  if folder is None or sharding.is_absent(run.mesh):
+    return model, create(run, model.init, key)
+  shapes = jax.eval_shape(model.init, key)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  flat = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+  place = lambda path, value: sharding.put(value, flat[path])  # noqa: E731
+  return model, hf.load_params(folder, model, key=key, place=place)
+
+
+def open_policy(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> Params:
+  """Opens the params of another policy of the same architecture and with the same tokenizer."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "language":
+    raise hf.ModelFolderError(f"{path}: not a language model")
+  require_tokens_of(folder, tokenizer)
+  return open_model(run, options, folder, tokenizer)[1]
+
+
+def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
+  """Refuses a model whose tokenizer is not that of the policy."""
+  if data.load_tokenizer(folder).digest != tokenizer.digest:
+    raise hf.ModelFolderError(
+      f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
+    )
+
+
+def open_scorer(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params, str]:
+  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too."""
+  folder = model_folder(path)
+  if folder is None or hf.parse_config(folder)[1] != "scalar":
+    raise hf.ModelFolderError(
+      f"{path}: not a reward model; train one with experiments.reward_model"
+    )
+  require_tokens_of(folder, tokenizer)
+  model, params = open_model(run, options, folder, tokenizer, "scalar")
+  return model, params, hf.scalar_label(folder)
+
+
+def open_reward_model(
+  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+) -> tuple[Model, Params]:
+  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer."""
+  model, params, label = open_scorer(run, path, options, tokenizer)
+  if label == records.PREFERENCE:
+    raise hf.ModelFolderError(
+      f"{path}: a preference model, which scores no single response; train a reward model with"
+      " experiments.reward_model"
+    )
+  return model, params
+
+
+def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
+  """Runs `make(*args)` into new buffers placed by `DECODER_RULES`; shapes for absent devices."""
+  shapes = jax.eval_shape(make, *args)
+  shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
+  if sharding.is_absent(run.mesh):
+    return sharding.abstract(shapes, shardings)
+  return jax.jit(make, out_shardings=shardings)(*args)
+
+
+def copy(run: loop.Run, params: Params) -> Params:
+  """Returns a copy of `params` that survives donation."""
+  return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
+
+
+def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
+  """Digest, for `loop.identify`, of the frozen weights that a run with adapters reads again.
+
+  Args:
+    config: Settings of the adapters.
+    *folders: Folders of the models that get adapters.
+  """
+  if not config.rank:
+    return {}
+  if not all(folders):
+    raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
+  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
+  return {"frozen": workdir_lib.files_digest(files)}
+
+
+def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
+  """Returns the params with new adapters, or as they are if the rank is 0."""
+  if not config.rank:
+    return params
+  init = functools.partial(lora.init, params=params, config=config)
+  return join(params, create(run, init, run.key_for(3)))
+
+
+@functools.lru_cache(maxsize=16)
+def make_sampler(
+  model: Model,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  mixture: bool = False,
+) -> Callable[..., Rollout]:
+  """Builds a sampler for a model and its tokenizer; a mixture samples from `MixtureParams`.
+
+  The same arguments give the same function, so training and evaluation compile it once.
+  """
+  decoder = model.decode, model.init_cache
+  return generation.make_generate(
+    *(generation.make_mixture(*decoder) if mixture else decoder),
+    config,
+    stop_ids=(tokenizer.eos_id,),
+    pad_id=tokenizer.pad_id,
+  )
+
+
+def export(
+  folder: pathlib.Path,
+  params: Params,
+  model: Model,
+  tokenizer: data.Tokenizer,
+  label: str = "reward",
+) -> pathlib.Path:
+  """Writes a folder that `--init_from` and transformers can read, with adapters merged.
+
+  `label` is the name of the scalar of a judge.
+  """
+  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  if tokenizer.bos_id is not None:
+    token_ids["bos_token_id"] = tokenizer.bos_id
+  if processes.is_first():
+    tokenizer.save(folder)
+  hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)
+  return folder

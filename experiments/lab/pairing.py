@@ -1,0 +1,127 @@
+"""Pairs of the policy's responses, for online DPO."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lab.case import Case
+from experiments.lab.responses import Responses
+from experiments.lab.training import Trainer
+from experiments.lab.workbench import Workbench
+from rlhf_jax import data, preflight, rewards
+from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
+from rlhf_jax.losses.reward import RunningMoments
+from rlhf_jax.rewards import shaped
+from rlhf_jax.train_step import make_train_step
+from rlhf_jax.types import Params, Rollout
+
+
+def make_trainer(bench: Workbench) -> Trainer:
+  """Builds the state and the step of the policy, with the value bonus if `bonus_coef` is not 0."""
+  config = bench.config
+  if not config.online.bonus_coef:
+    make_step = functools.partial(dpo.make_dpo_step, config=config.dpo, weighting=config.pairs)
+    return bench.trainer(make_step)
+
+  def make_bonus_step(apply_fn: Any, tx: Any, state_shardings: Any):
+    read = pairs.make_read_pairs(apply_fn, config.pairs)
+    loss = terms.with_term(
+      functools.partial(dpo.loss_fn, read=read, config=config.dpo),
+      terms.make_value_bonus(apply_fn),
+      config.online.bonus_coef,
+      "loss/bonus",
+    )
+    microbatches = config.dpo.microbatches
+    return make_train_step(loss, tx, microbatches=microbatches, state_shardings=state_shardings)
+
+  return bench.trainer(make_bonus_step)
+
+
+def make_batch(bench: Workbench) -> Callable[..., Any]:
+  """Builds jitted `(ref_params, moments, responses, calibration, key)` of a batch.
+
+  It returns `(batch, moments, metrics)`. `calibration` is a rollout of the reference for the value
+  bonus, or None.
+  """
+  config, samples = bench.config, bench.config.sampling.samples_per_prompt
+  read = pairs.make_read_pairs(bench.model.apply, config.pairs)
+
+  @jax.jit
+  def batch_of(
+    ref_params: Params,
+    moments: RunningMoments,
+    responses: Responses,
+    calibration: Rollout | None,
+    key: jax.Array,
+  ):
+    rollout, raw, ended, ref_scores = responses
+    scores, moments = shaped.shape(raw, ended, moments, config.shaping, ref_scores)
+    scores = scores.reshape(-1, samples)
+    chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
+    rows = online_dpo.make_pairs(rollout, chosen, rejected)
+    batch: Any = dpo.DPOBatch(rows, read(ref_params, rows).totals)
+    if calibration is not None:
+      batch = terms.WithSequences(batch, online_dpo.right_padded(calibration))
+    lengths = jnp.sum(rollout.response_mask, axis=1)
+    return (
+      batch,
+      moments,
+      {
+        "reward/mean": jnp.mean(raw),
+        "reward/std": jnp.mean(jnp.std(raw.reshape(-1, samples), axis=1)),
+        "ties": jnp.mean(chosen == rejected),
+        "eos_fraction": jnp.mean(ended),
+        "response_length/mean": jnp.mean(lengths),
+      },
+    )
+
+  return batch_of
+
+
+def tournament(
+  prefer_of: Callable[[data.Dataset], rewards.PreferenceFn], samples: int
+) -> Callable[[data.Dataset], rewards.RewardFn]:
+  """Builds scores of samples: the mean preference over the other samples of the prompt."""
+
+  def score_of(prompts: data.Dataset) -> rewards.RewardFn:
+    prefer = prefer_of(prompts)
+
+    def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+      ids = prompt_ids[::samples]
+      nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
+      total = jnp.zeros([len(ids), samples])
+      for a, b in itertools.combinations(range(samples), 2):
+        wins = jnp.asarray(prefer(nth[a], nth[b], ids))
+        total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
+      return total.ravel() / (samples - 1)
+
+    return score
+
+  return score_of
+
+
+def programs(case: Case) -> None:
+  """Checks the programs of an iteration: rollout, reward, pairs, update."""
+  config, bench = case.config, case.bench
+  trainer = make_trainer(bench)
+  held = {"state": trainer.state, "reference": bench.start}
+  judge, held["reward"] = case.open_judge(config.reward)
+  policy, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
+  rollout = case.rollout("rollout", bench.sampler(), policy, held, samples)
+  calibration = None
+  if config.online.bonus_coef:
+    calibration = case.rollout("bonus", bench.sampler(1), bench.start, held, 1)
+  scores, ended = case.scores(rollout, judge, held), case.bools(rollout)
+  length = rollout.tokens.shape[1]
+  forward = case.forward(bench.model, 2 * config.batch_size, length, scored=length)
+  responses = Responses(rollout, scores, ended)
+  inputs = (bench.start, case.carried(RunningMoments.zero()), responses, calibration, case.key)
+  work = preflight.Work(forward)
+  batch, _, _ = case.check("pairs", make_batch(bench), *inputs, work=work, held=held)
+  inputs, work = (trainer.state, batch, case.key), case.training_work(forward)
+  case.check("train", trainer.step, *inputs, work=work, held=held)

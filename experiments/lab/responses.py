@@ -1,0 +1,385 @@
+"""Sampled and scored responses: the experience that a method with sampling trains on."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lab import models
+from experiments.lab.workbench import Workbench
+from rlhf_jax import data, flags, ranges, rewards, sharding
+from rlhf_jax.algorithms import reading
+from rlhf_jax.losses import kl, masked, policy_gradient, reward
+from rlhf_jax.rewards import shaped
+from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+  """Sampling and packing of responses.
+
+  Attributes:
+    devices: Number of devices, the last ones, that only sample. They sample the next batch while
+      the devices of --mesh train on the current one, which the policy before the last update
+      sampled. 0 alternates sampling and training on all devices.
+    importance_cap: Upper bound on the importance weights that correct for sampler/trainer mismatch;
+      0 disables the correction.
+    packed_length: Length in tokens of packed rows of the update, each of which holds several
+      prompts with their responses. Packing saves the time spent on padding and does not change the
+      result. It recompiles for each new number of rows, at most eight per power of two. 0 gives
+      each response a row.
+  """
+
+  devices: int = 0
+  importance_cap: float = 0.0
+  packed_length: int = 0
+
+  def __post_init__(self):
+    ranges.check(self, non_negative=("devices", "importance_cap", "packed_length"))
+    if self.devices and not self.importance_cap:
+      raise ValueError(
+        "devices sample from the policy before the last update; set rollout.importance_cap, such as"
+        " 2, to weigh their responses as if from the present one"
+      )
+
+
+def check(
+  config: Any, *, parts: int = 1, shaping: shaped.ShapingConfig | None = None, group: int = 1
+) -> None:
+  """Refuses sampling settings that a method cannot use; for `__post_init__` of a script's config.
+
+  Args:
+    config: Config with `sampling`, `batch_size` and `data`.
+    parts: Number of equal parts that the responses of a batch are split into.
+    shaping: Shaping of the scores.
+    group: Minimum number of samples per prompt.
+  """
+  sampling = config.sampling
+  if sampling.temperature == 0:
+    raise ValueError("sampling.temperature must be positive: this learns from random samples")
+  if sampling.top_k or sampling.top_p < 1:
+    raise ValueError(
+      "sampling.top_k and top_p must be off: they sample from another distribution than the one"
+      " that is trained"
+    )
+  if sampling.samples_per_prompt < group:
+    raise ValueError(f"sampling.samples_per_prompt must be at least {group} for this method")
+  if "critic" in vars(config) and config.critic.warmup >= config.steps:
+    raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
+  if config.batch_size * sampling.samples_per_prompt % parts:
+    raise ValueError(
+      f"batch_size {config.batch_size} * sampling.samples_per_prompt does not split into {parts} ="
+      " minibatches * microbatches equal parts"
+    )
+  if config.data.packed_length:
+    raise ValueError(
+      "data.packed_length packs rows of data; rollout.packed_length packs sampled responses"
+    )
+  if shaping is not None and shaping.function and config.rollout.devices:
+    raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
+
+
+def require_fit(bench: Workbench) -> None:
+  """Refuses packed rows that are too short for the longest sequence."""
+  config = bench.config
+  length = bench.train_set.padded_length + config.sampling.max_new_tokens
+  if 0 < config.rollout.packed_length < length:
+    raise flags.UsageError(
+      f"--rollout.packed_length={config.rollout.packed_length} is too short for the longest"
+      f" sequence, of up to {length} tokens; raise it, or lower --data.max_prompt_length or"
+      " --sampling.max_new_tokens"
+    )
+
+
+def require_devices(options: RolloutOptions) -> None:
+  """Refuses more sampling devices than there are."""
+  if options.devices and jax.process_count() > 1:
+    raise flags.UsageError("--rollout.devices is for a single process; leave it at 0")
+  if options.devices >= jax.device_count():
+    raise flags.UsageError(
+      f"--rollout.devices={options.devices} leaves none of the {jax.device_count()} devices to"
+      " learn with"
+    )
+
+
+class Responses(NamedTuple):
+  """B scored responses.
+
+  Attributes:
+    rollout: Responses; those to a prompt are adjacent rows.
+    scores: [B] float, scores before shaping.
+    ended: [B] bool, True on responses that ended in a stop token.
+    ref_scores: [B, M] scores of responses of the reference to the same prompt, or None.
+  """
+
+  rollout: Rollout
+  scores: jax.Array
+  ended: jax.Array
+  ref_scores: jax.Array | None = None
+
+
+class Sampled(NamedTuple):
+  """Responses before scoring, and the ids of their prompts."""
+
+  rollout: Rollout
+  prompt_id: jax.Array | np.ndarray
+
+
+# (params, ref_params, carry, responses, ...) -> (batch, carry, metrics)
+Experience = Callable[..., tuple[Any, Any, Metrics]]
+
+
+class Carry(NamedTuple):
+  """State of an experience, for methods with a state of their own.
+
+  Attributes:
+    moments: Running moments of the scores.
+    method: State of the method.
+  """
+
+  moments: reward.RunningMoments
+  method: Any
+
+
+class IterationState(NamedTuple):
+  """State of an iteration that samples, scores and updates.
+
+  Attributes:
+    train: Policy, and critic if there is one, with their optimizers.
+    carry: State of the experience, such as running moments of the scores.
+    sampled: Responses for the next iteration, if they are sampled ahead.
+  """
+
+  train: TrainState
+  carry: Any
+  sampled: Sampled | None = None
+
+
+class Responder:
+  """Samples and scores the responses of an iteration.
+
+  Args:
+    bench: Workbench of the script, with `sampling` in its config.
+    reward_of: `(prompts) -> reward` of responses to these prompts.
+    shaping: Shaping of the scores, which may need responses of the reference.
+    options: Devices to sample on.
+  """
+
+  def __init__(
+    self,
+    bench: Workbench,
+    reward_of: Callable[[data.Dataset], rewards.RewardFn],
+    shaping: shaped.ShapingConfig,
+    options: RolloutOptions | None = None,
+  ):
+    self._bench, self._shaping = bench, shaping
+    self._reward = reward_of(bench.train_set)
+    self._gold = bench.gold(bench.train_set)
+    self.ahead = options is not None and options.devices > 0
+    self.reshard, self.generate = bench.reshard(), bench.sampler()
+    if self.ahead:
+      self.reshard, self.generate = sample_away(bench)
+    self.sample_reference = bench.sampler(shaping.reference_samples)
+
+  def init(self, train: TrainState, carry: Any) -> IterationState:
+    """Returns the state before the first iteration."""
+    carry = sharding.put(carry, sharding.replicated(self._bench.run.mesh))
+    return IterationState(train, carry, nothing_sampled(self._bench) if self.ahead else None)
+
+  def __call__(
+    self, policy: Params, state: IterationState, prompts: data.PromptBatch, key: jax.Array
+  ) -> tuple[Responses, Sampled | None, dict[str, Any]]:
+    """Returns scored responses, the responses sampled for the next iteration, and metrics.
+
+    Args:
+      policy: Params of the policy.
+      state: State of the iteration.
+      prompts: Prompts of a batch.
+      key: Random key of the run.
+    """
+    bench, step = self._bench, state.train.step
+    keys = [jax.random.fold_in(jax.random.fold_in(key, purpose), step) for purpose in (1, 2, 3)]
+    policy = jax.block_until_ready(policy)
+    start = time.monotonic()
+    policy = self.reshard(policy)
+    present, following, metrics = state.sampled, None, {}
+    if present is None or int(step) == 0:
+      present = Sampled(self.generate(policy, *prompts, keys[0]), prompts.prompt_id)
+    if self.ahead:  # Not awaited: it is sampled while this iteration trains.
+      following = Sampled(self.generate(policy, *prompts, keys[2]), prompts.prompt_id)
+      metrics["staleness"] = float(present is state.sampled)
+    del policy  # Room for the update.
+    rollout = jax.block_until_ready(present.rollout)
+    sampled = time.monotonic()
+    ids, scores = self._score(rollout, present.prompt_id)
+    golds = {name: np.mean(fn(rollout, ids)) for name, fn in self._gold.items()}
+    metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
+    ref_scores = None
+    if self._shaping.function:
+      answers = self.sample_reference(bench.reshard()(bench.start), *prompts, keys[1])
+      ref_scores = self._score(answers, prompts.prompt_id)[1].reshape(bench.config.batch_size, -1)
+      ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
+    metrics |= {
+      "tokens": jnp.sum(rollout.response_mask),
+      "time/generate": sampled - start,
+      "time/reward": time.monotonic() - sampled,
+    }
+    return Responses(rollout, scores, bench.ended(rollout), ref_scores), following, metrics
+
+  def _score(
+    self, rollout: Rollout, prompt_id: jax.Array | np.ndarray
+  ) -> tuple[np.ndarray, jax.Array]:
+    """Returns the prompt ids and the scores of responses, [B] each."""
+    repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
+    ids = np.repeat(sharding.to_host(prompt_id), repeats)
+    return ids, jnp.asarray(self._reward(rollout, ids))
+
+
+class Prepared(NamedTuple):
+  """Scored responses in the form that a method takes.
+
+  Attributes:
+    rollout: Responses, with the old log-probabilities of probability ratios.
+    scores: [B] shaped scores, NaN on rows to leave out.
+    policy: Reading of the policy, and of the critic if there is one.
+    ref_logprobs: [B, R] log-probabilities under the reference.
+    weights: [B, R] importance weights, which multiply the advantages.
+    moments: Running moments of the scores.
+    metrics: Metrics of the responses.
+  """
+
+  rollout: Rollout
+  scores: jax.Array
+  policy: reading.Reading
+  ref_logprobs: jax.Array
+  weights: jax.Array
+  moments: reward.RunningMoments
+  metrics: Metrics
+
+
+def make_prepare(
+  config: Any, read: reading.Read, read_ref: reading.Read
+) -> Callable[[Params, Params, reward.RunningMoments, Responses], Prepared]:
+  """Builds `prepare(params, ref_params, moments, responses)`: shapes scores, computes log-probs.
+
+  Args:
+    config: Config with `shaping` and `rollout`.
+    read: Function that reads responses with the policy, and with the critic if there is one.
+    read_ref: Function that reads responses with the reference.
+  """
+
+  def prepare(params, ref_params, moments, responses) -> Prepared:
+    rollout, scores, ended, ref_scores = responses
+    scores, moments = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
+    policy, ref = read(params, rollout), read_ref(ref_params, rollout).logprobs
+    rollout, weights, metrics = correct(rollout, policy.logprobs, config.rollout.importance_cap)
+    metrics |= response_metrics(responses, rollout, ref)
+    return Prepared(rollout, scores, policy, ref, weights, moments, metrics)
+
+  return prepare
+
+
+def make_experience(
+  config: Any, read: reading.Read, read_ref: reading.Read, make_batch: Callable[..., Any]
+) -> Experience:
+  """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
+
+  Args:
+    config: Config with `shaping` and `rollout`.
+    read: Function that reads responses with the policy, and with the critic if there is one.
+    read_ref: Function that reads responses with the reference.
+    make_batch: `(rollout, scores, policy, ref_logprobs) -> (batch, metrics)` of a method.
+  """
+  prepare = make_prepare(config, read, read_ref)
+
+  @jax.jit
+  def experience(params, ref_params, moments, responses):
+    ready = prepare(params, ref_params, moments, responses)
+    batch, metrics = make_batch(ready.rollout, ready.scores, ready.policy, ready.ref_logprobs)
+    batch = batch._replace(advantages=ready.weights * batch.advantages)
+    return batch, ready.moments, ready.metrics | metrics
+
+  return experience
+
+
+def correct(
+  rollout: Rollout, logprobs: jax.Array, cap: float
+) -> tuple[Rollout, jax.Array, Metrics]:
+  """Corrects for sampler/trainer mismatch by importance weights.
+
+  Args:
+    rollout: B responses.
+    logprobs: [B, R] log-probabilities of their tokens under the trainer's policy.
+    cap: Upper bound on the weights; 0 is a no-op.
+
+  Returns:
+    The rollout with the trainer's log-probabilities, weights [B, R] of the tokens, and metrics.
+  """
+  if not cap:
+    return rollout, jnp.ones_like(logprobs), {}
+  mask = rollout.response_mask[:, -logprobs.shape[1] :]
+  logprobs, sampled = (jnp.where(mask, x, 0.0) for x in (logprobs, rollout.logprobs))
+  weights = policy_gradient.truncated_importance_weights(logprobs, sampled, cap=cap)
+  metrics = {"importance/mean": masked.masked_mean(weights, mask)}
+  return rollout._replace(logprobs=logprobs), weights, metrics
+
+
+def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
+  """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
+  scores, mask = responses.scores, reading.response_mask(rollout, responses.scores)
+  finite = jnp.isfinite(scores)
+  sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
+  lengths = jnp.sum(rollout.response_mask, axis=1)
+  return {
+    "reward/mean": masked.masked_mean(scores, finite),
+    "reward/std": jnp.sqrt(masked.masked_var(scores, finite)),
+    "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
+    "kl/ref": masked.masked_mean(sequence_kl, finite),
+    "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
+    "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
+  }
+
+
+def sample_away(bench: Workbench) -> tuple[Callable[..., Params], Callable[..., Rollout]]:
+  """Builds functions that move params to the sampling devices, and that sample there.
+
+  Both return without waiting for the result. Weights are sharded over `tensor` as on the other
+  devices, and rows over the remaining axes.
+  """
+  run, config, model = bench.run, bench.config, bench.model
+  tensor, devices = run.mesh.shape["tensor"], jax.devices()[-config.rollout.devices :]
+  if len(devices) % tensor:
+    raise flags.UsageError(
+      f"--rollout.devices={len(devices)} must be a multiple of tensor:{tensor} of --mesh"
+    )
+  away = sharding.make_mesh(f"data:-1,tensor:{tensor}", devices)
+  sampler = models.build_model(run._replace(mesh=away), config.model, model.config, bench.tokenizer)
+  generate = models.make_sampler(sampler, bench.tokenizer, config.sampling)
+
+  def generate_away(params: Params, *inputs: jax.Array) -> Rollout:
+    *prompts, key = inputs
+    prompts = jax.device_put(prompts, sharding.batch_sharding(away))
+    rollout = generate(params, *prompts, jax.device_put(key, sharding.replicated(away)))
+    return jax.device_put(rollout, sharding.batch_sharding(run.mesh))
+
+  return sharding.make_reshard(run.mesh, model.config.dtype, away), generate_away
+
+
+def nothing_sampled(bench: Workbench) -> Sampled:
+  """Placeholder for responses sampled ahead in the initial state; nothing reads it."""
+  config = bench.config
+  rows, new = config.batch_size * config.sampling.samples_per_prompt, config.sampling.max_new_tokens
+  shape = (rows, bench.train_set.padded_length + new)
+  rollout = {
+    "tokens": np.zeros(shape, np.int32),
+    "prompt_mask": np.zeros(shape, bool),
+    "response_mask": np.zeros(shape, bool),
+    "logprobs": np.zeros((rows, new), np.float32),
+  }
+  nothing = {"rollout": rollout, "prompt_id": np.zeros(config.batch_size, np.int32)}
+  nothing = sharding.place_batch(nothing, bench.run.mesh)
+  return Sampled(Rollout(**nothing["rollout"]), nothing["prompt_id"])

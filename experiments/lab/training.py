@@ -1,0 +1,189 @@
+"""State, optimizer, step and panel of a training script."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from experiments import records
+from experiments.lab import models
+from rlhf_jax import data, loop, plots, processes, reporting, sharding
+from rlhf_jax.algorithms import epochs, reading
+from rlhf_jax.models import Model, count_params, lora
+from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
+from rlhf_jax.types import Params, TrainState
+
+
+class Trainer(NamedTuple):
+  """State and step of a model in training.
+
+  Attributes:
+    state: State before the first step, in buffers that can be donated.
+    step: `(state, ...) -> (state, metrics)`.
+    frozen: Params that no step changes; they are not part of the state.
+    learning_rate: `(step of the script) -> learning rate`.
+  """
+
+  state: TrainState
+  step: Callable[..., Any]
+  frozen: Params
+  learning_rate: Callable[[int], Any]
+
+  def params(self, state: TrainState, trained: Params | None = None) -> Params:
+    """Returns the params of a state, or `trained` params, joined with the frozen params."""
+    return join(self.frozen, state.params if trained is None else trained)
+
+
+class Optimizer(NamedTuple):
+  """Optax transformation, and its learning rate as a function of the step of the script."""
+
+  tx: optax.GradientTransformation
+  learning_rate: Callable[[int], Any]
+
+
+def one_optimizer(config: OptimConfig, steps: int, updates_per_step: int = 1) -> Optimizer:
+  """Builds the optimizer of all params.
+
+  Args:
+    config: Settings of the optimizer.
+    steps: Steps of the script.
+    updates_per_step: Optimizer steps per step of the script.
+  """
+  updates = steps * updates_per_step
+  schedule = make_schedule(config, updates)
+  return Optimizer(make_optimizer(config, updates), lambda step: schedule(step * updates_per_step))
+
+
+def actor_critic_optimizer(
+  policy: OptimConfig, value: OptimConfig, steps: int, updates_per_step: int, *, wait: int = 0
+) -> Optimizer:
+  """Builds the optimizer of params `{"policy": ..., "value": ...}`, with settings for each.
+
+  Args:
+    policy: Optimizer settings of the policy.
+    value: Optimizer settings of the critic.
+    steps: Steps of the script.
+    updates_per_step: Optimizer steps per step of the script.
+    wait: First steps of the script with a learning rate of 0 for the policy, whose params then stay
+      bitwise the same.
+  """
+  updates, waiting = steps * updates_per_step, wait * updates_per_step
+  schedule = optax.join_schedules(
+    [optax.constant_schedule(0.0), make_schedule(policy, updates - waiting)], [waiting]
+  )
+  tx = optax.partition(
+    {
+      "policy": make_optimizer(policy, updates, schedule=schedule),
+      "value": make_optimizer(value, updates),
+    },
+    lambda params: {name: jax.tree.map(lambda _, n=name: n, part) for name, part in params.items()},
+  )
+  return Optimizer(tx, lambda step: schedule(step * updates_per_step))
+
+
+def make_trainer(
+  run: loop.Run,
+  apply_fn: Callable[..., Any],
+  params: Params,
+  optimizer: Optimizer,
+  make_step: Callable[..., Callable[..., Any]],
+  *,
+  updates: epochs.UpdateConfig | None = None,
+  packed_length: int = 0,
+) -> Trainer:
+  """Places the state of a model on the mesh and builds its step.
+
+  Args:
+    run: Opened run.
+    apply_fn: Function of all params.
+    params: Initial params. If there are adapters among them, only the adapters are trained.
+    optimizer: Optimizer of the trained params.
+    make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config bound.
+    updates: Division of a batch of sampled responses, for packing.
+    packed_length: Tokens per packed row of sampled responses; 0 does not pack. With packing
+      `make_step` also takes `packed`.
+  """
+  frozen, trained = lora.split(params)
+  state = models.create(run, lambda params: init_state(params, optimizer.tx), trained)
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+
+  def make(packed: reading.Packing | None = None) -> Callable[..., Any]:
+    options = {} if packed is None else {"packed": packed}
+    bound = functools.partial(make_step, tx=optimizer.tx, **options)
+    return freeze(bound, apply_fn, frozen, state_shardings=shardings)
+
+  if not packed_length:
+    step = make()
+  elif sharding.is_absent(run.mesh):  # Compiled for the largest number of packed rows.
+    step = make(reading.Packing(packed_length))
+  else:
+    assert updates is not None
+    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    step = epochs.make_packed_step(make, updates, packed_length, multiple=shards)
+  return Trainer(state, step, frozen, optimizer.learning_rate)
+
+
+def describe(
+  run: loop.Run, title: str, model: Model, trainer: Trainer, rows: Mapping[str, object]
+) -> None:
+  """Shows the panel at the start of a run, with further rows."""
+  state, frozen = trainer.state, trainer.frozen
+  params = state.params
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
+  gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  config = model.config
+  experts = ""
+  if config.experts:
+    experts = f" {config.experts} experts, {config.experts_per_token} per token,"
+  mesh = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items() if size > 1)
+  devices = f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"
+  if jax.process_count() > 1:
+    devices += f" in {jax.process_count()} processes"
+  reporting.start_panel(
+    title,
+    {
+      "workdir": run.workdir,
+      "model": f"{config.layers} layers, width {config.width}, {config.heads} heads,{experts}"
+      f" vocabulary {config.vocab_size}, {config.dtype}",
+      "parameters": reporting.human(count_params((params, frozen)))
+      + (f", {reporting.human(count_params(params))} of them trained" if frozen else ""),
+      "mesh": f"{devices}{' (' + mesh + ')' if mesh else ''}",
+      "memory": f"{reporting.human_bytes(state_bytes + gradient_bytes)} for parameters, gradients"
+      " and optimizer state, activations not counted",
+      **rows,
+    },
+  )
+
+
+def step_tokens(config: Any, dataset: data.Dataset) -> str:
+  """Tokens per batch and the share of padding among them, for the panel at the start."""
+  packed = config.data.packed_length
+  tokens = config.batch_size * max(dataset.width, 1) * (packed or dataset.padded_length)
+  return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
+
+
+def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
+  """Ends a run after its export: writes plots, the model card and, last, summary.json."""
+  plots.plot_metrics(run.workdir)
+  if processes.is_first():
+    records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
+  reporting.write_summary(run.workdir, summary)
+
+
+class Zipped:
+  """Combines sources of batches into one source of tuples, with one state to save."""
+
+  def __init__(self, *sources: Any):
+    self._sources = sources
+
+  def __next__(self) -> tuple[Any, ...]:
+    return tuple(next(source) for source in self._sources)
+
+  def get_state(self) -> list[Any]:
+    return [source.get_state() for source in self._sources]
+
+  def set_state(self, states: Sequence[Any]) -> None:
+    for source, state in zip(self._sources, states, strict=True):
+      source.set_state(state)

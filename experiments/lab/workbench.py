@@ -1,0 +1,306 @@
+"""Workbench of a training script: a run, its data, and the initial model."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import types
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import records
+from experiments.lab import evaluating, judges, models, training
+from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
+from rlhf_jax.algorithms import epochs
+from rlhf_jax.models import Model
+from rlhf_jax.models.families import Head
+from rlhf_jax.types import Metrics, Params, Rollout
+
+Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
+
+
+class Workbench(NamedTuple):
+  """Value that the parts of a training script share.
+
+  Attributes:
+    run: Opened run: workdir, mesh, key, writer.
+    config: Config of the script.
+    tokenizer: Tokenizer of the model.
+    train_set: Rows to train on.
+    heldout: Rows to evaluate on; may be empty.
+    model: Model to train.
+    start: Initial params, which are the reference; no step donates them.
+    folder: Folder that the params were read from; None for a new model.
+    extra: Further data sets by name.
+  """
+
+  run: loop.Run
+  config: Any
+  tokenizer: data.Tokenizer
+  train_set: data.Dataset
+  heldout: data.Dataset
+  model: Model
+  start: Params
+  folder: pathlib.Path | None
+  extra: Mapping[str, data.Dataset] = types.MappingProxyType({})
+
+  def batches(self, dataset: data.Dataset | None = None, **options: Any) -> Any:
+    """Returns an endless, resumable source of training batches; see `data.batches`."""
+    config = self.config
+    return data.batches(
+      self.train_set if dataset is None else dataset,
+      options.pop("batch_size", config.batch_size),
+      seed=self.run.session.seed,
+      pad_id=self.tokenizer.pad_id,
+      **options,
+    )
+
+  def trainer(
+    self,
+    make_step: Callable[..., Callable[..., Any]],
+    updates: epochs.UpdateConfig | None = None,
+    *,
+    keep_start: bool = True,
+  ) -> training.Trainer:
+    """Builds the state and the step of the model or its adapters; the optimizer is `config.optim`.
+
+    Args:
+      make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config.
+      updates: Division of a batch of sampled responses; None makes one update per step.
+      keep_start: False frees the memory of `start`, except with adapters, which share it.
+    """
+    config = self.config
+    per_step = 1 if updates is None else updates.updates
+    trainer = training.make_trainer(
+      self.run,
+      self.model.apply,
+      models.add_adapters(self.run, config.lora, self.start),
+      training.one_optimizer(config.optim, config.steps, per_step),
+      make_step,
+      updates=updates,
+      packed_length=0 if updates is None else config.rollout.packed_length,
+    )
+    if not (keep_start or config.lora.rank or sharding.is_absent(self.run.mesh)):
+      for leaf in jax.tree.leaves(self.start):
+        leaf.delete()
+    return trainer
+
+  def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
+    """Shows the panel at the start of a run."""
+    rows = {name.replace("_", " "): value for name, value in rows.items()}
+    training.describe(self.run, title, self.model, trainer, rows)
+
+  def sampler(
+    self, samples_per_prompt: int | None = None, *, mixture: bool = False
+  ) -> Callable[..., Rollout]:
+    """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`."""
+    sampling = self.config.sampling
+    if samples_per_prompt is not None:
+      sampling = dataclasses.replace(sampling, samples_per_prompt=samples_per_prompt)
+    return models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
+
+  def reshard(self) -> Callable[[Params], Params]:
+    """Builds `reshard(params)`: moves params from the training layout to the sampling layout."""
+    return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
+
+  def ended(self, rollout: Rollout) -> jax.Array:
+    """Returns bools [B], True on responses that ended in a stop token."""
+    return generation.ended(rollout, (self.tokenizer.eos_id,))
+
+  def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
+    """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""
+    config = self.config
+    return judges.open_reward(self.run, config.reward, config.model, self.tokenizer)
+
+  def open_preference(self) -> Callable[[data.Dataset], rewards.PreferenceFn]:
+    """Opens the judge of `config.preference` and returns `(prompts) -> preference` of pairs."""
+    config = self.config
+    return judges.open_preference(self.run, config.preference, config.model, self.tokenizer)
+
+  def gold(self, prompts: data.Dataset) -> dict[str, rewards.RewardFn]:
+    """Returns the gold reward, if the prompts are those of the built-in task."""
+    return judges.gold_rewards(self.config.data, prompts, self.tokenizer)
+
+  def over(
+    self,
+    dataset: data.Dataset,
+    measure: Callable[[Any], Metrics],
+    columns: np.ndarray | None = None,
+    show: str = "",
+  ) -> dict[str, np.ndarray]:
+    """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
+    size, pad_id = self.config.batch_size, self.tokenizer.pad_id
+    return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
+
+  def references(
+    self, ref_logprobs: Callable[[Params, Any], Metrics]
+  ) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Computes `ref_logprobs(start, rows)["ref"]` for all rows of the training and held-out set."""
+    measure = functools.partial(ref_logprobs, self.start)
+    sets = {"reference": self.train_set, "reference, held out": self.heldout}
+    train, heldout = (
+      self.over(dataset, measure, show=name)["ref"] if dataset.examples else None
+      for name, dataset in sets.items()
+    )
+    return train, heldout
+
+  def evaluator(
+    self,
+    trainer: training.Trainer,
+    measure: Callable[[Params, Any], Metrics],
+    columns: np.ndarray | None,
+    judge: Callable[[], evaluating.Judge],
+  ) -> Callable[[Any, int], dict[str, float]]:
+    """Builds `evaluate(state, step)` of a policy that is trained on rows of data.
+
+    Args:
+      trainer: Trainer of the policy.
+      measure: `(params, batch) -> metrics` of each row, NaN where undefined.
+      columns: Further columns of the held-out rows, which become part of the batches.
+      judge: Function that opens the judge, whose metrics are added with `--eval_every`.
+
+    Returns:
+      A function whose metrics are means over the held-out rows, empty if there are no rows.
+    """
+
+    @evaluating.once_per_step
+    def evaluate(state: Any, step: int) -> dict[str, float]:
+      if not self.heldout.examples:
+        return {}
+      params = trainer.params(state)
+      rows = self.over(self.heldout, functools.partial(measure, params), columns)
+      means = {f"eval/{name}": float(np.nanmean(values)) for name, values in rows.items()}
+      return means | (judge().measure(params, step) if self.config.eval_every else {})
+
+    return evaluate
+
+  def judge(
+    self,
+    reward_of: Callable[[data.Dataset], rewards.RewardFn] | None = None,
+    prefer_of: Callable[[data.Dataset], rewards.PreferenceFn] | None = None,
+    *,
+    batch_size: int = 128,
+  ) -> evaluating.Judge:
+    """Builds the judge of the trained and the initial policy; see `evaluating.Judge`."""
+    prompts = self.heldout
+    if prompts.kind != "prompts":
+      prompts = evaluating.as_prompts(prompts, len(prompts.examples))
+    fns = {} if reward_of is None else {"reward": reward_of(prompts)}
+    return evaluating.Judge(
+      self.run,
+      self.model,
+      self.tokenizer,
+      prompts,
+      self.config.sampling,
+      fns | self.gold(prompts),
+      self.start,
+      prefer=None if prefer_of is None else prefer_of(prompts),
+      batch_size=batch_size,
+    )
+
+  def fit(
+    self,
+    step: Callable[..., Any],
+    trainer: training.Trainer,
+    batches: Any,
+    *,
+    state: Any = None,
+    evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
+    title: str = "train",
+  ) -> Any:
+    """Runs `config.steps` steps; see `loop.fit`.
+
+    Args:
+      step: `(state, batch, key) -> (state, metrics)`.
+      trainer: Trainer with the learning rate, and with the initial state if `state` is None.
+      batches: Resumable source of batches.
+      state: State before the first iteration.
+      evaluate: `(state, step) -> metrics`, if there are held-out rows.
+      title: Name of the progress bar.
+    """
+    return loop.fit(
+      self.run,
+      self.config,
+      step,
+      trainer.state if state is None else state,
+      batches,
+      evaluate=evaluate if self.heldout.examples else None,
+      learning_rate=trainer.learning_rate,
+      title=title,
+    )
+
+  def show_samples(self, params: Params, title: str, count: int = 8) -> None:
+    """Shows a few responses to held-out prompts and writes them to `samples/`."""
+    prompts = evaluating.as_prompts(self.heldout, count)
+    if not prompts.examples:
+      return
+    sample = evaluating.heldout_sampler(
+      self.run,
+      self.model,
+      prompts,
+      self.tokenizer,
+      self.config.sampling,
+      reward_fns=self.gold(prompts),
+    )
+    rows = evaluating.sample_rows(sample(params))
+    self.run.writer.table(self.config.steps, "samples", rows)
+    reporting.show_samples(rows, title)
+
+  def export(self, params: Params, label: str = "reward") -> None:
+    """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
+    models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
+
+  def finish(self, summary: Mapping[str, Any]) -> None:
+    """Ends the run after its export: plots, model card, summary.json."""
+    training.finish(self.run, summary)
+
+
+@contextlib.contextmanager
+def open(
+  session: loop.Session,
+  config: Any,
+  script: str,
+  kind: data.KindName,
+  head: Head = "language",
+  *,
+  adapted: tuple[str, ...] = (),
+  spare: int = 0,
+  extra: Extra = types.MappingProxyType({}),
+) -> Generator[Workbench]:
+  """Reads the data, locks the workdir, refuses that of another run, and places the model.
+
+  Args:
+    session: Workdir, seed, devices and dashboards.
+    config: Config of the script: RunConfig with `model`, `lora` and `data`.
+    script: Name of the script.
+    kind: Kind of the rows.
+    head: Head of the model.
+    adapted: Folders of further models that get adapters.
+    spare: Number of devices to leave out of the mesh.
+    extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
+  """
+  folder = models.source_folder(config.model, config.init_from)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
+  digests = models.frozen_digest(config.lora, folder, *map(models.model_folder, adapted))
+  further = {}
+  for name, (other, path) in extra.items():
+    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
+    further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
+    digests[name] = further[name].digest
+  with loop.open_run(session, spare=spare) as run:
+    records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
+    if not (run.workdir / "flags").exists():
+      _save_flags(run, config)
+    model, start = models.open_model(run, config.model, folder, tokenizer, head)
+    yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
+    _save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def _save_flags(run: loop.Run, config: Any) -> None:
+  """Writes the flags that repeat a run, also of one that was started from Python."""
+  if processes.is_first():
+    flags.save_configs(run.workdir / "flags", run.session, config)

@@ -1,0 +1,100 @@
+r"""Labels pairs of responses, by an AI judge or by a person in the terminal.
+
+An AI judge compares each pair by a list of principles, in both orders, and gives
+soft labels:
+  python -m experiments.label --workdir=runs/ai --judge.path=FOLDER \
+    --data.path=PAIRS.jsonl
+A person reads both responses and presses a, b, t (tie), s (skip), u (undo) or q
+(quit):
+  python -m experiments.label --workdir=runs/hand --annotator=ada \
+    --data.path=PAIRS.jsonl
+Train a model on the labels:
+  python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft \
+    --data.path=runs/hand/labels.jsonl
+  python -m experiments.preference_model --workdir=runs/pm \
+    --init_from=runs/sft --data.path=runs/ai/labels.jsonl --data.votes=each
+
+A row is a pair (`prompt`, `chosen`, `rejected`) or has two `responses`, judged or
+not. Without a file the rows are those of the built-in task. experiments.label_page
+asks in the browser and takes up to nine responses; it can share the workdir.
+
+Every answer is one line of `labels.jsonl`, on disk before the next question;
+`labels.sqlite` is the database behind it. The final report has the agreement and
+Cohen's kappa of every two annotators, and the position bias of a judge. The labels
+in the rows count as an annotator. The same command, run again, resumes where it
+was stopped.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments.annotation import agreement, judge, labels, terminal
+from experiments.annotation.items import check_annotator
+from experiments.annotation.judge import JudgeOptions
+from experiments.lab import models
+from rlhf_jax import entry, loop, rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(labels.LabelConfig):
+  """Pairs to label, and the annotator.
+
+  Attributes:
+    annotator: Name of the person who labels; empty lets the judge label.
+    batch_size: Questions per call of the judge.
+  """
+
+  annotator: str = ""
+  batch_size: int = 8
+  model: models.ModelOptions = models.ModelOptions()
+  judge: JudgeOptions = JudgeOptions()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.batch_size < 1:
+      raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+    if self.annotator:
+      check_annotator(self.annotator)
+    if bool(self.annotator) == bool(self.judge.path):
+      raise ValueError("annotator or else judge.path says who labels; give one of the two")
+
+
+def label(session: loop.Session, config: Config) -> dict[str, Any]:
+  """Labels the pairs that are left, reports on all pairs, and returns summary.json."""
+  with loop.open_run(session) as run:
+    if config.annotator:
+      labels.require_one_process()
+    items, store = labels.open_labels(run, config)
+    labels.require_pairs(items)
+    metrics: dict[str, float] = {}
+    if config.annotator:
+      with terminal.single_keys():
+        terminal.label(store, items, config.annotator)
+    else:
+      model_judge = open_judge(run, config)
+      name = pathlib.Path(config.judge.path).name or "judge"
+      judge.label(model_judge, store, items, name, config.batch_size)
+      metrics |= agreement.position_metrics(items, store.rows(name))
+      metrics |= judge.meet_canaries(model_judge, items[: config.judge.canaries])
+    return labels.report(run, items, store, metrics)
+
+
+def open_judge(run: loop.Run, config: Config) -> rewards.JudgeModel:
+  """Opens the judge of `--judge.path`."""
+  principles = judge.read_principles(config.judge.principles)
+  folder = models.model_folder(config.judge.path)
+  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  model, params = models.open_model(run, config.model, folder, tokenizer)
+  return rewards.JudgeModel(
+    model.apply,
+    params,
+    tokenizer,
+    principles,
+    batch_size=config.batch_size,
+    max_characters=config.judge.max_characters,
+  )
+
+
+if __name__ == "__main__":
+  entry.run_script(label, loop.Session, Config)

@@ -1,0 +1,93 @@
+r"""Fine-tunes a policy on preference pairs without a reference: SimPO, ORPO, CPO.
+
+Built-in task, from the SFT model (two minutes on a laptop CPU):
+  python -m experiments.simpo --workdir=runs/simpo --init_from=runs/sft
+Your model and data (rows with prompt, chosen, rejected), by ORPO:
+  python -m experiments.simpo --workdir=runs/orpo --init_from=FOLDER --data.path=FILE.jsonl \
+    --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1 --optim.learning_rate=1e-6
+By CPO:
+  --simpo.loss=cpo --simpo.beta=0.1
+
+With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
+At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
+policy in training also answers them every 50 steps.
+The default learning rate is for the built-in task.
+The same command, run again, resumes a run that was stopped.
+"""
+
+import dataclasses
+import functools
+
+import jax
+
+from experiments.lab import evaluating, models, training, workbench
+from experiments.lab.case import Case
+from experiments.lab.judges import RewardOptions
+from rlhf_jax import entry, loop
+from rlhf_jax.algorithms import pairs, simpo
+from rlhf_jax.algorithms.pairs import PairConfig
+from rlhf_jax.algorithms.simpo import SimPOConfig
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.train_step import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(loop.RunConfig):
+  """SimPO on pairs. `reward`, if given, judges the policies at the end."""
+
+  steps: int = 250
+  batch_size: int = 32
+  log_every: int = 10
+  model: models.ModelOptions = models.ModelOptions()
+  data: DataConfig = DataConfig()
+  reward: RewardOptions = RewardOptions()
+  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  simpo: SimPOConfig = SimPOConfig()
+  pairs: PairConfig = PairConfig()
+  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  lora: LoRAConfig = LoRAConfig()
+
+
+def train(session: loop.Session, config: Config) -> dict[str, float]:
+  """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
+  with workbench.open(session, config, "simpo", "preferences") as bench:
+    trainer, read = make_trainer(bench), pairs.make_read_pairs(bench.model.apply, config.pairs)
+    bench.describe(
+      "SimPO",
+      trainer,
+      data=f"{len(bench.train_set.examples)} pairs",
+      tokens_per_step=training.step_tokens(config, bench.train_set),
+    )
+
+    @jax.jit
+    def measure(params, batch):
+      return simpo.row_metrics(params, batch, read=read, config=config.simpo)[0]
+
+    @functools.cache
+    def judge():  # Opened at its first use: a reward model takes no memory before.
+      return bench.judge(bench.open_reward() if config.reward.is_given else None)
+
+    evaluate = bench.evaluator(trainer, measure, None, judge)
+    batches = bench.batches(packed_length=config.data.packed_length)
+    state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate, title="simpo")
+    summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)
+    return judge().finish(trainer.params(state), config.steps, "SimPO", summary)
+
+
+def make_trainer(bench: workbench.Workbench) -> training.Trainer:
+  """Builds the state and the step of the policy."""
+  config = bench.config
+  make_step = functools.partial(simpo.make_simpo_step, config=config.simpo, weighting=config.pairs)
+  return bench.trainer(make_step)
+
+
+def programs(case: Case) -> None:
+  """Compiles the train step, for `experiments.compile`."""
+  batch, rows = case.tokens(2, case.length), 2 * case.config.batch_size
+  case.offline(make_trainer(case.bench), batch, rows=rows, scored=True)
+
+
+if __name__ == "__main__":
+  entry.run_script(train, loop.Session, Config)

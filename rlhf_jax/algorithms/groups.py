@@ -1,0 +1,148 @@
+"""Group-relative advantages: each response is compared with the others to its prompt; no critic.
+
+GRPO, GSPO, CISPO and RLOO share this. The N responses to a prompt are adjacent rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import epochs, reading
+from rlhf_jax.losses import advantages, kl, masked, policy_gradient
+from rlhf_jax.types import Metrics, Params, Rollout
+
+# (rewards [B / N, N], mask [B / N, N]) -> advantages [B / N, N].
+Compare = Callable[..., jax.Array]
+# (logprobs, old_logprobs, advantages, mask), [B, R] each -> losses [B, R].
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Average(NamedTuple):
+  """Mean over tokens: functions from the mask [B, R] to weights [B, R] and to the unit count []."""
+
+  weights: Callable[[jax.Array], jax.Array]
+  count: Callable[[jax.Array], jax.Array]
+
+
+def _weigh(aggregation: str) -> Callable[[jax.Array], jax.Array]:
+  return functools.partial(policy_gradient.token_weights, aggregation=aggregation)
+
+
+AVERAGES = {
+  "responses": Average(_weigh("grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
+  "tokens": Average(_weigh("dapo"), jnp.sum),
+  "length": Average(_weigh("dr_grpo"), lambda mask: jnp.sum(mask.any(axis=1))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig(epochs.UpdateConfig):
+  """Settings of methods that compare the responses to a prompt.
+
+  Attributes:
+    kl_coef: Weight of the KL penalty to the reference, a k3 estimate in the loss.
+    clip_low: Distance below 1 at which the probability ratio is clipped.
+    clip_high: Distance above 1 at which the probability ratio is clipped.
+    scale: Division of advantages by the standard deviation of the rewards of their group.
+    average: Average over tokens. `responses` averages within each response, then over responses.
+      `length` does so with the maximum length as divisor. `tokens` averages over all tokens.
+  """
+
+  kl_coef: float = 0.1
+  clip_low: float = 0.2
+  clip_high: float = 0.2
+  scale: bool = True
+  average: Literal["responses", "tokens", "length"] = "responses"
+
+  def __post_init__(self):
+    super().__post_init__()
+    ranges.check(
+      self, non_negative=("kl_coef", "clip_low", "clip_high"), one_of={"average": AVERAGES}
+    )
+
+
+class GroupBatch(NamedTuple):
+  """Responses with group-relative advantages. All but the tokens are constants of the loss.
+
+  Attributes:
+    rollout: B responses, with the old log-probabilities of the probability ratio.
+    mask: [B, R] bool, True on response tokens of rows with a finite reward.
+    advantages: [B, R] float32, the same at all tokens of a response.
+    ref_logprobs: [B, R] float32, log-probabilities under the reference.
+  """
+
+  rollout: Rollout
+  mask: jax.Array
+  advantages: jax.Array
+  ref_logprobs: jax.Array
+
+
+def compare_responses(
+  rollout: Rollout,
+  rewards: jax.Array,
+  ref_logprobs: jax.Array,
+  samples_per_prompt: int,
+  compare: Compare,
+) -> tuple[GroupBatch, Metrics]:
+  """Computes the advantages of B responses, each compared with the others of its group.
+
+  Args:
+    rollout: The responses, with their log-probabilities under the policy.
+    rewards: [B] float, reward of each response; a row with NaN or Inf is left out.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
+    samples_per_prompt: Size N of a group; 1 makes the batch one group.
+    compare: `(rewards, *, mask) -> advantages`, [B / N, N] each.
+  """
+  finite, mask = jnp.isfinite(rewards), reading.response_mask(rollout, rewards)
+  rewards = jnp.where(finite, rewards, 0.0)
+  shape = (-1, samples_per_prompt) if samples_per_prompt > 1 else (1, -1)
+  compared = compare(rewards.reshape(shape), mask=finite.reshape(shape)).reshape(-1, 1)
+  old, ref_logprobs = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
+  batch = GroupBatch(
+    rollout._replace(logprobs=old), mask, jnp.where(mask, compared, 0.0), ref_logprobs
+  )
+  return batch, {"reward/shaped": masked.masked_mean(rewards, finite)}
+
+
+def make_batch(
+  rollout: Rollout,
+  scores: jax.Array,
+  ref_logprobs: jax.Array,
+  config: GroupConfig,
+  *,
+  samples_per_prompt: int,
+) -> tuple[GroupBatch, Metrics]:
+  """Computes GRPO's advantages, scores [B] standardised per prompt; see `compare_responses`."""
+  compare = functools.partial(advantages.group_normalize, scale=config.scale)
+  return compare_responses(rollout, scores, ref_logprobs, samples_per_prompt, compare)
+
+
+def loss_fn(
+  params: Params,
+  batch: GroupBatch,
+  key: jax.Array,
+  *,
+  read: reading.Read,
+  config: GroupConfig,
+  token_loss: TokenLoss,
+) -> tuple[jax.Array, Metrics]:
+  """Mean of a token loss plus `kl_coef` times k3; the metric `weight` is `Average.count`."""
+  del key  # The loss is deterministic given the batch.
+  mask, old = batch.mask, batch.rollout.logprobs
+  now = read(params, batch.rollout)
+  average = AVERAGES[config.average]
+  logprobs, weights = jnp.where(mask, now.logprobs, 0.0), average.weights(mask)
+  policy_loss = jnp.sum(weights * token_loss(logprobs, old, batch.advantages, mask))
+  kl_loss = jnp.sum(weights * kl.k3(logprobs, batch.ref_logprobs))
+  return policy_loss + config.kl_coef * kl_loss, {
+    "loss/policy": policy_loss,
+    "loss/kl": kl_loss,
+    "entropy": masked.masked_mean(now.entropy, mask),
+    "weight": average.count(mask).astype(jnp.float32),
+    **reading.ratio_metrics(logprobs, old, mask, config.clip_low, config.clip_high),
+  }

@@ -1,0 +1,139 @@
+"""Forward passes over sampled responses: the interface of policy-gradient methods and models.
+
+A method calls `read(params, rollout)` and gets one number per response token. The function hides
+temperature, segment ids and packing.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.losses import kl, masked, packing
+from rlhf_jax.losses import logprobs as logprobs_lib
+from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout
+
+# (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last] or None.
+# Without `last` both cover all positions.
+ActorCriticFn = Callable[..., tuple[jax.Array, jax.Array | None]]
+
+
+class Reading(NamedTuple):
+  """One number per response token. Entries past the end of a response are undefined.
+
+  Attributes:
+    logprobs: [B, R] float32, log-probability of each token at the sampling temperature.
+    entropy: [B, R] float32, entropy in nats of the distribution that each token is drawn from.
+    values: [B, R] float32, value before each token; zeros without a critic.
+  """
+
+  logprobs: jax.Array
+  entropy: jax.Array
+  values: jax.Array
+
+
+Read = Callable[[Params, Rollout], Reading]
+
+
+class Packing(NamedTuple):
+  """Layout in which one row holds several prompts with their responses.
+
+  Attributes:
+    length: Tokens per row.
+    rows: Rows per micro-batch; None takes enough rows for any lengths. Responses that do not fit
+      get log-probabilities of NaN.
+  """
+
+  length: int
+  rows: int | None = None
+
+  def shape(self, sequences: int, longest: int) -> tuple[int, int]:
+    """Returns the rows, and tokens per row, for `sequences` of up to `longest` tokens.
+
+    Raises:
+      ValueError: The longest sequence does not fit into a row.
+    """
+    if self.length < longest:
+      raise ValueError(
+        f"packed_length must be at least {longest}, a prompt and a response of maximum length,"
+        f" got {self.length}"
+      )
+    return self.rows or -(-sequences // (self.length // longest)), self.length
+
+
+def make_read(apply_fn: ApplyFn, temperature: float = 1.0, packed: Packing | None = None) -> Read:
+  """Builds `read(params, rollout) -> Reading` for a language model.
+
+  Args:
+    apply_fn: `(params, tokens, *, segment_ids, last) -> logits`; packed rows come without `last`.
+    temperature: Sampling temperature, which divides the logits.
+    packed: Packing of the sequences; None reads them padded, as they were sampled.
+  """
+  return make_actor_critic_read(
+    lambda *args, **kwargs: (apply_fn(*args, **kwargs), None), temperature, packed
+  )
+
+
+def make_actor_critic_read(
+  apply_fn: ActorCriticFn, temperature: float = 1.0, packed: Packing | None = None
+) -> Read:
+  """Builds `read(params, rollout) -> Reading` for a policy with a critic; see `make_read`."""
+
+  def read_padded(params: Params, rollout: Rollout) -> Reading:
+    segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
+    length = rollout.logprobs.shape[1]
+    # The output before a token predicts it and holds the value of the state it is sampled in.
+    logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
+    logprobs, entropy = _score(logits, rollout.tokens[:, -length - 1 :], temperature)
+    values = jnp.zeros_like(logprobs) if values is None else values
+    return Reading(logprobs[:, 1:], entropy[:, 1:], values[:, :-1])
+
+  if packed is None:
+    return read_padded
+
+  def read_packed(params: Params, rollout: Rollout) -> Reading:
+    shape, length = packed.shape(*rollout.tokens.shape), rollout.logprobs.shape[1]
+    places = packing.places(rollout.prompt_mask | rollout.response_mask, shape)
+    numbers = jnp.broadcast_to(1 + jnp.arange(places.shape[0])[:, None], places.shape)
+    tokens, segment_ids = (packing.pack(x, places, shape) for x in (rollout.tokens, numbers))
+    logits, values = apply_fn(params, tokens, segment_ids=segment_ids)
+    before, at = places[:, -length - 1 : -1], places[:, -length:]
+    logprobs, entropy = _score(logits, tokens, temperature)
+    values = jnp.zeros_like(logprobs) if values is None else values
+    return Reading(*map(packing.take, (logprobs, entropy, values), (at, at, before)))
+
+  return read_packed
+
+
+def _score(
+  logits: logprobs_lib.Logits, tokens: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the log-probabilities and entropies [B, T] of tokens [B, T]; 0 for the first token."""
+
+  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = logits / temperature
+    return logprobs_lib.token_logprobs(logits, targets), logprobs_lib.entropy(logits)
+
+  return logprobs_lib.over_next_tokens(score, tokens, logits)
+
+
+def response_mask(rollout: Rollout, scores: jax.Array) -> jax.Array:
+  """Mask [B, R], True on response tokens of rows with a finite score [B]."""
+  length = rollout.logprobs.shape[1]
+  return rollout.response_mask[:, -length:] & jnp.isfinite(scores)[:, None]
+
+
+def ratio_metrics(
+  logprobs: jax.Array, old: jax.Array, mask: jax.Array, clip_low: float, clip_high: float
+) -> Metrics:
+  """Metrics of the ratio of the policy to the old policy, from log-probabilities [B, R] of both."""
+  ratio = jnp.exp(logprobs - old)
+  clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+  return {
+    "clip_fraction": masked.masked_mean(clipped.astype(jnp.float32), mask),
+    "kl/old": masked.masked_mean(kl.k3(old, logprobs), mask),
+    "ratio/mean": masked.masked_mean(ratio, mask),
+    "ratio/max": jnp.max(jnp.where(mask, ratio, 0.0)),
+    "ratio/deviation/max": jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0.0)),
+  }

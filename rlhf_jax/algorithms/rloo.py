@@ -1,0 +1,101 @@
+"""RLOO: sequence-level policy gradient; the baseline is the mean of the prompt's other samples.
+
+Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, eq. 6 and 7. The KL penalty is part of the
+reward. With one sample per prompt the baseline is the mean of the rest of the batch, which is
+REINFORCE.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import epochs, groups, reading
+from rlhf_jax.losses import advantages, masked, policy_gradient
+from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainStep
+
+RLOOBatch = groups.GroupBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class RLOOConfig(epochs.UpdateConfig):
+  """RLOO. It has no probability ratio, so it is on-policy only with one update per batch.
+
+  Attributes:
+    kl_coef: Weight of the KL penalty to the reference, in reward per nat.
+  """
+
+  kl_coef: float = 0.1
+  minibatches: int = 1
+
+  def __post_init__(self):
+    super().__post_init__()
+    ranges.check(self, non_negative=("kl_coef",))
+
+
+def make_batch(
+  rollout: Rollout,
+  scores: jax.Array,
+  ref_logprobs: jax.Array,
+  config: RLOOConfig,
+  *,
+  samples_per_prompt: int,
+) -> tuple[RLOOBatch, Metrics]:
+  """Computes leave-one-out advantages of B responses from their KL-penalised rewards.
+
+  Args:
+    rollout: The responses, with their log-probabilities under the policy.
+    scores: [B] float, reward of each response; a row with NaN or Inf is left out.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
+    config: RLOO settings.
+    samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
+  """
+  finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
+  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
+  rewards = policy_gradient.kl_shaped_rewards(
+    jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
+  )
+  totals = jnp.where(finite, jnp.sum(rewards, axis=1), jnp.nan)
+  return groups.compare_responses(
+    rollout, totals, ref_logprobs, samples_per_prompt, advantages.leave_one_out
+  )
+
+
+def loss_fn(
+  params: Params, batch: RLOOBatch, key: jax.Array, *, read: reading.Read
+) -> tuple[jax.Array, Metrics]:
+  """Policy-gradient loss, summed over the tokens of a response and averaged over responses.
+
+  The sums are divided by the maximum length R. The metric `weight` counts the responses.
+  """
+  del key  # The loss is deterministic given the batch.
+  mask, old = batch.mask, batch.rollout.logprobs
+  now = read(params, batch.rollout)
+  logprobs = jnp.where(mask, now.logprobs, 0.0)
+  losses = policy_gradient.reinforce_loss(logprobs, batch.advantages)
+  loss = jnp.sum(groups.AVERAGES["length"].weights(mask) * losses)
+  return loss, {
+    "loss/policy": loss,
+    "entropy": masked.masked_mean(now.entropy, mask),
+    "weight": jnp.sum(mask.any(axis=1)).astype(jnp.float32),
+    **reading.ratio_metrics(logprobs, old, mask, 0.2, 0.2),
+  }
+
+
+def make_rloo_step(
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: RLOOConfig,
+  *,
+  temperature: float = 1.0,
+  packed: reading.Packing | None = None,
+  state_shardings: Any = None,
+) -> TrainStep:
+  """Jitted `step(state, RLOOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
+  read = reading.make_read(apply_fn, temperature, packed)
+  loss = functools.partial(loss_fn, read=read)
+  return epochs.make_epochs_step(loss, tx, config, packed=packed, state_shardings=state_shardings)

@@ -1,0 +1,114 @@
+"""Preference optimisation without a reference: SimPO, ORPO and CPO.
+
+Meng et al., 2024, https://arxiv.org/abs/2405.14734; Hong et al., 2024,
+https://arxiv.org/abs/2403.07691; Xu et al., 2024, https://arxiv.org/abs/2401.08417. SimPO and ORPO
+compare log-probabilities per token, CPO compares those of responses.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from rlhf_jax import ranges
+from rlhf_jax.algorithms import pairs as pairs_lib
+from rlhf_jax.losses import preference
+from rlhf_jax.train_step import make_train_step
+from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
+
+# Pairs of responses to the same prompt: tokens [B, 2, T] right padded, index 0 chosen and 1
+# rejected; mask [B, 2, T] on responses. Or several pairs packed in a row.
+SimPOBatch = TokenBatch | PackedBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class SimPOConfig:
+  """SimPO and other losses without a reference.
+
+  Attributes:
+    loss: Loss: `simpo`, `orpo` or `cpo`.
+    beta: Scale of the margin; for `orpo` the weight of the odds-ratio term.
+    gamma: Target margin of `simpo`, in units of the reward `beta * log p`.
+    sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
+      The published ORPO has 1.
+    microbatches: Micro-batches per batch; more of them save memory.
+  """
+
+  loss: str = "simpo"
+  beta: float = 2.0
+  gamma: float = 0.5
+  sft_coef: float = 0.0
+  microbatches: int = 1
+
+  def __post_init__(self):
+    not_negative = ("gamma", "sft_coef")
+    ranges.check(self, positive=("beta",), non_negative=not_negative, one_of={"loss": LOSSES})
+    ranges.check(self, at_least_one=("microbatches",))
+
+
+def simpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
+  """SimPO's loss [N] and the log-probabilities [N, 2] that it compares."""
+  loss = preference.simpo_loss(*policy.means.T, beta=config.beta, gamma=config.gamma)
+  return loss, policy.means
+
+
+def orpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
+  """ORPO's odds-ratio term [N] and the log-probabilities [N, 2] that it compares."""
+  return preference.orpo_loss(*policy.means.T, beta=config.beta), policy.means
+
+
+def cpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
+  """CPO's preference term [N] and the log-probabilities [N, 2] that it compares."""
+  return preference.cpo_loss(*policy.totals.T, beta=config.beta), policy.totals
+
+
+LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+  "simpo": simpo,
+  "orpo": orpo,
+  "cpo": cpo,
+}
+
+
+def row_metrics(
+  params: Params, batch: SimPOBatch, *, read: pairs_lib.ReadPairs, config: SimPOConfig
+) -> tuple[Metrics, jax.Array]:
+  """Loss and metrics of each pair; the rewards are `beta` times the compared log-probabilities."""
+  policy = read(params, batch)
+  loss, logprobs = LOSSES[config.loss](policy, config)
+  rows, real = pairs_lib.row_metrics(loss, policy, logprobs, config.beta * logprobs)
+  if config.sft_coef:
+    rows["loss"] += config.sft_coef * policy.nll
+  return rows, real
+
+
+def loss_fn(
+  params: Params,
+  batch: SimPOBatch,
+  key: jax.Array,
+  *,
+  read: pairs_lib.ReadPairs,
+  config: SimPOConfig,
+) -> tuple[jax.Array, Metrics]:
+  """Mean of `row_metrics` over the pairs; the metric `weight` counts them."""
+  del key  # The loss is deterministic given the batch.
+  rows, real = row_metrics(params, batch, read=read, config=config)
+  return pairs_lib.mean_metrics(rows, real, batch.mask)
+
+
+def make_simpo_step(
+  apply_fn: ApplyFn,
+  tx: optax.GradientTransformation,
+  config: SimPOConfig,
+  *,
+  weighting: pairs_lib.PairConfig | None = None,
+  state_shardings: Any = None,
+) -> TrainStep:
+  """Jitted `step(state, SimPOBatch, key) -> (state, metrics)`."""
+  read = pairs_lib.make_read_pairs(apply_fn, weighting)
+  loss = functools.partial(loss_fn, read=read, config=config)
+  return make_train_step(
+    loss, tx, microbatches=config.microbatches, state_shardings=state_shardings
+  )

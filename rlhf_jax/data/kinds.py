@@ -1,0 +1,250 @@
+"""Kinds of data: the columns of an example, and the batch that examples become.
+
+`KINDS` is the one place that tells kinds apart after a row has been parsed (`schema`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.schema import KindName
+from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
+
+Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
+
+# Counts that the report of a data set holds even where they are 0.
+COUNTS = (
+  "dropped_ties",
+  "dropped_not_judged",
+  "dropped_overlong",
+  "dropped_overlong_responses",
+  "dropped_identical_pairs",
+  "truncated_prompts",
+)
+
+
+class Dataset(NamedTuple):
+  """Tokenised rows. Count the examples with `len(dataset.examples)`; a row may give several.
+
+  Attributes:
+    kind: Name of the kind in `KINDS`.
+    examples: One dict of int32 [length] ids each: "prompt" and, by kind, "response"; "chosen" and
+      "rejected"; "response_a" and "response_b"; or "response_0", "response_1" and so on, the best
+      one first. A ranking also has "ranks", one per response, an unpaired response "desirable",
+      [1] or [0], and a comparison "preference", float32 [1], the share of the verdicts for the
+      first response.
+    rows: Original columns of the row of each example, plus "prompt_text", the prompt as the
+      tokenizer renders it.
+    padded_length: Length to pad to, shared by the training and the held-out set. It covers the
+      prompt for the kind "prompts", prompt and both responses for comparisons, else prompt and
+      response.
+    width: Number K of responses per example: 2 for pairs, the maximum in both sets for rankings.
+    digest: sha256 of all token ids in order: two runs with the same digest see the same data.
+    report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
+      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_overlong` and
+      `dropped_identical_pairs`, single responses left out of rankings as
+      `dropped_overlong_responses`, `truncated_prompts`, `duplicates` (repeated examples),
+      `flipped_pairs` (pairs that are there the other way round too) and, for the held-out set,
+      `eval_prompts_in_train`.
+  """
+
+  kind: KindName
+  examples: list[Arrays]
+  rows: list[dict[str, Any]]
+  padded_length: int
+  width: int
+  digest: str
+  report: dict[str, int]
+
+  @property
+  def dropped(self) -> str:
+    """Names the reasons for dropped examples and their counts, such as "ties 36, overlong 2"."""
+    prefix = "dropped_"
+    counts = {name.removeprefix(prefix): self.report[name] for name in COUNTS if prefix in name}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+
+
+class PromptBatch(NamedTuple):
+  """Prompts to sample from.
+
+  Attributes:
+    tokens: [B, P] int32, left padded.
+    mask: [B, P] bool, True on prompt tokens.
+    prompt_id: [B] int32, index into `dataset.rows`.
+  """
+
+  tokens: jax.Array | np.ndarray
+  mask: jax.Array | np.ndarray
+  prompt_id: jax.Array | np.ndarray
+
+
+Batch = TokenBatch | PackedBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
+
+
+class Kind(NamedTuple):
+  """Kind of data.
+
+  Attributes:
+    responses: Names of the responses of an example; None for any number of responses, named
+      response_0, response_1 and so on.
+    longest: Most tokens of a sequence in a batch, from the [examples] lengths of the prompts and
+      the lengths of each example's responses.
+    collate: Function of a data set, the [B] indices of examples and the padding id that returns
+      their batch.
+    label: Name of the label of an example; empty if it has none.
+    label_dtype: Dtype of the label.
+    packable: True if a row of a batch may hold several sequences.
+    drops_equal: True if an example with two equal responses is dropped.
+    flippable: True if the order of the responses is the label, so that two examples may contradict
+      each other.
+    drops_responses: True if only an overlong response is dropped, not its example.
+  """
+
+  responses: tuple[str, ...] | None
+  longest: Callable[[Sequence[int], Sequence[Sequence[int]]], int]
+  collate: Callable[[Dataset, np.ndarray, int], Batch]
+  label: str = ""
+  label_dtype: type[np.generic] = np.int32
+  packable: bool = False
+  drops_equal: bool = False
+  flippable: bool = False
+  drops_responses: bool = False
+
+
+def _one_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+  """Returns the longest prompt with one of its own responses."""
+  return max(p + max(r, default=0) for p, r in zip(prompts, responses, strict=True))
+
+
+def _all_responses(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+  """Returns the longest prompt with all of its responses, one behind the other."""
+  return max(p + sum(r) for p, r in zip(prompts, responses, strict=True))
+
+
+def _any_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+  """Returns the length of the longest response behind the longest prompt."""
+  return max(prompts) + max(map(max, responses))
+
+
+def _prompts(dataset: Dataset, indices: np.ndarray, pad_id: int) -> PromptBatch:
+  examples = _at(dataset, indices)
+  padded = _pad_left(examples, dataset.padded_length, pad_id)
+  return PromptBatch(*padded, np.asarray(indices, np.int32))
+
+
+def _demonstrations(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
+  tokens, mask = _sequences(dataset, indices, pad_id)
+  return TokenBatch(tokens[:, 0], mask[:, 0])
+
+
+def _preferences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
+  return TokenBatch(*_sequences(dataset, indices, pad_id))
+
+
+def _comparisons(dataset: Dataset, indices: np.ndarray, pad_id: int) -> ComparisonBatch:
+  examples = _at(dataset, indices)
+  both_ways = [
+    [np.concatenate([a, b]), np.concatenate([b, a])] for a, b in map(responses_of, examples)
+  ]
+  preference: Any = np.asarray([example["preference"][0] for example in examples], np.float32)
+  return ComparisonBatch(*_pad_right(dataset, examples, both_ways, pad_id), preference)
+
+
+def _rankings(dataset: Dataset, indices: np.ndarray, pad_id: int) -> RankingBatch:
+  tokens, mask = _sequences(dataset, indices, pad_id)
+  ranks: Any = np.zeros(tokens.shape[:2], np.int32)
+  for row, example in zip(ranks, _at(dataset, indices), strict=True):
+    row[: len(example["ranks"])] = example["ranks"]
+  # Every real response has at least its end token.
+  return RankingBatch(tokens, mask, ranks, mask.any(axis=-1))
+
+
+def _unpaired(dataset: Dataset, indices: np.ndarray, pad_id: int) -> UnpairedBatch:
+  examples = _at(dataset, indices)
+  tokens, mask = (x[:, 0] for x in _sequences(dataset, indices, pad_id))
+  others = [responses_of(dataset.examples[_partner(dataset, i)]) for i in indices]
+  mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
+  desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
+  return UnpairedBatch(tokens, mask, desirable, mismatched)
+
+
+KINDS: dict[KindName, Kind] = {
+  "demonstrations": Kind(("response",), _one_response, _demonstrations, packable=True),
+  "preferences": Kind(
+    ("chosen", "rejected"),
+    _one_response,
+    _preferences,
+    packable=True,
+    drops_equal=True,
+    flippable=True,
+  ),
+  "comparisons": Kind(
+    ("response_a", "response_b"),
+    _all_responses,
+    _comparisons,
+    label="preference",
+    label_dtype=np.float32,
+    drops_equal=True,
+  ),
+  "rankings": Kind(None, _one_response, _rankings, label="ranks", drops_responses=True),
+  "unpaired": Kind(("response",), _any_response, _unpaired, label="desirable"),
+  "prompts": Kind((), _one_response, _prompts),
+}
+
+
+def responses_of(example: Arrays) -> list[np.ndarray]:
+  """Returns the token ids of the responses of an example, in their order."""
+  labels = {kind.label for kind in KINDS.values()}
+  return [ids for name, ids in example.items() if name != "prompt" and name not in labels]
+
+
+def _at(dataset: Dataset, indices: np.ndarray) -> list[Arrays]:
+  return [dataset.examples[i] for i in indices]
+
+
+def _sequences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> tuple[Any, Any]:
+  """Returns tokens and mask of the examples at [B] `indices`, [B, K, T] each."""
+  examples = _at(dataset, indices)
+  return _pad_right(dataset, examples, [responses_of(example) for example in examples], pad_id)
+
+
+def _partner(dataset: Dataset, index: int) -> int:
+  """Returns the next example with another prompt; the first one follows the last."""
+  size, prompt = len(dataset.examples), dataset.examples[index]["prompt"]
+  following = ((index + step) % size for step in range(1, size))
+  other = (i for i in following if not np.array_equal(dataset.examples[i]["prompt"], prompt))
+  return next(other, index)
+
+
+def _pad_left(
+  examples: Sequence[Arrays], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns tokens and mask of the prompts, [B, P] each."""
+  tokens = np.full([len(examples), length], pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, example in enumerate(examples):
+    start = length - len(example["prompt"])
+    tokens[row, start:] = example["prompt"]
+    mask[row, start:] = True
+  return tokens, mask
+
+
+def _pad_right(
+  dataset: Dataset,
+  examples: Sequence[Arrays],
+  responses: Sequence[list[np.ndarray]],
+  pad_id: int,
+) -> tuple[Any, Any]:
+  """Returns tokens and mask of each prompt with each of its responses, [B, K, T] each."""
+  tokens = np.full([len(examples), dataset.width, dataset.padded_length], pad_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, (example, answers) in enumerate(zip(examples, responses, strict=True)):
+    prompt = example["prompt"]
+    for column, answer in enumerate(answers):
+      end = len(prompt) + len(answer)
+      tokens[row, column, : len(prompt)] = prompt
+      tokens[row, column, len(prompt) : end] = answer
+      mask[row, column, len(prompt) : end] = True
+  return tokens, mask

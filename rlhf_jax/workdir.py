@@ -1,0 +1,255 @@
+"""The folder of a run: its lock, its identity, digests of what it was given, durable writes.
+
+A workdir is local or on a shared POSIX file system: the lock and the atomic rename need one. With
+several processes, call everything here from all of them, after `jax.distributed.initialize`.
+Process 0 looks and decides, for all of them.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from rlhf_jax import processes, sharding
+from rlhf_jax.types import Params
+
+_LOCKED: set[pathlib.Path] = set()  # Directories this process holds the lock of.
+_SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
+
+
+class WorkdirError(RuntimeError):
+  """A workdir holds another run, or is no folder of a file system."""
+
+  exit_code = 78  # EX_CONFIG
+
+
+class LockedError(RuntimeError):
+  """The run directory belongs to another process or cannot be locked."""
+
+  exit_code = 73  # EX_CANTCREAT
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """Returns whether `path` is in a bucket (`gs://...`) rather than on a file system."""
+  return "://" in os.fspath(path)
+
+
+def local_path(path: epath.PathLike) -> pathlib.Path:
+  """Returns an absolute path; raises WorkdirError for a URL such as `gs://bucket/run`."""
+  if is_remote(path):
+    raise WorkdirError(
+      f"--workdir={os.fspath(path)} is not a file system path: locking and atomic renames need one;"
+      " mount the bucket or the share and pass the mounted folder"
+    )
+  return pathlib.Path(path).absolute()
+
+
+def atomic_write(path: epath.PathLike, text: str) -> None:
+  """Writes a text file so that a reader, a crash or a power loss sees the old file or the new one.
+
+  Its folder is created. An object in a bucket appears when it is complete.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(path):
+    path.write_text(text)
+    return
+  temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+  try:
+    with open(temporary, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+  sync_directory(path.parent)
+
+
+def sync_directory(path: epath.PathLike) -> None:
+  """Makes the renames within a folder survive a power loss."""
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def run_lock(workdir: epath.PathLike) -> Iterator[None]:
+  """Holds `<workdir>/.lock`, so that no second process works in the same directory.
+
+  The operating system releases the lock when its owner dies, however it dies. Process 0 of a
+  multi-process run holds it for all.
+
+  Raises:
+    LockedError: Another process holds it (named with host, pid and start time), or `workdir`
+      cannot be written, or is not the same directory for all processes of the run.
+  """
+  directory = local_path(workdir)
+  with contextlib.ExitStack() as stack:
+    owner = processes.agree(lambda: stack.enter_context(_lock(directory)))
+    if jax.process_count() > 1:
+      _require_shared(directory, owner)
+    yield
+
+
+def _require_shared(directory: pathlib.Path, owner: str) -> None:
+  """Refuses a directory in which not every process finds the lock that process 0 has written."""
+  deadline = time.monotonic() + _SEEN_SECONDS
+  while not (found := _read(directory / ".lock") == owner) and time.monotonic() < deadline:
+    time.sleep(0.2)
+  alone = [host for host in processes.gather("" if found else socket.gethostname()) if host]
+  if alone:
+    raise LockedError(
+      f"--workdir={directory} is another folder on {', '.join(alone)} than for process 0;"
+      " several processes need one on a file system that they share"
+    )
+
+
+def _read(path: pathlib.Path) -> str:
+  """Returns the text of a file, empty if it cannot be read."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except OSError:
+    return ""
+
+
+@contextlib.contextmanager
+def _lock(directory: pathlib.Path) -> Iterator[str]:
+  """Locks a directory and yields the text of `.lock`, which names the owner."""
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise LockedError(f"--workdir={directory} cannot be written: {error}") from error
+  with os.fdopen(fd, "r+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        raise LockedError(f"--workdir={directory} cannot be locked: {error}") from error
+      raise LockedError(
+        f"--workdir={directory} is in use by {_owner(file) or 'another process'};"
+        " stop it first, or use another --workdir"
+      ) from error
+    if previous := _owner(file):
+      logging.info("Took over the lock of %s, left by %s", directory, previous)
+    start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.seek(0)
+    file.truncate()
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start})
+    file.write(owner)
+    file.flush()
+    os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
+    _LOCKED.add(directory)
+    try:
+      yield owner
+    finally:
+      # The file stays: unlinking it would let two processes lock two files of the same name.
+      _LOCKED.discard(directory)
+      os.ftruncate(fd, 0)
+
+
+def holds_lock(directory: pathlib.Path) -> bool:
+  """Returns whether this process holds the `run_lock` of a directory or of one above it."""
+  return bool(_LOCKED & {directory, *directory.parents})
+
+
+def _owner(file) -> str:
+  file.seek(0)
+  try:
+    owner = json.load(file)
+    return f"pid {owner['pid']} on host {owner['host']} since {owner['start']}"
+  except (ValueError, KeyError, TypeError):
+    return ""
+
+
+def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None:
+  """Refuses to continue a run under another identity than it was started with.
+
+  The first call writes `<workdir>/identity.json`; later calls compare with it.
+
+  Args:
+    workdir: The run directory; created if missing.
+    identity: JSON-able values that must not change over the life of a run.
+
+  Raises:
+    WorkdirError: A key differs from its first value, or between processes; the message has one
+      line per key.
+  """
+  path = local_path(workdir) / "identity.json"
+  now = json.loads(json.dumps(identity, sort_keys=True))
+
+  def read() -> Any:
+    if not path.exists():
+      atomic_write(path, json.dumps(now, indent=2) + "\n")
+      return now
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+      raise WorkdirError(f"{path} cannot be read: {error}; use another --workdir") from error
+
+  was = processes.agree(read)
+  lines = [
+    f"  {key}: was {_show(was, key)}, now {_show(now, key)}"
+    for key in sorted(was.keys() | now.keys())
+    if _show(was, key) != _show(now, key)
+  ]
+  found = "\n".join(lines)
+  if jax.process_count() > 1:  # The data of a process may differ from that of process 0.
+    found = next(filter(None, processes.gather(found)), "")
+  if found:
+    raise WorkdirError(
+      f"--workdir={path.parent} holds another run; use another --workdir, or its flags\n{found}"
+    )
+
+
+def _show(values: Mapping[str, Any], key: str) -> str:
+  return json.dumps(values[key], sort_keys=True) if key in values else "absent"
+
+
+def params_digest(params: Params) -> str:
+  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of all leaves.
+
+  It depends on neither the sharding nor the container types. One leaf at a time is on the host.
+  """
+  leaves = [
+    (jax.tree_util.keystr(path, simple=True, separator="/") or "value", leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  ]
+  digest = hashlib.sha256()
+  for path, leaf in sorted(leaves, key=lambda item: item[0]):
+    kind = f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+    array = np.ascontiguousarray(sharding.to_host(leaf))
+    digest.update(f"{path}\0{kind}\0".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def files_digest(files: Iterable[pathlib.Path]) -> str:
+  """Returns the SHA-256 of the names and contents of files, in their order."""
+  digest = hashlib.sha256()
+  for path in files:
+    digest.update(f"{path.name}\0{file_digest(path)}\0".encode())
+  return digest.hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of the content of a file."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,171 @@
+import ctypes
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_jax import entry
+
+_FATAL = "FATAL Flags parsing error:"
+_SCRIPT = '''
+"""Trains a toy to 98 % of nothing.
+
+  python toy.py --workdir=DIR
+"""
+
+import dataclasses
+
+import jax
+from absl import flags as absl_flags
+
+from rlhf_jax import entry, flags
+{dataclasses}
+_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Where the run lives.")
+config = flags.define(Config)
+
+
+class DiskFull(Exception):
+  exit_code = 74
+
+
+def main(argv):
+  print(argv[1:], config().dpo.beta)
+  if config().steps == 74:
+    raise DiskFull("no space")
+  if config().steps == 69:
+    jax.numpy.zeros(2**47)
+  if config().steps == 99:
+    raise RuntimeError("a bug")
+  flags.save_flags(_WORKDIR.value + "/flags")
+
+
+if __name__ == "__main__":
+  entry.run(main)
+'''
+_DATACLASSES = '''
+@dataclasses.dataclass(frozen=True)
+class DPO:
+  beta: float = 0.1
+
+  def __post_init__(self):
+    if self.beta <= 0:
+      raise ValueError("beta must be positive")
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options.
+
+  Attributes:
+    steps: Number of updates.
+  """
+  steps: int = 10
+  batch_size: int = 8
+  shuffle: bool = True
+  dpo: DPO = DPO()
+'''
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory, repository):
+  path = tmp_path_factory.mktemp("script") / "toy.py"
+  path.write_text(_SCRIPT.format(dataclasses=_DATACLASSES).lstrip())
+
+  def run(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(path), *args]
+    env = os.environ | {"PYTHONPATH": str(repository)}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+  return run
+
+
+def test_script_help_lists_its_own_flags(script):
+  out = script("--help").stdout
+  assert out.startswith("Trains a toy to 98 % of nothing.\n")
+  assert "  --steps=10\n      Number of updates.\n" in out
+  assert "  --[no]shuffle (" in out
+  assert "  --workdir=\n      Where the run lives.\n" in out
+  assert "--verbosity" not in out
+  assert out.count("--dpo.beta=0.1\n") == 1
+  assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+  "args, code, last_line",
+  [
+    ("--dpo.beta=-1", 64, "--dpo.beta must be positive"),
+    ("--shuffle False", 64, "stray word 'False': write --noshuffle or --shuffle=false"),
+    ("--steps=1 --steps=2", 64, "--steps is given 2 times; keep one"),
+    ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
+    ("--stesp=3", 1, f"{_FATAL} Unknown command line flag 'stesp'. Did you mean: steps ?"),
+    ("--steps=74", 74, "DiskFull: no space"),
+    ("--steps=69", 69, "A device has too little memory. Less is taken by a smaller --batch_size"),
+    (
+      "--steps=69 --batch_size=1",
+      69,
+      "A device has too little memory. Less is taken by a smaller model",
+    ),
+    ("--steps=99", 1, "RuntimeError: a bug"),
+  ],
+)
+def test_script_exit_codes(script, args, code, last_line):
+  result = script(*args.split())
+  assert result.returncode == code
+  assert result.stderr.splitlines()[-1] == last_line
+  assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)
+
+
+def test_script_flags_replay(script, tmp_path):
+  first = script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
+  assert (first.returncode, first.stdout) == (0, "[] 0.5\n"), first.stderr
+  lines = pathlib.Path(tmp_path, "flags").read_text().splitlines()
+  assert lines == [
+    "--batch_size=8",
+    "--dpo.beta=0.5",
+    "--shuffle=true",
+    "--steps=10",
+    f"--workdir={tmp_path}",
+  ]
+  assert script(f"--flagfile={tmp_path}/flags").stdout == first.stdout
+
+
+_FAULTS = """
+import resource, sys
+import numpy as np
+from rlhf_jax import entry
+if sys.argv[1] == "keep":
+  entry._keep_freed_memory()
+for step in range(6):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  blocks = [np.ones(2**25, np.int8) for _ in range(4)]
+  after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  del blocks
+print(after - before)
+"""
+
+
+def test_freed_memory_is_reused(repository):
+  if not hasattr(ctypes.CDLL(None), "mallopt"):
+    pytest.skip("the C library is not glibc")
+  faults = {}
+  for mode in ("keep", "default"):
+    command = [sys.executable, "-c", _FAULTS, mode]
+    env = os.environ | {"PYTHONPATH": str(repository)}
+    faults[mode] = int(subprocess.run(command, capture_output=True, env=env, check=True).stdout)
+  assert faults["keep"] < 100  # Of 32,768 pages.
+  assert faults["keep"] < faults["default"]
+
+
+@pytest.mark.parametrize("plugins", [(), ("cuda13",)], ids=["cpu", "accelerator"])
+def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
+  kept = []
+  monkeypatch.setattr(entry, "_keep_freed_memory", lambda: kept.append(True))
+  monkeypatch.setattr(entry.importlib.metadata, "entry_points", lambda group: plugins)
+  monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
+  given = "--xla_backend_optimization_level=3"
+  monkeypatch.setenv("XLA_FLAGS", given)
+  entry._tune_for_cpu()
+  before = "" if plugins else "--xla_backend_optimization_level=1 "
+  assert os.environ["XLA_FLAGS"] == before + given  # What was given comes last, and wins.
+  assert len(kept) == (not plugins)

@@ -1,0 +1,70 @@
+"""Metrics of policies on held-out prompts: intervals, the best-of-n line, diversity."""
+
+import math
+
+import numpy as np
+import pytest
+
+from experiments.lab import comparison, evaluating
+from rlhf_jax import evaluation
+from rlhf_jax.data import Dataset
+
+
+def samples_of(rewards, **fields):
+  size = len(next(iter(rewards.values())))
+  same = {"kl": np.zeros(size), "lengths": np.ones(size), "ended": np.ones(size, bool)}
+  texts = {"prompts": ["p"] * size, "responses": ["r"] * size}
+  return evaluating.Samples(rewards=rewards, **(same | texts | fields))
+
+
+def test_intervals_are_over_prompts_and_not_over_samples():
+  rng = np.random.default_rng(0)
+  of_prompt = rng.normal(size=40)
+  gold = np.repeat(of_prompt, 4) + 1e-3 * rng.normal(size=160)
+  before = samples_of({"gold": np.zeros(160)})
+  found = comparison.intervals(before, samples_of({"gold": gold}, kl=gold + 2), 4)
+  expected = evaluation.mean(of_prompt)
+  names = ("gold/mean", "gold/mean_low", "gold/mean_high")
+  np.testing.assert_allclose([found[name] for name in names], expected, atol=1e-3)
+  assert found["kl"] == pytest.approx(expected.value + 2, abs=1e-3)
+  wins = evaluation.mean(1.0 * (of_prompt > 0))
+  assert found["gold/win_rate_low"] == pytest.approx(wins.low, abs=1e-6)
+  assert "reward/accuracy" not in found
+
+
+def test_agreement_of_proxy_and_gold():
+  before = samples_of({"reward": np.zeros(6), "gold": np.zeros(6)})
+  after = samples_of(
+    {"reward": np.array([1, 1, -1, 0, 5, 5]), "gold": np.array([2.0, -2, -3, 1, 0, 0])}
+  )
+  # Right, wrong, right, a tie of the proxy; where the gold reward ties nothing can be right.
+  assert comparison.intervals(before, after, 1)["reward/accuracy"] == 2.5 / 4
+  assert "reward/accuracy" not in comparison.intervals(before, before, 1)
+
+
+def test_best_of_n_line_is_chosen_by_the_proxy():
+  proxy, gold = np.array([[1.0, 2, 3, 4], [4, 3, 2, 1]]), np.array([[0.0, 0, 0, 8], [4, 0, 0, 0]])
+  lines = comparison.best_of_n(samples_of({"reward": proxy.ravel(), "gold": gold.ravel()}), 4)
+  np.testing.assert_allclose(lines["reward"].y, [2.5, (2 * 1 + 3 * 2 + 4 * 3) / 6, 4])
+  np.testing.assert_allclose(lines["gold"].y, [1.5, 3, 6])
+  np.testing.assert_allclose(lines["gold"].x, [0, math.log(2) - 0.5, math.log(4) - 0.75])
+  assert comparison.best_of_n(samples_of({"gold": gold.ravel()}), 1) == {}
+
+
+def test_diversity_across_and_per_input():
+  # Four prompts; the samples of a prompt are alike, those of two prompts are not.
+  tokens = [[10 * prompt + i for i in range(5)] + [0] for prompt in range(4) for _ in range(3)]
+  found = comparison.diversity(tokens, 3, 50)
+  assert found["diversity/self_similarity"] == pytest.approx(0)
+  assert found["diversity_per_input/self_similarity"] == pytest.approx(1)
+  assert found["diversity/distinct_1"] == 1
+  assert found["diversity_per_input/distinct_1"] == pytest.approx(1 / 3)
+  assert comparison.diversity([[1, 0]], 1, 50) == {}
+
+
+def test_repeated_prompts_stay_together():
+  prompts = Dataset(**dict.fromkeys(Dataset._fields))
+  prompts = prompts._replace(examples=[{"prompt": np.array([i])} for i in (5, 7)], rows=["a", "b"])
+  repeated = comparison.repeat(prompts, 3)
+  assert repeated.rows == ["a"] * 3 + ["b"] * 3
+  assert [int(example["prompt"][0]) for example in repeated.examples] == [5] * 3 + [7] * 3

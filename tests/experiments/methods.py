@@ -1,0 +1,83 @@
+"""Training scripts, as they are found, and the flags of small runs of them."""
+
+from collections.abc import Sequence
+
+from experiments.lab import plans
+
+METHODS = plans.methods()
+# Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
+SETTINGS = {
+  "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
+  "grpo": ("--shaping.normalize", "--rollout.packed_length=64"),
+  "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
+  "nash_md": (
+    "--preference.name=panel",
+    "--nash_md.ema=0.9",
+    "--nash_md.mix=0.25",
+    "--nash_md.mix_end=0.5",
+    "--nash_md.tau_end=0.11",
+  ),
+  "online_dpo": (
+    "--preference.name=expert",
+    "--online.round_steps=2",
+    "--online.bonus_coef=0.01",
+    "--lora.rank=2",
+  ),
+  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64"),
+  "ppo_max": (
+    "--reward.path={reward}",
+    "--critic.warmup=2",
+    "--ppo_max.kl_target=6",
+    "--ppo_max.normalize_values",
+    "--ppo_max.segment=4",
+    "--rollout.importance_cap=2",
+    "--eval_every=2",
+  ),
+  "preference_model": ("--lora.rank=2",),
+  "rest": ("--grow_steps=1", "--batch_size=2", "--rest.kappa=0.3"),
+  "rloo": (
+    "--reward.path={reward},{reward}",
+    "--reward.ensemble=min",
+    "--shaping.function=par",
+    "--lora.rank=4",
+  ),
+}
+_ROWS = ("--data.rows=64", "--data.eval_rows=8")
+_TINY = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
+# What the fields of a training script's config do not say.
+_PARTICULAR = {
+  "sft": _TINY,
+  "rest": ("--prompts=16", "--sampling.samples_per_prompt=4", "--rest.quantiles=0.3,0.6"),
+  "evaluate": (*_ROWS, "--sampling.max_new_tokens=8"),
+  "rlhf": (
+    *(
+      f"--{stage}.{size}"
+      for stage in ("sft", "reward_model", "ppo")
+      for size in ("steps=2", "batch_size=8", "data.rows=64", "data.eval_rows=8")
+    ),
+    *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
+  ),
+}
+
+
+def small(script: str, flags: Sequence[str]) -> list[str]:
+  """Flags of a run of seconds; those that are given replace others of their name."""
+  base = dict(flag.split("=", 1) for flag in _PARTICULAR.get(script, ()))
+  if script in METHODS:
+    config = plans.script_of(script).Config()
+    sampling = getattr(config, "sampling", None)
+    usual = {"--batch_size": "8", "--steps": "4", **dict(flag.split("=") for flag in _ROWS)}
+    if sampling is not None:
+      usual["--sampling.max_new_tokens"] = "8"
+      if sampling.samples_per_prompt > 1:
+        usual["--sampling.samples_per_prompt"] = "2"
+    base = usual | base
+  given = {flag.split("=")[0] for flag in flags}
+  return [*(f"{name}={value}" for name, value in base.items() if name not in given), *flags]
+
+
+def judges_of(script: str) -> list[str]:
+  """Judges, `reward` or `preference`, that a script which samples takes."""
+  config = plans.script_of(script).Config()
+  rewarded = ["reward"] * hasattr(config, "shaping")
+  return rewarded + ["preference"] * hasattr(config, "preference")

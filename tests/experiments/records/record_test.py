@@ -1,0 +1,77 @@
+"""Records of runs and their lineage, from files written by hand."""
+
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+
+from experiments import sft
+from experiments.records import card, record
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+
+
+def write_run(folder: pathlib.Path, script: str, summary: dict, **settings) -> str:
+  """Writes the files of a run without its `run.json`; returns the folder."""
+  folder.mkdir(parents=True)
+  identity = {"script": script, "seed": 1, "settings": settings, "data": "d1g35t"}
+  (folder / "identity.json").write_text(json.dumps(identity))
+  (folder / "summary.json").write_text(json.dumps(summary))
+  return str(folder)
+
+
+def test_lineage_goes_back_to_the_pretrained_model(tmp_path):
+  base = tmp_path / "models--org--base-1B" / "snapshots" / "0a1b"
+  base.mkdir(parents=True)
+  (base / "config.json").write_text("{}")
+  sft = write_run(tmp_path / "sft", "sft", {"eval/loss": 1.25}, model={"path": str(base)})
+  reward = write_run(tmp_path / "rm", "reward_model", {"accuracy": 0.75}, init_from=sft)
+  ppo = write_run(
+    tmp_path / "ppo", "ppo", {"kl": 2.0}, init_from=f"{sft}/export", reward={"path": reward}
+  )
+  found = record.read(ppo)
+  assert found["settings"]["reward.path"] == reward and found["summary"] == {"kl": 2.0}
+  start, judge = found["sources"]
+  assert (start["script"], start["summary"]) == ("sft", {"eval/loss": 1.25})
+  assert (judge["role"], judge["summary"]) == ("reward model", {"accuracy": 0.75})
+  assert judge["sources"][0]["path"] == sft
+  assert card.base_model(found) == card.base_model(judge) == "org/base-1B"
+  lineage = card.card(found, CONFIG).partition("## Lineage")[2]
+  assert lineage.count(f"started from: `{base}`") == 2
+  assert "accuracy` 0.75" in lineage and "`d1g35t`" in lineage
+
+
+def test_a_model_that_began_at_random_has_no_base_model(tmp_path):
+  sft = write_run(tmp_path / "sft", "sft", {})
+  found = record.read(write_run(tmp_path / "dpo", "dpo", {}, init_from=sft))
+  assert card.base_model(found) == ""
+  assert "base_model" not in card.card(found, CONFIG)
+
+
+def test_runs_that_name_each_other_end(tmp_path):
+  a = write_run(tmp_path / "a", "rest", {}, init_from=str(tmp_path / "b"))
+  write_run(tmp_path / "b", "rest", {}, init_from=a)
+  card.card(record.read(a), CONFIG)
+
+
+@pytest.mark.parametrize(
+  "content",
+  ["", "{", "[1]", '{"settings": 3, "sources": {"a": 1}, "changed": [], "data": {"training": 2}}'],
+)
+def test_an_unreadable_record_is_a_folder_without_one(tmp_path, content):
+  (tmp_path / "run.json").write_text(content)
+  (tmp_path / "summary.json").write_text('{"a": 1, "b": "NaN", "c": {"d": 2}, "e": true}')
+  found = record.read(tmp_path)
+  assert found["summary"] == {"a": 1} and found["sources"] == [] and found["changed"] == {}
+  card.card(found, CONFIG)
+
+
+def test_the_method_is_the_summary_of_the_script(monkeypatch):
+  assert record.method_of("sft") == sft.__doc__.partition("\n")[0].rstrip(".")
+  assert record.method_of("improve") == "improve"
+  main = types.ModuleType("__main__", "Trains\nsomething new.\n\nMore of it.\n")
+  main.__file__ = "/elsewhere/mine.py"
+  monkeypatch.setitem(sys.modules, "__main__", main)
+  assert record.method_of("mine") == "Trains something new"

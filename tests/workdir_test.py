@@ -1,0 +1,140 @@
+import json
+import os
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from rlhf_jax import processes, sharding
+from rlhf_jax import workdir as workdir_lib
+from tests.testing import forked, wait_for
+
+
+def hold_lock(workdir: pathlib.Path) -> None:
+  with workdir_lib.run_lock(workdir):
+    (workdir / "held").touch()
+    time.sleep(60)
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path):
+  child = forked(hold_lock, tmp_path)
+  try:
+    wait_for((tmp_path / "held").exists, 60, pause=0.01)
+    locked = pytest.raises(workdir_lib.LockedError, match=f"pid {child.pid} on host .* since 2")
+    with locked as e, workdir_lib.run_lock(tmp_path):
+      pass
+    assert e.value.exit_code == 73
+  finally:
+    child.kill()
+    child.join()
+  locked = pytest.raises(workdir_lib.LockedError, match=f"pid {os.getpid()} ")
+  with workdir_lib.run_lock(tmp_path), locked, workdir_lib.run_lock(tmp_path):
+    pass
+  with workdir_lib.run_lock(tmp_path):
+    pass
+
+
+def test_lock_of_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  locked = pytest.raises(workdir_lib.LockedError, match="cannot be written")
+  with locked, workdir_lib.run_lock(tmp_path / "file" / "run"):
+    pass
+
+
+def test_identity(tmp_path):
+  workdir_lib.check_identity(tmp_path / "run", {"model": "tiny", "shape": (2, 3), "old": 1})
+  workdir_lib.check_identity(tmp_path / "run", {"shape": [2, 3], "model": "tiny", "old": 1})
+  with pytest.raises(workdir_lib.WorkdirError) as e:
+    workdir_lib.check_identity(tmp_path / "run", {"model": "base", "shape": [2, 3], "new": None})
+  assert e.value.exit_code == 78
+  assert str(e.value).splitlines()[1:] == [
+    '  model: was "tiny", now "base"',
+    "  new: was absent, now null",
+    "  old: was 1, now absent",
+  ]
+  assert "another --workdir" in str(e.value)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+  """Plays the second process: gives it what the first one says, and records what it says."""
+  said, first = [], []
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(processes, "agree", lambda function: first[-1])
+  monkeypatch.setattr(processes, "gather", lambda text: [said.append(text) or "", text])
+  return first, said
+
+
+def test_processes_with_other_data_or_settings_are_refused(tmp_path, second_of_two):
+  first, said = second_of_two
+  first.append({"data": "abc", "seed": 0})
+  workdir_lib.check_identity(tmp_path, {"data": "abc", "seed": 0})
+  with pytest.raises(workdir_lib.WorkdirError, match='data: was "abc", now "abd"'):
+    workdir_lib.check_identity(tmp_path, {"data": "abd", "seed": 0})
+  assert said[0] == "" and "abd" in said[1]
+
+
+def test_processes_with_another_folder_are_refused(tmp_path, second_of_two, monkeypatch):
+  first, _ = second_of_two
+  monkeypatch.setattr(workdir_lib, "_SEEN_SECONDS", 0.0)
+  first.append('{"host": "a", "pid": 1, "start": "now"}')
+  for content in (None, '{"host": "b", "pid": 1, "start": "now"}'):
+    if content:
+      (tmp_path / ".lock").write_text(content)
+    with pytest.raises(workdir_lib.LockedError, match=f"--workdir={tmp_path} is another folder on"):
+      with workdir_lib.run_lock(tmp_path):
+        raise AssertionError("it was opened")
+  (tmp_path / ".lock").write_text(first[-1])
+  with workdir_lib.run_lock(tmp_path):
+    pass
+
+
+def test_atomic_write_replaces_whole_files(tmp_path):
+  path = tmp_path / "x.json"
+  workdir_lib.atomic_write(path, json.dumps([1]))
+  workdir_lib.atomic_write(path, "é")
+  assert path.read_text(encoding="utf-8") == "é"
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_params_digest_sees_values_paths_and_dtypes_but_not_placement():
+  class Pair(NamedTuple):
+    a: jax.Array
+    b: jax.Array
+
+  tree = {"a": jnp.arange(16.0), "b": jnp.ones((), jnp.bfloat16)}
+  digest = workdir_lib.params_digest(tree)
+  mesh = sharding.make_mesh("fsdp:8")
+  placed = {**tree, "a": jax.device_put(tree["a"], NamedSharding(mesh, P("fsdp")))}
+  assert workdir_lib.params_digest(placed) == digest
+  assert workdir_lib.params_digest(Pair(**tree)) == digest
+  others = [
+    {**tree, "a": tree["a"].at[3].set(-3.0)},
+    {**tree, "a": tree["a"].reshape(4, 4)},
+    {**tree, "b": jnp.ones((), jnp.float16)},
+    {"c": tree["a"], "b": tree["b"]},
+  ]
+  assert len({digest, *map(workdir_lib.params_digest, others)}) == 5
+
+
+def test_is_remote():
+  assert workdir_lib.is_remote("gs://bucket/run") and not workdir_lib.is_remote("runs/dpo")
+
+
+def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+  path = tmp_path / "file"
+  workdir_lib.atomic_write(path, "old")
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(workdir_lib.os, "fsync", fail)
+  with pytest.raises(OSError, match="disk full"):
+    workdir_lib.atomic_write(path, "new")
+  assert path.read_text() == "old"
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]

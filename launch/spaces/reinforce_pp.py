@@ -8,10 +8,10 @@ those of a pretrained model are 300 times smaller.
 METRIC = "gold/win_rate"
 DEFAULTS = {
   "optim.learning_rate": 1e-3,
-  "reinforce_pp.kl_coef": 0.1,
+  "reinforce_pp.kl_coef": 0.2,
   "reinforce_pp.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "reinforce_pp.kl_coef": [0.05, 0.1, 0.2]}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "reinforce_pp.kl_coef": [0.1, 0.2, 0.3]}
 
 
 def space(trial):

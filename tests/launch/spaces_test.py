@@ -3,6 +3,7 @@ import pathlib
 import optuna
 import pytest
 
+from experiments.lab import plans
 from launch.space import flag, grid_points, load_space
 from tests.testing import read_flags
 
@@ -24,10 +25,7 @@ def case(request, repository):
 
 
 def test_every_training_script_has_a_space():
-  assert set(_SPACES) == {
-    *("sft", "reward_model", "preference_model", "dpo", "kto", "ppo", "nash_md", "online_dpo"),
-    "rest",
-  }
+  assert set(_SPACES) == set(plans.methods())
 
 
 def test_scripts_accept_what_is_drawn(case):

@@ -1,0 +1,25 @@
+"""CISPO: learning rate, KL penalty, bound on the importance weights, minibatches.
+
+A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
+also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
+"""
+
+METRIC = "gold/win_rate"
+DEFAULTS = {
+  "optim.learning_rate": 1e-3,
+  "cispo.kl_coef": 0.1,
+  "cispo.clip_high": 4.0,
+  "cispo.minibatches": 2,
+}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "cispo.kl_coef": [0.05, 0.1, 0.2]}
+
+
+def space(trial):
+  """The flags of a trial."""
+  return {
+    "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
+    "cispo.kl_coef": trial.suggest_float("cispo.kl_coef", 0.005, 0.3, log=True),
+    "cispo.clip_high": trial.suggest_float("cispo.clip_high", 0.2, 8.0, log=True),
+    "cispo.minibatches": trial.suggest_categorical("cispo.minibatches", [1, 2, 4]),
+  }

@@ -1,0 +1,27 @@
+"""GRPO: learning rate, KL penalty, samples per prompt, minibatches.
+
+A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
+also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
+"""
+
+METRIC = "gold/win_rate"
+DEFAULTS = {
+  "optim.learning_rate": 1e-3,
+  "grpo.kl_coef": 0.1,
+  "grpo.minibatches": 2,
+  "sampling.samples_per_prompt": 4,
+}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "grpo.kl_coef": [0.05, 0.1, 0.2]}
+
+
+def space(trial):
+  """The flags of a trial."""
+  return {
+    "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
+    "grpo.kl_coef": trial.suggest_float("grpo.kl_coef", 0.005, 0.3, log=True),
+    "grpo.minibatches": trial.suggest_categorical("grpo.minibatches", [1, 2, 4]),
+    "sampling.samples_per_prompt": trial.suggest_categorical(
+      "sampling.samples_per_prompt", [2, 4, 8]
+    ),
+  }

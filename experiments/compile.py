@@ -1,17 +1,17 @@
-r"""Compiles every program of an algorithm for a TPU slice that is not there, and says if it fits.
+r"""Compiles every program of an algorithm for a TPU slice, without the TPUs, and says if it fits.
 
   python -m experiments.compile --algorithm=ppo --topology=v5p:4x4x8 --mesh=fsdp:32,tensor:4 \
     --model.preset=llama3_8b --model.dtype=bfloat16 --model.remat=full --batch_size=128
 
-It needs libtpu (pip install 'rlhf_jax[tpu]') and no TPU, and takes one to ten minutes for 8B
-parameters. The programs are those that the script of the algorithm runs, from the same flags, with
-rows as long as the flags allow: --data.max_prompt_length, --data.max_response_length and
---sampling.max_new_tokens. A reward model, where the algorithm takes one and --reward.name is not
-given, is of the policy's architecture.
+It needs libtpu (pip install 'rlhf_jax[tpu]') but no TPU, and takes one to ten minutes for 8B
+parameters. It compiles the programs that the script of the algorithm runs with the same flags, for
+the longest rows that these flags allow: --data.max_prompt_length, --data.max_response_length and
+--sampling.max_new_tokens. A reward model is assumed to have the architecture of the policy, unless
+--reward.name is given.
 
-The table has the memory of one chip, what the chips send each other (and how many collectives
-stand in loops), and a roofline: seconds that a perfect program would still take. The exit code is 0
-if all programs fit, and 69 with the words of the compiler if one does not.
+The table shows the memory per chip, the communication between chips (with the number of
+collectives inside loops), and a roofline, which is the least time that the program can take. The
+exit code is 0 if all programs fit. It is 69 if one does not; the message of the compiler is shown.
 """
 
 import dataclasses
@@ -29,15 +29,18 @@ from rlhf_jax import entry, flags, preflight, ranges, reporting
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What to compile for. All other flags are those of the script of the algorithm.
+  """Algorithm, and devices to compile for. All other flags are those of the algorithm's script.
 
   Attributes:
-    algorithm: Name of the script, such as ppo.
-    topology: Slice of TPUs, such as v5e:4x4, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4.
-    mesh: Devices per mesh axis, as in every script.
-    search: Meshes to try, the most promising first, or --mesh alone if it is given. Each gets the
-      remat policy and the micro-batches that cost the least time of those that fit.
-    json: File to write the plans to.
+    algorithm: Name of the script, such as ppo, or of your own module, such as my_method for
+      my_method.py in the working directory or on PYTHONPATH. With it, --help also lists the flags
+      of the script.
+    topology: TPU slice, such as v5e:4x4, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4.
+    mesh: Devices per mesh axis, such as fsdp:32,tensor:4; see the script of the algorithm.
+    search: Number of meshes to try, the most promising first, or only --mesh if it is given. Each
+      is compiled with the fastest remat policy and micro-batches that fit. 0 tries --mesh with the
+      given settings.
+    json: File to write the plans to; empty writes none.
   """
 
   algorithm: str
@@ -47,11 +50,12 @@ class Options:
   json: str = ""
 
   def __post_init__(self):
-    ranges.check(self, non_negative=("search",), one_of={"algorithm": plans.methods()})
+    ranges.check(self, non_negative=("search",))
+    plans.script_of(self.algorithm)
 
 
 def show_plans(ranked: Sequence[plans.Plan]) -> None:
-  """The table of a search."""
+  """Shows the table of a search."""
   reporting.show_summary(
     "Plans, the fastest first",
     {
@@ -67,7 +71,7 @@ def show_plans(ranked: Sequence[plans.Plan]) -> None:
 
 
 def show(options: Options, plan: plans.Plan, chip: preflight.Chip) -> None:
-  """The table of a plan."""
+  """Shows the table of a plan."""
   rows = {}
   for program in plan.programs:
     slowest = max(program.seconds, key=program.seconds.__getitem__)
@@ -97,9 +101,9 @@ def show(options: Options, plan: plans.Plan, chip: preflight.Chip) -> None:
 
 
 def main(options: Options, config: Any) -> int:
-  """Compiles, shows and writes; returns the exit code."""
-  jax.config.update("jax_platforms", "cpu")  # Else it looks for the TPU.
-  jax.config.update("jax_enable_compilation_cache", False)  # Of no use without the devices.
+  """Compiles the programs, shows and writes the plans, and returns the exit code."""
+  jax.config.update("jax_platforms", "cpu")  # JAX would look for a TPU otherwise.
+  jax.config.update("jax_enable_compilation_cache", False)  # No use without the devices.
   absent = plans.Slice(*preflight.topology_devices(options.topology), known={})
   if options.search:
     ranked = plans.search(options.algorithm, options.mesh, options.search, config, absent)
@@ -109,7 +113,7 @@ def main(options: Options, config: Any) -> int:
   best = ranked[0]
   show(options, best, absent.chip)
   if options.json:
-    figures = {
+    content = {
       "options": flags.to_dict(options),
       "config": flags.to_dict(config),
       "fits": not best.refused,
@@ -118,19 +122,27 @@ def main(options: Options, config: Any) -> int:
         for plan in ranked
       ],
     }
-    pathlib.Path(options.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    pathlib.Path(options.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
   return entry.EX_UNAVAILABLE if best.refused else 0
 
 
 def algorithm_of(argv: Sequence[str]) -> str:
-  """The flag that decides which other flags there are, read before they are defined."""
+  """Reads --algorithm, which decides which other flags there are, before they are defined."""
   prefix = "--algorithm="
-  given = [word.removeprefix(prefix) for word in argv if word.startswith(prefix)]
-  return given[0] if given and given[0] in plans.methods() else ""
+  return next((word.removeprefix(prefix) for word in argv if word.startswith(prefix)), "")
+
+
+def script_of(name: str) -> Any:
+  """Returns the module of a script; ends the process if there is none."""
+  try:
+    return plans.script_of(name)
+  except ValueError as error:
+    sys.stderr.write(f"--{error}\n")
+    sys.exit(flags.EX_USAGE)
 
 
 if __name__ == "__main__":
   read_options = flags.define(Options)
   name = algorithm_of(sys.argv)
-  read_config = flags.define(plans.script_of(name).Config) if name else lambda: None
+  read_config = flags.define(script_of(name).Config) if name else lambda: None
   entry.run(lambda argv: main(read_options(), read_config()))

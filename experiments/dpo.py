@@ -1,18 +1,19 @@
-r"""Fine-tunes a policy on preference pairs directly: DPO and losses of the same log-probabilities.
+r"""Fine-tunes a policy directly on preference pairs: DPO and related losses.
 
 Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.7):
   python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
 Your model and data (rows with prompt, chosen, rejected), with another loss:
   python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
     --dpo.loss=ipo --optim.learning_rate=1e-6 --data.packed_length=1024
-A loss of your own, from the file my_losses.py of the folder you are in:
+A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 
-With --data.packed_length a row holds as many pairs as fit, not one and padding.
-The start is the reference; its log-probabilities are computed once per pair. At the end the policy
-and its start answer the held-out prompts; with --eval_every=50 the policy also does every 50 steps.
-The default learning rate suits the built-in task.
-Starting the same command again continues a run that was stopped.
+The initial policy is the reference; its log-probabilities are computed once per pair. With
+--data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
+At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
+policy in training also answers them every 50 steps.
+The default learning rate is for the built-in task.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """DPO on pairs. `reward` judges the policies at the end, if it is given."""
+  """DPO on pairs. `reward`, if given, judges the policies at the end."""
 
   steps: int = 250
   batch_size: int = 32
@@ -61,14 +62,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       data=f"{len(bench.train_set.examples)} pairs",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
-    refs, heldout_refs = bench.references(make_refer(bench))
+    refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
     def measure(params, batch):
       return dpo.row_metrics(params, DPOBatch(*batch), read=read, config=config.dpo)[0]
 
     @functools.cache
-    def judge():  # Opened when first asked: a reward model takes no memory before.
+    def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
     evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
@@ -84,22 +85,22 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   config = bench.config
   make_step = functools.partial(dpo.make_dpo_step, config=config.dpo, weighting=config.pairs)
   return bench.trainer(make_step)
 
 
-def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities of pairs under the reference."""
   read = pairs.make_read_pairs(bench.model.apply, bench.config.pairs)
   return jax.jit(lambda params, rows: {"ref": read(params, rows).totals})
 
 
 def programs(case: Case) -> None:
-  """Compiles the pass of the reference and the train step, for `experiments.compile`."""
+  """Compiles the forward pass of the reference and the train step, for `experiments.compile`."""
   rows = case.tokens(2, case.length)
-  case.against_reference(make_trainer(case.bench), make_refer(case.bench), rows, DPOBatch)
+  case.against_reference(make_trainer(case.bench), make_ref_logprobs(case.bench), rows, DPOBatch)
 
 
 if __name__ == "__main__":

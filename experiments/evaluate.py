@@ -1,9 +1,9 @@
-r"""Compares policies with a baseline on held-out prompts, with intervals.
+r"""Compares policies with a baseline on held-out prompts, with confidence intervals.
 
 Built-in task, judged by its gold reward (half a minute on two CPU cores):
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo \
     --baseline=runs/sft
-Several policies, judged by the reward model too, with the best-of-n line of the
+Several policies, also judged by the reward model, with the best-of-n curve of the
 baseline:
   python -m experiments.evaluate --workdir=runs/eval --baseline=runs/sft \
     --policy=runs/ppo,runs/ppo_free --reward.path=runs/rm \
@@ -11,18 +11,19 @@ baseline:
 Your prompts, judged by a reward model or a Python reward:
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo \
     --baseline=FOLDER --data.path=PROMPTS.jsonl --reward.path=runs/rm
-A matrix of win rates, by a preference model or function:
+Matrix of win rates between all policies, by a preference model or function:
   python -m experiments.evaluate --workdir=runs/eval --baseline=runs/sft \
     --policy=runs/nash,runs/ppo --preference.name=panel
 
-Prints one row per policy: reward, win rate, KL to the baseline, length,
-diversity. Writes summary.json (the metrics of one policy, or of several by
-name), the responses of baseline and policies to `samples/` (steps 0, 1, ...),
-and `plots/frontier.png`: each reward over the KL. Intervals are those of 95 %.
+It prints one row per policy: reward, win rate, KL to the baseline, length and
+diversity, with 95 % confidence intervals. It writes these metrics to summary.json
+(by policy if there are several), the responses of baseline and policies to
+`samples/` (as steps 0, 1, ...), and each reward over the KL to
+`plots/frontier.png`.
 
-More samples per prompt (--sampling.samples_per_prompt) narrow the intervals,
-and give the best-of-n line and the diversity per input, that of the answers to
-one prompt. The time grows with them; --data.eval_rows=128 takes fewer prompts.
+More samples per prompt (--sampling.samples_per_prompt) narrow the intervals.
+They also give the best-of-n curve, and the diversity of the responses to the same
+prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 """
 
 import dataclasses
@@ -40,9 +41,11 @@ class Config:
   """Policies to compare.
 
   Attributes:
-    policy: Workdir of a finished run, or a Hugging Face folder; several, separated by commas.
-    baseline: Folder of the policy that they are compared with, the reference of the KL too.
-    batch_size: Prompts per call.
+    policy: Policies to evaluate, separated by commas: workdirs of finished runs, or Hugging Face
+      folders.
+    baseline: Workdir or Hugging Face folder of the policy to compare with, which is also the
+      reference of the KL.
+    batch_size: Prompts per call of the model.
   """
 
   policy: tuple[str, ...]
@@ -60,7 +63,7 @@ class Config:
 
 
 def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Samples baseline and policies, writes and shows the comparison, returns summary.json."""
+  """Samples baseline and policies, writes and shows the comparison; returns summary.json."""
   names = line_files.short_names("policy", (config.baseline, *config.policy))
   folders = [models.finished_folder(path) for path in (config.baseline, *config.policy)]
   tokenizer = models.open_tokenizer(folders[0], config.data.end_token)

@@ -1,18 +1,25 @@
-r"""Samples responses of a model to prompts from a file, or to one prompt.
+r"""Samples responses of a model to held-out prompts, or to one prompt.
 
+To 16 held-out prompts of the built-in task, or of --data.path=PROMPTS.jsonl:
   python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo \
     --limit=16
+To one prompt:
   python -m experiments.generate --workdir=runs/samples --init_from=FOLDER \
     --prompt="What is the capital of France?" --sampling.temperature=0
 
-Writes `samples/step_00000000.jsonl` and shows the first few.
+Scored by a reward model:
+  --reward.path=runs/rm
+Scored by a Python function, here of your file my_rewards.py:
+  --reward.name=my_rewards:brevity
+
+It writes the responses to `samples/step_00000000.jsonl` and shows the first few.
 """
 
 import dataclasses
 
 import numpy as np
 
-from experiments.lab import evaluating, models
+from experiments.lab import evaluating, judges, models
 from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -23,10 +30,10 @@ class Config:
   """Prompts to answer, and the model.
 
   Attributes:
-    init_from: Workdir of a finished run, or a Hugging Face folder.
-    prompt: One prompt to answer; empty takes the held-out prompts of the data.
-    limit: Number of prompts to take from the data.
-    batch_size: Prompts per call.
+    init_from: Model: the workdir of a finished run, or a Hugging Face folder.
+    prompt: Prompt to answer; empty takes the held-out prompts of the data.
+    limit: Maximum number of held-out prompts.
+    batch_size: Prompts per call of the model.
   """
 
   init_from: str
@@ -36,6 +43,7 @@ class Config:
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig()
+  reward: judges.RewardOptions = judges.RewardOptions()
 
   def __post_init__(self):
     for name in ("limit", "batch_size"):
@@ -43,8 +51,8 @@ class Config:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
-  """Samples, writes and shows; returns the rows that were written."""
+def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
+  """Samples responses, writes and shows them, and returns the rows that were written."""
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   if config.prompt:
@@ -55,30 +63,30 @@ def run_samples(session: loop.Session, config: Config) -> list[dict[str, str | f
   with loop.open_run(session) as run:
     model, params = models.open_model(run, config.model, folder, tokenizer)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
-    generate = models.make_sampler(model, tokenizer, config.sampling)
+    sample = models.make_sampler(model, tokenizer, config.sampling)
+    reward_fn = None
+    if config.reward.is_given:
+      reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     rows: list[dict[str, str | float]] = []
     for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(batch, run.mesh)
-      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
+      rollout = sample(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
       repeats = config.sampling.samples_per_prompt
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
-      logprobs = sharding.to_host(rollout.logprobs.sum(axis=1))
       ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
-      rows += [
-        {
-          "prompt": prompts.rows[i]["prompt_text"],
-          "response": text,
-          "logprob": float(logprob),
-        }
-        for i, text, logprob, on in zip(ids.tolist(), texts, logprobs, keep, strict=True)
-        if on
-      ]
+      values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
+      if reward_fn is not None:
+        values["reward"] = sharding.to_host(reward_fn(rollout, ids))
+      for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
+        if keep[n]:
+          numbers = {name: float(column[n]) for name, column in values.items()}
+          rows.append({"prompt": prompts.rows[i]["prompt_text"], "response": text, **numbers})
     reporting.save_samples(run.workdir, 0, rows)
     reporting.show_samples(rows, f"Samples of {config.init_from}")
   return rows
 
 
 if __name__ == "__main__":
-  entry.run_script(run_samples, loop.Session, Config)
+  entry.run_script(generate, loop.Session, Config)

@@ -1,17 +1,18 @@
-r"""Improves a policy by GRPO: samples of a prompt are each other's baseline, so there is no critic.
+r"""Improves a policy by GRPO: the baseline is the mean reward of a prompt's samples, not a critic.
 
-Built-in task, after SFT and reward model (two minutes on a laptop CPU; win rate about 0.75):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.75):
   python -m experiments.grpo --workdir=runs/grpo --init_from=runs/sft --reward.path=runs/rm
-Your model and prompts, paid 1 for the right final number:
+Your model and prompts, with a reward of 1 for the right final number:
   python -m experiments.grpo --workdir=runs/grpo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=exact_answer --sampling.samples_per_prompt=8
-Dr. GRPO, and DAPO:
+Dr. GRPO:
   --nogrpo.scale --grpo.average=length
+DAPO:
   --grpo.kl_coef=0 --grpo.clip_high=0.28 --grpo.average=tokens
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """GRPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
+  """GRPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
   batch_size: int = 16
@@ -89,7 +90,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   settings, temperature = bench.config.grpo, bench.config.sampling.temperature
   make_step = functools.partial(grpo.make_grpo_step, config=settings, temperature=temperature)
   return bench.trainer(make_step, settings)
@@ -110,7 +111,7 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   trainer, experience = make_trainer(case.bench), make_experience(case.bench)
   case.policy_gradient(trainer, experience, RunningMoments.zero())
 

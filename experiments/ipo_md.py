@@ -1,15 +1,19 @@
 r"""Improves a policy by a regression on judged pairs of samples: IPO-MD, online IPO, EGPO.
 
-Built-in task, after SFT and reward model, whose scores are compared:
+Built-in task, after SFT and a reward model, whose scores are compared:
   python -m experiments.ipo_md --workdir=runs/ipo_md --init_from=runs/sft --preference.path=runs/rm
-By a trained preference model, or by a Python function:
-  --preference.path=runs/pm    --preference.name=panel
-Online IPO, and EGPO:
-  --ipo_md.mix=0    --ipo_md.mix=0 --extragradient
+Judged by a preference model:
+  --preference.path=runs/pm
+Judged by a Python function:
+  --preference.name=panel
+Online IPO:
+  --ipo_md.mix=0
+EGPO:
+  --ipo_md.mix=0 --extragradient
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts and are compared by the preference.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and the judge compares
+their responses. The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -35,8 +39,8 @@ class Config(loop.RunConfig):
   """IPO-MD. `batch_size` counts prompts; each step samples two responses to each.
 
   Attributes:
-    extragradient: Steps that are taken twice from the same policy, the second time against the
-      opponent that the first one made (EGPO).
+    extragradient: Steps that look ahead (EGPO). Each is taken twice from the same policy, the
+      second time against the policy that the first one gave.
   """
 
   steps: int = 120
@@ -92,7 +96,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   settings, temperature = bench.config.ipo_md, bench.config.sampling.temperature
   return bench.trainer(
     functools.partial(ipo_md.make_ipo_md_step, config=settings, temperature=temperature)
@@ -100,7 +104,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   match = Match(case.bench, None, case.config.ipo_md, count=2, mixed=True)
   matches.programs(case, match, make_trainer(case.bench))
 

@@ -1,15 +1,16 @@
-r"""Fine-tunes a policy on single responses with a thumb up or down: KTO.
+r"""Fine-tunes a policy on single responses with a thumbs up or down: KTO.
 
 Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.75):
   python -m experiments.kto --workdir=runs/kto --init_from=runs/sft
-Your model and data (rows with prompt, response, label; or pairs, which count as two rows):
+Your model and data (rows with prompt, response, label; a pair counts as two rows):
   python -m experiments.kto --workdir=runs/kto --init_from=FOLDER --data.path=FILE.jsonl \
     --optim.learning_rate=1e-6
 
-The start is the reference; its log-probabilities are computed once per response. At the end the
-policy and its start answer the held-out prompts; with --eval_every=50 the policy also does every 50
-steps. The default learning rate suits the built-in task.
-Starting the same command again continues a run that was stopped.
+The initial policy is the reference; its log-probabilities are computed once per response.
+At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
+policy in training also answers them every 50 steps.
+The default learning rate is for the built-in task.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from rlhf_jax.types import UnpairedBatch
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """KTO. `reward` judges the policies at the end, if it is given."""
+  """KTO. `reward`, if given, judges the policies at the end."""
 
   steps: int = 250
   batch_size: int = 32
@@ -57,7 +58,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       data=f"{len(bench.train_set.examples)} responses",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
-    refs, heldout_refs = bench.references(make_refer(bench))
+    refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
     def measure(params, batch):
@@ -66,7 +67,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
 
     @functools.cache
-    def judge():  # Opened when first asked: a reward model takes no memory before.
+    def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
     evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
@@ -82,20 +83,20 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   return bench.trainer(functools.partial(kto.make_kto_step, config=bench.config.kto))
 
 
-def make_refer(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
   """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities under the reference."""
   apply_fn = bench.model.apply
   return jax.jit(lambda params, rows: {"ref": kto.read_responses(apply_fn, params, rows)})
 
 
 def programs(case: Case) -> None:
-  """Compiles the pass of the reference and the train step, for `experiments.compile`."""
+  """Compiles the forward pass of the reference and the train step, for `experiments.compile`."""
   rows = UnpairedBatch(*case.tokens(case.length), case.column(dtype=bool), case.tokens(case.length))
-  case.against_reference(make_trainer(case.bench), make_refer(case.bench), rows, KTOBatch)
+  case.against_reference(make_trainer(case.bench), make_ref_logprobs(case.bench), rows, KTOBatch)
 
 
 if __name__ == "__main__":

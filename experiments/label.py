@@ -1,28 +1,28 @@
 r"""Labels pairs of responses, by an AI judge or by a person in the terminal.
 
-An AI judge reads each pair in both orders against a list of principles, and
-gives soft labels:
+An AI judge compares each pair by a list of principles, in both orders, and gives
+soft labels:
   python -m experiments.label --workdir=runs/ai --judge.path=FOLDER \
     --data.path=PAIRS.jsonl
-A person reads both and presses a, b, t (tie), s (skip), u (undo) or q (quit):
+A person reads both responses and presses a, b, t (tie), s (skip), u (undo) or q
+(quit):
   python -m experiments.label --workdir=runs/hand --annotator=ada \
     --data.path=PAIRS.jsonl
-The labels train a model:
+Train a model on the labels:
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft \
     --data.path=runs/hand/labels.jsonl
   python -m experiments.preference_model --workdir=runs/pm \
     --init_from=runs/sft --data.path=runs/ai/labels.jsonl --data.votes=each
 
-Rows are pairs (`prompt`, `chosen`, `rejected`) or have two `responses`, judged
-or not; without a file they are those of the built-in task.
-experiments.label_page asks in the browser, in the same workdir if you like, and
-takes up to nine responses.
+A row is a pair (`prompt`, `chosen`, `rejected`) or has two `responses`, judged or
+not. Without a file the rows are those of the built-in task. experiments.label_page
+asks in the browser and takes up to nine responses; it can share the workdir.
 
 Every answer is one line of `labels.jsonl`, on disk before the next question;
-`labels.sqlite` is the database behind it. The report at the end has the
-agreement and Cohen's kappa of every two annotators, the labels of the rows
-being one, and the position bias of a judge. The same command, started again,
-continues where it was stopped.
+`labels.sqlite` is the database behind it. The final report has the agreement and
+Cohen's kappa of every two annotators, and the position bias of a judge. The labels
+in the rows count as an annotator. The same command, run again, resumes where it
+was stopped.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from rlhf_jax import entry, loop, rewards
 
 @dataclasses.dataclass(frozen=True)
 class Config(labels.LabelConfig):
-  """Pairs to label, and by whom.
+  """Pairs to label, and the annotator.
 
   Attributes:
     annotator: Name of the person who labels; empty lets the judge label.
@@ -61,7 +61,7 @@ class Config(labels.LabelConfig):
 
 
 def label(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Labels what is left, reports on all of it, returns summary.json."""
+  """Labels the pairs that are left, reports on all pairs, and returns summary.json."""
   with loop.open_run(session) as run:
     if config.annotator:
       labels.require_one_process()
@@ -81,7 +81,7 @@ def label(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 def open_judge(run: loop.Run, config: Config) -> rewards.JudgeModel:
-  """The judge behind `--judge.path`."""
+  """Opens the judge of `--judge.path`."""
   principles = judge.read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)

@@ -3,15 +3,15 @@ r"""Labels responses on a page in the browser, for several people at once.
   python -m experiments.label_page --workdir=runs/hand --annotator=ada \
     --data.path=PAIRS.jsonl
 
-The page is open to this machine alone and needs no network; it does need
+The page can be opened from this machine only and needs no network. It needs
 `pip install 'rlhf_jax[annotate]'`. Each person labels under a different name.
-Keys are a, b, t (tie), s (skip) and u (undo); more than two responses are
-ranked by their numbers, from the best to the worst. Ctrl-C ends it.
+The keys are a, b, t (tie), s (skip) and u (undo). More than two responses are
+ranked by their numbers, from the best to the worst. Ctrl-C ends the page.
 
-Rows are pairs (`prompt`, `chosen`, `rejected`) or have two to nine `responses`,
-judged or not; without a file they are those of the built-in task. The files and
-the report are those of experiments.label, which labels in the terminal. The
-same command, started again, continues where it was stopped.
+A row is a pair (`prompt`, `chosen`, `rejected`) or has two to nine `responses`,
+judged or not. Without a file the rows are those of the built-in task. The files and
+the report are those of experiments.label, which labels in the terminal. The same
+command, run again, resumes where it was stopped.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Config(labels.LabelConfig):
 
   Attributes:
     annotator: Name of the person who labels; empty lets the page ask for it.
-    port: Port of the page, on this machine alone.
+    port: Port of the page on 127.0.0.1.
   """
 
   annotator: str = ""
@@ -43,7 +43,7 @@ class Config(labels.LabelConfig):
 
 
 def label(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Shows the page until it is interrupted, reports on all answers, returns summary.json."""
+  """Serves the page until it is interrupted, reports on all answers; returns summary.json."""
   with loop.open_run(session) as run:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)

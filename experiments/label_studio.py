@@ -1,15 +1,16 @@
 r"""Writes pairs as tasks for Label Studio, and reads its answers.
 
-Tasks, and the labelling interface to paste into the settings of a project:
+Write the tasks, and the labelling interface to paste into the settings of a
+project:
   python -m experiments.label_studio --workdir=runs/hand \
     --data.path=PAIRS.jsonl
-Its JSON export comes back as answers:
+Read the answers from a JSON export:
   python -m experiments.label_studio --workdir=runs/hand \
     --data.path=PAIRS.jsonl --answers=EXPORT.json
 
-The tasks are `label_studio.json`, the interface is `label_studio.xml`. Rows,
-`labels.jsonl` and the report are those of experiments.label. An item that its
-annotator has answered already stays as it is.
+The tasks are in `label_studio.json`, the interface is in `label_studio.xml`. Rows,
+`labels.jsonl` and the report are those of experiments.label. An answer that the
+same annotator has given before is kept.
 """
 
 import dataclasses
@@ -21,17 +22,17 @@ from rlhf_jax import entry, loop, reporting
 
 @dataclasses.dataclass(frozen=True)
 class Config(labels.LabelConfig):
-  """Pairs to label there.
+  """Pairs to label in Label Studio.
 
   Attributes:
-    answers: JSON export of Label Studio; empty writes the tasks.
+    answers: JSON export of Label Studio to read; empty writes the tasks.
   """
 
   answers: str = ""
 
 
 def exchange(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Writes the tasks or takes the answers, reports on all of them, returns summary.json."""
+  """Writes the tasks or reads the answers, reports on all answers; returns summary.json."""
   with loop.open_run(session) as run:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)

@@ -2,17 +2,22 @@ r"""Improves a policy by preferences between its responses and an opponent's: Na
 
 Built-in task, after SFT, judged by a panel whose majority is intransitive:
   python -m experiments.nash_md --workdir=runs/nash --init_from=runs/sft --preference.name=panel
-By a trained preference model, or by a reward model whose scores are compared:
+Judged by a preference model, or by a reward model whose scores are compared:
   python -m experiments.nash_md --workdir=runs/nash --init_from=runs/sft --preference.path=runs/pm
-Self-play, best response to the start, Nash-EMA, Mirror Prox:
-  --nash_md.mix=0    --nash_md.mix=1    --nash_md.mix=0 --nash_md.ema=0.95
+Self-play:
+  --nash_md.mix=0
+Best response to the initial policy:
+  --nash_md.mix=1
+Nash-EMA:
+  --nash_md.mix=0 --nash_md.ema=0.95
+Mirror Prox:
   --nash_md.mix=0 --extragradient
-What a policy can lose to (exploitability): the best response to it, from the same start:
+Best response to a trained policy, which measures its exploitability:
   --nash_md.mix=0 --opponent=runs/nash
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts and are compared by the preference.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and the judge compares
+their responses. The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -35,13 +40,13 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """Nash-MD. `batch_size` counts prompts; each step samples and makes one update.
+  """Nash-MD. `batch_size` counts prompts; each step samples responses and makes one update.
 
   Attributes:
     opponent: Workdir or Hugging Face folder of a fixed policy to play against; empty plays against
-      the policy itself.
-    extragradient: Steps that are taken twice from the same policy, the second time against the
-      opponent that the first one made (Mirror Prox).
+      the policy in training.
+    extragradient: Steps that look ahead (Mirror Prox). Each is taken twice from the same policy,
+      the second time against the policy that the first one gave.
   """
 
   steps: int = 120
@@ -123,7 +128,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   settings, temperature = bench.config.nash_md, bench.config.sampling.temperature
   return bench.trainer(
     functools.partial(nash_md.make_nash_md_step, config=settings, temperature=temperature)
@@ -131,7 +136,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   match = Match(case.bench, None, case.config.nash_md, count=1)
   matches.programs(case, match, make_trainer(case.bench))
 

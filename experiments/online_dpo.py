@@ -1,16 +1,20 @@
 r"""Improves a policy by DPO on pairs of its own responses, judged during training.
 
-Built-in task, after SFT and reward model; pairs are the best and the worst of four samples:
+Built-in task, after SFT and a reward model; pairs are the best and the worst of four samples:
   python -m experiments.online_dpo --workdir=runs/online --init_from=runs/sft --reward.path=runs/rm
-Judged by a preference model or function instead:
-  --preference.path=runs/pm    --preference.name=panel
-XPO, which explores by a bonus on responses of the start; rounds against the round before:
-  --online.bonus_coef=1e-3    --online.round_steps=20
-`--dpo.loss` takes every loss of experiments.dpo.
+Judged by a preference model:
+  --preference.path=runs/pm
+Judged by a Python function:
+  --preference.name=panel
+XPO, which explores by a bonus on responses of the initial policy:
+  --online.bonus_coef=1e-3
+Iterative DPO, in rounds of 20 steps whose reference is the policy of the previous round:
+  --online.round_steps=20
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+--dpo.loss takes every loss of experiments.dpo.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -74,24 +78,25 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       "Online DPO",
       trainer,
       responses_per_step=f"{config.batch_size * samples}, of which {config.batch_size * 2} are"
-      " learnt from",
+      " trained on",
     )
     respond = responses.Responder(bench, score_of, config.shaping)
-    draw = bench.sampler(1)
+    sample = bench.sampler(samples_per_prompt=1)
 
     def iteration(state: responses.IterationState, prompts, key):
       pick_key, bonus_key = jax.random.split(jax.random.fold_in(key, state.train.step))
       scored, _, metrics = respond(trainer.params(state.train), state, prompts, key)
-      free = None
+      calibration = None
       if config.online.bonus_coef:
-        free = draw(respond.reshard(bench.start), *prompts, bonus_key)
+        calibration = sample(respond.reshard(bench.start), *prompts, bonus_key)
       reference = state.carry.method
       against = bench.start if reference is None else trainer.params(state.train, reference)
-      batch, moments, of_batch = make_batch(against, state.carry.moments, scored, free, pick_key)
+      inputs = against, state.carry.moments, scored, calibration, pick_key
+      batch, moments, of_batch = make_batch(*inputs)
       train, of_step = trainer.step(state.train, batch, key)
       if reference is not None and int(train.step) % config.online.round_steps == 0:
         reference = jax.tree.map(jnp.copy, train.params)
-      # The implicit rewards of DPO go by another name here, where there is a real one.
+      # The implicit rewards of DPO get another name, since there is an actual reward here.
       of_step = {name.replace("reward/", "implicit_reward/"): v for name, v in of_step.items()}
       carry = responses.Carry(moments, reference)
       return responses.IterationState(train, carry), metrics | of_batch | of_step
@@ -114,7 +119,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   pairing.programs(case)
 
 

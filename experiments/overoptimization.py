@@ -2,25 +2,25 @@
 
   python -m experiments.overoptimization --workdir=runs/overoptimization
 
-No network and no download; about a quarter of an hour on two CPU cores. After SFT it trains, for
-each of three seeds, a reward model on 128 pairs only, and PPO against it twice: with a KL penalty
-and without. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
+It downloads nothing and takes a quarter of an hour on two CPU cores. After SFT it trains, for each
+of three seeds, a reward model on only 128 pairs. It then trains PPO against that reward model
+twice, with and without a KL penalty. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
 
-It ends with `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy. With
-the default settings, means of three seeds: without the penalty the proxy climbs from 0 to 7.5 while
-the gold reward peaks at 4.5, 2 nats from the start, and falls to 2.9, 40 nats away; it falls for
-every seed. With the penalty it rises from 3.8 to 5.1 and stays, 5 nats away.
+The result is `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy.
+Expect these means over three seeds. Without the penalty the proxy reward climbs from 0 to 7.5. The
+gold reward peaks at 4.5 at a KL of 2 nats and falls to 2.9 at 40 nats; it falls for every seed.
+With the penalty the gold reward rises from 3.8 to 5.1 at a KL of 5 nats and stays there.
 
-`plots/` and summary.json are those of experiments.plot. Every stage is a run of its own in
-`workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. Starting the
-same command again continues where it was stopped.
+`plots/` and summary.json are those of experiments.plot. Each stage is a separate run, in
+`workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. The same
+command, run again, resumes where it was stopped.
 """
 
 import dataclasses
 from typing import Any
 
 from experiments import ppo, reward_model, sft
-from experiments.lab import charts, judges, training
+from experiments.lab import charts, judges
 from experiments.lab.critics import CriticOptions
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
@@ -34,10 +34,10 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The stages; `--ppo.kl_coef` is that of the runs with a penalty.
+  """The stages. `--ppo.kl_coef` sets the penalty of the runs that have one.
 
   Attributes:
-    seeds: Reward models, and PPO runs of each kind.
+    seeds: Number of reward models, each with one PPO run of each kind.
   """
 
   seeds: int = 3
@@ -64,13 +64,13 @@ class Config:
 
 
 def train(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Runs the stages that have not finished, draws the plots; returns summary.json."""
+  """Runs the stages that have not finished, draws the plots and returns summary.json."""
   workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed):
-    # Each stage draws its own rows of the built-in task.
-    own = dataclasses.replace(session, workdir=str(workdir / name), seed=session.seed * 1000 + seed)
-    return training.run_stage(script, own, stage_config)
+    # Each stage has another seed, so that the built-in task generates other rows for it.
+    changed = {"workdir": str(workdir / name), "seed": session.seed * 1000 + seed}
+    return script(dataclasses.replace(session, **changed), stage_config)
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")

@@ -1,33 +1,33 @@
-r"""Compares runs: curves with seeds as bands, reward over KL, settings, samples.
+r"""Compares runs by curves, reward over KL, settings and samples.
 
-Each run a line:
+One line per run:
   python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/ppo_free
-Seeds together, a line each for two settings:
+One line per setting, each the mean of several seeds:
   python -m experiments.plot --workdir=runs/plots \
     --runs="KL penalty=runs/kl_0,runs/kl_1,runs/kl_2,none=runs/free_*"
-With win rates, and the answers of all policies to the same prompts:
+With win rates, and the responses of all policies to the same prompts:
   python -m experiments.plot --workdir=runs/plots --runs=runs/ppo,runs/nash \
     --evaluation=runs/eval
 
-`LABEL=DIR` starts a group of runs that differ in their seed only, every `DIR`
-after it joins it, and `*` stands for what the shell would put there. A group is
-drawn as the mean of its runs in a band from the lowest to the highest. Runs may
-still be going on. It takes ten seconds or so.
+`LABEL=DIR` starts a group of runs that differ only in their seed, and every `DIR`
+after it joins the group. `*` is expanded as by the shell. A group is drawn as the
+mean of its runs, with a band from the lowest to the highest run. Unfinished runs
+can be plotted too. It takes about ten seconds.
 
-Writes, for what the runs have logged:
-  report.html                all of it on one page that opens without a network,
-                             with the final metrics, the settings that differ,
-                             answers side by side and lineage
+It writes these files, from the metrics that the runs have logged:
+  report.html                one page with all plots, the final metrics, the
+                             settings that differ, responses side by side, and
+                             the runs that each run builds on; needs no network
   plots/NAME.png             each metric over the steps
   plots/frontier.png         reward over the KL at the end of training
   plots/overoptimization.png proxy and gold reward over the KL during training
-  plots/win_rates.png        win rates, from an evaluation by pairs
-  summary.json               the same as numbers, by group
+  plots/win_rates.png        win rates between policies, from --evaluation
+  summary.json               the final metrics by group
 
-A proxy that keeps rising while the gold reward peaks and falls is
-over-optimised. `diverged` counts the runs in which proxy and gold are rank
-correlated negatively over a third of the training, far beyond chance;
-`diverged_at_kl` is the KL from which they are.
+A proxy reward that keeps rising while the gold reward peaks and falls is
+over-optimised. `diverged` counts the runs in which proxy and gold reward have a
+negative rank correlation, far beyond chance, over a third of the training.
+`diverged_at_kl` is the KL at which this starts.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class Config:
 
   Attributes:
     workdir: Folder for the plots.
-    runs: Workdirs of the runs: DIR,DIR draws each on its own, LABEL=DIR,DIR,LABEL=DIR groups them.
-    evaluation: Workdir of experiments.evaluate, for its metrics, win rates and samples.
+    runs: Workdirs of the runs. DIR,DIR draws one line per run; LABEL=DIR,DIR,LABEL=DIR draws one
+      line per group.
+    evaluation: Workdir of experiments.evaluate, to add its metrics, win rates and samples.
   """
 
   workdir: str
@@ -55,10 +56,10 @@ class Config:
 
 
 def plot(config: Config) -> dict[str, Any]:
-  """Reads the runs, writes plots, report.html and summary.json, returns the latter."""
+  """Reads the runs, writes plots, report.html and summary.json; returns summary.json."""
   workdir = workdir_lib.local_path(config.workdir)
   if (workdir / "metrics.jsonl").exists():
-    raise flags.UsageError(f"--workdir={workdir} is a run; give the plots a folder of their own")
+    raise flags.UsageError(f"--workdir={workdir} is a run; give another folder for the plots")
   folders = charts.group_runs(config.runs)
   groups = {label: [charts.read_run(run) for run in runs] for label, runs in folders.items()}
   evaluation = workdir_lib.local_path(config.evaluation) if config.evaluation else None

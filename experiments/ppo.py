@@ -1,18 +1,20 @@
-r"""Improves a policy against a reward by PPO, held near its start by a KL penalty.
+r"""Improves a policy against a reward by PPO, with a KL penalty to the initial policy.
 
-Built-in task, after SFT and reward model (two minutes on a laptop CPU; win rate about 0.8):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.8):
   python -m experiments.ppo --workdir=runs/ppo --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, against a Python reward function:
   python -m experiments.ppo --workdir=runs/ppo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
-Several prompts with their responses in a row of the update, if lengths differ much:
+Updates on packed rows, which save time if the lengths of responses differ much:
   --rollout.packed_length=512
-The critic as a head on the policy; two devices that sample while the others learn:
-  --critic.share_trunk    --rollout.devices=2 --rollout.importance_cap=2
+A critic that is a head on the policy:
+  --critic.share_trunk
+Two devices that sample while the others train:
+  --rollout.devices=2 --rollout.importance_cap=2
 
-The default learning rates suit the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+The default learning rates are for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -36,7 +38,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """PPO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
+  """PPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
   batch_size: int = 64
@@ -46,8 +48,8 @@ class Config(loop.RunConfig):
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   ppo: PPOConfig = PPOConfig(kl_coef=0.2)
-  # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients that are all rounding move
-  # nothing: up to rounding an update then is the same on one device and on many.
+  # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
+  # nothing, so an update is the same on one device and on many, up to rounding.
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
   critic: CriticOptions = CriticOptions()
   shaping: ShapingConfig = ShapingConfig()
@@ -97,7 +99,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:
-  """State and step of policy and critic."""
+  """Builds the state and the step of policy and critic."""
   settings = bench.config.ppo
   make_step = functools.partial(ppo.make_ppo_step, config=settings)
   return critics.make_trainer(bench, actor, make_step, settings)
@@ -117,7 +119,7 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
   critic = not case.config.critic.share_trunk

@@ -1,15 +1,15 @@
-r"""Improves a policy by PPO-max: PPO with what keeps long runs stable.
+r"""Improves a policy by PPO-max: PPO with additions that keep long runs stable.
 
-Built-in task, after SFT and reward model (three minutes on a laptop CPU; win rate about 0.78):
+Built-in task, after SFT and a reward model (three minutes on a laptop CPU; win rate about 0.78):
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-A KL to hold in place of a coefficient; credit for five tokens at a time:
-  --ppo_max.kl_target=6    --ppo_max.segment=5
+An adaptive KL coefficient, and advantages per macro action of five tokens:
+  --ppo_max.kl_target=6 --ppo_max.segment=5
 
-Scores are normalised and clipped, and the critic trains alone at first. Pretrained models want
-learning rates of about 1e-6. Starting the same command again continues a run that was stopped.
+Scores are normalised and clipped, and only the critic trains at first. A pretrained model needs
+learning rates of about 1e-6. The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """PPO-max. `batch_size` counts prompts; each step has one iteration of sampling and updates.
+  """PPO-max. `batch_size` counts prompts; each step samples responses and updates on them.
 
   Attributes:
-    ptx_path: JSON Lines file of demonstrations for `ppo_max.ptx_coef`; empty is the built-in task.
+    ptx_path: JSON Lines file of demonstrations for --ppo_max.ptx_coef; empty is the built-in task.
   """
 
   steps: int = 45
@@ -88,7 +88,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       (prompts, *demonstrations), params = batch, trainer.params(state.train)
       scored, following, metrics = respond(params["policy"], state, prompts, key)
       experienced, carry, of_batch = experience(params, bench.start, state.carry, scored)
-      if demonstrations:  # A sequence per response.
+      if demonstrations:  # One sequence per response.
         experienced = terms.WithSequences(experienced, *demonstrations)
       train, of_update = trainer.step(state.train, experienced, key)
       return IterationState(train, carry, following), metrics | of_batch | of_update
@@ -110,7 +110,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:
-  """State and step of policy and critic; the policy waits while the critic warms up."""
+  """Builds the state and step of policy and critic; the policy waits for the critic's warm-up."""
 
   def step(apply_fn, tx, config=bench.config.ppo_max, **options):
     ptx = functools.partial(sft.loss_fn, apply_fn=lambda params, ids: apply_fn(params, ids)[0])
@@ -123,8 +123,8 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   """Jitted `(params, ref_params, carry, responses) -> (PPOBatch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)
-  refer = reading.make_read(bench.model.apply, temperature)
-  prepare = responses.make_prepare(config, read, refer)
+  read_ref = reading.make_read(bench.model.apply, temperature)
+  prepare = responses.make_prepare(config, read, read_ref)
 
   @jax.jit
   def experience(params, ref_params, carry, answers):
@@ -138,7 +138,7 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
   critic, ptx = not case.config.critic.share_trunk, bool(case.config.ppo_max.ptx_coef)

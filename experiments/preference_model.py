@@ -1,18 +1,18 @@
-r"""Trains a preference model: P(a > b) from both responses, without a score of either.
+r"""Trains a preference model, which predicts P(a > b) from both responses to a prompt.
 
 Built-in task, from the SFT model, on the votes of a panel whose majority is intransitive:
   python -m experiments.preference_model --workdir=runs/pm --init_from=runs/sft \
     --data.annotator=panel
-Your model and data (rows with prompt, chosen, rejected, or judged responses, ties among them):
+Your model and data (rows with prompt, chosen, rejected, or with judged responses; ties are fine):
   python -m experiments.preference_model --workdir=runs/pm --init_from=runs/sft \
     --data.path=FILE.jsonl --data.votes=each
 
-With `--data.votes=each` the model learns the share of the votes, else the majority's verdict; a tie
-is a preference of one half. It ends with accuracy, calibration and log loss on held-out
-comparisons, and with the share of triples of responses whose majorities form a cycle, if prompts
-have three responses that were all compared: 0 for any reward model.
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues a run that was stopped.
+With --data.votes=each the model learns the share of the votes, otherwise the majority's verdict. A
+tie is a preference of one half. At the end it is measured on held-out comparisons: accuracy,
+calibration and log loss. If prompts have three responses that were all compared, the share of
+triples whose majorities form a cycle is measured too; it is 0 for any reward model.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Config(loop.RunConfig):
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Trains, exports to `workdir/export` and returns the metrics of summary.json."""
+  """Trains, exports the model to `workdir/export` and returns the metrics of summary.json."""
   with workbench.open(session, config, "preference_model", "comparisons", "scalar") as bench:
     heldout, train_set = bench.heldout, bench.train_set
     trainer = make_trainer(bench)
@@ -97,14 +97,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the judge."""
+  """Builds the state and the step of the model."""
   settings = bench.config.preference_model
   make_step = functools.partial(preference_model.make_preference_model_step, config=settings)
   return bench.trainer(make_step, keep_start=False)
 
 
 def show(summary: dict[str, float]) -> None:
-  """The table at the end."""
+  """Shows the final table."""
   model = "preference model"
   rows = {
     "accuracy": {model: summary["accuracy"], "longer wins": summary["length_baseline"]},

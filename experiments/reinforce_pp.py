@@ -1,15 +1,15 @@
-r"""Improves a policy by REINFORCE++: a clipped update without a critic and without groups.
+r"""Improves a policy by REINFORCE++: PPO's clipped update without a critic or groups of samples.
 
-Built-in task, after SFT and reward model (two minutes on a laptop CPU):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU):
   python -m experiments.reinforce_pp --workdir=runs/reinforce_pp --init_from=runs/sft \
     --reward.path=runs/rm
 Your model and prompts, against a Python reward function:
   python -m experiments.reinforce_pp --workdir=runs/reinforce_pp --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.name=sentiment
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """REINFORCE++. `batch_size` counts prompts; each step samples and updates."""
+  """REINFORCE++. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
   batch_size: int = 64
@@ -89,7 +89,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   settings, temperature = bench.config.reinforce_pp, bench.config.sampling.temperature
   make_step = functools.partial(
     reinforce_pp.make_reinforce_pp_step, config=settings, temperature=temperature
@@ -112,7 +112,7 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   trainer, experience = make_trainer(case.bench), make_experience(case.bench)
   case.policy_gradient(trainer, experience, RunningMoments.zero())
 

@@ -1,21 +1,23 @@
-r"""Self-training on filtered samples: ReST, and as settings of the same loop RAFT and SuperHF.
+r"""Fine-tunes a policy on its own best samples: ReST, and with other settings RAFT and SuperHF.
 
-Built-in task, after SFT and reward model (four minutes on a laptop CPU; win rate about 0.72):
+Built-in task, after SFT and a reward model (four minutes on a laptop CPU; win rate about 0.72):
   python -m experiments.rest --workdir=runs/rest --init_from=runs/sft --reward.path=runs/rm
-The best of 8 samples of each prompt (RAFT), with a forward KL to the start (SuperHF):
+RAFT, which keeps the best of 8 samples of each prompt:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3
+SuperHF, which adds a forward KL to the initial policy:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3 --rest.kappa=0.3
-Your model and prompts, on the samples that a Python function finds right (ReST-EM):
+ReST-EM on your model and prompts, which keeps the samples that a Python function finds right:
   python -m experiments.rest --workdir=runs/rest --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=exact_answer --rest.keep=threshold --rest.quantiles=0.5
 
-Each Grow step samples `--sampling.samples_per_prompt` responses to `--prompts` prompts and scores
-them once, into `workdir/grow_0/responses.jsonl`. Each Improve step, one per `--rest.quantiles`,
-fine-tunes on those above its threshold, as a run of its own in `workdir/grow_0_improve_0` and on.
-`metrics.jsonl` has a line per Improve step and `plots/quality.png` shows what was kept.
+A Grow step samples --sampling.samples_per_prompt responses to each of --prompts prompts, scores
+them once and writes them to `workdir/grow_0/responses.jsonl`. One Improve step for each of
+--rest.quantiles then fine-tunes on the responses above its threshold, for --steps steps, in a
+workdir such as `workdir/grow_0_improve_0`. `metrics.jsonl` has a line per Improve step, and
+`plots/quality.png` shows the rewards of the sampled and of the kept responses.
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues where it was stopped; no scored sample is lost.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped; no scored sample is lost.
 """
 
 import dataclasses
@@ -42,9 +44,11 @@ class Config(loop.RunConfig):
   """ReST. `steps` and `batch_size` are those of each Improve step.
 
   Attributes:
-    grow_steps: Number of times that new responses are sampled.
-    prompts: Prompts of each Grow step, every time other ones while there are any.
-    learning_rate_decay: Factor of the learning rate after each Improve step of a Grow step.
+    grow_steps: Number of Grow steps, each of which samples new responses.
+    prompts: Prompts per Grow step. Each Grow step takes the next ones, and the first ones again
+      after the last.
+    learning_rate_decay: Factor of the learning rate from one Improve step to the next after the
+      same Grow step.
   """
 
   steps: int = 60
@@ -89,7 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.values["jax_compilation_cache_dir"]:
-    # Every step runs the programs of the one before, as a run of its own.
+    # Every step is a separate run and compiles the programs of the previous one.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   rows: list[dict[str, float]] = []
   start = folder

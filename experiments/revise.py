@@ -1,17 +1,18 @@
-r"""Lets a model criticise and revise its answers (Constitutional AI).
+r"""Has a model criticise and revise its own responses (Constitutional AI).
 
-The model answers prompts, criticises its answers by principles, and writes
-better ones:
+The model answers prompts, criticises its answers by a list of principles, and
+revises them:
   python -m experiments.revise --workdir=runs/cai --judge.path=FOLDER \
     --data.path=PROMPTS.jsonl
-The revisions are demonstrations:
+Fine-tune on the revisions:
   python -m experiments.sft --workdir=runs/sft --model.path=FOLDER \
     --data.path=runs/cai/revised.jsonl
 
 Bai et al., 2022, https://arxiv.org/abs/2212.08073, section 3.1. Rows have a
 `prompt`; without a file they are those of the built-in task. Every line of
-`revised.jsonl` has `prompt`, `response`, the `draft` before it and all `steps`
-in between. The same command, started again, continues where it was stopped.
+`revised.jsonl` has the `prompt`, the first `draft`, all `steps` of critique and
+revision, and the final `response`. The same command, run again, resumes where it
+was stopped.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ class Config:
   """Prompts to answer, and the model.
 
   Attributes:
-    limit: Prompts to answer; 0 answers all.
+    limit: Maximum number of prompts to answer; 0 answers all.
     batch_size: Questions per call of the model.
-    revisions: Rounds of critique and revision.
+    revisions: Rounds of critique and revision per response.
   """
 
   limit: int = 0
@@ -58,7 +59,7 @@ class Config:
 
 
 def revise(session: loop.Session, config: Config) -> dict[str, Any]:
-  """Answers, criticises and revises what is left, returns summary.json."""
+  """Answers the prompts that are left and revises the answers; returns summary.json."""
   principles = read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
@@ -93,7 +94,7 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
           ):
             steps[i].append({"principle": principle, "critique": critique, "revision": response})
         rows = [
-          # An empty revision is nothing to imitate; the draft is kept then.
+          # An empty revision is no demonstration; the draft is kept instead.
           {
             "prompt": prompt,
             "response": response if response.strip() else draft,
@@ -108,13 +109,13 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
 
 
 def choose(principles: tuple[str, ...], seed: int, start: int, turn: int, count: int) -> list[str]:
-  """A random principle for each of `count` prompts from `start` on."""
+  """Draws a random principle for each of `count` prompts from number `start` on."""
   draws = [np.random.default_rng([seed, start + i, turn]) for i in range(count)]
   return [principles[draw.integers(len(principles))] for draw in draws]
 
 
 def report(run: loop.Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
-  """Shows the first rows and writes how many have changed; returns summary.json."""
+  """Shows the first rows and writes the share of changed responses; returns summary.json."""
   shown = [{name: row[name] for name in ("prompt", "draft", "response")} for row in rows[:4]]
   reporting.show_samples(shown, "Drafts and revisions")
   changed = float(np.mean([row["draft"] != row["response"] for row in rows]))

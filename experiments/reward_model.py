@@ -2,17 +2,16 @@
 
 Built-in task, from the SFT model (under a minute on a laptop CPU; held-out accuracy about 0.85):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft
-Your model and data (rows with prompt, chosen, rejected, or those of rlhf_jax/data/schema.py):
+Your model and data (rows with prompt, chosen, rejected; rlhf_jax/data/schema.py lists others):
   python -m experiments.reward_model --workdir=runs/rm --init_from=runs/sft --data.path=FILE.jsonl
 
-Rows that rank a list of responses are learnt from as a whole: each response is scored once, and
-the loss is over all pairs of a prompt. Votes of several annotators on two responses become pairs;
-see `--data.votes` and `--data.annotator`. With --data.packed_length a row holds several pairs;
-rankings are not packed.
-The held-out accuracy is shown beside that of preferring the longer response. After training the
-scores are centred: their mean over `--data.eval_rows` training rows is 0.
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues a run that was stopped.
+A row may rank a list of responses: each response is scored once, and the loss is over all pairs of
+the prompt. Votes of several annotators on two responses become pairs; see --data.votes and
+--data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
+The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
+the scores are centred: their mean over --data.eval_rows training rows is 0.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -104,11 +103,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
-  """Measures a reward model beside preferring the longer response.
+  """Measures a reward model, with preferring the longer response as the baseline.
 
   Args:
     dataset: Held-out pairs or rankings.
-    pairs: [N, 2] scores of the better and of the worse response of every pair.
+    pairs: [N, 2] scores of the better and the worse response of every pair.
   """
   lengths = evaluating.compared_lengths(dataset)
   metrics = reward_model.pair_metrics(pairs)
@@ -125,7 +124,7 @@ def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
 
 
 def show(summary: dict[str, float]) -> None:
-  """The table at the end."""
+  """Shows the final table."""
   model = "reward model"
   reporting.show_summary(
     f"Reward model, {summary['pairs']} held-out pairs",

@@ -1,21 +1,21 @@
-"""The whole chain on the built-in task: demonstrations -> SFT -> reward model -> PPO.
+"""Runs the RLHF chain on the built-in task: demonstrations -> SFT -> reward model -> PPO.
 
   python -m experiments.rlhf --workdir=runs/rlhf
 
-No network and no download; five to six minutes on two CPU cores. It ends with a table of the SFT
-and the PPO policy side by side on 512 held-out prompts, judged by the gold reward that no stage was
-trained on; expect a win rate of PPO against SFT of about 0.8. Every stage is a run of its own in
-`workdir/sft`, `workdir/reward_model` and `workdir/ppo`. Starting the same command again continues
-where it was stopped.
+It downloads nothing and takes five to six minutes on two CPU cores. At the end a table compares the
+SFT and the PPO policy on 512 held-out prompts by the gold reward, which no stage was trained on.
+Expect a win rate of PPO against SFT of about 0.8.
 
-Every flag of a stage's script is a flag here behind `sft.`, `reward_model.` or `ppo.`.
+Each stage is a separate run, in `workdir/sft`, `workdir/reward_model` and `workdir/ppo`. Every flag
+of a stage's script is a flag here, with the prefix `sft.`, `reward_model.` or `ppo.`. The same
+command, run again, resumes where it was stopped.
 """
 
 import dataclasses
 import shutil
 
 from experiments import ppo, reward_model, sft
-from experiments.lab import judges, training
+from experiments.lab import judges
 from experiments.ppo import Config as PPOStage
 from experiments.reward_model import Config as RewardModelStage
 from experiments.sft import Config as SFTStage
@@ -25,7 +25,7 @@ from rlhf_jax import workdir as workdir_lib
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The three stages. `--sft.steps`, `--ppo.kl_coef` and so on change one of them."""
+  """The three stages. Flags such as `--sft.steps` and `--ppo.kl_coef` change one of them."""
 
   sft: SFTStage = dataclasses.field(
     default=SFTStage(),
@@ -61,15 +61,15 @@ class Config:
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
-  """Runs the stages that have not finished, then compares; returns summary.json."""
+  """Runs the stages that have not finished, compares SFT with PPO, and returns summary.json."""
   workdir = workdir_lib.local_path(session.workdir)
 
   def stage(name, script, stage_config, seed_offset):
-    # Each stage draws its own rows of the built-in task.
-    own = dataclasses.replace(
+    # Each stage has another seed, so that the built-in task generates other rows for it.
+    stage_session = dataclasses.replace(
       session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
     )
-    return training.run_stage(script, own, stage_config)
+    return script(stage_session, stage_config)
 
   start = str(workdir / "sft")
   stage("sft", sft.train, config.sft, 1)
@@ -99,7 +99,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def show(summary: dict[str, float]) -> None:
-  """The table at the end of the chain."""
+  """Shows the final table."""
   reporting.show_summary(
     "The chain, on held-out prompts",
     {

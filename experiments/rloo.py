@@ -1,16 +1,16 @@
-r"""Improves a policy by RLOO: the policy gradient of whole responses, without a critic.
+r"""Improves a policy by RLOO: a sequence-level policy gradient without a critic.
 
-Built-in task, after SFT and reward model (two minutes on a laptop CPU; win rate about 0.72):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.72):
   python -m experiments.rloo --workdir=runs/rloo --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, against a Python reward function:
   python -m experiments.rloo --workdir=runs/rloo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
-REINFORCE, with the mean of the rest of the batch as baseline:
+REINFORCE, whose baseline is the mean of the rest of the batch:
   --sampling.samples_per_prompt=1 --batch_size=64
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-6.
-At the end the policy and its start answer the held-out prompts, and both are scored.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
+At the end the trained and the initial policy answer the held-out prompts, and both are scored.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """RLOO. `batch_size` counts prompts; each step has one iteration of sampling and updates."""
+  """RLOO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
   batch_size: int = 16
@@ -88,7 +88,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   settings, temperature = bench.config.rloo, bench.config.sampling.temperature
   make_step = functools.partial(rloo.make_rloo_step, config=settings, temperature=temperature)
   return bench.trainer(make_step, settings)
@@ -109,7 +109,7 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
 
 
 def programs(case: Case) -> None:
-  """Compiles what an iteration runs, for `experiments.compile`."""
+  """Compiles the programs of an iteration, for `experiments.compile`."""
   trainer, experience = make_trainer(case.bench), make_experience(case.bench)
   case.policy_gradient(trainer, experience, RunningMoments.zero())
 

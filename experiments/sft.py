@@ -6,10 +6,10 @@ Your model and data (rows with prompt and response, instruction and output, or m
   python -m experiments.sft --workdir=runs/sft --model.path=FOLDER --data.path=FILE.jsonl
 
 With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
-of one and padding. The start panel says how much is padding.
+of one demonstration and padding. The panel at the start shows the share of padding.
 
-The default learning rate suits the built-in task; a pretrained model wants about 1e-5.
-Starting the same command again continues a run that was stopped.
+The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses

@@ -1,16 +1,20 @@
 r"""Fine-tunes a policy on preference pairs without a reference: SimPO, ORPO, CPO.
 
-Built-in task, from the SFT model (two minutes on a laptop CPU):
+Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.6):
   python -m experiments.simpo --workdir=runs/simpo --init_from=runs/sft
-Your model and data (rows with prompt, chosen, rejected), by ORPO or by CPO:
+Held to the chosen responses by their likelihood (win rate about 0.7):
+  --simpo.sft_coef=1 --optim.learning_rate=1e-4
+Your model and data (rows with prompt, chosen, rejected), by ORPO:
   python -m experiments.simpo --workdir=runs/orpo --init_from=FOLDER --data.path=FILE.jsonl \
     --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1 --optim.learning_rate=1e-6
+By CPO:
   --simpo.loss=cpo --simpo.beta=0.1
 
-With --data.packed_length a row holds as many pairs as fit, not one and padding. At the end the
-policy and its start answer the held-out prompts; with --eval_every=50 the policy also does every 50
-steps. The default learning rate suits the built-in task.
-Starting the same command again continues a run that was stopped.
+With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
+At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
+policy in training also answers them every 50 steps.
+The default learning rate is for the built-in task.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -33,7 +37,7 @@ from rlhf_jax.train_step import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config(loop.RunConfig):
-  """SimPO on pairs. `reward` judges the policies at the end, if it is given."""
+  """SimPO on pairs. `reward`, if given, judges the policies at the end."""
 
   steps: int = 250
   batch_size: int = 32
@@ -44,7 +48,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   simpo: SimPOConfig = SimPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  optim: OptimConfig = OptimConfig(learning_rate=3e-5)
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -64,7 +68,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return simpo.row_metrics(params, batch, read=read, config=config.simpo)[0]
 
     @functools.cache
-    def judge():  # Opened when first asked: a reward model takes no memory before.
+    def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
     evaluate = bench.evaluator(trainer, measure, None, judge)
@@ -75,7 +79,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
 
 def make_trainer(bench: workbench.Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   config = bench.config
   make_step = functools.partial(simpo.make_simpo_step, config=config.simpo, weighting=config.pairs)
   return bench.trainer(make_step)

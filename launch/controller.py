@@ -71,7 +71,7 @@ class Active:
     folder: Workdir of the trial.
     owner: Descriptor of the lock of the trial.
     handle: The process, if there is one.
-    asked: Whether the process was asked to stop.
+    asked: True once the process was asked to stop.
     size: Size of metrics.jsonl when it was last read.
     step: The newest step in metrics.jsonl.
     started_at: The newest step when the process was started.
@@ -310,7 +310,7 @@ class Controller:
       for name, value in row.items()
     }
     names = [self._args.metric, *(constraint.name for constraint in self._args.constraint)]
-    figures = {}
+    metrics = {}
     for name in dict.fromkeys(names):
       if name not in summary and (name == self._args.metric or name not in logged):
         flag_name = "metric" if name == self._args.metric else "constraint"
@@ -318,20 +318,20 @@ class Controller:
           missing(f"--{flag_name}={name}", name, active.folder / "summary.json", summary)
         )
         return
-      figures[name] = float(summary.get(name, logged.get(name)))
-    value = figures[self._args.metric]
+      metrics[name] = float(summary.get(name, logged.get(name)))
+    value = metrics[self._args.metric]
     if math.isnan(value):
       self._fail(active, f"{self._args.metric} is NaN")
       return
     broken = []
     for constraint in self._args.constraint:
-      violation = constraint.violation(figures[constraint.name])
+      violation = constraint.violation(metrics[constraint.name])
       broken += [constraint.text] if violation > 0 else []
       if constraint.text not in trial.constraints:
         trial.set_constraint(constraint.text, violation)
-    trial.set_user_attr("figures", figures)
+    trial.set_user_attr("figures", metrics)
     self._tell(active, TrialState.COMPLETE, value)
-    shown = ", ".join(f"{name} {number:.4g}" for name, number in figures.items())
+    shown = ", ".join(f"{name} {number:.4g}" for name, number in metrics.items())
     best = sweep_report.best_trial(self._study)
     note = f"  (not {', not '.join(broken)})" if broken else ""
     note += "  (best so far)" if best is not None and best.number == trial.number else ""

@@ -75,7 +75,7 @@ class Checkpointer:
   """Saves and restores named trees of arrays, one atomic unit per step.
 
   Attributes:
-    directory: Where the steps are; `<directory>/<step>/` and `<directory>/<step>.digest.json`.
+    directory: Folder of the steps, `<directory>/<step>/` and `<directory>/<step>.digest.json`.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
@@ -86,8 +86,8 @@ class Checkpointer:
 
     Args:
       directory: The folder of the steps, `<workdir>/checkpoints` for a run.
-      keep: How many of the newest steps stay on disk. With 1 there is no older step to fall back
-        to when the newest is damaged.
+      keep: Number of newest steps that stay on disk. With 1 there is no older step to fall back to
+        when the newest is damaged.
     """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
@@ -180,8 +180,8 @@ class Checkpointer:
       The step, its items and metadata; None if the directory holds no checkpoint.
 
     Raises:
-      CheckpointError: An item or leaf is missing, extra or of another shape or dtype; or there
-        are steps but none (or not the one asked for) is usable.
+      CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or there are
+        steps, but none is usable, or not the one asked for.
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
@@ -387,7 +387,7 @@ def _all_finite_on_devices(leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _all_finite(leaves: Sequence[Any]) -> list[Any]:
-  """Whether each leaf is finite. All of them are on the same devices."""
+  """Returns a bool per leaf, True if it is finite. All leaves are on the same devices."""
   first = leaves[0]
   if not isinstance(first, jax.Array) or (
     first.is_fully_addressable and {device.platform for device in first.devices()} == {"cpu"}
@@ -426,9 +426,9 @@ def _check_leaves(
       continue
     for path in [*tree, *(p for p in saved[name] if p not in tree)]:
       expected = _kind(tree[path]) if path in tree else "nothing"
-      found = saved[name].get(path, "missing")
-      if found != expected:
-        lines.append(f"item {name!r}, leaf {path!r}: saved {found}, expected {expected}")
+      actual = saved[name].get(path, "missing")
+      if actual != expected:
+        lines.append(f"item {name!r}, leaf {path!r}: saved {actual}, expected {expected}")
   if lines:
     shown = lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else [])
     raise CheckpointError(
@@ -481,8 +481,8 @@ def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
       if path.stat().st_size != size:
         return f"{name} has {path.stat().st_size} bytes, {size} were written"
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-      found = pool.map(lambda name: workdir_lib.file_digest(directory / name), files)
-      for (name, (_, digest)), now in zip(files.items(), found, strict=True):
+      digests = pool.map(lambda name: workdir_lib.file_digest(directory / name), files)
+      for (name, (_, digest)), now in zip(files.items(), digests, strict=True):
         if now != digest:
           return f"{name} has changed since it was written (SHA-256 differs)"
   except OSError as error:

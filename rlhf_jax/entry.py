@@ -32,12 +32,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
 
   def main(argv: Sequence[str]) -> None:
     del argv
-    if not absl_flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax narrates every save.
-    _tune_for_cpu()
-    # What was imported stays, and rows and traces are many objects with hardly any garbage.
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    tune(quiet=not absl_flags.FLAGS["verbosity"].present)
     configs = [read() for read in readers]
     path = pathlib.Path(configs[0].workdir) / "flags"
     if isinstance(configs[0], processes.Group):
@@ -50,6 +45,22 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
       flags.save_flags(path)
 
   run(main)
+
+
+def tune(*, quiet: bool = True) -> None:
+  """Sets up a process as scripts do; call it once, before the first computation.
+
+  A script or a notebook that calls `train` of another script is slower without it, no different.
+
+  Args:
+    quiet: True to hide what libraries log below warnings; Orbax narrates every save.
+  """
+  if quiet:
+    logging.set_verbosity(logging.WARNING)
+  _tune_for_cpu()
+  # What was imported stays, and rows and traces are many objects with hardly any garbage.
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 20)
 
 
 def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:

@@ -215,18 +215,21 @@ def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: i
 
 
 def _reflow(text: str, width: int) -> str:
-  """Text in fewer columns: sentences are filled, indented commands are continued by backslashes."""
+  """Wraps a text: sentences are filled, indented commands are continued by backslashes."""
   lines, sentences = [], []
-  for line in [*text.replace(" \\\n", " ").splitlines(), ""]:
-    if line and not line.startswith(" "):
-      sentences.append(line)
+  for command in [*re.split(r"(?<! \\)\n", text), ""]:
+    if command and not command.startswith(" "):
+      sentences.append(command)
       continue
     lines += textwrap.wrap(" ".join(sentences), width, break_on_hyphens=False)
     sentences = []
+    if all(len(line) <= width for line in command.split("\n")):
+      lines.append(command)
+      continue
+    line = re.sub(r" \\\n *", " ", command)
     indent = " " * (len(line) - len(line.lstrip()))
     pieces = textwrap.wrap(line, width - 2, subsequent_indent=f"{indent}  ", break_on_hyphens=False)
-    pieces = [line] if len(line) <= width else pieces
-    lines += [f"{piece} \\" for piece in pieces[:-1]] + (pieces[-1:] or [""])
+    lines += [f"{piece} \\" for piece in pieces[:-1]] + pieces[-1:]
   return "\n".join(lines).rstrip()
 
 

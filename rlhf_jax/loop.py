@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, writers
+from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
 from rlhf_jax import workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Session(processes.Group):
-  """Settings of a session: workdir, seed, devices and dashboards.
+  """Workdir, seed, devices and dashboards of a run.
 
   Attributes:
     workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. An unfinished run in it
@@ -44,7 +44,7 @@ class RunConfig:
     init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
       folder.
     steps: Number of steps.
-    batch_size: Rows per step, over all devices.
+    batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.
@@ -128,11 +128,13 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
   Args:
     run: The run being opened or continued.
     name: Name of the script.
-    settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored.
+    settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored. The files of the
+      user's functions that it names are fingerprinted too.
     **digests: Fingerprints of inputs that the config only points to: data, tokenizer, initial
       params.
   """
   fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
+  digests |= user.digests(flags.flatten(settings))
   workdir_lib.check_identity(
     run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
   )

@@ -1,6 +1,6 @@
-"""Plots as PNG files: panels of one run's metrics, charts that compare runs.
+"""Plots as PNG files: panels of the metrics of one run, and charts that compare runs.
 
-Only the first process writes.
+Only the first process writes files.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from rlhf_jax.reporting import escape
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One plot.
+  """Plot of a few metrics.
 
   Attributes:
     title: Heading.
-    metrics: Names in `metrics.jsonl`, one line each; those that a run lacks are left out.
+    metrics: Names in `metrics.jsonl`, one line each; metrics that a run lacks are left out.
     ylabel: Label of the y axis, with the unit.
-    labels: What the legend calls the metrics; their names where empty.
+    labels: Names of the metrics in the legend; if empty, those in `metrics`.
     x: Metric of the x axis, or "step".
     xlabel: Label of the x axis, with the unit.
   """
@@ -95,18 +95,18 @@ _STYLE = {
 
 
 def _points(rows: Sequence[Mapping[str, float]], x: str, y: str) -> np.ndarray:
-  """[n, 2] finite points, ordered by x. Rows of the same step belong together."""
+  """Returns the finite points [n, 2], ordered by x. Rows of the same step are merged."""
   steps: dict[float, dict[str, float]] = {}
   for row in rows:
     steps.setdefault(row["step"], {}).update(row)
-  found = [(row[x], row[y]) for _, row in sorted(steps.items()) if x in row and y in row]
-  points = np.asarray(found, np.float64).reshape(-1, 2)
+  pairs = [(row[x], row[y]) for _, row in sorted(steps.items()) if x in row and y in row]
+  points = np.asarray(pairs, np.float64).reshape(-1, 2)
   points = points[np.isfinite(points).all(axis=1)]
   return points[np.argsort(points[:, 0], kind="stable")]
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-  """[n] centred moving average over about a twentieth of the points; it does not lag behind."""
+  """Centred moving average [n] over about a twentieth of the points; it does not lag behind."""
   half = len(y) // 40
   total = np.concatenate([[0.0], np.cumsum(y)])
   # At the ends half a window is left: a shrinking one would end in the noise of the last point.
@@ -134,11 +134,11 @@ def _png(
 
 
 def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
-  """One plot as PNG: the figures as logged are faint, a moving average is drawn over them.
+  """Renders a panel as PNG: logged values are faint, with a moving average drawn over them.
 
   Args:
-    panel: What to plot.
-    runs: Rows of `metrics.jsonl` by the name of the run; the name matters only if there are more.
+    panel: Panel to render.
+    runs: Rows of `metrics.jsonl` by the name of the run; names are shown if there are several runs.
 
   Returns:
     The PNG, or None if no run has two points to join.
@@ -190,14 +190,14 @@ def save_panels(
 
   Args:
     runs: Rows of `metrics.jsonl` by the name of the run.
-    folder: Where to write; created.
-    panels: What to plot, by file name.
+    folder: Folder to write to; created if missing.
+    panels: Panels to render, by file name.
 
   Returns:
-    The files written.
+    Paths of the files that were written.
 
   Raises:
-    ValueError: If the name of a panel is not a plain file name.
+    ValueError: The name of a panel is not a plain file name.
   """
   written = []
   for name, panel in panels.items():
@@ -222,15 +222,15 @@ def plot_metrics(workdir: epath.PathLike, panels: Mapping[str, Panel] = PANELS) 
 
 
 class Line(NamedTuple):
-  """A line of a chart.
+  """Line of a chart.
 
   Attributes:
     label: Name in the legend.
-    x: [n], ascending.
-    y: [n].
-    low: [n] lower end of a band around it; None draws no band.
-    high: [n] upper end.
-    peak: Written at its highest point, with that point's {x} and {y}; empty marks none.
+    x: [n] positions, ascending.
+    y: [n] heights.
+    low: [n] lower end of a band around the line; None draws no band.
+    high: [n] upper end of the band.
+    peak: Text at the highest point, with {x} and {y} for its position; empty marks no peak.
   """
 
   label: str
@@ -242,14 +242,14 @@ class Line(NamedTuple):
 
 
 class Point(NamedTuple):
-  """A labelled point of a chart.
+  """Labelled point of a chart.
 
   Attributes:
-    label: Written beside it.
-    x: Figure on the x axis.
-    y: Figure on the y axis.
-    x_range: Ends of the error bar; None draws none.
-    y_range: The same for y.
+    label: Text beside the point.
+    x: Value on the x axis.
+    y: Value on the y axis.
+    x_range: Ends of the horizontal error bar; None draws no bar.
+    y_range: Ends of the vertical error bar; None draws no bar.
   """
 
   label: str
@@ -266,10 +266,10 @@ class Chart(NamedTuple):
     title: Heading.
     xlabel: Label of the x axis, with the unit.
     ylabel: Label of the y axis, with the unit.
-    lines: What to join.
-    points: What to label.
-    root_x: Whether distances along x are those of its square root, as is usual for a KL: rewards
-      rise nearly in proportion to it.
+    lines: Lines to draw.
+    points: Points to draw, with labels.
+    root_x: True for a square-root x axis, as is usual for a KL: rewards rise nearly in proportion
+      to the root.
   """
 
   title: str
@@ -289,18 +289,18 @@ def mean_line(
   root_x: bool = False,
   peak: str = "",
 ) -> Line | None:
-  """The mean of runs that differ in their seed, in a band from the lowest to the highest of them.
+  """Averages runs that differ in their seed, with a band from the lowest to the highest run.
 
   The points of each run are averaged within intervals of x. Intervals in which a run has no point
-  are left out, so the line ends where the first run does.
+  are left out, so the line ends with the shortest run.
 
   Args:
     label: Name in the legend.
     runs: Rows of `metrics.jsonl` of each run.
     x: Metric of the x axis, or "step".
     y: Metric of the y axis.
-    root_x: Whether the intervals are equal in the square root of x.
-    peak: As in `Line`.
+    root_x: True for intervals of equal width in the square root of x.
+    peak: Text at the highest point; see `Line`.
 
   Returns:
     The line, or None if a run has fewer than two points.

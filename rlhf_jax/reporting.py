@@ -40,7 +40,7 @@ def _plain(line: str) -> None:
 
 
 def note(text: str) -> None:
-  """One plain line for the person who watches."""
+  """Writes a plain line to the terminal."""
   if processes.is_first():
     _plain(escape(text))
 
@@ -53,7 +53,7 @@ def escape(text: str, *, newlines: bool = False) -> str:
 
   Args:
     text: Text from outside.
-    newlines: Whether line feeds may stay.
+    newlines: True to keep line feeds.
   """
 
   def visible(char: str) -> str:
@@ -160,13 +160,13 @@ class Progress:
     """Prepares the bar; nothing is shown before `__enter__`.
 
     Args:
-      total: Number of steps of the whole run.
-      initial: Steps already taken (a resumed run).
-      description: What the steps are.
-      every_seconds: Off a terminal, a line comes after this time at the latest; the first and
-        last step have one too.
-      tenths: So has every tenth of the run.
-      clock: For tests.
+      total: Number of steps of the run.
+      initial: Number of steps taken before, for a resumed run.
+      description: Name of the bar.
+      every_seconds: Longest time between two lines off a terminal; the first and the last step have
+        a line too.
+      tenths: True for a line at every tenth of the run.
+      clock: Clock in seconds, replaced in tests.
     """
     self._total, self._step, self._description = total, initial, escape(description)
     self._every_seconds, self._tenths, self._clock = every_seconds, tenths, clock
@@ -299,9 +299,9 @@ def save_samples(workdir: epath.PathLike, step: int, rows: Sequence[Mapping[str,
 
 
 def write_summary(workdir: epath.PathLike, summary: Mapping[str, Any]) -> None:
-  """Writes the final figures to `WORKDIR/summary.json`, atomically.
+  """Writes the final metrics to `WORKDIR/summary.json`, atomically.
 
-  Keys are sorted and floats keep six digits: two summaries can be compared line by line.
+  Keys are sorted and floats keep six digits, so that summaries can be compared line by line.
   """
   if not processes.is_first():
     return
@@ -315,7 +315,7 @@ def show_summary(title: str, rows: Mapping[str, Mapping[str, Cell]]) -> None:
 
   Args:
     title: Heading.
-    rows: Metric to policy to figure; a policy without a figure gets a dash.
+    rows: Metric -> policy -> value; a policy without a value gets a dash.
   """
   if not processes.is_first():
     return
@@ -329,8 +329,8 @@ def show_summary(title: str, rows: Mapping[str, Mapping[str, Cell]]) -> None:
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     _plain(f"== {escape(title)} ==")
     for first, *rest in [header, *cells]:
-      figures = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-      _plain("  ".join(["", first.ljust(widths[0]), *figures]).rstrip())
+      values = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+      _plain("  ".join(["", first.ljust(widths[0]), *values]).rstrip())
     return
   out = table.Table(title=Text(escape(title)), box=box.ROUNDED, title_style="bold")
   out.add_column("")

@@ -18,8 +18,8 @@ class OptimConfig:
 
   Attributes:
     learning_rate: Peak learning rate.
-    schedule: Learning rate schedule after the warm-up. constant keeps the peak; linear and cosine
-      decay to 0 at the last step.
+    schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
+      `cosine` decay to 0 at the last step.
     warmup: Fraction of all optimizer steps over which the learning rate rises from 0.
     weight_decay: Decoupled weight decay, on matrices only.
     b1: Decay of the first moment.

@@ -4,16 +4,29 @@ A name is imported because you typed it. Nothing that is read from data, from a 
 model folder reaches these functions.
 """
 
+import difflib
 import hashlib
 import importlib
 import inspect
+import os
 import pathlib
 import re
 import sys
+import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+# module:function -> the function, and the SHA-256 of its file at the time of its import. A file
+# that is edited while a run goes on changes nothing in the process, so it is read only once.
+_resolved: dict[str, tuple[Callable[..., Any], str]] = {}
+
+
+class ResultError(ValueError):
+  """A function returned something unusable."""
+
+  exit_code = 64  # EX_USAGE
 
 
 def resolve(
@@ -27,8 +40,9 @@ def resolve(
 
   Args:
     field: Name of the setting, for messages.
-    name: Key of `known`, or `module:function`. The module is looked for in the working directory
-      and among the installed ones.
+    name: Key of `known`, or `module:function`. The module is looked for where Python looks for
+      modules, PYTHONPATH included, and in the working directory. `__main__` is the running script
+      or notebook.
     known: Functions by name.
     arguments: Names of the arguments that the function is called with, in order.
     keywords: Names of those that it is called with by keyword.
@@ -44,36 +58,112 @@ def resolve(
         f" {name!r}"
       )
     return known[name]
-  if not _NAME.fullmatch(name):
-    raise ValueError(f"{field} must be a key or module:function, got {name!r}")
   module_name, _, function_name = name.partition(":")
-  if "" not in sys.path and str(pathlib.Path.cwd()) not in sys.path:
-    sys.path.insert(0, str(pathlib.Path.cwd()))
-  try:
-    module = importlib.import_module(module_name)
-  except Exception as error:
+  if not _NAME.fullmatch(name) or module_name.endswith(".py"):
     raise ValueError(
-      f"{field}={name} cannot be imported: {type(error).__name__}: {error}. Start in the folder of"
-      f" {module_name.replace('.', '/')}.py, or set PYTHONPATH"
-    ) from error
+      f"{field} must be a key or module:function, got {name!r}; the module of FOLDER/my_file.py is"
+      " my_file, with FOLDER as the working directory or on PYTHONPATH"
+    )
+  module = load(field, name)
   function = getattr(module, function_name, None)
-  if not callable(function):
-    place = getattr(module, "__file__", module_name)
-    raise ValueError(f"{field}={name}: {place} has no function {function_name}")
+  if not callable(function) or inspect.isclass(function):
+    place = getattr(module, "__file__", None) or module_name
+    raise ValueError(
+      f"{field}={name}: {place} has no function {function_name}{_near(name, module)}"
+    )
   try:
     inspect.signature(function).bind(*arguments, **dict.fromkeys(keywords))
   except TypeError as error:
     wanted = ", ".join([*arguments, *(f"{keyword}=" for keyword in keywords)])
     raise ValueError(f"{field}={name} must take ({wanted}), and it does not: {error}") from error
+  except ValueError:  # A function in C that does not say what it takes.
+    pass
+  if name not in _resolved or _resolved[name][0] is not function:  # It may have been reloaded.
+    _resolved[name] = function, _digest(module, function)
   return function
 
 
-def digests(*names: str) -> dict[str, str]:
-  """SHA-256 of the file of each `module:function` among `names`, for the identity of a run."""
-  found = {}
-  for name in names:
-    module = sys.modules.get(name.partition(":")[0]) if ":" in name else None
-    path = getattr(module, "__file__", None)
-    if path:
-      found[name] = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-  return found
+def load(field: str, name: str) -> types.ModuleType:
+  """Imports the module that a setting names.
+
+  Args:
+    field: Name of the setting, for messages.
+    name: Name of the module; `module:function` has one too.
+
+  Raises:
+    ValueError: There is no such module, or its import fails. The message starts with `field`.
+  """
+  module = name.partition(":")[0]
+  here = str(pathlib.Path.cwd())
+  if "" not in sys.path and here not in sys.path:
+    sys.path.append(here)
+  try:
+    return importlib.import_module(module)
+  except (Exception, SystemExit) as error:
+    missing = getattr(error, "name", None) or ""
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{missing}."):
+      given = os.environ.get("PYTHONPATH", "")
+      raise ValueError(
+        f"{field}={name} cannot be imported: there is no module {missing} in {here}, on"
+        f" PYTHONPATH ({given or 'empty'}) or among the installed ones. Start in the folder of"
+        f" {module.replace('.', '/')}.py, or put that folder on PYTHONPATH"
+      ) from error
+    if isinstance(error, SystemExit):
+      reason = "it ends the process; put what it runs under if __name__ == '__main__'"
+    else:
+      reason = describe(error)
+    raise ValueError(f"{field}={name} cannot be imported: {reason}") from error
+
+
+def describe(error: BaseException) -> str:
+  """Describes an error in a file of the user: line of code, type, first line of the text."""
+  text = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
+  if isinstance(error, SyntaxError):  # Its text names the place.
+    return text
+  package, library = pathlib.Path(__file__).parent, pathlib.Path(os.__file__).parent
+  lines = [
+    f"{frame.filename}:{frame.lineno}: "
+    for frame in traceback.extract_tb(error.__traceback__)
+    if not frame.filename.startswith((str(package), str(library), "<frozen"))
+    and "site-packages" not in frame.filename
+  ]
+  return "".join(lines[-1:]) + text
+
+
+def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns what identifies the functions of a user that the settings of a run name.
+
+  Covered is the file of the module, not the modules that it imports. A function that was typed
+  into a notebook has its own source covered.
+
+  Args:
+    settings: Values of the settings by the names of their flags.
+
+  Returns:
+    SHA-256 by the names of the flags.
+  """
+  return {
+    f"file of --{flag}": _resolved[value][1]
+    for flag, value in settings.items()
+    if isinstance(value, str) and value in _resolved and _resolved[value][1]
+  }
+
+
+def _digest(module: types.ModuleType, function: Callable[..., Any]) -> str:
+  """SHA-256 of the file of a module, else of the source of a function; empty if there is none."""
+  if path := getattr(module, "__file__", None):
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+  try:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+  except (OSError, TypeError):
+    return ""
+
+
+def _near(name: str, module: types.ModuleType) -> str:
+  """Names the functions of a module that a name could mean."""
+  wanted = name.partition(":")[2]
+  if inspect.isclass(getattr(module, wanted, None)):
+    return f"; {wanted} is a class: name a function, or an object that can be called"
+  functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+  near = difflib.get_close_matches(wanted, functions, n=1)
+  return f"; did you mean {near[0]}?" if near else ""

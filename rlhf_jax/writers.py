@@ -50,7 +50,7 @@ class MetricWriter(Protocol):
 
 
 def json_number(value: Any) -> int | float | str:
-  """The strict-JSON form of a scalar: an int, a finite float, or the name of a non-finite one.
+  """Converts a scalar to strict JSON: an int, a finite float, or the name of a non-finite one.
 
   Args:
     value: Number, or numpy or jax array with one element.
@@ -215,7 +215,7 @@ class JsonlWriter:
 
 
 class NullWriter:
-  """Writes nothing: what processes other than the first get."""
+  """Writer of processes other than the first; it writes nothing."""
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Does nothing."""
@@ -417,8 +417,8 @@ def make_writer(
     workdir: The run's folder.
     trackers: Keys of `TRACKERS`.
     resume_step: See `JsonlWriter`.
-    run_name: What dashboards call the run; by default the name of the folder.
-    config: What dashboards show as the run's settings.
+    run_name: Name of the run in dashboards; by default the name of the folder.
+    config: Settings of the run that dashboards show.
 
   Returns:
     A writer; on processes other than the first, one that does nothing. A tracker that cannot be

@@ -337,6 +337,15 @@ def test_help_has_titled_groups_in_order_without_rare_flags():
   )
 
 
+def test_help_breaks_only_commands_that_are_too_wide():
+  fits = '  python -m it \\\n    --runs="a b=c"\n'
+  first, second = f"--first={'x' * 30}", f"--second={'y' * 30}"
+  wide = f"  python -m it {first} {second} \\\n    --third=1\n"
+  text = flags.help_text(f"Does it.\n\n{fits}\n{wide}", absl_flags.FlagValues())
+  wrapped = f"  python -m it {first} \\\n    {second} --third=1\n"
+  assert text == f"Does it.\n\n{fits}\n{wrapped}"
+
+
 @pytest.mark.parametrize("script, most", [("ppo", 70), ("rlhf", 40)])
 def test_help_of_a_script_is_short(script, most):
   values = absl_flags.FlagValues()

@@ -1,18 +1,35 @@
-"""README's Python runs as printed, and its commands name flags that exist."""
+"""Python on the pages runs as printed, their links lead somewhere, and README is short."""
 
-import importlib
 import math
 import pathlib
 import re
 
-README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FOLDERS = (".", "experiments", "rlhf_jax", "launch")
+PAGES = {
+  page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
+  for folder in FOLDERS
+  for page in sorted((ROOT / folder).glob("*.md"))
+}
 
 
-def test_python_blocks_run(capsys):
-  blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-  assert blocks
-  for block in blocks:
-    exec(compile(block, "README.md", "exec"), {})
+def anchors(text: str) -> set[str]:
+  """Names of the headings of a page, as GitHub makes them."""
+  headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+  return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page):
+  for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
+    exec(compile(block, page, "exec"), {"print": lambda *args: None})
+
+
+def test_losses_are_those_of_the_formulas(capsys):
+  (block,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
+  exec(compile(block, "README.md", "exec"), {})
   # Both pairs have a margin of 0.15, and the reward is 0.7 less 0.1 times the log-ratio of -0.2.
   dpo, ppo = map(float, capsys.readouterr().out.split())
   assert dpo == round(math.log1p(math.exp(-0.15)), 4)
@@ -21,28 +38,33 @@ def test_python_blocks_run(capsys):
   assert abs(ppo + math.exp(0.1) * sum(to_go) / 3) < 1e-4
 
 
-def test_commands_name_flags_that_exist():
-  text = README.read_text(encoding="utf-8")
-  from absl import flags as absl_flags
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+  for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+    if target.startswith("https://"):
+      continue
+    name, _, anchor = target.partition("#")
+    path = (ROOT / page).parent / name if name else ROOT / page
+    assert path.exists(), target
+    if anchor:
+      assert anchor in anchors(path.read_text(encoding="utf-8")), target
 
-  from rlhf_jax import flags, loop
 
-  known = set()
-  for script in README.parent.glob("experiments/*.py"):
-    module = importlib.import_module(f"experiments.{script.stem}")
-    if hasattr(module, "Config"):
-      values = absl_flags.FlagValues()
-      if script.stem != "plot":  # Has a session of its own.
-        flags.define(loop.Session, flag_values=values)
-      flags.define(module.Config, flag_values=values)
-      known |= set(values)
-    if hasattr(module, "Options"):  # Of experiments.compile, in the place of a session.
-      values = absl_flags.FlagValues()
-      flags.define(module.Options, flag_values=values)
-      known |= set(values)
-  for launcher in README.parent.glob("launch/*.py"):
-    known |= set(
-      re.findall(r'(?:DEFINE_\w+\(|add\()\s*"(?:--)?(\w+)"', launcher.read_text("utf-8"))
-    )
-  used = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", text)) - {"quiet", "dist", "flagfile", "help"}
-  assert used <= known, used - known
+def test_readme_is_an_entrance():
+  readme = PAGES["README.md"]
+  assert len(readme.splitlines()) <= 200
+  (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", readme)
+  assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
+  assert (ROOT / picture).stat().st_size < 200_000
+  assert readme.index("```python") < readme.index("## Methods")
+
+
+def test_nothing_is_written_on_two_pages():
+  seen: dict[str, str] = {}
+  for page, text in PAGES.items():
+    prose = re.sub(r"```.*?```|^\|.*?$", "", text, flags=re.DOTALL | re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n", prose):
+      words = " ".join(paragraph.split())
+      if len(words) > 80:
+        assert words not in seen, f"{page} and {seen[words]}: {words[:80]}"
+        seen[words] = page

@@ -211,7 +211,7 @@ def define_flags(
   if script == "experiments.compile":
     name = module.algorithm_of(words)
     classes += [module.plans.script_of(name).Config] if name else []
-  elif script != "experiments.plot":
+  elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:
     classes.insert(0, module.loop.Session)
   registry = absl_flags.FlagValues()
   return registry, [flags.define(cls, flag_values=registry) for cls in classes]
@@ -237,14 +237,13 @@ def start(script: str, *words: str, devices: int = 1) -> Any:
   """Runs `experiments.SCRIPT` in this process, on some of its devices; returns what it returns."""
   module = f"experiments.{script}"
   session, config = read_configs(module, words)
-  training = importlib.import_module("experiments.lab.training")
   make_mesh = sharding.make_mesh
 
   def make(spec: str = "", given: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     return make_mesh(spec, jax.devices()[:devices] if given is None else given)
 
   with mock.patch.object(sharding, "make_mesh", make):
-    return training.run_stage(importlib.import_module(module).train, session, config)
+    return importlib.import_module(module).train(session, config)
 
 
 def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:

@@ -11,14 +11,14 @@ from rlhf_jax import evaluation, rewards
 
 
 class Agreement(NamedTuple):
-  """The agreement of two annotators.
+  """Agreement of two annotators.
 
   Attributes:
-    one: An annotator.
-    other: Another one, or "label" for the labels that the rows had.
-    count: Pairs of responses that both have judged.
-    share: Share of them on which both say the same.
-    kappa: Agreement beyond chance, Cohen's.
+    one: Name of an annotator.
+    other: Name of another annotator, or "label" for the labels in the rows.
+    count: Number of pairs of responses that both have judged.
+    share: Share of these pairs on which both agree.
+    kappa: Agreement beyond chance (Cohen's kappa).
   """
 
   one: str
@@ -29,10 +29,10 @@ class Agreement(NamedTuple):
 
 
 def agreements(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> list[Agreement]:
-  """The agreement of every two annotators with each other and with the labels of the rows.
+  """Agreement of every two annotators, where the labels in the rows count as an annotator.
 
-  Verdicts are compared as they were shown: where a file always has the better response first, its
-  labels would all be the same and agreement beyond chance would mean nothing.
+  Verdicts are compared in the order in which responses were shown. A file may always have the
+  better response first: then all labels would be the same, and kappa would be undefined.
   """
   verdicts: dict[str, dict[tuple[str, int, int], bool | None]] = {}
   for row in rows:
@@ -58,7 +58,7 @@ def agreements(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> list
 
 
 def _as_shown(order: Sequence[int], a: int, b: int, preferred: int | None) -> bool | None:
-  """True if the response that is shown first was preferred; None for a tie."""
+  """Returns True if the response that was shown first was preferred; None for a tie."""
   return None if preferred is None else preferred == min(a, b, key=order.index)
 
 

@@ -15,14 +15,14 @@ LABEL = "label"  # In metrics, what the rows themselves say.
 
 
 class Item(NamedTuple):
-  """Responses to one prompt, to compare.
+  """Prompt with responses to compare.
 
   Attributes:
     id: Id of the row.
     prompt: Prompt as text.
-    responses: Two or more texts.
-    labels: Judgements in the row itself: `(a, b, share)`, with a < b, prefers response `a` of the
-      two by a share in [0, 1]. Empty if nobody has judged it.
+    responses: Texts of two or more responses.
+    labels: Judgements in the row: `(a, b, share)`, with a < b, prefers response `a` to `b` by a
+      share in [0, 1]. Empty if the row is not judged.
   """
 
   id: str
@@ -47,10 +47,10 @@ def check_annotator(name: str) -> None:
 
 
 def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
-  """The items of the data, each once.
+  """Reads the items of the data, each once.
 
   Raises:
-    DataError: A row is not an item, or two have the same id.
+    DataError: A row is not an item, or two items have the same id.
   """
   if config.tfds:
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
@@ -73,14 +73,14 @@ def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
 
 
 def read_item(row: data.Row, number: int) -> Item:
-  """A row as an item; responses that nobody has judged are fine.
+  """Reads a row as an item, whether or not its responses are judged.
 
   Args:
-    row: The row.
-    number: Its id if it has none.
+    row: Row of the data.
+    number: Id of the item if the row has none.
 
   Raises:
-    DataError: It does not hold a prompt and two or more responses.
+    DataError: The row does not hold a prompt and two or more responses.
   """
   (asked,) = data.parse_row("prompts", row, prefer_messages=False)
   prompt = asked.prompt if isinstance(asked.prompt, str) else data.transcript(asked.prompt)
@@ -105,7 +105,7 @@ def read_item(row: data.Row, number: int) -> Item:
 
 
 def is_judged(fields: Mapping[str, Any]) -> bool:
-  """True if a row with `responses` says which of them are better."""
+  """Returns True if a row with `responses` has judgements of them."""
   if fields.get("annotations") or fields.get("preferences"):
     return True
   first = fields["responses"][0]
@@ -114,9 +114,9 @@ def is_judged(fields: Mapping[str, Any]) -> bool:
 
 
 def shown_order(prompt: str, responses: Sequence[str]) -> tuple[int, ...]:
-  """Indices of the responses in the order in which they are shown, the same for everybody.
+  """Indices of the responses in the order in which they are shown to all annotators.
 
-  It depends on nothing but the texts: the order of a file may tell which response is better.
+  The order depends only on the texts, since the order in a file may tell which response is better.
   """
 
   def digest(index: int) -> bytes:
@@ -126,15 +126,15 @@ def shown_order(prompt: str, responses: Sequence[str]) -> tuple[int, ...]:
 
 
 def answer_row(
-  item: Item, annotator: str, ranks: Sequence[int] | None, **more: Any
+  item: Item, annotator: str, ranks: Sequence[int] | None, **columns: Any
 ) -> dict[str, Any]:
-  """An answer as the reward and preference models read it.
+  """Makes the row of an answer, as reward and preference models read it.
 
   Args:
-    item: The item.
+    item: Item that was answered.
     annotator: Name of the annotator.
-    ranks: Rank of each response, 0 is best and equal ones are tied; None if it was skipped.
-    **more: Further columns.
+    ranks: Rank of each response; 0 is best, equal ranks are tied. None if the item was skipped.
+    **columns: Further columns of the row.
   """
   votes = []
   if ranks:
@@ -142,9 +142,9 @@ def answer_row(
       preferred = None if ranks[a] == ranks[b] else min(a, b, key=ranks.__getitem__)
       votes.append({"annotator": annotator, "a": a, "b": b, "preferred": preferred})
   row = {"id": item.id, "prompt": item.prompt, "responses": list(item.responses)}
-  return row | {"annotations": votes, "by": annotator, **more}
+  return row | {"annotations": votes, "by": annotator, **columns}
 
 
 def first_share(item: Item) -> float:
-  """The share by which the row of a pair prefers its first response; 0.5 if it says nothing."""
+  """Share by which the row of a pair prefers its first response; 0.5 without judgements."""
   return item.labels[0][2] if item.labels else 0.5

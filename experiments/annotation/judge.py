@@ -1,4 +1,4 @@
-"""A language model as the judge of pairs."""
+"""Language models as judges of pairs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ CANARIES = {
 
 @dataclasses.dataclass(frozen=True)
 class CriticOptions:
-  """A language model that reads by principles.
+  """Language model that judges or criticises by principles.
 
   Attributes:
     path: Workdir or Hugging Face folder of a language model.
-    principles: Text file with a question per line, such as "Which response is more honest?"; empty
-      takes rlhf_jax.rewards.PRINCIPLES.
+    principles: Text file with one principle per line, as a question such as "Which response is more
+      honest?"; empty takes rlhf_jax.rewards.PRINCIPLES.
   """
 
   path: str = ""
@@ -34,11 +34,11 @@ class CriticOptions:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeOptions(CriticOptions):
-  """The judge, unless a person labels.
+  """AI judge, unless a person labels.
 
   Attributes:
-    max_characters: Longest text of a prompt or response that is shown.
-    canaries: Rows in which the better response also meets empty and malicious ones.
+    max_characters: Maximum number of characters of a prompt or response that the judge reads.
+    canaries: Number of rows whose better response is also compared with empty and malicious ones.
   """
 
   max_characters: int = 1000
@@ -52,7 +52,7 @@ class JudgeOptions(CriticOptions):
 
 
 def read_principles(path: str) -> tuple[str, ...]:
-  """The lines of a file that are not empty; the built-in ones without a file."""
+  """Reads the non-empty lines of a file; without a file, returns the built-in principles."""
   if not path:
     return rewards.PRINCIPLES
   try:
@@ -71,10 +71,10 @@ def label(
   """Labels the pairs that are left.
 
   Args:
-    judge: The model.
-    store: The answers, on disk after each batch.
-    items: The pairs.
-    name: The annotator's name of the judge.
+    judge: Model that judges.
+    store: Answers, which are on disk after each batch.
+    items: Pairs to label.
+    name: Annotator name of the judge.
     batch_size: Pairs per batch.
   """
   done = store.answered(name)
@@ -99,7 +99,7 @@ def label(
 
 
 def meet_canaries(judge: rewards.JudgeModel, items: Sequence[Item]) -> dict[str, float]:
-  """The share of pairs in which each canary wins against the better response."""
+  """Share of pairs in which each canary wins against the better response."""
   if not items:
     return {}
   better = [item.responses[int(first_share(item) < 0.5)] for item in items]

@@ -1,4 +1,4 @@
-"""Pairs as tasks for Label Studio's pairwise template, and its JSON export as answers.
+"""Converts pairs to tasks of Label Studio's pairwise template, and its JSON export to answers.
 
 https://labelstud.io/templates/pairwise_comparison, https://labelstud.io/guide/task_format
 """
@@ -32,7 +32,7 @@ _SIDES = {"left": (0, 1), "right": (1, 0)}  # Ranks of answer1 and answer2.
 
 
 def export(items: Sequence[Item], workdir: pathlib.Path) -> None:
-  """Writes the pairs as tasks to import there, and the labelling interface to paste.
+  """Writes the pairs as tasks to import in Label Studio, and the labelling interface to paste.
 
   Raises:
     DataError: An item is not a pair.
@@ -44,7 +44,7 @@ def export(items: Sequence[Item], workdir: pathlib.Path) -> None:
 
 
 def make_task(item: Item) -> dict[str, Any]:
-  """A pair in the order in which it is shown everywhere; `shown` tells it from the row's."""
+  """Makes the task of a pair in the order of `shown_order`, which is stored in `shown`."""
   if len(item.responses) != 2:
     raise data.DataError(
       f"the row {item.id!r} has {len(item.responses)} responses, and the pairwise template of"
@@ -57,14 +57,14 @@ def make_task(item: Item) -> dict[str, Any]:
 
 
 def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
-  """The answers of an export, of tasks that `export` wrote or others of the same template.
+  """Reads the answers of an export, of tasks from `export` or others of the same template.
 
   Args:
-    path: The JSON export: a list of tasks with `data` and `annotations`.
-    items: The data at hand; tasks with the id of one must have its texts.
+    path: JSON export: a list of tasks with `data` and `annotations`.
+    items: Items of the data; a task with the id of an item must have its texts.
 
   Raises:
-    DataError: It is not such a file.
+    DataError: The file is not such an export.
   """
   try:
     content = workdir_lib.local_path(path).read_text(encoding="utf-8")
@@ -88,15 +88,15 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
     for annotation in annotations:
       ranks = _ranks(annotation, where)
       in_row = None if ranks is None else [ranks[order.index(i)] for i in range(2)]
-      more = {"shown": list(order)}
+      columns = {"shown": list(order)}
       if isinstance(annotation.get("lead_time"), (int, float)):
-        more["seconds"] = round(annotation["lead_time"], 1)
-      rows.append(answer_row(item, _annotator(annotation), in_row, **more))
+        columns["seconds"] = round(annotation["lead_time"], 1)
+      rows.append(answer_row(item, _annotator(annotation), in_row, **columns))
   return rows
 
 
 def _item(task: Any, number: int, where: str) -> tuple[Item, tuple[int, ...]]:
-  """The pair of a task, and which response of the row is on the left and on the right."""
+  """Reads the pair of a task, and the indices of its responses on the left and on the right."""
   columns = task.get("data") if isinstance(task, Mapping) else None
   if not isinstance(columns, Mapping):
     _fail(where, "no `data`", "export as JSON, not as JSON-MIN")
@@ -112,7 +112,7 @@ def _item(task: Any, number: int, where: str) -> tuple[Item, tuple[int, ...]]:
 
 
 def _ranks(annotation: Any, where: str) -> tuple[int, int] | None:
-  """Ranks of answer1 and answer2; None for what was skipped or left open."""
+  """Ranks of answer1 and answer2; None if the task was skipped or left open."""
   if not isinstance(annotation, Mapping) or not isinstance(annotation.get("result"), list):
     _fail(where, "an annotation without a list `result`", "export it again")
   if annotation.get("was_cancelled"):
@@ -129,7 +129,7 @@ def _ranks(annotation: Any, where: str) -> tuple[int, int] | None:
 
 
 def _annotator(annotation: Mapping[str, Any]) -> str:
-  """Who answered: Label Studio gives a number, or an object with an e-mail address."""
+  """Name of the annotator: Label Studio gives a number, or an object with an e-mail address."""
   who = annotation.get("completed_by")
   if isinstance(who, Mapping):
     who = who.get("email") or who.get("id")

@@ -1,4 +1,4 @@
-"""Start and end of every script that labels."""
+"""Opening and report of labels, shared by the scripts that label."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class LabelConfig:
   """Rows to label.
 
   Attributes:
-    limit: Rows to label; 0 labels all.
+    limit: Maximum number of rows to label; 0 labels all.
   """
 
   limit: int = 0
@@ -30,7 +30,7 @@ class LabelConfig:
 
 
 def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
-  """The items of the data and the answers in the workdir, which may be those of another script.
+  """Opens the items of the data, and the answers in the workdir, also those of another script.
 
   Raises:
     DataError: A row is not an item.
@@ -42,7 +42,7 @@ def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
 
 
 def require_one_process() -> None:
-  """Refuses several processes, of which each would ask the same person."""
+  """Refuses several processes, since each would ask the same person."""
   if jax.process_count() > 1:
     raise flags.UsageError("people label in one process: leave --coordinator empty")
 
@@ -51,7 +51,7 @@ def require_pairs(items: Sequence[Item]) -> None:
   """Refuses items of more than two responses.
 
   Raises:
-    DataError: There is one.
+    DataError: An item has more than two responses.
   """
   for item in items:
     if len(item.responses) > 2:
@@ -62,17 +62,17 @@ def require_pairs(items: Sequence[Item]) -> None:
 
 
 def report(
-  run: loop.Run, items: Sequence[Item], store: Store, more: Mapping[str, float] | None = None
+  run: loop.Run, items: Sequence[Item], store: Store, metrics: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
   """Shows and writes counts and agreement of all answers; returns summary.json.
 
   Args:
-    run: The opened run.
-    items: The items.
-    store: The answers.
-    more: Further metrics.
+    run: Opened run.
+    items: Items to label.
+    store: Answers to them.
+    metrics: Further metrics for the summary.
   """
-  summary = agreement.summarize(items, store.rows()) | dict(more or {})
+  summary = agreement.summarize(items, store.rows()) | dict(metrics or {})
   reporting.show_summary("Labels", {name: {"": value} for name, value in summary.items()})
   reporting.write_summary(run.workdir, summary)
   return summary

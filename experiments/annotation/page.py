@@ -1,4 +1,4 @@
-"""A page on which people compare responses by keys or buttons; nothing leaves this machine.
+"""Page on which people compare responses by keys or buttons; nothing leaves this machine.
 
 `Desk` decides what a key means and needs no gradio; `build` draws it; `serve` runs it on 127.0.0.1.
 """
@@ -24,13 +24,13 @@ _ORDINALS = ("best", "2nd", "3rd", *(f"{n}th" for n in range(4, _MAX_RESPONSES +
 
 
 class Asked(NamedTuple):
-  """State of a browser. It is handed back with every key: the server remembers no browser.
+  """State of a browser, which it sends with every key: the server keeps no state per browser.
 
   Attributes:
-    annotator: Name of the annotator; "" until somebody has given one.
+    annotator: Name of the annotator; "" until one is given.
     item: Id of the item; "" if none is left.
     placed: `(place on the page, rank)` of the responses that have been ranked, best first.
-    level: True if the next response is as good as the one before.
+    level: True if the next response is tied with the one before.
     since: Time at which the item was first shown, in seconds since the epoch.
   """
 
@@ -70,9 +70,9 @@ class Desk:
     return len(self.items.keys() & self.store.answered(annotator))
 
   def press(self, asked: Asked, key: str) -> Asked:
-    """The state after a key; a key that means nothing here changes nothing.
+    """Returns the state after a key; keys without a meaning are ignored.
 
-    What was answered meanwhile, in another window of the same annotator, stays as it is.
+    An answer that the annotator gave meanwhile in another window is kept.
     """
     check_annotator(asked.annotator)
     if key == "u":
@@ -100,7 +100,7 @@ class Desk:
     return self._answer(asked, ranks)
 
   def _answer(self, asked: Asked, ranks: Sequence[int] | None) -> Asked:
-    """Keeps an answer, `ranks` by place on the page, and goes on."""
+    """Stores an answer, `ranks` by place on the page, and goes on to the next item."""
     item = self.items[asked.item]
     order = shown_order(item.prompt, item.responses)
     in_row = None if ranks is None else [ranks[order.index(i)] for i in range(len(order))]
@@ -111,16 +111,16 @@ class Desk:
 
 
 def keys_of(item: Item) -> tuple[str, ...]:
-  """The key of each response, in the order in which they are shown."""
+  """Returns the key of each response, in the order in which they are shown."""
   count = len(item.responses)
   return _PAIR_KEYS if count == 2 else tuple(str(n + 1) for n in range(count))
 
 
-# What is drawn. Texts of prompts and responses come from anywhere: they are shown, never run.
+# HTML of the page. Texts of prompts and responses are untrusted: they are shown, never run.
 
 
 def question_html(desk: Desk, asked: Asked, problem: str = "") -> str:
-  """The prompt and the responses, or what to do if there is nothing to compare."""
+  """Renders the prompt and the responses, or instructions if there is nothing to compare."""
   if not asked.annotator:
     wrong = f'<span class="wrong">{html.escape(problem)}</span>' if problem else ""
     return _message("Who is labelling?", wrong or "Type a name above, then press Enter.")
@@ -163,7 +163,7 @@ def _message(title: str, text: str) -> str:
 
 
 def progress_html(done: int, total: int) -> str:
-  """The progress of an annotator."""
+  """Renders the progress of an annotator."""
   return (
     f'<div class="count"><b>{done}</b> of {total} answered</div>'
     f'<div class="bar"><div style="width: {100 * done / max(total, 1):.1f}%"></div></div>'
@@ -171,7 +171,7 @@ def progress_html(done: int, total: int) -> str:
 
 
 def agreement_html(pairs: Sequence[Agreement]) -> str:
-  """A table of who agrees with whom."""
+  """Renders a table of the agreement of annotators."""
   if not pairs:
     return "<p>Nobody else has judged any of these responses yet.</p>"
 
@@ -254,7 +254,7 @@ _NAMED = """(asked) => {
 
 
 def build(desk: Desk, annotator: str = "") -> Any:
-  """The page as gradio blocks; `annotator` labels unless the address or the page names another."""
+  """Builds the page as gradio blocks; a name in the URL or on the page overrides `annotator`."""
   gr = _gradio()
   count = max((len(item.responses) for item in desk.items.values()), default=2)
   numbers = [str(n + 1) for n in range(count)] if count > 2 else []
@@ -323,7 +323,7 @@ def build(desk: Desk, annotator: str = "") -> Any:
 
 
 def _gradio() -> Any:
-  """Gradio, which is imported by those who look at the page alone."""
+  """Imports gradio, which only the page needs."""
   os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
   os.environ["GRADIO_RUN_HISTORY"] = "False"  # Would keep texts and answers in the browser.
   try:
@@ -337,7 +337,7 @@ def _gradio() -> Any:
 
 
 def serve(store: Store, items: Sequence[Item], annotator: str, port: int) -> None:
-  """Shows the page until it is interrupted."""
+  """Serves the page until it is interrupted."""
   with _listen(port) as listener:
     app = _make_app(Desk(items, store), annotator, port)
     import uvicorn
@@ -352,7 +352,7 @@ def serve(store: Store, items: Sequence[Item], annotator: str, port: int) -> Non
 
 
 def _make_app(desk: Desk, annotator: str, port: int) -> Any:
-  """The page as an ASGI application that has to do with this machine alone."""
+  """Makes an ASGI application of the page that answers only this machine."""
   gr = _gradio()
   import fastapi
   from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -386,7 +386,7 @@ def _key_css() -> str:
 
 
 def _listen(port: int) -> socket.socket:
-  """A socket of this machine alone."""
+  """Opens a socket on 127.0.0.1."""
   listener = socket.socket()
   listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
   try:
@@ -400,7 +400,7 @@ def _listen(port: int) -> socket.socket:
 
 
 class _Offline:
-  """Lets the page load nothing from anywhere else, whatever a text or gradio asks for."""
+  """Middleware that keeps the page from loading anything from elsewhere."""
 
   _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self';"

@@ -1,4 +1,4 @@
-"""Questions of a revision, and the model that answers them."""
+"""Prompts for critique and revision, and the model that answers them."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def make_answer(
   config: SamplingConfig,
   batch_size: int,
 ) -> Callable[[Sequence[str], int, int], list[str]]:
-  """`answer(texts, number, turn) -> texts`: a response to each, random by number and turn."""
+  """Builds `answer(texts, number, turn) -> texts`, whose random key depends on number and turn."""
   params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
   generate = models.make_sampler(
     model, tokenizer, dataclasses.replace(config, samples_per_prompt=1)

@@ -1,4 +1,4 @@
-"""Answers on disk: a database that several annotators share, and its lines as a file."""
+"""Answers on disk: a database that several annotators share, and a file with its lines."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ CREATE TABLE answers (
 
 
 class Store:
-  """Answers, at most one of each annotator to each item. Threads may share it, processes not.
+  """Store of answers, at most one per annotator and item; for threads, not for processes.
 
-  `labels.sqlite` is what counts. `labels.jsonl` has a line per answer in the same order, for
-  training. It is written anew when the store is opened: a process may have been killed between the
-  two. A workdir with that file alone gets the database from it.
+  `labels.sqlite` is the record. `labels.jsonl` has a line per answer in the same order, for
+  training. It is rewritten when the store is opened, since a process may have been killed before
+  it was updated. If a workdir has only `labels.jsonl`, the database is made from it.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -50,9 +50,9 @@ class Store:
     self._export()
 
   def add(self, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Keeps answers, as rows with `id`, `by` and `annotations`, and returns how many were new.
+    """Stores answers, rows with `id`, `by` and `annotations`, and returns the number of new ones.
 
-    An item that its annotator has answered already stays as it is. On return they are on disk.
+    An earlier answer of the same annotator to an item is kept. On return the answers are on disk.
     """
     if not processes.is_first():
       return 0
@@ -63,7 +63,7 @@ class Store:
     return len(new)
 
   def undo(self, annotator: str) -> bool:
-    """Forgets the last answer of an annotator; returns whether there was one."""
+    """Deletes the last answer of an annotator; returns True if there was one."""
     last = "SELECT max(number) FROM answers WHERE annotator = ?"
     with self._lock:
       with self._transaction() as connection:
@@ -73,11 +73,11 @@ class Store:
     return bool(undone.rowcount)
 
   def rows(self, annotator: str = "") -> list[dict[str, Any]]:
-    """The answers in the order in which they were given; of one annotator, if one is named."""
+    """Returns the answers in the order in which they were given, of all or of one annotator."""
     return [json.loads(line) for line in processes.agree(lambda: self._lines(annotator))]
 
   def answered(self, annotator: str) -> set[str]:
-    """Ids of the items that an annotator has answered or skipped."""
+    """Returns the ids of the items that an annotator has answered or skipped."""
 
     def read() -> list[str]:
       with contextlib.closing(self._connect()) as connection:
@@ -94,7 +94,7 @@ class Store:
 
   @contextlib.contextmanager
   def _transaction(self) -> Iterator[sqlite3.Connection]:
-    """All of it happens or none; on disk at the end."""
+    """Runs a block as one transaction, which is on disk at its end."""
     with contextlib.closing(self._connect()) as connection:
       connection.execute("BEGIN IMMEDIATE")
       try:
@@ -117,7 +117,7 @@ class Store:
 def _insert(
   connection: sqlite3.Connection, rows: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
-  """The rows that were not there."""
+  """Inserts rows and returns those that are new."""
   query = "INSERT OR IGNORE INTO answers (item, annotator, line) VALUES (?, ?, ?)"
   return [
     row

@@ -1,4 +1,4 @@
-"""Labelling by hand in a terminal: both responses side by side, a key per answer."""
+"""Labelling by a person in a terminal: both responses side by side, a key per answer."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _PLACES = {"a": (0, 1), "b": (1, 0), "t": (0, 0), "s": None}  # Ranks of the lef
 
 
 def label(store: Store, items: Sequence[Item], annotator: str) -> None:
-  """Asks for each pair that this annotator has not seen; an answer is on disk before the next."""
+  """Asks about each pair that the annotator has not answered; each answer is on disk at once."""
   while True:
     seen = store.answered(annotator)
     left = [item for item in items if item.id not in seen]
@@ -61,7 +61,7 @@ def read_key(keys: Mapping[str, str]) -> str:
 
 
 def next_character() -> str:
-  """One character of the input; see `single_keys`."""
+  """Reads one character of the input; see `single_keys`."""
   if not sys.stdin.isatty():
     return sys.stdin.read(1)
   return os.read(sys.stdin.fileno(), 1).decode("utf-8", "replace")
@@ -69,7 +69,7 @@ def next_character() -> str:
 
 @contextlib.contextmanager
 def single_keys() -> Iterator[None]:
-  """Lets a terminal hand over each key as it is pressed, without Enter and without showing it."""
+  """Makes a terminal deliver each key as it is pressed, without Enter and without echo."""
   if not sys.stdin.isatty():
     yield
     return

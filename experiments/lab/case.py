@@ -1,7 +1,7 @@
-"""The table of a script on absent devices, and checks of the programs that scripts share.
+"""Workbench of a script on absent devices, and checks of the programs that scripts share.
 
 Every training script ends with `programs(case)`, which hands each of its programs to `case.check`
-with arguments that need not be there, in the order of an iteration.
+with abstract arguments, in the order of an iteration.
 """
 
 import pathlib
@@ -19,16 +19,16 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import Params, Rollout, TokenBatch
 
-Shapes = Any  # Shapes and shardings in the place of the arrays that a field declares.
+Shapes = Any  # Shapes and shardings instead of arrays.
 TRAINING = ("train", "update", "improve")  # Names of the programs that compute gradients.
 
 
 class Case(NamedTuple):
-  """A script on absent devices.
+  """Script on absent devices.
 
   Attributes:
-    check: Compiles a program; see `preflight.Preflight`.
-    bench: Table of the script; its data sets are empty.
+    check: Compiler of programs; see `preflight.Preflight`.
+    bench: Workbench of the script, with empty data sets.
     key: Shape of a random key.
   """
 
@@ -43,17 +43,17 @@ class Case(NamedTuple):
 
   @property
   def prompt_length(self) -> int:
-    """P."""
+    """Length P of a prompt."""
     return self.config.data.max_prompt_length
 
   @property
   def length(self) -> int:
-    """T of a prompt with one response."""
+    """Length T of a prompt with one response."""
     return self.prompt_length + self.config.data.max_response_length
 
   @property
   def samples(self) -> bool:
-    """True if the script learns from samples of its own."""
+    """True if the script trains on samples of the policy."""
     return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
 
   def place(self, batch: Any) -> Any:
@@ -61,51 +61,51 @@ class Case(NamedTuple):
     return sharding.place_batch(batch, self.bench.run.mesh)
 
   def placed(self, function: Callable[..., Any], *args: Any) -> Any:
-    """Shapes of `function(*args)` for batches, without compiling it."""
+    """Returns the shapes of `function(*args)`, sharded as batches, without compiling it."""
     shapes = jax.eval_shape(function, *args)
     return sharding.abstract(shapes, sharding.batch_sharding(self.bench.run.mesh))
 
   def column(self, *shape: int, dtype: Any = np.float32) -> Shapes:
-    """A column [batch_size, ...] of numbers."""
+    """Returns a column [batch_size, ...] of numbers."""
     shape = (self.config.batch_size, *shape)
     return self.place({"column": np.zeros(shape, dtype)})["column"]
 
   def tokens(self, *shape: int, rows: int | None = None) -> TokenBatch:
-    """Token sequences [rows, ...] with their mask; `batch_size` rows by default."""
+    """Returns token sequences [rows, ...] with their mask; `batch_size` rows by default."""
     shape = (self.config.batch_size if rows is None else rows, *shape)
     batch = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool)}
     return TokenBatch(**self.place(batch))
 
   def prompts(self) -> data.PromptBatch:
-    """The prompts of an iteration."""
+    """Returns the prompts of an iteration."""
     return data.PromptBatch(*self.tokens(self.prompt_length), self.column(dtype=np.int32))
 
   def carried(self, carry: Any) -> Any:
-    """Shapes of the state that an iteration carries, copied to every device."""
+    """Returns the shapes of the state that an iteration carries, replicated on all devices."""
     return sharding.abstract(carry, sharding.replicated(self.bench.run.mesh))
 
   def bools(self, rollout: Rollout) -> Shapes:
-    """A bool per response of a rollout."""
+    """Returns one bool per response of a rollout."""
     return self.place({"flags": np.zeros(rollout.tokens.shape[0], bool)})["flags"]
 
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
-    """A model that judges responses, unless the options name a function that does."""
+    """Opens a model that judges responses, unless the options name a Python function."""
     bench = self.bench
     if options.name:
       return None, ()
     return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
 
   def forward(self, model: Model, rows: int, length: int, *, scored: int | None = None) -> float:
-    """Operations of a forward pass."""
+    """Returns the FLOPs of a forward pass."""
     return preflight.forward_flops(model.config, rows, length, scored=scored)
 
   def training_work(self, flops: float) -> preflight.Work:
-    """Work of a step whose forward passes take `flops`."""
+    """Returns the work of a train step whose forward passes take `flops`."""
     frozen = bool(self.config.lora.rank)
     return preflight.training(self.bench.model.config, flops, frozen=frozen)
 
   def sampling_work(self, samples: int) -> preflight.Work:
-    """Work of a rollout with some number of samples per prompt."""
+    """Returns the work of a rollout with `samples` per prompt."""
     new, rows = self.config.sampling.max_new_tokens, self.config.batch_size
     mesh = self.bench.run.mesh
     return preflight.sampling(self.bench.model.config, mesh, rows, samples, self.prompt_length, new)
@@ -113,14 +113,14 @@ class Case(NamedTuple):
   def offline(
     self, trainer: training.Trainer, batch: Any, *, rows: int, scored: bool, held: Any = None
   ) -> None:
-    """Checks the step of a model that is trained on rows of data alone.
+    """Checks the step of a model that is trained on rows of data, without sampling.
 
     Args:
-      trainer: Its state and step.
+      trainer: State and step of the model.
       batch: Batch of the step.
-      rows: Sequences in it.
+      rows: Number of sequences in the batch.
       scored: True if logits are computed.
-      held: What else is in memory.
+      held: Further arrays in memory during the step.
     """
     length = jax.tree.leaves(batch)[0].shape[-1]
     flops = self.forward(self.bench.model, rows, length, scored=length if scored else None)
@@ -130,22 +130,22 @@ class Case(NamedTuple):
   def against_reference(
     self,
     trainer: training.Trainer,
-    refer: Callable[..., Any],
+    ref_logprobs: Callable[..., Any],
     rows: Any,
     make_batch: Callable[[Any, Any], Any],
   ) -> None:
-    """Checks a policy that is trained on pairs against fixed log-probabilities of its start.
+    """Checks a policy that is trained on pairs, with precomputed reference log-probabilities.
 
     Args:
-      trainer: Its state and step.
-      refer: `(params, rows) -> {"ref": ...}`.
-      rows: Pairs.
+      trainer: State and step of the policy.
+      ref_logprobs: `(params, rows) -> {"ref": ...}`.
+      rows: Rows of pairs.
       make_batch: `(rows, ref_logprobs) -> batch` of the step.
     """
     start, count = self.bench.start, 2 * self.config.batch_size
     held = (trainer.state, start)
     flops = self.forward(self.bench.model, count, self.length, scored=self.length)
-    refs = self.check("reference", refer, start, rows, work=preflight.Work(flops), held=held)
+    refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
     batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
     self.offline(trainer, batch, rows=count, scored=True, held=held)
 
@@ -156,7 +156,7 @@ class Case(NamedTuple):
     return self.check(name, generate, policy, *inputs, work=work, held=(held, policy))
 
   def scores(self, rollout: Rollout, judge: Model | None, held: Any) -> Shapes:
-    """Checks the scores of a rollout, if a reward model gives them."""
+    """Checks the scoring of a rollout, if a reward model does it, and returns the scores."""
     rows, length = rollout.tokens.shape
     if judge is not None:
       work = preflight.Work(self.forward(judge, rows, length))
@@ -179,8 +179,8 @@ class Case(NamedTuple):
       trainer: State and step of the policy, and of the critic if there is one.
       experience: `(params, ref_params, carry, responses) -> (batch, carry, metrics)`.
       carry: State of the experience.
-      critic: True if a critic is a model besides the policy.
-      ptx: True if the update also reads a demonstration per response.
+      critic: True if there is a critic with a model of its own.
+      ptx: True if the update also takes a demonstration per response.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
@@ -215,13 +215,13 @@ def open_case(
   check: Callable[[Any], preflight.Preflight],
   head: Head,
 ) -> Case:
-  """Opens the table of a script on absent devices.
+  """Opens a script on absent devices.
 
   Args:
     config: Config of the script.
     mesh_spec: Devices per mesh axis.
     devices: The absent devices.
-    check: Mesh -> compiler of programs.
+    check: `(mesh) -> preflight`, the compiler of programs.
     head: Head of the model.
   """
   mesh = sharding.make_mesh(mesh_spec, devices)

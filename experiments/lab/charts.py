@@ -1,4 +1,4 @@
-"""Runs, in groups that differ in the seed only, as charts and as rows of a table."""
+"""Charts and tables of runs, in groups whose runs differ only in their seed."""
 
 import glob
 import math
@@ -22,7 +22,7 @@ Charts = dict[str, list[plots.Chart]]
 
 
 def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
-  """The folders of each label; those before the first label are groups of their own."""
+  """Groups folders by label; each folder before the first label is a group."""
   labelled: dict[str, list[str]] = {}
   single: list[str] = []
   label = None
@@ -41,10 +41,10 @@ def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_run(folder: str) -> Rows:
-  """Rows of `metrics.jsonl` of a run.
+  """Reads the rows of `metrics.jsonl` of a run.
 
   Raises:
-    UsageError: There is none, it has no rows yet, or one that cannot be read.
+    UsageError: The file is missing or empty, or a row cannot be read.
   """
   path = workdir_lib.local_path(folder) / "metrics.jsonl"
   if not path.exists():
@@ -61,10 +61,10 @@ def read_run(folder: str) -> Rows:
 
 
 def charts_of(groups: Groups) -> Charts:
-  """All charts that the metrics allow, by the name of their file.
+  """Makes all charts that the metrics allow, by the name of their file.
 
   Raises:
-    UsageError: There are none.
+    UsageError: There is no chart.
   """
   charts = {
     name: curves(panel, groups) for name, panel in plots.PANELS.items() if panel.x == "step"
@@ -76,7 +76,7 @@ def charts_of(groups: Groups) -> Charts:
 
 
 def draw(workdir: pathlib.Path, groups: Groups, charts: Charts | None = None) -> dict[str, Any]:
-  """Writes all plots that the metrics allow, and summary.json, which is returned."""
+  """Writes all plots that the metrics allow, and summary.json; returns its content."""
   charts = charts_of(groups) if charts is None else charts
   written = [
     plots.save_chart(workdir / "plots" / f"{name}.png", *of_name)
@@ -84,7 +84,7 @@ def draw(workdir: pathlib.Path, groups: Groups, charts: Charts | None = None) ->
   ]
   for label, runs in groups.items():
     missing = [name for name in (PROXY, GOLD, KL) if not has(runs, name)]
-    if 0 < len(missing) < 3:  # Without any of them it is no reinforcement learning.
+    if 0 < len(missing) < 3:  # Runs without any of the three are no reinforcement learning.
       reporting.note(f"{label} is not in every plot: no {' and no '.join(missing)} in every run")
   summary = {label: group_metrics(runs) for label, runs in groups.items()}
   reporting.show_summary("At the end of training", table(summary))
@@ -99,7 +99,7 @@ def has(runs: Sequence[Rows], *names: str) -> bool:
 
 
 def curves(panel: plots.Panel, groups: Groups) -> list[plots.Chart]:
-  """A chart for each metric of a panel, side by side."""
+  """Makes a chart for each metric of a panel, side by side."""
   charts = []
   for i, name in enumerate(panel.metrics):
     lines = [plots.mean_line(label, runs, "step", name) for label, runs in groups.items()]
@@ -118,7 +118,7 @@ def at_end(rows: Rows, name: str) -> float:
 
 
 def frontier(groups: Groups) -> list[plots.Chart]:
-  """Each group at its final KL and reward; bars from the lowest to the highest seed."""
+  """Plots each group at its final KL and reward, with bars from the lowest to the highest seed."""
   charts = []
   for name, title in _TITLES.items():
     points = []
@@ -135,7 +135,7 @@ def frontier(groups: Groups) -> list[plots.Chart]:
 
 
 def overoptimization(groups: Groups) -> list[plots.Chart]:
-  """Proxy and gold reward over the KL, side by side; the peak of the gold reward is marked."""
+  """Plots proxy and gold reward over the KL, side by side, with the peak of the gold reward."""
   shown = {label: runs for label, runs in groups.items() if has(runs, PROXY, GOLD, KL)}
   charts = []
   for name, title in _TITLES.items():
@@ -151,7 +151,7 @@ def overoptimization(groups: Groups) -> list[plots.Chart]:
 
 
 def group_metrics(runs: Sequence[Rows]) -> dict[str, Any]:
-  """Metrics of a group: means over its runs, and the relation of proxy and gold."""
+  """Metrics of a group: means over its runs, and the relation of proxy and gold reward."""
   summary: dict[str, Any] = {"runs": len(runs)}
   for name in (PROXY, GOLD, KL, "loss", "eval/loss", "reward/accuracy", "response_length/mean"):
     if has(runs, name):
@@ -180,7 +180,7 @@ def group_metrics(runs: Sequence[Rows]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-  """The metrics of each group as a row of the table at the end."""
+  """Arranges the metrics of each group as a row of the final table."""
   columns = {
     "runs": "runs",
     "KL, nats": KL,

@@ -1,4 +1,4 @@
-"""Policies compared on held-out prompts: metrics with intervals, tables and charts."""
+"""Comparison of policies on held-out prompts: metrics with intervals, tables and charts."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from rlhf_jax import data, evaluation, plots, reporting
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
-  """Every prompt `count` times in a row: each copy is sampled on its own."""
+  """Repeats every prompt `count` times in a row; each copy gets an independent sample."""
   examples = [example for example in prompts.examples for _ in range(count)]
   rows = [row for row in prompts.rows for _ in range(count)]
   return prompts._replace(examples=examples, rows=rows)
@@ -21,7 +21,7 @@ def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
 def intervals(
   before: evaluating.Samples, after: evaluating.Samples, count: int
 ) -> dict[str, float]:
-  """Means and win rates with their intervals, and the accuracy of the proxy."""
+  """Means and win rates with their intervals, and the accuracy of the proxy reward."""
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
   for name, values in after.rewards.items():
@@ -32,7 +32,7 @@ def intervals(
   for name, estimate in estimates.items():
     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
   if {"reward", "gold"} <= after.rewards.keys():
-    # The share on which the proxy prefers the response of the two that the gold reward prefers.
+    # Share of prompts on which proxy and gold reward prefer the same one of the two responses.
     proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
     agrees = (proxy * np.sign(gold))[gold != 0]
     if agrees.size:
@@ -58,7 +58,7 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
 
 
 def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
-  """Reward name -> line of the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
+  """Lines by reward name: the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
   if count == 1:
     return {}
   sizes = [2**i for i in range(int(math.log2(count)) + 1)]
@@ -75,7 +75,7 @@ def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
 def frontier(
   metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
 ) -> list[plots.Chart]:
-  """One chart per reward: policies at their KL to the baseline, with 95 % intervals."""
+  """Makes one chart per reward: policies at their KL to the baseline, with 95 % intervals."""
   titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
   rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
 
@@ -98,7 +98,7 @@ def frontier(
 
 
 def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[str, str]]:
-  """The first answers of all policies to the first prompts, with their last reward."""
+  """Returns the first answers of all policies to the first prompts, with their last reward."""
 
   def answer(of: evaluating.Samples, i: int) -> str:
     name = list(of.rewards)[-1]
@@ -114,15 +114,15 @@ def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[
 def win_rate_matrix(
   policies: Mapping[str, Any], compare: Callable[[Any, Any], np.ndarray]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """The share of prompts on which each policy is preferred to each other one, with intervals.
+  """Share of prompts on which each policy is preferred to each other one, with intervals.
 
   Args:
     policies: Params by name.
     compare: `(params, other) -> [B]` preferences, one per prompt.
 
   Returns:
-    Name -> name of the other -> `value`, and `low` and `high` of 95 %. Both directions come from
-    the same responses, so they sum to 1.
+    Name -> name of the other policy -> `value`, and the ends `low` and `high` of the 95 % interval.
+    Both directions come from the same responses, so their values sum to 1.
   """
   matrix: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
   for a, b in itertools.combinations(policies, 2):
@@ -133,7 +133,7 @@ def win_rate_matrix(
 
 
 def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-  """Shows a row per policy: the shares of prompts on which it is preferred to the others."""
+  """Shows a row per policy: the share of prompts on which it is preferred to each other one."""
 
   def cell(rate: Mapping[str, float]) -> str:
     return f"{rate['value']:.3f} ± {(rate['high'] - rate['low']) / 2:.3f}"
@@ -148,7 +148,7 @@ def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None
 
 
 def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> None:
-  """Shows the tables at the end, one row per policy."""
+  """Shows the final tables, one row per policy."""
 
   def pm(of: Mapping[str, float], name: str) -> str:
     return f"{of[name]:.3f} ± {(of[f'{name}_high'] - of[f'{name}_low']) / 2:.3f}"

@@ -1,4 +1,4 @@
-"""Critics of actor-critic methods."""
+"""Critics of actor-critic methods: opening one, and training it beside its policy."""
 
 import dataclasses
 import functools
@@ -15,14 +15,14 @@ from rlhf_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class CriticOptions:
-  """Critic. It starts as the reward model, or else as the policy with a head of zeros.
+  """Critic. It starts as the reward model, or without one as the policy with a head of zeros.
 
   Attributes:
     learning_rate: Learning rate of the critic, constant after the warm-up. The other settings of
       its optimizer are those of `optim`.
-    share_trunk: A critic that is a head on the policy, not a model. It takes no memory, but its
-      loss moves the policy too.
-    warmup: Steps at the start that train the critic alone.
+    share_trunk: Critic as a head on the policy, not as a separate model. It takes no extra memory,
+      but its loss also updates the policy.
+    warmup: Number of first steps that train only the critic.
   """
 
   learning_rate: float = 1e-3
@@ -33,16 +33,16 @@ class CriticOptions:
     ranges.check(self, positive=("learning_rate",), non_negative=("warmup",))
 
   def adapted(self, reward: judges.RewardOptions) -> tuple[str, ...]:
-    """Folders of the models, beside the policy, that get adapters."""
+    """Returns the folders of the models that get adapters besides the policy."""
     return () if self.share_trunk else reward.paths[:1]
 
 
 class Actor(NamedTuple):
-  """A policy with a critic.
+  """Policy with a critic.
 
   Attributes:
     apply: `(params, tokens, *, segment_ids, last) -> (logits, values)`.
-    params: `{"policy": ..., "value": ...}`, adapters among them.
+    params: `{"policy": ..., "value": ...}`, with their adapters.
   """
 
   apply: Callable[..., Any]
@@ -50,7 +50,7 @@ class Actor(NamedTuple):
 
 
 def open_actor(bench: Workbench) -> Actor:
-  """Opens the critic that `config.critic` asks for beside the policy, see `CriticOptions`."""
+  """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`."""
   run, config = bench.run, bench.config
   policy = models.add_adapters(run, config.lora, bench.start)
   if config.critic.share_trunk:
@@ -74,10 +74,10 @@ def make_trainer(
   make_step: Callable[..., Any],
   updates: epochs.UpdateConfig,
 ) -> training.Trainer:
-  """State and step of policy and critic, with an optimizer for each.
+  """Builds the state and the step of policy and critic, with an optimizer for each.
 
   Args:
-    bench: Table of the script.
+    bench: Workbench of the script.
     actor: Policy and critic.
     make_step: `(apply_fn, tx, *, packed, state_shardings) -> step`, a `make_x_step` with its
       config bound.

@@ -1,4 +1,4 @@
-"""Measurements on held-out rows and prompts."""
+"""Evaluation on held-out rows and prompts."""
 
 import contextlib
 import dataclasses
@@ -36,9 +36,9 @@ def measure_rows(
   columns: np.ndarray | None = None,
   show: str = "",
 ) -> dict[str, np.ndarray]:
-  """The [B, ...] arrays that `measure` gives for each batch, for every row of a data set.
+  """Runs `measure` on every batch of a data set and concatenates its [B, ...] arrays.
 
-  With `show` the progress is shown under that name, outside of another one.
+  With `show` a progress bar of that name is shown, which must not be inside another bar.
   """
   collected: dict[str, list[np.ndarray]] = {}
   batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns)
@@ -57,17 +57,17 @@ def measure_rows(
 
 
 def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
-  """Values [rows, K] of responses -> [N, 2], of the better and of the worse one of all pairs."""
+  """Turns values [rows, K] of responses into values [N, 2] of the better and worse of all pairs."""
   pairs = []
   for example, row in zip(dataset.examples, values, strict=True):
-    ranks = example.get("ranks", np.arange(2))  # A pair has the better one in front.
+    ranks = example.get("ranks", np.arange(2))  # A pair has its better response first.
     better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
     pairs.append(np.stack([row[better], row[worse]], axis=1))
   return np.concatenate(pairs)
 
 
 def compared_lengths(dataset: data.Dataset) -> np.ndarray:
-  """Tokens of the better and of the worse response of all pairs, [N, 2]."""
+  """Lengths [N, 2] of the better and the worse response of all pairs, in tokens."""
   lengths = np.zeros([len(dataset.examples), dataset.width])
   for row, example in zip(lengths, dataset.examples, strict=True):
     responses = data.responses_of(example)
@@ -76,7 +76,7 @@ def compared_lengths(dataset: data.Dataset) -> np.ndarray:
 
 
 def length_baseline(dataset: data.Dataset) -> dict[str, float]:
-  """Accuracy that preferring the longer response has on held-out pairs; nothing without rows."""
+  """Accuracy of preferring the longer response on held-out pairs; empty without rows."""
   if not dataset.examples:
     return {}
   by_length = reward_model.pair_metrics(compared_lengths(dataset))
@@ -84,7 +84,7 @@ def length_baseline(dataset: data.Dataset) -> dict[str, float]:
 
 
 def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
-  """`measure(state, step)` that keeps its last answer: the end of a run asks for it twice."""
+  """Caches the last result of `measure(state, step)`, which the end of a run needs twice."""
   last: dict[int, T] = {}
 
   def measure_once(state: Any, step: int) -> T:
@@ -97,7 +97,7 @@ def once_per_step(measure: Callable[[Any, int], T]) -> Callable[[Any, int], T]:
 
 
 def as_prompts(dataset: data.Dataset, limit: int) -> data.Dataset:
-  """The first prompts of any data set, each once, as something to sample responses to."""
+  """Returns the first prompts of any data set, each once, to sample responses to."""
   first = {row["prompt_text"]: i for i, row in reversed(list(enumerate(dataset.rows)))}
   kept = sorted(first.values())[:limit]
   examples, rows = [dataset.examples[i] for i in kept], [dataset.rows[i] for i in kept]
@@ -111,10 +111,10 @@ class Samples(NamedTuple):
   Attributes:
     prompts: [B] texts.
     responses: [B] texts.
-    rewards: Reward name -> [B].
-    kl: [B] sum over the response of log pi - log ref, nats.
-    lengths: [B] tokens.
-    ended: [B] bool, whether a stop token was reached.
+    rewards: Rewards [B] by name.
+    kl: [B] sum of log pi - log ref over each response, in nats.
+    lengths: [B] lengths of the responses in tokens.
+    ended: [B] bool, True on responses that ended in a stop token.
   """
 
   prompts: list[str]
@@ -126,12 +126,12 @@ class Samples(NamedTuple):
 
 
 def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
-  """Jitted `(ref_params, rollout) -> [B]`: log pi - log ref summed over each response."""
-  refer = reading.make_read(model.apply, temperature)
+  """Builds jitted `(ref_params, rollout) -> [B]`: log pi - log ref summed over each response."""
+  read_ref = reading.make_read(model.apply, temperature)
 
   @jax.jit
   def kl(ref_params: Params, rollout: Rollout) -> jax.Array:
-    ref = refer(ref_params, rollout).logprobs
+    ref = read_ref(ref_params, rollout).logprobs
     mask = rollout.response_mask[:, -ref.shape[1] :]
     return masked.masked_sum(rollout.logprobs - ref, mask, axis=1)
 
@@ -149,16 +149,16 @@ def heldout_sampler(
   ref_params: Params | None = None,
   batch_size: int = 128,
 ) -> Callable[[Params], Samples]:
-  """`sample(params)`: one scored response of a policy per held-out prompt, compiled once.
+  """Builds `sample(params)`: one scored response of a policy per held-out prompt, compiled once.
 
   Args:
-    run: Gives the mesh and the key; every call draws with the same one.
-    model: Architecture of the policies (and of the reference).
+    run: Opened run, with the mesh and the key; every call samples with the same key.
+    model: Architecture of the policies and of the reference.
     dataset: Held-out prompts.
-    tokenizer: The policies'.
-    config: Sampling rule.
+    tokenizer: Tokenizer of the policies.
+    config: Settings of the sampler.
     reward_fns: Rewards to compute, by name.
-    ref_params: Reference of the KL; the policy itself if None, which gives 0.
+    ref_params: Reference of the KL; None makes the KL 0.
     batch_size: Prompts per call of the model.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
@@ -208,9 +208,9 @@ def heldout_comparer(
   *,
   batch_size: int = 128,
 ) -> Callable[[Params, Params], np.ndarray]:
-  """`compare(params, other) -> [B]`: preference for the first policy on each held-out prompt.
+  """Builds `compare(params, other) -> [B]`: preferences for the first policy per held-out prompt.
 
-  Each policy answers once, with random numbers of its own.
+  Each policy answers once, with a different random key.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
   generate = models.make_sampler(model, tokenizer, config)
@@ -234,19 +234,19 @@ def heldout_comparer(
 
 
 def heldout_key(run: loop.Run, index: int) -> jax.Array:
-  """On the mesh, as the keys of training are: a sampler is compiled once for both."""
+  """Returns a key on the mesh, as in training, so that both use the same compiled sampler."""
   on_mesh = sharding.put(np.int32(index), sharding.replicated(run.mesh))
   return jax.random.fold_in(run.key_for(2), on_mesh)
 
 
 def heldout_batch_size(run: loop.Run, dataset: data.Dataset, most: int) -> int:
-  """At most `most` prompts or a few more, in equal parts for the devices."""
+  """Returns a batch size of at most `most` prompts, rounded up to a multiple of the devices."""
   size = min(most, max(len(dataset.examples), 1))
   return size + -size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
 
 
 def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
-  """Rows for a sample table or file."""
+  """Returns the rows of a table or file of samples."""
   return [
     {
       "prompt": samples.prompts[i],
@@ -258,7 +258,7 @@ def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
 
 
 def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
-  """Both answers to the first prompts, each with its last reward (the gold one), if it has any."""
+  """Returns both answers to the first prompts, each with its last reward (the gold one), if any."""
 
   def answer(of: Samples, i: int) -> str:
     shown = [f"  [{name} {values[i]:.2f}]" for name, values in of.rewards.items()]
@@ -271,8 +271,8 @@ def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[s
 
 
 def compare(before: Samples, after: Samples) -> dict[str, float]:
-  """Figures of a trained policy beside those of its start, on the same prompts."""
-  figures: dict[str, float] = {
+  """Metrics of the trained policy and of the initial policy on the same prompts."""
+  metrics: dict[str, float] = {
     "kl": float(np.mean(after.kl)),
     "length": float(np.mean(after.lengths)),
     "length_before": float(np.mean(before.lengths)),
@@ -280,16 +280,16 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
   }
   for name, values in after.rewards.items():
     start = before.rewards[name]
-    figures[f"{name}/mean"] = float(np.mean(values))
-    figures[f"{name}/mean_before"] = float(np.mean(start))
+    metrics[f"{name}/mean"] = float(np.mean(values))
+    metrics[f"{name}/mean_before"] = float(np.mean(start))
     rate = evaluation.win_rate(values, start)
-    figures[f"{name}/win_rate"] = rate.value
-    figures[f"{name}/win_rate_low"], figures[f"{name}/win_rate_high"] = rate.low, rate.high
-  return figures
+    metrics[f"{name}/win_rate"] = rate.value
+    metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
+  return metrics
 
 
 def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
-  """The same figures as rows of the table at the end of a script."""
+  """Arranges the metrics of `compare` as rows of the final table of a script."""
   rows: dict[str, dict[str, float]] = {}
   for name, values in after.rewards.items():
     start = before.rewards[name]
@@ -310,18 +310,18 @@ def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, flo
 
 
 class Judge:
-  """Compares a policy in training with its start, on held-out prompts.
+  """Compares a policy in training with the initial policy, on held-out prompts.
 
   Args:
-    run: The opened run.
-    model: Architecture of both.
-    tokenizer: Of both.
-    prompts: Held-out prompts; none of what follows happens without them.
-    sampling: How responses are sampled.
-    reward_fns: What they are judged by.
-    ref_params: The start.
-    prefer: Compares responses directly, if given.
-    batch_size: Prompts per call of the model; that of training is compiled already.
+    run: Opened run.
+    model: Architecture of both policies.
+    tokenizer: Tokenizer of both policies.
+    prompts: Held-out prompts; if empty, all evaluation is skipped.
+    sampling: Settings of the sampler.
+    reward_fns: Rewards of the responses, by name.
+    ref_params: Params of the initial policy.
+    prefer: Preference between responses, if they are also compared directly.
+    batch_size: Prompts per call of the model; the batch size of training needs no recompilation.
   """
 
   def __init__(
@@ -357,13 +357,13 @@ class Judge:
     self._sample_once = once_per_step(lambda params, step: self._sample(params))
 
   def preference(self, params: Params, other: Params) -> evaluation.Estimate:
-    """How often the first policy is preferred to the second one on the held-out prompts."""
+    """Mean preference for the first policy over the second one on the held-out prompts."""
     if self._compare is None:
       raise ValueError("the judge was given no preference")
     return evaluation.mean(self._compare(params, other))
 
   def measure(self, params: Params, step: int) -> dict[str, float]:
-    """Mean rewards and KL of responses to the held-out prompts, which are written beside."""
+    """Writes responses to the held-out prompts and returns their mean rewards and KL."""
     samples = self._sample_once(params, step)
     self._run.writer.table(step, "samples", sample_rows(samples))
     means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
@@ -372,18 +372,18 @@ class Judge:
   def evaluate(
     self, params_of: Callable[[Any], Params]
   ) -> Callable[[Any, int], dict[str, float]] | None:
-    """`(state, step) -> metrics` for `loop.fit`."""
+    """Builds `(state, step) -> metrics` for `loop.fit`; None without held-out prompts."""
     if not self._prompts.examples:
       return None
     return lambda state, step: self.measure(params_of(state), step)
 
   def finish(
-    self, params: Params, step: int, title: str, more: Mapping[str, float] | None = None
+    self, params: Params, step: int, title: str, metrics: Mapping[str, float] | None = None
   ) -> dict[str, float]:
-    """Exports the trained policy, compares it with its start and writes summary.json."""
+    """Exports the trained policy, compares it with the initial policy and writes summary.json."""
     run = self._run
     models.export(run.workdir / models.EXPORT, params, self._model, self._tokenizer)
-    summary = dict(more or {})
+    summary = dict(metrics or {})
     if self._prompts.examples:
       before, after = self._sample(self._ref_params), self._sample_once(params, step)
       summary |= compare(before, after)

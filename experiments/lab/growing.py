@@ -17,10 +17,10 @@ GROWN = "responses.jsonl"
 
 
 class Grown(NamedTuple):
-  """Sampled and scored responses to P prompts, N to each.
+  """Sampled and scored responses, N to each of P prompts.
 
   Attributes:
-    rows: P * N rows of the file; those of a prompt stand next to each other.
+    rows: P * N rows of the file; those of a prompt are adjacent.
     rewards: [P, N] float32, shaped scores.
   """
 
@@ -29,7 +29,7 @@ class Grown(NamedTuple):
 
 
 def take_prompts(dataset: data.Dataset, step: int, count: int) -> data.Dataset:
-  """Takes the prompts of a Grow step: the next `count`, from the front again after the last."""
+  """Takes the next `count` prompts for a Grow step, starting over after the last prompt."""
   size = len(dataset.examples)
   chosen = [(step * count + i) % size for i in range(min(count, size))]
   return dataset._replace(
@@ -47,16 +47,16 @@ def grow(
 ) -> Grown:
   """Samples and scores the responses that are not in the file yet; returns all, in order.
 
-  A line is written whole or, if the process was killed, dropped and written again. The samples of a
-  prompt depend on its number alone, so the others need not be drawn again.
+  A line that a killed process left incomplete is dropped and written again. The samples of a prompt
+  depend only on its number, so finished prompts are not sampled again.
 
   Args:
-    session: Where to run.
+    session: Workdir, seed and devices of the Grow step.
     config: Config of the script: `sampling`, `reward`, `shaping` and `model`.
     start: Folder of the policy that samples.
-    reference: Folder of the policy whose responses `shaping` compares with.
-    tokenizer: Tokenizer of both.
-    prompts: Prompts.
+    reference: Folder of the reference policy, for `shaping`.
+    tokenizer: Tokenizer of both policies.
+    prompts: Prompts to sample responses to.
   """
   count = config.sampling.samples_per_prompt
   wanted = len(prompts.examples) * count
@@ -87,17 +87,17 @@ def _sample(
   done: Sequence[Any],
   path: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """Rows after the `done` ones, each on disk."""
+  """Samples the rows that follow the `done` ones, writes them to disk and returns them."""
   count = config.sampling.samples_per_prompt
   model, params = models.open_model(run, config.model, start, tokenizer)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   params, stops = reshard(params), (tokenizer.eos_id,)
   generate = models.make_sampler(model, tokenizer, config.sampling)
   reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
-  refer, ref_params, others = None, None, config.shaping.reference_samples
+  sample_reference, ref_params, others = None, None, config.shaping.reference_samples
   if config.shaping.function:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)
-    refer = models.make_sampler(model, tokenizer, sampling)
+    sample_reference = models.make_sampler(model, tokenizer, sampling)
     ref_params = reshard(models.open_model(run, config.model, reference, tokenizer)[1])
   batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
   wanted, rows = len(prompts.examples) * count, []
@@ -128,8 +128,8 @@ def _sample(
         }
         for n, text in enumerate(tokenizer.batch_decode(answers)[:size])
       ]
-      if refer is not None:
-        answered = refer(ref_params, *placed, run.key_for(1))
+      if sample_reference is not None:
+        answered = sample_reference(ref_params, *placed, run.key_for(1))
         compared = reward_fn(answered, np.repeat(batch.prompt_id, others))
         compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
         for n, line in enumerate(lines):
@@ -146,7 +146,7 @@ def _sample(
 
 
 def kept_examples(grown: Grown, weights: np.ndarray) -> tuple[data.Dataset, np.ndarray]:
-  """Grown responses of positive weight [P, N] as demonstrations, and their weights."""
+  """Turns grown responses of positive weight [P, N] into demonstrations; returns weights too."""
   places = np.flatnonzero(weights.ravel() > 0)
   examples = [
     {
@@ -161,7 +161,7 @@ def kept_examples(grown: Grown, weights: np.ndarray) -> tuple[data.Dataset, np.n
 
 
 def draw(workdir: pathlib.Path, rows: list[dict[str, float]], improve_steps: int) -> None:
-  """Draws `plots/quality.png`: rewards that were grown and kept, and earned after each step."""
+  """Draws `plots/quality.png`: rewards of grown and kept responses, and held-out rewards."""
   steps = np.arange(1, len(rows) + 1)
 
   def line(label: str, name: str) -> plots.Line:

@@ -1,4 +1,4 @@
-"""The Improve step of ReST: fine-tunes on the responses that were kept, as a run of its own."""
+"""The Improve step of ReST: fine-tunes on the kept responses, in a separate run."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from rlhf_jax.algorithms import rest
 def stage(
   session: loop.Session, workdir: pathlib.Path, *, grow: int, improve: int = -1
 ) -> loop.Session:
-  """Session of a Grow step, or of one of the Improve steps after it."""
+  """Makes the session of a Grow step, or of one of the Improve steps after it."""
   name = f"grow_{grow}" if improve < 0 else f"grow_{grow}_improve_{improve}"
   seed = session.seed * 1000 + 100 * grow + improve + 1
   return dataclasses.replace(session, workdir=str(workdir / name), seed=seed)
@@ -39,14 +39,14 @@ def improve(
   """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards.
 
   Args:
-    session: Where to run.
+    session: Workdir, seed and devices of the Improve step.
     config: Config of the script.
     index: Number of the Improve step after its Grow step.
     start: Folder of the policy to start from.
-    reference: Folder of the policy of the forward KL.
-    tokenizer: Tokenizer of both.
-    kept: Responses and their weights.
-    heldout: Prompts to measure on.
+    reference: Folder of the reference policy, for the forward KL.
+    tokenizer: Tokenizer of both policies.
+    kept: Kept responses and their weights.
+    heldout: Held-out prompts to evaluate on.
   """
   dataset, weights = kept
   path = workdir_lib.local_path(session.workdir) / "summary.json"
@@ -59,7 +59,7 @@ def improve(
       tokenizer,
       dataset,
       heldout,
-      more={"improve": index, "start": str(start)},
+      extra={"improve": index, "start": str(start)},
       digests=models.frozen_digest(config.lora, start),
     )
     if (finished := processes.agree(read)) is not None:
@@ -99,14 +99,14 @@ def improve(
 
 
 def make_trainer(bench: Workbench) -> training.Trainer:
-  """State and step of the policy."""
+  """Builds the state and the step of the policy."""
   return bench.trainer(
     functools.partial(rest.make_rest_step, config=bench.config.rest, ref_apply_fn=bench.model.apply)
   )
 
 
 def programs(case: Case) -> None:
-  """Checks a Grow step, then an Improve step with nothing of the former in memory."""
+  """Checks a Grow step, then an Improve step, whose memory holds nothing of the Grow step."""
   config, bench = case.config, case.bench
   held = {"policy": bench.start}
   judge, held["reward"] = case.open_judge(config.reward)

@@ -1,8 +1,8 @@
-"""Rewards and preferences that flags name."""
+"""Rewards and preferences that are chosen by flags."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import records
 from experiments.lab import models
@@ -21,12 +21,14 @@ class RewardOptions:
 
   Attributes:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
-      separated by commas, are an ensemble.
-    name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or
-      `module:function` of your own, `(prompts, responses, rows) -> one number per response`.
-    ensemble: Reduction of the scores of an ensemble: their mean, the worst one, or the mean minus
-      `ensemble_coef` times their variance.
-    ensemble_coef: Weight of the variance.
+      separated by commas, form an ensemble.
+    name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
+      `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
+      PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows are those of the
+      data, with all their columns.
+    ensemble: Reduction of the scores of an ensemble: their mean, their minimum, or the mean minus
+      `ensemble_coef` times their variance (`uwo`).
+    ensemble_coef: Weight of the variance in `uwo`.
   """
 
   path: str = ""
@@ -41,12 +43,12 @@ class RewardOptions:
       self.function()
 
   def function(self) -> rewards.TextReward:
-    """Returns the Python reward that `name` gives."""
+    """Returns the Python reward of `name`."""
     return user.resolve("name", self.name, rewards.REWARDS, ("prompts", "responses", "rows"))
 
   @property
   def paths(self) -> tuple[str, ...]:
-    """The folders that `path` names."""
+    """Folders in `path`."""
     return tuple(part for part in self.path.split(",") if part)
 
   @property
@@ -67,9 +69,10 @@ class PreferenceOptions:
 
   Attributes:
     path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
-      reward model, whose scores are then compared as Bradley and Terry do.
-    name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or `module:function`
-      of your own, `(prompts, a, b, rows) -> one probability per pair`.
+      reward model, whose scores are compared by the Bradley-Terry model.
+    name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or your own
+      `module:function`, such as my_judges:shorter for my_judges.py in the working directory or on
+      PYTHONPATH: `(prompts, a, b, rows) -> one probability per pair` that `a` is preferred.
   """
 
   path: str = ""
@@ -82,7 +85,7 @@ class PreferenceOptions:
       self.function()
 
   def function(self) -> rewards.TextPreference:
-    """Returns the Python function that `name` gives."""
+    """Returns the Python judge of `name`."""
     return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
@@ -99,13 +102,31 @@ class PreferenceOptions:
       )
 
 
+def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:
+  """Finds a missing column or an unusable result before anything is compiled.
+
+  Args:
+    function: Reward or preference function of the texts.
+    prompts: Prompts, to the first of which it gets empty responses.
+    answers: Number of responses to each prompt that it judges.
+  """
+  rows = prompts.rows[:3]
+  empty = [""] * len(rows)
+  try:
+    values = function([row["prompt_text"] for row in rows], *[empty] * answers, rows)
+  except Exception as error:
+    error.add_note("It was tried with empty responses, which a policy can give.")
+    raise
+  rewards.one_number_each(values, empty, function, pairs=answers == 2)
+
+
 def open_preference(
   run: loop.Run,
   options: PreferenceOptions,
   model_options: models.ModelOptions,
   tokenizer: data.Tokenizer,
 ) -> Callable[[data.Dataset], rewards.PreferenceFn]:
-  """The judge that the options name, opened once: prompts -> preference between responses."""
+  """Opens the judge of the options once and returns `(prompts) -> preference` of responses."""
   options.require()
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
@@ -113,9 +134,14 @@ def open_preference(
       prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
-    return lambda prompts: prefer  # A model reads the tokens, whatever the prompts are.
+    return lambda prompts: prefer  # A model reads the tokens of any prompts.
   function = options.function()
-  return lambda prompts: rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+
+  def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
+    _try(function, prompts, answers=2)
+    return rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+
+  return of_prompts
 
 
 def open_reward(
@@ -124,7 +150,7 @@ def open_reward(
   model_options: models.ModelOptions,
   tokenizer: data.Tokenizer,
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
-  """The reward that the options name, opened once: prompts -> reward of responses to them."""
+  """Opens the reward of the options once and returns `(prompts) -> reward` of responses."""
   options.require()
   if options.paths:
     scorers = [
@@ -136,12 +162,11 @@ def open_reward(
     score = scorers[0]
     if len(scorers) > 1:
       score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
-    return lambda prompts: score  # A reward model reads the tokens, whatever the prompts are.
+    return lambda prompts: score  # A reward model reads the tokens of any prompts.
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
-    for row in prompts.rows[:1]:
-      function([row["prompt_text"]], [""], [row])  # A missing column is found before compiling.
+    _try(function, prompts, answers=1)
     return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
 
   return of_prompts
@@ -150,7 +175,7 @@ def open_reward(
 def gold_rewards(
   config: data.DataConfig, prompts: data.Dataset, tokenizer: data.Tokenizer
 ) -> dict[str, rewards.RewardFn]:
-  """The gold reward, if the prompts are those of the built-in task."""
+  """Returns the gold reward, if the prompts are those of the built-in task."""
   if config.path or config.tfds:
     return {}
   gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)

@@ -1,4 +1,4 @@
-"""Files of JSON Lines that survive a kill, and short names of folders."""
+"""JSON Lines files that survive a kill, and short names of folders."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from rlhf_jax import workdir as workdir_lib
 
 
 def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  """Adds a line per row to a file and returns when they are on disk."""
+  """Appends a line per row to a file and returns when the lines are on disk."""
   if not processes.is_first():
     return
   with open(path, "a", encoding="utf-8") as file:
@@ -21,22 +21,22 @@ def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The rows of a file; a last line that was not written to its end is cut off the file."""
+  """Reads the rows of a file; an incomplete last line is removed from the file."""
 
   def read() -> list[dict[str, Any]]:
     if not path.exists():
       return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-      os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+      os.truncate(path, len(complete))
+    return [json.loads(line) for line in complete.splitlines()]
 
   return processes.agree(read)
 
 
 def short_names(flag: str, paths: Sequence[str]) -> list[str]:
-  """The shortest endings of paths that tell them apart: `ppo`, or `seed_0/ppo` and `seed_1/ppo`.
+  """Shortens paths to distinct endings: `ppo`, or `seed_0/ppo` and `seed_1/ppo`.
 
   Raises:
     UsageError: A path is given twice; the message starts with the name of the flag.

@@ -1,4 +1,4 @@
-"""Matches of a policy against an opponent: both answer the same prompts, and a judge compares."""
+"""Matches of a policy and an opponent: both answer the same prompts, and a judge compares them."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class MatchState(NamedTuple):
 
   Attributes:
     train: Policy with its optimizer.
-    average: Moving average of the policy, None if it is not the opponent.
+    average: Moving average of the policy, if it is the opponent; else None.
   """
 
   train: TrainState
@@ -32,11 +32,11 @@ class Match:
   """Samples responses of a policy and of its opponent, and has a judge compare them.
 
   Args:
-    bench: Table of the script, with `sampling` in its config.
+    bench: Workbench of the script, with `sampling` in its config.
     prefer: Preference between responses to the training prompts.
     settings: Settings of the method.
-    count: Responses of the policy to each prompt.
-    mixed: True if the policy's responses come from the mixture as well.
+    count: Number of responses of the policy per prompt.
+    mixed: True if the responses of the policy are sampled from the mixture too.
   """
 
   def __init__(
@@ -52,9 +52,10 @@ class Match:
     self._gold = bench.gold(bench.train_set) if prefer else {}
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
-    self.sample, self.oppose = bench.sampler(count, mixture=mixed), bench.sampler(1, mixture=True)
+    self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)
+    self.sample_opponent = bench.sampler(mixture=True, samples_per_prompt=1)
     read = reading.make_read(bench.model.apply, bench.config.sampling.temperature)
-    self.refer: Callable[[Params, Rollout], jax.Array] = jax.jit(
+    self.ref_logprobs: Callable[[Params, Rollout], jax.Array] = jax.jit(
       lambda params, rollout: read(params, rollout).logprobs
     )
 
@@ -72,10 +73,10 @@ class Match:
 
     Args:
       policy: Params of the policy.
-      opponent: Params that are mixed with the start; None is the policy.
+      opponent: Params that are mixed with the initial policy; None is the policy.
       prompts: Prompts of a batch.
       key: Random key.
-      mix: [] weight of the start in the opponent.
+      mix: [] weight of the initial policy in the opponent.
       tau: [] weight of the KL penalty.
     """
     bench, start, mix = self._bench, time.monotonic(), jnp.asarray(mix)
@@ -84,7 +85,7 @@ class Match:
     rival = policy if opponent is None else self.reshard(opponent)
     source = generation.MixtureParams(policy, ref, mix) if self.mixed else policy
     sampled = self.sample(source, *prompts, keys[0])
-    other = self.oppose(generation.MixtureParams(rival, ref, mix), *prompts, keys[1])
+    other = self.sample_opponent(generation.MixtureParams(rival, ref, mix), *prompts, keys[1])
     del policy, ref, rival, source  # Room for the update.
     other = jax.tree.map(lambda x: jnp.repeat(x, self.count, axis=0), other)
     sampled, other = jax.block_until_ready((sampled, other))
@@ -96,7 +97,7 @@ class Match:
     rows = (prompts.tokens.shape[0], self.count)
     batch = opponents.OpponentBatch(
       rollout=jax.tree.map(lambda x: x.reshape(*rows, *x.shape[1:]), sampled),
-      ref_logprobs=self.refer(bench.start, sampled).reshape(*rows, -1),
+      ref_logprobs=self.ref_logprobs(bench.start, sampled).reshape(*rows, -1),
       preference=(preference - self._settings.missing_eos_penalty * cut).reshape(rows),
       tau=jnp.full([rows[0]], tau, jnp.float32),
     )
@@ -112,7 +113,7 @@ class Match:
 
 
 def programs(case: Case, match: Match, trainer: Trainer) -> None:
-  """Checks the programs of an iteration: rollouts of both, preference, reference, update."""
+  """Checks the programs of an iteration: both rollouts, preference, reference, update."""
   config, bench = case.config, case.bench
   held = {"state": trainer.state, "reference": bench.start}
   judge, held["preference"] = case.open_judge(config.preference)
@@ -133,7 +134,7 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
   )
   one = case.sampling_work(1)
   both = preflight.Work(2 * one.flops, one.steps, 2 * one.bytes_per_step)
-  case.check("opponent", match.oppose, mixture, *inputs, work=both, held=(copies, sampled))
+  case.check("opponent", match.sample_opponent, mixture, *inputs, work=both, held=(copies, sampled))
   rows, length = sampled.tokens.shape
   if judge is not None:
     prefer = rewards.make_preferrer(judge.apply, bench.tokenizer.eos_id)
@@ -142,7 +143,7 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
     case.check("preference", prefer, held["preference"], sampled, sampled, work=work, held=held)
   forward = case.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
   work = preflight.Work(forward)
-  refs = case.check("reference", match.refer, bench.start, sampled, work=work, held=held)
+  refs = case.check("reference", match.ref_logprobs, bench.start, sampled, work=work, held=held)
   split = lambda x: x.reshape(config.batch_size, match.count, *x.shape[1:])  # noqa: E731
   batch = opponents.OpponentBatch(
     rollout=case.placed(lambda rollout: jax.tree.map(split, rollout), sampled),

@@ -1,4 +1,4 @@
-"""Opening, creating, placing and exporting the models of a script."""
+"""Opens, creates, places and exports the models of a script."""
 
 import dataclasses
 import functools
@@ -25,22 +25,22 @@ class ModelOptions:
   """Model.
 
   Attributes:
-    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty makes a new model for
-      the built-in task with the sizes below, unless --init_from gives one.
-    preset: Architecture of a new model, by its name in rlhf_jax.models.presets, in place of the
+    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty creates a model for the
+      built-in task with the sizes below, unless --init_from gives one.
+    preset: Architecture of a new model, by its name in rlhf_jax.models.presets, instead of the
       sizes below.
-    layers: Blocks of a new model.
+    layers: Number of transformer blocks of a new model.
     width: Width of a new model.
-    heads: Attention heads of a new model.
-    mlp_width: Width of the MLP of a new model.
-    dtype: Type of the computation; params and optimizer state stay float32.
-    attention: Implementation of attention over whole sequences: XLA, the kernel splash of TPUs, or
-      cuDNN. auto takes the kernel of the device where it can. Sampling always takes XLA.
-    remat: Activations that the backward pass recomputes instead of keeping them. full recomputes
-      each block, for the least memory and a third more work; dots all but the products with
-      weights; none nothing.
-    logit_chunk: Maximum number of logits per row, tokens times vocabulary, that are held at once.
-      Longer rows are processed in chunks and rematerialized in the backward pass.
+    heads: Number of attention heads of a new model.
+    mlp_width: Width of the MLPs of a new model.
+    dtype: Dtype of the computation; params and optimizer state stay float32.
+    attention: Implementation of attention over full sequences: `xla`, the TPU kernel `splash`, or
+      `cudnn`. `auto` takes the kernel of the device where possible. Sampling always uses `xla`.
+    remat: Activations that the backward pass recomputes to save memory. `none` recomputes nothing,
+      `dots` everything but products with weights. `full` recomputes each block, which takes the
+      least memory and a third more work.
+    logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
+      are processed in chunks and rematerialized in the backward pass.
   """
 
   path: str = ""
@@ -68,15 +68,15 @@ class ModelOptions:
 
 
 def model_folder(path: str) -> pathlib.Path | None:
-  """The Hugging Face folder behind `--init_from` or `--model.path`; None for an empty path."""
+  """Returns the Hugging Face folder of `--init_from` or `--model.path`; None for an empty path."""
   return finished_folder(path) if path else None
 
 
 def finished_folder(path: str) -> pathlib.Path:
-  """The Hugging Face folder itself, or the export of a finished run.
+  """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   Raises:
-    ModelFolderError: It is neither.
+    ModelFolderError: The path is neither.
   """
   folder = workdir_lib.local_path(path)
   if (folder / EXPORT / "config.json").exists():
@@ -91,7 +91,7 @@ def finished_folder(path: str) -> pathlib.Path:
 
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
-  """The folder to start from, given by one of two flags."""
+  """Returns the folder of the initial model, given by one of two flags."""
   for name in ("path", "preset"):
     if getattr(options, name) and init_from:
       raise flags.UsageError(f"--init_from and --model.{name} are both given; keep one")
@@ -99,7 +99,7 @@ def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
 
 
 def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tokenizer:
-  """The tokenizer of a model folder; of the built-in task without one."""
+  """Opens the tokenizer of a model folder; without a folder, that of the built-in task."""
   if folder is None:
     return data.word_level_tokenizer(simulation.WORDS)
   return data.load_tokenizer(folder, end_token or None)
@@ -112,7 +112,7 @@ def build_model(
   tokenizer: data.Tokenizer,
   head: Literal["language", "scalar", "both"] = "language",
 ) -> Model:
-  """A model of some architecture on the mesh of the run."""
+  """Builds a model of an architecture on the mesh of the run."""
   return build(
     config,
     head,
@@ -129,12 +129,12 @@ def open_model(
   tokenizer: data.Tokenizer,
   head: Head = "language",
 ) -> tuple[Model, Params]:
-  """A model and its params, created or loaded in place on the mesh of the run."""
+  """Opens a model and its params, created or loaded in place on the mesh of the run."""
   if folder is None and options.preset:
     config = presets.PRESETS[options.preset]
   elif folder is None:
     config = ModelConfig(
-      # Rows that no token uses let the embedding split evenly.
+      # Unused rows let the embedding be sharded evenly.
       vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
       width=options.width,
       layers=options.layers,
@@ -171,7 +171,7 @@ def open_model(
 def open_policy(
   run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
 ) -> Params:
-  """Params of another policy of the same architecture, which must read the same tokens."""
+  """Opens the params of another policy of the same architecture and with the same tokenizer."""
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model")
@@ -180,7 +180,7 @@ def open_policy(
 
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
-  """Refuses a model that would read the policy's tokens as others."""
+  """Refuses a model whose tokenizer is not that of the policy."""
   if data.load_tokenizer(folder).digest != tokenizer.digest:
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
@@ -190,7 +190,7 @@ def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
 def open_scorer(
   run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
 ) -> tuple[Model, Params, str]:
-  """A model with a scalar head that reads the policy's tokens, and what its scalar is called."""
+  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too."""
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "scalar":
     raise hf.ModelFolderError(
@@ -204,7 +204,7 @@ def open_scorer(
 def open_reward_model(
   run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
 ) -> tuple[Model, Params]:
-  """The reward model behind `--reward.path`, which must read the policy's tokens."""
+  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer."""
   model, params, label = open_scorer(run, path, options, tokenizer)
   if label == records.PREFERENCE:
     raise hf.ModelFolderError(
@@ -215,7 +215,7 @@ def open_reward_model(
 
 
 def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
-  """`make(*args)` in buffers of its own, placed by `DECODER_RULES`; shapes for absent devices."""
+  """Runs `make(*args)` into new buffers placed by `DECODER_RULES`; shapes for absent devices."""
   shapes = jax.eval_shape(make, *args)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   if sharding.is_absent(run.mesh):
@@ -224,16 +224,16 @@ def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
 
 
 def copy(run: loop.Run, params: Params) -> Params:
-  """Params that a step which donates its state leaves alone."""
+  """Returns a copy of `params` that survives donation."""
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
 
 
 def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
-  """For `loop.identify`: what a run with adapters reads again when it continues.
+  """Digest, for `loop.identify`, of the frozen weights that a run with adapters reads again.
 
   Args:
-    config: Adapters.
-    *folders: Of the models that get them.
+    config: Settings of the adapters.
+    *folders: Folders of the models that get adapters.
   """
   if not config.rank:
     return {}
@@ -244,7 +244,7 @@ def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dic
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
-  """The params with fresh adapters beside them, if there are to be any."""
+  """Returns the params with new adapters, or as they are if the rank is 0."""
   if not config.rank:
     return params
   init = functools.partial(lora.init, params=params, config=config)
@@ -259,9 +259,9 @@ def make_sampler(
   *,
   mixture: bool = False,
 ) -> Callable[..., Rollout]:
-  """`generation.make_generate` for a model and its tokenizer; of a mixture with `MixtureParams`.
+  """Builds a sampler for a model and its tokenizer; a mixture samples from `MixtureParams`.
 
-  The same function for the same arguments: training and evaluation compile it once.
+  The same arguments give the same function, so training and evaluation compile it once.
   """
   decoder = model.decode, model.init_cache
   return generation.make_generate(
@@ -279,9 +279,9 @@ def export(
   tokenizer: data.Tokenizer,
   label: str = "reward",
 ) -> pathlib.Path:
-  """Writes a folder that `--init_from` and transformers read; `label` names a scalar.
+  """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
-  Adapters are merged into the weights.
+  `label` is the name of the scalar of a judge.
   """
   token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
   if tokenizer.bos_id is not None:

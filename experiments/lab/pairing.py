@@ -1,4 +1,4 @@
-"""Pairs of a policy's own responses, for online DPO."""
+"""Pairs of the policy's responses, for online DPO."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from rlhf_jax.types import Params, Rollout
 
 
 def make_trainer(bench: Workbench) -> Trainer:
-  """State and step of the policy, with the value bonus if the config asks for it."""
+  """Builds the state and the step of the policy, with the value bonus if `bonus_coef` is not 0."""
   config = bench.config
   if not config.online.bonus_coef:
     make_step = functools.partial(dpo.make_dpo_step, config=config.dpo, weighting=config.pairs)
@@ -43,9 +43,10 @@ def make_trainer(bench: Workbench) -> Trainer:
 
 
 def make_batch(bench: Workbench) -> Callable[..., Any]:
-  """Jitted `(ref_params, moments, responses, free, key) -> (batch, moments, metrics)`.
+  """Builds jitted `(ref_params, moments, responses, calibration, key)` of a batch.
 
-  `free` are samples of the reference for the value bonus, or None.
+  It returns `(batch, moments, metrics)`. `calibration` is a rollout of the reference for the value
+  bonus, or None.
   """
   config, samples = bench.config, bench.config.sampling.samples_per_prompt
   read = pairs.make_read_pairs(bench.model.apply, config.pairs)
@@ -55,7 +56,7 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     ref_params: Params,
     moments: RunningMoments,
     responses: Responses,
-    free: Rollout | None,
+    calibration: Rollout | None,
     key: jax.Array,
   ):
     rollout, raw, ended, ref_scores = responses
@@ -64,8 +65,8 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
     rows = online_dpo.make_pairs(rollout, chosen, rejected)
     batch: Any = dpo.DPOBatch(rows, read(ref_params, rows).totals)
-    if free is not None:
-      batch = terms.WithSequences(batch, online_dpo.right_padded(free))
+    if calibration is not None:
+      batch = terms.WithSequences(batch, online_dpo.right_padded(calibration))
     lengths = jnp.sum(rollout.response_mask, axis=1)
     return (
       batch,
@@ -85,7 +86,7 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
 def tournament(
   prefer_of: Callable[[data.Dataset], rewards.PreferenceFn], samples: int
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
-  """Scores of each sample: its mean preference over the other samples of the prompt."""
+  """Builds scores of samples: the mean preference over the other samples of the prompt."""
 
   def score_of(prompts: data.Dataset) -> rewards.RewardFn:
     prefer = prefer_of(prompts)
@@ -112,14 +113,14 @@ def programs(case: Case) -> None:
   judge, held["reward"] = case.open_judge(config.reward)
   policy, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
   rollout = case.rollout("rollout", bench.sampler(), policy, held, samples)
-  free = None
+  calibration = None
   if config.online.bonus_coef:
-    free = case.rollout("bonus", bench.sampler(1), bench.start, held, 1)
+    calibration = case.rollout("bonus", bench.sampler(samples_per_prompt=1), bench.start, held, 1)
   scores, ended = case.scores(rollout, judge, held), case.bools(rollout)
   length = rollout.tokens.shape[1]
   forward = case.forward(bench.model, 2 * config.batch_size, length, scored=length)
   responses = Responses(rollout, scores, ended)
-  inputs = (bench.start, case.carried(RunningMoments.zero()), responses, free, case.key)
+  inputs = (bench.start, case.carried(RunningMoments.zero()), responses, calibration, case.key)
   work = preflight.Work(forward)
   batch, _, _ = case.check("pairs", make_batch(bench), *inputs, work=work, held=held)
   inputs, work = (trainer.state, batch, case.key), case.training_work(forward)

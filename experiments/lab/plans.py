@@ -1,4 +1,4 @@
-"""Plans of a script on absent devices: its programs compiled for a mesh, and the search of one."""
+"""Plans of a script on absent devices: its programs compiled for a mesh, and a search of meshes."""
 
 import dataclasses
 import importlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from experiments.lab.case import TRAINING, Case, open_case
-from rlhf_jax import flags, preflight, reporting, sharding
+from rlhf_jax import flags, preflight, reporting, sharding, user
 from rlhf_jax.models.families import Head
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1]
@@ -16,26 +16,44 @@ HEADS: dict[str, Head] = {"reward_model": "scalar", "preference_model": "scalar"
 
 
 def methods() -> list[str]:
-  """Names of the scripts that say which programs they compile."""
+  """Names of the scripts that have a function `programs`."""
   scripts = (path for path in FOLDER.glob("*.py") if "def programs(" in path.read_text("utf-8"))
   return sorted(path.stem for path in scripts)
 
 
 def script_of(name: str) -> Any:
-  """Returns the module of a script in `methods()`."""
-  return importlib.import_module(f"experiments.{name}")
+  """Returns the module of a script in `methods()`, or one of a user that is like them.
+
+  Raises:
+    ValueError: There is no such script, or it does not say which programs it compiles.
+  """
+  if name in methods():
+    return importlib.import_module(f"experiments.{name}")
+  try:
+    module = user.load("algorithm", name)
+  except ValueError as error:
+    known = ", ".join(methods())
+    raise ValueError(
+      f"algorithm must be one of {known}, or a module of your own; {error}"
+    ) from error
+  for part in ("Config", "programs"):
+    if not hasattr(module, part):
+      raise ValueError(
+        f"algorithm={name}: {module.__file__} has no {part}, which experiments.dpo has"
+      )
+  return module
 
 
 class Plan(NamedTuple):
-  """What was compiled and what the compiler said.
+  """Programs that were compiled, and the message of the compiler.
 
   Attributes:
-    mesh: Devices per axis.
-    remat: What the backward pass computes again.
-    microbatches: Pieces of a batch.
-    programs: Those that fit.
-    refused: Why the next one does not; empty if all fit.
-    stopped_at: Name of the next one.
+    mesh: Devices per mesh axis.
+    remat: Remat policy of the model.
+    microbatches: Micro-batches per batch.
+    programs: Programs that fit.
+    refused: Message about the first program that does not fit; empty if all fit.
+    stopped_at: Name of that program.
   """
 
   mesh: str
@@ -52,7 +70,7 @@ class Plan(NamedTuple):
 
 
 class Slice(NamedTuple):
-  """The absent devices, and what has been compiled for them."""
+  """The absent devices, and the programs that were compiled for them."""
 
   devices: Sequence[Any]
   chip: preflight.Chip
@@ -60,17 +78,17 @@ class Slice(NamedTuple):
 
 
 def open_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Case:
-  """Opens the table of a script on a mesh of the absent devices."""
+  """Opens a script on a mesh of the absent devices."""
   check = lambda on: preflight.Preflight(on, absent.chip, absent.known)  # noqa: E731
   head = HEADS.get(algorithm, "language")
   return open_case(config, mesh, absent.devices, check, head)
 
 
 def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
-  """Compiles every program, up to the first that does not fit."""
+  """Compiles every program, up to the first one that does not fit."""
   case = open_plan(algorithm, mesh, config, absent)
-  settings = settings_of(algorithm, config)
-  microbatches = settings.microbatches if settings is not None else 1
+  name = settings_name(config)
+  microbatches = getattr(config, name).microbatches if name else 1
   plan = Plan(mesh, config.model.remat, microbatches, case.check.programs)
   try:
     script_of(algorithm).programs(case)
@@ -79,15 +97,10 @@ def compile_plan(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
   return plan
 
 
-def settings_name(algorithm: str) -> str:
-  """Name of the config field of an algorithm: that of the script, but for online DPO."""
-  return "dpo" if algorithm == "online_dpo" else algorithm
-
-
-def settings_of(algorithm: str, config: Any) -> Any:
-  """Settings that say how many micro-batches there are; None if a batch cannot be cut."""
-  settings = getattr(config, settings_name(algorithm))
-  return settings if hasattr(settings, "microbatches") else None
+def settings_name(config: Any) -> str:
+  """Name of the settings with the number of micro-batches; empty without micro-batches."""
+  names = (field.name for field in dataclasses.fields(config))
+  return next((name for name in names if hasattr(getattr(config, name), "microbatches")), "")
 
 
 # Each rung takes less memory than the one before, and more time.
@@ -95,7 +108,7 @@ LADDER = (("none", 1), ("dots", 1), ("full", 1), ("full", 2), ("full", 4), ("ful
 
 
 def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
-  """The meshes that divide the batch and the model, those first that seem to wait the least."""
+  """Meshes that divide the batch and the model, those with the least estimated waiting first."""
   case = open_plan(algorithm, "", config, absent)
   model = case.bench.model
   sizes = [n for n in range(1, len(absent.devices) + 1) if len(absent.devices) % n == 0]
@@ -124,12 +137,12 @@ def promising(algorithm: str, config: Any, absent: Slice) -> list[str]:
 
 
 def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
-  """The first rung of the ladder that fits on a mesh, or else the last one."""
-  settings, plan = settings_of(algorithm, config), None
+  """Returns the plan of the first rung of the ladder that fits on a mesh, or of the last rung."""
+  name, plan = settings_name(config), None
   for remat, microbatches in LADDER:
     changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
-    if settings is not None:
-      changed[settings_name(algorithm)] = dataclasses.replace(settings, microbatches=microbatches)
+    if name:
+      changed[name] = dataclasses.replace(getattr(config, name), microbatches=microbatches)
     elif microbatches > 1:
       continue
     try:
@@ -146,7 +159,7 @@ def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
 
 
 def search(algorithm: str, mesh: str, count: int, config: Any, absent: Slice) -> list[Plan]:
-  """The plans of the most promising meshes: those that fit first, the fastest in front."""
+  """Returns the plans of the most promising meshes: those that fit first, sorted by their time."""
   specs = [mesh] if mesh else promising(algorithm, config, absent)
   if not specs:
     raise flags.UsageError(

@@ -1,4 +1,4 @@
-"""Sampled and scored responses: what an iteration of a method that samples learns from."""
+"""Sampled and scored responses: the experience that a method with sampling trains on."""
 
 import dataclasses
 import time
@@ -24,13 +24,14 @@ class RolloutOptions:
 
   Attributes:
     devices: Number of devices, the last ones, that only sample. They sample the next batch while
-      those of --mesh learn from the one that the policy before the last update sampled. 0 samples
-      on all devices in turn with learning.
-    importance_cap: Upper bound on the importance weights that correct for a sampler with other
-      probabilities than the trainer's; 0 disables the correction.
-    packed_length: Tokens of a row that holds several prompts with their responses in the update;
-      saves the time that padding takes, does not change the result. Recompiles for each new number
-      of rows, at most eight per power of two. 0 gives each response a row.
+      the devices of --mesh train on the current one, which the policy before the last update
+      sampled. 0 alternates sampling and training on all devices.
+    importance_cap: Upper bound on the importance weights that correct for sampler/trainer mismatch;
+      0 disables the correction.
+    packed_length: Length in tokens of packed rows of the update, each of which holds several
+      prompts with their responses. Packing saves the time spent on padding and does not change the
+      result. It recompiles for each new number of rows, at most eight per power of two. 0 gives
+      each response a row.
   """
 
   devices: int = 0
@@ -49,13 +50,13 @@ class RolloutOptions:
 def check(
   config: Any, *, parts: int = 1, shaping: shaped.ShapingConfig | None = None, group: int = 1
 ) -> None:
-  """Refuses settings that a method cannot sample with; for `__post_init__` of a script's config.
+  """Refuses sampling settings that a method cannot use; for `__post_init__` of a script's config.
 
   Args:
     config: Config with `sampling`, `batch_size` and `data`.
-    parts: Equal parts that the responses of a batch are cut into.
+    parts: Number of equal parts that the responses of a batch are split into.
     shaping: Shaping of the scores.
-    group: Least number of samples per prompt.
+    group: Minimum number of samples per prompt.
   """
   sampling = config.sampling
   if sampling.temperature == 0:
@@ -95,7 +96,7 @@ def require_fit(bench: Workbench) -> None:
 
 
 def require_devices(options: RolloutOptions) -> None:
-  """Refuses devices for sampling alone that are not there."""
+  """Refuses more sampling devices than there are."""
   if options.devices and jax.process_count() > 1:
     raise flags.UsageError("--rollout.devices is for a single process; leave it at 0")
   if options.devices >= jax.device_count():
@@ -106,10 +107,10 @@ def require_devices(options: RolloutOptions) -> None:
 
 
 class Responses(NamedTuple):
-  """Scored responses, B of them.
+  """B scored responses.
 
   Attributes:
-    rollout: The responses; those to a prompt stand next to each other.
+    rollout: Responses; those to a prompt are adjacent rows.
     scores: [B] float, scores before shaping.
     ended: [B] bool, True on responses that ended in a stop token.
     ref_scores: [B, M] scores of responses of the reference to the same prompt, or None.
@@ -122,7 +123,7 @@ class Responses(NamedTuple):
 
 
 class Sampled(NamedTuple):
-  """Responses that are not scored yet, and the ids of their prompts."""
+  """Responses before scoring, and the ids of their prompts."""
 
   rollout: Rollout
   prompt_id: jax.Array | np.ndarray
@@ -133,7 +134,7 @@ Experience = Callable[..., tuple[Any, Any, Metrics]]
 
 
 class Carry(NamedTuple):
-  """State of an experience that a method has a share in.
+  """State of an experience, for methods with a state of their own.
 
   Attributes:
     moments: Running moments of the scores.
@@ -145,12 +146,12 @@ class Carry(NamedTuple):
 
 
 class IterationState(NamedTuple):
-  """State of an iteration that samples, scores and learns.
+  """State of an iteration that samples, scores and updates.
 
   Attributes:
     train: Policy, and critic if there is one, with their optimizers.
     carry: State of the experience, such as running moments of the scores.
-    sampled: Responses that the next iteration learns from, if they are sampled ahead.
+    sampled: Responses for the next iteration, if they are sampled ahead.
   """
 
   train: TrainState
@@ -162,9 +163,9 @@ class Responder:
   """Samples and scores the responses of an iteration.
 
   Args:
-    bench: Table of the script, with `sampling` in its config.
-    reward_of: Prompts -> reward of responses to them.
-    shaping: Shaping of the scores, which may ask for responses of the reference.
+    bench: Workbench of the script, with `sampling` in its config.
+    reward_of: `(prompts) -> reward` of responses to these prompts.
+    shaping: Shaping of the scores, which may need responses of the reference.
     options: Devices to sample on.
   """
 
@@ -182,7 +183,7 @@ class Responder:
     self.reshard, self.generate = bench.reshard(), bench.sampler()
     if self.ahead:
       self.reshard, self.generate = sample_away(bench)
-    self.refer = bench.sampler(shaping.reference_samples)
+    self.sample_reference = bench.sampler(samples_per_prompt=shaping.reference_samples)
 
   def init(self, train: TrainState, carry: Any) -> IterationState:
     """Returns the state before the first iteration."""
@@ -192,7 +193,7 @@ class Responder:
   def __call__(
     self, policy: Params, state: IterationState, prompts: data.PromptBatch, key: jax.Array
   ) -> tuple[Responses, Sampled | None, dict[str, Any]]:
-    """Returns scored responses, those sampled ahead for the next iteration, and metrics.
+    """Returns scored responses, the responses sampled for the next iteration, and metrics.
 
     Args:
       policy: Params of the policy.
@@ -208,7 +209,7 @@ class Responder:
     present, following, metrics = state.sampled, None, {}
     if present is None or int(step) == 0:
       present = Sampled(self.generate(policy, *prompts, keys[0]), prompts.prompt_id)
-    if self.ahead:  # Nothing waits for it: it is sampled while this iteration learns.
+    if self.ahead:  # Not awaited: it is sampled while this iteration trains.
       following = Sampled(self.generate(policy, *prompts, keys[2]), prompts.prompt_id)
       metrics["staleness"] = float(present is state.sampled)
     del policy  # Room for the update.
@@ -219,7 +220,7 @@ class Responder:
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
     ref_scores = None
     if self._shaping.function:
-      answers = self.refer(bench.reshard()(bench.start), *prompts, keys[1])
+      answers = self.sample_reference(bench.reshard()(bench.start), *prompts, keys[1])
       ref_scores = self._score(answers, prompts.prompt_id)[1].reshape(bench.config.batch_size, -1)
       ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
     metrics |= {
@@ -232,21 +233,21 @@ class Responder:
   def _score(
     self, rollout: Rollout, prompt_id: jax.Array | np.ndarray
   ) -> tuple[np.ndarray, jax.Array]:
-    """Ids of the prompts and scores of responses, [B] each."""
+    """Returns the prompt ids and the scores of responses, [B] each."""
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
     return ids, jnp.asarray(self._reward(rollout, ids))
 
 
 class Prepared(NamedTuple):
-  """Scored responses as a method takes them.
+  """Scored responses in the form that a method takes.
 
   Attributes:
-    rollout: The responses, with the log-probabilities that ratios start from.
+    rollout: Responses, with the old log-probabilities of probability ratios.
     scores: [B] shaped scores, NaN on rows to leave out.
     policy: Reading of the policy, and of the critic if there is one.
-    ref_logprobs: [B, R] under the reference.
-    weights: [B, R] importance weights, factors of the advantages.
+    ref_logprobs: [B, R] log-probabilities under the reference.
+    weights: [B, R] importance weights, which multiply the advantages.
     moments: Running moments of the scores.
     metrics: Metrics of the responses.
   """
@@ -261,20 +262,20 @@ class Prepared(NamedTuple):
 
 
 def make_prepare(
-  config: Any, read: reading.Read, refer: reading.Read
+  config: Any, read: reading.Read, read_ref: reading.Read
 ) -> Callable[[Params, Params, reward.RunningMoments, Responses], Prepared]:
-  """Builds `prepare(params, ref_params, moments, responses)`: shapes, reads and corrects.
+  """Builds `prepare(params, ref_params, moments, responses)`: shapes scores, computes log-probs.
 
   Args:
     config: Config with `shaping` and `rollout`.
-    read: Reading of the policy, and of the critic if there is one.
-    refer: Reading of the reference.
+    read: Function that reads responses with the policy, and with the critic if there is one.
+    read_ref: Function that reads responses with the reference.
   """
 
   def prepare(params, ref_params, moments, responses) -> Prepared:
     rollout, scores, ended, ref_scores = responses
     scores, moments = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
-    policy, ref = read(params, rollout), refer(ref_params, rollout).logprobs
+    policy, ref = read(params, rollout), read_ref(ref_params, rollout).logprobs
     rollout, weights, metrics = correct(rollout, policy.logprobs, config.rollout.importance_cap)
     metrics |= response_metrics(responses, rollout, ref)
     return Prepared(rollout, scores, policy, ref, weights, moments, metrics)
@@ -283,17 +284,17 @@ def make_prepare(
 
 
 def make_experience(
-  config: Any, read: reading.Read, refer: reading.Read, make_batch: Callable[..., Any]
+  config: Any, read: reading.Read, read_ref: reading.Read, make_batch: Callable[..., Any]
 ) -> Experience:
   """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
 
   Args:
     config: Config with `shaping` and `rollout`.
-    read: Reading of the policy, and of the critic if there is one.
-    refer: Reading of the reference.
+    read: Function that reads responses with the policy, and with the critic if there is one.
+    read_ref: Function that reads responses with the reference.
     make_batch: `(rollout, scores, policy, ref_logprobs) -> (batch, metrics)` of a method.
   """
-  prepare = make_prepare(config, read, refer)
+  prepare = make_prepare(config, read, read_ref)
 
   @jax.jit
   def experience(params, ref_params, moments, responses):
@@ -308,11 +309,11 @@ def make_experience(
 def correct(
   rollout: Rollout, logprobs: jax.Array, cap: float
 ) -> tuple[Rollout, jax.Array, Metrics]:
-  """Corrects for a sampler with other probabilities than the trainer's.
+  """Corrects for sampler/trainer mismatch by importance weights.
 
   Args:
     rollout: B responses.
-    logprobs: [B, R] of their tokens, as the trainer computes them.
+    logprobs: [B, R] log-probabilities of their tokens under the trainer's policy.
     cap: Upper bound on the weights; 0 is a no-op.
 
   Returns:
@@ -328,7 +329,7 @@ def correct(
 
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
-  """Metrics of scored responses; `kl/ref` is the mean log-ratio of a response, in nats."""
+  """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
   scores, mask = responses.scores, reading.response_mask(rollout, responses.scores)
   finite = jnp.isfinite(scores)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
@@ -344,9 +345,10 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
 
 
 def sample_away(bench: Workbench) -> tuple[Callable[..., Params], Callable[..., Rollout]]:
-  """Moves params to the devices for sampling, and samples there; both return at once.
+  """Builds functions that move params to the sampling devices, and that sample there.
 
-  Weights are split over `tensor` as they are on the other devices, rows over the rest.
+  Both return without waiting for the result. Weights are sharded over `tensor` as on the other
+  devices, and rows over the remaining axes.
   """
   run, config, model = bench.run, bench.config, bench.model
   tensor, devices = run.mesh.shape["tensor"], jax.devices()[-config.rollout.devices :]

@@ -1,4 +1,4 @@
-"""State, optimizer, step and start panel of a training script."""
+"""State, optimizer, step and panel of a training script."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,7 @@ import optax
 
 from experiments import records
 from experiments.lab import models
-from rlhf_jax import data, flags, loop, plots, processes, reporting, sharding
-from rlhf_jax import workdir as workdir_lib
+from rlhf_jax import data, loop, plots, processes, reporting, sharding
 from rlhf_jax.algorithms import epochs, reading
 from rlhf_jax.models import Model, count_params, lora
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
@@ -21,10 +20,10 @@ class Trainer(NamedTuple):
   """State and step of a model in training.
 
   Attributes:
-    state: State before the first step, in buffers of its own.
+    state: State before the first step, in buffers that can be donated.
     step: `(state, ...) -> (state, metrics)`.
-    frozen: Params that no step changes, which the state lacks.
-    learning_rate: Step of the script -> learning rate.
+    frozen: Params that no step changes; they are not part of the state.
+    learning_rate: `(step of the script) -> learning rate`.
   """
 
   state: TrainState
@@ -33,24 +32,24 @@ class Trainer(NamedTuple):
   learning_rate: Callable[[int], Any]
 
   def params(self, state: TrainState, trained: Params | None = None) -> Params:
-    """Returns all params of a state, or of other trained ones, with the frozen ones."""
+    """Returns the params of a state, or `trained` params, joined with the frozen params."""
     return join(self.frozen, state.params if trained is None else trained)
 
 
 class Optimizer(NamedTuple):
-  """An optax transformation, and its learning rate by the step of the script."""
+  """Optax transformation, and its learning rate as a function of the step of the script."""
 
   tx: optax.GradientTransformation
   learning_rate: Callable[[int], Any]
 
 
 def one_optimizer(config: OptimConfig, steps: int, updates_per_step: int = 1) -> Optimizer:
-  """Optimizer of all params.
+  """Builds the optimizer of all params.
 
   Args:
-    config: Its settings.
+    config: Settings of the optimizer.
     steps: Steps of the script.
-    updates_per_step: Optimizer steps in each of them.
+    updates_per_step: Optimizer steps per step of the script.
   """
   updates = steps * updates_per_step
   schedule = make_schedule(config, updates)
@@ -60,15 +59,15 @@ def one_optimizer(config: OptimConfig, steps: int, updates_per_step: int = 1) ->
 def actor_critic_optimizer(
   policy: OptimConfig, value: OptimConfig, steps: int, updates_per_step: int, *, wait: int = 0
 ) -> Optimizer:
-  """Optimizer of params `{"policy": ..., "value": ...}`, with settings for each.
+  """Builds the optimizer of params `{"policy": ..., "value": ...}`, with settings for each.
 
   Args:
-    policy: Settings of the policy's.
-    value: Settings of the critic's.
+    policy: Optimizer settings of the policy.
+    value: Optimizer settings of the critic.
     steps: Steps of the script.
-    updates_per_step: Optimizer steps in each of them.
-    wait: Steps of the script in which the policy's learning rate is 0: an update then leaves the
-      policy bitwise as it is.
+    updates_per_step: Optimizer steps per step of the script.
+    wait: First steps of the script with a learning rate of 0 for the policy, whose params then stay
+      bitwise the same.
   """
   updates, waiting = steps * updates_per_step, wait * updates_per_step
   schedule = optax.join_schedules(
@@ -99,12 +98,12 @@ def make_trainer(
   Args:
     run: Opened run.
     apply_fn: Function of all params.
-    params: Params to start from. If adapters are among them, they alone are trained.
+    params: Initial params. If there are adapters among them, only the adapters are trained.
     optimizer: Optimizer of the trained params.
     make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config bound.
     updates: Division of a batch of sampled responses, for packing.
-    packed_length: Tokens of a row of sampled responses; 0 does not pack. `make_step` then takes
-      `packed` too.
+    packed_length: Tokens per packed row of sampled responses; 0 does not pack. With packing
+      `make_step` also takes `packed`.
   """
   frozen, trained = lora.split(params)
   state = models.create(run, lambda params: init_state(params, optimizer.tx), trained)
@@ -117,7 +116,7 @@ def make_trainer(
 
   if not packed_length:
     step = make()
-  elif sharding.is_absent(run.mesh):  # With as many packed rows as there can be.
+  elif sharding.is_absent(run.mesh):  # Compiled for the largest number of packed rows.
     step = make(reading.Packing(packed_length))
   else:
     assert updates is not None
@@ -159,25 +158,14 @@ def describe(
 
 
 def step_tokens(config: Any, dataset: data.Dataset) -> str:
-  """Tokens of a batch and the share of them that is padding, for the panel at the start."""
+  """Tokens per batch and the share of padding among them, for the panel at the start."""
   packed = config.data.packed_length
   tokens = config.batch_size * max(dataset.width, 1) * (packed or dataset.padded_length)
   return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
 
 
-def run_stage(train: Callable[..., dict[str, Any]], session: loop.Session, config: Any) -> Any:
-  """Runs a script as a stage of another one, with the flags that repeat it alone in its workdir."""
-  path = workdir_lib.local_path(session.workdir) / "flags"
-  if processes.is_first() and not path.exists():
-    flags.save_configs(path, session, config)
-  summary = train(session, config)
-  if processes.is_first():
-    flags.save_configs(path, session, config)
-  return summary
-
-
 def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
-  """Ends a run whose model has been exported: plots, the card of the model, summary.json last."""
+  """Ends a run after its export: writes plots, the model card and, last, summary.json."""
   plots.plot_metrics(run.workdir)
   if processes.is_first():
     records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
@@ -185,7 +173,7 @@ def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
 
 
 class Zipped:
-  """Several sources of batches as one source of tuples, with one position to save."""
+  """Combines sources of batches into one source of tuples, with one state to save."""
 
   def __init__(self, *sources: Any):
     self._sources = sources

@@ -12,11 +12,11 @@ from rlhf_jax.data import DataConfig
 
 
 def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
-  """Measures a preference model on held-out comparisons, beside preferring the longer response.
+  """Measures a preference model on held-out comparisons, with response length as the baseline.
 
   Args:
-    dataset: Comparisons.
-    logits: [N] log-odds of the first response of each.
+    dataset: Held-out comparisons.
+    logits: [N] log-odds that the first response is preferred.
   """
   preference = np.asarray([example["preference"][0] for example in dataset.examples])
   share = jnp.asarray(preference)
@@ -44,16 +44,16 @@ def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
   return summary
 
 
-# For each prompt, where the comparisons of the responses (0, 1), (1, 2) and (0, 2) are.
+# Indices of the comparisons of responses (0, 1), (1, 2) and (0, 2), for each triple.
 Places = list[tuple[int, int, int]]
 
 
 def triples_of(
   session: loop.Session, config: DataConfig, heldout: data.Dataset, tokenizer: data.Tokenizer
 ) -> tuple[data.Dataset, Places] | None:
-  """Finds comparisons in which three responses to a prompt all met, if there are any.
+  """Finds triples of responses to a prompt that were all compared with each other; None without.
 
-  They are looked for in the held-out set; those of the built-in task are written for the purpose.
+  They come from the held-out set; for the built-in task they are generated.
   """
   if not (config.path or config.tfds):
     count = min(config.eval_rows, 256)
@@ -82,7 +82,7 @@ def triples_of(
 
 
 def violations(places: Places, preferences: np.ndarray) -> float:
-  """Share of triples whose majorities form a cycle, from the preference of each comparison."""
+  """Share of triples whose majorities form a cycle, from the preferences of all comparisons."""
   values = np.asarray(preferences, np.float32)[np.asarray(places)]
   ab, bc, ac = values.T
   matrices = np.full([len(places), 3, 3], 0.5)
@@ -98,19 +98,19 @@ def cycles(
   tokenizer: data.Tokenizer,
   logits_of: Callable[[data.Dataset], np.ndarray],
 ) -> dict[str, float]:
-  """Shares of the triples whose majorities form a cycle, by a judge and by the votes.
+  """Shares of triples whose majorities form a cycle, by the judge and by the votes.
 
   Args:
-    session: Gives the seed of the built-in task.
+    session: Session with the seed of the built-in task.
     config: Source of the comparisons.
     heldout: Held-out comparisons.
     tokenizer: Tokenizer of the judge.
-    logits_of: Log-odds [N] that a judge gives the comparisons of a data set.
+    logits_of: `(dataset) -> logits [N]`, the judge's log-odds of the comparisons.
   """
-  found = triples_of(session, config, heldout, tokenizer)
-  if not found:
+  triples = triples_of(session, config, heldout, tokenizer)
+  if not triples:
     return {}
-  dataset, places = found
+  dataset, places = triples
   votes = [float(example["preference"][0]) for example in dataset.examples]
   return {
     "triples": len(places),

@@ -1,4 +1,4 @@
-"""The table of a training script: a run, its data, and the model that training starts from."""
+"""Workbench of a training script: a run, its data, and the initial model."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, reporting, rewards, sharding, user
+from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
@@ -23,17 +23,17 @@ Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a da
 
 
 class Workbench(NamedTuple):
-  """The value that the parts of a training script share.
+  """Value that the parts of a training script share.
 
   Attributes:
-    run: The opened run: workdir, mesh, key, writer.
+    run: Opened run: workdir, mesh, key, writer.
     config: Config of the script.
     tokenizer: Tokenizer of the model.
     train_set: Rows to train on.
-    heldout: Rows to measure on; may be empty.
+    heldout: Rows to evaluate on; may be empty.
     model: Model to train.
-    start: Its params before training, which no step donates: the reference.
-    folder: Folder that they were read from, None for a new model.
+    start: Initial params, which are the reference; no step donates them.
+    folder: Folder that the params were read from; None for a new model.
     extra: Further data sets by name.
   """
 
@@ -48,7 +48,7 @@ class Workbench(NamedTuple):
   extra: Mapping[str, data.Dataset] = types.MappingProxyType({})
 
   def batches(self, dataset: data.Dataset | None = None, **options: Any) -> Any:
-    """Training batches without end, resumable; see `data.batches`."""
+    """Returns an endless, resumable source of training batches; see `data.batches`."""
     config = self.config
     return data.batches(
       self.train_set if dataset is None else dataset,
@@ -65,12 +65,12 @@ class Workbench(NamedTuple):
     *,
     keep_start: bool = True,
   ) -> training.Trainer:
-    """State and step of the model, or of its adapters, under the optimizer of `config.optim`.
+    """Builds the state and the step of the model or its adapters; the optimizer is `config.optim`.
 
     Args:
       make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config.
       updates: Division of a batch of sampled responses; None makes one update per step.
-      keep_start: False gives the memory of `start` back; adapters still share it.
+      keep_start: False frees the memory of `start`, except with adapters, which share it.
     """
     config = self.config
     per_step = 1 if updates is None else updates.updates
@@ -93,13 +93,14 @@ class Workbench(NamedTuple):
     rows = {name.replace("_", " "): value for name, value in rows.items()}
     training.describe(self.run, title, self.model, trainer, rows)
 
-  def sampler(
-    self, samples_per_prompt: int | None = None, *, mixture: bool = False
-  ) -> Callable[..., Rollout]:
-    """`sample(params, tokens, mask, prompt_id, key)` by `config.sampling`; see `reshard`."""
-    sampling = self.config.sampling
-    if samples_per_prompt is not None:
-      sampling = dataclasses.replace(sampling, samples_per_prompt=samples_per_prompt)
+  def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
+    """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`.
+
+    Args:
+      mixture: True to sample from a mixture of two models.
+      **changes: Settings of `config.sampling` to change, such as `temperature=0.0`.
+    """
+    sampling = dataclasses.replace(self.config.sampling, **changes)
     return models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
 
   def reshard(self) -> Callable[[Params], Params]:
@@ -107,21 +108,21 @@ class Workbench(NamedTuple):
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
 
   def ended(self, rollout: Rollout) -> jax.Array:
-    """[B] bool, True on responses that ended in a stop token."""
+    """Returns bools [B], True on responses that ended in a stop token."""
     return generation.ended(rollout, (self.tokenizer.eos_id,))
 
   def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
-    """The reward that `config.reward` names, opened once: prompts -> reward of responses."""
+    """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""
     config = self.config
     return judges.open_reward(self.run, config.reward, config.model, self.tokenizer)
 
   def open_preference(self) -> Callable[[data.Dataset], rewards.PreferenceFn]:
-    """The judge that `config.preference` names, opened once: prompts -> preference of pairs."""
+    """Opens the judge of `config.preference` and returns `(prompts) -> preference` of pairs."""
     config = self.config
     return judges.open_preference(self.run, config.preference, config.model, self.tokenizer)
 
   def gold(self, prompts: data.Dataset) -> dict[str, rewards.RewardFn]:
-    """The gold reward, if the prompts are those of the built-in task."""
+    """Returns the gold reward, if the prompts are those of the built-in task."""
     return judges.gold_rewards(self.config.data, prompts, self.tokenizer)
 
   def over(
@@ -131,15 +132,15 @@ class Workbench(NamedTuple):
     columns: np.ndarray | None = None,
     show: str = "",
   ) -> dict[str, np.ndarray]:
-    """`measure(batch)` of every row of a data set; see `evaluating.measure_rows`."""
+    """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
 
   def references(
-    self, refer: Callable[[Params, Any], Metrics]
+    self, ref_logprobs: Callable[[Params, Any], Metrics]
   ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Log-probabilities under the start, `refer(params, rows)["ref"]`, of all rows of both sets."""
-    measure = functools.partial(refer, self.start)
+    """Computes `ref_logprobs(start, rows)["ref"]` for all rows of the training and held-out set."""
+    measure = functools.partial(ref_logprobs, self.start)
     sets = {"reference": self.train_set, "reference, held out": self.heldout}
     train, heldout = (
       self.over(dataset, measure, show=name)["ref"] if dataset.examples else None
@@ -157,13 +158,13 @@ class Workbench(NamedTuple):
     """Builds `evaluate(state, step)` of a policy that is trained on rows of data.
 
     Args:
-      trainer: Gives the params of a state.
+      trainer: Trainer of the policy.
       measure: `(params, batch) -> metrics` of each row, NaN where undefined.
-      columns: Columns of the held-out rows that the batches get.
-      judge: Opens the judge, whose measurements are added with `--eval_every`.
+      columns: Further columns of the held-out rows, which become part of the batches.
+      judge: Function that opens the judge, whose metrics are added with `--eval_every`.
 
     Returns:
-      The function. Its metrics are means over the held-out rows, none if there are no rows.
+      A function whose metrics are means over the held-out rows, empty if there are no rows.
     """
 
     @evaluating.once_per_step
@@ -184,7 +185,7 @@ class Workbench(NamedTuple):
     *,
     batch_size: int = 128,
   ) -> evaluating.Judge:
-    """Judge of a policy and its start on the held-out prompts; see `evaluating.Judge`."""
+    """Builds the judge of the trained and the initial policy; see `evaluating.Judge`."""
     prompts = self.heldout
     if prompts.kind != "prompts":
       prompts = evaluating.as_prompts(prompts, len(prompts.examples))
@@ -215,9 +216,9 @@ class Workbench(NamedTuple):
 
     Args:
       step: `(state, batch, key) -> (state, metrics)`.
-      trainer: Gives the learning rate, and the state unless `state` does.
-      batches: Resumable batches.
-      state: State of an iteration before the first one.
+      trainer: Trainer with the learning rate, and with the initial state if `state` is None.
+      batches: Resumable source of batches.
+      state: State before the first iteration.
       evaluate: `(state, step) -> metrics`, if there are held-out rows.
       title: Name of the progress bar.
     """
@@ -250,7 +251,7 @@ class Workbench(NamedTuple):
     reporting.show_samples(rows, title)
 
   def export(self, params: Params, label: str = "reward") -> None:
-    """Writes `workdir/export`; `label` names the scalar of a judge."""
+    """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
 
   def finish(self, summary: Mapping[str, Any]) -> None:
@@ -270,17 +271,17 @@ def open(
   spare: int = 0,
   extra: Extra = types.MappingProxyType({}),
 ) -> Generator[Workbench]:
-  """Reads the data, locks the workdir, refuses another run's, and places the model on the mesh.
+  """Reads the data, locks the workdir, refuses that of another run, and places the model.
 
   Args:
-    session: Where to run.
+    session: Workdir, seed, devices and dashboards.
     config: Config of the script: RunConfig with `model`, `lora` and `data`.
     script: Name of the script.
     kind: Kind of the rows.
     head: Head of the model.
     adapted: Folders of further models that get adapters.
-    spare: Devices to leave out of the mesh.
-    extra: Name -> kind and file of further data sets; an empty file is the built-in task's.
+    spare: Number of devices to leave out of the mesh.
+    extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
@@ -291,10 +292,16 @@ def open(
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
     digests[name] = further[name].digest
-  settings = flags.flatten(flags.to_dict(config))
-  named = [v for k, v in settings.items() if k.endswith((".name", ".loss")) and isinstance(v, str)]
-  digests |= user.digests(*named)
   with loop.open_run(session, spare=spare) as run:
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
+    if not (run.workdir / "flags").exists():
+      _save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
+    _save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def _save_flags(run: loop.Run, config: Any) -> None:
+  """Writes the flags that repeat a run, also of one that was started from Python."""
+  if processes.is_first():
+    flags.save_configs(run.workdir / "flags", run.session, config)

@@ -1,7 +1,7 @@
-"""The card of a model: the README.md of an exported folder, with the front matter of model hubs.
+"""Model card: the README.md of an exported folder, with the front matter of model hubs.
 
-Paths, names and settings come from outside: in the front matter they are reduced to plain names, in
-the text they stand in code spans that they cannot end.
+Paths, names and settings are untrusted: in the front matter they are reduced to plain names, and in
+the text they are in code spans that they cannot end.
 """
 
 import json
@@ -31,8 +31,8 @@ def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[
   """Writes the README.md of an exported folder.
 
   Args:
-    run_folder: Workdir of its run, which has written `run.json`.
-    export: The folder.
+    run_folder: Workdir of the run, which has written `run.json`.
+    export: The exported folder.
     summary: Content of summary.json.
   """
   config = read_json(export / "config.json")
@@ -43,11 +43,11 @@ def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[
 
 
 def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) -> str:
-  """The card of a model.
+  """Renders the card of a model.
 
   Args:
-    record: Record of its run.
-    config: Content of its config.json.
+    record: Record of the run that trained the model.
+    config: Content of the model's config.json.
     replayable: False if the run has no file of its flags.
   """
   is_policy = not any(str(a).endswith("Classification") for a in config.get("architectures", ()))
@@ -57,7 +57,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
   software_of = mapping_in(record, "software")
   lines = [
     *_front_matter(record, script, is_policy),
-    f"# {kind} model from `experiments.{plain(script)}`",
+    f"# {kind} model from `{_module(record)}`",
     "",
     f"- method: {span(record.get('method') or script)}",
     f"- architecture: {span(config.get('model_type', '?'))},"
@@ -79,7 +79,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
     "",
     "## Settings",
     "",
-    *_settings(record, script, replayable),
+    *_settings(record, replayable),
     "",
     "## Lineage",
     "",
@@ -90,17 +90,17 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
 
 
 def scalar_name(config: Mapping[str, Any]) -> str:
-  """The name of a model's scalar in its config.json; empty without one."""
+  """Returns the name of a model's scalar in its config.json; empty without a scalar."""
   return str(mapping_in(config, "id2label").get("0", ""))
 
 
 def plain(text: Any) -> str:
-  """A name of letters, digits, dots, dashes and underscores; everything else becomes a dash."""
+  """Replaces all but letters, digits, dots, dashes and underscores by dashes."""
   return re.sub(r"[^A-Za-z0-9._-]+", "-", str(text)).strip("-._") or "unnamed"
 
 
 def span(text: Any) -> str:
-  """Text as an inline code span, which it cannot end."""
+  """Formats text as an inline code span, which it cannot end."""
   text = reporting.escape(str(text)) or "(empty)"
   ticks = max(map(len, re.findall("`+", text)), default=0)
   fence = "`" * (ticks + 1)
@@ -109,7 +109,7 @@ def span(text: Any) -> str:
 
 
 def block(lines: Sequence[str], language: str = "text") -> list[str]:
-  """Lines as a fenced block, which they cannot end."""
+  """Formats lines as a fenced block, which they cannot end."""
   lines = [reporting.escape(line) for line in lines]
   ticks = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
   fence = "`" * max(ticks + 1, 3)
@@ -133,7 +133,7 @@ def _front_matter(record: Record, script: str, is_policy: bool) -> list[str]:
 
 
 def base_model(record: Mapping[str, Any]) -> str:
-  """Name of the pretrained model at the start of the chain; empty if all began at random."""
+  """Name of the pretrained model at the start of the chain; empty if it started from scratch."""
   sources = [s for s in list_in(record, "sources") if s.get("role") == SOURCES["init_from"]]
   if sources:
     return base_model(sources[0])
@@ -211,7 +211,12 @@ def _data(record: Mapping[str, Any]) -> list[str]:
   return lines
 
 
-def _settings(record: Mapping[str, Any], script: str, replayable: bool) -> list[str]:
+def _module(record: Mapping[str, Any]) -> str:
+  """The name by which `python -m` runs the script of a run."""
+  return plain(record.get("module") or f"experiments.{record.get('script', '')}")
+
+
+def _settings(record: Mapping[str, Any], replayable: bool) -> list[str]:
   changed = {"seed": record.get("seed", 0), **mapping_in(record, "changed")}
   lines = [
     "The flags that differ from their defaults:",
@@ -223,7 +228,7 @@ def _settings(record: Mapping[str, Any], script: str, replayable: bool) -> list[
       "",
       "`flags` in the folder of the run has all of them, and repeats it:",
       "",
-      *block([f"python -m experiments.{plain(script)} --flagfile=RUN/flags --workdir=NEW"], "bash"),
+      *block([f"python -m {_module(record)} --flagfile=RUN/flags --workdir=NEW"], "bash"),
     ]
   software_of = mapping_in(record, "software")
   if software_of:
@@ -233,7 +238,7 @@ def _settings(record: Mapping[str, Any], script: str, replayable: bool) -> list[
 
 
 def _lineage(record: Mapping[str, Any], indent: str = "") -> list[str]:
-  """The run and, under it, what it builds on."""
+  """Renders a run and, indented below it, the runs that it builds on."""
   role = f"{record['role']}: " if record.get("role") in SOURCES.values() else ""
   script = f" ({span(record['script'])})" if record.get("script") else ""
   lines = [f"{indent}- {role}{span(record.get('path', '?'))}{script}"]

@@ -1,8 +1,8 @@
-"""The record of a run, `run.json`: what it is, what it builds on, and its final metrics.
+"""Record of a run, `run.json`: its settings, the runs that it builds on, and their final metrics.
 
-It is written when a run starts: script, seed, settings, data, software, and under `sources` the
-same of every run that it builds on, with its final metrics. It is a copy, so it stays true when
-these runs are moved or deleted.
+It is written when a run starts, with script, seed, settings, data and software. `sources` has the
+records of the runs that it builds on, with their final metrics. They are copies, so they stay valid
+when these runs are moved or deleted.
 """
 
 import importlib.metadata
@@ -11,12 +11,13 @@ import pathlib
 import platform
 import re
 import sys
+import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, processes
+from rlhf_jax import data, flags, loop, processes, user
 from rlhf_jax import workdir as workdir_lib
 
 RECORD = "run.json"
@@ -42,33 +43,35 @@ def identify(
   train_set: data.Dataset,
   heldout: data.Dataset | None = None,
   *,
-  more: Mapping[str, Any] | None = None,
+  extra: Mapping[str, Any] | None = None,
   digests: Mapping[str, str] | None = None,
 ) -> None:
   """Refuses a workdir that holds another run, and writes `run.json`.
 
   Args:
-    run: The run being opened or continued.
+    run: Run that is opened or resumed.
     script: Name of the script.
     config: Config of the script.
     tokenizer: Tokenizer of the model.
-    train_set: Rows that are learnt from.
-    heldout: Rows that are measured on.
-    more: Settings that the config does not have.
-    digests: Fingerprints of what else the config only points to.
+    train_set: Rows to train on.
+    heldout: Rows to evaluate on.
+    extra: Settings that are not in the config.
+    digests: Digests of further content that the config only refers to.
   """
-  settings = flags.to_dict(config) | dict(more or {})
+  settings = flags.to_dict(config) | dict(extra or {})
   digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **(digests or {})}
+  flat = flags.flatten(settings)
+  digests |= user.digests(flat) | script_digest(script)
   loop.identify(run, script, settings, **digests)
   if not processes.is_first():
     return
-  flat = flags.flatten(settings)
   record = {
     "script": script,
+    "module": module_name(script),
     "method": method_of(script),
     "seed": run.session.seed,
     "settings": flat,
-    "changed": flags.changed(config) | dict(more or {}),
+    "changed": flags.changed(config) | dict(extra or {}),
     "digests": digests,
     "data": {"training": facts(train_set), "held out": facts(heldout) if heldout else {}},
     "software": software(run.mesh),
@@ -77,17 +80,44 @@ def identify(
   workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
 
 
-def method_of(script: str) -> str:
-  """The summary of the docstring of a script that runs or is imported; its name without one."""
+def module_of(script: str) -> types.ModuleType | None:
+  """Returns the module of a script that runs or is imported; None if there is none."""
   main = sys.modules["__main__"]
-  is_main = pathlib.Path(getattr(main, "__file__", None) or "").stem == script
-  module = main if is_main else sys.modules.get(f"experiments.{script}")
-  summary = (getattr(module, "__doc__", None) or script).strip().partition("\n\n")[0]
+  if pathlib.Path(getattr(main, "__file__", None) or "").stem == script:
+    return main
+  return sys.modules.get(f"experiments.{script}") or sys.modules.get(script)
+
+
+def module_name(script: str) -> str:
+  """Returns the name by which `python -m` runs a script."""
+  module = module_of(script)
+  if module is None or _is_ours(module):
+    return f"experiments.{script}"
+  name = module.__spec__.name if module.__spec__ else script
+  return name.removesuffix(".__main__")
+
+
+def script_digest(script: str) -> dict[str, str]:
+  """SHA-256 of the file of a script of the user; empty for the scripts of `experiments`."""
+  module = module_of(script)
+  if module is None or not module.__file__ or _is_ours(module):
+    return {}
+  return {"file of the script": workdir_lib.file_digest(pathlib.Path(module.__file__))}
+
+
+def _is_ours(module: types.ModuleType) -> bool:
+  folder = pathlib.Path(__file__).resolve().parents[1]
+  return pathlib.Path(module.__file__ or "").resolve().is_relative_to(folder)
+
+
+def method_of(script: str) -> str:
+  """Returns the first line of the docstring of a script, if it is imported; else its name."""
+  summary = (getattr(module_of(script), "__doc__", None) or script).strip().partition("\n\n")[0]
   return " ".join(summary.split()).rstrip(".")
 
 
 def facts(dataset: data.Dataset) -> Record:
-  """Facts about a data set that show none of its rows."""
+  """Facts about a data set that reveal none of its rows."""
   columns = sorted({str(name) for row in dataset.rows for name in row} - {"prompt_text"})
   counts = {name: count for name, count in dataset.report.items() if count}
   return {
@@ -114,10 +144,10 @@ def software(mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 
 def read(path: str | pathlib.Path, depth: int = 0) -> Record:
-  """The record of a run, with its `path` and its final metrics as `summary`.
+  """Reads the record of a run, with its `path` and its final metrics as `summary`.
 
-  It is just the path for a Hugging Face folder, a folder that is gone, and one that no script of
-  ours wrote.
+  The record has only the path for a Hugging Face folder, a missing folder, or a folder that these
+  scripts did not write.
   """
   folder = workdir_lib.local_path(path)
   if folder.name == "export" and (folder.parent / "identity.json").exists():
@@ -138,7 +168,7 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
 
 
 def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
-  """The records of the runs that the settings of a run name, each with its `role`."""
+  """Reads the records of the runs that the settings of a run refer to, each with its `role`."""
   if depth > _DEEPEST:
     return []
   sources = []
@@ -153,7 +183,7 @@ def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
 
 
 def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-  """The metrics of a summary."""
+  """Returns the metrics of a summary."""
   return {
     name: value
     for name, value in summary.items()
@@ -162,7 +192,7 @@ def numbers(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def metric_texts(summary: Mapping[str, float]) -> dict[str, str]:
-  """Metrics as text, each with the interval that its `_low` and `_high` give."""
+  """Formats metrics as text, each with the interval from its `_low` and `_high`."""
   texts = {}
   for name, value in summary.items():
     base = re.sub(r"_(low|high)$", "", name)
@@ -175,13 +205,13 @@ def metric_texts(summary: Mapping[str, float]) -> dict[str, str]:
 
 
 def source_name(record: Mapping[str, Any]) -> str:
-  """The source of the rows of a run."""
+  """Returns the source of the rows of a run."""
   settings = {**mapping_in(record, "changed"), **mapping_in(record, "settings")}
   return str(settings.get("data.path") or settings.get("data.tfds") or "") or "the built-in task"
 
 
 def read_json(path: pathlib.Path) -> Record:
-  """The object in a file; an empty one if there is none."""
+  """Reads the object in a JSON file; returns an empty one if there is none."""
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError):
@@ -190,9 +220,10 @@ def read_json(path: pathlib.Path) -> Record:
 
 
 def _tidy(record: Record) -> Record:
-  """A record whose parts are there and of their types, whatever a file held."""
+  """Returns a record with all its parts, of the right types, from any content of a file."""
   parts = ("settings", "changed", "digests", "data", "software", "summary")
-  tidy: Record = {name: str(record.get(name, "")) for name in ("path", "script", "method", "role")}
+  names = ("path", "script", "module", "method", "role")
+  tidy: Record = {name: str(record.get(name, "")) for name in names}
   tidy |= {name: mapping_in(record, name) for name in parts}
   tidy["digests"] = {name: str(value) for name, value in tidy["digests"].items()}
   tidy["data"] = {name: of for name, of in tidy["data"].items() if isinstance(of, dict)}

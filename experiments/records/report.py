@@ -1,7 +1,7 @@
-"""One HTML file that compares runs: curves, final metrics, settings, samples, lineage.
+"""HTML report that compares runs: curves, final metrics, settings, samples, lineage.
 
-It needs neither a network nor a script, and follows the light or dark setting of the reader.
-Everything in it that a run, a model or a data file wrote is escaped text.
+The file needs neither a network nor scripts, and follows the light or dark mode of the browser. All
+text from runs, models and data files is escaped.
 """
 
 import base64
@@ -30,9 +30,9 @@ class Comparison(NamedTuple):
   """Content of a report.
 
   Attributes:
-    folders: Label of each group -> workdirs of its runs.
-    charts: Name -> charts of that name.
-    ends: Group -> metrics at the end of training.
+    folders: Workdirs of the runs of each group, by label.
+    charts: Charts by name.
+    ends: Metrics at the end of training, by group.
     evaluation: Workdir of experiments.evaluate, or None.
   """
 
@@ -43,12 +43,12 @@ class Comparison(NamedTuple):
 
 
 def columns_of(table: Table) -> list[str]:
-  """Columns of a table, in the order in which its rows have them."""
+  """Returns the columns of a table, in the order in which its rows have them."""
   return list(dict.fromkeys(name for cells in table.values() for name in cells))
 
 
 def render(comparison: Comparison) -> str:
-  """The page."""
+  """Renders the report."""
   runs = {
     label: [read(folder) for folder in folders] for label, folders in comparison.folders.items()
   }
@@ -83,19 +83,19 @@ def render(comparison: Comparison) -> str:
 
 
 def data_uri(chart: plots.Chart) -> str:
-  """A chart as the address of an image that holds it."""
+  """Renders a chart as an image in a data URI."""
   png = base64.b64encode(plots.render_charts([chart])).decode("ascii")
   return f"data:image/png;base64,{png}"
 
 
 def show_text(text: Any) -> str:
-  """Text from outside without characters that reorder or hide text, cut where it is long."""
+  """Removes characters that reorder or hide text, and truncates long text."""
   text = reporting.escape(str(text), newlines=True)
   return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 def held_out(runs: Mapping[str, Sequence[Record]]) -> Table:
-  """Metrics of summary.json by group: of one run with intervals, of several with their ends."""
+  """Metrics of summary.json by group: with intervals for one run, with ranges for several."""
   table: Table = {}
   for label, of in runs.items():
     texts = [metric_texts(record["summary"]) for record in of]
@@ -113,8 +113,8 @@ def differences(runs: Mapping[str, Sequence[Record]]) -> Table:
   """Flags whose values differ between the runs that have them, by group."""
 
   def settings(record: Record) -> dict[str, Any]:
-    own = {name: record[name] for name in ("script", "seed") if name in record}
-    return own | record.get("settings", {})
+    script = {name: record[name] for name in ("script", "seed") if name in record}
+    return script | record.get("settings", {})
 
   flat = {label: [settings(record) for record in of] for label, of in runs.items()}
   every = [of_run for of in flat.values() for of_run in of]
@@ -124,21 +124,21 @@ def differences(runs: Mapping[str, Sequence[Record]]) -> Table:
       label: list(dict.fromkeys(written(of_run[name]) for of_run in of if name in of_run))
       for label, of in flat.items()
     }
-    if len({text for some in texts.values() for text in some}) > 1:
-      table[name] = {label: ", ".join(some) for label, some in texts.items() if some}
+    if len({text for values in texts.values() for text in values}) > 1:
+      table[name] = {label: ", ".join(values) for label, values in texts.items() if values}
   return table
 
 
 def written(value: Any) -> str:
-  """A setting as on the command line."""
+  """Formats a setting as on the command line."""
   return flags.as_line("", value).removeprefix("--=") or "(empty)"
 
 
 def read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
-  """The metrics of experiments.evaluate, by policy; those of a single one have no name.
+  """Reads the metrics of experiments.evaluate, by policy; a single policy has no name.
 
   Raises:
-    UsageError: There are none.
+    UsageError: There are no metrics.
   """
   path = folder / "summary.json"
   try:
@@ -153,7 +153,7 @@ def read_evaluation(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def policy_table(of_policies: Mapping[str, Mapping[str, Any]]) -> Table:
-  """Metrics of policies with their intervals, a row per metric."""
+  """Makes a table of the metrics of policies with their intervals, a row per metric."""
   table: Table = {}
   for name, of in of_policies.items():
     for metric, text in metric_texts(numbers(of)).items():
@@ -162,7 +162,7 @@ def policy_table(of_policies: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def win_rates(of_policies: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-  """Shares of prompts on which the policy of the row is preferred; empty if not known."""
+  """Shares of prompts on which the policy of the row is preferred; empty if unknown."""
   matrix = of_policies.get("preference/win_rates", {})
   return {name: {other: rate["value"] for other, rate in of.items()} for name, of in matrix.items()}
 
@@ -172,9 +172,9 @@ def samples(
   runs: Mapping[str, Sequence[Record]],
   evaluation: pathlib.Path | None,
 ) -> list[tuple[str, dict[str, dict[str, Any]]]]:
-  """Prompts and their answers by policy: those of an evaluation, or the last of each group.
+  """Prompts and their answers by policy: those of an evaluation, or the last ones of each group.
 
-  Where a run has kept the answers of the policy that it started from, they stand beside its own.
+  If a run has saved the answers of its initial policy, they are shown beside its last answers.
   """
   files: dict[str, pathlib.Path] = {}
   if evaluation:
@@ -204,10 +204,10 @@ def samples(
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """The objects of a file of samples, one a line.
+  """Reads the objects of a file of samples, one per line.
 
   Raises:
-    UsageError: A line is not one.
+    UsageError: A line is not an object.
   """
   rows = []
   for number, line in enumerate(path.read_bytes().splitlines(), start=1):

@@ -1,4 +1,4 @@
-"""CISPO: learning rate, KL penalty, bound on the importance weights, minibatches.
+"""CISPO: learning rate, KL penalty, greatest importance weight, minibatches.
 
 A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
 also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
@@ -20,6 +20,6 @@ def space(trial):
   return {
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
     "cispo.kl_coef": trial.suggest_float("cispo.kl_coef", 0.005, 0.3, log=True),
-    "cispo.clip_high": trial.suggest_float("cispo.clip_high", 0.2, 8.0, log=True),
+    "cispo.clip_high": trial.suggest_float("cispo.clip_high", 0.5, 8.0, log=True),
     "cispo.minibatches": trial.suggest_categorical("cispo.minibatches", [1, 2, 4]),
   }

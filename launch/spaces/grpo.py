@@ -1,4 +1,4 @@
-"""GRPO: learning rate, KL penalty, samples per prompt, minibatches.
+"""GRPO: learning rate, KL penalty, upper clip, minibatches.
 
 A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
 also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
@@ -9,8 +9,8 @@ METRIC = "gold/win_rate"
 DEFAULTS = {
   "optim.learning_rate": 1e-3,
   "grpo.kl_coef": 0.1,
+  "grpo.clip_high": 0.2,
   "grpo.minibatches": 2,
-  "sampling.samples_per_prompt": 4,
 }
 GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "grpo.kl_coef": [0.05, 0.1, 0.2]}
 
@@ -20,8 +20,6 @@ def space(trial):
   return {
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
     "grpo.kl_coef": trial.suggest_float("grpo.kl_coef", 0.005, 0.3, log=True),
+    "grpo.clip_high": trial.suggest_float("grpo.clip_high", 0.1, 0.5, log=True),
     "grpo.minibatches": trial.suggest_categorical("grpo.minibatches", [1, 2, 4]),
-    "sampling.samples_per_prompt": trial.suggest_categorical(
-      "sampling.samples_per_prompt", [2, 4, 8]
-    ),
   }

@@ -1,16 +1,11 @@
-"""IPO-MD: learning rate, KL penalty, weight of the reference in the mixture.
+"""IPO-MD: learning rate, KL penalty, weight of the reference in the opponent.
 
-The metric is the win rate against the initial policy. It does not measure exploitability: for that,
-train a best response to the winner and compare them with experiments.evaluate. The learning rates
-are for the built-in task; those of a pretrained model are 300 times smaller.
+The metric is the win rate against the initial policy. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
 """
 
 METRIC = "preference/win_rate"
-DEFAULTS = {
-  "optim.learning_rate": 3e-4,
-  "ipo_md.tau": 0.1,
-  "ipo_md.mix": 0.25,
-}
+DEFAULTS = {"optim.learning_rate": 3e-4, "ipo_md.tau": 0.1, "ipo_md.mix": 0.25}
 GRID = {"ipo_md.tau": [0.03, 0.1, 0.3], "ipo_md.mix": [0.0, 0.125, 0.25, 0.5]}
 
 

@@ -1,4 +1,4 @@
-"""PPO-max: learning rates of policy and critic, KL penalty, weight of the demonstrations.
+"""PPO-max: learning rates of policy and critic, KL penalty, weight of demonstrations.
 
 A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
 also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
@@ -11,7 +11,6 @@ DEFAULTS = {
   "critic.learning_rate": 1e-3,
   "ppo_max.kl_coef": 0.2,
   "ppo_max.ptx_coef": 0.1,
-  "critic.warmup": 5,
 }
 GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo_max.kl_coef": [0.1, 0.2, 0.3]}
 
@@ -22,6 +21,5 @@ def space(trial):
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
     "critic.learning_rate": trial.suggest_float("critic.learning_rate", 3e-4, 1e-2, log=True),
     "ppo_max.kl_coef": trial.suggest_float("ppo_max.kl_coef", 0.005, 0.3, log=True),
-    "ppo_max.ptx_coef": trial.suggest_float("ppo_max.ptx_coef", 0.01, 1.0, log=True),
-    "critic.warmup": trial.suggest_int("critic.warmup", 0, 10),
+    "ppo_max.ptx_coef": trial.suggest_float("ppo_max.ptx_coef", 0.0, 0.3),
   }

@@ -1,4 +1,4 @@
-"""RLOO: learning rate, KL penalty, samples per prompt.
+"""RLOO: learning rate, KL penalty and samples per prompt.
 
 A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
 also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;

@@ -1,4 +1,4 @@
-"""SimPO: learning rate, scale of the rewards, margin.
+"""SimPO: learning rate, scale of the margin, margin, weight of the chosen responses' likelihood.
 
 The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
 """
@@ -8,6 +8,7 @@ DEFAULTS = {
   "optim.learning_rate": 3e-4,
   "simpo.beta": 2.0,
   "simpo.gamma": 0.5,
+  "simpo.sft_coef": 0.0,
 }
 GRID = {"optim.learning_rate": [1e-4, 3e-4, 1e-3], "simpo.beta": [1.0, 2.0, 4.0]}
 
@@ -18,4 +19,5 @@ def space(trial):
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
     "simpo.beta": trial.suggest_float("simpo.beta", 0.5, 10.0, log=True),
     "simpo.gamma": trial.suggest_float("simpo.gamma", 0.0, 2.0),
+    "simpo.sft_coef": trial.suggest_float("simpo.sft_coef", 0.0, 1.0),
   }

@@ -1,6 +1,6 @@
-"""CISPO: REINFORCE with clipped importance weights, so that every token keeps its gradient.
+"""CISPO: REINFORCE with clipped importance weights, so every token keeps its gradient.
 
-MiniMax-M1, 2025, https://arxiv.org/abs/2506.13585, eq. 4 and 5; advantages as in GRPO.
+MiniMax-M1, 2025, https://arxiv.org/abs/2506.13585, eq. 4 and 5. The advantages are those of GRPO.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def loss_fn(params, batch: CISPOBatch, key: jax.Array, *, read: reading.Read, co
   """Weighted log-probabilities plus `kl_coef` times k3; see `groups.loss_fn`."""
 
   def token_loss(logprobs, old_logprobs, advantages, mask):
-    del mask  # Each token has a weight of its own.
+    del mask  # Weights are per token.
     return policy_gradient.cispo_loss(
       logprobs, old_logprobs, advantages, clip_low=config.clip_low, clip_high=config.clip_high
     )

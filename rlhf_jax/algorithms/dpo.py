@@ -1,7 +1,7 @@
-"""Direct preference optimisation: a policy from comparisons, without a reward model.
+"""Direct preference optimisation: trains a policy on preference pairs, without a reward model.
 
-Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, and the losses of the same four
-log-probabilities that followed it. Those of the reference are computed once, before training.
+Rafailov et al., 2023, https://arxiv.org/abs/2305.18290, and later losses of the same four
+log-probabilities. The log-probabilities under the reference are computed once, before training.
 """
 
 import dataclasses
@@ -24,16 +24,19 @@ _ARGUMENTS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig:
-  """DPO and the losses of the same four log-probabilities.
+  """DPO and other losses of the same four log-probabilities.
 
   Attributes:
-    loss: Key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, or `module:function` of your own with
-      the arguments of `dpo_loss`.
-    beta: Strength of the pull to the reference.
-    label_smoothing: Assumed probability that a pair is labelled the wrong way round.
-    divergence: Key of rlhf_jax.losses.preference.DIVERGENCE_SCORES, the implied penalty.
-    sft_coef: Weight of the mean negative log-likelihood of a token of the chosen responses.
-    microbatches: Pieces of a batch; saves memory.
+    loss: Loss: a key of rlhf_jax.losses.preference.PAIRWISE_LOSSES, such as `dpo`, or your own
+      `module:function`, such as my_losses:squared for my_losses.py in the working directory or on
+      PYTHONPATH: `(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta) -> [B]
+      losses` of [B] log-probabilities.
+    beta: Strength of the implicit KL penalty to the reference.
+    label_smoothing: Assumed probability that the label of a pair is flipped.
+    divergence: Divergence from the reference that is implicitly penalised: a key of
+      rlhf_jax.losses.preference.DIVERGENCE_SCORES.
+    sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
+    microbatches: Micro-batches per batch; more of them save memory.
   """
 
   loss: str = "dpo"
@@ -51,7 +54,7 @@ class DPOConfig:
       at_least_one=("microbatches",),
       one_of={"divergence": losses.DIVERGENCE_SCORES},
     )
-    pairwise_loss(self.loss)
+    _check_traceable(self.loss, self.beta)
     if not 0 <= self.label_smoothing < 0.5:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
     if self.label_smoothing and self.loss not in losses.SMOOTHED:
@@ -62,17 +65,36 @@ class DPOConfig:
 
 
 def pairwise_loss(name: str) -> Callable[..., jax.Array]:
-  """Loss of the four log-probabilities that a key or `module:function` names."""
+  """Returns the loss of four log-probabilities that a key or `module:function` names."""
   return user.resolve("loss", name, losses.PAIRWISE_LOSSES, _ARGUMENTS, ["beta"])
+
+
+def _check_traceable(name: str, beta: float) -> None:
+  """Refuses a `module:function` that gives no loss per pair, before anything is compiled."""
+  function = pairwise_loss(name)
+  if ":" not in name:
+    return
+  pairs = [jax.ShapeDtypeStruct((3,), jnp.float32)] * len(_ARGUMENTS)
+  try:
+    result = jax.eval_shape(functools.partial(function, beta=beta), *pairs)
+  except Exception as error:
+    raise ValueError(f"loss={name} cannot be traced: {user.describe(error)}") from error
+  shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
+  if shape != (3,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    given = type(result).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
+    raise ValueError(
+      f"loss={name} gave {given} for 3 pairs; it must return float[3], one loss per pair, and"
+      " leave their mean to the method"
+    )
 
 
 class DPOBatch(NamedTuple):
   """Pairs of responses to the same prompt.
 
   Attributes:
-    pairs: tokens [B, 2, T] right padded, 0 chosen and 1 rejected; mask [B, 2, T] on responses. Or
-      up to S of them packed in a row.
-    ref_logprobs: [B, 2] float32, `Pairs.totals` of the reference; [B, S, 2] of packed pairs.
+    pairs: tokens [B, 2, T], right padded, index 0 chosen and 1 rejected; mask [B, 2, T], True on
+      responses. A row of a packed batch holds up to S pairs.
+    ref_logprobs: [B, 2] float32, `Pairs.totals` under the reference; [B, S, 2] for packed pairs.
   """
 
   pairs: TokenBatch | PackedBatch
@@ -85,7 +107,7 @@ def row_metrics(
   """Loss and metrics of each pair; the implicit rewards are `beta * (log pi - log ref)`."""
   policy, ref = read(params, batch.pairs), batch.ref_logprobs.reshape(-1, 2)
   options: dict[str, Any] = {}
-  if config.label_smoothing:  # Else the loss's own default: EXO is infinite without any.
+  if config.label_smoothing:  # Else the default of the loss: EXO is infinite without smoothing.
     options["label_smoothing"] = config.label_smoothing
   if config.loss in losses.OF_BATCHES:
     options["mask"] = policy.real

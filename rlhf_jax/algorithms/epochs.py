@@ -1,4 +1,4 @@
-"""Updates on sampled responses: all epochs and minibatches of an iteration as one program."""
+"""Updates on sampled responses: one program runs all epochs and minibatches of an iteration."""
 
 import dataclasses
 import functools
@@ -22,8 +22,8 @@ class UpdateConfig:
 
   Attributes:
     epochs: Passes over each batch of responses.
-    minibatches: Optimizer steps per pass; divides the number of responses.
-    microbatches: Pieces of a minibatch; saves memory, does not change the result.
+    minibatches: Optimizer steps per pass; must divide the number of responses.
+    microbatches: Micro-batches per minibatch; more of them save memory and give the same result.
   """
 
   epochs: int = 1
@@ -55,14 +55,14 @@ def make_epochs_step(
   """Jitted `step(state, batch, key) -> (state, metrics)` for batches that have a `rollout`.
 
   `ratio/first_deviation` is the largest |ratio - 1| before the first update. It is 0 up to
-  rounding when the sampler and the trainer compute the same probabilities. `padding` is the share
-  of the positions read that hold no token of a prompt or a response.
+  rounding when the sampler and the trainer compute the same probabilities. `padding` is the
+  fraction of input positions that hold neither a prompt token nor a response token.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)` with `ratio_metrics` among the metrics.
     tx: Optimizer.
     config: Division of the batch.
-    packed: Packing of a micro-batch, as `loss_fn` reads it.
+    packed: Packing that `loss_fn` applies to each micro-batch.
     state_shardings: See `train_step.jit_step`.
   """
 
@@ -99,16 +99,15 @@ def make_packed_step(
   *,
   multiple: int = 1,
 ) -> TrainStep:
-  """Builds `step(state, batch, key)` on as few packed rows as the lengths of a batch allow.
+  """Builds `step(state, batch, key)` that packs a batch into as few rows as its lengths allow.
 
-  The number of rows is that of its fullest micro-batch, rounded up by `packing.round_up`. Each
-  number compiles a program when a batch first needs it. Which responses form a micro-batch does
-  not depend on it.
+  The number of rows is that of the fullest micro-batch, rounded up by `packing.round_up`. The step
+  recompiles for each new number of rows. The division into micro-batches does not depend on it.
 
   Args:
-    make_step: Packing of a micro-batch -> step; a `make_x_step` with the rest bound.
-    config: Division of the batch, as in the step.
-    packed_length: Tokens of a row.
+    make_step: `(packing) -> step`, a `make_x_step` with its other arguments bound.
+    config: Division of the batch, the same as in the step.
+    packed_length: Tokens per row.
     multiple: Number of devices that rows are split over.
   """
   step_of = functools.cache(lambda rows: make_step(Packing(packed_length, rows)))

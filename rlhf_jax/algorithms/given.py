@@ -1,4 +1,4 @@
-"""Reads given responses with a model, padded or packed: tokens of policies, scores of judges."""
+"""Forward passes over given responses, padded or packed: log-probabilities and scores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,16 +13,16 @@ from rlhf_jax.types import ApplyFn, PackedBatch, Params, RankingBatch, TokenBatc
 def read_rows(
   apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, score: Callable[..., Any]
 ) -> tuple[Any, jax.Array]:
-  """Reads the tokens of given sequences; logits are held for a few tokens at a time.
+  """Scores the tokens of given sequences, with the logits of only a few tokens in memory.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
     params: Policy.
     batch: Tokens and mask of any leading shape, [..., T].
-    score: `(targets, logits [..., V])` -> tree of numbers per token.
+    score: `(targets, logits [..., V]) -> tree` of numbers per token.
 
   Returns:
-    The tree with [..., T], and the mask without positions that nothing predicts, [..., T].
+    Tree of [..., T] arrays, and the mask [..., T], False on first tokens, which nothing predicts.
   """
   flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
   ids = batch.segment_ids if isinstance(batch, PackedBatch) else None
@@ -35,18 +35,18 @@ def read_rows(
 def read_tokens(
   apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, *, collision: bool = False
 ) -> tuple[jax.Array, ...]:
-  """Reads the log-probabilities of given responses, each in a row of its own.
+  """Returns the token log-probabilities of given responses, one response per row.
 
   Args:
     apply_fn: See `read_rows`.
     params: Policy.
     batch: Tokens and mask of any leading shape, [..., T].
-    collision: Computation of log sum_v pi(v)^2, without a gradient.
+    collision: True to also return log sum_v pi(v)^2, without a gradient.
 
   Returns:
-    Log-probability of each token [..., T], the mask without positions that nothing predicts
-    [..., T] and, if asked for, log sum_v pi(v)^2 at each token [..., T]. Packed sequences are
-    unpacked into B * S rows; the mask of a row without a sequence is empty.
+    Log-probability of each token [..., T], the mask [..., T] as in `read_rows` and, with
+    `collision`, log sum_v pi(v)^2 at each token [..., T]. Packed sequences are unpacked into B * S
+    rows; the mask of an empty slot is all False.
   """
 
   def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
@@ -70,8 +70,8 @@ def read_scores(
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`; packed rows come with `segment_ids`.
     params: Reward model.
-    batch: B prompts with their responses, two if they are pairs; B * S rows if packed. A place
-      without a response gets 0.
+    batch: B prompts with their responses, two for pairs; packed pairs give B * S rows of scores.
+      Empty slots get 0.
   """
   shape, tokens = batch.tokens.shape, batch.tokens.reshape(-1, batch.tokens.shape[-1])
   if not isinstance(batch, PackedBatch):
@@ -91,8 +91,8 @@ def read_preferences(
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
     params: Preference model.
-    tokens: [B, 2, T] int32, right padded: prompt, a, b, and prompt, b, a.
-    mask: [B, 2, T] bool, True on the tokens of the responses.
+    tokens: [B, 2, T] int32, right padded: (prompt, a, b) and (prompt, b, a).
+    mask: [B, 2, T] bool, True on response tokens.
   """
   scores = read_scores(apply_fn, params, TokenBatch(tokens, mask))
   return scores[:, 0] - scores[:, 1]

@@ -1,6 +1,6 @@
-"""Batches of responses that are compared with the others to the same prompt; no critic.
+"""Group-relative advantages: each response is compared with the others to its prompt; no critic.
 
-GRPO, GSPO, CISPO and RLOO share them. The N samples of a prompt stand next to each other.
+GRPO, GSPO, CISPO and RLOO share this. The N responses to a prompt are adjacent rows.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Average(NamedTuple):
-  """Mean over tokens: mask [B, R] -> weight of each token [B, R], and number of units []."""
+  """Mean over tokens: functions from the mask [B, R] to weights [B, R] and to the unit count []."""
 
   weights: Callable[[jax.Array], jax.Array]
   count: Callable[[jax.Array], jax.Array]
@@ -45,12 +45,12 @@ class GroupConfig(epochs.UpdateConfig):
   """Settings of methods that compare the responses to a prompt.
 
   Attributes:
-    kl_coef: Weight of the k3 estimate of the KL to the reference, a term of the loss.
+    kl_coef: Weight of the KL penalty to the reference, a k3 estimate in the loss.
     clip_low: Distance below 1 at which the probability ratio is clipped.
     clip_high: Distance above 1 at which the probability ratio is clipped.
-    scale: Division of advantages by the standard deviation of their group.
-    average: Mean over the tokens of each response and then over `responses`, over all `tokens`, or
-      over responses of sums that are divided by the greatest `length`.
+    scale: Division of advantages by the standard deviation of the rewards of their group.
+    average: Average over tokens. `responses` averages within each response, then over responses.
+      `length` does so with the maximum length as divisor. `tokens` averages over all tokens.
   """
 
   kl_coef: float = 0.1
@@ -67,13 +67,13 @@ class GroupConfig(epochs.UpdateConfig):
 
 
 class GroupBatch(NamedTuple):
-  """Compared responses. All but the tokens are constants of the loss.
+  """Responses with group-relative advantages. All but the tokens are constants of the loss.
 
   Attributes:
-    rollout: B responses with the log-probabilities that the ratio starts from.
-    mask: [B, R] bool, response tokens that count; those of rows without a finite score do not.
+    rollout: B responses, with the old log-probabilities of the probability ratio.
+    mask: [B, R] bool, True on response tokens of rows with a finite reward.
     advantages: [B, R] float32, the same at all tokens of a response.
-    ref_logprobs: [B, R] float32 under the reference.
+    ref_logprobs: [B, R] float32, log-probabilities under the reference.
   """
 
   rollout: Rollout
@@ -89,13 +89,13 @@ def compare_responses(
   samples_per_prompt: int,
   compare: Compare,
 ) -> tuple[GroupBatch, Metrics]:
-  """Compares each of B responses with the others of its group.
+  """Computes the advantages of B responses, each compared with the others of its group.
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
     rewards: [B] float, reward of each response; a row with NaN or Inf is left out.
-    ref_logprobs: [B, R] under the reference, at the sampling temperature.
-    samples_per_prompt: N, size of a group. 1 compares the whole batch.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
+    samples_per_prompt: Size N of a group; 1 makes the batch one group.
     compare: `(rewards, *, mask) -> advantages`, [B / N, N] each.
   """
   finite, mask = jnp.isfinite(rewards), reading.response_mask(rollout, rewards)
@@ -117,7 +117,7 @@ def make_batch(
   *,
   samples_per_prompt: int,
 ) -> tuple[GroupBatch, Metrics]:
-  """Standardises scores [B] over the responses to a prompt, as GRPO; see `compare_responses`."""
+  """Computes GRPO's advantages, scores [B] standardised per prompt; see `compare_responses`."""
   compare = functools.partial(advantages.group_normalize, scale=config.scale)
   return compare_responses(rollout, scores, ref_logprobs, samples_per_prompt, compare)
 
@@ -131,7 +131,7 @@ def loss_fn(
   config: GroupConfig,
   token_loss: TokenLoss,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean of a token loss plus `kl_coef` times k3; the metric `weight` counts its units."""
+  """Mean of a token loss plus `kl_coef` times k3; the metric `weight` is `Average.count`."""
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)

@@ -1,9 +1,9 @@
-"""GRPO: the responses to a prompt are each other's baseline, so there is no critic.
+"""GRPO: the baseline of a response is the mean reward of its prompt, so there is no critic.
 
-Shao et al., 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4: a clipped policy gradient of
-standardised rewards, and the k3 estimate of the KL to the reference as a term of the loss.
+Shao et al., 2024, https://arxiv.org/abs/2402.03300, eq. 3 and 4: a clipped policy gradient on
+standardised rewards, plus the k3 estimate of the KL to the reference as a term of the loss.
 
-Two later methods differ in numbers. Dr. GRPO (Liu et al., 2025, https://arxiv.org/abs/2503.20783)
+Two later methods are settings of it. Dr. GRPO (Liu et al., 2025, https://arxiv.org/abs/2503.20783)
 is `scale=False, average="length"`. DAPO (Yu et al., 2025, https://arxiv.org/abs/2503.14476) is
 `kl_coef=0, clip_high=0.28, average="tokens"`.
 """
@@ -32,7 +32,7 @@ def loss_fn(params, batch: GRPOBatch, key: jax.Array, *, read: reading.Read, con
   """Clipped policy loss plus `kl_coef` times k3; see `groups.loss_fn`."""
 
   def token_loss(logprobs, old_logprobs, advantages, mask):
-    del mask  # Each token has a ratio of its own.
+    del mask  # Ratios are per token.
     return policy_gradient.ppo_policy_loss(
       logprobs, old_logprobs, advantages, clip_low=config.clip_low, clip_high=config.clip_high
     )

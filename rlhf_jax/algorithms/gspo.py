@@ -1,7 +1,7 @@
-"""GSPO: GRPO with one probability ratio for all tokens of a response, their geometric mean.
+"""GSPO: GRPO with one probability ratio per response, the geometric mean of its token ratios.
 
-Zheng et al., 2025, https://arxiv.org/abs/2507.18071, eq. 5 to 7. The clips are far narrower than
-those of the ratio of a token.
+Zheng et al., 2025, https://arxiv.org/abs/2507.18071, eq. 5 to 7. The clip range is far narrower
+than that of a token ratio.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class GSPOConfig(groups.GroupConfig):
 
 
 def loss_fn(params, batch: GSPOBatch, key: jax.Array, *, read: reading.Read, config: GSPOConfig):
-  """Clipped policy loss of whole responses plus `kl_coef` times k3; see `groups.loss_fn`."""
+  """Clipped sequence-level policy loss plus `kl_coef` times k3; see `groups.loss_fn`."""
   token_loss = functools.partial(
     policy_gradient.gspo_loss, clip_low=config.clip_low, clip_high=config.clip_high
   )

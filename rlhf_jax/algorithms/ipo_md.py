@@ -1,14 +1,14 @@
 """IPO-MD: a regression on pairs of samples, judged against an opponent; online IPO and EGPO.
 
-Calandriello et al., 2024, https://arxiv.org/abs/2403.08635. Two responses of the sampler meet one
-of the opponent. Their log-ratios to the reference are made to differ by how much more often the one
-beats the opponent than the other, divided by `tau`.
+Calandriello et al., 2024, https://arxiv.org/abs/2403.08635. Each prompt gets two responses of the
+sampler and one of the opponent. The loss regresses the difference of the two log-ratios to the
+reference on the difference of the two probabilities to beat the opponent, divided by `tau`.
 
 | method     | sampler and opponent             | settings                              |
 |------------|----------------------------------|---------------------------------------|
 | IPO-MD     | policy^(1 - mix) ref^mix         | 0 < mix < 1                           |
 | online IPO | the policy                       | mix = 0                               |
-| EGPO       | the policy, half a step on       | mix = 0, in `opponents.extragradient` |
+| EGPO       | the policy, one step ahead       | mix = 0, in `opponents.extragradient` |
 
 EGPO is Zhou et al., 2025, https://arxiv.org/abs/2503.08942.
 """
@@ -34,7 +34,7 @@ class IPOMDConfig(opponents.OpponentConfig):
   """IPO-MD. `tau` must be positive.
 
   Attributes:
-    normalize_lengths: Division of log-ratios by the number of tokens, as EGPO's code does; `tau` is
+    normalize_lengths: Division of log-ratios by the number of tokens, as in EGPO's code; `tau` is
       then per token.
   """
 
@@ -50,7 +50,7 @@ class IPOMDConfig(opponents.OpponentConfig):
 def loss_fn(
   params: Params, batch: IPOMDBatch, key: jax.Array, *, read: reading.Read, config: IPOMDConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Mean over the prompts of the squared error of a pair's difference of log-ratios."""
+  """Squared error of each pair's difference of log-ratios, averaged over prompts."""
   del key  # The loss is deterministic given the batch.
   logprobs, ref_logprobs, mask, metrics = opponents.read_batch(read, params, batch)
   total = masked.masked_mean if config.normalize_lengths else masked.masked_sum

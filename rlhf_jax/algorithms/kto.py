@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: a policy from single responses with a thumb up or down.
+"""Kahneman-Tversky optimisation: trains a policy on single responses with a thumbs up or down.
 
 Ethayarajh et al., 2024, https://arxiv.org/abs/2402.01306.
 """
@@ -23,9 +23,10 @@ class KTOConfig:
   """KTO.
 
   Attributes:
-    beta: Strength of the implied KL penalty.
-    desirable_weight: Weight of responses with a thumb up.
-    undesirable_weight: Weight of the others; the two balance unequal numbers.
+    beta: Strength of the implicit KL penalty to the reference.
+    desirable_weight: Weight of responses with a thumbs up.
+    undesirable_weight: Weight of responses with a thumbs down; the two weights balance unequal
+      numbers of both.
   """
 
   beta: float = 0.1
@@ -40,8 +41,8 @@ class KTOBatch(NamedTuple):
   """Labelled responses.
 
   Attributes:
-    responses: B of them, each with the same prompt before another response.
-    ref_logprobs: [B, 2] float32 of `read_responses` under the reference.
+    responses: B responses; `mismatched` has the same prompts with responses to other prompts.
+    ref_logprobs: [B, 2] float32, `read_responses` under the reference.
   """
 
   responses: UnpairedBatch
@@ -49,7 +50,7 @@ class KTOBatch(NamedTuple):
 
 
 def read_responses(apply_fn: ApplyFn, params: Params, batch: UnpairedBatch) -> jax.Array:
-  """[B, 2] log-probabilities of each response and of the mismatched one, summed over tokens.
+  """Returns log-probabilities [B, 2] of each response and of the mismatched one, sums over tokens.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`.
@@ -61,53 +62,53 @@ def read_responses(apply_fn: ApplyFn, params: Params, batch: UnpairedBatch) -> j
     logprobs, mask = given.read_tokens(apply_fn, params, tokens)
     return masked.masked_sum(logprobs, mask, axis=-1)
 
-  own = total(TokenBatch(batch.tokens, batch.mask))
-  # Only an estimate of the KL, which is a constant of the loss.
+  matched = total(TokenBatch(batch.tokens, batch.mask))
+  # This one only estimates the KL, which is a constant of the loss.
   mismatched = jax.lax.stop_gradient(total(batch.mismatched))
-  return jnp.stack([own, mismatched], axis=1)
+  return jnp.stack([matched, mismatched], axis=1)
 
 
 def row_metrics(
   params: Params, batch: KTOBatch, *, apply_fn: ApplyFn, config: KTOConfig
 ) -> Metrics:
-  """Loss and metrics of each response, [B] each; NaN where a metric is about the other label.
+  """Loss and metrics of each response, [B] each; NaN where a metric is for the other label.
 
   `reward/*` are the implicit rewards `beta * (log pi - log ref)`.
 
   Args:
     params: Policy.
-    batch: B responses with the log-probabilities of the reference; the KL is estimated from all.
+    batch: B responses with log-probabilities under the reference; the KL is estimated from all B.
     apply_fn: `(params, tokens) -> logits [B, T, V]`.
-    config: Which weights.
+    config: KTO settings.
   """
   desirable = batch.responses.desirable
   policy = read_responses(apply_fn, params, batch.responses)
-  (own, other), (ref, ref_other) = policy.T, batch.ref_logprobs.T
+  (logprobs, mismatched), (ref, ref_mismatched) = policy.T, batch.ref_logprobs.T
   losses = preference.kto_loss(
-    own,
+    logprobs,
     ref,
     desirable,
-    other,
-    ref_other,
+    mismatched,
+    ref_mismatched,
     beta=config.beta,
     desirable_weight=config.desirable_weight,
     undesirable_weight=config.undesirable_weight,
   )
-  reward = config.beta * (own - ref)
+  reward = config.beta * (logprobs - ref)
   return {
     "loss": losses,
-    "logprobs/chosen": jnp.where(desirable, own, jnp.nan),
-    "logprobs/rejected": jnp.where(desirable, jnp.nan, own),
+    "logprobs/chosen": jnp.where(desirable, logprobs, jnp.nan),
+    "logprobs/rejected": jnp.where(desirable, jnp.nan, logprobs),
     "reward/chosen": jnp.where(desirable, reward, jnp.nan),
     "reward/rejected": jnp.where(desirable, jnp.nan, reward),
-    "kl/estimate": other - ref_other,
+    "kl/estimate": mismatched - ref_mismatched,
   }
 
 
 def loss_fn(
   params: Params, batch: KTOBatch, key: jax.Array, *, apply_fn: ApplyFn, config: KTOConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Mean of `row_metrics`: the loss, and the metrics with the number of response tokens."""
+  """Means of `row_metrics`; the metric `tokens` is the number of response tokens."""
   del key  # The loss is deterministic given the batch.
   rows = row_metrics(params, batch, apply_fn=apply_fn, config=config)
   loss = jnp.mean(rows.pop("loss"))
@@ -124,7 +125,7 @@ def make_kto_step(
 ) -> TrainStep:
   """Jitted `step(state, KTOBatch, key) -> (state, metrics)`.
 
-  Not cut into micro-batches: the KL is estimated from the whole batch.
+  There are no micro-batches, since the KL is estimated from all responses of a batch.
   """
   loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
   return make_train_step(loss, tx, state_shardings=state_shardings)

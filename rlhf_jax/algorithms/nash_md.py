@@ -1,8 +1,8 @@
 """Nash-MD: learning from preferences between a policy and an opponent.
 
 Munos et al., 2023, https://arxiv.org/abs/2312.00886. One iteration samples responses of the policy
-and of the opponent to the same prompts, asks for `P(y > y')`, and takes one step of the policy
-gradient. The opponent is `policy^(1 - mix) ref^mix`. Other methods differ in it:
+and of the opponent to the same prompts, has a judge give `P(y > y')`, and takes one policy-gradient
+step. The opponent is `policy^(1 - mix) ref^mix`. Related methods have another opponent:
 
 | method        | opponent                     | settings                                |
 |---------------|------------------------------|-----------------------------------------|
@@ -10,9 +10,9 @@ gradient. The opponent is `policy^(1 - mix) ref^mix`. Other methods differ in it
 | self-play     | the policy                   | mix = 0                                 |
 | best response | the reference                | mix = 1                                 |
 | Nash-EMA      | moving average of the policy | ema > 0, mix = 0                        |
-| Mirror Prox   | the policy, half a step on   | mix = 0, in `opponents.extragradient`   |
+| Mirror Prox   | the policy, one step ahead   | mix = 0, in `opponents.extragradient`   |
 
-Responses are as they were sampled; nothing is differentiated through them or the preference.
+No gradient flows through the sampling of responses or through the preference.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class NashMDConfig(opponents.OpponentConfig):
 def loss_fn(
   params: Params, batch: NashMDBatch, key: jax.Array, *, read: reading.Read
 ) -> tuple[jax.Array, Metrics]:
-  """Mean over the responses of the policy gradient of the regularised game."""
+  """Policy-gradient loss of the regularised game, averaged over responses."""
   del key  # The loss is deterministic given the batch.
   logprobs, ref_logprobs, mask, metrics = opponents.read_batch(read, params, batch)
   gain = batch.preference.reshape(-1)

@@ -1,8 +1,9 @@
-"""Online preference optimisation: pairs of the policy's own responses, judged during training.
+"""Online preference optimisation: trains on pairs of the policy's samples, judged during training.
 
-Guo et al., 2024, https://arxiv.org/abs/2402.04792. In rounds against the policy of the round before
-it is the RLHF Workflow (https://arxiv.org/abs/2405.07863). The loss is any of `algorithms.dpo`.
-With a bonus on samples of the reference (`terms.make_value_bonus`) it is XPO.
+Guo et al., 2024, https://arxiv.org/abs/2402.04792. The loss is any of `algorithms.dpo`. With the
+policy of the previous round as reference it is the RLHF Workflow
+(https://arxiv.org/abs/2405.07863). With a bonus on samples of the reference
+(`terms.make_value_bonus`) it is XPO.
 """
 
 import dataclasses
@@ -21,12 +22,13 @@ class OnlineConfig:
   """Choice of the pairs and of the reference.
 
   Attributes:
-    pick: Key of rlhf_jax.algorithms.online_dpo.PICKS. `best_worst` takes the two samples of a
-      prompt with the highest and the lowest score, `best_random` the highest and another one,
-      `first_two` the first two.
-    round_steps: Steps after which the reference becomes the present policy; 0 keeps the start.
-    bonus_coef: Weight of the log-probability of a sample of the reference; above 0 explores (XPO;
-      VPO with its alpha times beta).
+    pick: Rule that picks a pair from the samples of a prompt. `best_worst` takes the highest and
+      the lowest score, `best_random` the highest score and a random other sample, `first_two` the
+      first two samples.
+    round_steps: Steps between updates of the reference to the current policy; 0 keeps the initial
+      policy as the reference.
+    bonus_coef: Weight of the exploration bonus, a function of the log-probability of samples of the
+      reference (XPO; for VPO, its alpha times beta).
   """
 
   pick: str = "best_worst"
@@ -44,7 +46,7 @@ def best_worst(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def best_random(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Picks the sample with the highest score [B, N] of each prompt and another one."""
+  """Picks the sample with the highest score [B, N] of each prompt and a random other one."""
   rows, samples = scores.shape
   chosen = jnp.argmax(scores, axis=1)
   return chosen, (chosen + jax.random.randint(key, [rows], 1, samples)) % samples
@@ -73,7 +75,7 @@ def pick_pairs(scores: jax.Array, key: jax.Array, pick: str) -> tuple[jax.Array,
 
   Returns:
     Index of the chosen and of the rejected sample, [B] int32 each. They are equal where the two
-    samples are tied: no loss of a difference then learns anything.
+    samples are tied, so that a loss of their difference has no gradient.
   """
   if scores.shape[1] < 2:
     raise ValueError(f"pairs need at least 2 samples per prompt, got {scores.shape[1]}")
@@ -84,28 +86,28 @@ def pick_pairs(scores: jax.Array, key: jax.Array, pick: str) -> tuple[jax.Array,
 
 
 def right_padded(rollout: Rollout) -> TokenBatch:
-  """Prompts and responses without the padding in front of and between them.
+  """Moves all padding of a rollout to the right, so that responses follow their prompts.
 
   Args:
     rollout: B responses; prompts are left padded.
 
   Returns:
-    tokens [B, P + R] and mask [B, P + R] on the responses.
+    tokens [B, P + R], and mask [B, P + R], True on responses.
   """
   real = rollout.prompt_mask | rollout.response_mask
   return TokenBatch(*packing.move_padding_right(real, rollout.tokens, rollout.response_mask))
 
 
 def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> TokenBatch:
-  """The picked samples of every prompt as pairs.
+  """Gathers the picked samples of every prompt into a pair.
 
   Args:
-    rollout: B * N responses, those of a prompt next to each other.
-    chosen: [B] index among the N.
-    rejected: [B].
+    rollout: B * N responses; those to a prompt are adjacent rows.
+    chosen: [B] index of the chosen sample among the N.
+    rejected: [B] index of the rejected sample.
 
   Returns:
-    tokens [B, 2, T] and mask [B, 2, T], 0 chosen and 1 rejected.
+    tokens [B, 2, T] and mask [B, 2, T], index 0 chosen and 1 rejected.
   """
   samples = right_padded(rollout)
   rows = chosen.shape[0]

@@ -1,4 +1,4 @@
-"""Batches of responses that met those of an opponent, and the opponents; Nash-MD and IPO-MD."""
+"""Opponents, and batches of responses judged against them; shared by Nash-MD and IPO-MD."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,13 +22,15 @@ class OpponentConfig:
   """Settings of methods that play against an opponent.
 
   Attributes:
-    tau: Weight of the KL penalty, at the start.
-    tau_end: Weight of the KL penalty at the end, reached linearly; negative keeps `tau`.
-    mix: Weight of the reference in the opponent, at the start. 0 is self-play, 1 the best response
-      to the reference.
-    mix_end: Weight of the reference at the end, reached linearly; negative keeps `mix`.
-    missing_eos_penalty: Subtracted from the preference for a response cut at the longest length.
-    microbatches: Pieces of a batch; saves memory, does not change the result.
+    tau: Weight of the KL penalty at the first step.
+    tau_end: Weight of the KL penalty at the last step, reached linearly; a negative value keeps
+      `tau`.
+    mix: Weight of the reference in the opponent at the first step. 0 is self-play; 1 trains a best
+      response to the reference.
+    mix_end: Weight of the reference at the last step, reached linearly; a negative value keeps
+      `mix`.
+    missing_eos_penalty: Penalty subtracted from the preference for a truncated response.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   tau: float = 0.01
@@ -45,11 +47,11 @@ class OpponentConfig:
 
   @property
   def last_tau(self) -> float:
-    """Weight of the KL penalty at the end."""
+    """Weight of the KL penalty at the last step."""
     return self.tau if self.tau_end < 0 else self.tau_end
 
   def schedules(self, steps: int) -> tuple[optax.Schedule, optax.Schedule]:
-    """Schedules of `mix` and of `tau` over a run."""
+    """Returns the schedules of `mix` and of `tau` over a run."""
     last_mix = self.mix if self.mix_end < 0 else self.mix_end
     mixes = optax.linear_schedule(self.mix, last_mix, max(steps - 1, 1))
     return mixes, optax.linear_schedule(self.tau, self.last_tau, max(steps - 1, 1))
@@ -59,10 +61,10 @@ class OpponentBatch(NamedTuple):
   """Judged responses, K to each of B prompts. All but the tokens are constants of the loss.
 
   Attributes:
-    rollout: The responses, leaves [B, K, ...].
+    rollout: Responses, with leaves [B, K, ...].
     ref_logprobs: [B, K, R] log-probabilities of their tokens under the reference.
-    preference: [B, K] probability that each beats a response of the opponent.
-    tau: [B] float32, the same everywhere.
+    preference: [B, K] probability that each response beats one of the opponent.
+    tau: [B] float32, weight of the KL penalty, the same in all rows.
   """
 
   rollout: Rollout
@@ -72,7 +74,7 @@ class OpponentBatch(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """B * K responses as the policy reads them, [B * K, R] each."""
+  """Log-probabilities and mask of B * K responses, [B * K, R] each, and their metrics."""
 
   logprobs: jax.Array
   ref_logprobs: jax.Array
@@ -81,7 +83,7 @@ class Judged(NamedTuple):
 
 
 def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judged:
-  """Reads the responses of a batch with the policy, and measures them."""
+  """Computes the log-probabilities of a batch of responses under the policy, and metrics."""
   rollout = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.rollout)
   ref_logprobs = batch.ref_logprobs.reshape(rollout.logprobs.shape)
   mask = rollout.response_mask[:, -ref_logprobs.shape[1] :]
@@ -102,15 +104,15 @@ def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judg
 
 
 def extragradient(step: OpponentStep) -> OpponentStep:
-  """Makes a step that looks ahead: Mirror Prox (arXiv 2505.19731), EGPO (arXiv 2503.08942).
+  """Builds a step that looks ahead: Mirror Prox (arXiv 2505.19731), EGPO (arXiv 2503.08942).
 
   Args:
     step: `(state, opponent, key) -> (state, metrics)`; may donate its state.
 
   Returns:
-    A function of the same kind. It takes the step against `opponent`. Then it takes the step from
-    the same state, with fresh samples, against the policy that this gave. The optimizer state of
-    the first one is dropped.
+    A step with the same signature. It first steps against `opponent`. Then it steps again from the
+    same state, with fresh samples, against the resulting policy. The optimizer state of the first
+    step is discarded.
   """
 
   def twice(state: TrainState, opponent: Params, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -122,5 +124,5 @@ def extragradient(step: OpponentStep) -> OpponentStep:
 
 
 def moving_average(average: Params, params: Params, keep: float | jax.Array) -> Params:
-  """Returns `keep` of the average and the rest of the new params: the opponent of Nash-EMA."""
+  """Returns `keep * average + (1 - keep) * params`, the opponent of Nash-EMA."""
   return jax.tree.map(lambda a, p: keep * a + (1 - keep) * p, average, params)

@@ -1,6 +1,7 @@
-"""Reads pairs of responses with a policy: the seam between DPO-like methods and models.
+"""Log-probabilities of pairs of responses: the interface between DPO-like methods and models.
 
-Padding, packing and segment ids stay behind `read(params, pairs)`. A method gets a row per pair.
+A method calls `read(params, pairs)` and gets one row per pair. The function hides padding, packing
+and segment ids.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
-  """Weights of the tokens and of the pairs that a policy is trained on.
+  """Weights of tokens and pairs.
 
   Attributes:
-    length_alpha: Weight of tokens past the length of the shorter response of a pair (LD-DPO).
-    reweight: Weights of pairs that make off-policy data look on-policy (WPO).
+    length_alpha: Weight of tokens past the length of the pair's shorter response (LD-DPO); 1 gives
+      all tokens the same weight.
+    reweight: Reweighting of pairs that makes off-policy data look on-policy (WPO).
   """
 
   length_alpha: float = 1.0
@@ -33,14 +35,14 @@ class PairConfig:
 
 
 class Pairs(NamedTuple):
-  """N pairs that a policy has read: B of a padded batch, B * S of a packed one.
+  """Log-probabilities of N pairs under a policy; N is B if padded and B * S if packed.
 
   Attributes:
-    logprobs: [N, 2, T] float32 of the tokens, 0 chosen and 1 rejected.
-    mask: [N, 2, T] bool, True on response tokens that something predicts.
-    totals: [N, 2] float32, log-probabilities of the responses.
-    weights: [N] float32, weight of the loss of each pair, a constant; None is 1.
-    real: [N] bool, False on rows of a packed batch that hold no pair.
+    logprobs: [N, 2, T] float32, log-probabilities of tokens; index 0 is chosen, 1 rejected.
+    mask: [N, 2, T] bool, True on response tokens except a first token, which nothing predicts.
+    totals: [N, 2] float32, log-probabilities of responses.
+    weights: [N] float32, loss weight of each pair, without a gradient; None weights all by 1.
+    real: [N] bool, False on empty slots of a packed batch.
   """
 
   logprobs: jax.Array
@@ -51,12 +53,12 @@ class Pairs(NamedTuple):
 
   @property
   def means(self) -> jax.Array:
-    """[N, 2] log-probability of a response per token."""
+    """Log-probability per token of each response, [N, 2]."""
     return self.totals / jnp.maximum(jnp.sum(self.mask, axis=-1), 1)
 
   @property
   def nll(self) -> jax.Array:
-    """[N] mean negative log-likelihood of a token of the chosen response."""
+    """Negative log-likelihood per token of the chosen response, [N]."""
     return -masked.masked_mean(self.logprobs[:, 0], self.mask[:, 0], axis=1)
 
 
@@ -64,11 +66,11 @@ ReadPairs = Callable[[Params, TokenBatch | PackedBatch], Pairs]
 
 
 def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> ReadPairs:
-  """Builds `read(params, pairs) -> Pairs` of a language model.
+  """Builds `read(params, pairs) -> Pairs` for a language model.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
-    config: Weights of tokens and pairs; None is all equal.
+    config: Weights of tokens and pairs; None weights all equally.
   """
   config = config or PairConfig()
 
@@ -95,13 +97,13 @@ def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> Read
 def row_metrics(
   loss: jax.Array, policy: Pairs, logprobs: jax.Array, rewards: jax.Array
 ) -> tuple[Metrics, jax.Array]:
-  """Loss and metrics of each pair, [N] each, and [N] bool, False on rows that hold no pair.
+  """Loss and metrics of each pair, [N] each, and a mask [N], False on empty slots.
 
   Args:
-    loss: [N] loss of each pair, which is multiplied by `policy.weights`.
-    policy: The pairs.
+    loss: [N] loss of each pair, before multiplication by `policy.weights`.
+    policy: Pairs under the policy.
     logprobs: [N, 2] log-probabilities that the loss compares.
-    rewards: [N, 2] implicit rewards. Equal ones count as half a correct pair.
+    rewards: [N, 2] implicit rewards. A tie counts as half correct.
   """
   margin = rewards[:, 0] - rewards[:, 1]
   return {
@@ -120,9 +122,9 @@ def mean_metrics(rows: Metrics, real: jax.Array, mask: jax.Array) -> tuple[jax.A
   """Loss and metrics of a batch: means over the rows that are `real`.
 
   Args:
-    rows: Metrics of each row, [N], `loss` among them.
-    real: [N] bool; the metric `weight` is their number.
-    mask: [..., T] bool; the metric `tokens` is their number.
+    rows: Metrics of each row, [N] each, with `loss` among them.
+    real: [N] bool; the metric `weight` is its sum.
+    mask: [..., T] bool; the metric `tokens` is its sum.
   """
   means = {name: masked.masked_mean(values, real) for name, values in rows.items()}
   counts = {"weight": jnp.sum(real), "tokens": jnp.sum(mask)}

@@ -2,7 +2,7 @@
 
 Schulman et al., 2017, https://arxiv.org/abs/1707.06347; for language models Ziegler et al., 2019,
 https://arxiv.org/abs/1909.08593. An iteration samples a `Rollout`, scores it, makes a `PPOBatch`
-of both (`make_batch`) and updates on it (`make_ppo_step`).
+from both (`make_batch`) and updates on it (`make_ppo_step`).
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ class PPOConfig(epochs.UpdateConfig):
   """PPO.
 
   Attributes:
-    kl_coef: Weight of the KL penalty to the reference, per nat.
+    kl_coef: Weight of the KL penalty to the reference, in reward per nat.
     gamma: Discount per token.
     lam: Lambda of GAE. 1 is the Monte-Carlo return, 0 the one-step temporal difference.
-    clip: Distance of the probability ratio from 1 beyond which a token stops learning.
-    dual_clip: Bound above 1 on the ratio for negative advantages; 0 is none.
-    value_clip: Distance that a value may move in one iteration.
+    clip: Clip range of the probability ratio around 1.
+    dual_clip: Upper bound on the ratio for negative advantages, above 1; 0 does not bound it.
+    value_clip: Clip range of a value around its value at the start of the iteration.
     value_coef: Weight of the value loss.
-    entropy_coef: Weight of an entropy bonus.
+    entropy_coef: Weight of the entropy bonus.
   """
 
   kl_coef: float = 0.1
@@ -54,12 +54,12 @@ class PPOConfig(epochs.UpdateConfig):
 
 
 class PPOBatch(NamedTuple):
-  """Scored responses. All but the tokens are constants of the loss.
+  """Responses with advantages and returns. All but the tokens are constants of the loss.
 
   Attributes:
-    rollout: B responses with the log-probabilities that the ratio starts from.
-    mask: [B, R] bool, response tokens that count; those of rows without a finite score do not.
-    values: [B, R] float32, values before each token when the responses were sampled.
+    rollout: B responses, with the old log-probabilities of the probability ratio.
+    mask: [B, R] bool, True on response tokens of rows with a finite score.
+    values: [B, R] float32, old value before each token.
     advantages: [B, R] float32, whitened over the batch.
     returns: [B, R] float32, targets of the critic.
   """
@@ -87,14 +87,14 @@ def make_batch(
     rollout: The responses, with their log-probabilities under the policy.
     scores: [B] float, reward of each response; a row with NaN or Inf is left out.
     values: [B, R] values before each token.
-    ref_logprobs: [B, R] under the reference, at the sampling temperature.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: PPO settings.
-    kl_coef: [] weight of the KL penalty in place of `config.kl_coef`.
+    kl_coef: [] weight of the KL penalty; overrides `config.kl_coef`.
     estimate: `(rewards, values, mask, *, gamma, lam) -> (advantages, returns)`.
   """
   finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
   kl_coef, scores = config.kl_coef if kl_coef is None else kl_coef, jnp.where(finite, scores, 0.0)
-  # Padding may hold anything; from here on it is zero.
+  # Entries of padding are undefined; from here on they are zero.
   old, ref, values = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs, values))
   rewards = policy_gradient.kl_shaped_rewards(scores, old, ref, mask, kl_coef=kl_coef)
   advantages, returns = estimate(rewards, values, mask, gamma=config.gamma, lam=config.lam)
@@ -108,7 +108,7 @@ def make_batch(
 def loss_fn(
   params: Params, batch: PPOBatch, key: jax.Array, *, read: reading.Read, config: PPOConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Clipped policy loss plus `value_coef` times the value loss, means over the tokens of `mask`."""
+  """Clipped policy loss plus `value_coef` times the value loss, averaged over tokens of `mask`."""
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)

@@ -1,10 +1,10 @@
-"""PPO-max: PPO with what keeps long runs stable; a composition over `ppo`.
+"""PPO-max: PPO with additions that keep long runs stable, composed from `ppo`.
 
 Zheng et al., 2023, https://arxiv.org/abs/2307.04964. The KL coefficient follows a target (Ziegler
 et al., 2019, https://arxiv.org/abs/1909.08593, section 2.2), the critic predicts normalised
 returns, and a loss on demonstrations is added (PPO-ptx: Ouyang et al., 2022,
 https://arxiv.org/abs/2203.02155, eq. 2). Scores are normalised and clipped by `rewards.shaped`.
-With `segment` above 1 macro actions are credited (MA-RLHF, https://arxiv.org/abs/2410.02743).
+With `segment` above 1 advantages are per macro action (MA-RLHF, https://arxiv.org/abs/2410.02743).
 """
 
 import dataclasses
@@ -26,10 +26,12 @@ class PPOMaxConfig(ppo.PPOConfig):
   """PPO-max.
 
   Attributes:
-    kl_target: KL to the reference to hold, nats per response; 0 keeps `kl_coef` fixed.
-    kl_horizon: Responses over which an adaptive `kl_coef` changes.
-    normalize_values: Critic of returns in running standard deviations.
-    segment: Tokens of a macro action; 1 credits every token.
+    kl_target: Target KL to the reference, in nats per response, that `kl_coef` is adapted to; 0
+      keeps `kl_coef` fixed.
+    kl_horizon: Number of responses over which `kl_coef` is adapted; more adapt it more slowly.
+    normalize_values: Normalisation of the critic's targets by the running mean and standard
+      deviation of the returns.
+    segment: Tokens per macro action, the unit of credit; 1 is ordinary PPO.
     ptx_coef: Weight of the loss on demonstrations.
   """
 
@@ -47,10 +49,10 @@ class PPOMaxConfig(ppo.PPOConfig):
 
 
 class Control(NamedTuple):
-  """State of the controller and of the value scale, carried from iteration to iteration.
+  """State of the KL controller and of the value scale, carried between iterations.
 
   Attributes:
-    kl_coef: [] float32.
+    kl_coef: [] float32, weight of the KL penalty.
     returns: Running moments of the returns.
   """
 
@@ -59,7 +61,7 @@ class Control(NamedTuple):
 
   @classmethod
   def init(cls, config: PPOMaxConfig) -> "Control":
-    """Returns the control before the first iteration."""
+    """Returns the state before the first iteration."""
     return cls(jnp.float32(config.kl_coef), reward.RunningMoments.zero())
 
 
@@ -81,9 +83,9 @@ def make_batch(
   control: Control,
   config: PPOMaxConfig,
 ) -> tuple[ppo.PPOBatch, Control, Metrics]:
-  """Turns scored responses into advantages and returns, as `ppo.make_batch`.
+  """Turns scored responses into advantages and returns; see `ppo.make_batch`.
 
-  `values` are those of the critic, in its units. Returns the control for the next iteration too.
+  `values` are in the units of the critic. The control of the next iteration is returned too.
   """
   scale, shift = jnp.float32(1.0), jnp.float32(0.0)
   if config.normalize_values:
@@ -128,7 +130,7 @@ def make_ppo_max_step(
   """Jitted `step(state, PPOBatch, key) -> (state, metrics)`; see `make_epochs_step`.
 
   With `config.ptx_coef` the batch is a `terms.WithSequences`, whose demonstrations go to
-  `demonstration_loss(params, sequences, key)`, such as that of `sft`.
+  `demonstration_loss(params, sequences, key)`, such as `sft.loss_fn`.
   """
   read = reading.make_actor_critic_read(apply_fn, temperature, packed)
   loss: LossFn = functools.partial(ppo.loss_fn, read=read, config=config)

@@ -1,9 +1,9 @@
-"""Preference model: how probably one response is preferred to another, without a score of either.
+"""Preference model: the probability that one response is preferred to another.
 
 Munos et al., 2023, https://arxiv.org/abs/2312.00886. A model with a scalar head reads both
-responses one behind the other, in both orders: `P(a > b) = sigmoid(f(a, b) - f(b, a))`. So
-`P(a > b) + P(b > a) = 1` whatever the weights, the place of a response decides nothing, and unlike
-with a score per response `a > b`, `b > c` and `c > a` can all be likely.
+responses in one sequence, in both orders: `P(a > b) = sigmoid(f(a, b) - f(b, a))`. So
+`P(a > b) + P(b > a) = 1` for any weights, and there is no position bias. Unlike with a score per
+response, `a > b`, `b > c` and `c > a` can all be likely.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class PreferenceModelConfig:
   """Preference model.
 
   Attributes:
-    microbatches: Pieces of a batch; saves memory, does not change the result.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   microbatches: int = 1
@@ -51,7 +51,7 @@ def loss_fn(
   Args:
     params: Preference model.
     batch: B comparisons; a tie is a preference of 1/2.
-    key: Unused.
+    key: Random key, unused.
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
 
   Returns:
@@ -69,12 +69,11 @@ def preference_metrics(logits: jax.Array, preference: jax.Array) -> Metrics:
 
   Args:
     logits: [B] log-odds of the first response.
-    preference: [B] share of the votes for it.
+    preference: [B] share of the votes for the first response.
 
   Returns:
-    `preference/accuracy`: how often the side of the majority is predicted, of the comparisons that
-    are not tied; `preference/confidence`: mean of `max(P, 1 - P)`; `preference/ties`: how many
-    are tied.
+    `preference/accuracy`: share of the untied comparisons whose majority is predicted;
+    `preference/confidence`: mean of `max(P, 1 - P)`; `preference/ties`: share of tied comparisons.
   """
   untied = preference != 0.5
   right = jnp.where(logits == 0, 0.5, (logits > 0) == (preference > 0.5))
@@ -92,8 +91,8 @@ def transitivity_violations(preferences: np.ndarray) -> float:
     preferences: [N, K, K] probability that response i of a prompt is preferred to response j.
 
   Returns:
-    A number in [0, 1]; 0 for anything that a score per response explains, 1/4 if all majorities
-    were tosses of a coin. NaN without a triple.
+    A number in [0, 1]: 0 if one score per response explains all majorities, 1/4 if majorities are
+    coin tosses. NaN without triples.
   """
   wins = np.asarray(preferences) > 0.5
   cycles = [

@@ -1,7 +1,7 @@
-"""Reads sampled responses with a model: the seam between policy-gradient methods and models.
+"""Forward passes over sampled responses: the interface of policy-gradient methods and models.
 
-A method calls `read(params, rollout)` and gets one number per response token. Temperature, segment
-ids and packed rows stay behind this function.
+A method calls `read(params, rollout)` and gets one number per response token. The function hides
+temperature, segment ids and packing.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout
 
 # (params, tokens, *, segment_ids, last) -> logits [B, last, V] and values [B, last] or None.
-# Without `last` both are those of all positions.
+# Without `last` both cover all positions.
 ActorCriticFn = Callable[..., tuple[jax.Array, jax.Array | None]]
 
 
@@ -37,38 +37,38 @@ Read = Callable[[Params, Rollout], Reading]
 
 
 class Packing(NamedTuple):
-  """Rows that hold several prompts with their responses.
+  """Layout in which one row holds several prompts with their responses.
 
   Attributes:
-    length: Tokens of a row.
-    rows: Rows of a micro-batch; None takes as many as suffice whatever the lengths are. The
-      log-probabilities of responses that do not fit are NaN.
+    length: Tokens per row.
+    rows: Rows per micro-batch; None takes enough rows for any lengths. Responses that do not fit
+      get log-probabilities of NaN.
   """
 
   length: int
   rows: int | None = None
 
   def shape(self, sequences: int, longest: int) -> tuple[int, int]:
-    """Rows and tokens of a row for some number of sequences of up to `longest` tokens.
+    """Returns the rows, and tokens per row, for `sequences` of up to `longest` tokens.
 
     Raises:
       ValueError: The longest sequence does not fit into a row.
     """
     if self.length < longest:
       raise ValueError(
-        f"packed_length must be at least {longest}, a prompt and a response of the greatest length,"
+        f"packed_length must be at least {longest}, a prompt and a response of maximum length,"
         f" got {self.length}"
       )
     return self.rows or -(-sequences // (self.length // longest)), self.length
 
 
 def make_read(apply_fn: ApplyFn, temperature: float = 1.0, packed: Packing | None = None) -> Read:
-  """Builds `read(params, rollout) -> Reading` of a language model.
+  """Builds `read(params, rollout) -> Reading` for a language model.
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids, last) -> logits`; packed rows come without `last`.
     temperature: Sampling temperature, which divides the logits.
-    packed: Rows to pack the sequences into; None reads them as they were sampled.
+    packed: Packing of the sequences; None reads them padded, as they were sampled.
   """
   return make_actor_critic_read(
     lambda *args, **kwargs: (apply_fn(*args, **kwargs), None), temperature, packed
@@ -78,12 +78,12 @@ def make_read(apply_fn: ApplyFn, temperature: float = 1.0, packed: Packing | Non
 def make_actor_critic_read(
   apply_fn: ActorCriticFn, temperature: float = 1.0, packed: Packing | None = None
 ) -> Read:
-  """Builds `read(params, rollout) -> Reading` of a policy with a critic; see `make_read`."""
+  """Builds `read(params, rollout) -> Reading` for a policy with a critic; see `make_read`."""
 
   def read_padded(params: Params, rollout: Rollout) -> Reading:
     segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
     length = rollout.logprobs.shape[1]
-    # The output before a token predicts it, and is the value of the state it is drawn in.
+    # The output before a token predicts it and holds the value of the state it is sampled in.
     logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
     logprobs, entropy = _score(logits, rollout.tokens[:, -length - 1 :], temperature)
     values = jnp.zeros_like(logprobs) if values is None else values
@@ -109,7 +109,7 @@ def make_actor_critic_read(
 def _score(
   logits: logprobs_lib.Logits, tokens: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
-  """[B, T] log-probabilities and entropies of tokens [B, T]; 0 for the first one."""
+  """Returns the log-probabilities and entropies [B, T] of tokens [B, T]; 0 for the first token."""
 
   def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = logits / temperature
@@ -119,7 +119,7 @@ def _score(
 
 
 def response_mask(rollout: Rollout, scores: jax.Array) -> jax.Array:
-  """[B, R] bool mask of the response tokens that count: those of rows with a finite score [B]."""
+  """Mask [B, R], True on response tokens of rows with a finite score [B]."""
   length = rollout.logprobs.shape[1]
   return rollout.response_mask[:, -length:] & jnp.isfinite(scores)[:, None]
 
@@ -127,7 +127,7 @@ def response_mask(rollout: Rollout, scores: jax.Array) -> jax.Array:
 def ratio_metrics(
   logprobs: jax.Array, old: jax.Array, mask: jax.Array, clip_low: float, clip_high: float
 ) -> Metrics:
-  """Distance of the policy from the one that sampled, from log-probabilities [B, R] of both."""
+  """Metrics of the ratio of the policy to the old policy, from log-probabilities [B, R] of both."""
   ratio = jnp.exp(logprobs - old)
   clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
   return {

@@ -1,8 +1,8 @@
 """REINFORCE++: PPO's clipped update without a critic, on advantages normalised over the batch.
 
 Hu, 2025, https://arxiv.org/abs/2501.03262, sections 2.2 to 2.4. The advantage of a token is the
-score minus the KL penalties of this token and of all later ones. Unlike in GRPO the mean and the
-deviation are those of all tokens of the batch, so one response per prompt is enough.
+score minus the KL penalties of this token and of all later ones. Unlike GRPO it is normalised over
+all tokens of the batch, so one response per prompt is enough.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ class ReinforcePPConfig(epochs.UpdateConfig):
   """REINFORCE++.
 
   Attributes:
-    kl_coef: Weight of the KL penalty to the reference, per nat, in the reward.
+    kl_coef: Weight of the KL penalty to the reference, in reward per nat.
     gamma: Discount per token.
-    clip: Distance of the probability ratio from 1 beyond which a token stops learning.
+    clip: Clip range of the probability ratio around 1.
   """
 
   kl_coef: float = 0.1
@@ -40,12 +40,12 @@ class ReinforcePPConfig(epochs.UpdateConfig):
 
 
 class ReinforcePPBatch(NamedTuple):
-  """Scored responses. All but the tokens are constants of the loss.
+  """Responses with advantages. All but the tokens are constants of the loss.
 
   Attributes:
-    rollout: B responses with the log-probabilities that the ratio starts from.
-    mask: [B, R] bool, response tokens that count; those of rows without a finite score do not.
-    advantages: [B, R] float32 of mean 0 and variance 1 over the batch.
+    rollout: B responses, with the old log-probabilities of the probability ratio.
+    mask: [B, R] bool, True on response tokens of rows with a finite score.
+    advantages: [B, R] float32, with mean 0 and variance 1 over the batch.
   """
 
   rollout: Rollout
@@ -61,16 +61,16 @@ def make_batch(
   Args:
     rollout: The responses, with their log-probabilities under the policy.
     scores: [B] float, reward of each response; a row with NaN or Inf is left out.
-    ref_logprobs: [B, R] under the reference, at the sampling temperature.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: REINFORCE++ settings.
   """
   finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
-  # Padding may hold anything; from here on it is zero.
+  # Entries of padding are undefined; from here on they are zero.
   old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
   rewards = policy_gradient.kl_shaped_rewards(
     jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
   )
-  # With values of 0 and lambda 1 the advantage is the discounted sum of the rewards to come.
+  # With values of 0 and lambda 1 the advantage is the discounted sum of future rewards.
   returns, _ = advantages_lib.gae(
     rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0
   )
@@ -86,7 +86,7 @@ def loss_fn(
   read: reading.Read,
   config: ReinforcePPConfig,
 ) -> tuple[jax.Array, Metrics]:
-  """Clipped policy loss, mean over the tokens of `mask`; the metric `weight` counts them."""
+  """Clipped policy loss, averaged over the tokens of `mask`; the metric `weight` counts them."""
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)

@@ -1,9 +1,9 @@
-"""ReST: fine-tuning on a policy's own scored samples, of which ever fewer and better ones are kept.
+"""ReST: fine-tuning on those of a policy's samples whose score is above a rising threshold.
 
-Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998. Grow samples N responses to each prompt and
-scores them once; each Improve step keeps what passes a higher threshold and fine-tunes on it.
-Keeping the best of the N is RAFT (https://arxiv.org/abs/2304.06767), with a forward KL to the start
-it is SuperHF (https://arxiv.org/abs/2310.16763).
+Gulcehre et al., 2023, https://arxiv.org/abs/2308.08998. A Grow step samples N responses to each
+prompt and scores them once. Each Improve step raises the threshold and fine-tunes on the responses
+above it. Keeping the best of the N is RAFT (https://arxiv.org/abs/2304.06767). RAFT with a forward
+KL to the initial policy is SuperHF (https://arxiv.org/abs/2310.16763).
 """
 
 import dataclasses
@@ -27,21 +27,20 @@ RestStep = Callable[[TrainState, "RestBatch", Params, jax.Array], tuple[TrainSta
 
 @dataclasses.dataclass(frozen=True)
 class RestConfig:
-  """Choice and weights of the grown responses.
+  """Selection and weights of the sampled responses.
 
   Attributes:
-    keep: Key of rlhf_jax.algorithms.selection.RULES. `advantage` keeps the responses that are the
-      furthest above the mean reward of their prompt. It suits reward models: pairs of one prompt do
-      not tell them how good its responses are beside those to another. `threshold` keeps the
-      highest rewards of all prompts together, as the paper does. It suits rewards that mean the
-      same everywhere, such as a right answer. `best` keeps the best response to each prompt.
-    quantiles: Share of the responses below the threshold, rising; one Improve step each. With
-      `keep=best` it is the share of the prompts whose best response lies below.
+    keep: Rule that selects responses. `advantage` keeps those furthest above the mean reward of
+      their prompt. It suits reward models, whose scores are not comparable between prompts.
+      `threshold` keeps the highest rewards of all prompts together, as in the paper. It suits
+      comparable rewards, such as 1 for a right answer. `best` keeps the best response per prompt.
+    quantiles: Shares of the responses to drop, rising, one per Improve step. 0.7 keeps the top
+      30 %. With `best` they are shares of the prompts, ranked by their best response.
     temperature: Temperature of the weights exp(reward / temperature), in standard deviations of the
-      grown rewards; 0 gives all that is kept the same weight.
-    trust: Further weight of each token, its probability under the policy: offline RL by GOLD.
-    kappa: Weight of the forward KL from the start to the policy, over the whole vocabulary.
-    microbatches: Pieces of a batch; saves memory, does not change the result.
+      sampled rewards; 0 gives all kept responses the same weight.
+    trust: Weighting of each token by its probability under the policy, as in GOLD (offline RL).
+    kappa: Weight of the forward KL from the initial policy to the policy, over the full vocabulary.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   keep: str = "advantage"
@@ -67,8 +66,8 @@ class RestBatch(NamedTuple):
   """Kept responses.
 
   Attributes:
-    sequences: B of them, right padded.
-    weights: [B] float32, at least 0; what a response counts beside the others.
+    sequences: B prompts with their responses, right padded.
+    weights: [B] float32, relative weight of each response, not negative.
   """
 
   sequences: TokenBatch
@@ -85,7 +84,7 @@ def loss_fn(
   config: RestConfig,
   ref_apply_fn: ApplyFn | None = None,
 ) -> tuple[jax.Array, Metrics]:
-  """Weighted mean over the response tokens of their negative log-likelihood.
+  """Weighted mean negative log-likelihood of the response tokens.
 
   With `config.trust` a token's weight is also the policy's probability of it, as a constant (Pang
   and He, 2021, https://arxiv.org/abs/2009.07839): tokens that the policy finds unlikely get little
@@ -94,11 +93,11 @@ def loss_fn(
   Args:
     params: Policy.
     batch: B weighted responses; all weights 0 give a gradient of 0.
-    key: Unused.
-    ref_params: Start of the policy, read if `config.kappa` is not 0.
+    key: Random key, unused.
+    ref_params: Initial policy, used if `config.kappa` is not 0.
     apply_fn: `(params, tokens) -> logits [B, T, V]`.
-    config: Settings.
-    ref_apply_fn: Of the reference, if it has no adapters and the policy does.
+    config: ReST settings.
+    ref_apply_fn: Function of `ref_params`, if only the policy has adapters; None is `apply_fn`.
 
   Returns:
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.

@@ -1,4 +1,4 @@
-"""Reward model from comparisons or rankings, with the score read at the last real token.
+"""Reward model trained on comparisons or rankings; the score is read at the last real token.
 
 Stiennon et al., 2020, https://arxiv.org/abs/2009.01325, section 3.4; rankings as in Ouyang et al.,
 2022, https://arxiv.org/abs/2203.02155, eq. 1.
@@ -27,7 +27,7 @@ from rlhf_jax.types import (
 )
 
 # Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-# Or several of them packed in a row, or rankings of K responses, each of which is scored once.
+# Or several pairs packed in a row, or rankings of K responses, each of which is scored once.
 RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
 
 
@@ -36,11 +36,11 @@ class RewardModelConfig:
   """Reward model.
 
   Attributes:
-    label_smoothing: Assumed probability that a pair is labelled the wrong way round; not for
-      rankings.
-    margin: Score difference asked of every pair; not for rankings.
-    centering_coef: Weight of the penalty on the squared sum of a pair's scores.
-    microbatches: Pieces of a batch; saves memory, does not change the result.
+    label_smoothing: Assumed probability that the label of a pair is flipped; not for rankings.
+    margin: Margin by which the chosen score should exceed the rejected one; not for rankings.
+    centering_coef: Weight of the penalty on the squared sum of a pair's two scores, which keeps
+      scores near 0.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   label_smoothing: float = 0.0
@@ -55,7 +55,7 @@ class RewardModelConfig:
 
 
 def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array, jax.Array]:
-  """Orders the responses of a batch in pairs.
+  """Arranges the scores of a batch in pairs, the better response first.
 
   Args:
     scores: [B, K] scores of the responses.
@@ -65,7 +65,7 @@ def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array
     [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
     is no such pair. M is 1 for pairs and K * K for rankings; all packed pairs are one row.
   """
-  if isinstance(batch, PackedBatch):  # As the pairs of one prompt: each counts the same.
+  if isinstance(batch, PackedBatch):  # All pairs in one row, so that each counts the same.
     return scores[None], batch.real.reshape(1, -1)
   if not isinstance(batch, RankingBatch):
     return scores[:, None], jnp.ones((scores.shape[0], 1), bool)
@@ -85,10 +85,10 @@ def loss_fn(
   apply_fn: ApplyFn,
   config: RewardModelConfig,
 ) -> tuple[jax.Array, Metrics]:
-  """Mean over the prompts of their mean Bradley-Terry loss over pairs.
+  """Bradley-Terry loss, averaged over the pairs of each prompt and then over prompts.
 
-  Returns the loss, `pair_metrics` and the number of response tokens; for packed pairs also their
-  number as `weight`. Settings that are for pairs raise ValueError with rankings.
+  The metrics are `pair_metrics`, the number of response tokens and, for packed pairs, the number of
+  pairs as `weight`. Settings for pairs raise ValueError with rankings.
   """
   del key  # The loss is deterministic given the batch.
   scores = given.read_scores(apply_fn, params, batch)
@@ -118,8 +118,8 @@ def pair_metrics(pairs: jax.Array, mask: jax.Array | None = None) -> Metrics:
 
   Args:
     pairs: [..., 2] scores of the better and of the worse response.
-    mask: [B, M] bool for pairs [B, M, 2]: the means are over the pairs of a prompt, then over the
-      prompts, as in the loss. None counts all pairs alike.
+    mask: [B, M] bool for pairs [B, M, 2]: averages over the pairs of each prompt, then over
+      prompts, as in the loss. None averages over all pairs.
   """
 
   def mean(x: jax.Array) -> jax.Array:

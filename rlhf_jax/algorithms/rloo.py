@@ -1,7 +1,7 @@
-"""RLOO: the policy gradient of whole responses, with the other samples of a prompt as baseline.
+"""RLOO: sequence-level policy gradient; the baseline is the mean of the prompt's other samples.
 
-Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, eq. 6 and 7. The KL penalty is a part of
-the reward. With one sample per prompt the baseline is the mean of the rest of the batch, which is
+Ahmadian et al., 2024, https://arxiv.org/abs/2402.14740, eq. 6 and 7. The KL penalty is part of the
+reward. With one sample per prompt the baseline is the mean of the rest of the batch, which is
 REINFORCE.
 """
 
@@ -23,10 +23,10 @@ RLOOBatch = groups.GroupBatch
 
 @dataclasses.dataclass(frozen=True)
 class RLOOConfig(epochs.UpdateConfig):
-  """RLOO. There is no probability ratio, so it is on-policy with one update per batch only.
+  """RLOO. It has no probability ratio, so it is on-policy only with one update per batch.
 
   Attributes:
-    kl_coef: Weight of the KL penalty to the reference, per nat, in the reward.
+    kl_coef: Weight of the KL penalty to the reference, in reward per nat.
   """
 
   kl_coef: float = 0.1
@@ -45,14 +45,14 @@ def make_batch(
   *,
   samples_per_prompt: int,
 ) -> tuple[RLOOBatch, Metrics]:
-  """Compares the penalised rewards of B responses with those of the others to the same prompt.
+  """Computes leave-one-out advantages of B responses from their KL-penalised rewards.
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
     scores: [B] float, reward of each response; a row with NaN or Inf is left out.
-    ref_logprobs: [B, R] under the reference, at the sampling temperature.
+    ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: RLOO settings.
-    samples_per_prompt: Responses to one prompt, next to each other. 1 compares the whole batch.
+    samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
   finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
   old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
@@ -68,9 +68,9 @@ def make_batch(
 def loss_fn(
   params: Params, batch: RLOOBatch, key: jax.Array, *, read: reading.Read
 ) -> tuple[jax.Array, Metrics]:
-  """Policy-gradient loss: sums over the tokens of a response, then the mean over responses.
+  """Policy-gradient loss, summed over the tokens of a response and averaged over responses.
 
-  The sums are divided by the greatest length R. The metric `weight` counts the responses.
+  The sums are divided by the maximum length R. The metric `weight` counts the responses.
   """
   del key  # The loss is deterministic given the batch.
   mask, old = batch.mask, batch.rollout.logprobs

@@ -9,31 +9,31 @@ import numpy as np
 from rlhf_jax.losses import shaping
 
 
-def rank_by_advantage(rewards: np.ndarray, fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rank_by_advantage(rewards: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ranks rewards [P, N] by their distance from the mean of their prompt."""
-  count = np.maximum(fine.sum(axis=1, keepdims=True), 1)
-  return rewards - rewards.sum(axis=1, keepdims=True) / count, fine
+  count = np.maximum(finite.sum(axis=1, keepdims=True), 1)
+  return rewards - rewards.sum(axis=1, keepdims=True) / count, finite
 
 
-def rank_all(rewards: np.ndarray, fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rank_all(rewards: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ranks rewards [P, N] as they are."""
-  return rewards, fine
+  return rewards, finite
 
 
-def rank_best(rewards: np.ndarray, fine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rank_best(rewards: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ranks the best reward [P, N] of each prompt."""
-  best = shaping.selection_weights(jnp.asarray(rewards), jnp.asarray(fine), "best")
+  best = shaping.selection_weights(jnp.asarray(rewards), jnp.asarray(finite), "best")
   return rewards, np.asarray(best > 0)
 
 
 class Rule(NamedTuple):
-  """A way to rank responses.
+  """Rule that ranks responses.
 
   Attributes:
-    rank: `(rewards, fine)` [P, N], 0 where not finite -> values to compare with the threshold, and
-      the responses that may be kept.
-    one_per_prompt: True if at most one response to a prompt may be kept.
-    least_samples: Least number of responses to a prompt.
+    rank: `(rewards, finite) -> (values, candidates)`, [P, N] each: the values are compared with the
+      threshold, and only candidates may be kept. Rewards are 0 where not finite.
+    one_per_prompt: True if at most one response per prompt may be kept.
+    least_samples: Minimum number of responses per prompt.
   """
 
   rank: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -51,29 +51,30 @@ RULES = {
 def kept_weights(
   rewards: np.ndarray, quantile: float, *, keep: str = "threshold", temperature: float = 0.0
 ) -> np.ndarray:
-  """Weights of scored responses of which those above a quantile are kept.
+  """Weights of scored responses: positive above a quantile, 0 below it.
 
-  A reward that many responses share, such as 0 for a wrong answer, can be the threshold itself.
-  Those at it are left out if any lies above.
+  Many responses may share a reward, such as 0 for a wrong answer, and that reward may be the
+  threshold. Responses at the threshold are dropped if any response lies above it.
 
   Args:
-    rewards: [P, N] of N responses to each of P prompts; those that are not finite are left out.
-    quantile: Share of the candidates below the threshold.
+    rewards: [P, N] rewards of N responses to each of P prompts; non-finite ones are left out.
+    quantile: Share of the candidates below the threshold; 0 keeps all candidates.
     keep: Key of `RULES`.
     temperature: Temperature of the weights exp(reward / temperature), in standard deviations of the
-      rewards; 0 gives all that is kept the same weight.
+      rewards; 0 gives all kept responses the same weight.
 
   Returns:
-    [P, N] float32, 0 on those left out; the largest is 1. All 0 only if no reward is finite.
+    [P, N] float32 weights, 0 for dropped responses; the largest is 1. All are 0 only if no reward
+    is finite.
   """
   rewards = np.asarray(rewards, np.float64)
-  fine = np.isfinite(rewards)
-  if not fine.any():
+  finite = np.isfinite(rewards)
+  if not finite.any():
     return np.zeros(rewards.shape, np.float32)
-  values, candidates = RULES[keep].rank(np.where(fine, rewards, 0.0), fine)
-  spread = max(float(np.std(values[fine])), 1e-9)
+  values, candidates = RULES[keep].rank(np.where(finite, rewards, 0.0), finite)
+  spread = max(float(np.std(values[finite])), 1e-9)
   threshold = np.quantile(values[candidates], quantile)
-  kept = candidates & (values > threshold + 1e-9 * spread)  # Equal ones may be rounded apart.
+  kept = candidates & (values > threshold + 1e-9 * spread)  # Equal rewards may differ by rounding.
   if quantile == 0 or not kept.any():
     kept = candidates & (values >= threshold)
   if not temperature:

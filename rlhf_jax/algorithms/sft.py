@@ -27,7 +27,7 @@ class SFTConfig:
   """Supervised fine-tuning.
 
   Attributes:
-    microbatches: Pieces of a batch; saves memory, does not change the result.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   microbatches: int = 1
@@ -44,7 +44,7 @@ def loss_fn(
   Args:
     params: Policy.
     batch: Right-padded or packed sequences.
-    key: Unused.
+    key: Random key, unused.
     apply_fn: `(params, tokens) -> logits [B, T, V]`; packed rows come with `segment_ids`.
 
   Returns:

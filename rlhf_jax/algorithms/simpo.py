@@ -2,7 +2,7 @@
 
 Meng et al., 2024, https://arxiv.org/abs/2405.14734; Hong et al., 2024,
 https://arxiv.org/abs/2403.07691; Xu et al., 2024, https://arxiv.org/abs/2401.08417. SimPO and ORPO
-compare mean log-probabilities of a token, CPO compares sums.
+compare log-probabilities per token, CPO compares those of responses.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from rlhf_jax.losses import preference
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
 
-# Pairs of responses to the same prompt: tokens [B, 2, T] right padded, 0 chosen and 1 rejected;
-# mask [B, 2, T] on responses. Or several of them packed in a row.
+# Pairs of responses to the same prompt: tokens [B, 2, T] right padded, index 0 chosen and 1
+# rejected; mask [B, 2, T] on responses. Or several pairs packed in a row.
 SimPOBatch = TokenBatch | PackedBatch
 
 
 @dataclasses.dataclass(frozen=True)
 class SimPOConfig:
-  """SimPO, and the other losses of a policy alone.
+  """SimPO and other losses without a reference.
 
   Attributes:
-    loss: Key of rlhf_jax.algorithms.simpo.LOSSES.
-    beta: Scale of the margin; weight of the odds-ratio term for `orpo`.
-    gamma: Margin asked for by `simpo`, in units of the reward `beta * log p`.
-    sft_coef: Weight of the mean negative log-likelihood of a token of the chosen responses. 1 is
-      the published ORPO.
-    microbatches: Pieces of a batch; saves memory.
+    loss: Loss: `simpo`, `orpo` or `cpo`.
+    beta: Scale of the margin; for `orpo` the weight of the odds-ratio term.
+    gamma: Target margin of `simpo`, in units of the reward `beta * log p`.
+    sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
+      The published ORPO has 1.
+    microbatches: Micro-batches per batch; more of them save memory.
   """
 
   loss: str = "simpo"
@@ -75,7 +75,7 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 def row_metrics(
   params: Params, batch: SimPOBatch, *, read: pairs_lib.ReadPairs, config: SimPOConfig
 ) -> tuple[Metrics, jax.Array]:
-  """Loss and metrics of each pair; the rewards are `beta` times what the loss compares."""
+  """Loss and metrics of each pair; the rewards are `beta` times the compared log-probabilities."""
   policy = read(params, batch)
   loss, logprobs = LOSSES[config.loss](policy, config)
   rows, real = pairs_lib.row_metrics(loss, policy, logprobs, config.beta * logprobs)

@@ -1,4 +1,4 @@
-"""Terms that can be added to several losses: demonstrations (PPO-ptx), a value bonus (XPO, VPO)."""
+"""Terms to add to the loss of a method: demonstrations (PPO-ptx), a value bonus (XPO, VPO)."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ from rlhf_jax.types import ApplyFn, LossFn, Metrics, Params, Rollout, TokenBatch
 
 
 class WithSequences(NamedTuple):
-  """A batch of a method with token sequences that a further term reads.
+  """Batch of a method, with token sequences for an added term.
 
   Attributes:
-    batch: Batch of the method, B rows.
+    batch: Batch of the method, with B rows.
     sequences: B right-padded sequences.
   """
 
@@ -23,18 +23,18 @@ class WithSequences(NamedTuple):
 
   @property
   def rollout(self) -> Rollout:
-    """Responses of the method, if it samples."""
+    """Responses of the batch, for a method that samples."""
     return self.batch.rollout
 
 
 def with_term(loss_fn: LossFn, term_fn: LossFn, coef: float, name: str) -> LossFn:
-  """Builds the loss of a `WithSequences`: `loss_fn` of its batch plus a term of its sequences.
+  """Builds the loss of a `WithSequences`: `loss_fn` of its batch plus a term on its sequences.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`.
     term_fn: `(params, sequences, key) -> (loss, metrics)`.
     coef: Weight of the term.
-    name: Name of the metric that the term is reported as.
+    name: Name of the term's metric.
   """
 
   def total(params: Params, batch: WithSequences, key: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -48,8 +48,8 @@ def with_term(loss_fn: LossFn, term_fn: LossFn, coef: float, name: str) -> LossF
 def make_value_bonus(apply_fn: ApplyFn) -> LossFn:
   """Builds the mean log-probability of calibration responses, a term of XPO and VPO.
 
-  With a weight above 0 it explores away from samples of the reference (XPO; online VPO with its
-  alpha times beta). With one below 0 it stays near responses of the data (offline VPO). See
+  A positive weight explores away from samples of the reference (XPO; for online VPO, its alpha
+  times beta). A negative weight stays near responses of the data (offline VPO). See
   `losses.preference.value_bonus`.
   """
 

@@ -1,4 +1,4 @@
-"""Rows to token ids: read, checked and tokenised before anything is compiled.
+"""Rows as token ids: they are read, checked and tokenised before anything is compiled.
 
 `load` gives a training set and a held-out set; `batches.batches` runs over them.
 """
@@ -27,31 +27,32 @@ _OVERLONG = ("drop", "truncate_prompt")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Sources of rows, and limits on those used.
+  """Sources of data, and limits on their rows.
 
   Attributes:
-    path: JSON Lines file with one row per line; empty together with tfds means the built-in task.
-    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the split is train if not given.
+    path: JSON Lines file with one row per line. If path and tfds are empty, the built-in task
+      generates the rows.
+    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
-    eval_path: JSON Lines file of held-out rows; empty holds out a part of the rows themselves.
-    eval_fraction: Part of the prompts to hold out, chosen by a hash of the prompt, if there is no
-      eval_path; 0 holds out nothing.
-    rows: Use only the first so many rows; 0 uses all. For the built-in task, the number to write
-      (0 writes 8192).
-    eval_rows: Use at most this many held-out rows.
-    max_prompt_length: Longest prompt in tokens.
-    max_response_length: Longest response in tokens, its end token included.
-    overlong: What to do with a longer prompt: drop the row, or truncate_prompt to keep the end of
-      the prompt. A row with a longer response is always dropped.
-    packed_length: Train on rows of so many tokens that hold several sequences, one behind the
-      other, as many as fit; batch_size then counts such rows. 0 gives each sequence a row of its
-      own, padded to the longest. For SFT, and for pairs of a reward model or DPO.
-    bad_rows: Skip and count up to this many unusable rows; with 0 the first one is an error.
-    end_token: Token that ends a response, such as <s>; empty takes the tokenizer's own.
-    annotator: Learn preferences from the votes of this annotator or group alone; empty takes those
-      of all. For the built-in task, a key of simulation.ANNOTATORS (empty is the expert).
-    votes: How several votes on one pair count: by majority, ties dropped; or each as a pair of its
-      own, which teaches a model the share of the votes.
+    eval_path: JSON Lines file of held-out rows; empty holds out a fraction of the rows.
+    eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the
+      prompt; 0 holds out nothing.
+    rows: Number of rows to use, from the first one; 0 uses all. For the built-in task, the number
+      of rows to generate (0 generates 8192).
+    eval_rows: Maximum number of held-out rows.
+    max_prompt_length: Maximum length of a prompt in tokens.
+    max_response_length: Maximum length of a response in tokens, including its end token.
+    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` keeps the end of
+      the prompt. Rows with a longer response are always dropped.
+    packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
+      batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
+      sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
+    bad_rows: Maximum number of unusable rows to skip; with 0 the first one is an error.
+    end_token: Token that ends a response, such as <s>; empty takes that of the tokenizer.
+    annotator: Annotator or group whose votes are the preferences; empty takes all votes. For the
+      built-in task, a key of simulation.ANNOTATORS (empty is the expert).
+    votes: Treatment of several votes on one pair. `majority` makes one pair and drops ties; `each`
+      makes one pair per vote, which teaches a model the share of the votes.
   """
 
   path: str = ""
@@ -94,7 +95,7 @@ def load(
   Args:
     kind: Name of the kind of data; see `schema` for the columns.
     config: Sources and limits.
-    tokenizer: Made with `config.end_token`.
+    tokenizer: Tokenizer that was made with `config.end_token`.
     seed: Seed of the built-in task; data from outside does not depend on it.
 
   Returns:
@@ -202,7 +203,7 @@ def from_rows(
     kind: Name of the kind of data.
     rows: The rows.
     config: Limits; its sources are not read.
-    tokenizer: Made with `config.end_token`.
+    tokenizer: Tokenizer that was made with `config.end_token`.
 
   Raises:
     DataError: A bad row.
@@ -225,10 +226,10 @@ class _Part(NamedTuple):
   """Tokenised rows before the padded length is known.
 
   Attributes:
-    examples, rows: As in `Dataset`.
+    examples, rows: Examples and their rows; see `Dataset`.
     keys: `Example.key` of each kept row.
     lengths: [examples, 2] int, prompt and longest response, overlong examples included.
-    report: As in `Dataset`.
+    report: Counts; see `Dataset`.
   """
 
   examples: list[Arrays]

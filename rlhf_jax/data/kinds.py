@@ -35,11 +35,12 @@ class Dataset(NamedTuple):
       one first. A ranking also has "ranks", one per response, an unpaired response "desirable",
       [1] or [0], and a comparison "preference", float32 [1], the share of the verdicts for the
       first response.
-    rows: The original columns of the row of each example, and under "prompt_text" the whole prompt
-      as text, as the tokenizer renders it.
-    padded_length: Length to pad to, shared by the training and the held-out set: of prompts for
-      the kind "prompts", of prompt and both responses for comparisons, else of prompt and response.
-    width: Responses of an example, K: 2 of pairs, of rankings the most in both sets.
+    rows: Original columns of the row of each example, plus "prompt_text", the prompt as the
+      tokenizer renders it.
+    padded_length: Length to pad to, shared by the training and the held-out set. It covers the
+      prompt for the kind "prompts", prompt and both responses for comparisons, else prompt and
+      response.
+    width: Number K of responses per example: 2 for pairs, the maximum in both sets for rankings.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_overlong` and
@@ -83,22 +84,22 @@ Batch = TokenBatch | PackedBatch | ComparisonBatch | RankingBatch | UnpairedBatc
 
 
 class Kind(NamedTuple):
-  """A kind of data.
+  """Kind of data.
 
   Attributes:
-    responses: Names of the responses of an example; None if there may be any number, which are
-      named response_0, response_1 and so on.
+    responses: Names of the responses of an example; None for any number of responses, named
+      response_0, response_1 and so on.
     longest: Most tokens of a sequence in a batch, from the [examples] lengths of the prompts and
       the lengths of each example's responses.
     collate: Function of a data set, the [B] indices of examples and the padding id that returns
       their batch.
     label: Name of the label of an example; empty if it has none.
     label_dtype: Dtype of the label.
-    packable: Whether a row of a batch may hold several sequences.
-    drops_equal: Whether an example with two equal responses is dropped.
-    flippable: Whether the order of the responses is the label, so that two examples may
-      contradict each other.
-    drops_responses: Whether an overlong response leaves its example; else the example is dropped.
+    packable: True if a row of a batch may hold several sequences.
+    drops_equal: True if an example with two equal responses is dropped.
+    flippable: True if the order of the responses is the label, so that two examples may contradict
+      each other.
+    drops_responses: True if only an overlong response is dropped, not its example.
   """
 
   responses: tuple[str, ...] | None

@@ -1,4 +1,7 @@
-"""Rewards that are plain Python functions of text. Add yours to `REWARDS`."""
+"""Rewards that are plain Python functions of text.
+
+Add yours to `REWARDS`, or name it as `module:function` on the command line.
+"""
 
 import functools
 import re
@@ -7,13 +10,49 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import simulation
+from rlhf_jax import simulation, user
 from rlhf_jax.data import DataError
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
 # with all their columns: a reference answer, a label, anything that the score needs.
 Scores = Sequence[float] | np.ndarray
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
+
+
+def one_number_each(
+  values: Any, texts: Sequence[str], function: Callable[..., Any], *, pairs: bool = False
+) -> np.ndarray:
+  """Returns the result of a reward or preference function as [B] float32.
+
+  Args:
+    values: Result of the function.
+    texts: Responses that it was asked for, the first ones of pairs.
+    function: The function, for messages.
+    pairs: True if the values are probabilities of pairs.
+
+  Raises:
+    user.ResultError: The values are not one finite number per response, or not one probability
+      per pair.
+  """
+  kind, unit, plural, wanted = "reward", "response", "responses", "number"
+  if pairs:
+    kind, unit, plural, wanted = "preference", "pair", "pairs", "probability"
+  gave = f"{kind} function {getattr(function, '__name__', repr(function))} gave"
+  must = f"it must return one {wanted} per {unit}"
+  try:
+    if np.asarray(values).dtype.kind in "SU":  # NumPy would read numbers from texts.
+      raise TypeError
+    with np.errstate(over="ignore"):  # It becomes infinite, which is refused below.
+      numbers = np.asarray(values, np.float32)
+  except (TypeError, ValueError) as error:
+    raise user.ResultError(f"{gave} a {type(values).__name__} without numbers; {must}") from error
+  if numbers.shape != (len(texts),):
+    raise user.ResultError(f"{gave} shape {numbers.shape} for {len(texts)} {plural}; {must}")
+  valid = (numbers >= 0) & (numbers <= 1) if pairs else np.isfinite(numbers)
+  for i in np.flatnonzero(~valid)[:1]:
+    problem = "a value outside [0, 1]" if pairs else "no finite number"
+    raise user.ResultError(f"{gave} {problem}: {numbers[i]:g} for {unit} {i}, {texts[i][:80]!r}")
+  return numbers
 
 
 def gold(

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax import simulation
 from rlhf_jax.algorithms import given
 from rlhf_jax.losses import packing
+from rlhf_jax.rewards.functions import one_number_each
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
@@ -137,15 +138,7 @@ def text_preference(
     first, second = response_texts(a, decode), response_texts(b, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
     prompts = [row["prompt_text"] for row in chosen]
-    values = np.asarray(function(prompts, first, second, chosen), np.float32)
-    name = getattr(function, "__name__", repr(function))
-    if values.shape != (len(first),):
-      raise ValueError(
-        f"preference function {name} gave shape {values.shape} for {len(first)} pairs; it must"
-        " return one probability per pair"
-      )
-    if not ((values >= 0) & (values <= 1)).all():
-      raise ValueError(f"preference function {name} gave a value outside [0, 1]: {values}")
-    return values
+    values = function(prompts, first, second, chosen)
+    return one_number_each(values, first, function, pairs=True)
 
   return prefer

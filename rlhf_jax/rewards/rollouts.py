@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
-from rlhf_jax.rewards.functions import TextReward
+from rlhf_jax.rewards.functions import TextReward, one_number_each
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
 # (rollout, prompt_ids [B]) -> scores [B] float32. Each of several processes scores the whole batch,
@@ -99,15 +99,7 @@ def text_reward(
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
     responses = response_texts(rollout, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
-    scores = np.asarray(
-      function([row["prompt_text"] for row in chosen], responses, chosen), np.float32
-    )
-    if scores.shape != (len(responses),):
-      name = getattr(function, "__name__", repr(function))
-      raise ValueError(
-        f"reward function {name} gave shape {scores.shape} for {len(responses)}"
-        " responses; it must return one number per response"
-      )
-    return scores
+    scores = function([row["prompt_text"] for row in chosen], responses, chosen)
+    return one_number_each(scores, responses, function)
 
   return score

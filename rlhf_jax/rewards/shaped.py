@@ -36,11 +36,11 @@ class ShapingConfig:
   """Changes to scores before a method sees them.
 
   Attributes:
-    function: Key of rlhf_jax.rewards.shaped.SHAPINGS, which compares a score to the scores of the
-      reference's responses to the prompt. `par` is the probability of beating them, `center` the
-      distance from their mean, `log_sigmoid` the log-sigmoid of that distance. Empty for none.
+    function: Function that compares a score to the scores of the reference's responses to the
+      prompt. `par` is the probability of beating them, `center` the distance from their mean,
+      `log_sigmoid` the log-sigmoid of that distance. Empty for none.
     reference_samples: Number of responses of the reference to each prompt, for `function`.
-    normalize: Subtract the running mean and divide by the running standard deviation.
+    normalize: Normalisation of scores by their running mean and standard deviation.
     clip: Bound on the absolute value of a score; 0 does not clip.
     missing_eos_penalty: Penalty subtracted from the score of a truncated response.
   """
@@ -76,7 +76,8 @@ def shape(
       `config.function`.
 
   Returns:
-    [B] float32 shaped scores, NaN where `scores` is not finite, and the moments with this batch.
+    [B] float32 shaped scores, NaN where the score or that of the reference is not finite, and the
+    moments with this batch.
 
   Raises:
     ValueError: If `config.function` needs scores of the reference, and there are none.
@@ -87,6 +88,8 @@ def shape(
     if ref_scores is None:
       raise ValueError(f"function={config.function} needs scores of the reference's responses")
     scores = SHAPINGS[config.function](scores, ref_scores)
+    finite &= jnp.isfinite(scores)
+    scores = jnp.where(finite, scores, 0.0)
   moments = reward.update_moments(moments, scores, finite)
   if config.normalize:
     scores = reward.normalize_scores(scores, moments)

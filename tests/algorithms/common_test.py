@@ -1,72 +1,66 @@
-"""What holds for every algorithm: neither mesh nor micro-batches change what is learnt."""
+"""Tests that hold for every method: neither mesh nor micro-batches change what is learnt.
+
+The cases are those of the test files of the methods, on a toy model. What depends on the model is
+tested below them, on a transformer that samples its own responses.
+"""
 
 import dataclasses
 import functools
+import importlib
 import itertools
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from rlhf_jax import generation, sharding
+from rlhf_jax import algorithms, generation, sharding
 from rlhf_jax.algorithms import (
   dpo,
+  ipo_md,
   nash_md,
+  opponents,
+  pairs,
   ppo,
   preference_model,
+  reading,
   rest,
   reward_model,
-  rollouts,
+  selection,
   sft,
 )
 from rlhf_jax.models import actor_critic, build
-from rlhf_jax.train_step import OptimConfig, init_state, make_optimizer
+from rlhf_jax.train_step import OptimConfig, gradients, init_state, make_optimizer
 from rlhf_jax.types import ComparisonBatch, Rollout, TokenBatch
+from tests.algorithms import toy
+from tests.algorithms.case import ROWS, Case, SampledCase, inputs_of
 from tests.testing import TINY_MODEL as CONFIG
-from tests.testing import compilations, tiny_params
+from tests.testing import compilations, full, tiny_params
 
-ROWS, PROMPT, T = 16, 3, 8
+FOLDER = pathlib.Path(algorithms.__file__).parent
+# Files that are not a method: what methods share, and the pairs that DPO is trained on.
+SHARED = {"epochs", "given", "groups", "online_dpo", "opponents", "pairs", "reading", "selection"}
+MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
+CASES: dict[str, Case] = {
+  "/".join(filter(None, (module, name))): case
+  for module in MODULES
+  for name, case in importlib.import_module(f"tests.algorithms.{module}_test").CASES.items()
+}
+SAMPLED = {name: case for name, case in CASES.items() if isinstance(case, SampledCase)}
 STEPS = 3
-STOPS = (2,)
-SAMPLING = generation.SamplingConfig(max_new_tokens=T - PROMPT, temperature=0.7)
 
 
 def optimizer():
   # A larger eps than usual: Adam turns the rounding of a gradient near 0 into a full step.
-  return make_optimizer(OptimConfig(learning_rate=3e-3, eps=1e-4, weight_decay=0.01), STEPS)
-
-
-def token_batch(*leading, seed=0) -> TokenBatch:
-  """Responses of unequal lengths."""
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(3, 16, size=(*leading, T)).astype(np.int32)
-  end = rng.integers(PROMPT + 1, T + 1, size=(*leading, 1))
-  return TokenBatch(tokens, (np.arange(T) >= PROMPT) & (np.arange(T) < end))
-
-
-def prompts(seed=0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Tokens and mask of prompts of one to three tokens, padded on the left, and their ids."""
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(3, 16, size=(ROWS, PROMPT)).astype(np.int32)
-  mask = np.arange(PROMPT) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1))
-  return tokens, mask, np.arange(ROWS, dtype=np.int32)
-
-
-def make_sampler(model, wrap=lambda *functions: functions):
-  decode, init_cache = wrap(model.decode, model.init_cache)
-  return generation.make_generate(decode, init_cache, SAMPLING, stop_ids=STOPS, pad_id=0)
-
-
-def judged(rollout) -> np.ndarray:
-  """[B] float32, different for different responses."""
-  tokens, on = jax.device_get((rollout.tokens, rollout.response_mask))
-  return np.where(on, np.sin(tokens), 0).sum(1).astype(np.float32)
+  config = OptimConfig(learning_rate=3e-3, schedule="constant", eps=1e-4, weight_decay=0.01)
+  return make_optimizer(config, STEPS)
 
 
 def placer(mesh):
-  """`put(tree, is_state=False)` on a mesh, or on the first device for None."""
+  """Makes `put(tree, is_state=False)` on a mesh, or on the first device for None."""
 
   def put(tree, is_state=False):
     if mesh is None:
@@ -78,198 +72,419 @@ def placer(mesh):
   return put
 
 
-def run_sft(mesh, microbatches):
-  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
-  step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(microbatches=microbatches))
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-  return loop(step, state, lambda i, state: put(token_batch(ROWS, seed=i)))
-
-
-def run_reward_model(mesh, microbatches):
-  model, tx, put = build(CONFIG, "scalar", mesh=mesh), optimizer(), placer(mesh)
-  config = reward_model.RewardModelConfig(centering_coef=0.1, microbatches=microbatches)
-  step = reward_model.make_reward_model_step(model.apply, tx, config)
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-  return loop(step, state, lambda i, state: put(token_batch(ROWS, 2, seed=i)))
-
-
-def run_dpo(mesh, microbatches):
-  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
-  config = dpo.DPOConfig(microbatches=microbatches)
-  step = dpo.make_dpo_step(model.apply, tx, config)
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
-  refer = jax.jit(functools.partial(dpo.reference_logprobs, model.apply, config=config))
-
-  def next_batch(i, state):
-    del state
-    pairs = put(token_batch(ROWS, 2, seed=i))
-    return dpo.DPOBatch(pairs, refer(reference, pairs))
-
-  return loop(step, state, next_batch)
-
-
-def run_ppo(mesh, microbatches):
-  policy, critic = build(CONFIG, mesh=mesh), build(CONFIG, "scalar", mesh=mesh)
-  tx, put = optimizer(), placer(mesh)
-  config = ppo.PPOConfig(epochs=2, minibatches=2, microbatches=microbatches, normalize_scores=True)
-  apply = actor_critic(policy, critic)
-  step = ppo.make_ppo_step(apply, tx, config, temperature=SAMPLING.temperature)
-  experience = ppo.make_experience(apply, policy.apply, config, temperature=SAMPLING.temperature)
-  generate = make_sampler(policy)
-  init = lambda key: {"policy": policy.init(key), "value": critic.init(key)}  # noqa: E731
-  state = put(init_state(jax.jit(init)(jax.random.key(0)), tx), is_state=True)
-  reference = put(jax.jit(policy.init)(jax.random.key(9)), is_state=True)  # Another model.
-  control = ppo.init_control(config)
-  sampled = []
-
-  def next_batch(i, state):
-    nonlocal control
-    rollout = generate(state.params["policy"], *put(prompts(i)), jax.random.key(i))
-    sampled.append(np.asarray(rollout.tokens))
-    scores = judged(rollout)
-    scores[i] = np.nan  # A row without a score.
-    ended = generation.ended(rollout, STOPS)
-    batch, control, metrics = experience(
-      state.params, reference, control, rollout, put(scores), ended
-    )
-    assert abs(metrics["kl/ref"]) > 0.1
-    return batch
-
-  return loop(step, state, next_batch, sampled)
-
-
-def run_preference_model(mesh, microbatches):
-  model, tx, put = build(CONFIG, "scalar", mesh=mesh), optimizer(), placer(mesh)
-  config = preference_model.PreferenceModelConfig(microbatches=microbatches)
-  step = preference_model.make_preference_model_step(model.apply, tx, config)
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-
-  def next_batch(i, state):
-    del state
-    shares = np.random.default_rng(i).choice([0.0, 0.3, 1.0], ROWS).astype(np.float32)
-    return put(ComparisonBatch(*token_batch(ROWS, 2, seed=i), shares))
-
-  return loop(step, state, next_batch)
-
-
-def run_nash_md(mesh, microbatches):
-  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
-  config = nash_md.NashMDConfig(objective="regression", tau=0.5, microbatches=microbatches)
-  step = nash_md.make_nash_md_step(model.apply, tx, config, temperature=SAMPLING.temperature)
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-
-  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
-  generate = make_sampler(model, generation.make_mixture)
-  refer = jax.jit(functools.partial(rollouts.rollout_logprobs, model.apply))
-  sampled = []
-
-  def next_batch(i, state):
-    own, other = (
-      generation.MixtureParams(state.params, reference, mix) for mix in (0.0, config.mix)
-    )
-    pair = [
-      generate(params, *put(prompts(i)), jax.random.key(10 * i + n))
-      for n, params in enumerate((own, other, own))
-    ]
-    sampled.extend(np.asarray(rollout.tokens) for rollout in pair)
-    wins = [np.float32(judged(rollout) > judged(pair[1])) for rollout in pair[::2]]
-    stack = lambda *x: jnp.stack(x, axis=1)  # noqa: E731
-    refs = [refer(reference, rollout, SAMPLING.temperature)[0] for rollout in pair[::2]]
-    return nash_md.NashMDBatch(
-      rollout=jax.tree.map(stack, *pair[::2]),
-      ref_logprobs=stack(*refs),
-      preference=put(np.stack(wins, axis=1)),
-      tau=put(np.full(ROWS, 0.5, np.float32)),
-    )
-
-  return loop(step, state, next_batch, sampled)
-
-
-def run_rest(mesh, microbatches):
-  model, tx, put = build(CONFIG, mesh=mesh), optimizer(), placer(mesh)
-  config = rest.RestConfig(kappa=0.3, microbatches=microbatches)
-  improve = rest.make_rest_step(model.apply, tx, config)
-  state = put(init_state(jax.jit(model.init)(jax.random.key(0)), tx), is_state=True)
-  reference = put(jax.jit(model.init)(jax.random.key(9)), is_state=True)  # Another model.
-  generate = make_sampler(model)
-  sampled = []
-
-  def next_batch(i, state):
-    tokens, mask, ids = prompts(i)
-    whole = np.ones_like(mask)  # Nothing on the left, so sequences are padded on the right only.
-    rollout = generate(state.params, *put((tokens, whole, ids)), jax.random.key(i))
-    sampled.append(np.asarray(rollout.tokens))
-    weights = rest.kept_weights(judged(rollout)[:, None], 0.5, config)[:, 0]
-    return rest.RestBatch(TokenBatch(rollout.tokens, rollout.response_mask), put(weights))
-
-  def step(state, batch, key):
-    return improve(state, batch, reference, key)
-
-  return loop(step, state, next_batch, sampled)
-
-
-def loop(step, state, next_batch, sampled=()) -> tuple[Any, list[dict[str, float]], list]:
-  """Params, metrics and what was sampled after three steps."""
+def loop(step, state, next_batch, steps=STEPS) -> tuple[Any, list[dict[str, float]]]:
+  """Takes steps, which must compile once and donate the state; returns params and metrics."""
   metrics, on_one = [], len(state.step.sharding.device_set) == 1
   with compilations() as names:
-    for i in range(STEPS):
+    for i in range(steps):
       batch, before = next_batch(i, state), state
       state, now = step(state, batch, jax.random.key(0))
       metrics.append({name: float(value) for name, value in now.items()})
       if on_one:  # On a mesh see test_a_step_keeps_the_placement_of_its_state.
         assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the state is not donated"
-  assert state.step == STEPS
+  assert state.step == steps
   if on_one:
     assert names.count("step") == 1
-  return jax.device_get(state.params), metrics, list(sampled)
-
-
-RUNS = {
-  "sft": run_sft,
-  "reward_model": run_reward_model,
-  "preference_model": run_preference_model,
-  "dpo": run_dpo,
-  "ppo": run_ppo,
-  "nash_md": run_nash_md,
-  "rest": run_rest,
-}
-
-
-@functools.cache
-def single_device(name):
-  return RUNS[name](None, 1)
+  return jax.device_get(state.params), metrics
 
 
 def assert_close(a, b, atol):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_three_steps_on_one_device(name):
-  params, metrics, sampled = single_device(name)
+@functools.cache
+def batch_of(name, seed):
+  return CASES[name].batch(seed)
+
+
+@functools.cache
+def trained(name, spec=None, microbatches=1):
+  """Params and metrics of three steps on batches of their own, and three on the last of them."""
+  case, tx = CASES[name], optimizer()
+  put = placer(sharding.make_mesh(spec) if spec else None)
+  state = put(init_state(jax.tree.map(jnp.array, case.params), tx), is_state=True)
+  step = case.step(tx, microbatches=microbatches)
+  batches = [put(batch_of(name, seed)) for seed in range(STEPS)]
+  return loop(step, state, lambda i, state: batches[min(i, STEPS - 1)], 2 * STEPS)
+
+
+def test_every_method_has_a_case():
+  steps = {path.stem: f"def make_{path.stem}_step(" for path in FOLDER.glob("*.py")}
+  methods = {name for name, make in steps.items() if make in (FOLDER / f"{name}.py").read_text()}
+  assert {name.split("/")[0] for name in CASES} == methods - SHARED | {"terms"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_falls_in_steps_that_compile_once_and_donate_their_state(name):
+  params, metrics = trained(name)
   assert all(np.isfinite(list(m.values())).all() for m in metrics)
   assert all(m["skipped_steps"] == 0 and m["grad_norm"] > 1e-3 for m in metrics)
   assert all(a["loss"] != b["loss"] for a, b in itertools.pairwise(metrics))
+  if CASES[name].falls:
+    assert metrics[-1]["loss"] < metrics[STEPS - 1]["loss"]
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
-  assert len({tokens.tobytes() for tokens in sampled}) == len(sampled)
 
 
-@pytest.mark.parametrize("spec", ["data:8", "fsdp:8", "fsdp:4,tensor:2"])
-@pytest.mark.parametrize("name", RUNS)
-def test_eight_devices_equal_one(name, spec):
-  want_params, want_metrics, want_sampled = single_device(name)
-  params, metrics, sampled = RUNS[name](sharding.make_mesh(spec), 1)
-  for tokens, want in zip(sampled, want_sampled, strict=True):
-    np.testing.assert_array_equal(tokens, want)
+@pytest.mark.parametrize("name", [name for name in CASES if "/" not in name])
+def test_rows_on_eight_devices_change_nothing(name):
+  (want_params, want_metrics), (params, metrics) = trained(name), trained(name, "data:8")
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.parts > 1])
 def test_microbatches_change_nothing(name):
-  want_params, want_metrics, _ = single_device(name)
-  params, metrics, _ = RUNS[name](None, 4)
+  case = CASES[name]
+  want_params, want_metrics = trained(name)
+  params, metrics = trained(name, microbatches=case.parts)
+  assert_close(params, want_params, 1e-5)
+  for got, want in zip(metrics, want_metrics, strict=True):
+    exact = want.keys() - set(case.inexact)
+    assert_close({m: got[m] for m in exact}, {m: want[m] for m in exact}, 1e-4)
+
+
+# Below: methods that learn from sampled responses.
+
+
+# Whose loss differs in more than numbers from those beside it.
+METHODS = [name for name in SAMPLED if "/" not in name]
+
+
+@pytest.mark.parametrize("name", [*METHODS, "ppo/entropy"])
+def test_packing_changes_no_loss_and_no_gradient(name):
+  case, batch, found = SAMPLED[name], batch_of(name, 0), []
+  tx, params = optax.sgd(1.0), toy.near(case.params, 0.97)
+  for packed in (None, reading.Packing(13)):
+    step = case.step(tx, temperature=0.7, packed=packed, microbatches=min(case.parts, 2))
+    state, metrics = step(init_state(jax.tree.map(jnp.array, params), tx), batch, jax.random.key(0))
+    assert metrics.pop("padding") > 0
+    found.append((state, metrics))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+  assert abs(found[0][1]["kl/old"]) > 1e-4
+
+
+def read_of(case, apply):
+  make = reading.make_actor_critic_read if case.critic else reading.make_read
+  return make(apply)
+
+
+@functools.cache
+def learn(name):
+  """Builds jitted `(params, rollout, scores, values, ref_logprobs) -> (batch, grads, metrics)`."""
+  case = SAMPLED[name]
+  loss = case.make_loss(read_of(case, case.apply))
+
+  @jax.jit
+  def run(params, *inputs):
+    batch = case.make_batch(*inputs, samples=1)
+    return batch, *gradients(loss, params, batch, jax.random.key(0))
+
+  return run
+
+
+def scored(case, rows):
+  """Arguments of `learn` after the params."""
+  rollout = toy.rollout_of(case.params["policy"] if case.critic else case.params, rows)
+  scores, values, other = inputs_of(rollout, np.random.default_rng(0))
+  return rollout, scores, values, rollout.logprobs + other
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_without_a_finite_score_is_as_if_it_were_not_there(name, bad):
+  case = SAMPLED[name]
+  inputs = scored(case, 12)
+  inputs[1][5] = bad
+  moved = toy.near(case.params, 0.8)  # Away from the policy that sampled: nothing is 0 by chance.
+  others = jax.tree.map(lambda x: x[np.arange(12) != 5], inputs)
+  results = [learn(name)(moved, *rows)[1:] for rows in (inputs, others)]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_without_any_finite_score_trains_nothing(name):
+  case = SAMPLED[name]
+  inputs = scored(case, 12)
+  inputs[1][:] = np.nan
+  batch, grads, metrics = learn(name)(case.params, *inputs)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves((batch, metrics)))
+  assert metrics["loss"] == 0
+  assert not any(np.any(g) for g in jax.tree.leaves(grads))
+
+
+@functools.cache
+def learn_tables(name):
+  """Builds `learn` of a model whose outputs are its params, and whose batch has no rollout."""
+  case = SAMPLED[name]
+
+  def apply(params, tokens, *, segment_ids, last):
+    del tokens, segment_ids, last
+    return (params["logits"], params["values"]) if case.critic else params["logits"]
+
+  loss = case.make_loss(read_of(case, apply))
+
+  @jax.jit
+  def run(params, *inputs):
+    batch = case.make_batch(*inputs, samples=4)
+    return batch._replace(rollout=None), *gradients(loss, params, batch, jax.random.key(0))
+
+  return run
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+@pytest.mark.parametrize("name", [name for name in SAMPLED if name != "ppo_max/ptx"])
+def test_poisoned_padding_changes_nothing(name, bad):
+  case, rows = SAMPLED[name], 8
+  rollout, scores, values, ref = scored(case, rows)
+  mask = rollout.response_mask[:, toy.P :]
+  rng = np.random.default_rng(1)
+  # One table entry for each row and position; the last column is never read.
+  tables = {
+    "logits": rng.normal(size=(rows, toy.R + 1, toy.V)).astype(np.float32),
+    "values": rng.normal(size=(rows, toy.R + 1)).astype(np.float32),
+  }
+
+  def poison(x):
+    used = np.pad(mask, ((0, 0), (0, x.shape[1] - toy.R)))
+    return np.where(used.reshape(used.shape + (1,) * (x.ndim - 2)), x, np.float32(bad))
+
+  results = []
+  for change in (lambda x: x, poison):
+    changed = rollout._replace(logprobs=change(rollout.logprobs))
+    inputs = (jax.tree.map(change, tables), changed, scores, change(values), change(ref))
+    results.append(learn_tables(name)(*inputs))
+  (want_batch, want_grads, want), (batch, grads, metrics) = results
+  jax.tree.map(np.testing.assert_array_equal, (batch, metrics), (want_batch, want))
+  for table in ("logits", "values") if case.critic else ("logits",):
+    on = grads[table][:, : toy.R][mask]
+    np.testing.assert_array_equal(on, want_grads[table][:, : toy.R][mask])
+    assert np.any(on)
+  assert not np.any(grads["values"][:, : toy.R][~mask])
+
+
+# Below: a transformer on a mesh, which samples, and learns from what it sampled.
+
+PROMPT, T = 3, 8
+STOPS = (2,)
+SAMPLING = generation.SamplingConfig(max_new_tokens=T - PROMPT, temperature=0.7)
+
+
+@functools.cache
+def mesh_of(spec):
+  return sharding.make_mesh(spec) if spec else None
+
+
+@functools.cache
+def model_of(spec, head="language"):
+  """A model on a mesh, with a jitted `init`: the same for all methods."""
+  model = build(CONFIG, head, mesh=mesh_of(spec))
+  return model._replace(init=jax.jit(model.init))
+
+
+@functools.cache
+def sampler_of(spec, mixed=False):
+  model = model_of(spec)
+  functions = model.decode, model.init_cache
+  decode, init_cache = generation.make_mixture(*functions) if mixed else functions
+  return generation.make_generate(decode, init_cache, SAMPLING, stop_ids=STOPS, pad_id=0)
+
+
+@functools.cache
+def params_on(spec, head="language", seed=0):
+  """Params on a mesh; do not donate them."""
+  return placer(mesh_of(spec))(tiny_params(head, seed), is_state=True)
+
+
+def state_on(spec, tx, params):
+  return placer(mesh_of(spec))(init_state(jax.tree.map(jnp.array, params), tx), is_state=True)
+
+
+def token_batch(*leading, seed=0) -> TokenBatch:
+  """Responses of unequal lengths."""
+  return toy.token_batch(*leading, seed=seed, prompt=PROMPT, length=T)
+
+
+def prompts(seed=0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Tokens and mask of prompts of one to three tokens, padded on the left, and their ids."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, 16, size=(ROWS, PROMPT)).astype(np.int32)
+  mask = np.arange(PROMPT) >= PROMPT - rng.integers(1, PROMPT + 1, size=(ROWS, 1))
+  return tokens, mask, np.arange(ROWS, dtype=np.int32)
+
+
+def judged(rollout) -> np.ndarray:
+  """[B] float32, different for different responses."""
+  tokens, on = jax.device_get((rollout.tokens, rollout.response_mask))
+  return np.where(on, np.sin(tokens), 0).sum(1).astype(np.float32)
+
+
+def run_sft(spec):
+  tx, put = optimizer(), placer(mesh_of(spec))
+  step = sft.make_sft_step(model_of(spec).apply, tx, sft.SFTConfig())
+  state = state_on(spec, tx, tiny_params())
+  return loop(step, state, lambda i, state: put(token_batch(ROWS, seed=i))), []
+
+
+def run_reward_model(spec):
+  tx, put = optimizer(), placer(mesh_of(spec))
+  config = reward_model.RewardModelConfig(centering_coef=0.1)
+  step = reward_model.make_reward_model_step(model_of(spec, "scalar").apply, tx, config)
+  state = state_on(spec, tx, tiny_params("scalar"))
+  return loop(step, state, lambda i, state: put(token_batch(ROWS, 2, seed=i))), []
+
+
+def run_preference_model(spec):
+  tx, put = optimizer(), placer(mesh_of(spec))
+  config = preference_model.PreferenceModelConfig()
+  step = preference_model.make_preference_model_step(model_of(spec, "scalar").apply, tx, config)
+  state = state_on(spec, tx, tiny_params("scalar"))
+
+  def next_batch(i, state):
+    del state
+    shares = np.random.default_rng(i).choice([0.0, 0.3, 1.0], ROWS).astype(np.float32)
+    return put(ComparisonBatch(*token_batch(ROWS, 2, seed=i), shares))
+
+  return loop(step, state, next_batch), []
+
+
+def run_dpo(spec):
+  tx, put = optimizer(), placer(mesh_of(spec))
+  step = dpo.make_dpo_step(model_of(spec).apply, tx, dpo.DPOConfig())
+  state = state_on(spec, tx, tiny_params())
+  reference = params_on(spec, seed=9)  # Another model.
+  refer = jax.jit(pairs.make_read_pairs(model_of(spec).apply))
+
+  def next_batch(i, state):
+    del state
+    rows = put(token_batch(ROWS, 2, seed=i))
+    return dpo.DPOBatch(rows, refer(reference, rows).totals)
+
+  return loop(step, state, next_batch), []
+
+
+def run_ppo(spec):
+  policy, tx, put = model_of(spec), optimizer(), placer(mesh_of(spec))
+  config = ppo.PPOConfig(epochs=2, minibatches=2)
+  apply, temperature = actor_critic(policy, model_of(spec, "scalar")), SAMPLING.temperature
+  step = ppo.make_ppo_step(apply, tx, config, temperature=temperature)
+  read = reading.make_actor_critic_read(apply, temperature)
+  refer, generate = reading.make_read(policy.apply, temperature), sampler_of(spec)
+  state = state_on(spec, tx, {"policy": tiny_params(), "value": tiny_params("scalar")})
+  reference = params_on(spec, seed=9)  # Another model.
+  sampled = []
+
+  @jax.jit
+  def experience(params, ref_params, rollout, scores):
+    ref_logprobs = refer(ref_params, rollout).logprobs
+    values = read(params, rollout).values
+    return ppo.make_batch(rollout, scores, values, ref_logprobs, config)[0]
+
+  def next_batch(i, state):
+    rollout = generate(state.params["policy"], *put(prompts(i)), jax.random.key(i))
+    sampled.append(np.asarray(rollout.tokens))
+    scores = judged(rollout)
+    scores[i] = np.nan  # A row without a score.
+    return experience(state.params, reference, rollout, put(scores))
+
+  return loop(step, state, next_batch), sampled
+
+
+def run_opponents(spec, make_step, count):
+  model, tx, put = model_of(spec), optimizer(), placer(mesh_of(spec))
+  step = make_step(model.apply, tx, temperature=SAMPLING.temperature)
+  state = state_on(spec, tx, tiny_params())
+  reference = params_on(spec, seed=9)  # Another model.
+  generate = sampler_of(spec, mixed=True)
+  refer, sampled = jax.jit(reading.make_read(model.apply, SAMPLING.temperature)), []
+
+  def next_batch(i, state):
+    own, other = (generation.MixtureParams(state.params, reference, mix) for mix in (0.0, 0.25))
+    first, rival, *second = [
+      generate(params, *put(prompts(i)), jax.random.key(10 * i + n))
+      for n, params in enumerate((own, other, own)[: 1 + count])
+    ]
+    responses = (first, *second)
+    sampled.extend(np.asarray(rollout.tokens) for rollout in (first, rival, *second))
+    wins = [np.float32(judged(rollout) > judged(rival)) for rollout in responses]
+    stack = lambda *x: jnp.stack(x, axis=1)  # noqa: E731
+    return opponents.OpponentBatch(
+      rollout=jax.tree.map(stack, *responses),
+      ref_logprobs=stack(*(refer(reference, rollout).logprobs for rollout in responses)),
+      preference=put(np.stack(wins, axis=1)),
+      tau=put(np.full(ROWS, 0.5, np.float32)),
+    )
+
+  return loop(step, state, next_batch), sampled
+
+
+def run_nash_md(spec):
+  make_step = functools.partial(nash_md.make_nash_md_step, config=nash_md.NashMDConfig())
+  return run_opponents(spec, make_step, 1)
+
+
+def run_ipo_md(spec):
+  make_step = functools.partial(ipo_md.make_ipo_md_step, config=ipo_md.IPOMDConfig())
+  return run_opponents(spec, make_step, 2)
+
+
+def run_rest(spec):
+  model, tx, put = model_of(spec), optimizer(), placer(mesh_of(spec))
+  improve = rest.make_rest_step(model.apply, tx, rest.RestConfig(kappa=0.3))
+  state = state_on(spec, tx, tiny_params())
+  reference = params_on(spec, seed=9)  # Another model.
+  generate, sampled = sampler_of(spec), []
+
+  def next_batch(i, state):
+    tokens, mask, ids = prompts(i)
+    full_prompts = np.ones_like(mask)  # Sequences are padded on the right only.
+    rollout = generate(state.params, *put((tokens, full_prompts, ids)), jax.random.key(i))
+    sampled.append(np.asarray(rollout.tokens))
+    weights = selection.kept_weights(judged(rollout)[:, None], 0.5)[:, 0]
+    return rest.RestBatch(TokenBatch(rollout.tokens, rollout.response_mask), put(weights))
+
+  def step(state, batch, key):
+    return improve(state, batch, reference, key)
+
+  return loop(step, state, next_batch), sampled
+
+
+RUNS = {
+  "sft": run_sft,
+  "reward_model": run_reward_model,
+  "dpo": run_dpo,
+  "ppo": run_ppo,
+  "ipo_md": run_ipo_md,
+  "rest": run_rest,
+  # Read their batches as others above do.
+  "preference_model": run_preference_model,
+  "nash_md": run_nash_md,
+}
+# All three axes; and what is left, where only rows or only weights are split.
+MESHES = ("fsdp:4,tensor:2", "data:8", "fsdp:8")
+
+
+@functools.cache
+def single_device(name):
+  return RUNS[name](None)
+
+
+@pytest.mark.parametrize(
+  ("name", "spec"),
+  [
+    pytest.param(name, spec, marks=[full] if i or j > 5 else [])
+    for i, spec in enumerate(MESHES)
+    for j, name in enumerate(RUNS)
+  ],
+)
+def test_a_transformer_on_eight_devices_equals_one(name, spec):
+  (want_params, want_metrics), want_sampled = single_device(name)
+  assert all(m["skipped_steps"] == 0 and m["grad_norm"] > 1e-3 for m in want_metrics)
+  assert all(a["loss"] != b["loss"] for a, b in itertools.pairwise(want_metrics))
+  assert len({tokens.tobytes() for tokens in want_sampled}) == len(want_sampled)
+  (params, metrics), sampled = RUNS[name](spec)
+  for tokens, want in zip(sampled, want_sampled, strict=True):
+    np.testing.assert_array_equal(tokens, want)
   assert_close(params, want_params, 1e-5)
   assert_close(metrics, want_metrics, 1e-4)
 
@@ -279,24 +494,25 @@ def language_losses(model, critic):
   apply = model.apply
 
   def of_policy(loss_fn, **settings):
-    return lambda params, *args: loss_fn(params["policy"], *args, apply_fn=apply, **settings)
+    return lambda params, *args: loss_fn(params["policy"], *args, **settings)
 
   def forward_kl(params, *args):  # To another model.
     ref_params = jax.tree.map(lambda x: x + 0.1, params["policy"])
-    loss = of_policy(rest.loss_fn, config=rest.RestConfig(kappa=0.5), ref_params=ref_params)
+    config = rest.RestConfig(kappa=0.5)
+    loss = of_policy(rest.loss_fn, apply_fn=apply, config=config, ref_params=ref_params)
     return loss(params, *args)
 
+  read_pairs = pairs.make_read_pairs(apply, pairs.PairConfig(reweight=True))
   return {
-    "sft": of_policy(sft.loss_fn),
-    "dpo": of_policy(dpo.loss_fn, config=dpo.DPOConfig(reweight=True, sft_coef=0.3)),
+    "sft": of_policy(sft.loss_fn, apply_fn=apply),
+    "dpo": of_policy(dpo.loss_fn, read=read_pairs, config=dpo.DPOConfig(sft_coef=0.3)),
     "ppo": functools.partial(
       ppo.loss_fn,
-      apply_fn=actor_critic(model, critic),
+      read=reading.make_actor_critic_read(actor_critic(model, critic), 0.7),
       config=ppo.PPOConfig(entropy_coef=0.2),
-      temperature=0.7,
     ),
     "rest": forward_kl,
-    "nash_md": of_policy(nash_md.loss_fn, config=nash_md.NashMDConfig(), temperature=0.7),
+    "nash_md": of_policy(nash_md.loss_fn, read=reading.make_read(apply, 0.7)),
   }
 
 
@@ -323,10 +539,10 @@ def language_batch(name, rows, length):
   if name == "rest":
     return rest.RestBatch(tokens(rows), rng.random(rows).astype(np.float32))
   if name == "nash_md":
-    return nash_md.NashMDBatch(
+    return opponents.OpponentBatch(
       rollout(rows, 1), floats(rows, 1, half), -floats(rows, 1), np.full(rows, 0.5, np.float32)
     )
-  arrays = [floats(rows, half) for _ in range(5)]
+  arrays = [floats(rows, half) for _ in range(3)]
   return ppo.PPOBatch(rollout(rows), np.ones((rows, half), bool), *arrays)
 
 
@@ -360,9 +576,9 @@ def test_memory_does_not_grow_with_the_logits(name):
 
 
 def test_a_step_keeps_the_placement_of_its_state():
-  mesh, tx = sharding.make_mesh("fsdp:4,tensor:2"), optimizer()
-  model = build(CONFIG, mesh=mesh)
-  before = init_state(jax.jit(model.init)(jax.random.key(0)), tx)
+  mesh, tx = mesh_of("fsdp:4,tensor:2"), optimizer()
+  model = model_of("fsdp:4,tensor:2")
+  before = init_state(jax.tree.map(jnp.array, tiny_params()), tx)
   places = sharding.named_shardings(before, mesh, sharding.DECODER_RULES)
   step = sft.make_sft_step(model.apply, tx, sft.SFTConfig(), state_shardings=places)
   before = jax.device_put(before, places)

@@ -1,6 +1,5 @@
-"""DPO and KTO over a small transformer, against loops over single sequences in numpy."""
+"""DPO against loops over single sequences in numpy."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,107 +8,106 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algorithms import dpo, kto
+from rlhf_jax.algorithms import dpo, pairs
 from rlhf_jax.losses import preference
-from rlhf_jax.models import build
 from rlhf_jax.train_step import gradients, init_state
-from rlhf_jax.types import TokenBatch, UnpairedBatch
-from tests.testing import TINY_MODEL, pack, tiny_params
+from tests.algorithms import toy
+from tests.algorithms.case import ROWS, Case
+from tests.testing import pack
 
-B, T, V = 6, 9, 16
-MODEL = build(TINY_MODEL)
-MODEL = MODEL._replace(apply=jax.jit(MODEL.apply))
-
-
-params_of = functools.partial(tiny_params, "language")
-
-
-def make_pairs(rng, poison=0):
-  """Right-padded pairs: prompts of 1 to 3 tokens, responses of 1 to 5; padding is `poison`."""
-  tokens = np.full((B, 2, T), poison, np.int32)
-  mask = np.zeros((B, 2, T), bool)
-  for i in range(B):
-    prompt = rng.integers(1, V, 1 + i % 3)
-    for j in range(2):
-      response = rng.integers(1, V, rng.integers(1, 6))
-      end = len(prompt) + len(response)
-      tokens[i, j, :end] = [*prompt, *response]
-      mask[i, j, len(prompt) : end] = True
-  return TokenBatch(tokens, mask)
+B, T = 6, 9
+POLICY, REF = toy.params_of(), toy.near(toy.params_of(), 0.8)
+WEIGHTED = pairs.PairConfig(length_alpha=0.3, reweight=True)
+make_read = functools.cache(functools.partial(pairs.make_read_pairs, toy.language))
+read_ref = functools.cache(lambda weighting: jax.jit(make_read(weighting)))
 
 
-def slow_logprobs(params, tokens, mask):
-  """Log-probabilities of the masked tokens of one sequence, in float64."""
-  logits = np.asarray(MODEL.apply(params, jnp.asarray(tokens[None])), np.float64)[0]
-  logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  return np.array([logprobs[t - 1, tokens[t]] for t in np.flatnonzero(mask)])
+def batch_of(rows, weighting=None, seed=0):
+  """Pairs with the log-probabilities of another model."""
+  rows = toy.token_batch(rows, 2, seed=seed)
+  return dpo.DPOBatch(rows, read_ref(weighting)(REF, rows).totals)
 
 
-def slow_sums(params, pairs):
-  return np.array(
-    [
-      [slow_logprobs(params, pairs.tokens[i, j], pairs.mask[i, j]).sum() for j in range(2)]
-      for i in range(B)
-    ]
+def loss_of(config, weighting=None):
+  return functools.partial(dpo.loss_fn, read=make_read(weighting), config=config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_of(config, weighting, params, batch):
+  return loss_of(config, weighting)(params, batch, jax.random.key(0))
+
+
+def case(weighting=None, parts=4, **settings):
+  return Case(
+    functools.partial(dpo.make_dpo_step, weighting=weighting),
+    dpo.DPOConfig(**settings),
+    lambda seed: jax.device_get(batch_of(ROWS, weighting, seed)),
+    parts=parts,
   )
 
 
-def batch_of(config, pairs):
-  ref = dpo.reference_logprobs(MODEL.apply, params_of(1), jax.tree.map(jnp.asarray, pairs), config)
-  return dpo.DPOBatch(jax.tree.map(jnp.asarray, pairs), ref)
+CASES = {
+  "": case(),
+  "terms": case(WEIGHTED, beta=0.3, label_smoothing=0.1, sft_coef=0.5),
+  "divergence": case(divergence="jensen_shannon"),
+  "aot": case(loss="aot", parts=1),  # Compares all pairs of a batch: it cannot be cut.
+}
+
+
+def slow_sums(params, batch):
+  """Log-probabilities [B, 2] of the responses, one sequence at a time, and the mean NLL [B]."""
+  sums, nll = np.zeros((B, 2)), np.zeros(B)
+  for i, j in np.ndindex(B, 2):
+    mask = np.asarray(batch.mask[i, j])
+    length = np.flatnonzero(mask)[-1] + 1
+    tokens = np.asarray(batch.tokens[i, j])[:length]
+    logits = np.float64(toy.language(params, tokens[None]))[0]
+    table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logprobs = [table[t - 1, tokens[t]] for t in np.flatnonzero(mask)]
+    sums[i, j] = np.sum(logprobs)
+    if j == 0:
+      nll[i] = -np.mean(logprobs)
+  return sums, nll
 
 
 def test_loss_is_that_of_single_sequences():
-  pairs = make_pairs(np.random.default_rng(0))
   config = dpo.DPOConfig(beta=0.3, label_smoothing=0.1, sft_coef=0.5)
-  batch = batch_of(config, pairs)
-  policy, ref = slow_sums(params_of(0), pairs), slow_sums(params_of(1), pairs)
+  batch = batch_of(B)
+  (policy, nll), (ref, _) = slow_sums(POLICY, batch.pairs), slow_sums(REF, batch.pairs)
   np.testing.assert_allclose(batch.ref_logprobs, ref, rtol=1e-5)
   margin = 0.3 * ((policy - ref)[:, 0] - (policy - ref)[:, 1])
   expected = 0.9 * np.log1p(np.exp(-margin)) + 0.1 * np.log1p(np.exp(margin))
-  nll = [
-    -slow_logprobs(params_of(0), pairs.tokens[i, 0], pairs.mask[i, 0]).mean() for i in range(B)
-  ]
-  loss, metrics = dpo.loss_fn(
-    params_of(0), batch, jax.random.key(0), apply_fn=MODEL.apply, config=config
-  )
-  np.testing.assert_allclose(loss, np.mean(expected + 0.5 * np.array(nll)), rtol=1e-4)
+  loss, metrics = value_of(config, None, POLICY, batch)
+  np.testing.assert_allclose(loss, np.mean(expected + 0.5 * nll), rtol=1e-4)
   np.testing.assert_allclose(metrics["reward/margin"], margin.mean(), rtol=1e-3)
   np.testing.assert_allclose(metrics["reward/accuracy"], (margin > 0).mean())
   np.testing.assert_allclose(metrics["logprobs/chosen"], policy[:, 0].mean(), rtol=1e-4)
-  assert metrics["tokens"] == pairs.mask.sum()
+  np.testing.assert_allclose(metrics["nll/chosen"], nll.mean(), rtol=1e-4)
+  assert metrics["tokens"] == batch.pairs.mask.sum()
+  assert metrics["weight"] == B
 
 
 def test_optimal_transport_reads_the_reference():
   """AOT compares the margins of the policy with those of the reference, each in its own order."""
-  pairs = make_pairs(np.random.default_rng(7))
-  config = dpo.DPOConfig(loss="aot")
-  policy, ref = slow_sums(params_of(0), pairs), slow_sums(params_of(1), pairs)
+  batch = batch_of(B)
+  (policy, _), (ref, _) = slow_sums(POLICY, batch.pairs), slow_sums(REF, batch.pairs)
   margins = np.sort(policy[:, 0] - policy[:, 1]) - np.sort(ref[:, 0] - ref[:, 1])
-  loss, _ = dpo.loss_fn(
-    params_of(0), batch_of(config, pairs), jax.random.key(0), apply_fn=MODEL.apply, config=config
-  )
+  loss, _ = value_of(dpo.DPOConfig(loss="aot"), None, POLICY, batch)
   np.testing.assert_allclose(loss, np.log1p(np.exp(-0.1 * margins)).mean(), rtol=1e-4)
 
 
 def test_policy_that_is_the_reference_has_loss_log_2_and_zero_reward():
-  pairs = make_pairs(np.random.default_rng(1))
-  config = dpo.DPOConfig()
-  loss, metrics = dpo.loss_fn(
-    params_of(1), batch_of(config, pairs), jax.random.key(0), apply_fn=MODEL.apply, config=config
-  )
+  loss, metrics = value_of(dpo.DPOConfig(), None, REF, batch_of(B))
   np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
   assert metrics["reward/chosen"] == metrics["reward/rejected"] == 0
   assert metrics["reward/accuracy"] == 0.5
 
 
-@pytest.mark.parametrize("name", dpo.LOSSES)
+@pytest.mark.parametrize("name", preference.PAIRWISE_LOSSES)
 def test_every_loss_is_lowered_by_its_step(name):
-  config = dpo.DPOConfig(loss=name)
-  batch = batch_of(config, make_pairs(np.random.default_rng(2)))
-  tx = optax.sgd(1e-4)
-  step = dpo.make_dpo_step(MODEL.apply, tx, config)
-  state = init_state(jax.tree.map(jnp.copy, params_of(0)), tx)
+  config, batch, tx = dpo.DPOConfig(loss=name), batch_of(B), optax.sgd(1e-4)
+  step = dpo.make_dpo_step(toy.language, tx, config)
+  state = init_state(jax.tree.map(jnp.array, POLICY), tx)
   losses = []
   for _ in range(2):
     state, metrics = step(state, batch, jax.random.key(0))
@@ -118,80 +116,91 @@ def test_every_loss_is_lowered_by_its_step(name):
   assert all(np.isfinite(float(x)) for x in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["simpo", "orpo"])
-def test_losses_of_means_do_not_see_the_length(name):
-  """A response twice over has the same mean if the model gives every token the same odds."""
-  uniform = lambda params, tokens: jnp.zeros((*tokens.shape, V)) + params  # noqa: E731
-  pairs = make_pairs(np.random.default_rng(3))
-  config = dpo.DPOConfig(loss=name)
-  batch = dpo.DPOBatch(jax.tree.map(jnp.asarray, pairs), jnp.zeros((B, 2)))
-  _, metrics = dpo.loss_fn(jnp.zeros(()), batch, jax.random.key(0), apply_fn=uniform, config=config)
-  np.testing.assert_allclose(metrics["logprobs/chosen"], -np.log(V), rtol=1e-6)
-  np.testing.assert_allclose(metrics["reward/margin"], 0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-  "settings",
-  [{}, {"divergence": "jensen_shannon"}, {"reweight": True}, {"length_alpha": 0.3}],
-  ids=lambda settings: "-".join(settings) or "dpo",
-)
-def test_padding_and_microbatches_change_nothing(settings):
-  config = dpo.DPOConfig(**settings)
-  loss = functools.partial(dpo.loss_fn, apply_fn=MODEL.apply, config=config)
-  want = None
-  for poison, parts in ((0, 1), (7, 1), (7, 3)):
-    batch = batch_of(config, make_pairs(np.random.default_rng(4), poison))
-    grads, metrics = gradients(loss, params_of(0), batch, jax.random.key(0), parts)
-    want = want or (grads, metrics["loss"])
-    np.testing.assert_allclose(metrics["loss"], want[1], rtol=1e-5)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, want[0]
-    )
-
-
-@pytest.mark.parametrize(
-  "settings, parts",
+  ("settings", "weighting"),
   [
-    ({"loss": "dpo", "sft_coef": 0.5, "reweight": True, "length_alpha": 0.3}, 2),
-    ({"loss": "orpo"}, 1),
-    ({"loss": "aot"}, 1),  # Compares all pairs, and an empty place is none.
+    ({}, None),
+    ({"divergence": "jensen_shannon"}, None),
+    ({"sft_coef": 0.5, "label_smoothing": 0.1}, None),
+    ({}, pairs.PairConfig(reweight=True)),
+    ({}, pairs.PairConfig(length_alpha=0.3)),
   ],
-  ids=lambda x: x["loss"] if isinstance(x, dict) else "",
+  ids=["dpo", "divergence", "terms", "reweight", "length_alpha"],
 )
-def test_packing_changes_no_loss_and_no_gradient(settings, parts):
-  config = dpo.DPOConfig(**settings)
-  batch = batch_of(config, make_pairs(np.random.default_rng(6)))
-  packed = pack(batch.pairs, [[3, 0], [5], [1, 2], [4]], length=2 * T)
-  ref = np.zeros((*packed.real.shape, 2), np.float32)
-  ref[packed.real] = batch.ref_logprobs[jnp.array([3, 0, 5, 1, 2, 4])]
-  loss = functools.partial(dpo.loss_fn, apply_fn=MODEL.apply, config=config)
+def test_padding_and_microbatches_change_nothing(settings, weighting):
+  loss = loss_of(dpo.DPOConfig(**settings), weighting)
   run = jax.jit(functools.partial(gradients, loss), static_argnums=3)
-  want, expected = run(params_of(0), batch, jax.random.key(0), 1)
-  got, metrics = run(params_of(0), dpo.DPOBatch(packed, ref), jax.random.key(0), parts)
-  assert metrics.pop("weight") == B
-  for a, b in ((got, want), (metrics, expected)):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
+  rows, want = batch_of(B).pairs, None
+  end = np.where(rows.mask, np.arange(T), 0).max(axis=-1, keepdims=True)
+  for poison, parts in ((0, 1), (7, 1), (7, 3)):
+    poisoned = rows._replace(tokens=np.where(np.arange(T) > end, np.int32(poison), rows.tokens))
+    batch = dpo.DPOBatch(poisoned, read_ref(weighting)(REF, poisoned).totals)
+    found = run(POLICY, batch, jax.random.key(0), parts)
+    want = want or found
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, want)
+
+
+@pytest.mark.parametrize(
+  ("settings", "weighting", "parts"),
+  [
+    ({"loss": "dpo", "sft_coef": 0.5}, WEIGHTED, 2),
+    ({"loss": "dpo", "divergence": "forward_kl"}, None, 2),
+    ({"loss": "aot"}, None, 1),  # Compares all pairs, and an empty place is none.
+  ],
+  ids=["terms", "divergence", "aot"],
+)
+def test_packing_changes_no_loss_and_no_gradient(settings, weighting, parts):
+  batch = batch_of(B, weighting)
+  packed = pack(batch.pairs, [[3, 0], [5], [1, 2], [4]], length=2 * T)
+  ref = read_ref(weighting)(REF, packed).totals.reshape(*packed.real.shape, 2)
+  run = functools.partial(gradients, loss_of(dpo.DPOConfig(**settings), weighting))
+  run = jax.jit(run, static_argnums=3)
+  want = run(POLICY, batch, jax.random.key(0), 1)
+  got = run(POLICY, dpo.DPOBatch(packed, ref), jax.random.key(0), parts)
+  assert got[1]["weight"] == B
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), got, want)
 
 
 def test_divergence_enters_as_a_score():
-  pairs = make_pairs(np.random.default_rng(5))
-  config = dpo.DPOConfig(divergence="forward_kl")
-  policy, ref = slow_sums(params_of(0), pairs), slow_sums(params_of(1), pairs)
+  batch = batch_of(B)
+  (policy, _), (ref, _) = slow_sums(POLICY, batch.pairs), slow_sums(REF, batch.pairs)
   # The derivative of f at the ratio u, with f(u) = -log u for the forward KL: -1 / u.
   scores = -np.exp(ref - policy)
   expected = np.log1p(np.exp(-0.1 * (scores[:, 0] - scores[:, 1])))
-  loss, _ = dpo.loss_fn(
-    params_of(0), batch_of(config, pairs), jax.random.key(0), apply_fn=MODEL.apply, config=config
-  )
+  loss, _ = value_of(dpo.DPOConfig(divergence="forward_kl"), None, POLICY, batch)
   np.testing.assert_allclose(loss, expected.mean(), rtol=1e-3)
+
+
+def of_a_user(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+  """A loss of a user's own."""
+  return jax.nn.relu(2 - beta * (policy_chosen - policy_rejected - ref_chosen + ref_rejected))
+
+
+def test_a_loss_of_your_own():
+  config = dpo.DPOConfig(loss=f"{__name__}:of_a_user", beta=0.2)
+  batch = batch_of(B)
+  loss, _ = value_of(config, None, POLICY, batch)
+  (policy, _), (ref, _) = slow_sums(POLICY, batch.pairs), slow_sums(REF, batch.pairs)
+  margin = (policy - ref)[:, 0] - (policy - ref)[:, 1]
+  np.testing.assert_allclose(loss, np.maximum(2 - 0.2 * margin, 0).mean(), rtol=1e-4)
+
+
+def without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected):
+  """A loss that cannot be called."""
 
 
 @pytest.mark.parametrize(
   "settings",
   [
     {"loss": "no_such_loss"},
+    {"loss": f"{__name__}:no_such_loss"},
+    {"loss": f"{__name__}:without_beta"},
+    {"loss": f"{__name__}:of_a_user", "label_smoothing": 0.1},
+    {"loss": f"{__name__}:of_a_user", "divergence": "forward_kl"},
     {"divergence": "euclid"},
     {"beta": 0.0},
+    {"sft_coef": -0.1},
+    {"microbatches": 0},
     {"label_smoothing": 0.5},
     {"loss": "ipo", "label_smoothing": 0.1},
     {"loss": "aot", "divergence": "forward_kl"},
@@ -201,54 +210,3 @@ def test_divergence_enters_as_a_score():
 def test_impossible_settings_are_refused(settings):
   with pytest.raises(ValueError, match="|".join(settings)):
     dpo.DPOConfig(**settings)
-
-
-def unpaired():
-  pairs = make_pairs(np.random.default_rng(6))
-  mismatched = TokenBatch(pairs.tokens[:, 1], pairs.mask[:, 1])
-  desirable = np.arange(B) % 3 == 0
-  return UnpairedBatch(pairs.tokens[:, 0], pairs.mask[:, 0], desirable, mismatched)
-
-
-def test_kto_is_that_of_single_sequences():
-  rows = jax.tree.map(jnp.asarray, unpaired())
-  config = kto.KTOConfig(beta=0.2, desirable_weight=1.5)
-  ref = kto.reference_logprobs(MODEL.apply, params_of(1), rows)
-  loss, metrics = kto.loss_fn(
-    params_of(0), kto.KTOBatch(rows, ref), jax.random.key(0), apply_fn=MODEL.apply, config=config
-  )
-
-  def sums(params):
-    own = [slow_logprobs(params, t, m).sum() for t, m in zip(rows.tokens, rows.mask, strict=True)]
-    other = [slow_logprobs(params, t, m).sum() for t, m in zip(*rows.mismatched, strict=True)]
-    return np.array([own, other])
-
-  log_ratio, other = sums(params_of(0)) - sums(params_of(1))
-  z = max(0.0, other.mean())
-  gain = 0.2 * (log_ratio - z)
-  sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-  expected = np.where(rows.desirable, 1.5 * (1 - sigmoid(gain)), 1 - sigmoid(-gain))
-  np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
-  up = np.asarray(rows.desirable)
-  np.testing.assert_allclose(metrics["reward/chosen"], 0.2 * log_ratio[up].mean(), rtol=1e-3)
-  np.testing.assert_allclose(metrics["reward/rejected"], 0.2 * log_ratio[~up].mean(), rtol=1e-3)
-
-
-def test_kto_moves_labelled_responses_apart():
-  rows = jax.tree.map(jnp.asarray, unpaired())
-  config = kto.KTOConfig()
-  tx = optax.adam(1e-3)
-  step = kto.make_kto_step(MODEL.apply, tx, config)
-  state = init_state(jax.tree.map(jnp.copy, params_of(1)), tx)
-  batch = kto.KTOBatch(rows, kto.reference_logprobs(MODEL.apply, params_of(1), rows))
-  for _ in range(20):
-    state, metrics = step(state, batch, jax.random.key(0))
-  assert metrics["reward/chosen"] > 0.05
-  assert metrics["reward/rejected"] < -0.05
-
-
-def test_label_smoothing_is_offered_where_the_loss_has_it():
-  smooth = {name for name in dpo.LOSSES if dpo.DPOConfig(loss=name).smooths_labels}
-  assert {"dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired"} <= smooth
-  assert "ipo" not in smooth
-  assert dataclasses.replace(dpo.DPOConfig(), label_smoothing=0.2).function is preference.dpo_loss

@@ -11,76 +11,28 @@ import pytest
 
 from rlhf_jax.algorithms import rest
 from rlhf_jax.algorithms.rest import RestConfig
+from rlhf_jax.algorithms.selection import kept_weights
 from rlhf_jax.train_step import init_state
 from rlhf_jax.types import TokenBatch
+from tests.algorithms import toy
+from tests.algorithms.case import ROWS, Case
 
 
-def test_thresholds_are_quantiles_of_all_responses():
-  rewards = np.random.default_rng(0).normal(size=(50, 8))
-  shares = []
-  for quantile in (0.0, 0.5, 0.9):
-    weights = rest.kept_weights(rewards, quantile, RestConfig(keep="threshold"))
-    assert set(np.unique(weights)) <= {0.0, 1.0}
-    threshold = np.quantile(rewards, quantile)
-    np.testing.assert_array_equal(weights > 0, rewards >= threshold)
-    shares.append(weights.mean())
-  np.testing.assert_allclose(shares, [1.0, 0.5, 0.1], atol=0.01)
+def weighted_batch(seed):
+  weights = np.random.default_rng(seed).random(ROWS).astype(np.float32)
+  weights[seed % ROWS] = 0.0
+  return rest.RestBatch(toy.token_batch(ROWS, seed=seed), weights)
 
 
-def test_advantages_do_not_depend_on_how_good_a_prompt_is():
-  """Bradley-Terry determines a reward up to a function of the prompt."""
-  rng = np.random.default_rng(0)
-  rewards = rng.normal(size=(50, 8))
-  centred = rewards - rewards.mean(axis=1, keepdims=True)
-  shifted = rewards + 5 * rng.normal(size=(50, 1))
-  for loss in ("bc", "weighted"):
-    config = RestConfig(loss=loss)
-    weights = rest.kept_weights(rewards, 0.7, config)
-    np.testing.assert_array_equal(weights > 0, centred >= np.quantile(centred, 0.7))
-    np.testing.assert_allclose(rest.kept_weights(shifted, 0.7, config), weights, rtol=1e-5)
+def case(**settings):
+  def make_step(apply_fn, tx, config):
+    improve, ref_params = rest.make_rest_step(apply_fn, tx, config), toy.params_of(1)
+    return lambda state, batch, key: improve(state, batch, ref_params, key)
+
+  return Case(make_step, RestConfig(**settings), weighted_batch)
 
 
-def test_wrong_answers_are_left_out_where_most_are_wrong():
-  """The median of the rewards is then that of a wrong answer."""
-  rewards = np.zeros((4, 4))
-  rewards[0, 1] = rewards[2, :2] = 1.0
-  for keep in ("threshold", "advantage"):
-    weights = rest.kept_weights(rewards, 0.5, RestConfig(keep=keep))
-    np.testing.assert_array_equal(weights, rewards)
-  # Equal rewards of a prompt are no advantage, however their mean is rounded.
-  weights = rest.kept_weights(np.array([[0.1, 0.1, 0.1], [0.7, 0.7, 0.4]]), 0.5, RestConfig())
-  np.testing.assert_array_equal(weights, [[0, 0, 0], [1, 1, 0]])
-  everything = rest.kept_weights(np.ones((2, 2)), 0.5, RestConfig(keep="threshold"))
-  np.testing.assert_array_equal(everything, 1.0)
-
-
-def test_the_best_of_each_prompt():
-  rewards = np.random.default_rng(0).normal(size=(50, 8))
-  weights = rest.kept_weights(rewards, 0.0, RestConfig(keep="best", quantiles=(0.0,)))
-  np.testing.assert_array_equal(weights.argmax(axis=1), rewards.argmax(axis=1))
-  np.testing.assert_array_equal(weights.sum(axis=1), 1.0)
-  half = rest.kept_weights(rewards, 0.5, RestConfig(keep="best"))
-  best = rewards.max(axis=1)
-  np.testing.assert_array_equal(half.sum(axis=1) > 0, best >= np.median(best))
-
-
-def test_weights_grow_exponentially_with_the_reward():
-  rewards = np.random.default_rng(0).normal(size=(50, 8)) * 7
-  config = RestConfig(keep="threshold", loss="weighted", temperature=0.5)
-  weights = rest.kept_weights(rewards, 0.5, config)
-  kept = rewards >= np.median(rewards)
-  want = np.where(kept, np.exp((rewards - rewards.max()) / (0.5 * rewards.std())), 0.0)
-  np.testing.assert_allclose(weights, want, rtol=1e-5)
-  assert weights.max() == 1.0
-
-
-def test_rewards_that_are_no_numbers_are_left_out():
-  rewards = np.array([[np.nan, 1.0, 2.0], [np.inf, -np.inf, np.nan]])
-  for keep in ("advantage", "threshold", "best"):
-    weights = rest.kept_weights(rewards, 0.0, RestConfig(keep=keep))
-    assert (weights[1] == 0).all()
-    assert weights[0].tolist() == ([0, 0, 1] if keep == "best" else [0, 1, 1])
-  assert (rest.kept_weights(np.full((2, 2), np.nan), 0.0, RestConfig()) == 0).all()
+CASES = {"": case(), "trust": case(trust=True, kappa=0.3)}
 
 
 V, T = 5, 6
@@ -104,9 +56,9 @@ def problem():
   return jax.tree.map(jnp.asarray, (params, ref, rest.RestBatch(TokenBatch(tokens, mask), weights)))
 
 
-@pytest.mark.parametrize("loss", ["bc", "gold"])
+@pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("kappa", [0.0, 0.7])
-def test_loss_is_a_double_loop(problem, loss, kappa):
+def test_loss_is_a_double_loop(problem, trust, kappa):
   params, ref, batch = problem
   log = lambda table: np.float64(jax.nn.log_softmax(table))  # noqa: E731
   policy, start = log(params), log(ref)
@@ -116,18 +68,13 @@ def test_loss_is_a_double_loop(problem, loss, kappa):
       if batch.sequences.mask[row, t]:
         last, token = batch.sequences.tokens[row, t - 1], batch.sequences.tokens[row, t]
         nll = -policy[last, token]
-        trust = np.exp(-nll) if loss == "gold" else 1.0
+        share = np.exp(-nll) if trust else 1.0
         forward = np.sum(np.exp(start[last]) * (start[last] - policy[last]))
-        top += batch.weights[row] * (trust * nll + kappa * forward)
+        top += batch.weights[row] * (share * nll + kappa * forward)
         bottom += batch.weights[row]
-  value, metrics = rest.loss_fn(
-    params,
-    batch,
-    jax.random.key(0),
-    ref_params=ref,
-    apply_fn=table_apply,
-    config=RestConfig(loss=loss, kappa=kappa),
-  )
+  config = RestConfig(trust=trust, kappa=kappa)
+  loss = functools.partial(rest.loss_fn, ref_params=ref, apply_fn=table_apply, config=config)
+  value, metrics = jax.jit(loss)(params, batch, jax.random.key(0))
   np.testing.assert_allclose(value, top / bottom, rtol=1e-5)
   np.testing.assert_allclose(metrics["weight"], bottom, rtol=1e-6)
 
@@ -135,8 +82,8 @@ def test_loss_is_a_double_loop(problem, loss, kappa):
 def test_gold_follows_the_probability_and_not_its_logarithm(problem):
   """The gradient of -p is -p times that of log p: the weight is a constant."""
   params, ref, batch = problem
-  options = {"ref_params": ref, "apply_fn": table_apply, "config": RestConfig(loss="gold")}
-  got = jax.grad(lambda p: rest.loss_fn(p, batch, None, **options)[0])(params)
+  options = {"ref_params": ref, "apply_fn": table_apply, "config": RestConfig(trust=True)}
+  got = jax.jit(jax.grad(lambda p: rest.loss_fn(p, batch, None, **options)[0]))(params)
 
   def probability(params):
     tokens, mask = batch.sequences
@@ -144,7 +91,7 @@ def test_gold_follows_the_probability_and_not_its_logarithm(problem):
     weights = jnp.where(mask[:, 1:], batch.weights[:, None], 0.0)
     return -jnp.sum(weights * probs) / jnp.sum(weights)
 
-  np.testing.assert_allclose(got, jax.grad(probability)(params), atol=1e-6)
+  np.testing.assert_allclose(got, jax.jit(jax.grad(probability))(params), atol=1e-6)
 
 
 def test_nothing_kept_gives_a_gradient_of_zero(problem):
@@ -156,16 +103,37 @@ def test_nothing_kept_gives_a_gradient_of_zero(problem):
   np.testing.assert_array_equal(grads, 0.0)
 
 
-def test_microbatches_change_nothing(problem):
+@pytest.mark.parametrize("bad", [np.nan, 1e30])
+def test_poisoned_logits_outside_the_responses_change_nothing(problem, bad):
+  _, _, batch = problem
+  logits, ref = np.random.default_rng(2).normal(size=(2, 7, T, V)).astype(np.float32)
+  config = RestConfig(trust=True, kappa=0.3)
+  apply = lambda params, tokens: params  # noqa: E731
+  used = np.pad(np.asarray(batch.sequences.mask), ((0, 0), (0, 1)))[:, 1:, None]
+
+  @jax.jit
+  def run(logits, ref):
+    return jax.value_and_grad(rest.loss_fn, has_aux=True)(
+      logits, batch, jax.random.key(0), ref_params=ref, apply_fn=apply, config=config
+    )
+
+  want, want_grads = run(logits, ref)
+  got, grads = run(*(np.where(used, x, np.float32(bad)) for x in (logits, ref)))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  np.testing.assert_array_equal(np.where(used, grads, 0), want_grads)
+
+
+def test_a_reference_can_have_a_model_of_its_own(problem):
   params, ref, batch = problem
-  batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), batch)
-  results = []
-  for parts in (1, 4):
-    tx = optax.sgd(0.1)
-    step = rest.make_rest_step(table_apply, tx, RestConfig(microbatches=parts, kappa=0.3))
-    state, _ = step(init_state(jnp.copy(params), tx), batch, ref, jax.random.key(0))
-    results.append(state.params)
-  np.testing.assert_allclose(*results, atol=1e-6)
+  config = RestConfig(kappa=1.0)
+  shifted = lambda params, tokens: 2 * params[tokens]  # noqa: E731
+  want, got = (
+    rest.loss_fn(
+      params, batch, None, ref_params=r, apply_fn=table_apply, config=config, ref_apply_fn=apply
+    )
+    for r, apply in ((2 * ref, None), (ref, shifted))
+  )
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
 
 
 BITS = 10
@@ -195,7 +163,7 @@ def run_rest(grow_steps, quantiles):
     mask = jnp.broadcast_to(jnp.arange(1 + BITS) > 0, tokens.shape)
     rewards = np.asarray(draws.mean(axis=1)).reshape(64, 8)
     for quantile in quantiles:
-      weights = jnp.asarray(rest.kept_weights(rewards, quantile, config).ravel())
+      weights = jnp.asarray(kept_weights(rewards, quantile, keep="advantage").ravel())
       batch = rest.RestBatch(TokenBatch(tokens, mask), weights)
       state = init_state(params, tx)
       for _ in range(60):
@@ -231,13 +199,13 @@ def test_forward_kl_keeps_a_share_of_every_response():
     config = RestConfig(keep="best", quantiles=(0.0,), kappa=kappa)
     step = rest.make_rest_step(arm_apply, tx, config)
     state = init_state(jnp.copy(ref), tx)
-    draw = jax.jit(functools.partial(jax.random.categorical, shape=(256, samples)))
-    for i in range(150):
-      drawn = np.asarray(draw(jax.random.key(i), state.params))
-      weights = rest.kept_weights(reward[drawn], 0.0, config)
-      tokens = np.stack([np.zeros(drawn.size, np.int32), drawn.ravel()], axis=1)
+    for _ in range(150):
+      odds = np.exp(np.float64(state.params))
+      drawn = rng.choice(arms, (256, samples), p=odds / odds.sum())
+      kept = np.int32(drawn[kept_weights(reward[drawn], 0.0, keep="best") > 0])
+      tokens = np.stack([np.zeros_like(kept), kept], axis=1)
       mask = np.broadcast_to([False, True], tokens.shape)
-      batch = rest.RestBatch(TokenBatch(tokens, mask), weights.ravel())
+      batch = rest.RestBatch(TokenBatch(tokens, mask), np.ones(len(kept), np.float32))
       state, _ = step(state, batch, ref, jax.random.key(0))
     policy = np.asarray(jax.nn.softmax(state.params))
     earned.append(policy @ reward)
@@ -250,11 +218,12 @@ def test_forward_kl_keeps_a_share_of_every_response():
   ("settings", "message"),
   [
     ({"keep": "all"}, "keep must be one of"),
-    ({"loss": "dpo"}, "loss must be one of"),
     ({"quantiles": ()}, "quantiles must rise"),
     ({"quantiles": (0.5, 0.5)}, "quantiles must rise"),
     ({"quantiles": (0.5, 1.0)}, "quantiles must rise"),
-    ({"temperature": 0.0}, "temperature must be positive"),
+    ({"temperature": -1.0}, "temperature must not be negative"),
+    ({"microbatches": 0}, "microbatches must be at least 1"),
+    ({"quantiles": (-0.1, 0.5)}, "quantiles must rise"),
     ({"kappa": -1.0}, "kappa must not be negative"),
   ],
 )

@@ -1,6 +1,6 @@
-import dataclasses
+"""Reward models against loops over pairs and rankings."""
+
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algorithms import reward_model
+from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.losses import masked
-from rlhf_jax.models import build
-from rlhf_jax.rewards import model_reward
 from rlhf_jax.train_step import gradients, init_state
-from rlhf_jax.types import RankingBatch, Rollout, TokenBatch
-from tests.testing import TINY_MODEL as CONFIG
+from rlhf_jax.types import RankingBatch, TokenBatch
+from tests.algorithms import toy
+from tests.algorithms.case import ROWS, Case
 from tests.testing import compilations, pack
 
 PAD, EOS, V = 0, 2, 16
@@ -71,76 +70,41 @@ def loop_over_pairs(scores, batch):
   ]
 
 
-@functools.cache
-def model_and_params(init_std=0.3):
-  """With a jitted `apply`: called eagerly, the scan over layers would compile at each call."""
-  model = build(dataclasses.replace(CONFIG, init_std=init_std), head="scalar")
-  return model._replace(apply=jax.jit(model.apply)), jax.jit(model.init)(jax.random.key(0))
+PARAMS = toy.score_params()
+scores_of = jax.jit(functools.partial(given.read_scores, toy.scores))
 
 
-def bag_of_tokens():
-  """A model that compiles at once: the score of a text is the sum of those of its tokens."""
-  model = types.SimpleNamespace(apply=lambda table, tokens: jnp.cumsum(table[tokens], axis=-1))
-  return model, jnp.float32(np.random.default_rng(1).normal(size=V))
+@functools.partial(jax.jit, static_argnums=2)
+def run(params, batch, config):
+  return reward_model.loss_fn(params, batch, jax.random.key(0), apply_fn=toy.scores, config=config)
 
 
-def loss_of(model, params, batch, **settings):
-  config = reward_model.RewardModelConfig(**settings)
-  return reward_model.loss_fn(params, batch, jax.random.key(0), apply_fn=model.apply, config=config)
+def loss_of(batch, **settings):
+  return run(PARAMS, batch, reward_model.RewardModelConfig(**settings))
 
 
-def test_score_is_read_at_the_end_of_each_response():
-  model, params = model_and_params()
-  batch = make_batch()
-  scores = reward_model.response_scores(model.apply, params, batch)
-  assert scores.shape == (16, 2)
-  for b in range(3):
-    for side in range(2):
-      n = int(np.flatnonzero(batch.mask[b, side])[-1]) + 1
-      alone = model.apply(params, batch.tokens[b, side, :n][None])[0, -1]
-      np.testing.assert_allclose(scores[b, side], alone, atol=1e-5)
-
-
-@pytest.mark.parametrize("extra", [1, 6])
-def test_score_does_not_depend_on_right_padding(extra):
-  model, params = model_and_params()
-  batch = make_batch()
-  want = reward_model.response_scores(model.apply, params, batch)
-  wide = ((0, 0), (0, 0), (0, extra))
-  padded = TokenBatch(jnp.pad(batch.tokens, wide, constant_values=13), jnp.pad(batch.mask, wide))
-  np.testing.assert_allclose(
-    reward_model.response_scores(model.apply, params, padded), want, atol=1e-5
+def case(make, **settings):
+  return Case(
+    reward_model.make_reward_model_step,
+    reward_model.RewardModelConfig(**settings),
+    lambda seed: jax.device_get(make(ROWS, seed)),
+    toy.scores,
+    PARAMS,
   )
 
 
-@pytest.mark.parametrize("left, right", [(0, 0), (4, 0), (0, 4), (3, 5)])
-def test_score_does_not_depend_on_the_side_of_the_padding(left, right):
-  """A rollout has its padding on both sides; the same text gets the same score as in training."""
-  model, params = model_and_params()
-  batch = make_batch()
-  want = reward_model.response_scores(model.apply, params, batch)[:, 0]
-  rng = np.random.default_rng(3)
-  tokens = rng.integers(V, size=(16, left + T + right)).astype(np.int32)
-  prompt, response = np.zeros((2, *tokens.shape), bool)
-  tokens[:, left : left + T] = batch.tokens[:, 0]
-  prompt[:, left : left + PROMPT] = True
-  response[:, left : left + T] = batch.mask[:, 0]
-  rollout = Rollout(
-    jnp.asarray(tokens),
-    jnp.asarray(prompt),
-    jnp.asarray(response),
-    jnp.zeros((16, T + right - PROMPT)),
-  )
-  scores = model_reward(model.apply, params)(rollout, np.arange(16))
-  np.testing.assert_allclose(scores, want, atol=1e-5)
+CASES = {
+  "": case(make_batch, centering_coef=0.1),
+  "terms": case(make_batch, centering_coef=0.1, margin=0.3, label_smoothing=0.1),
+  "rankings": case(make_rankings, centering_coef=0.1),
+}
 
 
 def test_swapping_the_sides_flips_the_margin():
-  model, params = model_and_params()
   batch = make_batch()
   swapped = TokenBatch(batch.tokens[:, ::-1], batch.mask[:, ::-1])
-  loss, a = loss_of(model, params, batch)
-  other, b = loss_of(model, params, swapped)
+  loss, a = loss_of(batch)
+  other, b = loss_of(swapped)
   np.testing.assert_allclose(a["reward/margin"], -b["reward/margin"], atol=1e-6)
   np.testing.assert_allclose(a["reward/accuracy"], 1 - b["reward/accuracy"], atol=1e-6)
   np.testing.assert_allclose(a["reward/chosen"], b["reward/rejected"], atol=1e-6)
@@ -149,28 +113,24 @@ def test_swapping_the_sides_flips_the_margin():
 
 
 def test_order_of_the_pairs_changes_nothing():
-  model, params = model_and_params()
   batch = make_batch()
   order = np.random.default_rng(0).permutation(16)
-  want = reward_model.response_scores(model.apply, params, batch)
+  want = scores_of(PARAMS, batch)
   shuffled = jax.tree.map(lambda x: x[order], batch)
-  np.testing.assert_allclose(
-    reward_model.response_scores(model.apply, params, shuffled), want[order], atol=1e-6
-  )
+  np.testing.assert_allclose(scores_of(PARAMS, shuffled), want[order], atol=1e-6)
 
 
 @pytest.mark.parametrize(
   "settings", [{}, {"label_smoothing": 0.1}, {"margin": 0.5}, {"centering_coef": 0.3}]
 )
 def test_loss_matches_numpy(settings):
-  model, params = model_and_params()
   batch = make_batch()
-  scores = np.asarray(reward_model.response_scores(model.apply, params, batch), np.float64)
+  scores = np.asarray(scores_of(PARAMS, batch), np.float64)
   d = scores[:, 0] - scores[:, 1] - settings.get("margin", 0.0)
   smoothing = settings.get("label_smoothing", 0.0)
   want = (1 - smoothing) * np.logaddexp(0, -d) + smoothing * np.logaddexp(0, d)
   want += settings.get("centering_coef", 0.0) * scores.sum(axis=1) ** 2
-  loss, _ = loss_of(model, params, batch, **settings)
+  loss, _ = loss_of(batch, **settings)
   np.testing.assert_allclose(loss, want.mean(), rtol=1e-5)
 
 
@@ -178,12 +138,11 @@ def test_loss_matches_numpy(settings):
 def test_packing_changes_no_loss_and_no_gradient(parts):
   batch = make_batch(rows=6)
   packed = pack(batch, [[3, 0, 5], [1], [2], [4]], length=3 * T)
-  model, params = model_and_params()
   config = reward_model.RewardModelConfig(margin=0.2, label_smoothing=0.1, centering_coef=0.3)
-  loss = functools.partial(reward_model.loss_fn, apply_fn=model.apply, config=config)
+  loss = functools.partial(reward_model.loss_fn, apply_fn=toy.scores, config=config)
   run = jax.jit(functools.partial(gradients, loss), static_argnums=3)
-  want, expected = run(params, batch, jax.random.key(0), 1)
-  got, metrics = run(params, packed, jax.random.key(0), parts)
+  want, expected = run(PARAMS, batch, jax.random.key(0), 1)
+  got, metrics = run(PARAMS, packed, jax.random.key(0), parts)
   assert metrics.pop("weight") == 6
   for a, b in ((got, want), (metrics, expected)):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), a, b)
@@ -191,20 +150,19 @@ def test_packing_changes_no_loss_and_no_gradient(parts):
 
 @pytest.mark.parametrize("centering", [0.0, 0.3])
 def test_rankings_are_learnt_by_all_pairs_of_a_prompt(centering):
-  model, params = model_and_params()
   batch = make_rankings()
   scores = np.zeros((12, K))
   for b, k in np.ndindex(12, K):
     if batch.real[b, k]:
       last = int(np.flatnonzero(batch.mask[b, k])[-1])
-      scores[b, k] = model.apply(params, batch.tokens[b, k][None])[0, last]
+      scores[b, k] = toy.scores(PARAMS, batch.tokens[b, k][None])[0, last]
   pairs = loop_over_pairs(scores, batch)
   assert [len(row) for row in pairs].count(0) == 1  # A tie: no loss, but a prompt.
 
   def mean(value):
     return np.mean([np.mean([value(*pair) for pair in row]) if row else 0.0 for row in pairs])
 
-  loss, metrics = loss_of(model, params, batch, centering_coef=centering)
+  loss, metrics = loss_of(batch, centering_coef=centering)
   want = mean(lambda a, b: np.logaddexp(0, b - a) + centering * (a + b) ** 2)
   np.testing.assert_allclose(loss, want, rtol=1e-4)
   np.testing.assert_allclose(metrics["reward/margin"], mean(lambda a, b: a - b), atol=1e-5)
@@ -215,60 +173,24 @@ def test_rankings_are_learnt_by_all_pairs_of_a_prompt(centering):
 
 
 def test_a_ranking_of_two_is_a_pair():
-  model, params = bag_of_tokens()
   pairs = make_batch()
   ranks = jnp.tile(jnp.int32([0, 1]), (16, 1))
   rankings = RankingBatch(*pairs, ranks, jnp.ones((16, 2), bool))
 
-  def run(batch):
-    return jax.value_and_grad(
-      lambda params: loss_of(model, params, batch, centering_coef=0.1), has_aux=True
-    )(params)
-
-  (want, want_metrics), want_grad = run(pairs)
-  (loss, metrics), grad = run(rankings)
+  config = reward_model.RewardModelConfig(centering_coef=0.1)
+  both = jax.value_and_grad(run, has_aux=True)
+  (want, want_metrics), want_grad = both(PARAMS, pairs, config)
+  (loss, metrics), grad = both(PARAMS, rankings, config)
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   close(loss, want)
   jax.tree.map(close, metrics, want_metrics)
   jax.tree.map(close, grad, want_grad)
 
 
-def test_each_response_of_a_ranking_is_read_once():
-  batch, calls = make_rankings(), []
-
-  def apply(params, tokens):
-    calls.append(tokens.shape)
-    return params * tokens
-
-  reward_model.loss_fn(
-    jnp.float32(0.1),
-    batch,
-    jax.random.key(0),
-    apply_fn=apply,
-    config=reward_model.RewardModelConfig(),
-  )
-  assert calls == [(12 * K, T)]
-
-
-def test_microbatches_of_rankings_change_nothing():
-  model, params = bag_of_tokens()
-  batch, tx = make_rankings(), optax.sgd(1e-2)
-
-  def run(microbatches):
-    config = reward_model.RewardModelConfig(centering_coef=0.1, microbatches=microbatches)
-    step = reward_model.make_reward_model_step(model.apply, tx, config)
-    state, metrics = step(init_state(jax.tree.map(jnp.copy, params), tx), batch, jax.random.key(0))
-    return state.params, metrics
-
-  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-  jax.tree.map(close, run(3), run(1))
-
-
 @pytest.mark.parametrize("settings", [{"margin": 0.5}, {"label_smoothing": 0.1}])
 def test_settings_of_pairs_are_refused_for_rankings(settings):
-  model, params = bag_of_tokens()
   with pytest.raises(ValueError, match="are for pairs"):
-    loss_of(model, params, make_rankings(), **settings)
+    loss_of(make_rankings(), **settings)
 
 
 def test_a_tie_is_half_correct():
@@ -278,10 +200,9 @@ def test_a_tie_is_half_correct():
   assert metrics["reward/chosen"] == 1.5
   assert metrics["reward/rejected"] == 1.0
   assert metrics["reward/margin"] == 0.5
-  model, params = model_and_params()
   batch = make_batch()
   same = jax.tree.map(lambda x: x.at[:, 1].set(x[:, 0]), batch)
-  loss, metrics = loss_of(model, params, same)
+  loss, metrics = loss_of(same)
   assert metrics["reward/accuracy"] == 0.5
   np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
 
@@ -318,12 +239,11 @@ def test_poisoned_scores_outside_the_last_token_change_nothing(bad):
 
 
 def test_learns_a_planted_preference():
-  model, params = model_and_params(init_std=0.1)
-  tx = optax.adam(5e-3)
+  tx = optax.adam(1e-2)
   step = reward_model.make_reward_model_step(
-    model.apply, tx, reward_model.RewardModelConfig(centering_coef=0.01)
+    toy.scores, tx, reward_model.RewardModelConfig(centering_coef=0.01)
   )
-  state = init_state(jax.tree.map(jnp.copy, params), tx)
+  state = init_state(jax.tree.map(lambda x: 0.1 * jnp.array(x), PARAMS), tx)
   first = None
   with compilations() as names:
     for i in range(150):
@@ -333,16 +253,25 @@ def test_learns_a_planted_preference():
   assert names.count("step") == 1
   # On pairs it has not seen.
   held_out = make_batch(128, seed=1000)
-  scores = reward_model.response_scores(model.apply, state.params, held_out)
+  scores = scores_of(state.params, held_out)
   assert reward_model.pair_metrics(scores)["reward/accuracy"] > 0.95
   # And it does score the token, whatever the pair.
   score = lambda token: masked.last_real(  # noqa: E731
-    model.apply(state.params, jnp.full((1, 6), token).at[:, -1].set(EOS)), jnp.ones((1, 6), bool)
+    toy.scores(state.params, jnp.full((1, 6), token).at[:, -1].set(EOS)), jnp.ones((1, 6), bool)
   )
   assert score(GOOD)[0] > score(9)[0] + 1
 
 
-@pytest.mark.parametrize("smoothing", [-0.1, 0.5])
-def test_impossible_label_smoothing_is_refused(smoothing):
-  with pytest.raises(ValueError, match="label_smoothing must be in"):
-    reward_model.RewardModelConfig(label_smoothing=smoothing)
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {"label_smoothing": -0.1},
+    {"label_smoothing": 0.5},
+    {"centering_coef": -0.1},
+    {"microbatches": 0},
+  ],
+  ids=str,
+)
+def test_impossible_settings_are_refused(settings):
+  with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
+    reward_model.RewardModelConfig(**settings)

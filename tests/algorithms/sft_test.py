@@ -1,3 +1,5 @@
+"""Supervised fine-tuning against loops, and the weights of its tokens."""
+
 import dataclasses
 import functools
 
@@ -11,6 +13,8 @@ from rlhf_jax.algorithms import sft
 from rlhf_jax.models import build
 from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import TokenBatch
+from tests.algorithms import toy
+from tests.algorithms.case import ROWS, Case
 from tests.testing import TINY_MODEL as CONFIG
 from tests.testing import compilations, pack
 
@@ -26,6 +30,11 @@ def make_batch(rows=8, seed=0):
   at = np.arange(T)
   tokens = np.where(at == end, EOS, np.where(at > end, PAD, tokens)).astype(np.int32)
   return TokenBatch(jnp.asarray(tokens), jnp.asarray((at >= PROMPT) & (at <= end)))
+
+
+CASES = {
+  "": Case(sft.make_sft_step, sft.SFTConfig(), lambda seed: toy.token_batch(ROWS, seed=seed))
+}
 
 
 @functools.cache
@@ -122,13 +131,12 @@ def test_poisoned_logits_at_padding_change_nothing(bad):
 
 @pytest.mark.parametrize("extra", [0, 1, 7])
 def test_tokens_and_amount_of_padding_change_nothing(extra):
-  model, params = model_and_params()
-  batch = make_batch()
+  params, batch = toy.params_of(), make_batch()
 
   @jax.jit
   @jax.value_and_grad
   def loss(params, batch):
-    return sft.loss_fn(params, batch, jax.random.key(0), apply_fn=model.apply)[0]
+    return sft.loss_fn(params, batch, jax.random.key(0), apply_fn=toy.language)[0]
 
   want, want_grad = loss(params, batch)
   last = np.array([np.flatnonzero(row)[-1] for row in np.asarray(batch.mask)])[:, None]
@@ -163,3 +171,8 @@ def test_memorises_eight_rows():
     logits = model.apply(state.params, jnp.pad(generated, ((0, 0), (0, T - t))))
     generated = jnp.concatenate([generated, jnp.argmax(logits[:, t - 1 : t], axis=-1)], axis=1)
   np.testing.assert_array_equal(np.where(batch.mask, generated, 0), np.where(batch.mask, tokens, 0))
+
+
+def test_impossible_settings_are_refused():
+  with pytest.raises(ValueError, match="^microbatches must be at least 1"):
+    sft.SFTConfig(microbatches=0)

@@ -48,7 +48,7 @@ class Running:
 
 
 class Finished(NamedTuple):
-  """What a script left behind."""
+  """Result of a script."""
 
   code: int | None
   output: str
@@ -145,6 +145,11 @@ def shared_run(shared_root, start_here):
     return workdir
 
   return run
+
+
+@pytest.fixture(scope="session")
+def chain_run(shared_run) -> pathlib.Path:
+  return shared_run("rlhf", "rlhf")
 
 
 @pytest.fixture(scope="session")

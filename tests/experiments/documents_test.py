@@ -1,4 +1,8 @@
-"""The commands of README and of the launch documents are accepted as they are written."""
+"""The commands of all pages are accepted as they are written, and run.
+
+Those on the built-in task run shortened, in three groups that need nothing of each other, with
+lines of the table of methods.
+"""
 
 import importlib
 import os
@@ -9,15 +13,17 @@ import sys
 
 import pytest
 
+from experiments.lab.methods import METHODS
 from launch import run, sweep
+from launch.space import flag
 from tests.testing import define_flags, full, read_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TEXTS = [
-  (ROOT / name).read_text(encoding="utf-8")
-  for name in ("README.md", "launch/README.md", "launch/SWEEPS.md")
-]
-# What stands in them for files of the reader.
+FOLDERS = (".", "experiments", "rlhf_jax", "launch")
+PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
+PAGES.remove(ROOT / "CHANGELOG.md")  # It names flags that are gone.
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+# Values of the variables that stand for files of the reader.
 VARIABLES = {
   "D": "data",
   "FOLDER": "model",
@@ -32,6 +38,7 @@ SHOW = r"""
 set -eu
 python() { local IFS=$'\x1f'; printf '%s\x1e' "$*"; }
 python3() { :; }
+source() { :; }
 pip() { :; }
 docker() { :; }
 """
@@ -46,17 +53,23 @@ def calls(text: str) -> list[list[str]]:
 
 
 def commands() -> list[list[str]]:
-  """Module and flags of each command of the documents."""
+  """Module and flags of each command of the pages, in order."""
   found = []
-  for text in TEXTS:
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    blocks = [re.sub(r"\S*\.venv/bin/(python|pip|pytest)", r"\1", block) for block in blocks]
+  for text in TEXTS.values():
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     (function,) = [block for block in blocks if block.startswith("data()")] or [""]
     cells = re.findall(r"\| `(python -m experiments\.[^`]*)` \|", text)
     for block in [*blocks, *(f"{function}{cell} --workdir=runs/cell" for cell in cells)]:
       if "pytest" not in block and not block.rstrip().endswith("..."):
         found += [call[1:] for call in calls(block)]
   return found
+
+
+def files() -> dict[str, str]:
+  """Python blocks of the pages that begin with the name of their file."""
+  blocks = [b for text in TEXTS.values() for b in re.findall(r"```python\n# (.*?)```", text, re.S)]
+  named = [block.partition("\n") for block in blocks]
+  return {name: source for name, _, source in named if re.fullmatch(r"\w+\.py", name)}
 
 
 COMMANDS = commands()
@@ -79,29 +92,46 @@ def value_of(command: list[str], name: str) -> str:
   return "".join(f.split("=", 1)[1] for f in command if f.startswith(f"--{name}="))
 
 
+def read_by(command: list[str]) -> list[str]:
+  """The runs that a command reads."""
+  values = [flag.partition("=")[2] for flag in command[1:] if not flag.startswith("--workdir=")]
+  paths = [path for value in values for path in re.findall(r"runs/[\w/.]*", value)]
+  return [path.removesuffix("/labels.jsonl") for path in paths]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """A folder to start in, with the files of the reader and no run."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [*sys.path])  # A script adds the folder that it starts in.
+  pathlib.Path("runs").mkdir()
+  for name, source in files().items():
+    pathlib.Path(name).write_text(source, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+  for page in ("README.md", "experiments/METHODS.md"):
+    pathlib.Path(page).parent.mkdir(exist_ok=True)
+    pathlib.Path(page).write_text(TEXTS[page], encoding="utf-8")
+  return tmp_path
+
+
 def test_commands_are_found():
   assert len(SCRIPTS) > 30
   assert len(COMMANDS) - len(SCRIPTS) > 7
   assert len(DATA) > 15
+  assert "my_rewards.py" in files()
 
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=name_of)
-def test_a_script_accepts(command):
+def test_a_script_accepts(command, folder):
   read_flags(command[0], command[1:])
 
 
 @pytest.mark.parametrize("command", SCRIPTS, ids=name_of)
-def test_what_it_reads_was_made_before(command):
-  """Runs by an earlier command, data and models by the reader."""
+def test_runs_that_are_read_were_made_before(command):
   earlier = SCRIPTS[: SCRIPTS.index(command)]
   made = {f"runs/rlhf/{stage}" for stage in ("sft", "reward_model", "ppo")}
   made |= {value_of(other, "workdir") for other in earlier} | {"runs/sft"}
-  for flag in command[1:]:
-    name, _, value = flag.partition("=")
-    if name in ("--workdir", "--runs"):
-      continue
-    for path in re.findall(r"runs/[\w/.]*", value):
-      assert path.removesuffix("/labels.jsonl") in made, flag
+  assert set(read_by(command)) <= made
 
 
 @pytest.mark.parametrize("path", sorted(DATA))
@@ -127,7 +157,7 @@ def test_a_sweep_accepts(command, monkeypatch):
   monkeypatch.chdir(ROOT)
   args, space = sweep.parse(command[1:])
   script, *flags = args.script
-  drawn = [sweep.flag(name, value) for name, value in space.defaults.items()]
+  drawn = [flag(name, value) for name, value in space.defaults.items()]
   read_flags(script, [*flags, *drawn, "--workdir=runs/trial"])
 
 
@@ -136,22 +166,69 @@ SHORT = {
   "steps": 1,
   "batch_size": 2,
   "grow_steps": 1,
-  "critic_warmup": 0,
+  "prompts": 8,
+  "limit": 2,
+  "critic.warmup": 0,
   "data.rows": 64,
   "data.eval_rows": 8,
   "sampling.max_new_tokens": 4,
 }
-# Other tests have a judge, a person, several processes and a compiler for TPUs.
-ELSEWHERE = r"experiments\.(label|revise)|=runs/(ai|hand)\b|--coordinator|experiments\.compile"
+# Other tests have a judge, a person, several processes, the chain and a compiler for TPUs.
+ELSEWHERE = r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator"
 FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
+# Group -> the scripts that train in it. What only reads runs is in the group of those.
+GROUPS = {
+  "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
+  "policy gradients": {"ppo", "ppo_max", "rloo", "reinforce_pp", "grpo", "gspo", "cispo"},
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
+}
+
+
+def of_methods() -> list[list[str]]:
+  """Commands of the table of methods, by default one of each script that is not run yet."""
+  ran = {command[0] for command in RUNNING if not re.search(FILES, " ".join(command))}
+  found = []
+  for name, method in METHODS.items():
+    script, *flags = method.command.replace("$RM", "runs/rlhf/reward_model").split()
+    start = [] if script == "sft" else ["--init_from=runs/rlhf/sft"]
+    command = [f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags]
+    if "FULL" in os.environ or command[0] not in ran:
+      found.append(command)
+      ran.add(command[0])
+  return found
+
+
+def group_of(command: list[str], groups: dict[str, list[list[str]]]) -> str:
+  script = command[0].removeprefix("experiments.")
+  (group,) = (
+    [name for name, scripts in GROUPS.items() if script in scripts]
+    or {
+      name
+      for name, members in groups.items()
+      for member in members
+      if value_of(member, "workdir") in read_by(command)
+    }
+    or ["offline"]
+  )
+  return group
+
+
+def grouped() -> dict[str, list[list[str]]]:
+  """Group -> commands on the built-in task, none that does what another one does."""
+  groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
+  seen = []
+  for command in [*RUNNING, *of_methods()]:
+    deed = sorted(word for word in command if not word.startswith("--workdir="))
+    if deed not in seen and not re.search(FILES, " ".join(command)):
+      seen.append(deed)
+      groups[group_of(command, groups)].append(command)
+  return groups
 
 
 @pytest.fixture
-def run_short(tmp_path, monkeypatch, run_script):
-  """Runs commands, shortened, in a folder that is empty at first."""
-  monkeypatch.chdir(tmp_path)
-  pathlib.Path("runs").mkdir()
+def run_short(folder, run_script):
+  """Runs commands, shortened."""
 
   def run(command: list[str], **more) -> None:
     script, *flags = command
@@ -167,14 +244,20 @@ def run_short(tmp_path, monkeypatch, run_script):
 
 
 @pytest.mark.slow
-def test_commands_run_one_after_the_other(run_short):
-  commands = [command for command in RUNNING if not re.search(FILES, " ".join(command))]
-  assert len(commands) > 12
+@pytest.mark.parametrize("group", GROUPS)
+def test_commands_run_one_after_the_other(group, run_short, chain_run):
+  commands = grouped()[group]
+  assert len(commands) > 4
+  pathlib.Path("runs/rlhf").symlink_to(chain_run)
   for command in commands:
     run_short(command)
 
 
-def groups() -> list[list[list[str]]]:
+# One command on pairs, on rankings, and on prompts with either kind of reward always runs.
+KINDS = r"hh_harmless|alpaca_eval|story_openings|gsm8k_train.*exact_answer"
+
+
+def on_files() -> list:
   """Commands that read files, each with those that go on from its run."""
   found: list[list[list[str]]] = []
   for command in RUNNING:
@@ -182,12 +265,14 @@ def groups() -> list[list[list[str]]]:
       found[-1].append(command)
     elif re.search(FILES, " ".join(command)):
       found.append([command])
-  return found
+  return [
+    pytest.param(group, marks=[] if re.search(KINDS, " ".join(group[0])) else full)
+    for group in found
+  ]
 
 
 @pytest.mark.slow
-@full
-@pytest.mark.parametrize("commands", groups(), ids=lambda commands: name_of(commands[0]))
+@pytest.mark.parametrize("commands", on_files(), ids=lambda commands: name_of(commands[0]))
 def test_commands_on_files_run(commands, run_short, shared):
   pathlib.Path("data").symlink_to(shared / "data")
   pathlib.Path("model").symlink_to(shared / "models/stories260k")
@@ -195,8 +280,13 @@ def test_commands_on_files_run(commands, run_short, shared):
     run_short(command, **{"data.end_token": "<s>", "data.rows": 16})
 
 
+def test_a_script_explains_itself(run_script, tmp_path):
+  shown = run_script("compile", tmp_path / "none", "--help")
+  assert "--algorithm=" in shown.output
+
+
 def test_every_flag_that_is_named_exists():
-  known = {"flagfile", "help"}
+  known = {"flagfile", "help", "helpfull", "check"}  # The last is ruff's.
   for file in (ROOT / "experiments").glob("*.py"):
     script = f"experiments.{file.stem}"
     if hasattr(importlib.import_module(script), "Config"):
@@ -204,7 +294,7 @@ def test_every_flag_that_is_named_exists():
   known |= set(define_flags("experiments.compile", ["--algorithm=ppo"])[0])
   known |= {flag.name for flag in run.flags.FLAGS.get_flags_for_module(run)}
   known |= set(re.findall(r"--(\w+)", sweep.make_parser().format_help()))
-  spans = [span for text in TEXTS for span in re.findall(r"`([^`\n]+)`", text)]
+  spans = [span for text in TEXTS.values() for span in re.findall(r"`([^`\n]+)`", text)]
   spans = [span.partition("--extra=")[0] for span in spans]  # Flags of other programs.
   named = {name for span in spans for name in re.findall(r"--([a-z][\w.]*)(?![\w.-])", span)}
-  assert named - known == set()
+  assert {name for name in named - known if name.removeprefix("no") not in known} == set()

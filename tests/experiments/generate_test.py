@@ -19,7 +19,7 @@ def test_held_out_prompts_are_answered(tmp_path, sft_run):
     data=DataConfig(rows=64, eval_rows=8),
     sampling=SamplingConfig(max_new_tokens=4, samples_per_prompt=2),
   )
-  rows = generate.run_samples(loop.Session(str(tmp_path)), config)
+  rows = generate.generate(loop.Session(str(tmp_path)), config)
   lines = (tmp_path / "samples" / "step_00000000.jsonl").read_text().splitlines()
   assert [json.loads(line) for line in lines] == rows
   prompts = [row["prompt"] for row in rows]

@@ -105,7 +105,7 @@ def test_bad_input_is_refused_in_words(tmp_path, runs):
   assert "metrics.jsonl:2: " in message and "delete the line" in message
   short = write_run(tmp_path / "short", steps=1)
   assert "two points" in refused(tmp_path, short)
-  assert "folder of their own" in refused(tmp_path, f"{runs}/kl_0", workdir="runs/kl_1")
+  assert "another folder for the plots" in refused(tmp_path, f"{runs}/kl_0", workdir="runs/kl_1")
 
 
 @pytest.mark.slow

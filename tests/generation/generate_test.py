@@ -48,6 +48,9 @@ def forward(model):
   return jax.jit(model.apply)
 
 
+draw = jax.jit(sample, static_argnums=2)
+
+
 def run(case, rows=slice(None), config=CONFIG, key=0, params=None, **kwargs):
   generate = sampler(case.model, config, **kwargs)
   return jax.device_get(
@@ -78,7 +81,7 @@ def slow_sample(case, row, sample_id, config, key=0, stop_ids=(EOS,)):
     at = len(prompt) + t
     segments = (np.arange(P + R)[None] < at).astype(np.int32)
     logits = apply(case.params, tokens, segment_ids=segments)[:, at - 1]
-    token, _ = sample(logits, jax.random.fold_in(row_key, t)[None], config)
+    token, _ = draw(logits, jax.random.fold_in(row_key, t)[None], config)
     out.append(int(token[0]))
     tokens[0, at] = out[-1]
     if out[-1] in stop_ids:

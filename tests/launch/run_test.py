@@ -158,7 +158,7 @@ def test_preflight_takes_every_flag_of_a_script():
     return set(values)
 
   session = names(loop.Session) - names(processes.Group)
-  assert session - names(compile_script.Options) == set(run._OF_THE_SESSION)
+  assert session - names(compile_script.Options) == set(run._SESSION_FLAGS)
 
 
 def test_goldens_have_a_target_each(repository):

@@ -93,6 +93,16 @@ def test_numbers_of_rows_are_few_and_little_raised():
   assert packing.round_up(17, multiple=4) == 20 and packing.round_up(1, multiple=8) == 8
 
 
+def test_padding_moves_behind_the_rest_in_its_order():
+  real = np.array([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]], bool)
+  x = np.arange(20).reshape(4, 5)
+  moved, numbers = packing.move_padding_right(jnp.asarray(real), real, jnp.asarray(x))
+  np.testing.assert_array_equal(moved, np.arange(5) < real.sum(axis=1, keepdims=True))
+  for row in range(4):
+    want = [*x[row][real[row]], *x[row][~real[row]]]
+    np.testing.assert_array_equal(numbers[row], want)
+
+
 def halves(mask):
   """Two sequences in each row."""
   return jnp.broadcast_to(1 + (jnp.arange(T) >= T // 2), mask.shape)
@@ -103,8 +113,15 @@ def of_unpacked(mask, x):
   return squash(masked.masked_sum(x, mask, axis=1))
 
 
+def of_moved(mask, x):
+  on_the_left = jnp.flip(mask, axis=1)
+  moved, x = packing.move_padding_right(on_the_left, on_the_left, jnp.flip(x, axis=1))
+  return squash(masked.masked_sum(x, moved, axis=1))
+
+
 CASES = {
   "predicted": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m, halves(m))), ((B, T),)),
   "predicted/one": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m)), ((B, T),)),
   "unpack": Case(of_unpacked, ((B, T),)),
+  "move_padding_right": Case(of_moved, ((B, T),)),
 }

@@ -97,16 +97,12 @@ def test_pairwise_losses_match_their_formulas(name, extras, beta):
 
 def test_losses_by_name_share_one_signature():
   names = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"]
-  with_smoothing = set()
   for name, loss in preference.PAIRWISE_LOSSES.items():
     assert loss.__name__ == f"{name}_loss" and vars(preference)[loss.__name__] is loss
     parameters = inspect.signature(loss).parameters
     assert list(parameters)[:5] == [*names, "beta"]
     assert parameters["beta"].default == 0.1
     assert all(p.default is not p.empty for p in list(parameters.values())[4:])
-    if "label_smoothing" in parameters:
-      with_smoothing.add(name)
-  assert with_smoothing == {"dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired"}
   assert set(ORACLES) | {"aot", "aot_unpaired"} == set(preference.PAIRWISE_LOSSES)
 
 
@@ -126,6 +122,31 @@ AT_THE_REFERENCE = {
   "discopop": (np.log(2) + 1) / 2,
   "cpl": np.log(2),
 }
+
+
+def takes(argument):
+  """Names of the losses that take an argument."""
+  losses = preference.PAIRWISE_LOSSES.items()
+  return {name for name, loss in losses if argument in inspect.signature(loss).parameters}
+
+
+def test_lists_of_losses_are_those_of_their_arguments():
+  with_smoothing = {"dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired"}
+  assert set(preference.SMOOTHED) == takes("label_smoothing") == with_smoothing
+  assert set(preference.OF_BATCHES) == takes("mask")
+
+
+def test_losses_of_margins_see_nothing_but_the_difference_of_two_log_ratios():
+  chosen, rejected, ref_chosen, ref_rejected = four(scale=1.0)
+  found = set()
+  for name, loss in preference.PAIRWISE_LOSSES.items():
+    want = loss(chosen, rejected, ref_chosen, ref_rejected, beta=1.0)
+    margin = chosen - rejected - (ref_chosen - ref_rejected)
+    zeros = np.zeros_like(margin)
+    if np.allclose(loss(margin, zeros, zeros, zeros, beta=1.0), want, rtol=1e-4, atol=1e-5):
+      found.add(name)
+  # AOT compares the margins of a batch, in which a score in place of a log-ratio has no order.
+  assert set(preference.OF_MARGINS) == found - set(preference.OF_BATCHES)
 
 
 @pytest.mark.parametrize("name", preference.PAIRWISE_LOSSES)

@@ -163,6 +163,8 @@ def test_splash_on_a_mesh(spec, kv_heads):
 @pytest.mark.parametrize("name", [pytest.param("gemma2", marks=full), "gemma3", "mistral", "gpt2"])
 def test_a_model_by_splash(name):
   config = FAMILY_MODELS[name]
+  if name == "gemma3":  # One layer of each kind: the kernels take long to compile here.
+    config = dataclasses.replace(config, layers=2, windows=(3, None))
   tokens = np.random.default_rng(1).integers(0, 24, (3, 20))
   segments = SEGMENTS[8:11, :20]
   params = jax.jit(build(config).init)(jax.random.key(0))
@@ -272,8 +274,9 @@ def test_visible():
   np.testing.assert_array_equal(visible(3)[0], np.tri(3, dtype=bool))
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama"])
-def test_splash_compiles_for_tpus(name, monkeypatch):
+# The larger the blocks are, the longer the compiler takes: those of one model are large enough.
+@pytest.mark.parametrize("name, length", [("gemma2", 600), ("llama", 200)])
+def test_splash_compiles_for_tpus(name, length, monkeypatch):
   pytest.importorskip("libtpu")
   # Without these the compiler asks for the machine it is on, and for nobody else to use it.
   monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
@@ -291,7 +294,7 @@ def test_splash_compiles_for_tpus(name, monkeypatch):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   params = jax.tree.map(abstract, shapes, shardings)
-  ids = abstract(jax.ShapeDtypeStruct((4, 600), jnp.int32), sharding.batch_sharding(mesh))
+  ids = abstract(jax.ShapeDtypeStruct((4, length), jnp.int32), sharding.batch_sharding(mesh))
 
   def loss(params, tokens, segments):
     return jnp.mean(model.apply(params, tokens, segment_ids=segments) ** 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -19,8 +20,9 @@ from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequenc
 from tests.testing import FAMILY_MODELS
 
 V = 24
+SHAPE = 11, 16  # Of most batches: another one compiles the model again.
 TINY = ModelConfig(
-  vocab_size=V, width=16, layers=3, heads=4, kv_heads=2, head_dim=6, mlp_width=20, init_std=0.3
+  vocab_size=V, width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=20, init_std=0.3
 )
 VARIANTS = {
   "tied": TINY,
@@ -50,12 +52,21 @@ def compiled(config, head="language"):
 
 @functools.cache
 def make(config, head="language", seed=0):
-  """A model and params in which no leaf has its special initial value (biases 0, scales 1)."""
+  """A model and params in which no leaf has its special initial value (biases 0, scales 1).
+
+  To compile `init` for each config would take as long as to compile `apply`.
+  """
   model = compiled(config, head)
-  leaves, tree = jax.tree.flatten(model.init(jax.random.key(seed)))
   rng = np.random.default_rng(seed)
-  noisy = [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-  return model, jax.tree.unflatten(tree, noisy)
+
+  def draw(path, leaf):
+    name = path[-1].key
+    std = 0.1 if name in ("scale", "bias") else config.init_std
+    mean = name == "scale" and config.norm != "rms_plus_one"
+    return jnp.float32(mean + std * rng.normal(size=leaf.shape))
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return model, jax.tree.map_with_path(draw, shapes)
 
 
 def oracle(params, config: ModelConfig, tokens) -> np.ndarray:
@@ -153,9 +164,8 @@ def test_every_layout_of_a_row_equals_the_oracle(name):
   row, other = random_tokens(9), random_tokens(7, seed=3)
   expected = oracle(params, config, row)
   # One batch: left padding 0 to 7, right padding, behind and before another packed sequence.
-  width = 16
-  tokens = random_tokens(11, width, seed=2)  # What is not set below is padding with any ids.
-  segments = np.zeros((11, width), np.int32)
+  tokens = random_tokens(*SHAPE, seed=2)  # What is not set below is padding with any ids.
+  segments = np.zeros(SHAPE, np.int32)
   starts = [*range(8), 0, 7, 0]
   for i, start in enumerate(starts):
     tokens[i, start : start + 9] = row
@@ -200,8 +210,8 @@ def test_segment_positions():
 
 def test_explicit_positions_are_used_and_only_distances_matter():
   model, params = make(TINY)
-  tokens = random_tokens(2, 8)
-  positions = jnp.broadcast_to(jnp.arange(8), (2, 8))
+  tokens = random_tokens(*SHAPE)
+  positions = np.broadcast_to(np.arange(SHAPE[1]), SHAPE)
   plain = model.apply(params, tokens)
   np.testing.assert_allclose(model.apply(params, tokens, positions=positions), plain, atol=1e-6)
   np.testing.assert_allclose(
@@ -215,21 +225,21 @@ def test_explicit_positions_are_used_and_only_distances_matter():
 
 def test_ids_of_padding_change_nothing():
   model, params = make(TINY)
-  tokens = random_tokens(3, 10)
-  segments = np.zeros((3, 10), np.int32)
+  tokens = random_tokens(*SHAPE)
+  segments = np.zeros(SHAPE, np.int32)
   segments[0, 4:], segments[1, :6], segments[2, 2:7], segments[2, 7:9] = 1, 1, 1, 2
   before = model.apply(params, tokens, segment_ids=segments)
   for seed in range(3):
-    changed = np.where(segments > 0, tokens, random_tokens(3, 10, seed=seed))
+    changed = np.where(segments > 0, tokens, random_tokens(*SHAPE, seed=seed))
     after = model.apply(params, changed, segment_ids=segments)
     np.testing.assert_array_equal(after[segments > 0], before[segments > 0])
 
 
 def test_causality():
   model, params = make(TINY)
-  tokens = random_tokens(1, 8)
+  tokens = random_tokens(*SHAPE)
   before = np.asarray(model.apply(params, tokens))
-  for t in range(8):
+  for t in range(SHAPE[1]):
     changed = tokens.copy()
     changed[0, t] = (changed[0, t] + 1) % V
     after = np.asarray(model.apply(params, changed))
@@ -241,15 +251,15 @@ def test_params_are_a_plain_dict_with_the_documented_paths():
   c = dataclasses.replace(TINY, tied=False)
   expected = {
     "embed/embedding": (V, c.width),
-    "layers/attention/q/kernel": (3, c.width, 24),
-    "layers/attention/k/kernel": (3, c.width, 12),
-    "layers/attention/v/kernel": (3, c.width, 12),
-    "layers/attention/o/kernel": (3, 24, c.width),
-    "layers/attention_norm/scale": (3, c.width),
-    "layers/mlp_norm/scale": (3, c.width),
-    "layers/mlp/gate/kernel": (3, c.width, 20),
-    "layers/mlp/up/kernel": (3, c.width, 20),
-    "layers/mlp/down/kernel": (3, 20, c.width),
+    "layers/attention/q/kernel": (2, c.width, 24),
+    "layers/attention/k/kernel": (2, c.width, 12),
+    "layers/attention/v/kernel": (2, c.width, 12),
+    "layers/attention/o/kernel": (2, 24, c.width),
+    "layers/attention_norm/scale": (2, c.width),
+    "layers/mlp_norm/scale": (2, c.width),
+    "layers/mlp/gate/kernel": (2, c.width, 20),
+    "layers/mlp/up/kernel": (2, c.width, 20),
+    "layers/mlp/down/kernel": (2, 20, c.width),
     "final_norm/scale": (c.width,),
     "lm_head/kernel": (c.width, V),
   }
@@ -277,8 +287,8 @@ def test_params_are_a_plain_dict_with_the_documented_paths():
   assert "lm_head" not in scalar
   assert scalar["score"]["kernel"].shape == (c.width, 1) and scalar["score"]["bias"].shape == (1,)
   biased = shapes(VARIANTS["biases"])["layers"]
-  assert biased["attention"]["o"]["bias"].shape == (3, c.width)
-  assert biased["mlp"]["up"]["bias"].shape == (3, 20)
+  assert biased["attention"]["o"]["bias"].shape == (2, c.width)
+  assert biased["mlp"]["up"]["bias"].shape == (2, 20)
   gemma, gpt = shapes(FAMILY_MODELS["gemma3"])["layers"], shapes(FAMILY_MODELS["gpt2"])
   assert gemma["attention"]["k_norm"]["scale"].shape == (3, 6)
   assert gemma["attention_post_norm"]["scale"].shape == (3, 16)
@@ -312,10 +322,10 @@ def loss(model, params, tokens, segments):
 def test_remat_changes_no_gradient_and_every_weight_has_one():
   tokens, segments = random_tokens(2, 7), np.ones((2, 7), np.int32)
   config = dataclasses.replace(VARIANTS["biases"], tied=False)
+  params = compiled(config).init(jax.random.key(0))  # As initialised: no branch may start at zero.
   grads = []
   for remat in REMAT:
     model = compiled(dataclasses.replace(config, remat=remat))
-    params = model.init(jax.random.key(0))  # As initialised: no branch may start at zero.
     grads.append(jax.jit(jax.grad(functools.partial(loss, model)))(params, tokens, segments))
   # The two programs are fused differently: round-off of gradients of size 1.
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -343,15 +353,19 @@ def test_the_more_is_computed_again_the_less_is_kept():
 def test_scan_equals_block_by_block():
   config = VARIANTS["biases"]
   model, params = make(config)
-  tokens = jnp.asarray(random_tokens(2, 6))
-  graph, _ = nnx.split(Block(config, rngs=nnx.Rngs(0)), nnx.Param)
-  mask = jnp.tril(jnp.ones((6, 6), bool))[None]
+  tokens = jnp.asarray(random_tokens(*SHAPE))
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))), nnx.Param)
+  mask = jnp.tri(SHAPE[1], dtype=bool)[None]
   attend = functools.partial(dense_attention, mask=mask, scale=config.head_dim**-0.5)
-  positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+  positions = jnp.broadcast_to(jnp.arange(SHAPE[1]), SHAPE)
+
+  @jax.jit
+  def run_block(layer, x):
+    return nnx.merge(graph, layer)(x, positions, rope_frequencies(config), attend)[0]
+
   x = params["embed"]["embedding"][tokens]
   for i in range(config.layers):
-    block = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]))
-    x, _ = block(x, positions, rope_frequencies(config), attend)
+    x = run_block(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x)
   x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
   logits = x * params["final_norm"]["scale"].reshape(1, 1, -1) @ params["embed"]["embedding"].T
   np.testing.assert_allclose(model.apply(params, tokens), logits, atol=1e-5)
@@ -363,22 +377,28 @@ def test_lazy_logits_are_the_logits(name):
   tokens = random_tokens(2, 9)
   size = VARIANTS[name].vocab_size
   for known, last in ((None, None), (size - 3, 4)):
-    want = jax.jit(build(VARIANTS[name], known_tokens=known).apply, static_argnames="last")(
-      params, tokens, last=last
-    )
-    for chunk in (1, 2 * size, 100 * size):
-      model = build(VARIANTS[name], known_tokens=known, logit_chunk=chunk)
-      read = lambda *x, m=model: over_tokens(lambda y: y, m.apply(*x, last=last))  # noqa: B023, E731
-      np.testing.assert_allclose(jax.jit(read)(params, tokens), want, rtol=1e-6, atol=1e-6)
+    models = [
+      build(VARIANTS[name], known_tokens=known, logit_chunk=chunk)
+      for chunk in (None, 1, 2 * size, 100 * size)
+    ]
+
+    @jax.jit
+    def read(params, tokens, models=models, last=last):
+      return [over_tokens(lambda y: y, m.apply(params, tokens, last=last)) for m in models]
+
+    want, *chunked = read(params, tokens)
+    for got in chunked:
+      np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("head", ["language", "scalar"])
 def test_last_equals_slicing(head):
   model, params = make(TINY, head)
-  tokens = random_tokens(2, 9)
-  segments = (np.arange(9)[None] >= np.array([[0], [4]])).astype(np.int32)
+  rows, width = SHAPE
+  tokens = random_tokens(*SHAPE)
+  segments = (np.arange(width)[None] >= np.arange(rows)[:, None]).astype(np.int32)
   full = model.apply(params, tokens, segment_ids=segments)
-  for k in (1, 4, 9):
+  for k in (1, 4, width):
     part = model.apply(params, tokens, segment_ids=segments, last=k)
     np.testing.assert_allclose(part, full[:, -k:], atol=1e-6)
     assert part.shape[1] == k
@@ -387,14 +407,15 @@ def test_last_equals_slicing(head):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_equals_teacher_forcing(name):
   model, params = make(VARIANTS[name])
-  tokens = random_tokens(8, 12)
-  mask = np.arange(12)[None] >= np.arange(8)[:, None]  # Left padding 0 to 7.
+  rows, width = SHAPE
+  tokens = random_tokens(*SHAPE)
+  mask = np.arange(width)[None] >= np.arange(rows)[:, None]  # Left padding 0 to 10.
   full = np.asarray(model.apply(params, tokens, segment_ids=mask.astype(np.int32)))
 
   def run(*cuts):
     """Feeds the tokens in chunks and checks the logits after each."""
-    cache = model.init_cache(8, 12)
-    for start, stop in zip((0, *cuts), (*cuts, 12), strict=True):
+    cache = model.init_cache(rows, width)
+    for start, stop in zip((0, *cuts), (*cuts, width), strict=True):
       part = slice(start, stop)
       logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
       # A row that has not begun yet gives no logits to compare.
@@ -404,26 +425,27 @@ def test_decoding_equals_teacher_forcing(name):
       assert int(cache.index) == stop
     np.testing.assert_array_equal(cache.mask, mask)
 
-  run(4, *range(5, 12))  # A prefill, then one token at a time.
-  run(4, 8)  # A prefill in chunks.
-  run(*range(1, 12))  # One at a time from the start.
+  run(4, *range(5, width))  # A prefill, then one token at a time.
+  run(4, 8, 12)  # A prefill in chunks.
+  run(*range(1, width))  # One at a time from the start.
 
 
 @pytest.mark.parametrize("name", ["tied", "gemma2", "gpt2"])
 def test_padding_between_decoded_tokens_changes_nothing(name):
   # A window counts tokens, not the slots between them.
   model, params = make(VARIANTS[name])
-  tokens = random_tokens(1, 6)
-  expected = model.apply(params, tokens)[:, -1]
-  spread = np.zeros((1, 10), np.int64)
-  mask = np.zeros((1, 10), bool)
-  mask[0, [1, 2, 3, 6, 8, 9]] = True
-  spread[mask] = tokens[0]
-  cache = model.init_cache(1, 10)
-  for start, stop in ((0, 5), (5, 7), (7, 8), (8, 9), (9, 10)):
-    logits, cache = model.decode(
-      params, jnp.asarray(spread[:, start:stop]), cache, mask=jnp.asarray(mask[:, start:stop])
-    )
+  rows, width = SHAPE
+  tokens = random_tokens(*SHAPE)
+  mask = np.random.default_rng(1).random(SHAPE) < 0.6
+  mask[:, -1] = True
+  together, segments = np.zeros_like(tokens), np.zeros(SHAPE, np.int32)
+  for row, here in enumerate(mask):
+    together[row, -here.sum() :], segments[row, -here.sum() :] = tokens[row, here], 1
+  expected = model.apply(params, together, segment_ids=segments)[:, -1]
+  cache = model.init_cache(rows, width)
+  for start, stop in itertools.pairwise((0, 4, 8, 12, 13, 14, 15, 16)):
+    part = slice(start, stop)
+    logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
   np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
@@ -445,39 +467,40 @@ def test_learned_positions_have_an_end():
 @pytest.mark.parametrize("name", ["tied", "gemma2"])
 def test_fully_padded_rows_are_finite(name):
   model, params = make(VARIANTS[name])
-  tokens = random_tokens(3, 6)
-  segments = np.zeros((3, 6), np.int32)
+  rows, width = SHAPE
+  tokens = random_tokens(*SHAPE)
+  segments = np.zeros(SHAPE, np.int32)
   segments[1] = 1
   assert np.isfinite(model.apply(params, tokens, segment_ids=segments)).all()
   grad = jax.jit(jax.grad(functools.partial(loss, model)))
   grads = grad(params, tokens, segments)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
-  alone = grad(params, tokens[1:2], segments[1:2])
+  alone = grad(params, tokens[[1] * rows], segments[[1] * rows])
   # The empty rows only dilute the mean.
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(3 * a, b, rtol=1e-4, atol=1e-6), grads, alone
+    lambda a, b: np.testing.assert_allclose(rows * a, b, rtol=1e-4, atol=1e-6), grads, alone
   )
-  cache = model.init_cache(3, 8)
-  logits, cache = model.decode(params, tokens, cache, mask=segments > 0)
+  cache = model.init_cache(rows, width)
+  logits, cache = model.decode(params, tokens[:, :4], cache, mask=segments[:, :4] > 0)
   assert np.isfinite(logits).all()
-  logits, _ = model.decode(params, tokens[:, :1], cache, mask=np.zeros((3, 1), bool))
+  logits, _ = model.decode(params, tokens[:, :1], cache, mask=np.zeros((rows, 1), bool))
   assert np.isfinite(logits).all()
 
 
 def test_bfloat16_computes_float32_logits():
   model, params = make(dataclasses.replace(TINY, dtype="bfloat16", init_std=0.2))
   assert jax.tree.leaves(params)[0].dtype == jnp.float32
-  tokens = random_tokens(4, 9)
+  tokens = random_tokens(*SHAPE)
   logits = model.apply(params, tokens)
   assert logits.dtype == jnp.float32
-  exact = compiled(dataclasses.replace(TINY, init_std=0.2)).apply(params, tokens)
+  exact = compiled(TINY).apply(params, tokens)
   error = np.abs(logits - exact).max()
   assert 0 < error < 0.1 * np.abs(exact).max()
   # Not rounded to bfloat16 after the sum over the width: the low bits are used.
   assert not np.array_equal(logits, logits.astype(jnp.bfloat16).astype(jnp.float32))
-  cache = model.init_cache(4, 9)
+  cache = model.init_cache(*SHAPE)
   assert {x.dtype for x in (*cache.k, *cache.v)} == {jnp.dtype("bfloat16")}
-  last, _ = model.decode(params, tokens, cache, mask=np.ones((4, 9), bool))
+  last, _ = model.decode(params, tokens, cache, mask=np.ones(SHAPE, bool))
   assert last.dtype == jnp.float32
   scorer, scorer_params = make(model.config, "scalar")
   assert scorer.apply(scorer_params, tokens).dtype == jnp.float32
@@ -500,23 +523,23 @@ def test_every_family_computes_in_bfloat16(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_forwards_are_bitwise_equal(dtype):
   model, params = make(dataclasses.replace(TINY, dtype=dtype))
-  tokens = random_tokens(4, 9)
+  tokens = random_tokens(*SHAPE)
   np.testing.assert_array_equal(model.apply(params, tokens), model.apply(params, tokens))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_shared_trunk_is_read_by_both_heads(tied):
-  config, tokens = dataclasses.replace(TINY, tied=tied), random_tokens(2, 9)
+  config, tokens = dataclasses.replace(TINY, tied=tied), random_tokens(*SHAPE)
   model, params = make(config, "both")
   trunk = {name: value for name, value in params.items() if name != "score"}
   split = {"policy": trunk, "value": {"score": params["score"]}}
   logits, values = shared_actor_critic(model)(split, tokens, last=4)
   # With one head fewer the compiler may fuse around it in another order.
   for got, head in ((logits, "language"), (values, "scalar")):
-    want = build(config, head).apply(params, tokens, last=4)
+    want = compiled(config, head).apply(params, tokens, last=4)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-  cache = model.init_cache(2, 9)
-  decoded, _ = model.decode(params, tokens, cache, mask=np.ones([2, 9], bool))
+  cache = model.init_cache(*SHAPE)
+  decoded, _ = model.decode(params, tokens, cache, mask=np.ones(SHAPE, bool))
   np.testing.assert_allclose(decoded[0], logits[:, -1], atol=1e-5)
   np.testing.assert_allclose(decoded[1], values[:, -1], atol=1e-5)
 
@@ -524,11 +547,11 @@ def test_a_shared_trunk_is_read_by_both_heads(tied):
 def test_actor_critic_runs_both_models():
   policy, policy_params = make(TINY)
   critic, critic_params = make(TINY, "scalar", seed=5)
-  tokens, segments = random_tokens(2, 6), np.ones((2, 6), np.int32)
+  tokens, segments = random_tokens(*SHAPE), np.ones(SHAPE, np.int32)
   logits, values = actor_critic(policy, critic)(
-    {"policy": policy_params, "value": critic_params}, tokens, segment_ids=segments, last=3
+    {"policy": policy_params, "value": critic_params}, tokens, segment_ids=segments, last=4
   )
-  want = policy.apply(policy_params, tokens, last=3), critic.apply(critic_params, tokens, last=3)
+  want = policy.apply(policy_params, tokens, last=4), critic.apply(critic_params, tokens, last=4)
   # With segments the mask is another array, and the compiler may fuse around it in another order.
   np.testing.assert_allclose(logits, want[0], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(values, want[1], rtol=1e-5, atol=1e-5)
@@ -538,13 +561,13 @@ def test_actor_critic_runs_both_models():
 def test_rows_of_the_embedding_that_no_token_has_get_no_probability(tied):
   plain, params = make(dataclasses.replace(TINY, tied=tied))
   known = build(plain.config, known_tokens=V - 5)
-  tokens = random_tokens(2, 6) % (V - 5)
+  tokens = random_tokens(*SHAPE) % (V - 5)
   expected = np.asarray(plain.apply(params, tokens))
   logits = jax.jit(known.apply)(params, tokens)
   np.testing.assert_allclose(logits[..., : V - 5], expected[..., : V - 5], atol=1e-6)
   assert (logits[..., V - 5 :] == -jnp.inf).all()
   last, _ = jax.jit(known.decode)(
-    params, tokens, known.init_cache(2, 6), mask=np.ones((2, 6), bool)
+    params, tokens, known.init_cache(*SHAPE), mask=np.ones(SHAPE, bool)
   )
   np.testing.assert_allclose(last, logits[:, -1], atol=1e-5)
 

@@ -27,16 +27,25 @@ TINY = ModelConfig(
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+build_once = functools.cache(build)
+
+
+@functools.cache
+def param_shapes(config, head):
+  return jax.eval_shape(build_once(config, head).init, jax.random.key(0))
+
+
 def random_params(config, head="language", seed=0):
   """Params in which every leaf is random, biases and scales too."""
   rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(build(config, head).init, jax.random.key(0))
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+  return jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), param_shapes(config, head)
+  )
 
 
 def load(folder, head=None, **kwargs):
   config, stored = hf.parse_config(folder)
-  return hf.load_params(folder, build(config, head or stored), **kwargs)
+  return hf.load_params(folder, build_once(config, head or stored), **kwargs)
 
 
 def assert_same(a, b):

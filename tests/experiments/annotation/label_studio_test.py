@@ -12,11 +12,11 @@ from rlhf_jax import data
 ITEMS = [Item(str(i), f"p{i}", (f"x{i}", f"y{i}")) for i in range(12)]
 
 
-def annotation(by, selected=None, **more):
-  """What Label Studio adds to a task when somebody has answered."""
+def annotation(by, selected=None, **columns):
+  """Makes the annotation that Label Studio adds to a task when somebody has answered."""
   pairwise = {"from_name": "comparison", "to_name": "answer1,answer2", "type": "pairwise"}
   result = [pairwise | {"id": "k", "value": {"selected": selected}}] if selected else []
-  return {"id": 1, "completed_by": by, "was_cancelled": False, "result": result, **more}
+  return {"id": 1, "completed_by": by, "was_cancelled": False, "result": result, **columns}
 
 
 def test_answers_come_back_as_they_were_given(tmp_path):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments.lab import models
 from experiments.records import card, record
 from rlhf_jax import data
 from rlhf_jax.models import build, hf
@@ -120,7 +119,7 @@ def test_a_card_says_what_its_record_does():
   assert front["pipeline_tag"] == "text-classification" and "reward-model" in front["tags"]
   assert "AutoModelForSequenceClassification" in body and "--reward.path=FOLDER" in body
   assert "# Reward model from" in body
-  _, body = split(card.card(of_run, scorer | {"id2label": {"0": models.PREFERENCE}}))
+  _, body = split(card.card(of_run, scorer | {"id2label": {"0": card.PREFERENCE}}))
   assert "# Preference model from" in body and "--preference.path=FOLDER" in body
   assert "transformers" not in body
 

@@ -14,7 +14,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def write_run(folder: pathlib.Path, script: str, summary: dict, **settings) -> str:
-  """What is left of a run that wrote no `run.json`."""
+  """Writes the files of a run without its `run.json`; returns the folder."""
   folder.mkdir(parents=True)
   identity = {"script": script, "seed": 1, "settings": settings, "data": "d1g35t"}
   (folder / "identity.json").write_text(json.dumps(identity))

@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import simulation
-from rlhf_jax.data import DataError, read_jsonl, word_level_tokenizer
+from rlhf_jax.algorithms import given
+from rlhf_jax.data import word_level_tokenizer
 from rlhf_jax.models import ModelConfig, build
-from rlhf_jax.rewards import REWARDS, model_reward, response_texts, text_reward
-from rlhf_jax.rewards.functions import final_number
-from rlhf_jax.types import Rollout
+from rlhf_jax.rewards import ensemble_reward, model_reward, response_texts, text_reward
+from rlhf_jax.types import Rollout, TokenBatch
 
 WORDS = ("the", "soup", "was", "good", "bad", ".")  # Ids 4 to 9, behind pad, bos, eos, unk.
 TOKENIZER = word_level_tokenizer(WORDS)
@@ -81,105 +80,6 @@ def test_text_reward_must_give_one_number_per_response(value, shape):
     score(rollout, ids)
 
 
-def test_gold_reward_of_the_built_in_task():
-  prompts = [row["prompt"] for row in simulation.prompts("eval", 2, seed=0)]
-  responses = ["i loved it .", "it was bad ."]
-  scores = REWARDS["gold"](prompts, responses, [{}, {}])
-  np.testing.assert_array_equal(scores, simulation.gold_reward(prompts, responses))
-  assert len(scores) == 2
-
-
-def test_sentiment():
-  pytest.importorskip("vaderSentiment")
-  texts = ["What a wonderful, happy day!", "A horrible, sad failure.", "The table is here.", ""]
-  scores = REWARDS["sentiment"](["That was bad."] * 4, texts, [{}] * 4)
-  good, bad, plain, empty = scores
-  assert 0.5 < good <= 1 and -1 <= bad < -0.5 and plain == 0 and empty == 0
-  again = REWARDS["sentiment"](["Other prompts."] * 4, texts[::-1], [{}] * 4)
-  np.testing.assert_array_equal(again, scores[::-1])
-
-
-@pytest.mark.parametrize(
-  ("text", "number"),
-  [
-    ("#### 72", 72),
-    ("He has 5 of 6.\n#### 1,234", 1234),
-    ("The answer is 72.", 72),
-    ("The answer is 72. I hope it helps with all 3 of your questions.", 72),
-    ("Answer: $-3 a day", -3),
-    ("the ANSWER is: **-$3.50**", -3.5),
-    ("$1,234.50", 1234.5),
-    (r"so \boxed{72} and not 73", 72),
-    (r"\boxed{1{,}234 \text{ cm}^2}", 1234),
-    (r"$\boxed{\frac{3}{4}}$", 0.75),
-    (r"The answer is 3, as \boxed{4} shows", 4),
-    ("#### 3\n#### 4", 4),
-    ("A: 7/14", 0.5),
-    ("first 12 eggs, then 30 eggs", 30),
-    ("It takes 120/24 = 5 hours to read 120 pages.", 5),
-    ("5 + 5 = 10\nThat makes 12 with the 2 from before", 2),
-    ("The answer is 200-130=70 dollars", 70),
-    ("The answer is 5 - 3 = 2", 2),
-    ("It fell to -5.", -5),
-    ("\N{MINUS SIGN}4", -4),
-    ("10-5", 5),
-    (".5 kg", 0.5),
-    ("3.0", 3),
-    ("2e3", 2000),
-    ("72 cm2", 72),
-    ("5 m^2", 5),
-    ("100 %", 100),
-    ("1,234,567", 1234567),
-    ("3,4", 4),
-    ("1/0", 0),
-    ("no idea", None),
-    ("The answer is unknown", None),
-    ("", None),
-    ("x1 and e5", None),
-  ],
-)
-def test_final_number(text, number):
-  assert final_number(text) == number
-
-
-def test_exact_answer_compares_numbers():
-  rows = [{"answer": "72"}, {"answer": "6 * 12 = 72\n#### 72"}, {"answer": 0.5}, {"answer": "-3"}]
-  right = ["So $72.00.", "#### 72", "A: 1/2", "The answer is -3"]
-  wrong = ["So $72.01.", "#### 27", "A: 1/3", "none"]
-  np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, right, rows), np.ones(4))
-  np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, wrong, rows), np.zeros(4))
-
-
-@pytest.mark.parametrize(
-  ("row", "problem"),
-  [
-    ({"id": "q7"}, "row q7: answer: missing"),
-    ({"answer": None}, "row 0: answer: missing"),
-    ({"answer": "yard"}, "row 0: answer: no number"),
-  ],
-)
-def test_exact_answer_needs_a_reference(row, problem):
-  with pytest.raises(DataError, match=f"{problem}; the reward exact_answer .* column `answer`"):
-    REWARDS["exact_answer"]([""], ["72"], [row])
-
-
-def test_exact_answer_agrees_with_people_on_gsm8k(shared):
-  """Model solutions with the verdict of their authors, all of which it must reproduce."""
-  path = shared / "data" / "verifiable" / "gsm8k_model_solutions.jsonl"
-  for row in read_jsonl(path):
-    texts = [response["text"] for response in row.fields["responses"]]
-    labels = [response["correct"] for response in row.fields["responses"]]
-    scores = REWARDS["exact_answer"]([""] * 4, texts, [row.fields] * 4)
-    np.testing.assert_array_equal(scores, labels, err_msg=row.where)
-
-
-def test_exact_answer_reads_solutions_that_announce_nothing(shared):
-  path = shared / "data" / "verifiable" / "gsm8k_test.jsonl"
-  rows = [row.fields for row in read_jsonl(path)]
-  scores = REWARDS["exact_answer"]([""] * len(rows), [row["solution"] for row in rows], rows)
-  assert np.mean(scores) > 0.98
-
-
 @pytest.fixture(scope="module")
 def reward_model():
   config = ModelConfig(
@@ -212,3 +112,39 @@ def test_model_reward_of_a_row_without_response_is_finite(reward_model):
   model, params = reward_model
   scores = model_reward(model.apply, params)(make_rollout([[], [BOS]], [[], []]), np.arange(2))
   np.testing.assert_array_equal(scores, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("left, right", [(0, 0), (4, 0), (0, 4), (3, 5)])
+def test_model_reward_is_the_score_in_training_whatever_the_side_of_the_padding(
+  reward_model, left, right
+):
+  model, params = reward_model
+  rng = np.random.default_rng(3)
+  rows, prompt, length = 6, 3, 9
+  end = rng.integers(prompt + 1, length + 1, (rows, 1))
+  mask = (np.arange(length) >= prompt) & (np.arange(length) < end)
+  batch = TokenBatch(rng.integers(10, size=(rows, length)).astype(np.int32), mask)
+  want = jax.jit(functools.partial(given.read_scores, model.apply))(params, batch)
+  tokens = rng.integers(10, size=(rows, left + length + right)).astype(np.int32)
+  prompt_mask, response_mask = np.zeros((2, *tokens.shape), bool)
+  tokens[:, left : left + length] = batch.tokens
+  prompt_mask[:, left : left + prompt] = True
+  response_mask[:, left : left + length] = mask
+  logprobs = np.zeros((rows, length + right - prompt), np.float32)
+  rollout = Rollout(*map(jnp.asarray, (tokens, prompt_mask, response_mask, logprobs)))
+  scores = model_reward(model.apply, params)(rollout, np.arange(rows))
+  np.testing.assert_allclose(scores, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["mean", "min", "uwo"])
+def test_an_ensemble_reduces_the_scores_of_its_models(rule):
+  scores = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+  scorers = [lambda rollout, ids, x=x: x[ids] for x in scores]
+  ids = np.array([4, 1, 1, 0])
+  want = {
+    "mean": scores.mean(axis=0),
+    "min": scores.min(axis=0),
+    "uwo": scores.mean(axis=0) - 0.3 * scores.var(axis=0),  # Coste et al., 2023, eq. 4.
+  }[rule]
+  found = ensemble_reward(scorers, rule, 0.3)(make_rollout(PROMPTS, RESPONSES), ids)
+  np.testing.assert_allclose(found, want[ids], rtol=1e-5, atol=1e-6)

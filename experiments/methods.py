@@ -1,0 +1,141 @@
+r"""Measures the table of methods on the built-in task: trains each, compares it with its start.
+
+  python -m experiments.methods --workdir=runs/methods
+One seed of two methods; all, into the tables of the pages:
+  python -m experiments.methods --workdir=runs/methods --rows=ppo,dpo --seeds=0
+  python -m experiments.methods --workdir=runs/methods --page=experiments/METHODS.md,README.md
+
+No network and no download. A method takes one to five minutes on two CPU cores, all of them an hour
+for each seed. The lines of the table are in experiments/lab/methods.csv.
+
+For each seed it trains an SFT policy and a reward model, then each method from that policy, as runs
+of their own in `workdir/seed_0/sft`, `workdir/seed_0/ppo` and so on: each is the command of the
+table, in a process of its own. At its end a run samples answers to the same 512 held-out prompts
+from its policy and from the SFT policy, which the gold reward judges.
+
+Starting the same command again continues where it was stopped. Another command with other seeds may
+run beside it in the same workdir. A method that fails is left out, and tried again the next time.
+"""
+
+import dataclasses
+import json
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+
+from experiments.lab import methods
+from rlhf_jax import entry, loop, reporting
+from rlhf_jax import workdir as workdir_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Methods to measure.
+
+  Attributes:
+    workdir: Folder for the runs.
+    rows: Names of methods, the first column of experiments/lab/methods.csv; empty takes all.
+    seeds: Seeds of the chain that each method ends.
+    page: Markdown files whose tables get the results of all runs in the workdir. What they show of
+      other methods stays.
+  """
+
+  workdir: str
+  rows: tuple[str, ...] = ()
+  seeds: tuple[int, ...] = (0, 1, 2)
+  page: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    for name in self.rows:
+      if name not in methods.METHODS:
+        raise ValueError(f"rows: {name} is not one of {', '.join(methods.METHODS)}")
+    if not self.seeds or min(self.seeds) < 0:
+      raise ValueError("seeds must be at least 0")
+    for path in self.page:
+      if not pathlib.Path(path).is_file():
+        raise ValueError(f"page: there is no file {path}")
+
+
+def measure(config: Config) -> None:
+  """Runs what has not finished, shows the results and writes them into summary.json and pages."""
+  workdir = workdir_lib.local_path(config.workdir)
+  rows = [name for name in config.rows or methods.METHODS if name != methods.START]
+  failed = []
+  for seed in config.seeds:
+    folder = workdir / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (methods.START, methods.JUDGE, *rows):
+      code = run_stage(name, folder, seed)
+      if code == loop.Preempted.exit_code:
+        raise loop.Preempted("start the same command again to continue")
+      if code:
+        failed.append(f"seed {seed}: {name} ended with exit code {code}")
+        if name not in rows:
+          break
+  results = methods.read(workdir)
+  show(results)
+  summary = {name: {s: r._asdict() for s, r in of.items()} for name, of in results.items() if of}
+  reporting.write_summary(workdir, summary)
+  for path in map(pathlib.Path, config.page):
+    workdir_lib.atomic_write(path, methods.fill(path.read_text(encoding="utf-8"), results))
+  if failed:
+    sys.exit("\n".join(failed))
+
+
+def run_stage(name: str, folder: pathlib.Path, seed: int) -> int:
+  """Runs a stage unless it has finished, and keeps its CPU minutes; returns its exit code."""
+  path = folder / f"{name}.json"
+  command = methods.METHODS[name].command if name in methods.METHODS else name
+  record = methods.read_record(path)
+  if record.get("command") != command:
+    record = {"command": command, "cpu_minutes": 0.0}
+  if record.get("code") == 0:
+    return 0
+  reporting.note(f"seed {seed}: {command}")
+  before = cpu_minutes()
+  code = run([sys.executable, "-m", *methods.words(name, folder, seed)])
+  minutes = float(record["cpu_minutes"]) + cpu_minutes() - before
+  record |= {"cpu_minutes": minutes, "code": code}
+  workdir_lib.atomic_write(path, json.dumps(record, indent=2) + "\n")
+  return code
+
+
+def cpu_minutes() -> float:
+  """Returns the processor time of all programs that have ended, which other load hardly changes."""
+  used = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return (used.ru_utime + used.ru_stime) / 60
+
+
+def run(line: list[str]) -> int:
+  """Runs a program to its end and returns its exit code.
+
+  SIGTERM is handed on to it, so that it saves. The code then is that of a run that has saved.
+  """
+  stopped = []
+  with subprocess.Popen(line) as child:
+
+    def stop(*_):
+      stopped.append(True)
+      child.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+      code = child.wait()
+    finally:
+      signal.signal(signal.SIGTERM, before)
+  return loop.Preempted.exit_code if stopped else code
+
+
+def show(results: dict[str, dict[int, methods.Result]]) -> None:
+  """Shows the table of results."""
+  table = methods.TABLES["results"]
+  cells = {
+    row[0]: dict(zip(table.head[1:], row[1:], strict=True)) for row in methods.rows(table, results)
+  }
+  reporting.show_summary("Methods, on held-out prompts", cells)
+
+
+if __name__ == "__main__":
+  entry.run_script(measure, Config)

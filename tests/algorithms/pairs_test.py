@@ -1,0 +1,109 @@
+"""Reading of pairs: sums, means, weights, and rows that hold no pair."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.algorithms import given, pairs
+from tests.algorithms import toy
+from tests.testing import pack
+
+B, T = 6, 9
+LAYOUT = [[3, 0], [5], [1, 2], [4]]
+ORDER = jnp.array([n for members in LAYOUT for n in members])
+PARAMS = toy.params_of()
+
+
+@functools.cache
+def read(config=None):
+  return jax.jit(pairs.make_read_pairs(toy.language, config))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
+def test_numbers_are_those_of_loops(alpha):
+  batch = toy.token_batch(B, 2)
+  policy = read(pairs.PairConfig(length_alpha=alpha))(PARAMS, batch)
+  logprobs, mask = given.read_tokens(toy.language, PARAMS, batch)
+  np.testing.assert_allclose(policy.logprobs, logprobs, atol=1e-6)
+  np.testing.assert_array_equal(policy.mask, mask)
+  assert policy.weights is None and policy.real.all()
+  for n in range(B):
+    rows = [np.float64(logprobs[n, side])[batch.mask[n, side]] for side in range(2)]
+    short = min(map(len, rows))
+    for side, row in enumerate(rows):
+      total = row[:short].sum() + alpha * row[short:].sum()  # Liu et al., 2024, eq. 10.
+      np.testing.assert_allclose(policy.totals[n, side], total, rtol=1e-5)
+      np.testing.assert_allclose(policy.means[n, side], total / len(row), rtol=1e-5)
+    np.testing.assert_allclose(policy.nll[n], -rows[0].mean(), rtol=1e-5)
+
+
+def test_weights_are_the_product_of_both_responses_and_constants():
+  batch = toy.token_batch(B, 2)
+  config = pairs.PairConfig(reweight=True)
+  policy = read(config)(PARAMS, batch)
+  logprobs, mask, collision = given.read_tokens(toy.language, PARAMS, batch, collision=True)
+  surprise = np.where(mask, np.float64(logprobs - collision), 0)
+  want = np.exp((surprise.sum(-1) / batch.mask.sum(-1)).sum(axis=1))  # WPO, eq. 2.
+  np.testing.assert_allclose(policy.weights, want, rtol=1e-4)
+  make = functools.partial(pairs.make_read_pairs, toy.language, config)
+  grads = jax.jit(jax.grad(lambda params: jnp.sum(make()(params, batch).weights)))(PARAMS)
+  assert not any(np.any(x) for x in jax.tree.leaves(grads))
+  rows, _ = pairs.row_metrics(jnp.ones(B), policy, policy.totals, policy.totals)
+  np.testing.assert_array_equal(rows["loss"], policy.weights)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [pairs.PairConfig(), pairs.PairConfig(length_alpha=0.3, reweight=True)],
+  ids=["plain", "weighted"],
+)
+def test_packed_pairs_are_those_of_rows_of_their_own(config):
+  batch = toy.token_batch(B, 2)
+  packed = pack(batch, LAYOUT, 2 * T)
+  want, found = read(config)(PARAMS, batch), read(config)(PARAMS, packed)
+  np.testing.assert_array_equal(found.real, packed.real.reshape(-1))
+  real = np.asarray(found.real)
+  for name in ("totals", "means", "nll", "weights"):
+    a, b = getattr(found, name), getattr(want, name)
+    if b is None:
+      assert a is None
+    else:
+      np.testing.assert_allclose(a[real], b[ORDER], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan, 1e30])
+def test_rows_without_a_pair_count_for_nothing(bad):
+  real = jnp.array([True, False, True, True])
+  rng = np.random.default_rng(0)
+  rows = {
+    name: jnp.where(real, rng.normal(size=4).astype(np.float32), bad) for name in ("loss", "x")
+  }
+  mask = rng.random((4, 2, 5)) < 0.5
+  loss, metrics = pairs.mean_metrics(dict(rows), real, mask)
+  np.testing.assert_allclose(loss, np.mean(np.asarray(rows["loss"])[[0, 2, 3]]), rtol=1e-6)
+  np.testing.assert_allclose(metrics["x"], np.mean(np.asarray(rows["x"])[[0, 2, 3]]), rtol=1e-6)
+  assert "loss" not in metrics
+  assert metrics["weight"] == 3 and metrics["tokens"] == mask.sum()
+
+
+def test_a_tie_is_half_correct():
+  policy = read()(PARAMS, toy.token_batch(3, 2))
+  rewards = jnp.float32([[1, 0], [0, 3], [2, 2]])
+  logprobs = rewards - 10
+  rows, real = pairs.row_metrics(jnp.arange(3.0), policy, logprobs, rewards)
+  assert real.all()
+  assert rows["reward/accuracy"].tolist() == [1.0, 0.0, 0.5]
+  assert rows["reward/margin"].tolist() == [1.0, -3.0, 0.0]
+  assert rows["logprobs/chosen"].tolist() == [-9.0, -10.0, -8.0]
+  assert rows["logprobs/rejected"].tolist() == [-10.0, -7.0, -8.0]
+  assert rows["loss"].tolist() == [0.0, 1.0, 2.0]
+  np.testing.assert_array_equal(rows["nll/chosen"], policy.nll)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_impossible_weights_are_refused(alpha):
+  with pytest.raises(ValueError, match="^length_alpha must be in"):
+    pairs.PairConfig(length_alpha=alpha)

@@ -1,0 +1,99 @@
+import json
+import re
+
+import pytest
+
+from experiments.lab import methods
+from experiments.lab.methods import METHODS, Result
+from tests.testing import read_flags
+
+PAGES = {"README.md": ["short"], "experiments/METHODS.md": ["methods", "results"]}
+
+
+def table(text, name):
+  """Rows of a table of a page, as lists of cells."""
+  (found,) = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end of {name} -->", text, re.DOTALL)
+  return methods.read_rows(found)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "reward_model"])
+def test_the_script_of_a_line_accepts_its_flags(name, tmp_path):
+  script, *flags = methods.words(name, tmp_path, seed=1)
+  read = read_flags(script, flags)
+  assert read.workdir == str(tmp_path / name)
+  assert read.init_from == ("" if name == "sft" else str(tmp_path / "sft"))
+  sources = [flag for flag in flags if flag.startswith(("--reward.path", "--preference.path"))]
+  assert all(flag.endswith(f"={tmp_path}/reward_model") for flag in sources)
+
+
+def test_stages_of_all_seeds_draw_rows_of_their_own(tmp_path):
+  stages = [(name, seed) for name in ("sft", "reward_model", "ppo") for seed in range(3)]
+  drawn = {methods.words(name, tmp_path, seed)[2] for name, seed in stages}
+  assert len(drawn) == len(stages)
+  # Methods are compared on the same rows, and PPO is that of the chain with the same seed.
+  assert methods.words("dpo", tmp_path, 2)[2] == methods.words("ppo", tmp_path, 2)[2] == "--seed=23"
+
+
+def test_the_tests_of_the_table_exist(repository):
+  for method in METHODS.values():
+    file, _, test = method.test.partition("::")
+    assert f"def {test}(" in (repository / "tests" / file).read_text(encoding="utf-8"), method
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_show_the_table(page, repository):
+  """With their results, whatever they are."""
+  text = (repository / page).read_text(encoding="utf-8")
+  assert methods.fill(text, {}) == text
+  assert re.findall("<!-- (\\w+) -->", text) == PAGES[page]
+
+
+def write(folder, name, minutes, summary=None):
+  folder.mkdir(exist_ok=True)
+  record = {"command": name, "cpu_minutes": minutes, "code": 0 if summary else 70}
+  (folder / f"{name}.json").write_text(json.dumps(record))
+  if summary:
+    (folder / name).mkdir()
+    (folder / name / "summary.json").write_text(json.dumps(summary))
+
+
+def summary(gold, rate):
+  rates = {
+    "gold/win_rate": rate,
+    "gold/win_rate_low": rate - 0.03,
+    "gold/win_rate_high": rate + 0.03,
+  }
+  return {"gold/mean": gold, "gold/mean_before": 4.0, "kl": 5.0, **rates}
+
+
+def test_results_are_those_of_finished_runs(tmp_path):
+  for seed, rate in ((0, 0.7), (1, 0.8)):
+    write(tmp_path / f"seed_{seed}", "sft", 1.5, {"eval/loss": 1.0})
+    write(tmp_path / f"seed_{seed}", "dpo", 2.0, summary(5.0 + seed, rate))
+  write(tmp_path / "seed_0", "kto", 2.0)  # It failed.
+  write(tmp_path / "seed_1", "ppo", 3.0, summary(6.0, 0.75))
+  results = methods.read(tmp_path)
+  assert results["dpo"][1] == pytest.approx(Result(6.0, 0.8, 0.77, 0.83, 5.0, 2.0))
+  assert results["sft"][0] == Result(4.0, 0.5, 0.5, 0.5, 0.0, 1.5)
+  assert not results["kto"]
+  page = methods.fill("a\n<!-- results -->\n| method |\n<!-- end of results -->\nb\n", results)
+  assert page.startswith("a\n") and page.endswith("\nb\n")
+  _, _, sft, dpo, ppo = table(page, "results")
+  assert sft == ["SFT", "4.00 / 4.00", "0.50 / 0.50", "0.50", "0.0 / 0.0", "1.5 / 1.5"]
+  # The mean of two means with intervals of 0.03 is known to 0.03 / sqrt(2).
+  assert dpo == ["DPO", "5.00 / 6.00", "0.70 / 0.80", "0.75 ± 0.02", "5.0 / 5.0", "2.0 / 2.0"]
+  assert ppo == ["PPO", "– / 6.00", "– / 0.75", "0.75 ± 0.03", "– / 5.0", "– / 3.0"]
+
+
+@pytest.mark.parametrize("name", ["results", "short"])
+def test_results_of_other_methods_stay(name):
+  empty = f"<!-- {name} -->\n<!-- end of {name} -->"
+  of_dpo, of_kto = ({0: Result(5.0, rate, 0.6, 0.8, 4.0, 2.0)} for rate in (0.7, 0.72))
+  page = methods.fill(methods.fill(empty, {"dpo": of_dpo}), {"kto": of_kto})
+  assert page == methods.fill(empty, {"dpo": of_dpo, "kto": of_kto})
+  assert "0.70 ± 0.10" in page and "0.72 ± 0.10" in page
+
+
+def test_other_places_of_a_page_stay_as_they_are():
+  page = "<!-- other -->\n| a |\n<!-- end of other -->\n"
+  assert methods.fill(page, {}) == page

@@ -1,0 +1,125 @@
+import json
+import pathlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from experiments import methods
+from rlhf_jax import loop
+
+SUMMARY = {
+  "gold/mean": 6.0,
+  "gold/mean_before": 4.0,
+  "kl": 5.0,
+  "gold/win_rate": 0.7,
+  "gold/win_rate_low": 0.66,
+  "gold/win_rate_high": 0.74,
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """The stages that were started, of which those in `codes` end with that exit code."""
+  stages, codes = [], {}
+
+  def run(line):
+    assert line[:2] == [sys.executable, "-m"]
+    workdir = line[3].removeprefix("--workdir=")
+    name = workdir.rpartition("/")[2]
+    stages.append(name)
+    if not codes.get(name):
+      pathlib.Path(workdir).mkdir(exist_ok=True)
+      (pathlib.Path(workdir) / "summary.json").write_text(json.dumps(SUMMARY))
+    return codes.get(name, 0)
+
+  monkeypatch.setattr(methods, "run", run)
+  return stages, codes
+
+
+def test_what_has_finished_is_not_started_again(started, tmp_path, capsys):
+  stages, codes = started
+  config = methods.Config(str(tmp_path), rows=("dpo", "kto"), seeds=(0,))
+  codes["dpo"] = 70
+  with pytest.raises(SystemExit, match="seed 0: dpo ended with exit code 70"):
+    methods.measure(config)
+  assert stages == ["sft", "reward_model", "dpo", "kto"]
+  assert "KTO" in capsys.readouterr().err
+  codes.clear()
+  stages.clear()
+  methods.measure(config)
+  assert stages == ["dpo"]
+  assert {"sft", "dpo", "kto"} == set(json.loads((tmp_path / "summary.json").read_text()))
+
+
+def test_a_preempted_run_stops_the_others(started, tmp_path):
+  stages, codes = started
+  codes["dpo"] = loop.Preempted.exit_code
+  with pytest.raises(loop.Preempted):
+    methods.measure(methods.Config(str(tmp_path), rows=("dpo", "kto")))
+  assert stages == ["sft", "reward_model", "dpo"]
+
+
+def test_a_seed_without_its_start_is_left_out(started, tmp_path):
+  stages, codes = started
+  codes["reward_model"] = 1
+  with pytest.raises(SystemExit):
+    methods.measure(methods.Config(str(tmp_path), rows=("dpo",), seeds=(0, 1)))
+  assert stages == ["sft", "reward_model"] * 2
+
+
+def test_pages_get_the_results(started, tmp_path):
+  page = tmp_path / "page.md"
+  page.write_text("<!-- results -->\n<!-- end of results -->\n")
+  methods.measure(methods.Config(str(tmp_path / "run"), ("ppo",), seeds=(0, 1), page=(str(page),)))
+  assert "| PPO | 6.00 / 6.00 | 0.70 / 0.70 | 0.70 ± 0.03 |" in page.read_text()
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [({"rows": ("best",)}, "dr_grpo"), ({"seeds": (-1,)}, "seeds"), ({"page": ("x.md",)}, "x.md")],
+)
+def test_bad_settings_are_refused(settings, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    methods.Config(str(tmp_path), **settings)
+
+
+def test_sigterm_reaches_the_run(tmp_path):
+  ready = tmp_path / "ready"
+  program = (
+    "import pathlib, signal, sys, time\n"
+    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    f"pathlib.Path({str(ready)!r}).touch()\n"
+    "time.sleep(60)\n"
+  )
+
+  def stop():
+    while not ready.exists():
+      time.sleep(0.01)
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  threading.Thread(target=stop, daemon=True).start()
+  assert methods.run([sys.executable, "-c", program]) == 75
+  assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_a_method_is_measured(monkeypatch, run_script, sft_run, reward_run, tmp_path):
+  """With small runs, of which those before the method are there already."""
+  finished = {"sft": sft_run, "reward_model": reward_run}
+
+  def run(line):
+    script, workdir, flags = line[2].removeprefix("experiments."), line[3].split("=")[1], line[4:]
+    if script in finished:
+      (tmp_path / "seed_0" / script).symlink_to(finished[script])
+      return 0
+    return run_script(script, workdir, *flags, "--sampling.max_new_tokens=8").code
+
+  monkeypatch.setattr(methods, "run", run)
+  methods.measure(methods.Config(str(tmp_path), rows=("ppo",), seeds=(0,)))
+  results = json.loads((tmp_path / "summary.json").read_text())
+  assert 0 <= results["ppo"]["0"]["low"] <= results["ppo"]["0"]["win_rate"] <= 1
+  assert results["ppo"]["0"]["cpu_minutes"] > 0

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+
+from rlhf_jax import simulation
+from rlhf_jax.data import DataError, read_jsonl
+from rlhf_jax.rewards import REWARDS
+from rlhf_jax.rewards.functions import final_number
+
+
+def test_gold_reward_of_the_built_in_task():
+  prompts = [row["prompt"] for row in simulation.prompts("eval", 2, seed=0)]
+  responses = ["i loved it .", "it was bad ."]
+  scores = REWARDS["gold"](prompts, responses, [{}, {}])
+  np.testing.assert_array_equal(scores, simulation.gold_reward(prompts, responses))
+  assert len(scores) == 2
+
+
+def test_sentiment():
+  pytest.importorskip("vaderSentiment")
+  texts = ["What a wonderful, happy day!", "A horrible, sad failure.", "The table is here.", ""]
+  scores = REWARDS["sentiment"](["That was bad."] * 4, texts, [{}] * 4)
+  good, bad, plain, empty = scores
+  assert 0.5 < good <= 1 and -1 <= bad < -0.5 and plain == 0 and empty == 0
+  again = REWARDS["sentiment"](["Other prompts."] * 4, texts[::-1], [{}] * 4)
+  np.testing.assert_array_equal(again, scores[::-1])
+
+
+@pytest.mark.parametrize(
+  ("text", "number"),
+  [
+    ("#### 72", 72),
+    ("He has 5 of 6.\n#### 1,234", 1234),
+    ("The answer is 72.", 72),
+    ("The answer is 72. I hope it helps with all 3 of your questions.", 72),
+    ("Answer: $-3 a day", -3),
+    ("the ANSWER is: **-$3.50**", -3.5),
+    ("$1,234.50", 1234.5),
+    (r"so \boxed{72} and not 73", 72),
+    (r"\boxed{1{,}234 \text{ cm}^2}", 1234),
+    (r"$\boxed{\frac{3}{4}}$", 0.75),
+    (r"The answer is 3, as \boxed{4} shows", 4),
+    ("#### 3\n#### 4", 4),
+    ("A: 7/14", 0.5),
+    ("first 12 eggs, then 30 eggs", 30),
+    ("It takes 120/24 = 5 hours to read 120 pages.", 5),
+    ("5 + 5 = 10\nThat makes 12 with the 2 from before", 2),
+    ("The answer is 200-130=70 dollars", 70),
+    ("The answer is 5 - 3 = 2", 2),
+    ("It fell to -5.", -5),
+    ("\N{MINUS SIGN}4", -4),
+    ("10-5", 5),
+    (".5 kg", 0.5),
+    ("3.0", 3),
+    ("2e3", 2000),
+    ("72 cm2", 72),
+    ("5 m^2", 5),
+    ("100 %", 100),
+    ("1,234,567", 1234567),
+    ("3,4", 4),
+    ("1/0", 0),
+    ("no idea", None),
+    ("The answer is unknown", None),
+    ("", None),
+    ("x1 and e5", None),
+  ],
+)
+def test_final_number(text, number):
+  assert final_number(text) == number
+
+
+def test_exact_answer_compares_numbers():
+  rows = [{"answer": "72"}, {"answer": "6 * 12 = 72\n#### 72"}, {"answer": 0.5}, {"answer": "-3"}]
+  right = ["So $72.00.", "#### 72", "A: 1/2", "The answer is -3"]
+  wrong = ["So $72.01.", "#### 27", "A: 1/3", "none"]
+  np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, right, rows), np.ones(4))
+  np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, wrong, rows), np.zeros(4))
+
+
+@pytest.mark.parametrize(
+  ("row", "problem"),
+  [
+    ({"id": "q7"}, "row q7: answer: missing"),
+    ({"answer": None}, "row 0: answer: missing"),
+    ({"answer": "yard"}, "row 0: answer: no number"),
+  ],
+)
+def test_exact_answer_needs_a_reference(row, problem):
+  with pytest.raises(DataError, match=f"{problem}; the reward exact_answer .* column `answer`"):
+    REWARDS["exact_answer"]([""], ["72"], [row])
+
+
+def test_exact_answer_agrees_with_people_on_gsm8k(shared):
+  """Model solutions with the verdict of their authors, all of which it must reproduce."""
+  path = shared / "data" / "verifiable" / "gsm8k_model_solutions.jsonl"
+  for row in read_jsonl(path):
+    texts = [response["text"] for response in row.fields["responses"]]
+    labels = [response["correct"] for response in row.fields["responses"]]
+    scores = REWARDS["exact_answer"]([""] * 4, texts, [row.fields] * 4)
+    np.testing.assert_array_equal(scores, labels, err_msg=row.where)
+
+
+def test_exact_answer_reads_solutions_that_announce_nothing(shared):
+  path = shared / "data" / "verifiable" / "gsm8k_test.jsonl"
+  rows = [row.fields for row in read_jsonl(path)]
+  scores = REWARDS["exact_answer"]([""] * len(rows), [row["solution"] for row in rows], rows)
+  assert np.mean(scores) > 0.98

@@ -1,0 +1,281 @@
+"""Functions that settings name as `module:function`: found, refused, fingerprinted."""
+
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import user
+from rlhf_jax.algorithms.dpo import DPOConfig
+from rlhf_jax.rewards import one_number_each
+
+ARGUMENTS = ("prompts", "responses", "rows")
+GOOD = """
+import statistics
+
+class Scorer:
+  pass
+
+class Length:
+  def __call__(self, prompts, responses, rows):
+    return [len(r) for r in responses]
+
+def score(prompts, responses, rows):
+  return [float(len(r)) for r in responses]
+
+def with_option(prompts, responses, rows, scale=1.0):
+  return [scale] * len(responses)
+
+def of_anything(*args, **kwargs):
+  return [0.0]
+
+def of_two(prompts, responses):
+  return [0.0]
+
+def needs_more(prompts, responses, rows, tokenizer):
+  return [0.0]
+
+def loss(pw, pl, rw, rl, *, beta):
+  return -beta * ((pw - rw) - (pl - rl))
+
+by_length = Length()
+constant = 3
+in_c = print
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """The working directory, whose modules are forgotten afterwards."""
+  known = set(sys.modules)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+  monkeypatch.setattr(user, "_resolved", {})
+  monkeypatch.delenv("PYTHONPATH", raising=False)
+  (tmp_path / "my_parts.py").write_text(GOOD)
+  yield tmp_path
+  for name in set(sys.modules) - known:
+    if name.startswith("my_"):
+      del sys.modules[name]
+
+
+def resolve(name, arguments=ARGUMENTS, keywords=()):
+  return user.resolve("name", name, {"gold": max}, arguments, keywords)
+
+
+@pytest.mark.parametrize("function", ["score", "with_option", "of_anything", "by_length", "in_c"])
+def test_a_function_of_the_working_directory(folder, function):
+  path = list(sys.path)
+  assert resolve(f"my_parts:{function}") is getattr(sys.modules["my_parts"], function)
+  # Behind everything else: a file of the folder never stands in for an installed module.
+  assert sys.path == [*path, str(folder)]
+  resolve(f"my_parts:{function}")
+  assert sys.path == [*path, str(folder)]
+
+
+def test_a_function_of_a_package_and_of_the_running_script(folder, monkeypatch):
+  (folder / "my_package").mkdir()
+  (folder / "my_package" / "rewards.py").write_text(GOOD)
+  assert resolve("my_package.rewards:score")([], ["ab"], []) == [2.0]
+  main = types.ModuleType("__main__")
+  main.score = lambda prompts, responses, rows: [1.0]
+  monkeypatch.setitem(sys.modules, "__main__", main)
+  assert resolve("__main__:score") is main.score
+
+
+@pytest.mark.parametrize(
+  "name, message",
+  [
+    ("silver", "name must be one of gold, or module:function of your own; got 'silver'"),
+    ("my_parts.py:score", "module of FOLDER/my_file.py is my_file, with FOLDER as the working"),
+    ("./my_parts:score", "name must be a key or module:function"),
+    ("my_parts:", "name must be a key or module:function"),
+    ("my_parts:score()", "name must be a key or module:function"),
+    ("my_parts:a.b", "name must be a key or module:function"),
+    ("my_parts:scroe", "my_parts.py has no function scroe; did you mean score?"),
+    ("my_parts:nothing_like_it", "my_parts.py has no function nothing_like_it$"),
+    ("my_parts:constant", "my_parts.py has no function constant"),
+    ("my_parts:Scorer", "Scorer is a class: name a function, or an object that can be called"),
+    ("my_parts:of_two", r"must take \(prompts, responses, rows\), .*too many positional"),
+    ("my_parts:needs_more", r"must take \(prompts, .*missing a required argument: 'tokenizer'"),
+    ("my_absent:score", r"no module my_absent in \S*0, on PYTHONPATH \(empty\) or among the inst"),
+    ("my_parts.deep:score", "there is no module my_parts.deep in"),
+  ],
+)
+def test_a_name_that_is_refused(folder, name, message):
+  with pytest.raises(ValueError, match=message) as refusal:
+    resolve(name)
+  assert str(refusal.value).startswith("name")
+  assert "\n" not in str(refusal.value)
+
+
+def test_keywords_are_a_part_of_what_it_must_take(folder):
+  four = ("a", "b", "c", "d")
+  assert resolve("my_parts:loss", four, ["beta"])
+  with pytest.raises(ValueError, match=r"must take \(a, b, c, d, gamma=\)"):
+    resolve("my_parts:loss", four, ["gamma"])
+
+
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("import torch_of_another_kind", r"my_bad.py:1: ModuleNotFoundError: No module named 'torch_o"),
+    ("\n\nx = 1 / 0", "my_bad.py:3: ZeroDivisionError: division by zero"),
+    ("import json\njson.loads('{')", "my_bad.py:2: JSONDecodeError: "),
+    ("def f(:", r"SyntaxError: .*\(my_bad.py, line 1\)"),
+    ("import sys\nsys.exit(2)", "ends the process; put what it runs under if __name__"),
+  ],
+)
+def test_a_module_that_fails_names_its_line(folder, source, message):
+  (folder / "my_bad.py").write_text(source)
+  with pytest.raises(ValueError, match=f"name=my_bad:f cannot be imported: .*{message}"):
+    resolve("my_bad:f")
+
+
+def test_pythonpath_is_named_where_it_was_searched(folder, monkeypatch):
+  monkeypatch.setenv("PYTHONPATH", "/somewhere/else")
+  with pytest.raises(ValueError, match=r"PYTHONPATH \(/somewhere/else\)"):
+    resolve("my_absent:score")
+
+
+def test_the_digest_is_that_of_the_file_as_it_was_imported(folder):
+  settings = {"reward.name": "my_parts:score", "data.tfds": "my_other:train", "steps": 3}
+  assert user.digests(settings) == {}  # Only what a setting has resolved is looked at.
+  resolve("my_parts:score")
+  first = hashlib.sha256(GOOD.encode()).hexdigest()
+  assert user.digests(settings) == {"file of --reward.name": first}
+  assert "my_other" not in sys.modules
+  # An edit while the process runs does not change what it runs; a reload does.
+  (folder / "my_parts.py").write_text(GOOD + "# Edited, and longer.\n")
+  resolve("my_parts:score")
+  assert user.digests(settings) == {"file of --reward.name": first}
+  importlib.reload(sys.modules["my_parts"])
+  resolve("my_parts:score")
+  assert user.digests(settings) not in ({}, {"file of --reward.name": first})
+
+
+def test_a_module_that_the_file_imports_is_not_covered(folder):
+  (folder / "my_words.py").write_text("WORDS = 1\n")
+  (folder / "my_sum.py").write_text("import my_words\ndef score(prompts, responses, rows): ...\n")
+  resolve("my_sum:score")
+  before = user.digests({"reward.name": "my_sum:score"})
+  (folder / "my_words.py").write_text("WORDS = 2\n")
+  importlib.reload(sys.modules["my_words"])
+  assert user.digests({"reward.name": "my_sum:score"}) == before != {}
+
+
+def test_functions_without_a_source_have_no_digest(folder):
+  user.resolve("name", "builtins:print", {}, ("values",))
+  assert user.digests({"reward.name": "builtins:print"}) == {}
+
+
+def results():
+  return [
+    ([1, 2, 3], None),
+    (np.arange(3), None),
+    (jnp.ones(3, jnp.bfloat16), None),
+    ([True, False, True], None),
+    (2.0, r"gave shape \(\) for 3 responses; it must return one number per response"),
+    ([1.0, 2.0], r"gave shape \(2,\) for 3 responses"),
+    ([[1.0]] * 3, r"gave shape \(3, 1\) for 3 responses"),
+    ([1.0, float("nan"), 2.0], r"gave no finite number: nan for response 1, 'bbb'"),
+    ([1.0, None, 2.0], "gave no finite number: nan for response 1"),
+    ([1.0, 2.0, -np.inf], "gave no finite number: -inf for response 2"),
+    ([1.0, 2.0, 1e39], "gave no finite number: inf for response 2"),
+    (["1", "2", "3"], "gave a list without numbers; it must return one number"),
+    ({"a": 1}, "gave a dict without numbers"),
+    (None, r"gave (a NoneType without numbers|shape \(\))"),
+    ((x for x in "abc"), "gave a generator without numbers"),
+    ([[1.0], [1.0, 2.0], []], "gave a list without numbers"),
+  ]
+
+
+@pytest.mark.parametrize("values, message", results())
+def test_results_of_a_reward(values, message):
+  def of_mine(): ...
+
+  if message is None:
+    numbers = one_number_each(values, ["a", "bbb", "c"], of_mine)
+    assert numbers.shape == (3,) and numbers.dtype == np.float32
+    return
+  with pytest.raises(user.ResultError, match=f"reward function of_mine {message}"):
+    one_number_each(values, ["a", "bbb", "c"], of_mine)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+def test_results_of_a_preference(value):
+  message = f"outside \\[0, 1\\]: {value} for pair 1, 'b'"
+  with pytest.raises(user.ResultError, match=message):
+    one_number_each([0.5, value], ["a", "b"], max, pairs=True)
+
+
+LOSSES = """
+import jax
+import jax.numpy as jnp
+
+def squared(pw, pl, rw, rl, *, beta):
+  return (beta * ((pw - rw) - (pl - rl)) - 1) ** 2
+
+def mean(pw, pl, rw, rl, *, beta):
+  return jnp.mean(pw - pl)
+
+def column(pw, pl, rw, rl, *, beta):
+  return (pw - pl)[:, None]
+
+def whole(pw, pl, rw, rl, *, beta):
+  return (pw > pl).astype(int)
+
+def pair(pw, pl, rw, rl, *, beta):
+  return pw - pl, {}
+
+def nothing(pw, pl, rw, rl, *, beta):
+  pw - pl
+
+def branches(pw, pl, rw, rl, *, beta):
+  if pw[0] > pl[0]:
+    return pw
+  return pl
+
+def without_beta(pw, pl, rw, rl):
+  return pw
+"""
+
+
+def test_a_loss_is_used_as_it_is(folder):
+  (folder / "my_losses.py").write_text(LOSSES)
+  config = DPOConfig(loss="my_losses:squared", beta=0.5)
+  assert config.loss == "my_losses:squared"
+  with pytest.raises(ValueError, match="label_smoothing is not defined for loss=my_losses:squared"):
+    DPOConfig(loss="my_losses:squared", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+  "function, message",
+  [
+    ("mean", r"gave float32\[\] for 3 pairs; it must return float\[3\], one loss per pair"),
+    ("column", r"gave float32\[3, 1\] for 3 pairs"),
+    ("whole", r"gave int32\[3\] for 3 pairs"),
+    ("pair", "gave tuple for 3 pairs"),
+    ("nothing", "gave NoneType for 3 pairs"),
+    ("branches", r"cannot be traced: \S*my_losses.py:24: TracerBoolConversionError"),
+    ("without_beta", r"must take \(policy_chosen, policy_rejected, .*, beta=\)"),
+  ],
+)
+def test_a_loss_that_is_refused_before_anything_is_compiled(folder, function, message):
+  (folder / "my_losses.py").write_text(LOSSES)
+  with pytest.raises(ValueError, match=f"loss=my_losses:{function} {message}"):
+    DPOConfig(loss=f"my_losses:{function}")
+
+
+def test_the_check_of_a_loss_touches_no_device(folder, repository):
+  """Several processes have not met when settings are read, and no device may be used before."""
+  (folder / "my_losses.py").write_text(LOSSES)
+  code = "from rlhf_jax.algorithms.dpo import DPOConfig; DPOConfig(loss='my_losses:squared')"
+  env = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "none_that_exists"}
+  subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, check=True)

@@ -1,7 +1,9 @@
 r"""Fine-tunes a policy on preference pairs without a reference: SimPO, ORPO, CPO.
 
-Built-in task, from the SFT model (two minutes on a laptop CPU):
+Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.6):
   python -m experiments.simpo --workdir=runs/simpo --init_from=runs/sft
+Held to the chosen responses by their likelihood (win rate about 0.7):
+  --simpo.sft_coef=1 --optim.learning_rate=1e-4
 Your model and data (rows with prompt, chosen, rejected), by ORPO:
   python -m experiments.simpo --workdir=runs/orpo --init_from=FOLDER --data.path=FILE.jsonl \
     --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1 --optim.learning_rate=1e-6
@@ -46,7 +48,7 @@ class Config(loop.RunConfig):
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
   simpo: SimPOConfig = SimPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  optim: OptimConfig = OptimConfig(learning_rate=3e-5)
   lora: LoRAConfig = LoRAConfig()
 
 

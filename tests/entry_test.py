@@ -1,12 +1,14 @@
 import ctypes
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import pytest
 
 from rlhf_jax import entry
+from tests.testing import forked
 
 _FATAL = "FATAL Flags parsing error:"
 _SCRIPT = '''
@@ -68,14 +70,42 @@ class Config:
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory, repository):
+def toy(tmp_path_factory):
   path = tmp_path_factory.mktemp("script") / "toy.py"
   path.write_text(_SCRIPT.format(dataclasses=_DATACLASSES).lstrip())
+  return path
+
+
+@pytest.fixture(scope="module")
+def started_script(toy, repository):
+  """Runs the script as a user does."""
 
   def run(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(path), *args]
+    command = [sys.executable, str(toy), *args]
     env = os.environ | {"PYTHONPATH": str(repository)}
     return subprocess.run(command, capture_output=True, text=True, env=env)
+
+  return run
+
+
+def _main(*args: str) -> None:
+  """In the forked process: what `python ARGS` does in the folder of its output."""
+  for number, name in ((1, "stdout"), (2, "stderr")):
+    with open(pathlib.Path(args[0]).with_name(name), "wb") as file:
+      os.dup2(file.fileno(), number)
+  sys.argv = list(args)
+  runpy.run_path(args[0], run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def script(toy):
+  """Runs the script in a process that has imported what it imports."""
+
+  def run(*args: str) -> subprocess.CompletedProcess:
+    process = forked(_main, str(toy), *args)
+    process.join()
+    output = [toy.with_name(name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(args, process.exitcode, *output)
 
   return run
 
@@ -116,8 +146,8 @@ def test_script_exit_codes(script, args, code, last_line):
   assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)
 
 
-def test_script_flags_replay(script, tmp_path):
-  first = script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
+def test_script_flags_replay(started_script, tmp_path):
+  first = started_script(f"--workdir={tmp_path}", "--dpo.beta=0.5", "--verbosity=0")
   assert (first.returncode, first.stdout) == (0, "[] 0.5\n"), first.stderr
   lines = pathlib.Path(tmp_path, "flags").read_text().splitlines()
   assert lines == [
@@ -127,7 +157,7 @@ def test_script_flags_replay(script, tmp_path):
     "--steps=10",
     f"--workdir={tmp_path}",
   ]
-  assert script(f"--flagfile={tmp_path}/flags").stdout == first.stdout
+  assert started_script(f"--flagfile={tmp_path}/flags").stdout == first.stdout
 
 
 _FAULTS = """

@@ -11,7 +11,7 @@ DEFAULTS = {
   "reinforce_pp.kl_coef": 0.2,
   "reinforce_pp.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "reinforce_pp.kl_coef": [0.05, 0.1, 0.2]}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "reinforce_pp.kl_coef": [0.1, 0.2, 0.3]}
 
 
 def space(trial):

@@ -127,17 +127,22 @@ def start_here():
 
 
 @pytest.fixture(scope="session")
-def shared_run(tmp_path_factory, start_here):
-  """`shared_run(name, script, *flags, devices=1)`: workdir of a run that all workers share."""
+def shared_root(tmp_path_factory) -> pathlib.Path:
+  """Folder that all workers share."""
   root = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
-    root = root.parent
+  return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_root, start_here):
+  """`shared_run(name, script, *flags, devices=1)`: workdir of a run that all workers share."""
 
   def run(name, script, *flags, devices: int = 1) -> pathlib.Path:
-    with filelock.FileLock(root / f"{name}.lock"):
-      if not (root / name / "summary.json").exists():
-        start_here(script, root / name, *flags, devices=devices)
-    return root / name
+    workdir = shared_root / name
+    with filelock.FileLock(shared_root / f"{name}.lock"):
+      if not (workdir / "summary.json").exists():
+        start_here(script, workdir, *flags, devices=devices)
+    return workdir
 
   return run
 

@@ -25,14 +25,14 @@ MESHES = {
 
 def first_flags(script, sft_run, devices=2):
   every = (f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1")
-  own = ("--reward.name=gold", "--ppo.packed_length=64") if script == "ppo" else ()
+  own = ("--reward.name=gold", "--rollout.packed_length=64") if script == "ppo" else ()
   mesh = MESHES.get((script, devices), "data:1")
   return (f"--init_from={sft_run}", f"--mesh={mesh}", *every, *own)
 
 
 @pytest.fixture(scope="session")
 def whole(shared_run, sft_run):
-  """Script -> its run in one process, which nothing interrupts."""
+  """Script -> its run in one process, this one, which nothing interrupts."""
 
   def run(script, devices=2) -> pathlib.Path:
     flags = first_flags(script, sft_run, devices)

@@ -2,8 +2,9 @@
 
 import json
 import math
+import pathlib
 import shutil
-import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from tests.experiments.methods import METHODS, SETTINGS, judges_of
-from tests.testing import full, read_configs, refusal
+from tests.testing import full, read_configs, refusal, wait_for
 
 STEPS = 6
 
@@ -25,7 +26,7 @@ def flags_of(sft_run, reward_run):
   """`flags_of(script)`: flags that put a training script behind those before it."""
 
   def flags(script) -> list[str]:
-    given = [f"--steps={STEPS}", "--log_every=1"]
+    given = [f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1"]
     given += [word.format(reward=reward_run) for word in SETTINGS.get(script, ())]
     if script != "sft":
       given.append(f"--init_from={sft_run}")
@@ -38,9 +39,29 @@ def flags_of(sft_run, reward_run):
 
 
 @pytest.fixture(scope="session")
-def whole(shared_run, flags_of):
-  """`whole(script)`: workdir of a run that nothing stops."""
-  return lambda script: shared_run(f"whole_{script}", script, *flags_of(script))
+def whole(shared_root, shared_run, flags_of):
+  """`whole(script)`: workdir of a run that nothing stops; see `middle`."""
+
+  def run(script) -> pathlib.Path:
+    name, write = f"whole_{script}", writers.RunWriter.write
+
+    def write_and_copy(writer, step, scalars):
+      write(writer, step, scalars)
+      copy = middle(shared_root / name)
+      if step == 4 and not copy.exists():
+        # The checkpoint is written while the run goes on.
+        wait_for(lambda: list((shared_root / name).glob("**/checkpoints/3")), 60)
+        shutil.copytree(shared_root / name, copy)
+
+    with mock.patch.object(writers.RunWriter, "write", write_and_copy):
+      return shared_run(name, script, *flags_of(script))
+
+  return run
+
+
+def middle(workdir):
+  """Copy of the workdir of a whole run as a kill in its fifth step would leave it."""
+  return workdir.with_name(f"{workdir.name}.middle")
 
 
 def lines_of(workdir):
@@ -55,31 +76,17 @@ def assert_same_end(workdir, whole):
     assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def stopping(write, after):
-  """`write`, with a SIGTERM once the line of a step is written, which is in the step after it."""
-
-  def write_and_stop(writer, step, scalars):
-    write(writer, step, scalars)
-    if step == after:
-      signal.raise_signal(signal.SIGTERM)
-
-  return write_and_stop
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", METHODS)
-def test_a_stopped_run_ends_with_the_same_bits(
-  script, tmp_path, flags_of, whole, start_here, monkeypatch, capsys
+def test_a_run_that_stopped_ends_with_the_same_bits(
+  script, tmp_path, flags_of, whole, start_here, capsys
 ):
-  workdir, flags = tmp_path / "stopped", flags_of(script)
-  with monkeypatch.context() as patch:
-    patch.setattr(writers.RunWriter, "write", stopping(writers.RunWriter.write, after=2))
-    with pytest.raises(loop.Preempted, match=f"saved step 3 of {STEPS}"):
-      start_here(script, workdir, *flags)
-  assert not (workdir / "export").exists()
-  start_here(script, workdir, *flags)
+  expected = whole(script)
+  shutil.copytree(middle(expected), tmp_path / "run")
+  assert not (tmp_path / "run" / "export").exists()
+  start_here(script, tmp_path / "run", *flags_of(script))
   assert "continuing from step 3" in capsys.readouterr().err
-  assert_same_end(workdir, whole(script))
+  assert_same_end(tmp_path / "run", expected)
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import collections
 import re
 
 import numpy as np
@@ -130,8 +131,8 @@ def test_unknown_annotator_is_refused():
 def word_features(prompt, response):
   """Counts of words, and the same with the sign of the demanded tone: `[2 V]`."""
   tone = simulation.parse_prompt(prompt).tone
-  words = response.split()
-  counts = np.asarray([words.count(word) for word in simulation.WORDS], float)
+  present = collections.Counter(response.split())
+  counts = np.asarray([present.get(word, 0) for word in simulation.WORDS], float)
   return np.concatenate([counts, tone * counts])
 
 
@@ -144,8 +145,9 @@ def test_a_proxy_learned_from_preferences_can_be_over_optimised():
     ]
   )
   proxy = np.zeros(x.shape[1])
-  for _ in range(500):
-    proxy += 0.2 * (x.T @ (1 / (1 + np.exp(x @ proxy))) / len(x) - 1e-3 * proxy)
+  for _ in range(500):  # By einsum: the threads of BLAS wait for each other on busy processors.
+    wrong = 1 / (1 + np.exp(np.einsum("nf,f", x, proxy)))
+    proxy += 0.2 * (np.einsum("nf,n", x, wrong) / len(x) - 1e-3 * proxy)
   assert np.mean(x @ proxy > 0) > 0.7
 
   proxy_start, proxy_end, gold_start, gold_end = [], [], [], []

@@ -106,6 +106,12 @@ def test_sigterm_reaches_the_run(tmp_path):
   assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_minutes_are_those_that_a_run_takes():
+  before = methods.cpu_minutes()
+  assert methods.run([sys.executable, "-c", "sum(range(10**6))"]) == 0
+  assert methods.cpu_minutes() > before
+
+
 @pytest.mark.slow
 def test_a_method_is_measured(monkeypatch, run_script, sft_run, reward_run, tmp_path):
   """With small runs, of which those before the method are there already."""
@@ -122,4 +128,3 @@ def test_a_method_is_measured(monkeypatch, run_script, sft_run, reward_run, tmp_
   methods.measure(methods.Config(str(tmp_path), rows=("ppo",), seeds=(0,)))
   results = json.loads((tmp_path / "summary.json").read_text())
   assert 0 <= results["ppo"]["0"]["low"] <= results["ppo"]["0"]["win_rate"] <= 1
-  assert results["ppo"]["0"]["cpu_minutes"] > 0

@@ -67,8 +67,8 @@ def test_a_kill_while_sampling_loses_no_scored_response(tmp_path, start_here, sf
   (two / grow / "summary.json").unlink()
   start_here("rest", two, *flags)
   assert (two / name).read_bytes().startswith(before)
-  for name in (name, "export/model.safetensors", "metrics.jsonl"):
-    assert (one / name).read_bytes() == (two / name).read_bytes(), name
+  for path in (name, "export/model.safetensors", "metrics.jsonl"):
+    assert (one / path).read_bytes() == (two / path).read_bytes(), path
 
 
 def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, start_here, sft_run):

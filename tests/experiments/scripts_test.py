@@ -260,7 +260,7 @@ def test_a_trained_policy_answers_and_is_judged(tmp_path, whole, sft_run):
   ppo, sampling = str(whole("ppo")), SamplingConfig(max_new_tokens=8, samples_per_prompt=3)
   prompt = "write a brief review of the film"
   config = generate.Config(ppo, prompt=prompt, sampling=sampling)
-  rows = generate.run_samples(loop.Session(str(tmp_path / "generate")), config)
+  rows = generate.generate(loop.Session(str(tmp_path / "generate")), config)
   assert [row["prompt"] for row in rows] == [prompt] * 3
   assert len({row["response"] for row in rows}) > 1
   config = evaluate.Config(

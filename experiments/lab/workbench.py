@@ -295,13 +295,13 @@ def open(
   with loop.open_run(session, spare=spare) as run:
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
-      _save_flags(run, config)
+      save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
-    _save_flags(run, config)  # A continued run may have been given more steps.
+    save_flags(run, config)  # A continued run may have been given more steps.
 
 
-def _save_flags(run: loop.Run, config: Any) -> None:
+def save_flags(run: loop.Run, config: Any) -> None:
   """Writes the flags that repeat a run, also of one that was started from Python."""
   if processes.is_first():
     flags.save_configs(run.workdir / "flags", run.session, config)

@@ -50,7 +50,7 @@ def whole(shared_root, shared_run, flags_of):
       copy = middle(shared_root / name)
       if step == 4 and not copy.exists():
         # The checkpoint is written while the run goes on.
-        wait_for(lambda: list((shared_root / name).glob("**/checkpoints/3")), 60)
+        wait_for(lambda: list((shared_root / name).glob("**/checkpoints/3.digest.json")), 60)
         shutil.copytree(shared_root / name, copy)
 
     with mock.patch.object(writers.RunWriter, "write", write_and_copy):

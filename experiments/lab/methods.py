@@ -105,7 +105,7 @@ def mean_win_rate(results: Results) -> str:
 def by_seed(results: Results, field: str, digits: int) -> str:
   """Returns a metric of seed 0, 1 and so on, with a dash for one that was not run."""
   values = (results[i]._asdict()[field] if i in results else None for i in range(max(results) + 1))
-  return " / ".join("–" if x is None else f"{x:.{digits}f}" for x in values)
+  return " / ".join("–" if x is None or math.isnan(x) else f"{x:.{digits}f}" for x in values)
 
 
 class Table(NamedTuple):

@@ -1,9 +1,9 @@
 """The terminal: start panel, progress, samples and summary.
 
 Messages go to stderr. On a terminal they are drawn with rich; anywhere else (a log file, a pod's
-log collector) the same facts are plain lines. Only the first process speaks. Text that a model or
-a data file wrote is made harmless before it is shown: it can neither move the cursor nor be read
-as markup.
+log collector, a notebook) the same facts are plain lines. Only the first process speaks. Text that
+a model or a data file wrote is made harmless before it is shown: it can neither move the cursor nor
+be read as markup.
 """
 
 import json
@@ -36,7 +36,8 @@ def _on_terminal() -> bool:
 
 
 def _plain(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
+  # A notebook shows stderr as if something had gone wrong.
+  print(line, file=sys.stdout if _CONSOLE.is_jupyter else sys.stderr, flush=True)
 
 
 def note(text: str) -> None:

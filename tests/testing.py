@@ -233,17 +233,23 @@ def _read(script: str, words: Sequence[str]) -> tuple[absl_flags.FlagValues, lis
   return registry, [read() for read in readers]
 
 
+@contextlib.contextmanager
+def on_devices(count: int) -> Iterator[None]:
+  """Runs that are opened inside use the first devices, not all of this process."""
+  make_mesh = sharding.make_mesh
+
+  def make(spec: str = "", devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    return make_mesh(spec, jax.devices()[:count] if devices is None else devices)
+
+  with mock.patch.object(sharding, "make_mesh", make):
+    yield
+
+
 def start(script: str, *words: str, devices: int = 1) -> Any:
   """Runs `experiments.SCRIPT` in this process, on some of its devices; returns what it returns."""
   module = f"experiments.{script}"
-  session, config = read_configs(module, words)
-  make_mesh = sharding.make_mesh
-
-  def make(spec: str = "", given: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    return make_mesh(spec, jax.devices()[:devices] if given is None else given)
-
-  with mock.patch.object(sharding, "make_mesh", make):
-    return importlib.import_module(module).train(session, config)
+  with on_devices(devices):
+    return importlib.import_module(module).train(*read_configs(module, words))
 
 
 def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:

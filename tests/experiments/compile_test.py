@@ -10,10 +10,9 @@ from experiments import compile as compile_script
 from experiments.lab import case, plans
 from rlhf_jax import sharding
 from rlhf_jax.models import ModelConfig, build
-from tests.experiments.methods import METHODS, SETTINGS, judges_of
+from tests.experiments.methods import METHODS, SETTINGS, SIZES, judges_of
 from tests.testing import full, read_configs
 
-NEW = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
 SHORT = (
   "--data.max_prompt_length=16",
   "--data.max_response_length=16",
@@ -42,7 +41,7 @@ def traced(script, *words):
       shapes = function.lower(*args, **kwargs).out_info
     return sharding.abstract(shapes, sharding.replicated(opened.bench.run.mesh))
 
-  flags = [*NEW, *SHORT, *sampled(script), *words]
+  flags = [*SIZES, *SHORT, *sampled(script), *words]
   _, config = read_configs(
     "experiments.compile", [f"--algorithm={script}", "--topology=v5e:2x2", *flags]
   )

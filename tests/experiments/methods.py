@@ -43,10 +43,10 @@ SETTINGS = {
   ),
 }
 _ROWS = ("--data.rows=64", "--data.eval_rows=8")
-_TINY = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
+SIZES = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
 # What the fields of a training script's config do not say.
 _PARTICULAR = {
-  "sft": _TINY,
+  "sft": SIZES,
   "rest": ("--prompts=16", "--sampling.samples_per_prompt=4", "--rest.quantiles=0.3,0.6"),
   "evaluate": (*_ROWS, "--sampling.max_new_tokens=8"),
   "rlhf": (

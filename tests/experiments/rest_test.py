@@ -59,16 +59,16 @@ def test_a_kill_while_sampling_loses_no_scored_response(tmp_path, start_here, sf
   flags = (f"--init_from={sft_run}", *FLAGS[:1], *FLAGS[2:], "--grow_steps=1", "--prompts=64")
   one, two = tmp_path / "whole", tmp_path / "killed"
   start_here("rest", one, *flags)
-  grow, name = "grow_0", "grow_0/responses.jsonl"
-  shutil.copytree(one / grow, two / grow)
-  lines = (one / name).read_bytes().splitlines(keepends=True)
+  shutil.copytree(one / "grow_0", two / "grow_0")
+  (two / "grow_0" / "summary.json").unlink()
+  path = two / "grow_0" / "responses.jsonl"
+  lines = path.read_bytes().splitlines(keepends=True)
   before = b"".join(lines[:150])
-  (two / name).write_bytes(before + lines[150][:20])
-  (two / grow / "summary.json").unlink()
+  path.write_bytes(before + lines[150][:20])
   start_here("rest", two, *flags)
-  assert (two / name).read_bytes().startswith(before)
-  for path in (name, "export/model.safetensors", "metrics.jsonl"):
-    assert (one / path).read_bytes() == (two / path).read_bytes(), path
+  assert path.read_bytes().startswith(before)
+  for name in ("grow_0/responses.jsonl", "export/model.safetensors", "metrics.jsonl"):
+    assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, start_here, sft_run):

@@ -1,0 +1,91 @@
+"""Values of pairs, held-out prompts, and answers side by side."""
+
+import numpy as np
+import pytest
+
+from experiments.lab import evaluating
+from rlhf_jax import data
+
+
+def dataset(kind, *examples, texts=None):
+  arrays = [{name: np.int32(ids) for name, ids in example.items()} for example in examples]
+  rows = [{"prompt_text": text} for text in texts or ["p"] * len(examples)]
+  return data.from_examples(kind, arrays, rows)
+
+
+def test_values_of_pairs_and_of_rankings():
+  pairs = dataset(
+    "preferences",
+    {"prompt": [1], "chosen": [1, 2, 3], "rejected": [1]},
+    {"prompt": [1], "chosen": [1], "rejected": [1, 2]},
+  )
+  values = np.float32([[1, 0], [2, 5]])
+  np.testing.assert_array_equal(evaluating.compared(pairs, values), values)
+  np.testing.assert_array_equal(evaluating.compared_lengths(pairs), [[3, 1], [1, 2]])
+  assert evaluating.length_baseline(pairs) == {"eval/length_baseline": 0.5}
+  assert evaluating.length_baseline(dataset("preferences")) == {}
+  rankings = dataset(
+    "rankings",
+    {
+      "prompt": [1],
+      "response_0": [1],
+      "response_1": [1, 2],
+      "response_2": [1, 2, 3],
+      "ranks": [0, 1, 1],
+    },
+    {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
+  )
+  values = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
+  np.testing.assert_array_equal(evaluating.compared(rankings, values), [[3, 2], [3, 4], [1, 0]])
+
+
+def test_each_prompt_is_answered_once():
+  pairs = dataset(
+    "preferences",
+    *({"prompt": [n] * n, "chosen": [1], "rejected": [2]} for n in (1, 3, 1, 2)),
+    texts=["a", "b", "a", "c"],
+  )
+  prompts = evaluating.as_prompts(pairs, 2)
+  assert prompts.kind == "prompts"
+  assert [row["prompt_text"] for row in prompts.rows] == ["a", "b"]
+  assert [len(example["prompt"]) for example in prompts.examples] == [1, 3]
+  assert prompts.padded_length == 3
+  assert len(evaluating.as_prompts(pairs, 9).rows) == 3
+
+
+def test_the_end_of_a_run_measures_once():
+  steps = []
+  measure = evaluating.once_per_step(lambda state, step: steps.append(step) or state)
+  assert [measure("a", 2), measure("b", 2), measure("c", 4), measure("d", 2)] == [
+    "a",
+    "a",
+    "c",
+    "d",
+  ]
+  assert steps == [2, 4, 2]
+
+
+@pytest.mark.parametrize("rewards", [{}, {"reward": 1.0, "gold": 2.0}], ids=["none", "two"])
+def test_answers_side_by_side_with_and_without_a_reward(rewards):
+  values = {name: np.array([value]) for name, value in rewards.items()}
+  one = np.ones(1)
+  samples = evaluating.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
+  (row,) = evaluating.side_by_side(samples, samples)
+  assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")
+
+
+def test_two_judged_policies():
+  def samples(rewards, kl):
+    fields = {"lengths": np.full(4, 2.0), "ended": np.array([True, True, False, False])}
+    return evaluating.Samples(["p"] * 4, ["r"] * 4, {"gold": rewards}, kl=kl, **fields)
+
+  before = samples(np.array([0.0, 0, 0, 0]), np.zeros(4))
+  after = samples(np.array([1.0, 1, 1, -1]), np.ones(4))
+  metrics = evaluating.compare(before, after)
+  assert (metrics["gold/mean"], metrics["gold/mean_before"]) == (0.5, 0.0)
+  assert metrics["gold/win_rate"] == 0.75
+  assert metrics["gold/win_rate_low"] < 0.75 < metrics["gold/win_rate_high"]
+  assert (metrics["kl"], metrics["length"], metrics["eos_fraction"]) == (1.0, 2.0, 0.5)
+  table = evaluating.comparison_table(before, after)
+  assert table["gold (mean)"] == {"start": 0.0, "trained": 0.5}
+  assert table["KL to the start, nats"]["trained"] == 1.0

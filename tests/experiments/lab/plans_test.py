@@ -1,0 +1,84 @@
+"""The ladder of memory, and the search for a mesh, with a compiler that is made up."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from experiments import dpo, preference_model
+from experiments.lab import models, plans
+from rlhf_jax import flags, preflight, sharding
+from tests.experiments.methods import METHODS
+
+CONFIG = dpo.Config(batch_size=8, model=models.ModelOptions(layers=1, width=32, heads=2))
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_micro_batches_are_a_setting_of_the_method(script):
+  config = plans.script_of(script).Config()
+  name = plans.settings_name(config)
+  if name:
+    changed = dataclasses.replace(getattr(config, name), microbatches=2)
+    assert getattr(dataclasses.replace(config, **{name: changed}), name).microbatches == 2
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+  """`compiler(fits)`: plans that fit, or are refused at a program; the ones that were tried."""
+  tried = []
+
+  def install(verdict, seconds=lambda mesh: 1.0):
+    def compile_plan(algorithm, mesh, config, absent):
+      rung = (config.model.remat, getattr(getattr(config, algorithm), "microbatches", 1))
+      tried.append((mesh, *rung))
+      stopped = verdict(mesh, *rung)
+      program = preflight.Program("train", 1, 1, 1, 0, 0.0, 0.0, {}, {"compute": seconds(mesh)})
+      refused = f"{stopped}: too large" if stopped else ""
+      return plans.Plan(mesh, *rung, [program], refused, stopped)
+
+    monkeypatch.setattr(plans, "compile_plan", compile_plan)
+    return tried
+
+  return install
+
+
+def test_the_first_rung_that_fits_is_taken(compiler):
+  tried = compiler(lambda mesh, remat, parts: "" if remat == "full" and parts == 2 else "train")
+  plan = plans.climb("dpo", "data:1", CONFIG, None)
+  assert (plan.remat, plan.microbatches, plan.refused) == ("full", 2, "")
+  assert [rung[1:] for rung in tried] == [("none", 1), ("dots", 1), ("full", 1), ("full", 2)]
+
+
+def test_no_rung_helps_a_program_without_gradients(compiler):
+  tried = compiler(lambda mesh, remat, parts: "reshard")
+  assert plans.climb("dpo", "data:1", CONFIG, None).refused
+  assert len(tried) == 1
+
+
+def test_rungs_that_do_not_split_the_batch_are_left_out(compiler, monkeypatch):
+  tried = compiler(lambda mesh, remat, parts: "train")
+  monkeypatch.setattr(plans, "settings_name", lambda config: "")  # No micro-batches.
+  plan = plans.climb("preference_model", "data:1", preference_model.Config(), None)
+  assert (plan.remat, plan.refused) == ("full", "train: too large")
+  assert [rung[1] for rung in tried] == ["none", "dots", "full"]
+
+
+def test_plans_that_fit_come_first_and_the_fastest_of_them(compiler, monkeypatch):
+  times = {"data:4": 3.0, "fsdp:4": 2.0, "tensor:4": 1.0, "data:2,fsdp:2": 0.5}
+  compiler(lambda mesh, *rung: "reshard" if mesh == "tensor:4" else "", times.__getitem__)
+  monkeypatch.setattr(plans, "promising", lambda *args: list(times))
+  ranked = plans.search("dpo", "", 3, CONFIG, plans.Slice(range(4), None, {}))
+  assert [plan.mesh for plan in ranked] == ["fsdp:4", "data:4", "tensor:4"]
+  (only,) = plans.search("dpo", "data:4", 3, CONFIG, plans.Slice(range(4), None, {}))
+  assert only.mesh == "data:4"
+
+
+def test_meshes_divide_the_batch_and_the_model(monkeypatch):
+  monkeypatch.setattr(sharding, "is_absent", lambda mesh: True)
+  absent = plans.Slice(jax.devices()[:4], preflight.CHIPS["v5e"], {})
+  specs = plans.promising("dpo", CONFIG, absent)
+  assert {"data:4", "fsdp:4", "data:2,fsdp:2", "fsdp:2,tensor:2"} <= set(specs)
+  assert not any("tensor:4" in spec for spec in specs)  # Two heads.
+  odd = dataclasses.replace(CONFIG, batch_size=3)
+  with pytest.raises(flags.UsageError, match="no mesh of 4 chips divides --batch_size=3"):
+    plans.search("dpo", "", 1, odd, absent)

@@ -1,0 +1,19 @@
+"""Responses written by hand."""
+
+import numpy as np
+
+from rlhf_jax.types import Rollout
+
+
+def rollout_of(responses, prompt=(5,)):
+  """Rollout of token lists, each behind the same prompt and padded to the longest."""
+  longest = max(map(len, responses))
+  shape = (len(responses), len(prompt) + longest)
+  tokens, on = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  for row, response in enumerate(responses):
+    tokens[row, : len(prompt)] = prompt
+    tokens[row, len(prompt) : len(prompt) + len(response)] = response
+    on[row, len(prompt) : len(prompt) + len(response)] = True
+  prompts = np.zeros(shape, bool)
+  prompts[:, : len(prompt)] = True
+  return Rollout(tokens, prompts, on, np.zeros((len(responses), longest), np.float32))

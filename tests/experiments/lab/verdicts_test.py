@@ -1,0 +1,63 @@
+"""Agreement of a preference model, and cycles among triples of responses."""
+
+import numpy as np
+import pytest
+
+from experiments.lab import verdicts
+from rlhf_jax import data, loop, simulation
+from rlhf_jax.data import DataConfig
+
+TOKENIZER = data.word_level_tokenizer(simulation.WORDS)
+
+
+def comparisons(*rows):
+  """Comparisons of responses of some lengths, with the preference for the first one."""
+  examples = [
+    {"prompt": np.int32([1]), "a": np.int32([1] * a), "b": np.int32([2] * b), "preference": [p]}
+    for a, b, p in rows
+  ]
+  return data.from_examples("comparisons", examples, [{}] * len(examples))
+
+
+def test_accuracy_leaves_out_ties_and_the_loss_does_not():
+  dataset = comparisons((3, 1, 1.0), (1, 2, 1.0), (2, 1, 0.0), (1, 1, 0.5))
+  logits = np.float32([2.0, -1.0, -3.0, 4.0])
+  summary = verdicts.judge(dataset, logits)
+  assert summary["accuracy"] == pytest.approx(2 / 3)
+  assert summary["length_baseline"] == pytest.approx(1 / 3)
+  assert (summary["comparisons"], summary["ties"]) == (4, 1)
+  share = np.array([1, 1, 0, 0.5])
+  right = 1 / (1 + np.exp(-logits.astype(float)))
+  loss = -(share * np.log(right) + (1 - share) * np.log(1 - right))
+  assert summary["log_loss"] == pytest.approx(loss.mean(), rel=1e-5)
+  assert summary["confidence_in_ties"] == pytest.approx(1 / (1 + np.exp(-4)))
+  assert "confidence_in_ties" not in verdicts.judge(comparisons((1, 2, 1.0)), logits[:1])
+
+
+def test_a_cycle_is_a_violation():
+  places = [(0, 1, 2), (3, 4, 5)]
+  # a > b, b > c, c > a; and a > b, b > c, a > c.
+  assert verdicts.violations(places, np.array([1, 1, 0, 1, 1, 1])) == 0.5
+  assert verdicts.violations(places[1:], np.array([1, 1, 0, 1, 1, 1])) == 0.0
+
+
+@pytest.mark.parametrize(("annotator", "cyclic"), [("panel", True), ("expert", False)])
+def test_majorities_of_the_panel_are_cyclic_and_those_of_the_expert_are_not(annotator, cyclic):
+  config = DataConfig(eval_rows=256, annotator=annotator)
+  none = comparisons()
+  met = []
+
+  def logits_of(dataset):
+    met.append(dataset)
+    return np.ones(len(dataset.examples))  # It always prefers the first.
+
+  shares = verdicts.cycles(loop.Session("x"), config, none, TOKENIZER, logits_of)
+  assert shares["triples"] > 10
+  assert (shares["violations_of_votes"] > 0.05) == cyclic
+  assert 0 <= shares["violations"] <= 1
+  assert len(met[0].examples) >= 3
+
+
+def test_rows_without_triples_have_no_cycles():
+  config = DataConfig(path="rows.jsonl")
+  assert verdicts.cycles(loop.Session("x"), config, comparisons(), TOKENIZER, len) == {}

@@ -45,7 +45,7 @@ def test_tokens_beyond_the_clip_keep_their_gradient():
   rollout = rollout._replace(logprobs=rollout.logprobs - 1)  # All ratios are near e.
   scores = np.random.default_rng(1).normal(size=8).astype(np.float32)
   scores[scores < 0] -= 1  # No group of equal ones.
-  read, found = reading.make_read(toy.language), {}
+  read, grads = reading.make_read(toy.language), {}
   for module, config in (
     (grpo, grpo.GRPOConfig(kl_coef=0.0, clip_high=0.2)),
     (cispo, cispo.CISPOConfig(kl_coef=0.0, clip_high=0.2, average="responses")),
@@ -54,7 +54,7 @@ def test_tokens_beyond_the_clip_keep_their_gradient():
     # Of a clipped surrogate only good tokens that have become likely lose theirs.
     good = batch._replace(mask=batch.mask & (batch.advantages > 0))
     loss = functools.partial(module.loss_fn, read=read, config=config)
-    found[module], metrics = jax.jit(functools.partial(gradients, loss))(
+    grads[module], metrics = jax.jit(functools.partial(gradients, loss))(
       params, good, jax.random.key(0)
     )
     assert metrics["clip_fraction"] == 1
@@ -67,6 +67,6 @@ def test_tokens_beyond_the_clip_keep_their_gradient():
     return -jnp.sum(means) / jnp.sum(rows)
 
   want = jax.jit(jax.grad(weighted))(params)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found[cispo], want)
-  assert max(np.abs(x).max() for x in jax.tree.leaves(found[cispo])) > 0.01
-  assert not any(np.any(x) for x in jax.tree.leaves(found[grpo]))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), grads[cispo], want)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(grads[cispo])) > 0.01
+  assert not any(np.any(x) for x in jax.tree.leaves(grads[grpo]))

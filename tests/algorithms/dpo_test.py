@@ -135,9 +135,9 @@ def test_padding_and_microbatches_change_nothing(settings, weighting):
   for poison, parts in ((0, 1), (7, 1), (7, 3)):
     poisoned = rows._replace(tokens=np.where(np.arange(T) > end, np.int32(poison), rows.tokens))
     batch = dpo.DPOBatch(poisoned, read_ref(weighting)(REF, poisoned).totals)
-    found = run(POLICY, batch, jax.random.key(0), parts)
-    want = want or found
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, want)
+    result = run(POLICY, batch, jax.random.key(0), parts)
+    want = want or result
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result, want)
 
 
 @pytest.mark.parametrize(

@@ -50,15 +50,15 @@ def test_a_packed_update_is_that_of_padded_rows():
     ppo.make_ppo_step(toy.actor_critic, tx, config, temperature=0.7),
     epochs.make_packed_step(make_step, config, 12),
   )
-  found = []
+  results = []
   for step in steps:
     state = state_of(params, tx)
     for _ in range(2):
       state, metrics = step(state, batch, jax.random.key(0))
-    found.append((state, metrics))
-  before, after = (metrics.pop("padding") for _, metrics in found)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
-  assert found[1][1]["skipped_steps"] == 0
+    results.append((state, metrics))
+  before, after = (metrics.pop("padding") for _, metrics in results)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
+  assert results[1][1]["skipped_steps"] == 0
   real = real_of(batch)
   np.testing.assert_allclose(before, 1 - real / (32 * LENGTH), rtol=1e-5)
   np.testing.assert_allclose(after, 1 - real / (4 * numbers[-1] * 12), rtol=1e-5)
@@ -70,7 +70,7 @@ def test_a_packed_update_of_a_transformer_with_both_heads():
   batch, _ = batch_of()
   apply = shared_actor_critic(build(TINY_MODEL, head="both"))
   params = {"policy": tiny_params(), "value": {"score": tiny_params("scalar")["score"]}}
-  tx, found = optax.sgd(0.1), []
+  tx, results = optax.sgd(0.1), []
   for step in (
     ppo.make_ppo_step(apply, tx, config),
     epochs.make_packed_step(
@@ -79,8 +79,8 @@ def test_a_packed_update_of_a_transformer_with_both_heads():
   ):
     state, metrics = step(state_of(params, tx), batch, jax.random.key(0))
     assert metrics.pop("padding") > 0
-    found.append((state, metrics))
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+    results.append((state, metrics))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_programs_are_as_few_as_numbers_of_rows():

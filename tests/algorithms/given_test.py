@@ -65,11 +65,11 @@ def test_packed_tokens_are_those_of_rows_of_their_own(sides):
   batch = toy.token_batch(B, *sides)
   packed = pack(batch, LAYOUT, 2 * T)
   want = read_tokens(toy.language, POLICY, batch, collision=True)
-  found = read_tokens(toy.language, POLICY, packed, collision=True)
+  result = read_tokens(toy.language, POLICY, packed, collision=True)
   places = packed.real.shape[1]
   for row, members in enumerate(LAYOUT):
     for place in range(places):
-      logprobs, mask, collision = (np.asarray(x)[row * places + place] for x in found)
+      logprobs, mask, collision = (np.asarray(x)[row * places + place] for x in result)
       if place >= len(members):
         assert not mask.any()
         continue
@@ -84,8 +84,8 @@ def test_scores_are_read_at_the_end_of_each_response():
   assert scores.shape == (B, 3)
   for i in np.ndindex(B, 3):
     n = np.flatnonzero(batch.mask[i])[-1] + 1
-    alone = toy.scores(JUDGE, jnp.asarray(batch.tokens[i][:n])[None])[0, -1]
-    np.testing.assert_allclose(scores[i], alone, atol=1e-5)
+    single = toy.scores(JUDGE, jnp.asarray(batch.tokens[i][:n])[None])[0, -1]
+    np.testing.assert_allclose(scores[i], single, atol=1e-5)
 
 
 @pytest.mark.parametrize("extra", [1, 6])
@@ -101,10 +101,10 @@ def test_packed_scores_are_those_of_rows_of_their_own():
   batch = toy.token_batch(B, 2)
   packed = pack(batch, LAYOUT, 2 * T)
   want = read_scores(toy.scores, JUDGE, batch)
-  found = np.asarray(read_scores(toy.scores, JUDGE, packed))
+  result = np.asarray(read_scores(toy.scores, JUDGE, packed))
   order = [n for members in LAYOUT for n in members]
-  np.testing.assert_allclose(found[packed.real.reshape(-1)], want[jnp.array(order)], atol=1e-5)
-  assert not found[~packed.real.reshape(-1)].any()
+  np.testing.assert_allclose(result[packed.real.reshape(-1)], want[jnp.array(order)], atol=1e-5)
+  assert not result[~packed.real.reshape(-1)].any()
 
 
 def test_each_response_of_a_ranking_is_read_once():

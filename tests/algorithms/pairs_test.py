@@ -63,11 +63,11 @@ def test_weights_are_the_product_of_both_responses_and_constants():
 def test_packed_pairs_are_those_of_rows_of_their_own(config):
   batch = toy.token_batch(B, 2)
   packed = pack(batch, LAYOUT, 2 * T)
-  want, found = read(config)(PARAMS, batch), read(config)(PARAMS, packed)
-  np.testing.assert_array_equal(found.real, packed.real.reshape(-1))
-  real = np.asarray(found.real)
+  want, result = read(config)(PARAMS, batch), read(config)(PARAMS, packed)
+  np.testing.assert_array_equal(result.real, packed.real.reshape(-1))
+  real = np.asarray(result.real)
   for name in ("totals", "means", "nll", "weights"):
-    a, b = getattr(found, name), getattr(want, name)
+    a, b = getattr(result, name), getattr(want, name)
     if b is None:
       assert a is None
     else:

@@ -53,8 +53,8 @@ def test_log_probabilities_are_those_of_the_sampler(temperature):
   mask = np.asarray(rollout.response_mask[:, P:])
   for packed in (None, reading.Packing(13)):
     now = jax.jit(reading.make_read(policy.apply, temperature, packed))(params, rollout)
-    found = np.where(mask, now.logprobs, 0)
-    np.testing.assert_allclose(found, rollout.logprobs, atol=1e-5)
+    result = np.where(mask, now.logprobs, 0)
+    np.testing.assert_allclose(result, rollout.logprobs, atol=1e-5)
   # At another temperature this would show.
   wrong = jax.jit(reading.make_read(policy.apply, 1.3))(params, rollout)
   assert np.abs(np.where(mask, wrong.logprobs - rollout.logprobs, 0)).max() > 0.1
@@ -87,13 +87,13 @@ def test_without_a_critic_values_are_zero(packed):
   policy = toy.params_of()
   params = {"policy": policy, "value": toy.score_params()}
   rollout = toy.rollout_of(policy, 4)
-  alone = jax.jit(reading.make_read(toy.language, 0.7, packed))(policy, rollout)
+  single = jax.jit(reading.make_read(toy.language, 0.7, packed))(policy, rollout)
   both = jax.jit(reading.make_actor_critic_read(toy.actor_critic, 0.7, packed))(params, rollout)
   mask = rollout.response_mask[:, toy.P :]
-  alone, both = (reading.Reading(*(np.asarray(x)[mask] for x in now)) for now in (alone, both))
-  assert not alone.values.any() and both.values.all()
-  np.testing.assert_array_equal(alone.logprobs, both.logprobs)
-  np.testing.assert_array_equal(alone.entropy, both.entropy)
+  single, both = (reading.Reading(*(np.asarray(x)[mask] for x in now)) for now in (single, both))
+  assert not single.values.any() and both.values.all()
+  np.testing.assert_array_equal(single.logprobs, both.logprobs)
+  np.testing.assert_array_equal(single.entropy, both.entropy)
 
 
 def test_packing_changes_no_number_and_no_gradient_on_a_mesh():
@@ -106,7 +106,7 @@ def test_packing_changes_no_number_and_no_gradient_on_a_mesh():
   rollout = sharding.place_batch(rollout._replace(response_mask=short), mesh)
   places = sharding.named_shardings(params, mesh, sharding.DECODER_RULES)
   params = jax.device_put(jax.device_get(params), places)
-  mask, found = rollout.response_mask[:, P:], []
+  mask, results = rollout.response_mask[:, P:], []
   for packed in (None, reading.Packing(13, 8)):
     read = reading.make_actor_critic_read(apply, 0.7, packed)
 
@@ -114,10 +114,10 @@ def test_packing_changes_no_number_and_no_gradient_on_a_mesh():
       now = [jnp.where(mask, x, 0.0) for x in read(params, rollout)]
       return sum(jnp.sum(jnp.sin(x)) for x in now), now
 
-    found.append(jax.jit(jax.value_and_grad(total, has_aux=True))(params))
-  ((_, want), _), _ = found
+    results.append(jax.jit(jax.value_and_grad(total, has_aux=True))(params))
+  ((_, want), _), _ = results
   assert all(np.abs(x).max() > 0.1 for x in want)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *found)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *results)
 
 
 def test_sequences_without_room_are_not_numbers():

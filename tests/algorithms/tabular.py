@@ -195,14 +195,14 @@ def equilibrium(tau):
 
 def judged(params, opponent, key, *, count, tau, rows=512):
   """`rows` prompts, all alike, with `count` samples each that met one of the opponent."""
-  own_key, other_key = jax.random.split(key)
-  own = sample_rollout(params, own_key, rows * count)
+  key, other_key = jax.random.split(key)
+  responses = sample_rollout(params, key, rows * count)
   other = sequence_of(sample_rollout(opponent, other_key, rows))
-  wins = jnp.asarray(PREFERENCE)[sequence_of(own), jnp.repeat(other, count)]
+  wins = jnp.asarray(PREFERENCE)[sequence_of(responses), jnp.repeat(other, count)]
   split = lambda x: x.reshape(rows, count, *x.shape[1:])  # noqa: E731
   return opponents.OpponentBatch(
-    rollout=jax.tree.map(split, own),
-    ref_logprobs=split(token_logprobs(REF["policy"], own)),
+    rollout=jax.tree.map(split, responses),
+    ref_logprobs=split(token_logprobs(REF["policy"], responses)),
     preference=split(wins),
     tau=jnp.full(rows, tau),
   )

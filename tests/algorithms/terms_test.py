@@ -72,7 +72,7 @@ def test_the_bonus_adds_the_gradient_of_calibration_responses(coef):
 
 def test_each_term_gets_its_part_of_the_batch_and_the_key():
   def loss_fn(params, batch, key):
-    return params * batch, {"key": jax.random.key_data(key), "loss/own": params}
+    return params * batch, {"key": jax.random.key_data(key), "loss/policy": params}
 
   def term_fn(params, sequences, key):
     return params * sequences**2, {"key": -1, "ignored": 0}
@@ -81,7 +81,7 @@ def test_each_term_gets_its_part_of_the_batch_and_the_key():
   key = jax.random.key(3)
   loss, metrics = total(2.0, terms.WithSequences(3.0, 4.0), key)
   assert loss == 2 * 3 + 0.5 * 2 * 16
-  assert metrics.keys() == {"key", "loss/own", "loss/term"}
+  assert metrics.keys() == {"key", "loss/policy", "loss/term"}
   assert metrics["loss/term"] == 32.0
   np.testing.assert_array_equal(metrics["key"], jax.random.key_data(key))
 

@@ -15,8 +15,8 @@ def test_what_no_token_predicts_is_not_scored():
   expected = np.array([[0, 1, 1, 0, 1, 0, 1], [0, 0, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]], bool)
   np.testing.assert_array_equal(packing.predicted(mask, jnp.asarray(SEGMENTS)), expected)
   np.testing.assert_array_equal(packing.predicted(jnp.asarray(MASK), SEGMENTS), MASK & expected)
-  whole = packing.predicted(mask)
-  assert not whole[:, 0].any() and whole[:, 1:].all()
+  unpacked = packing.predicted(mask)
+  assert not unpacked[:, 0].any() and unpacked[:, 1:].all()
 
 
 def test_reductions_of_unpacked_rows_are_those_of_segments():
@@ -28,9 +28,9 @@ def test_reductions_of_unpacked_rows_are_those_of_segments():
   sums, last = masked.masked_sum(values, mask, axis=1), masked.last_real(values, mask)
   for b in range(3):
     for s in range(4):
-      own = [t for t in range(7) if SEGMENTS[b, t] == s + 1 and MASK[b, t]]
-      np.testing.assert_allclose(sums[4 * b + s], x[b, own].sum(), rtol=1e-6)
-      np.testing.assert_allclose(last[4 * b + s], x[b, own[-1]] if own else 0.0)
+      places = [t for t in range(7) if SEGMENTS[b, t] == s + 1 and MASK[b, t]]
+      np.testing.assert_allclose(sums[4 * b + s], x[b, places].sum(), rtol=1e-6)
+      np.testing.assert_allclose(last[4 * b + s], x[b, places[-1]] if places else 0.0)
 
 
 def test_pairs_are_unpacked_side_by_side():
@@ -57,8 +57,8 @@ def test_first_fit_is_that_of_a_loop_and_keeps_its_bound(longest, row_length):
   for seed in range(20):
     lengths = np.random.default_rng(seed).integers(1, longest + 1, 24)
     rows, starts, used = slow_first_fit(lengths, row_length)
-    found = run(jnp.asarray(lengths), row_length)
-    np.testing.assert_array_equal(found, (rows, starts))
+    result = run(jnp.asarray(lengths), row_length)
+    np.testing.assert_array_equal(result, (rows, starts))
     assert used <= -(-24 // (row_length // longest))
 
 

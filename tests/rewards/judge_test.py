@@ -56,15 +56,15 @@ def sigmoid(x):
 
 def test_both_orders_cancel_the_preference_for_a_place():
   judge = judge_with(1.5, principles=["Which is better?"])
-  found = judge.verdicts(["p", "p"], ["good", "x"], ["y", "x"])
-  np.testing.assert_allclose(found.first[:, 0], [sigmoid(1.5 + 0.8), sigmoid(1.5)], rtol=1e-5)
+  verdicts = judge.verdicts(["p", "p"], ["good", "x"], ["y", "x"])
+  np.testing.assert_allclose(verdicts.first[:, 0], [sigmoid(1.5 + 0.8), sigmoid(1.5)], rtol=1e-5)
   np.testing.assert_allclose(
-    found.second[:, 0], [1 - sigmoid(1.5 - 0.8), 1 - sigmoid(1.5)], rtol=1e-5
+    verdicts.second[:, 0], [1 - sigmoid(1.5 - 0.8), 1 - sigmoid(1.5)], rtol=1e-5
   )
-  np.testing.assert_allclose(found.preference[1], 0.5, atol=1e-6)
-  np.testing.assert_allclose(found.preference[0], 0.62, atol=0.01)  # One order alone says .91.
-  assert found.position_bias > 0.5
-  assert found.consistency == 0.0
+  np.testing.assert_allclose(verdicts.preference[1], 0.5, atol=1e-6)
+  np.testing.assert_allclose(verdicts.preference[0], 0.62, atol=0.01)  # One order alone says .91.
+  assert verdicts.position_bias > 0.5
+  assert verdicts.consistency == 0.0
   fair = judge_with(0.0, principles=["Which is better?"])
   assert fair.verdicts(["p"], ["good"], ["y"]).position_bias == pytest.approx(0.0, abs=1e-6)
   np.testing.assert_allclose(fair(["p"], ["good"], ["y"]), sigmoid(0.8), rtol=1e-5)

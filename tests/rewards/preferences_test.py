@@ -53,9 +53,9 @@ def test_a_response_that_was_cut_gets_an_end():
   prompts, responses = [[5], [5]], [[6, 7, 8, 10], [6]]
   a, b = rollout_of(prompts, responses, end=False), rollout_of(prompts, responses)
   tokens, mask = map(np.asarray, rewards.join_pairs(a, b, EOS))
-  whole = tokens[0, 0][: mask[0, 0].sum() + 1].tolist()
+  joined = tokens[0, 0][: mask[0, 0].sum() + 1].tolist()
   # The second one was cut by the longest length, so its end is added as well.
-  assert whole == [5, 6, 7, 8, 10, EOS, 6, 7, 8, 10, EOS]
+  assert joined == [5, 6, 7, 8, 10, EOS, 6, 7, 8, 10, EOS]
   assert tokens[1, 0][: mask[1, 0].sum() + 1].tolist() == [5, 6, EOS, 6, EOS]
 
 

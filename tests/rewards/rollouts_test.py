@@ -146,5 +146,5 @@ def test_an_ensemble_reduces_the_scores_of_its_models(rule):
     "min": scores.min(axis=0),
     "uwo": scores.mean(axis=0) - 0.3 * scores.var(axis=0),  # Coste et al., 2023, eq. 4.
   }[rule]
-  found = ensemble_reward(scorers, rule, 0.3)(make_rollout(PROMPTS, RESPONSES), ids)
-  np.testing.assert_allclose(found, want[ids], rtol=1e-5, atol=1e-6)
+  result = ensemble_reward(scorers, rule, 0.3)(make_rollout(PROMPTS, RESPONSES), ids)
+  np.testing.assert_allclose(result, want[ids], rtol=1e-5, atol=1e-6)

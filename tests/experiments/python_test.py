@@ -14,6 +14,7 @@ from experiments.lab import models
 from rlhf_jax import flags, loop, workdir
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models import hf
 from tests.testing import define_flags
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments"
@@ -56,7 +57,7 @@ def test_the_code_of_the_page_runs(tmp_path, repository):
   assert {"--steps=2", "--seed=1", "--ppo.kl_coef=0.1", "--reward.path=runs/rm"} <= set(given)
   registry, readers = define_flags("experiments.ppo")
   flags.parse(["ppo", *given], registry)
-  assert [read() for read in readers][1] == loop.Session("runs/ppo", seed=1)
+  assert readers[0]() == loop.Session("runs/ppo", seed=1)
 
 
 def source(cell) -> str:
@@ -111,5 +112,5 @@ def test_settings_are_checked_when_a_config_is_made():
     rest.train(loop.Session("runs/x"), rest.Config())
   with pytest.raises(ValueError, match="name=mine:f cannot be imported: there is no module mine"):
     dpo.RewardOptions(name="mine:f")
-  with pytest.raises(RuntimeError, match="neither the workdir of a finished run"):
+  with pytest.raises(hf.ModelFolderError, match="neither the workdir of a finished run"):
     models.model_folder("runs/absent")

@@ -9,8 +9,9 @@ import pytest
 from experiments import compile as compile_script
 from experiments.lab import case, plans
 from rlhf_jax import sharding
+from rlhf_jax.flags import UsageError
 from rlhf_jax.models import ModelConfig, build
-from tests.experiments.methods import METHODS, SETTINGS, SIZES, judges_of
+from tests.experiments.small_runs import METHODS, SETTINGS, SIZES, judges_of
 from tests.testing import full, read_configs
 
 SHORT = (
@@ -68,6 +69,12 @@ def test_the_programs_of_a_script_fit_together(script, absent):
 def test_the_programs_of_its_settings_fit_together(script, absent):
   words = [word for word in SETTINGS[script] if "{" not in word and "batch_size" not in word]
   assert traced(script, *words)[-1] in case.TRAINING
+
+
+def test_sampling_on_other_devices_is_not_compiled_for(absent):
+  flags = ("--rollout.devices=1", "--rollout.importance_cap=2")
+  with pytest.raises(UsageError, match="--rollout.devices is not compiled for; leave it at 0"):
+    traced("ppo", *flags)
 
 
 @pytest.fixture
@@ -142,11 +149,11 @@ ROLLOUTS = {"rest": "grow"}
   ],
 )
 def test_it_fits(script, on, compile_here):
-  code, figures, output = compile_here(script, f"--mesh={on.mesh}", *on.flags, *sampled(script))
+  code, report, output = compile_here(script, f"--mesh={on.mesh}", *on.flags, *sampled(script))
   assert code == 0
   assert "rematerialization" not in output
-  assert figures["fits"]
-  (plan,) = figures["plans"]
+  assert report["fits"]
+  (plan,) = report["plans"]
   programs = {program["name"]: program for program in plan["programs"]}
   split, whole = on.count()
   config = plans.script_of(script).Config()
@@ -171,9 +178,9 @@ def test_it_fits(script, on, compile_here):
 @full
 def test_a_search_ranks_what_fits(compile_here):
   flags = ("--search=3", "--lora.rank=4", "--sampling.max_new_tokens=16", *LARGE.flags)
-  code, figures, _ = compile_here("dpo", *flags)
+  code, report, _ = compile_here("dpo", *flags)
   assert code == 0
-  ranked = figures["plans"]
+  ranked = report["plans"]
   assert len({plan["mesh"] for plan in ranked}) == 3
   times = [sum(max(p["seconds"].values()) for p in plan["programs"]) for plan in ranked]
   assert times == sorted(times)
@@ -186,9 +193,9 @@ def test_a_search_takes_less_memory_until_it_fits(compile_here):
   """A batch whose activations are too many to keep, on a mesh that is given."""
   larger = ("--batch_size=4096", "--data.max_prompt_length=512", "--data.max_response_length=512")
   model = [flag for flag in TINY.flags if flag not in SHORT]
-  code, figures, output = compile_here("sft", f"--mesh={TINY.mesh}", "--search=1", *model, *larger)
+  code, report, output = compile_here("sft", f"--mesh={TINY.mesh}", "--search=1", *model, *larger)
   assert code == 0
-  (plan,) = figures["plans"]
+  (plan,) = report["plans"]
   assert plan["mesh"] == TINY.mesh
   assert plan["remat"] != "none" or plan["microbatches"] > 1
   assert "remat none, microbatches 1: train: " in " ".join(output.split())
@@ -196,8 +203,8 @@ def test_a_search_takes_less_memory_until_it_fits(compile_here):
 
 def test_what_does_not_fit_is_refused_in_words(compile_here):
   flags = ("--mesh=fsdp:4", "--model.preset=llama3_8b", "--model.dtype=bfloat16")
-  code, figures, output = compile_here("ppo", "--topology=v5e:2x2", *flags, "--batch_size=8")
+  code, report, output = compile_here("ppo", "--topology=v5e:2x2", *flags, "--batch_size=8")
   assert code == 69
-  assert not figures["fits"]
+  assert not report["fits"]
   assert "does not fit: reshard" in output
   assert "exceeds available HBM (15.75G)" in " ".join(output.split())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import filelock
 import pytest
 
-from tests.experiments.methods import small
+from tests.experiments.small_runs import small
 from tests.testing import forked, start
 
 

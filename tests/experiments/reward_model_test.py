@@ -1,4 +1,4 @@
-"""Training on rankings, and the figures beside the accuracy."""
+"""Training on rankings, and the metrics beside the accuracy."""
 
 import json
 
@@ -67,7 +67,7 @@ def dataset(kind, *examples):
   return data.Dataset(kind, arrays, [{}] * len(arrays), 8, width, "", {})
 
 
-def test_figures_of_pairs():
+def test_metrics_of_pairs():
   heldout = dataset(
     "preferences",
     {"prompt": [1], "chosen": [1, 2, 3], "rejected": [1]},
@@ -78,15 +78,15 @@ def test_figures_of_pairs():
   scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
   pairs = evaluating.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, scores)
-  figures = reward_model.judge(heldout, pairs)
-  assert figures["accuracy"] == (1 + 1 + 0.5 + 0) / 4
-  assert figures["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
-  assert figures["longer_wins"] == 2 / 4
-  assert figures["margin"] == 0
-  assert figures["pairs"] == 4
+  metrics = reward_model.judge(heldout, pairs)
+  assert metrics["accuracy"] == (1 + 1 + 0.5 + 0) / 4
+  assert metrics["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
+  assert metrics["longer_wins"] == 2 / 4
+  assert metrics["margin"] == 0
+  assert metrics["pairs"] == 4
 
 
-def test_figures_of_rankings():
+def test_metrics_of_rankings():
   heldout = dataset(
     "rankings",
     {
@@ -101,7 +101,7 @@ def test_figures_of_rankings():
   scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
   pairs = evaluating.compared(heldout, scores)
   np.testing.assert_array_equal(pairs, [[3, 2], [3, 4], [1, 0]])
-  figures = reward_model.judge(heldout, pairs)
-  assert figures["accuracy"] == pytest.approx(2 / 3)
-  assert figures["length_baseline"] == pytest.approx(1 / 3)
-  assert figures["pairs"] == 3
+  metrics = reward_model.judge(heldout, pairs)
+  assert metrics["accuracy"] == pytest.approx(2 / 3)
+  assert metrics["length_baseline"] == pytest.approx(1 / 3)
+  assert metrics["pairs"] == 3

@@ -12,10 +12,11 @@ import safetensors.numpy
 
 from experiments import evaluate, generate
 from experiments.lab import plans
+from launch.space import load_space
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from tests.experiments.methods import METHODS, SETTINGS, judges_of
+from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
 from tests.testing import full, read_configs, refusal, wait_for
 
 STEPS = 6
@@ -91,7 +92,7 @@ def test_a_run_that_stopped_ends_with_the_same_bits(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", METHODS)
-def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run):
+def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run, repository):
   workdir = whole(script)
   files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
   for name in (*files, "export/README.md", "export/config.json", "export/tokenizer.json"):
@@ -101,6 +102,8 @@ def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run):
   assert weights[0].read_bytes() != weights[1].read_bytes()
   for row in lines_of(workdir):
     assert all(map(math.isfinite, row.values())), row
+  space = load_space(str(repository / "launch" / "spaces" / f"{script}.py"))
+  assert space.metric in json.loads((workdir / "summary.json").read_text())
   session, config = read_configs(f"experiments.{script}", [f"--flagfile={workdir / 'flags'}"])
   assert (session.workdir, config.steps) == (str(workdir), STEPS)
   if hasattr(config, "sampling"):

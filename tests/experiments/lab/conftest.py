@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from experiments.lab import workbench
-from tests.experiments.methods import SIZES, small
+from tests.experiments.small_runs import SIZES, small
 from tests.testing import on_devices, read_configs
 
 

@@ -1,9 +1,27 @@
 """Critics as models and as heads."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments.lab import critics, models
+from rlhf_jax.losses.logprobs import over_tokens
+
+
+@pytest.mark.parametrize("share_trunk", [False, True])
+def test_a_new_critic_has_no_opinion(share_trunk, open_bench):
+  flags = ("--reward.name=gold", f"--critic.share_trunk={str(share_trunk).lower()}")
+  bench = open_bench("ppo", "prompts", *flags)
+  actor = critics.open_actor(bench)
+  tokens = jnp.arange(12).reshape(2, 6)
+  logits, values = actor.apply(actor.params, tokens)
+  found, expected = (
+    over_tokens(jnp.asarray, x) for x in (logits, bench.model.apply(bench.start, tokens))
+  )
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  np.testing.assert_array_equal(values, np.zeros((2, 6)))
+  assert (actor.params["value"].keys() == {"score"}) == share_trunk  # Kernel and bias.
 
 
 def test_a_critic_starts_as_the_reward_model(open_bench, sft_run, reward_run):

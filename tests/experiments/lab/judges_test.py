@@ -1,9 +1,11 @@
 """Judges that options name."""
 
+import numpy as np
 import pytest
 
 from experiments.lab import judges
 from rlhf_jax import data, flags
+from tests.experiments.lab.rollouts import rollout_of
 
 
 @pytest.mark.parametrize("options", [judges.RewardOptions, judges.PreferenceOptions])
@@ -37,3 +39,14 @@ def test_a_reward_reads_the_rows_of_its_prompts(open_bench):
     bench.open_reward()(bench.train_set)
   rows = [{**row, "answer": "7"} for row in bench.train_set.rows]
   bench.open_reward()(bench.train_set._replace(rows=rows))
+
+
+def test_a_preference_reads_both_texts(open_bench):
+  bench = open_bench("nash_md", "prompts", "--preference.name=expert")
+  prefer = bench.open_preference()(bench.train_set)
+  ids = bench.tokenizer.encode_responses(["i loved the film .", "bad ."])
+  good, bad = (rollout_of([tokens] * 2) for tokens in ids)
+  wins = np.asarray(prefer(good, bad, np.array([0, 1])))
+  losses = np.asarray(prefer(bad, good, np.array([0, 1])))
+  assert wins.shape == (2,)
+  np.testing.assert_allclose(wins + losses, 1, atol=1e-6)

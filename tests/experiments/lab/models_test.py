@@ -1,9 +1,14 @@
 """Folders of models, and models that are written and read again."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments import records
 from experiments.lab import models
-from rlhf_jax import flags
+from rlhf_jax import data, flags
+from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import hf
 from rlhf_jax.models.lora import LoRAConfig
 
@@ -36,6 +41,40 @@ def test_one_source_of_params(name):
 def test_options_that_are_refused(settings, message):
   with pytest.raises(ValueError, match=message):
     models.ModelOptions(**settings)
+
+
+def test_a_model_with_adapters_is_exported_merged(open_bench, tmp_path, sft_run):
+  bench = open_bench("dpo", "preferences", f"--init_from={sft_run}")
+  params = models.add_adapters(bench.run, LoRAConfig(rank=2), bench.start)
+  params = jax.tree.map(lambda x: x + 0.01, params)  # The factors start with a product of 0.
+  tokens = jnp.arange(12).reshape(2, 6)
+  expected = over_tokens(jnp.asarray, bench.model.apply(params, tokens))
+  folder = models.export(tmp_path / "export", params, bench.model, bench.tokenizer)
+  model, read = models.open_model(bench.run, bench.config.model, folder, bench.tokenizer)
+  assert "lora_a" not in str(jax.tree.structure(read))
+  found = over_tokens(jnp.asarray, model.apply(read, tokens))
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert models.open_tokenizer(folder).digest == bench.tokenizer.digest
+
+
+def test_what_is_no_policy_and_what_is_no_judge(open_bench, sft_run, reward_run, preference_run):
+  bench = open_bench("ppo", "prompts", f"--init_from={sft_run}", "--reward.name=gold")
+  run, options, tokenizer = bench.run, bench.config.model, bench.tokenizer
+  with pytest.raises(hf.ModelFolderError, match="not a language model"):
+    models.open_policy(run, str(reward_run), options, tokenizer)
+  with pytest.raises(hf.ModelFolderError, match="not a reward model"):
+    models.open_scorer(run, str(sft_run), options, tokenizer)
+  with pytest.raises(hf.ModelFolderError, match="a preference model, which scores no"):
+    models.open_reward_model(run, str(preference_run), options, tokenizer)
+  *_, label = models.open_scorer(run, str(preference_run), options, tokenizer)
+  assert label == records.PREFERENCE
+
+
+def test_models_that_read_other_tokens_are_refused(sft_run):
+  folder = models.model_folder(str(sft_run))
+  models.require_tokens_of(folder, models.open_tokenizer(None))
+  with pytest.raises(hf.ModelFolderError, match="its tokenizer is not that of the policy"):
+    models.require_tokens_of(folder, data.word_level_tokenizer(["another"]))
 
 
 def test_adapters_need_a_trained_model():

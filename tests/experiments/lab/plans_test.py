@@ -8,7 +8,7 @@ import pytest
 from experiments import dpo, preference_model
 from experiments.lab import models, plans
 from rlhf_jax import flags, preflight, sharding
-from tests.experiments.methods import METHODS
+from tests.experiments.small_runs import METHODS
 
 CONFIG = dpo.Config(batch_size=8, model=models.ModelOptions(layers=1, width=32, heads=2))
 

@@ -15,8 +15,8 @@ def comparisons(*rows):
   examples = [
     {
       "prompt": np.int32([1]),
-      "a": np.int32([1] * a),
-      "b": np.int32([2] * b),
+      "response_a": np.int32([1] * a),
+      "response_b": np.int32([2] * b),
       "preference": np.float32([p]),
     }
     for a, b, p in rows
@@ -44,6 +44,23 @@ def test_a_cycle_is_a_violation():
   # a > b, b > c, c > a; and a > b, b > c, a > c.
   assert verdicts.violations(places, np.array([1, 1, 0, 1, 1, 1])) == 0.5
   assert verdicts.violations(places[1:], np.array([1, 1, 0, 1, 1, 1])) == 0.0
+
+
+@pytest.mark.parametrize(("annotator", "cyclic"), [("panel", True), ("expert", False)])
+def test_majorities_of_the_panel_are_cyclic_and_those_of_the_expert_are_not(annotator, cyclic):
+  config = DataConfig(eval_rows=256, annotator=annotator)
+  none = comparisons()
+  met = []
+
+  def logits_of(dataset):
+    met.append(dataset)
+    return np.ones(len(dataset.examples))  # It always prefers the first.
+
+  shares = verdicts.cycles(loop.Session("x"), config, none, TOKENIZER, logits_of)
+  assert shares["triples"] > 10
+  assert (shares["violations_of_votes"] > 0) == cyclic
+  assert 0 <= shares["violations"] <= 1
+  assert len(met[0].examples) >= 3
 
 
 def test_rows_without_triples_have_no_cycles():

@@ -1,9 +1,20 @@
 """The table of a script: its data sets, references and identity."""
 
+import json
+
 import numpy as np
 import pytest
 
 from rlhf_jax import workdir
+
+
+def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
+  extra = {"ptx": ("demonstrations", "")}
+  bench = open_bench("ppo_max", "prompts", "--reward.name=gold", "--steps=6", extra=extra)
+  assert bench.train_set.kind == "prompts"
+  assert bench.extra["ptx"].kind == "demonstrations"
+  identity = json.loads((tmp_path / "run" / "identity.json").read_text())
+  assert identity["ptx"] == bench.extra["ptx"].digest
 
 
 def test_a_workdir_is_for_one_run_at_a_time(open_bench):

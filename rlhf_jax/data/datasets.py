@@ -14,7 +14,7 @@ import numpy as np
 
 from rlhf_jax import ranges
 from rlhf_jax.data import schema, sources
-from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, responses_of
+from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -153,6 +153,11 @@ def load(
         f"{'choose another data.annotator' if config.annotator else 'give more rows'}, "
         "or raise the limits"
       )
+    if part.examples and kind == "unpaired":
+      try:
+        partner(part.examples, 0)
+      except DataError as error:
+        raise DataError(f"{name}: {error}") from error
   train_part.report["bad_rows"] = len(bad)
   train_keys = set(train_part.keys)
   heldout_part.report["eval_prompts_in_train"] = sum(k in train_keys for k in heldout_part.keys)

@@ -92,6 +92,45 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
   return total / jnp.maximum(count, 1).astype(total.dtype)
 
 
+def defined_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """`masked_mean` for metrics: NaN, which says that it is undefined, where nothing is unmasked.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to reduce; all when None.
+
+  Returns:
+    `x` reduced over `axis`.
+  """
+  return jnp.where(jnp.any(mask, axis=axis), masked_mean(x, mask, axis), jnp.nan)
+
+
+def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Array, jax.Array]:
+  """`x` minus its mean where `mask` is set, exactly 0 where all of it is equal.
+
+  What is averaged is the distance from the largest value: the mean of equal numbers would differ
+  from them by rounding, which a division by a small standard deviation would turn into a signal.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to average over; all when None.
+
+  Returns:
+    The deviations, 0 where masked, and the mean, whose reduced axes have length 1.
+  """
+  chex.assert_equal_shape([x, mask])
+  x = _keep(x, mask)
+  axes = tuple(range(x.ndim)) if axis is None else axis
+  largest = jnp.max(jnp.where(mask, x, -jnp.inf), axis=axes, keepdims=True)
+  base = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0)).astype(x.dtype)
+  x = _keep(x - base, mask)
+  count = jnp.sum(mask, axis=axes, keepdims=True)
+  mean = jnp.sum(x, axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
+  return _keep(x - mean, mask), base + mean
+
+
 def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) -> jax.Array:
   """Variance of `x` where `mask` is set, from deviations (no catastrophic cancellation).
 
@@ -104,11 +143,7 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
   Returns:
     `x` reduced over `axis`.
   """
-  x = _keep(x, mask)
-  axes = tuple(range(x.ndim)) if axis is None else axis
-  count = jnp.sum(mask, axis=axes, keepdims=True)
-  mean = jnp.sum(x, axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
-  squares = jnp.square(_keep(x - mean, mask))
+  squares = jnp.square(deviations(x, mask, axis)[0])
   degrees = jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
   return jnp.sum(squares, axis=axis) / degrees.astype(x.dtype)
 
@@ -130,10 +165,8 @@ def whiten(
   Returns:
     Same shape; 0 where masked.
   """
-  chex.assert_equal_shape([x, mask])
-  x = _keep(x, mask)  # Before the product: its gradient would multiply a masked NaN by 0.
-  mean = masked_mean(x, mask)
-  scaled = (x - mean) * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)
+  centred, mean = deviations(x, mask)
+  scaled = centred * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)
   return _keep(scaled if shift_mean else scaled + mean, mask)
 
 

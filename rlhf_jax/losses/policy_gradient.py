@@ -24,14 +24,21 @@ A penalty `beta KL` enters the reward (`kl_shaped_rewards`, RLOO, PPO) or is add
 probabilities differ from the trainer's, multiply the loss by `truncated_importance_weights`.
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import masked
 
-# exp of anything larger overflows float32 long after the clip has cut the gradient.
-_MAX_LOG_RATIO = 20.0
+# exp of anything much larger overflows float32.
+_MAX_LOG_RATIO = 80.0
+
+
+def clip_range(low: float, high: float) -> dict[str, float]:
+  """Returns `clip_low` and `clip_high` of the losses below; a distance of 0 does not clip."""
+  return {"clip_low": low or math.inf, "clip_high": high or math.inf}
 
 
 @masked.elementwise
@@ -74,7 +81,7 @@ def ppo_policy_loss(
 
 @masked.elementwise
 def ppo_value_loss(
-  values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float = 0.2
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | None = 0.2
 ) -> jax.Array:
   """`0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2)`.
 
@@ -82,7 +89,8 @@ def ppo_value_loss(
     values: [B, T] values from the critic being trained.
     old_values: [B, T] values at the time of the rollout.
     returns: [B, T] targets.
-    clip: Distance that a value may move from its old value before its gradient stops.
+    clip: Distance that a value may move from its old value before its gradient stops; None does
+      not clip.
 
   Returns:
     [B, T] loss. The gradient flows through `values` only.
@@ -90,6 +98,8 @@ def ppo_value_loss(
   chex.assert_rank([values, old_values, returns], 2)
   chex.assert_equal_shape([values, old_values, returns])
   old_values, returns = jax.lax.stop_gradient((old_values, returns))
+  if clip is None:
+    return 0.5 * jnp.square(values - returns)
   clipped = jnp.clip(values, old_values - clip, old_values + clip)
   return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 

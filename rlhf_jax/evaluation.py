@@ -269,13 +269,17 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   below = np.arange(size - 1, 0, -1)
   chances = n / size * np.cumprod(np.append(1, np.maximum(below - n + 1, 0) / below))
   proxy = np.where(np.isfinite(proxy), proxy, -np.inf)
-  # A response takes the mean chance of the places that it shares with its equals: those between the
-  # number of better ones and the number of better or equal ones.
-  above = np.sum(proxy[..., None, :] > proxy[..., :, None], axis=-1)
-  level = np.sum(proxy[..., None, :] == proxy[..., :, None], axis=-1)
+  order = np.argsort(-proxy, axis=-1, kind="stable")
+  proxy, values = (np.take_along_axis(x, order, axis=-1) for x in (proxy, values))
+  # Equals share the mean chance of their places, from the first of them to the last.
+  place, edge = np.arange(size), np.ones((*proxy.shape[:-1], 1), bool)
+  changes = proxy[..., 1:] != proxy[..., :-1]
+  first = np.maximum.accumulate(np.where(np.append(edge, changes, axis=-1), place, 0), axis=-1)
+  last = np.where(np.append(changes, edge, axis=-1), place, size)
+  last = np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
   total = np.append(0.0, np.cumsum(chances))
-  weights = (total[above + level] - total[above]) / level
-  return np.sum(np.where(weights > 0, weights * values, 0.0), axis=-1)
+  chances = (total[last + 1] - total[first]) / (last + 1 - first)
+  return np.sum(np.where(chances > 0, chances * values, 0.0), axis=-1)
 
 
 def best_of_n_kl(n: int) -> float:
@@ -293,8 +297,8 @@ class OverOptimization(NamedTuple):
   Attributes:
     alpha: Slope at the start (reward / d at d = 1 for the form "rl").
     beta: Rate at which the slope falls.
-    peak: Distance d of the highest gold reward: 0 if the gold reward only falls, infinite if the
-      fit never falls.
+    peak: Distance d of the highest gold reward: 0 if no checkpoint is above the initial policy,
+      infinite if the fit never falls.
   """
 
   alpha: float
@@ -322,13 +326,13 @@ def fit_overoptimization(
   if np.linalg.matrix_rank(columns) < 2:
     raise ValueError("a fit needs checkpoints at two or more different distances above 0")
   alpha, beta = np.linalg.lstsq(columns, gold)[0].tolist()
+  if np.max(gold) <= 0:
+    return OverOptimization(alpha, beta, 0.0)
   if beta > 0:
     with np.errstate(over="ignore"):
       peak = alpha / (2 * beta) if form == "best_of_n" else float(np.exp(alpha / beta - 1))
     return OverOptimization(alpha, beta, max(peak, 0.0))
-  # The law falls at first, if at all, so over the checkpoints it is highest at one of the ends.
-  end = np.max(d)
-  return OverOptimization(alpha, beta, math.inf if alpha > beta * falls(end) else 0.0)
+  return OverOptimization(alpha, beta, math.inf)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -114,7 +114,8 @@ def make_batch(
   sequence_kl = masked.masked_sum(kl.k1(batch.rollout.logprobs, ref_logprobs), mask, axis=1)
   rows = mask.any(axis=1)
   mean_kl = masked.masked_mean(sequence_kl, rows)
-  kl_coef = adapt_kl_coef(control.kl_coef, mean_kl, jnp.sum(rows), config)
+  seen = jnp.where(rows.any(), rows.shape[0], 0)
+  kl_coef = adapt_kl_coef(control.kl_coef, mean_kl, seen, config)
   return batch, Control(kl_coef, moments), metrics | {"kl/coef": control.kl_coef}
 
 

@@ -26,8 +26,8 @@ from rlhf_jax.types import (
   TrainStep,
 )
 
-# Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-# Or several pairs packed in a row, or rankings of K responses, each of which is scored once.
+# Pairs: tokens and mask (of responses) [B, 2, T] right padded, index 0 chosen and 1 rejected. Or
+# several pairs packed in a row, or rankings of K responses, each of which is scored once.
 RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
 
 
@@ -63,7 +63,7 @@ def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array
 
   Returns:
     [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
-    is no such pair. M is 1 for pairs, packed or not, and K * K for rankings.
+    is no such pair. M is 1 for pairs, K * K for rankings.
   """
   if isinstance(batch, PackedBatch):
     return scores[:, None], batch.real.reshape(-1, 1)
@@ -82,8 +82,7 @@ def mean_metrics(
 ) -> tuple[jax.Array, Metrics]:
   """Bradley-Terry loss, averaged over the pairs of each prompt and then over prompts, and metrics.
 
-  Read are the scores [B, K] and, of the batch, the order of the responses. Settings for pairs raise
-  ValueError with rankings.
+  Of the batch only the order is read. Settings for pairs raise ValueError with rankings.
   """
   if isinstance(batch, RankingBatch):
     if config.margin or config.label_smoothing:

@@ -109,8 +109,9 @@ def defined_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
 def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Array, jax.Array]:
   """`x` minus its mean where `mask` is set, exactly 0 where all of it is equal.
 
-  What is averaged is the distance from the largest value: the mean of equal numbers would differ
-  from them by rounding, which a division by a small standard deviation would turn into a signal.
+  The mean of equal numbers in floating point differs from them by rounding, which a division by a
+  small standard deviation would turn into a signal. So it is bounded by the least and the largest
+  number, and then corrected by the mean of the distances from it.
 
   Args:
     x: [...] float.
@@ -123,12 +124,17 @@ def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Ar
   chex.assert_equal_shape([x, mask])
   x = _keep(x, mask)
   axes = tuple(range(x.ndim)) if axis is None else axis
-  largest = jnp.max(jnp.where(mask, x, -jnp.inf), axis=axes, keepdims=True)
-  base = jax.lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0.0)).astype(x.dtype)
-  x = _keep(x - base, mask)
-  count = jnp.sum(mask, axis=axes, keepdims=True)
-  mean = jnp.sum(x, axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
-  return _keep(x - mean, mask), base + mean
+  count = jnp.maximum(jnp.sum(mask, axis=axes, keepdims=True), 1).astype(x.dtype)
+
+  def mean_of(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=True) / count
+
+  constant = jax.lax.stop_gradient(x)
+  low = jnp.min(constant, axis=axes, keepdims=True, where=mask, initial=jnp.inf)
+  high = jnp.max(constant, axis=axes, keepdims=True, where=mask, initial=-jnp.inf)
+  rough = jnp.where(low <= high, jnp.clip(mean_of(constant), low, high), 0.0)
+  x = _keep(x - rough, mask)
+  return _keep(x - mean_of(x), mask), rough + mean_of(x)
 
 
 def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) -> jax.Array:

@@ -34,6 +34,8 @@ from rlhf_jax.losses import masked
 
 # exp of anything much larger overflows float32.
 _MAX_LOG_RATIO = 80.0
+# Of ratios that are weights, which have no gradient to lose, and are multiplied by others.
+_MAX_LOG_WEIGHT = 20.0
 
 
 def clip_range(low: float, high: float) -> dict[str, float]:
@@ -201,7 +203,7 @@ def _pairs(
 
 @masked.elementwise
 def _joint_clip(first: jax.Array, second: jax.Array, gap: jax.Array, *, clip: float) -> jax.Array:
-  product = jnp.exp(jnp.clip(first + second, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  product = jnp.exp(jnp.clip(first + second, -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT))
   weight = jax.lax.stop_gradient(product * gap)
   bound = jnp.log1p(clip)
   moved = first - second
@@ -253,7 +255,7 @@ def p3o_separate_loss(
   """
   log_ratios, gap = _pairs(logprobs, old_logprobs, rewards)
   gaps = jnp.stack([gap, -gap], axis=1)
-  other = jnp.exp(jnp.clip(log_ratios[:, ::-1], -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  other = jnp.exp(jnp.clip(log_ratios[:, ::-1], -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT))
   losses = ppo_policy_loss(
     log_ratios, jnp.zeros_like(log_ratios), gaps * other, clip_low=clip, clip_high=clip
   )
@@ -279,7 +281,7 @@ def truncated_importance_weights(
     Same shape, in (0, cap], a constant in the gradient. Multiply any per-token loss by it.
   """
   chex.assert_equal_shape([logprobs, sampler_logprobs])
-  log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT)
   return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
 
 

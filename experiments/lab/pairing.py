@@ -15,6 +15,7 @@ from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards
 from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
+from rlhf_jax.losses import masked
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
@@ -68,12 +69,15 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     if calibration is not None:
       batch = terms.WithSequences(batch, online_dpo.right_padded(calibration))
     lengths = jnp.sum(rollout.response_mask, axis=1)
+    finite = jnp.isfinite(raw).reshape(-1, samples)
+    spread = jnp.sqrt(masked.masked_var(raw.reshape(-1, samples), finite, axis=1))
     return (
       batch,
       moments,
       {
-        "reward/mean": jnp.mean(raw),
-        "reward/std": jnp.mean(jnp.std(raw.reshape(-1, samples), axis=1)),
+        "reward/mean": masked.defined_mean(raw, finite.reshape(-1)),
+        "reward/std": masked.defined_mean(spread, finite.any(axis=1)),
+        "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
         "ties": jnp.mean(chosen == rejected),
         "eos_fraction": jnp.mean(ended),
         "response_length/mean": jnp.mean(lengths),

@@ -55,7 +55,7 @@ def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
   if config.tfds:
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
-    rows = list(data.read_jsonl(config.path))
+    rows = list(data.read_file(config.path))
   else:
     who = config.annotator or "expert"
     count = config.rows or config.eval_rows

@@ -7,8 +7,11 @@ from rlhf_jax.data.datasets import DataConfig as DataConfig
 from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import from_examples as from_examples
 from rlhf_jax.data.datasets import from_rows as from_rows
+from rlhf_jax.data.datasets import is_given as is_given
 from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
+from rlhf_jax.data.files import read_file as read_file
+from rlhf_jax.data.formats import FORMATS as FORMATS
 from rlhf_jax.data.kinds import KINDS as KINDS
 from rlhf_jax.data.kinds import Batch as Batch
 from rlhf_jax.data.kinds import Dataset as Dataset
@@ -20,7 +23,6 @@ from rlhf_jax.data.schema import KindName as KindName
 from rlhf_jax.data.schema import parse_row as parse_row
 from rlhf_jax.data.sources import DataError as DataError
 from rlhf_jax.data.sources import Row as Row
-from rlhf_jax.data.sources import read_jsonl as read_jsonl
 from rlhf_jax.data.sources import read_tfds as read_tfds
 from rlhf_jax.data.tokenizer import Messages as Messages
 from rlhf_jax.data.tokenizer import Tokenizer as Tokenizer

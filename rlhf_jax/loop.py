@@ -17,6 +17,9 @@ from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, 
 from rlhf_jax import workdir as workdir_lib
 
 
+SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
+
+
 @dataclasses.dataclass(frozen=True)
 class Session(processes.Group):
   """Workdir, seed, devices and dashboards of a run.
@@ -34,6 +37,17 @@ class Session(processes.Group):
   seed: int = 0
   mesh: str = ""
   trackers: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.workdir.strip():
+      raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
+    if not 0 <= self.seed < SEEDS:
+      raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+    for name in self.trackers:
+      if name not in writers.TRACKERS:
+        known = ", ".join(sorted(writers.TRACKERS))
+        raise ValueError(f"trackers must be some of {known}, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +130,7 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   """
   workdir = workdir_lib.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
+  writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
   with workdir_lib.run_lock(workdir), contextlib.closing(writer):
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)

@@ -48,13 +48,54 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def local_path(path: epath.PathLike) -> pathlib.Path:
-  """Returns an absolute path; raises WorkdirError for a URL such as `gs://bucket/run`."""
+  """Returns an absolute path, with `~` expanded.
+
+  Raises:
+    WorkdirError: The path is empty, a URL such as `gs://bucket/run`, or in the home of nobody.
+  """
+  text = os.fspath(path)
   if is_remote(path):
     raise WorkdirError(
-      f"--workdir={os.fspath(path)} is not a file system path: locking and atomic renames need one;"
-      " mount the bucket or the share and pass the mounted folder"
+      f"{text} is not a path of a file system: locks and atomic renames need one; mount the bucket"
+      " or the share and give the mounted folder"
     )
-  return pathlib.Path(path).absolute()
+  if not text.strip():
+    raise WorkdirError("a path is empty; write . for the current folder")
+  try:
+    return pathlib.Path(path).expanduser().absolute()
+  except RuntimeError as error:  # There is no such user.
+    raise WorkdirError(f"{text}: {error}; write the folder in full") from error
+
+
+@contextlib.contextmanager
+def creating(directory: pathlib.Path) -> Iterator[None]:
+  """Turns the error of a workdir that cannot be made or written into a LockedError."""
+  try:
+    yield
+  except OSError as error:
+    if is_disk_full(error):
+      raise
+    raise LockedError(
+      f"--workdir={directory} cannot be written: {error.strerror or error}; give a folder of yours"
+    ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+  """Returns whether an error, or one that it comes from, says that no room is left.
+
+  Libraries that write by themselves have exceptions of their own, with the words of the system.
+  """
+  words = [os.strerror(code) for code in _FULL]
+  while error is not None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(word in str(error) for word in words):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def atomic_write(path: epath.PathLike, text: str) -> None:
@@ -132,11 +173,9 @@ def _read(path: pathlib.Path) -> str:
 @contextlib.contextmanager
 def _lock(directory: pathlib.Path) -> Iterator[str]:
   """Locks a directory and yields the text of `.lock`, which names the owner."""
-  try:
+  with creating(directory):
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-  except OSError as error:
-    raise LockedError(f"--workdir={directory} cannot be written: {error}") from error
   with os.fdopen(fd, "r+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -130,9 +130,9 @@ def test_trackers_get_the_settings_and_everything_in_the_order_of_the_steps(tmp_
     def close(self):
       calls.append(("close", None))
 
-  monkeypatch.setitem(writers.TRACKERS, "wandb", Tracker)
+  monkeypatch.setitem(writers.TRACKERS, "mine", Tracker)
   config = dataclasses.replace(CONFIG, steps=4, log_every=1, eval_every=2)
-  with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("wandb",))) as run:
+  with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("mine",))) as run:
 
     def evaluate(state, step):
       run.writer.table(step, "samples", [{"prompt": "p"}])

@@ -22,7 +22,7 @@ def stage(
 ) -> loop.Session:
   """Makes the session of a Grow step, or of one of the Improve steps after it."""
   name = f"grow_{grow}" if improve < 0 else f"grow_{grow}_improve_{improve}"
-  seed = session.seed * 1000 + 100 * grow + improve + 1
+  seed = (session.seed * 1000 + 100 * grow + improve + 1) % loop.SEEDS
   return dataclasses.replace(session, workdir=str(workdir / name), seed=seed)
 
 

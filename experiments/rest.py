@@ -126,7 +126,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       start = workdir_lib.local_path(improve.workdir) / models.EXPORT
   with loop.open_run(session) as run:
-    records.identify(run, "rest", config, tokenizer, train_set, heldout)
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    records.identify(run, "rest", config, tokenizer, train_set, heldout, digests=digests)
     workbench.save_flags(run, config)
     run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):

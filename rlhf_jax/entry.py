@@ -93,8 +93,8 @@ def require_devices() -> None:
     reason = next(iter(str(error).splitlines()), "") or "no plugin for it is installed"
     given = f"JAX_PLATFORMS={wanted}" if wanted else "jax"
     raise DeviceError(
-      f"{given} finds no device here ({_short(reason)}); leave JAX_PLATFORMS unset to use what there"
-      " is, or install the plugin: pip install 'jax[tpu]' or 'jax[cuda13]'"
+      f"{given} finds no device here ({_short(reason)}); leave JAX_PLATFORMS unset to use what is"
+      " there, or install the plugin: pip install 'jax[tpu]' or 'jax[cuda13]'"
     ) from error
 
 

@@ -565,8 +565,8 @@ def _merge_file(
       return f"--flagfile={path} and --flagfile={from_files[name]} both have --{name}; keep one"
     if name in counts:
       return (
-        f"--{name} is given, and --flagfile={path} after it has another one; write --flagfile first,"
-        " and the flags that replace its own after it"
+        f"--{name} is given, and --flagfile={path} after it has another one; write --flagfile"
+        " first, and the flags that replace its own after it"
       )
     from_files[name] = path
   return inner.problem

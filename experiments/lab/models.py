@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import glob
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from experiments import records
+from experiments.records import record
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
@@ -228,19 +230,55 @@ def copy(run: loop.Run, params: Params) -> Params:
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
 
 
-def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
-  """Digest, for `loop.identify`, of the frozen weights that a run with adapters reads again.
+def require_base(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> None:
+  """Refuses adapters of a model that nothing has trained.
 
   Args:
     config: Settings of the adapters.
-    *folders: Folders of the models that get adapters.
+    *folders: Folders of the models that get adapters; None is a new model.
   """
-  if not config.rank:
-    return {}
-  if not all(folders):
+  if config.rank and not all(folders):
     raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
-  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
-  return {"frozen": workdir_lib.files_digest(files)}
+
+
+# Flags that name files of rows or of text, besides those that name models.
+_FILES = ("data.path", "data.eval_path", "ptx_path", "judge.principles")
+# What is read from a model folder; a card or an optimizer state may change.
+_OF_MODELS = (".json", ".jinja", ".safetensors")
+
+
+def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns digests of the files that a run reads, for `loop.identify`.
+
+  Process 0 reads the files for all processes. The time is about that of loading them.
+
+  Args:
+    settings: Values of the settings by the names of their flags.
+  """
+
+  def read() -> dict[str, str]:
+    found = {}
+    for flag in (*record.SOURCES, "judge.path", "reference"):
+      given = settings.get(flag)
+      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      files = [path for folder in folders for path in sorted(folder.iterdir())]
+      files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
+      if folders:
+        found[f"files of --{flag}"] = workdir_lib.files_digest(files)
+    for flag in _FILES:
+      if given := settings.get(flag):
+        found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
+    return found
+
+  return processes.agree(read)
+
+
+def _data_files(given: str) -> list[pathlib.Path]:
+  """Returns the files that a flag names: one, those of a folder, or those of a pattern."""
+  path = workdir_lib.local_path(given)
+  if path.is_dir():
+    return sorted(file for file in path.rglob("*") if file.is_file())
+  return [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(path))))
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:

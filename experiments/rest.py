@@ -40,7 +40,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(judges.JudgedConfig):
   """ReST. `steps` and `batch_size` are those of each Improve step.
 
   Attributes:
@@ -85,7 +85,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
-  config.reward.require()
+  config.require()
   folder = models.source_folder(config.model, config.init_from)
   if folder is None:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")

@@ -77,6 +77,17 @@ class RunConfig:
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
       non_negative=("eval_every",),
     )
+    for field in dataclasses.fields(self):
+      settings = getattr(self, field.name)
+      parts = getattr(settings, "microbatches", 1)
+      if not hasattr(settings, "minibatches") and self.batch_size % parts:
+        raise ValueError(
+          f"{field.name}.microbatches={parts} does not divide --batch_size={self.batch_size}; take"
+          " a divisor"
+        )
+
+  def require(self) -> None:
+    """Refuses settings that lack what a run needs, though each of them is fine."""
 
 
 # Settings that may change when a run is continued. Only `steps` changes what the steps compute, if

@@ -178,7 +178,7 @@ def _with_imports(path: pathlib.Path, name: str) -> list[pathlib.Path]:
 
 
 def _file_of(name: str) -> pathlib.Path:
-  """Returns the file of a module, which need not be imported yet; an empty path if there is none."""
+  """Returns the file of a module, imported or not; an empty path if there is none."""
   package = name.rpartition(".")[0]
   if package and package not in sys.modules:  # It would be imported to find out.
     return pathlib.Path()

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import glob
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -78,18 +79,39 @@ def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   Raises:
-    ModelFolderError: The path is neither.
+    ModelFolderError: The path is neither, or both.
   """
   folder = workdir_lib.local_path(path)
-  if (folder / EXPORT / "config.json").exists():
-    return folder / EXPORT
-  if (folder / "config.json").exists():
-    return folder
-  if (folder / "checkpoints").exists():
-    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
-  raise hf.ModelFolderError(
-    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
-  )
+  has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
+  if has_run and has_model:
+    raise hf.ModelFolderError(
+      f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
+      " or move the other one out"
+    )
+  if has_run or has_model:
+    return folder / EXPORT if has_run else folder
+  raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
+
+
+def _why_no_model(path: str, folder: pathlib.Path) -> str:
+  """Says why a path is not that of a model, and what to give instead."""
+  if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
+    return "this run has not finished; start it again, then use it"
+  if (folder / "adapter_config.json").exists():
+    return (
+      "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
+      " PEFT), and give the merged folder"
+    )
+  if folder.is_dir():
+    return "neither the workdir of a finished run nor a folder with config.json"
+  if folder.exists():
+    return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    return (
+      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
+      f" {path} --local-dir=FOLDER, and give FOLDER"
+    )
+  return "there is no such folder"
 
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:

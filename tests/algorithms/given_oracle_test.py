@@ -187,8 +187,7 @@ SIMPO_CASES = {
 }
 
 
-@pytest.mark.parametrize("sft_coef", [0.0, 0.7])
-@pytest.mark.parametrize("name", SIMPO)
+@pytest.mark.parametrize("name, sft_coef", [("simpo", 0.0), *((name, 0.7) for name in SIMPO)])
 def test_simpo(name, sft_coef):
   config = simpo.SimPOConfig(**SIMPO_CASES[name], sft_coef=sft_coef)
 
@@ -220,9 +219,10 @@ def test_simpo_weighs_pairs():
 
 
 @pytest.mark.parametrize(
-  "settings", [{}, {"desirable_weight": 1.7}, {"undesirable_weight": 0.4}], ids=str
+  "settings, near",
+  [({}, False), ({}, True), ({"desirable_weight": 1.7, "undesirable_weight": 0.4}, False)],
+  ids=["far", "near", "weights"],
 )
-@pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 def test_kto(settings, near):
   """Near the reference the estimate of the KL is negative, and 0 stands in its place."""
   config = kto.KTOConfig(beta=0.4, **settings)
@@ -233,7 +233,9 @@ def test_kto(settings, near):
   start[:, 1] += 5.0 if near else -5.0  # The mismatched one.
 
   def oracle(params, held):
-    kl = max(0.0, np.mean([total(held, row[1]) - s[1] for row, s in zip(sides, start, strict=True)]))
+    kl = max(
+      0.0, np.mean([total(held, row[1]) - s[1] for row, s in zip(sides, start, strict=True)])
+    )
     assert (kl == 0) == near
     losses = []
     for row, s, good in zip(sides, start, desirable, strict=True):
@@ -264,8 +266,9 @@ REWARD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", REWARD_MODELS)
+@pytest.mark.parametrize(
+  "name, packed", [*((name, False) for name in REWARD_MODELS), ("centred", True)]
+)
 def test_reward_model(name, packed):
   config = reward_model.RewardModelConfig(**REWARD_MODELS[name])
 
@@ -352,9 +355,7 @@ def test_sft(packed):
   bigrams.check(step, PARAMS, batch, oracle)
 
 
-@pytest.mark.parametrize(
-  "settings", [{}, {"trust": True}, {"kappa": 0.6}, {"trust": True, "kappa": 0.6}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"trust": True}, {"trust": True, "kappa": 0.6}], ids=str)
 def test_rest(settings):
   config = rest.RestConfig(**settings)
   weights = np.random.default_rng(8).random(ROWS).astype(np.float32)
@@ -387,9 +388,7 @@ def test_value_bonus(coef):
   def oracle(params, held):
     return alone(params, held) + coef * np.mean([total(params, tokens) for tokens in TEXT])
 
-  loss = functools.partial(
-    dpo.loss_fn, read=pairs.make_read_pairs(bigrams.language), config=config
-  )
+  loss = functools.partial(dpo.loss_fn, read=pairs.make_read_pairs(bigrams.language), config=config)
   bonus = terms.make_value_bonus(bigrams.language)
   step = make_train_step(terms.with_term(loss, bonus, coef, "loss/bonus"), RECORD)
   batch = terms.WithSequences(dpo.DPOBatch(DATA, ref), ROWS_OF_TEXT)

@@ -1,10 +1,11 @@
 """Runs the tests of mutants and lists those that survive: `python -m tests.mutants ppo grpo/2`.
 
-Words select mutants whose name has one of them as a part; without words all run. `--jobs=2` runs two at a
-time. It exits with 1 if a mutant survives or its tests do not run.
+Words select mutants whose name has one of them as a part; without words all run. `--jobs=2` runs
+two at a time. It exits with 1 if a mutant survives or its tests do not run.
 """
 
 import importlib
+import re
 import sys
 import warnings
 
@@ -26,7 +27,9 @@ def main(words: list[str]) -> int:
   wrong = 0
   for verdict in planting.run(mutants, jobs=jobs[-1] if jobs else 1):
     mutant = verdict.mutant
-    print(f"{verdict.result:8} {verdict.seconds:5.1f} s  {mutant.name}", flush=True)
+    failed = re.findall(r"^FAILED tests/(.*?)(?: - .*)?$", verdict.output, re.MULTILINE)
+    by = f" by {failed[0]}" if failed else ""
+    print(f"{verdict.result:8} {verdict.seconds:5.1f} s  {mutant.name}{by}", flush=True)
     if verdict.result != "killed":
       wrong += 1
       print(f"  {mutant.file}\n  - {mutant.old}\n  + {mutant.new}\n  ! {' '.join(mutant.tests)}")

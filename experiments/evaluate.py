@@ -94,7 +94,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       batch_size=config.batch_size,
     )
     is_pairwise = config.preference != judges.PreferenceOptions()
-    samples = {names[0]: sample(base_params)}
+    samples = {names[0]: sample(base_params, evaluating.BASELINE)}
     policies = {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
       params = models.open_model(run, config.model, folder, tokenizer)[1]

@@ -44,7 +44,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  grpo: GRPOConfig = GRPOConfig()
+  grpo: GRPOConfig = GRPOConfig(kl_coef=0.1)
   optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import types
 from collections.abc import Callable, Generator, Mapping
@@ -17,6 +18,7 @@ from rlhf_jax import data, flags, generation, loop, processes, reporting, reward
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
+from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
@@ -132,10 +134,10 @@ class Workbench(NamedTuple):
   def over(
     self,
     dataset: data.Dataset,
-    measure: Callable[[Any], Metrics],
+    measure: Callable[[Any], Any],
     columns: np.ndarray | None = None,
     show: str = "",
-  ) -> dict[str, np.ndarray]:
+  ) -> Any:
     """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
@@ -155,20 +157,21 @@ class Workbench(NamedTuple):
   def evaluator(
     self,
     trainer: training.Trainer,
-    measure: Callable[[Params, Any], Metrics],
-    columns: np.ndarray | None,
-    judge: Callable[[], evaluating.Judge],
+    measure: Callable[[Params, Any], Any],
+    summarize: Callable[[Any], tuple[jax.Array, Metrics]],
+    judge: Callable[[], evaluating.Judge] | None = None,
   ) -> Callable[[Any, int], dict[str, float]]:
-    """Builds `evaluate(state, step)` of a policy that is trained on rows of data.
+    """Builds `evaluate(state, step)` of a model that is trained on rows of data.
 
     Args:
-      trainer: Trainer of the policy.
-      measure: `(params, batch) -> metrics` of each row, NaN where undefined.
-      columns: Further columns of the held-out rows, which become part of the batches.
+      trainer: Trainer of the model.
+      measure: `(params, batch) -> tree` of [B, ...] arrays.
+      summarize: `(tree) -> (loss, metrics)` of all held-out rows at once, normalised as in
+        training; metrics that are NaN are undefined.
       judge: Function that opens the judge, whose metrics are added with `--eval_every`.
 
     Returns:
-      A function whose metrics are means over the held-out rows, empty if there are no rows.
+      A function of the metrics of the held-out rows, empty if there are no rows.
     """
 
     @evaluating.once_per_step
@@ -176,9 +179,11 @@ class Workbench(NamedTuple):
       if not self.heldout.examples:
         return {}
       params = trainer.params(state)
-      rows = self.over(self.heldout, functools.partial(measure, params), columns)
-      means = {f"eval/{name}": float(np.nanmean(values)) for name, values in rows.items()}
-      return means | (judge().measure(params, step) if self.config.eval_every else {})
+      loss, metrics = summarize(self.over(self.heldout, functools.partial(measure, params)))
+      metrics = {n: x for n, x in reported(metrics).items() if n not in ("weight", "tokens")}
+      values = {f"eval/{name}": float(x) for name, x in (metrics | {"loss": loss}).items()}
+      defined = {n: x for n, x in values.items() if n == "eval/loss" or not math.isnan(x)}
+      return defined | (judge().measure(params, step) if judge and self.config.eval_every else {})
 
     return evaluate
 

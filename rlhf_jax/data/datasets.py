@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf_jax import ranges
 from rlhf_jax.data import files, formats, schema, sources
-from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, responses_of
+from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Tokenizer, transcript
@@ -156,6 +156,11 @@ def load(
     _require_rows(heldout, heldout_source, config)
   for part, name in ((train, source), (heldout, heldout_source)):
     _check_unknown(part, name, tokenizer, config)
+    if part.examples and kind == "unpaired":
+      try:
+        partner(part.examples, 0)
+      except DataError as error:
+        raise DataError(f"{name}: {error}") from error
   train.report["bad_rows"] = len(bad)
   train_keys = set(train.keys)
   heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)

@@ -19,7 +19,7 @@ from rlhf_jax.data import files, formats, schema, sources
 from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
-from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer
+from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
 
 _BUILTIN_ROWS = 8192
 _JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
@@ -201,10 +201,27 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
   rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
   padded = max(len(example["prompt"]) for example in examples)
-  part = _part_of(examples, rows)
-  part.unknown[:] = _unknown(tokenizer, [example["prompt"] for example in examples])
-  _check_unknown(part, "the prompt", tokenizer, DataConfig(path="prompt"))
-  return _finish("prompts", part, padded, 0)
+  return _finish("prompts", _part_of(examples, rows), padded, 0)
+
+
+def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
+  """Returns the prompt of each example as text, without the chat template of a tokenizer."""
+  texts = []
+  for fields in dataset.rows:
+    row = _without(Row("row", fields), config.ignore)
+    (example,) = schema.parse_row("prompts", row, prefer_messages=False)
+    prompt = example.prompt
+    texts.append(prompt if isinstance(prompt, str) else transcript(prompt))
+  return texts
+
+
+def require_known(name: str, texts: Sequence[Any], tokenizer: Tokenizer) -> None:
+  """Refuses token ids of texts for which the tokenizer was not made.
+
+  Raises:
+    DataError: More than a tenth of the ids are those of the unknown token.
+  """
+  _refuse_unknown(name, _unknown(tokenizer, texts))
 
 
 def from_rows(
@@ -506,17 +523,21 @@ def _check_unknown(part: _Part, source: str, tokenizer: Tokenizer, config: DataC
   if not is_given(config):
     if part.unknown[0] or not sources.is_builtin(tokenizer.encode_text):
       raise DataError(
-        "data.path is not given, and the built-in task, reviews of toys, is for the model that its"
+        "data.path is not given, and the built-in task, toy reviews, is for the model that its"
         " own stages train; give data.path=FILE or data.tfds=NAME, or leave out the model"
       )
     return
-  unknown, tokens = part.unknown
+  _refuse_unknown(source, part.unknown)
+  part.report["unknown_tokens"] = int(part.unknown[0])
+
+
+def _refuse_unknown(name: str, counts: np.ndarray) -> None:
+  unknown, tokens = counts
   if unknown > _MOST_UNKNOWN * tokens:
     raise DataError(
-      f"{source}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer; without"
+      f"{name}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer; without"
       " --model.path or --init_from it is that of the built-in task: give a model for these texts"
     )
-  part.report["unknown_tokens"] = int(unknown)
 
 
 def _require_rows(part: _Part, source: str, config: DataConfig) -> None:

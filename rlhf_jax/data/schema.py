@@ -181,9 +181,10 @@ def parse(
     )
   except Skip as skip:
     return Parsed([Example("", ("",), skip=skip.reason)], frozenset(), True)
-  unread = row.fields.keys() - fields.read - taken
+  values = {name for name, value in row.fields.items() if value not in (None, "", [], {})}
+  unread = values - fields.read - taken
   for name in _CHANGE_PROMPT:
-    if name in unread and row.fields[name] not in (None, "", [], {}):
+    if name in unread:
       problem = "this column changes the prompt, and nothing says how"
       fail(row, name, problem, f"write it into the prompt, or leave it out: data.ignore={name}")
   return Parsed(examples, frozenset(unread | fields.unread), heard)

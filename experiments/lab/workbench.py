@@ -112,8 +112,8 @@ class Workbench(NamedTuple):
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
 
   def ended(self, rollout: Rollout) -> jax.Array:
-    """Returns bools [B], True on responses that ended in a stop token."""
-    return generation.ended(rollout, (self.tokenizer.eos_id,))
+    """Returns bools [B], True on responses that ended in a stop token or string."""
+    return generation.ended(rollout, *models.stops(self.tokenizer, self.config.sampling))
 
   def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
     """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""

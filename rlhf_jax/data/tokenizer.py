@@ -3,10 +3,10 @@
 Three rules. First, text from a dataset or a user never becomes a control id: `"<|im_end|>"` typed
 by a user is encoded as plain characters (`controls`). Control tokens are the added tokens that are
 special, that the chat template writes, or that have the form of a marker, such as `<|tool|>`. An
-answer may hold those that are neither special nor part of a turn, such as `<think>`: they are words
-of the model. Second, a response has the ids that follow the prompt's in the whole text, as the chat
-template writes it, up to the end of the turn. Third, a folder is read as data: no class is picked
-by name and no code is run (chat templates render in a sandbox).
+answer may hold those that the template knows but no turn is made of, unless they are special:
+`<think>` is a word of the model. Second, a response has the ids that follow the prompt's in the
+whole text, as the chat template writes it, up to the end of the turn. Third, a folder is read as
+data: no class is picked by name and no code is run (chat templates render in a sandbox).
 """
 
 import functools
@@ -122,15 +122,21 @@ class Tokenizer:
     if absent := sorted(stops.difference(self._vocab.values())):
       logging.warning("eos_token_id: %s not in the vocabulary of the tokenizer, ignored", absent)
     self._stop_ids = tuple(sorted(stops.intersection(self._vocab.values()) - {self._end_id}))
-    # Words of the model, such as <think>, are not part of a turn.
+    # Words of the model, such as <think>: the template knows them, and no turn is made of them.
     turns = {*prompts, self._end_id, *self._stop_ids}
-    in_answers = [text for text, i in known.items() if added[i].special or i in turns]
+    in_answers = [
+      text
+      for text, i in known.items()
+      if added[i].special or i in turns or text not in template.source
+    ]
+    self._silent = frozenset([*(known[text] for text in in_answers), *spelled]) - unknown
     self._encoder = controls.Controls(backend, known, spelled.values())
     self._control_text = controls.Spelling([*known, *spelled.values()])
     self._answer_text = controls.Spelling([*in_answers, *spelled.values()])
     self._marker_text = controls.Spelling([*known, *spelled.values(), *template.markers])
     self._prefix = self._added_prefix()
     self._anchor = self._find_anchor()
+    self._lead = self._decoded_lead()
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -347,8 +353,16 @@ class Tokenizer:
     return controls.unprotected(self._rendered(prompt))
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids. Ids outside the vocabulary are dropped."""
-    return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    """Text of ids, without control tokens. Ids outside the vocabulary are dropped.
+
+    Args:
+      ids: Ids of a text.
+      skip_special: False to show control tokens.
+    """
+    shown = [int(i) for i in ids]
+    if skip_special:  # The decoder drops those that are flagged as special; not all are.
+      shown = [i for i in shown if i not in self._silent]
+    return self._backend.decode(shown, skip_special_tokens=skip_special)
 
   def batch_decode(self, rows: Iterable[Iterable[int]], skip_special: bool = True) -> list[str]:
     """Texts of responses, as they follow their prompts, without what the template adds to them."""
@@ -359,6 +373,7 @@ class Tokenizer:
     decoder = json.loads(self._backend.to_str())["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
     special = {i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+    special |= self._silent
     bytes_of = _byte_characters()
     anchor = self._anchor if self._anchor is not None else self._ids("a")[-1]
     before = len(self.decode([anchor]))
@@ -486,16 +501,25 @@ class Tokenizer:
 
   def _answer(self, ids: list[int], skip_special: bool) -> str:
     """Returns the text of a response."""
-    if self._anchor is None:
-      text = self.decode(ids, skip_special)
-    else:
-      before = self.decode([self._anchor])
-      text = self.decode([self._anchor, *ids], skip_special)[len(before) :]
+    text = self._decode_after(self._anchor, ids, skip_special)
     if not skip_special:
       return text
     if ids and ids[-1] == self._turn_end:
       text = text.removesuffix(self._encoder.before_first(self._template.closing))
-    return text.removeprefix(self.lead)
+    return text.removeprefix(self._lead)
+
+  def _decode_after(self, anchor: int | None, ids: list[int], skip_special: bool = True) -> str:
+    """Returns the text of ids after another one."""
+    if anchor is None:
+      return self.decode(ids, skip_special)
+    return self.decode([anchor, *ids], skip_special)[len(self.decode([anchor])) :]
+
+  def _decoded_lead(self) -> str:
+    """Returns the text before an answer, as it is decoded; some tokenizers add spaces to it."""
+    if not self.lead or self._end_id is None:
+      return ""
+    (response,) = self.encode_exchanges([_PROBE], [["a"]])[0].responses
+    return self._decode_after(self._anchor, response).rpartition("a")[0]
 
   def _find_anchor(self) -> int | None:
     """Returns an id to decode a response after, where decoding would else drop a first space."""
@@ -503,9 +527,7 @@ class Tokenizer:
     if self.decode(one) == " a":
       return None
     for anchor in (i for text in _ANCHORS for i in self._ids(text)[-1:]):
-      before = self.decode([anchor])
-      texts = [self.decode([anchor, *ids])[len(before) :] for ids in (one, two)]
-      if texts == [" a", "a"]:
+      if [self._decode_after(anchor, ids) for ids in (one, two)] == [" a", "a"]:
         return anchor
     return None
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, judges, line_files, models
+from experiments.lab import evaluating, judges, limits, line_files, models
 from rlhf_jax import data, flags, generation, loop, plots, reporting, sharding
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
@@ -60,6 +60,7 @@ def grow(
   """
   count = config.sampling.samples_per_prompt
   wanted = len(prompts.examples) * count
+  limits.require_length(config, start, answered=[prompts])
   with loop.open_run(session) as run:
     settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
     settings["start"] = str(start)

@@ -44,6 +44,7 @@ class ModelOptions:
       least memory and a third more work.
     logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
       are processed in chunks and rematerialized in the backward pass.
+    extrapolate: Accept sequences longer than those that a model with rotary positions was made for.
   """
 
   path: str = ""
@@ -56,6 +57,7 @@ class ModelOptions:
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
+  extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, given_rows, judges, models, training
+from experiments.lab import evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
@@ -295,6 +295,8 @@ def open(
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
+  answered = (train_set, heldout) if kind == "prompts" else (heldout,)
+  limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:
     digests = models.digests(flags.flatten(flags.to_dict(config)))
     digests |= {f"{name} data": of.digest for name, of in further.items()}

@@ -179,7 +179,7 @@ def heldout_sampler(
     batch_size: Prompts per call of the model.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  stops = (tokenizer.eos_id,)
+  stops = models.stops(tokenizer, config)
   generate = models.make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
@@ -197,7 +197,7 @@ def heldout_sampler(
       values |= {
         "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),
-        "ended": generation.ended(rollout, stops),
+        "ended": generation.ended(rollout, *stops),
       }
       parts.append({name: np.asarray(v)[valid] for name, v in sharding.to_host(values).items()})
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)

@@ -146,7 +146,7 @@ def open_preference(
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
     if label == records.PREFERENCE:
-      prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
+      prefer = rewards.model_preference(model.apply, params, stop_ids=tokenizer.stop_ids)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
     return lambda prompts: prefer  # A model reads the tokens of any prompts.

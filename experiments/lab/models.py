@@ -44,6 +44,7 @@ class ModelOptions:
       least memory and a third more work.
     logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
       are processed in chunks and rematerialized in the backward pass.
+    extrapolate: Accept sequences longer than those that a model with rotary positions was made for.
   """
 
   path: str = ""
@@ -56,6 +57,7 @@ class ModelOptions:
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
+  extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
@@ -312,6 +314,16 @@ def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Para
 
 
 @functools.lru_cache(maxsize=16)
+def stops(
+  tokenizer: data.Tokenizer, config: generation.SamplingConfig
+) -> tuple[tuple[int, ...], generation.StopText | None]:
+  """Returns the ids that end a response, and the automaton of the stop strings if there are any."""
+  if not config.stop:
+    return tokenizer.stop_ids, None
+  return tokenizer.stop_ids, generation.stop_text(config.stop_strings, tokenizer.token_bytes())
+
+
+@functools.lru_cache(maxsize=16)
 def make_sampler(
   model: Model,
   tokenizer: data.Tokenizer,
@@ -324,11 +336,13 @@ def make_sampler(
   The same arguments give the same function, so training and evaluation compile it once.
   """
   decoder = model.decode, model.init_cache
+  stop_ids, stop_text = stops(tokenizer, config)
   return generation.make_generate(
     *(generation.make_mixture(*decoder) if mixture else decoder),
     config,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=stop_ids,
     pad_id=tokenizer.pad_id,
+    stop_text=stop_text,
   )
 
 
@@ -343,7 +357,11 @@ def export(
 
   `label` is the name of the scalar of a judge.
   """
-  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  first, *others = tokenizer.stop_ids
+  token_ids: dict[str, int | list[int]] = {
+    "eos_token_id": [first, *others] if others else first,
+    "pad_token_id": tokenizer.pad_id,
+  }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, given_rows, judges, models, training
+from experiments.lab import evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
@@ -114,8 +114,8 @@ class Workbench(NamedTuple):
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
 
   def ended(self, rollout: Rollout) -> jax.Array:
-    """Returns bools [B], True on responses that ended in a stop token."""
-    return generation.ended(rollout, (self.tokenizer.eos_id,))
+    """Returns bools [B], True on responses that ended in a stop token or string."""
+    return generation.ended(rollout, *models.stops(self.tokenizer, self.config.sampling))
 
   def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
     """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""
@@ -300,6 +300,8 @@ def open(
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
+  answered = (train_set, heldout) if kind == "prompts" else (heldout,)
+  limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:
     digests = models.digests(flags.flatten(flags.to_dict(config)))
     digests |= {f"{name} data": of.digest for name, of in further.items()}

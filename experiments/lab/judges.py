@@ -107,7 +107,7 @@ class JudgedConfig(loop.RunConfig):
   """Length of a run of a method that cannot do without a reward or a preference."""
 
   def require(self) -> None:
-    """Refuses a config that names no judge, or more than one."""
+    """Refuses a config without a policy to start from, and one that names no judge, or several."""
     options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
     given = [of for of in options if of.is_given]
     if len(options) > 1 and len(given) != 1:
@@ -115,6 +115,10 @@ class JudgedConfig(loop.RunConfig):
         "give --reward.path or --reward.name, or else --preference.path or name"
       )
     (given or options)[0].require()
+    if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
+      raise flags.UsageError(
+        "--init_from is needed: a policy that nothing has trained samples noise"
+      )
 
 
 def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import glob
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -298,11 +297,11 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
-  """Returns the files that a flag names: one, those of a folder, or those of a pattern."""
+  """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
   path = workdir_lib.local_path(given)
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
-  return [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(path))))
+  return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:

@@ -65,9 +65,10 @@ def start(
   require_devices()
   path = workdir.local_path(configs[0].workdir) / "flags"
   # The flags of another run stay until this one has been accepted and has finished.
-  if processes.is_first() and not path.exists():
+  if processes.is_first():
     with workdir.creating(path.parent):
-      save(path)
+      if not path.exists():
+        save(path)
   result = train(*configs)
   if processes.is_first():
     save(path)
@@ -188,10 +189,10 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     return code, f"{type(error).__name__}: {error}"
   if isinstance(error, OSError) and error.errno in _IO | _CANNOT_CREATE:
     code = EX_IOERR if error.errno in _IO else EX_CANTCREAT
-    where = f"{error.filename}: " if error.filename is not None else ""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     return code, f"{where}{error.strerror}{_CONTINUES if code == EX_IOERR else ''}"
-  if workdir.is_disk_full(error):  # Of a library that has an exception of its own.
-    return EX_IOERR, f"{_short(str(error).splitlines()[0])}{_CONTINUES}"
+  if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
+    return EX_IOERR, f"{reason}{_CONTINUES}"
   return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax import processes, writers
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.reporting import escape
 
 
@@ -206,8 +207,7 @@ def save_panels(
     png = render_panel(panel, runs)
     if png is not None and processes.is_first():
       path = epath.Path(folder) / f"{name}.png"
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(png)
+      workdir_lib.atomic_write(path, png)
       written.append(path)
   return written
 
@@ -454,6 +454,5 @@ def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:
   """Writes charts, two in a row, to a PNG file, whose folder is created."""
   path = epath.Path(path)
   if processes.is_first():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render_charts(charts))
+    workdir_lib.atomic_write(path, render_charts(charts))
   return path

@@ -39,6 +39,7 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 45
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
@@ -98,7 +99,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     if heldout.examples:
       summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
       show(summary)
-    bench.finish(summary)
+    bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
 
 

@@ -60,10 +60,11 @@ def start(
     DeviceError: JAX finds no device of the platform that it was told to use.
     LockedError: The workdir cannot be made or written.
   """
-  if isinstance(configs[0], processes.Group):
-    configs[0].connect()
+  first: Any = configs[0]
+  if isinstance(first, processes.Group):
+    first.connect()
   require_devices()
-  path = workdir.local_path(configs[0].workdir) / "flags"
+  path = workdir.local_path(first.workdir) / "flags"
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():
     with workdir.creating(path.parent):
@@ -90,7 +91,7 @@ def require_devices() -> None:
   try:
     jax.devices()
   except Exception as error:  # Of various types, one of them an assertion.
-    wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or ""
+    wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values.get("jax_platforms") or ""
     reason = next(iter(str(error).splitlines()), "") or "no plugin for it is installed"
     given = f"JAX_PLATFORMS={wanted}" if wanted else "jax"
     raise DeviceError(

@@ -40,6 +40,7 @@ class Config(loop.RunConfig):
   steps: int = 300
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 60
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
@@ -85,7 +86,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         logits_of,
       )
       show(summary)
-    bench.finish(summary)
+    judge = f"--preference.path={session.workdir}"
+    bench.finish(summary, "nash_md", *bench.start_of("runs/nash"), judge)
   return summary
 
 

@@ -39,6 +39,7 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 45
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
@@ -92,7 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       scores, _ = bench.over(heldout, measure)
       summary |= judge(heldout, scores) | {"loss": evaluate(state, config.steps)["eval/loss"]}
       show(summary)
-    bench.finish(summary)
+    bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
 
 

@@ -35,6 +35,7 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 90
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
@@ -67,7 +68,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.export(params)
     summary = evaluate(state, config.steps)
     bench.show_samples(params, "Samples of the fine-tuned model")
-    bench.finish(summary)
+    pairs = ["--data.path=PAIRS.jsonl"] if config.data.path else []
+    start = f"--init_from={session.workdir}"
+    bench.finish(summary, "reward_model", "--workdir=runs/rm", start, *pairs)
   return summary
 
 

@@ -425,5 +425,7 @@ class Judge:
       run.writer.table(step, "samples", sample_rows(after))
       reporting.show_samples(side_by_side(before, after), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
-    training.finish(run, summary)
+    trained = run.session.workdir
+    samples = f"--workdir={trained.rstrip('/')}_samples"
+    training.finish(run, summary, "generate", samples, f"--init_from={trained}")
     return summary

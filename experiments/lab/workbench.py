@@ -263,9 +263,21 @@ class Workbench(NamedTuple):
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
 
-  def finish(self, summary: Mapping[str, Any]) -> None:
-    """Ends the run after its export: plots, model card, summary.json."""
-    training.finish(self.run, summary)
+  def start_of(self, workdir: str) -> list[str]:
+    """Flags of a script that starts from the same model as this one, and from its own data."""
+    config = self.config
+    start = config.init_from or config.model.path or "runs/sft"
+    words = [f"--workdir={workdir}", f"--init_from={start}"]
+    return words + (["--data.path=PROMPTS.jsonl"] if config.data.path else [])
+
+  def finish(self, summary: Mapping[str, Any], *following: str) -> None:
+    """Ends the run after its export: plots, model card, summary.json.
+
+    Args:
+      summary: Metrics of summary.json.
+      *following: Script that may follow, and its flags.
+    """
+    training.finish(self.run, summary, *following)
 
 
 @contextlib.contextmanager
@@ -292,6 +304,7 @@ def open(
     spare: Number of devices to leave out of the mesh.
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
+  reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)

@@ -115,6 +115,17 @@ def load(field: str, name: str) -> types.ModuleType:
     raise ValueError(f"{field}={name} cannot be imported: {reason}") from error
 
 
+def name_of(function: Callable[..., Any]) -> str:
+  """Returns the `module:function` that a setting named a function by, else its own name."""
+  for name, (known, _) in _resolved.items():
+    if known is function:
+      return name
+  inner = function if hasattr(function, "__qualname__") else type(function)
+  module = getattr(inner, "__module__", None) or "builtins"
+  package = module.partition(".")[0] == __package__
+  return inner.__qualname__ if package else f"{module}:{inner.__qualname__}"
+
+
 def describe(error: BaseException) -> str:
   """Describes an error in a file of the user: line of code, type, first line of the text."""
   text = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"

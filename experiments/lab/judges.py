@@ -113,11 +113,10 @@ def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> N
   rows = prompts.rows[:3]
   empty = [""] * len(rows)
   try:
-    values = function([row["prompt_text"] for row in rows], *[empty] * answers, rows)
-  except Exception as error:
-    error.add_note("It was tried with empty responses, which a policy can give.")
-    raise
-  rewards.one_number_each(values, empty, function, pairs=answers == 2)
+    rewards.ask(function, [row["prompt_text"] for row in rows], *[empty] * answers, rows=rows)
+  except user.ResultError as error:
+    tried = "it was tried with empty responses, which a policy can give"
+    raise user.ResultError(f"{error}; {tried}") from error
 
 
 def open_preference(

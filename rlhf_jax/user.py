@@ -5,6 +5,7 @@ model folder reaches these functions.
 """
 
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -120,6 +121,8 @@ def name_of(function: Callable[..., Any]) -> str:
   for name, (known, _) in _resolved.items():
     if known is function:
       return name
+  while isinstance(function, functools.partial):
+    function = function.func
   inner = function if hasattr(function, "__qualname__") else type(function)
   module = getattr(inner, "__module__", None) or "builtins"
   package = module.partition(".")[0] == __package__

@@ -4,7 +4,7 @@ A judge of single responses becomes a `RewardFn`, `(rollout, prompt_ids) -> [B] 
 pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
-from rlhf_jax.rewards.checks import UnusableScoresError, Watch
+from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
 from rlhf_jax.rewards.functions import REWARDS, TextReward, ask
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
 from rlhf_jax.rewards.preferences import (
@@ -45,6 +45,7 @@ __all__ = [
   "make_scorer",
   "model_preference",
   "model_reward",
+  "require",
   "response_texts",
   "reward_preference",
   "text_preference",

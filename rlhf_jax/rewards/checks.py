@@ -45,22 +45,26 @@ def count(scores: Any) -> int:
   return int(np.sum(~usable(np.asarray(scores))))
 
 
-def require(judge: str, bad: int, total: int) -> None:
+def require(judge: str, scores: Any) -> int:
   """Refuses scores of which more than `MAX_SHARE` cannot be used.
 
   Args:
     judge: Name of the judge, for the message.
-    bad: Number of scores that cannot be used.
-    total: Number of scores.
+    scores: NumPy or JAX scores of any shape.
+
+  Returns:
+    Number of scores that cannot be used.
 
   Raises:
     UnusableScoresError: There are too many of them.
   """
+  bad, total = count(scores), np.size(scores)
   if bad > MAX_SHARE * total:
     raise UnusableScoresError(
       f"{judge}: {bad} of {total} scores cannot be used ({UNUSABLE}), more than {MAX_SHARE:.0%};"
       " give a low number to a response that cannot be judged"
     )
+  return bad
 
 
 class Watch:
@@ -83,8 +87,7 @@ class Watch:
       UnusableScoresError: More than `MAX_SHARE` of them cannot be used, or more than `MAX_BATCHES`
         batches in a row had one.
     """
-    bad = count(scores)
-    require(self._judge, bad, np.size(scores))
+    bad = require(self._judge, scores)
     self._in_a_row = self._in_a_row + 1 if bad else 0
     if self._in_a_row > MAX_BATCHES:
       raise UnusableScoresError(

@@ -197,13 +197,12 @@ def scored(case, rows):
 
 def unjudged(name):
   """Batch of a method that samples, without a score or a preference that can be used."""
-  case, batch = CASES[name], batch_of(name, 0)
+  batch = batch_of(name, 0)
   if isinstance(batch, opponents.OpponentBatch):
     return batch._replace(preference=np.full_like(batch.preference, np.nan))
   if isinstance(batch, rest.RestBatch):
     return batch._replace(weights=np.zeros_like(batch.weights))
-  rollout, _, values, refs = scored(case, ROWS)
-  return case.make_batch(rollout, np.full(ROWS, np.nan, np.float32), values, refs, samples=4)
+  return batch._replace(mask=np.zeros_like(batch.mask))
 
 
 @pytest.mark.parametrize("name", [*METHODS, "nash_md", "ipo_md", "rest"])

@@ -40,7 +40,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(judges.JudgedConfig):
   """ReST. `steps` and `batch_size` are those of each Improve step.
 
   Attributes:
@@ -85,7 +85,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
-  config.reward.require()
+  config.require()
   folder = models.source_folder(config.model, config.init_from)
   if folder is None:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
@@ -126,7 +126,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       start = workdir_lib.local_path(improve.workdir) / models.EXPORT
   with loop.open_run(session) as run:
-    records.identify(run, "rest", config, tokenizer, train_set, heldout)
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    records.identify(run, "rest", config, tokenizer, train_set, heldout, digests=digests)
     workbench.save_flags(run, config)
     run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):

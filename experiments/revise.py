@@ -67,7 +67,9 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   texts = list(dict.fromkeys(str(row.get("prompt", row["prompt_text"])) for row in prompts.rows))
   texts = texts[: config.limit or len(texts)]
   with loop.open_run(session) as run:
-    loop.identify(run, "revise", flags.to_dict(config), data=prompts.digest)
+    settings = flags.to_dict(config)
+    digests = models.digests(flags.flatten(settings)) | {"data": prompts.digest}
+    loop.identify(run, "revise", settings, digests)
     model, params = models.open_model(run, config.model, folder, tokenizer)
     answer = revision.make_answer(run, model, params, tokenizer, config.sampling, config.batch_size)
     path = run.workdir / _REVISED

@@ -286,13 +286,14 @@ def open(
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
-  digests = models.frozen_digest(config.lora, folder, *map(models.model_folder, adapted))
+  models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
-    digests[name] = further[name].digest
   with loop.open_run(session, spare=spare) as run:
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    digests |= {f"{name} data": of.digest for name, of in further.items()}
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)

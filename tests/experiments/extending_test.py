@@ -15,7 +15,7 @@ import pytest
 from experiments import dpo
 from experiments.lab import judges, models, workbench
 from experiments.records import record
-from rlhf_jax import checkpoint, data, loop, simulation, workdir
+from rlhf_jax import checkpoint, data, loop, simulation, user, workdir
 from rlhf_jax.models import hf
 from tests.testing import define_flags, read_flags
 
@@ -256,8 +256,7 @@ def test_files_that_are_read_name_no_function(folder, sft_run):
   session = loop.Session(str(folder / "new"))
   with workbench.open(session, config, "dpo", "preferences") as bench:
     assert bench.train_set.rows[0]["reward.name"] == "my_evil:f"
-    settings = json.loads((folder / "new" / "identity.json").read_text())["settings"]
-    assert "my_evil:f" not in json.dumps(settings)
+    assert "my_evil:f" not in (folder / "new" / "identity.json").read_text()
     with checkpoint.Checkpointer(folder / "new" / "checkpoints") as saver:
       saver.save(1, {"state": bench.start}, NAMED)
       saver.wait()

@@ -174,6 +174,14 @@ def words(prompts, responses, rows):
 def later(prompts, responses, rows):
   return [float("nan") if len(r) > 3 else 0.0 for r in responses]
 
+calls = []
+
+def remote(prompts, responses, rows):
+  calls.append(1)
+  if len(calls) == 4:  # The first one tries it, the second opens the run.
+    raise ConnectionError("no route to host")
+  return [0.0 for r in responses]
+
 def even(prompts, a, b, rows):
   return [2.0 for x in a]
 """
@@ -205,13 +213,21 @@ def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name
     judges.open_preference(None, options, models.ModelOptions(), tokenizer)(prompts)
 
 
-def test_a_reward_that_turns_bad_ends_the_run_and_names_the_response(folder, run_script, sft_run):
+@pytest.mark.parametrize(
+  "name, code, message",
+  [
+    ("later", 70, r"UnusableScoresError: --reward\.name=my_rewards:later: [34] of 4 scores cannot"),
+    ("remote", 64, "ResultError: reward function my_rewards:remote raised .*: no route to host"),
+  ],
+)
+def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):
   (folder / "my_rewards.py").write_text(REWARDS)
-  flags = (f"--init_from={sft_run}", "--reward.name=my_rewards:later", *SAMPLED)
+  flags = (f"--init_from={sft_run}", f"--reward.name=my_rewards:{name}", *SAMPLED)
   finished = run_script("ppo", folder / "run", *flags)
-  assert finished.code == 64, finished.output
-  last = finished.output.splitlines()[-1]
-  assert "ResultError: reward function later gave no finite number: nan for response" in last
+  assert finished.code == code, finished.output
+  assert re.match(message, finished.output.splitlines()[-1]), finished.output
+  assert "Traceback" not in finished.output
+  assert ("the last one before the error" in finished.output) == (name == "remote")
 
 
 EVIL = "import pathlib\npathlib.Path('was_imported').touch()\ndef f(*args, **kwargs): ...\n"

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import growing, improving, judges, models, responses, workbench
+from experiments.lab import given_rows, growing, improving, judges, models, responses, workbench
 from experiments.lab.case import Case
 from rlhf_jax import data, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
@@ -91,6 +91,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.values["jax_compilation_cache_dir"]:
     # Every step is a separate run and compiles the programs of the previous one.

@@ -128,7 +128,7 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, sft_run):
   with open(folder / "my_parts.py", "a") as file:
     file.write("# Edited.\n")
   output = run(*words, code=78)
-  assert "file of --dpo.loss: was" in output
+  assert "file of --dpo.loss was" in output
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run)
     file.write("# Edited.\n")
   finished = run_script("rest", folder / "runs/rest", *words_of("rest")[3:])
   assert finished.code == 78, finished.output
-  assert "file of --reward.name: was" in finished.output
+  assert "file of --reward.name was" in finished.output
 
 
 REWARDS = """

@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
+from rlhf_jax import (
+  checkpoint,
+  defaults,
+  flags,
+  processes,
+  ranges,
+  reporting,
+  sharding,
+  user,
+  writers,
+)
 from rlhf_jax import workdir as workdir_lib
 
 SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
@@ -77,6 +87,7 @@ class RunConfig:
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
       non_negative=("eval_every",),
     )
+    defaults.settle(self)
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
       parts = getattr(settings, "microbatches", 1)

@@ -61,7 +61,7 @@ class Config(judges.JudgedConfig):
   reward: judges.RewardOptions = judges.RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=8)
   rest: RestConfig = RestConfig()
-  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 1e-5))
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 2e-5))
   shaping: ShapingConfig = ShapingConfig()
   lora: LoRAConfig = LoRAConfig()
 

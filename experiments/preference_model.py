@@ -11,7 +11,6 @@ With --data.votes=each the model learns the share of the votes, otherwise the ma
 tie is a preference of one half. At the end it is measured on held-out comparisons: accuracy,
 calibration and log loss. If prompts have three responses that were all compared, the share of
 triples whose majorities form a cycle is measured too; it is 0 for any reward model.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -24,7 +23,7 @@ import numpy as np
 from experiments import records
 from experiments.lab import models, training, verdicts, workbench
 from experiments.lab.case import Case
-from rlhf_jax import entry, loop, reporting
+from rlhf_jax import defaults, entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -44,7 +43,7 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-5))
   lora: LoRAConfig = LoRAConfig()
 
 

@@ -10,7 +10,6 @@ the prompt. Votes of several annotators on two responses become pairs; see --dat
 --data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
 The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
 the scores are centred: their mean over --data.eval_rows training rows is 0.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from experiments.lab import evaluating, models, training, workbench
 from experiments.lab.case import Case
-from rlhf_jax import data, entry, evaluation, flags, loop, reporting
+from rlhf_jax import data, defaults, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -43,7 +42,7 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-5))
   lora: LoRAConfig = LoRAConfig()
 
 

@@ -8,7 +8,6 @@ Your model and data (rows with prompt and response, instruction and output, or m
 With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
 of one demonstration and padding. The panel at the start shows the share of padding.
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -19,7 +18,7 @@ import jax
 
 from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
@@ -38,9 +37,9 @@ class Config(loop.RunConfig):
   eval_every: int = 90
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   sft: SFTConfig = SFTConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-3, 2e-5))
   lora: LoRAConfig = LoRAConfig()
 
 

@@ -14,7 +14,17 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, given_rows, judges, limits, models, training
-from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
+from rlhf_jax import (
+  data,
+  defaults,
+  flags,
+  generation,
+  loop,
+  processes,
+  reporting,
+  rewards,
+  sharding,
+)
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
@@ -95,7 +105,8 @@ class Workbench(NamedTuple):
     sets = self.config.data, self.train_set, self.heldout
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
-    lines = {"initial model": start, **data.describe(*sets), **named}
+    rates = defaults.describe(self.config)
+    lines = {"initial model": start, **data.describe(*sets), **named, **rates}
     training.describe(self.run, title, self.model, trainer, lines)
     given_rows.warn(*sets)
 

@@ -382,7 +382,11 @@ def test_sft(packed):
   bigrams.check(step, PARAMS, batch, oracle)
 
 
-@pytest.mark.parametrize("settings", [{}, {"trust": True}, {"trust": True, "kappa": 0.6}], ids=str)
+@pytest.mark.parametrize(
+  "settings",
+  [{}, {"trust": True}, {"trust": True, "kappa": 0.6}],
+  ids=["plain", "trust", "both"],
+)
 def test_rest(settings):
   config = rest.RestConfig(**settings)
   weights = np.random.default_rng(8).random(ROWS).astype(np.float32)

@@ -20,10 +20,13 @@ class TokenBatch(NamedTuple):
   Attributes:
     tokens: [B, T] int32, prompt then response then padding.
     mask: [B, T] bool, True on scored tokens (the response with its end-of-sequence token).
+    scored: [B, C] int32, positions of the scored tokens of each row, filled up with T; logits are
+      computed only for them. None if a loss may look at any position.
   """
 
   tokens: jax.Array
   mask: jax.Array
+  scored: jax.Array | None = None
 
 
 class PackedBatch(NamedTuple):
@@ -36,12 +39,14 @@ class PackedBatch(NamedTuple):
     mask: Same shape, bool, True on scored tokens.
     segment_ids: Same shape, int32: 1, 2 and so on for the sequences of a row, 0 on padding.
     real: [B, S] bool, True if the row has an s-th sequence or pair.
+    scored: Positions as in `TokenBatch`, [B, C] or [B, 2, C].
   """
 
   tokens: jax.Array
   mask: jax.Array
   segment_ids: jax.Array
   real: jax.Array
+  scored: jax.Array | None = None
 
 
 class ComparisonBatch(NamedTuple):

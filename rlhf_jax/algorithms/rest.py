@@ -103,7 +103,7 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
   """
   del key
-  tokens, mask = batch.sequences
+  tokens, mask = batch.sequences.tokens, batch.sequences.mask
   mask = packing.predicted(mask)
   logits = apply_fn(params, tokens)
   nll = supervised.nll(logits, tokens)

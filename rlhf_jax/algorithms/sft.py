@@ -13,7 +13,6 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import given
-from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
@@ -51,16 +50,10 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
   """
   del key  # The loss is deterministic given the batch.
-
-  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logprobs = logprobs_lib.token_logprobs(logits, targets)
-    return logprobs, jnp.argmax(logits, axis=-1) == targets
-
-  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, score)
-  loss = -masked.masked_mean(logprobs, mask)
+  loss, scores, mask = given.read_nll(apply_fn, params, batch, hits=True)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
-    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask),
+    "token_accuracy": masked.masked_mean(scores.hits, mask),
     "weight": tokens,
     "tokens": tokens,
   }

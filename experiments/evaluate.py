@@ -29,8 +29,8 @@ prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 import dataclasses
 from typing import Any
 
-from experiments.lab import comparison, evaluating, judges, line_files, models
-from rlhf_jax import data, entry, flags, loop, plots, reporting
+from experiments.lab import comparison, evaluating, given_rows, judges, line_files, models
+from rlhf_jax import entry, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
@@ -74,7 +74,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       )
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")
-  _, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
   with loop.open_run(session) as run:

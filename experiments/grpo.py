@@ -20,7 +20,7 @@ import functools
 
 from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import grpo, reading
@@ -34,7 +34,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """GRPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
@@ -57,7 +57,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   with workbench.open(session, config, "grpo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)

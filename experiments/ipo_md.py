@@ -23,7 +23,7 @@ import jax
 
 from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import PreferenceOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions
 from experiments.lab.matches import Match
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import ipo_md, opponents
@@ -35,7 +35,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """IPO-MD. `batch_size` counts prompts; each step samples two responses to each.
 
   Attributes:
@@ -64,7 +64,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.preference.require()
+  config.require()
   with workbench.open(session, config, "ipo_md", "prompts") as bench:
     trainer, prefer_of = make_trainer(bench), bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), config.ipo_md, count=2, mixed=True)

@@ -55,7 +55,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "KTO",
       trainer,
-      data=f"{len(bench.train_set.examples)} responses",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
     refs, heldout_refs = bench.references(make_ref_logprobs(bench))

@@ -27,7 +27,7 @@ import jax
 
 from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import PreferenceOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions
 from experiments.lab.matches import Match, MatchState
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import nash_md, opponents
@@ -39,7 +39,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """Nash-MD. `batch_size` counts prompts; each step samples responses and makes one update.
 
   Attributes:
@@ -75,7 +75,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.preference.require()
+  config.require()
   with workbench.open(session, config, "nash_md", "prompts") as bench:
     settings, trainer = config.nash_md, make_trainer(bench)
     fixed = None

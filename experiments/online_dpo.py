@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from experiments.lab import models, pairing, responses, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import PreferenceOptions, RewardOptions
-from rlhf_jax import entry, flags, loop
+from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
+from rlhf_jax import entry, loop
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.algorithms.pairs import PairConfig
@@ -38,7 +38,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """Online DPO. `batch_size` counts prompts; give a reward or a preference."""
 
   steps: int = 80
@@ -63,8 +63,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  if config.preference.is_given == config.reward.is_given:
-    raise flags.UsageError("give --reward.path or --reward.name, or else --preference.path or name")
+  config.require()
   samples = config.sampling.samples_per_prompt
   with workbench.open(session, config, "online_dpo", "prompts") as bench:
     trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)

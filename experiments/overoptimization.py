@@ -69,7 +69,8 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
   def stage(name, script, stage_config, seed):
     # Each stage has another seed, so that the built-in task generates other rows for it.
-    changed = {"workdir": str(workdir / name), "seed": session.seed * 1000 + seed}
+    seed = (session.seed * 1000 + seed) % loop.SEEDS
+    changed = {"workdir": str(workdir / name), "seed": seed}
     return script(dataclasses.replace(session, **changed), stage_config)
 
   stage("sft", sft.train, config.sft, 1)

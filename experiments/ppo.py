@@ -23,7 +23,7 @@ import functools
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import ppo, reading
@@ -37,7 +37,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """PPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
@@ -63,7 +63,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(session, config, "ppo", "prompts", adapted=adapted, spare=spare) as bench:

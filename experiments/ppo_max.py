@@ -19,7 +19,7 @@ import jax
 
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import Carry, IterationState, RolloutOptions
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
@@ -33,7 +33,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """PPO-max. `batch_size` counts prompts; each step samples responses and updates on them.
 
   Attributes:
@@ -66,7 +66,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   extra: workbench.Extra = {}
   if config.ppo_max.ptx_coef:

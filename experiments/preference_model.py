@@ -56,8 +56,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Preference model",
       trainer,
-      data=f"{len(train_set.examples)} comparisons",
-      left_out=train_set.dropped or "nothing",
       tokens_per_step=f"{config.batch_size * 2 * train_set.padded_length}",
     )
 

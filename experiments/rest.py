@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import growing, improving, judges, models, responses, workbench
+from experiments.lab import given_rows, growing, improving, judges, models, responses, workbench
 from experiments.lab.case import Case
 from rlhf_jax import data, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
@@ -40,7 +40,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(judges.JudgedConfig):
   """ReST. `steps` and `batch_size` are those of each Improve step.
 
   Attributes:
@@ -85,12 +85,13 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
-  config.reward.require()
+  config.require()
   folder = models.source_folder(config.model, config.init_from)
   if folder is None:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.values["jax_compilation_cache_dir"]:
     # Every step is a separate run and compiles the programs of the previous one.
@@ -126,7 +127,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       start = workdir_lib.local_path(improve.workdir) / models.EXPORT
   with loop.open_run(session) as run:
-    records.identify(run, "rest", config, tokenizer, train_set, heldout)
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    records.identify(run, "rest", config, tokenizer, train_set, heldout, digests=digests)
     workbench.save_flags(run, config)
     run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):

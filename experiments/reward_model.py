@@ -61,8 +61,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Reward model",
       trainer,
-      data=f"{len(train_set.examples)} {kind} of {train_set.width} responses",
-      left_out=train_set.dropped or "nothing",
       tokens_per_step=training.step_tokens(config, train_set),
     )
 

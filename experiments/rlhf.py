@@ -67,7 +67,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   def stage(name, script, stage_config, seed_offset):
     # Each stage has another seed, so that the built-in task generates other rows for it.
     stage_session = dataclasses.replace(
-      session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
+      session,
+      workdir=str(workdir / name),
+      seed=(session.seed * 10 + seed_offset) % loop.SEEDS,
     )
     return script(stage_session, stage_config)
 

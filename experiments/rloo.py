@@ -18,7 +18,7 @@ import functools
 
 from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import entry, loop
 from rlhf_jax.algorithms import reading, rloo
@@ -32,7 +32,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """RLOO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
@@ -55,7 +55,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   with workbench.open(session, config, "rloo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)

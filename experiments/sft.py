@@ -53,7 +53,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Supervised fine-tuning",
       trainer,
-      data=f"{len(bench.train_set.examples)} demonstrations",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
 

@@ -160,14 +160,41 @@ def test_the_digest_is_that_of_the_file_as_it_was_imported(folder):
   assert user.digests(settings) not in ({}, {"file of --reward.name": first})
 
 
-def test_a_module_that_the_file_imports_is_not_covered(folder):
+@pytest.mark.parametrize(
+  "line",
+  [
+    "import my_words",
+    "from my_words import WORDS",
+    "import statistics, my_words as words",
+    "import my_middle",
+    "def later():\n  import my_words",
+    "import my_package.inner",
+    "from my_package import inner",
+  ],
+)
+def test_the_modules_of_the_user_that_the_file_imports_are_covered(folder, line):
   (folder / "my_words.py").write_text("WORDS = 1\n")
-  (folder / "my_sum.py").write_text("import my_words\ndef score(prompts, responses, rows): ...\n")
-  resolve("my_sum:score")
-  before = user.digests({"reward.name": "my_sum:score"})
-  (folder / "my_words.py").write_text("WORDS = 2\n")
-  importlib.reload(sys.modules["my_words"])
-  assert user.digests({"reward.name": "my_sum:score"}) == before != {}
+  (folder / "my_middle.py").write_text("import my_words, my_sum\n")
+  (folder / "my_package").mkdir()
+  (folder / "my_package" / "__init__.py").write_text("")
+  (folder / "my_package" / "inner.py").write_text("A = 1\n")
+  (folder / "my_package" / "other.py").write_text("A = 1\n")
+  (folder / "my_sum.py").write_text(f"{line}\ndef score(prompts, responses, rows): ...\n")
+
+  def digest():
+    for name in [name for name in sys.modules if name.startswith("my_")]:
+      del sys.modules[name]
+    importlib.invalidate_caches()
+    resolve("my_sum:score")
+    return user.digests({"reward.name": "my_sum:score"})
+
+  before = digest()
+  assert digest() == before != {}
+  (folder / "my_package" / "other.py").write_text("A = 2 + 2\n")  # Nobody imports it.
+  assert digest() == before
+  changed = "my_package/inner.py" if "package" in line else "my_words.py"
+  (folder / changed).write_text("WORDS = A = 20 + 2\n")
+  assert digest() != before
 
 
 def test_functions_without_a_source_have_no_digest(folder):

@@ -227,7 +227,7 @@ def open_case(
   mesh = sharding.make_mesh(mesh_spec, devices)
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
-  nowhere, session = pathlib.Path(), loop.Session(workdir="", mesh=mesh_spec)
+  nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
   model, start = models.open_model(run, config.model, folder, tokenizer, head)

@@ -62,9 +62,12 @@ def grow(
   wanted = len(prompts.examples) * count
   with loop.open_run(session) as run:
     settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
-    loop.identify(
-      run, "grow", settings | {"start": str(start)}, data=prompts.digest, tokenizer=tokenizer.digest
-    )
+    settings["start"] = str(start)
+    if config.shaping.function:
+      settings["reference"] = str(reference)
+    digests = models.digests(flags.flatten(settings))
+    digests |= {"data": prompts.digest, "tokenizer": tokenizer.digest}
+    loop.identify(run, "grow", settings, digests)
     path = run.workdir / GROWN
     done = line_files.read_lines(path)
     if len(done) < wanted:

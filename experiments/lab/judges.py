@@ -102,6 +102,21 @@ class PreferenceOptions:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class JudgedConfig(loop.RunConfig):
+  """Length of a run of a method that cannot do without a reward or a preference."""
+
+  def require(self) -> None:
+    """Refuses a config that names no judge, or more than one."""
+    options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
+    given = [of for of in options if of.is_given]
+    if len(options) > 1 and len(given) != 1:
+      raise flags.UsageError(
+        "give --reward.path or --reward.name, or else --preference.path or name"
+      )
+    (given or options)[0].require()
+
+
 def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:
   """Finds a missing column or an unusable result before anything is compiled.
 

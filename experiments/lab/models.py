@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import glob
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from experiments import records
+from experiments.records import record
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
@@ -76,18 +79,39 @@ def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   Raises:
-    ModelFolderError: The path is neither.
+    ModelFolderError: The path is neither, or both.
   """
   folder = workdir_lib.local_path(path)
-  if (folder / EXPORT / "config.json").exists():
-    return folder / EXPORT
-  if (folder / "config.json").exists():
-    return folder
-  if (folder / "checkpoints").exists():
-    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
-  raise hf.ModelFolderError(
-    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
-  )
+  has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
+  if has_run and has_model:
+    raise hf.ModelFolderError(
+      f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
+      " or move the other one out"
+    )
+  if has_run or has_model:
+    return folder / EXPORT if has_run else folder
+  raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
+
+
+def _why_no_model(path: str, folder: pathlib.Path) -> str:
+  """Says why a path is not that of a model, and what to give instead."""
+  if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
+    return "this run has not finished; start it again, then use it"
+  if (folder / "adapter_config.json").exists():
+    return (
+      "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
+      " PEFT), and give the merged folder"
+    )
+  if folder.is_dir():
+    return "neither the workdir of a finished run nor a folder with config.json"
+  if folder.exists():
+    return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    return (
+      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
+      f" {path} --local-dir=FOLDER, and give FOLDER"
+    )
+  return "there is no such folder"
 
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
@@ -228,19 +252,55 @@ def copy(run: loop.Run, params: Params) -> Params:
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
 
 
-def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
-  """Digest, for `loop.identify`, of the frozen weights that a run with adapters reads again.
+def require_base(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> None:
+  """Refuses adapters of a model that nothing has trained.
 
   Args:
     config: Settings of the adapters.
-    *folders: Folders of the models that get adapters.
+    *folders: Folders of the models that get adapters; None is a new model.
   """
-  if not config.rank:
-    return {}
-  if not all(folders):
+  if config.rank and not all(folders):
     raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
-  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
-  return {"frozen": workdir_lib.files_digest(files)}
+
+
+# Flags that name files of rows or of text, besides those that name models.
+_FILES = ("data.path", "data.eval_path", "ptx_path", "judge.principles")
+# What is read from a model folder; a card or an optimizer state may change.
+_OF_MODELS = (".json", ".jinja", ".safetensors")
+
+
+def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns digests of the files that a run reads, for `loop.identify`.
+
+  Process 0 reads the files for all processes. The time is about that of loading them.
+
+  Args:
+    settings: Values of the settings by the names of their flags.
+  """
+
+  def read() -> dict[str, str]:
+    found = {}
+    for flag in (*record.SOURCES, "judge.path", "reference"):
+      given = settings.get(flag)
+      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      files = [path for folder in folders for path in sorted(folder.iterdir())]
+      files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
+      if folders:
+        found[f"files of --{flag}"] = workdir_lib.files_digest(files)
+    for flag in _FILES:
+      if given := settings.get(flag):
+        found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
+    return found
+
+  return processes.agree(read)
+
+
+def _data_files(given: str) -> list[pathlib.Path]:
+  """Returns the files that a flag names: one, those of a folder, or those of a pattern."""
+  path = workdir_lib.local_path(given)
+  if path.is_dir():
+    return sorted(file for file in path.rglob("*") if file.is_file())
+  return [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(path))))
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, judges, models, training
+from experiments.lab import evaluating, given_rows, judges, models, training
 from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
@@ -89,9 +89,13 @@ class Workbench(NamedTuple):
     return trainer
 
   def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
-    """Shows the panel at the start of a run."""
-    rows = {name.replace("_", " "): value for name, value in rows.items()}
-    training.describe(self.run, title, self.model, trainer, rows)
+    """Shows the panel at the start of a run: the sources of model and data, and further rows."""
+    sets = self.config.data, self.train_set, self.heldout
+    named = {name.replace("_", " "): value for name, value in rows.items()}
+    start = self.folder or "new, with random weights"
+    lines = {"initial model": start, **data.describe(*sets), **named}
+    training.describe(self.run, title, self.model, trainer, lines)
+    given_rows.warn(*sets)
 
   def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
     """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`.
@@ -286,13 +290,14 @@ def open(
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
-  digests = models.frozen_digest(config.lora, folder, *map(models.model_folder, adapted))
+  models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
-    digests[name] = further[name].digest
   with loop.open_run(session, spare=spare) as run:
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    digests |= {f"{name} data": of.digest for name, of in further.items()}
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)

@@ -4,7 +4,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from rlhf_jax.data import tokenizer as tokenizer_lib
+from rlhf_jax.data import controls as controls_lib
 from rlhf_jax.data.sources import DataError
 from rlhf_jax.data.tokenizer import Tokenizer, load_tokenizer, word_level_tokenizer
 
@@ -172,7 +172,7 @@ def test_both_ways_to_encode_a_chat_agree(monkeypatch):
   tok = chat_tokenizer()
   messages = [{"role": "user", "content": "the soup"}]
   canonical = tok.encode_prompt(messages)
-  monkeypatch.setattr(tok, "_control_text", tokenizer_lib.re.compile("soup"))
+  monkeypatch.setattr(tok, "_control_text", controls_lib.Spelling(["soup"]))
   assert tok.encode_prompt(messages) == canonical
 
 
@@ -231,7 +231,7 @@ def test_stories260k(stories):
   assert stories.decode(typed) == "Once </s> upon <s>"
   ending_in_bos = load_tokenizer(STORIES, eos_token="<s>")
   assert ending_in_bos.encode_response("The end.")[-1] == 1
-  both = prompt + ending_in_bos.encode_response("there was")
+  both = prompt + ending_in_bos.encode_response(" there was")
   assert stories.decode(both) == "Once upon a time there was"
 
 

@@ -248,8 +248,7 @@ def test_files_that_are_read_name_no_function(folder, sft_run):
   session = loop.Session(str(folder / "new"))
   with workbench.open(session, config, "dpo", "preferences") as bench:
     assert bench.train_set.rows[0]["reward.name"] == "my_evil:f"
-    settings = json.loads((folder / "new" / "identity.json").read_text())["settings"]
-    assert "my_evil:f" not in json.dumps(settings)
+    assert "my_evil:f" not in (folder / "new" / "identity.json").read_text()
     with checkpoint.Checkpointer(folder / "new" / "checkpoints") as saver:
       saver.save(1, {"state": bench.start}, NAMED)
       saver.wait()

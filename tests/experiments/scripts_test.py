@@ -404,4 +404,4 @@ def test_adapters_from_a_base_that_changed_are_refused(tmp_path, start_here, sft
   words = [f"--flagfile={tmp_path / 'run' / 'flags'}", "--steps=8"]
   code, message = refusal("sft", *words)
   assert code == 78
-  assert "frozen" in message
+  assert "files of --model.path was" in message

@@ -78,6 +78,6 @@ def test_models_that_read_other_tokens_are_refused(sft_run):
 
 
 def test_adapters_need_a_trained_model():
-  assert models.frozen_digest(LoRAConfig(), None) == {}
+  models.require_base(LoRAConfig(), None)
   with pytest.raises(flags.UsageError, match="--lora.rank adapts a trained model"):
-    models.frozen_digest(LoRAConfig(rank=2), None)
+    models.require_base(LoRAConfig(rank=2), None)

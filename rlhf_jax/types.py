@@ -89,12 +89,14 @@ class UnpairedBatch(NamedTuple):
     desirable: [B] bool.
     mismatched: Same prompts, each with the response to another prompt of the data, [B, T] each.
       KTO estimates its KL from them.
+    scored: Positions of the scored tokens, as in `TokenBatch`.
   """
 
   tokens: jax.Array
   mask: jax.Array
   desirable: jax.Array
   mismatched: TokenBatch
+  scored: jax.Array | None = None
 
 
 class TrainState(NamedTuple):

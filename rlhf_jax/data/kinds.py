@@ -44,6 +44,7 @@ class Dataset(NamedTuple):
       prompt for the kind "prompts", prompt and both responses for comparisons, else prompt and
       response.
     width: Number K of responses per example: 2 for pairs, the maximum in both sets for rankings.
+    scored: Number of tokens of the longest response, rounded up, shared by both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
@@ -61,6 +62,7 @@ class Dataset(NamedTuple):
   rows: list[dict[str, Any]]
   padded_length: int
   width: int
+  scored: int
   digest: str
   report: dict[str, int]
   unread: tuple[str, ...] = ()
@@ -143,11 +145,11 @@ def _prompts(dataset: Dataset, indices: np.ndarray, pad_id: int) -> PromptBatch:
 
 def _demonstrations(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
   tokens, mask = _sequences(dataset, indices, pad_id)
-  return TokenBatch(tokens[:, 0], mask[:, 0])
+  return _scored(dataset, tokens[:, 0], mask[:, 0])
 
 
 def _preferences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
-  return TokenBatch(*_sequences(dataset, indices, pad_id))
+  return _scored(dataset, *_sequences(dataset, indices, pad_id))
 
 
 def _comparisons(dataset: Dataset, indices: np.ndarray, pad_id: int) -> ComparisonBatch:
@@ -170,11 +172,11 @@ def _rankings(dataset: Dataset, indices: np.ndarray, pad_id: int) -> RankingBatc
 
 def _unpaired(dataset: Dataset, indices: np.ndarray, pad_id: int) -> UnpairedBatch:
   examples = _at(dataset, indices)
-  tokens, mask = (x[:, 0] for x in _sequences(dataset, indices, pad_id))
+  own = _scored(dataset, *(x[:, 0] for x in _sequences(dataset, indices, pad_id)))
   others = [responses_of(dataset.examples[_partner(dataset, i)]) for i in indices]
-  mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
+  mismatched = (x[:, 0] for x in _pad_right(dataset, examples, others, pad_id))
   desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
-  return UnpairedBatch(tokens, mask, desirable, mismatched)
+  return UnpairedBatch(own.tokens, own.mask, desirable, _scored(dataset, *mismatched), own.scored)
 
 
 KINDS: dict[KindName, Kind] = {
@@ -205,6 +207,31 @@ def responses_of(example: Arrays) -> list[np.ndarray]:
   """Returns the token ids of the responses of an example, in their order."""
   labels = {kind.label for kind in KINDS.values()}
   return [ids for name, ids in example.items() if name != "prompt" and name not in labels]
+
+
+def _scored(dataset: Dataset, tokens: np.ndarray, mask: np.ndarray) -> TokenBatch:
+  """Returns a batch with the positions where the mask is True, in the fixed number per row."""
+  return TokenBatch(tokens, mask, scored_positions(mask, dataset.scored))
+
+
+def scored_length(length: int, capacity: int) -> int:
+  """Returns the positions to score of rows of a length that have up to `capacity` response tokens.
+
+  All are scored where the others are less than an eighth.
+  """
+  return capacity if 8 * capacity <= 7 * length else length
+
+
+def scored_positions(mask: np.ndarray, capacity: int) -> np.ndarray | None:
+  """Returns the positions where a mask [..., T] is True, [..., C] int32 filled up with T.
+
+  None stands for all positions; see `scored_length`.
+  """
+  length = mask.shape[-1]
+  if scored_length(length, capacity) == length:
+    return None
+  order = np.argsort(~mask, axis=-1, kind="stable")[..., :capacity].astype(np.int32)
+  return np.where(np.take_along_axis(mask, order, axis=-1), order, np.int32(length))
 
 
 def _at(dataset: Dataset, indices: np.ndarray) -> list[Arrays]:

@@ -37,7 +37,6 @@ from rlhf_jax.models.transformer import (
 )
 from rlhf_jax.types import Params
 
-
 # Logits of so many tokens, of all rows, stay in the cache of a CPU while a loss reads them.
 _CPU_TOKENS = 256
 

@@ -25,6 +25,9 @@ COUNTS = (
   "dropped_overlong_responses",
   "dropped_identical_pairs",
   "truncated_prompts",
+  "truncated_turns",
+  "spelled_markers",
+  "joined_words",
 )
 
 
@@ -50,7 +53,9 @@ class Dataset(NamedTuple):
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
       (nothing to compare with), `dropped_different_prompts` (of the two sides), `dropped_empty`,
       `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
-      `dropped_overlong_responses`, `truncated_prompts`, `duplicates` (repeated examples),
+      `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
+      of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
+      response follows the prompt without a space), `duplicates` (repeated examples),
       `flipped_pairs` (pairs that are there the other way round too), `unknown_tokens` and, for the
       held-out set, `eval_prompts_in_train`, `split_by_rows` (1 if all rows have the same prompt)
       and `nothing_to_hold_out` (1 if all rows are the same).

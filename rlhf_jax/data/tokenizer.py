@@ -221,8 +221,8 @@ class Tokenizer:
 
   def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
     """`encode_prompt` for many prompts at once."""
-    encoded = self._encoder.encode([self._encoder.mark(self._rendered(p)) for p in prompts])
-    return [[*self._start(prompt), *ids] for prompt, (ids, _) in zip(prompts, encoded, strict=True)]
+    encoded = self._encoder.ids([self._encoder.mark(self._rendered(p)) for p in prompts])
+    return [[*self._start(prompt), *ids] for prompt, ids in zip(prompts, encoded, strict=True)]
 
   def encode_response(self, text: str) -> list[int]:
     """Ids of a response to any prompt, and its end token. The text is not changed.
@@ -255,7 +255,7 @@ class Tokenizer:
     """
     mark, rendered = self._encoder.mark, [self._rendered(prompt) for prompt in prompts]
     marked = [mark(text) for text in rendered]
-    encoded = self._encoder.encode(marked)
+    encoded = self._encoder.ids(marked)
     pairs = [
       (before, mark(self._tail(prompt, text, answer)))
       for prompt, text, before, texts in zip(prompts, rendered, marked, answers, strict=True)
@@ -264,7 +264,7 @@ class Tokenizer:
     responses = iter(self._continue(pairs))
     return [
       Exchange([*self._start(prompt), *ids], [self._ended(next(responses)) for _ in texts])
-      for prompt, (ids, _), texts in zip(prompts, encoded, answers, strict=True)
+      for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
     ]
 
   def shorten(self, prompt: Prompt, length: int) -> Shortened | None:
@@ -294,7 +294,8 @@ class Tokenizer:
       return None
     last, rest = messages[starts[-1]]["content"], messages[starts[-1] + 1 :]
     marked = self._encoder.mark(self._control_text.protect(last))
-    places = [place for place, _ in self._encoder.encode([marked])[0].spans]
+    encoded = self._encoder.encode([marked])[0]
+    places = [encoded.span(i)[0] for i in range(len(encoded.ids))]
     cut = 0
     while size > length:
       cut += size - length
@@ -310,11 +311,22 @@ class Tokenizer:
     contents = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
     for text in contents:
       if marker := self._marker_text.find(text):
-        return f"the prompt spells {marker!r}"
+        return f"the prompt spells {marker!r}, which is read as plain text"
     for text in answers:
       if marker := self._answer_text.find(text):
-        return f"the response spells {marker!r}"
+        return f"the response spells {marker!r}, which is read as plain text"
     return ""
+
+  def joined_words(self, prompt: Prompt, answers: Sequence[str]) -> str:
+    """Describes a prompt and a response without a space between them; empty if none are.
+
+    A chat template and a transcript separate the two.
+    """
+    if self.has_chat_template or not isinstance(prompt, str) or not prompt[-1:].isalnum():
+      return ""
+    if not any(answer[:1].isalnum() for answer in answers):
+      return ""
+    return "prompt and response are joined without a space, as there is no chat template"
 
   def require_plain(self, prompt: Prompt) -> None:
     """Refuses a text to which the chat template has been applied already.
@@ -422,7 +434,8 @@ class Tokenizer:
       return protected
     if not self.has_chat_template:
       # A transcript writes a space after the name of the speaker.
-      spaced = not isinstance(prompt, str) and not answer[:1].isspace()
+      is_transcript = not isinstance(prompt, str) or prompt.endswith("\n\nAssistant:")
+      spaced = is_transcript and not answer[:1].isspace()
       return " " * spaced + protected
     whole, template = self._rendered(prompt, answer), self._template
     tail = template.lead + protected + template.closing
@@ -446,7 +459,7 @@ class Tokenizer:
   def _continue(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Returns the ids of the second of two marked texts after the first."""
     ids: list[list[int] | None] = [None] * len(pairs)
-    contexts = [before[controls.last_written(before) :] for before, _ in pairs]
+    contexts = [controls.context(before) for before, _ in pairs]
     for anchor in (None, *_ANCHORS):
       left = [i for i, known in enumerate(ids) if known is None]
       starts = [contexts[i] if anchor is None else anchor for i in left]
@@ -463,9 +476,11 @@ class Tokenizer:
     """Returns the ids of a text after the ids of its start, or None if they are merged."""
     count = len(start.ids)
     # A control token may take the spaces that follow it.
-    end = whole.spans[count - 1][1] if count and start.ids[-1] not in self._control_ids else 0
-    next_start = whole.spans[count][0] if count < len(whole.ids) else border
-    if whole.ids[:count] != start.ids or end > border or next_start < border:
+    if whole.ids[:count] != start.ids:
+      return None
+    end = whole.span(count - 1)[1] if count and start.ids[-1] not in self._control_ids else 0
+    next_start = whole.span(count)[0] if count < len(whole.ids) else border
+    if end > border or next_start < border:
       return None
     return whole.ids[count:]
 

@@ -118,7 +118,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       after = improving.improve(improve, config, i, start, folder, tokenizer, examples, heldout)
       rows.append(
         {
-          "grown_reward/mean": float(np.mean(grown.rewards)),
+          "grown_reward/mean": float(np.nanmean(grown.rewards)),
           "kept_reward/mean": float(np.mean(grown.rewards[kept])),
           "kept_reward/min": float(np.min(grown.rewards[kept])),
           "kept_share": float(np.mean(kept)),

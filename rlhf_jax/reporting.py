@@ -220,7 +220,8 @@ class Progress:
     metrics = metrics or {}
     now, self._step = self._clock(), step
     rate = self._rate(now)
-    names = [name for name in self.SHOWN if name in metrics][: self.MAX_SHOWN]
+    names = [name for name, x in metrics.items() if name.endswith("/nonfinite") and x > 0]
+    names += [name for name in self.SHOWN if name in metrics][: self.MAX_SHOWN]
     shown = "  ".join(f"{name} {cell(float(metrics[name]))}" for name in names)
     per_second = ""
     left = ""

@@ -98,7 +98,7 @@ def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax
 
 def programs(case: Case) -> None:
   """Compiles the forward pass of the reference and the train step, for `experiments.compile`."""
-  rows = case.responses(2)
+  rows = case.tokens(2, case.length)
   case.against_reference(make_trainer(case.bench), make_ref_logprobs(case.bench), rows, DPOBatch)
 
 

@@ -94,8 +94,7 @@ def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax
 
 def programs(case: Case) -> None:
   """Compiles the forward pass of the reference and the train step, for `experiments.compile`."""
-  rows = case.responses()
-  rows = UnpairedBatch(rows.tokens, rows.mask, case.column(dtype=bool), rows, rows.scored)
+  rows = UnpairedBatch(*case.tokens(case.length), case.column(dtype=bool), case.tokens(case.length))
   case.against_reference(make_trainer(case.bench), make_ref_logprobs(case.bench), rows, KTOBatch)
 
 

@@ -139,7 +139,7 @@ def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
   settings, rows = case.config.reward_model, 2 * case.config.batch_size
   make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
-  batch = case.responses(2)
+  batch = case.tokens(2, case.length)
   case.offline(case.bench.trainer(make_step), batch, rows=rows, scored=False)
 
 

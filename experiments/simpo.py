@@ -86,7 +86,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
 
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
-  batch, rows = case.responses(2), 2 * case.config.batch_size
+  batch, rows = case.tokens(2, case.length), 2 * case.config.batch_size
   case.offline(make_trainer(case.bench), batch, rows=rows, scored=True)
 
 

@@ -20,13 +20,10 @@ class TokenBatch(NamedTuple):
   Attributes:
     tokens: [B, T] int32, prompt then response then padding.
     mask: [B, T] bool, True on scored tokens (the response with its end-of-sequence token).
-    scored: [B, C] int32, positions of the scored tokens of each row, filled up with T; logits are
-      computed only for them. None if a loss may look at any position.
   """
 
   tokens: jax.Array
   mask: jax.Array
-  scored: jax.Array | None = None
 
 
 class PackedBatch(NamedTuple):
@@ -39,14 +36,12 @@ class PackedBatch(NamedTuple):
     mask: Same shape, bool, True on scored tokens.
     segment_ids: Same shape, int32: 1, 2 and so on for the sequences of a row, 0 on padding.
     real: [B, S] bool, True if the row has an s-th sequence or pair.
-    scored: Positions as in `TokenBatch`, [B, C] or [B, 2, C].
   """
 
   tokens: jax.Array
   mask: jax.Array
   segment_ids: jax.Array
   real: jax.Array
-  scored: jax.Array | None = None
 
 
 class ComparisonBatch(NamedTuple):
@@ -89,14 +84,12 @@ class UnpairedBatch(NamedTuple):
     desirable: [B] bool.
     mismatched: Same prompts, each with the response to another prompt of the data, [B, T] each.
       KTO estimates its KL from them.
-    scored: Positions of the scored tokens, as in `TokenBatch`.
   """
 
   tokens: jax.Array
   mask: jax.Array
   desirable: jax.Array
   mismatched: TokenBatch
-  scored: jax.Array | None = None
 
 
 class TrainState(NamedTuple):

@@ -159,7 +159,7 @@ def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> Pac
     layout: Indices of the sequences in each row, in order.
     length: Length of the rows; padding is filled with any tokens.
   """
-  tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
+  tokens, mask = (np.asarray(x) for x in batch)
   sides = tokens.shape[1:-1]
   shape = (len(layout), *sides, length)
   packed = np.random.default_rng(9).integers(1, 16, shape, np.int32), np.zeros(shape, bool)

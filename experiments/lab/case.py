@@ -56,11 +56,6 @@ class Case(NamedTuple):
     """True if the script trains on samples of the policy."""
     return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
 
-  @property
-  def scored(self) -> int:
-    """Positions of a given response, with its prompt, whose logits are computed."""
-    return data.scored_length(self.length, self.config.data.max_response_length)
-
   def place(self, batch: Any) -> Any:
     """Places a batch of numpy arrays on the mesh."""
     return sharding.place_batch(batch, self.bench.run.mesh)
@@ -81,18 +76,9 @@ class Case(NamedTuple):
     batch = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool)}
     return TokenBatch(**self.place(batch))
 
-  def responses(self, *shape: int, rows: int | None = None) -> TokenBatch:
-    """Returns prompts with given responses, [rows, *shape, T], as a data set holds them."""
-    batch = self.tokens(*shape, self.length, rows=rows)
-    if self.scored == self.length:
-      return batch
-    scored = np.zeros((*batch.tokens.shape[:-1], self.scored), np.int32)
-    return batch._replace(**self.place({"scored": scored}))
-
   def prompts(self) -> data.PromptBatch:
     """Returns the prompts of an iteration."""
-    batch = self.tokens(self.prompt_length)
-    return data.PromptBatch(batch.tokens, batch.mask, self.column(dtype=np.int32))
+    return data.PromptBatch(*self.tokens(self.prompt_length), self.column(dtype=np.int32))
 
   def carried(self, carry: Any) -> Any:
     """Returns the shapes of the state that an iteration carries, replicated on all devices."""
@@ -137,8 +123,7 @@ class Case(NamedTuple):
       held: Further arrays in memory during the step.
     """
     length = jax.tree.leaves(batch)[0].shape[-1]
-    positions = self.scored if scored else None
-    flops = self.forward(self.bench.model, rows, length, scored=positions)
+    flops = self.forward(self.bench.model, rows, length, scored=length if scored else None)
     inputs = (trainer.state, batch, self.key)
     self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
 
@@ -159,7 +144,7 @@ class Case(NamedTuple):
     """
     start, count = self.bench.start, 2 * self.config.batch_size
     held = (trainer.state, start)
-    flops = self.forward(self.bench.model, count, self.length, scored=self.scored)
+    flops = self.forward(self.bench.model, count, self.length, scored=self.length)
     refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
     batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
     self.offline(trainer, batch, rows=count, scored=True, held=held)
@@ -217,7 +202,7 @@ class Case(NamedTuple):
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
     if ptx:
-      batch = terms.WithSequences(batch, self.responses(rows=rows))
+      batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
     work = self.training_work(settings.epochs * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)

@@ -24,10 +24,9 @@ def read_rows(
   Returns:
     Arrays [..., T], and the mask [..., T], False on first tokens, which nothing predicts.
   """
-  logits, flat, scored = _logits(apply_fn, params, batch)
-  scores = logprobs_lib.next_token_scores(logits, flat, scored, **ask)
-  scores = jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scores)
-  return scores, packing.predicted(batch.mask, _segment_ids(batch))
+  flat, mask, inputs = _rows(batch)
+  scores = logprobs_lib.next_token_scores(apply_fn(params, flat, **inputs), flat, mask, **ask)
+  return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), (scores, mask))
 
 
 def read_nll(
@@ -44,26 +43,22 @@ def read_nll(
   Returns:
     Mean in nats per token; arrays [B, T] without a gradient, and the mask as in `read_rows`.
   """
-  logits, flat, scored = _logits(apply_fn, params, batch)
-  mask = packing.predicted(batch.mask, _segment_ids(batch))
+  flat, mask, inputs = _rows(batch)
   weights = mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-  nll, scores = logprobs_lib.next_token_nll(logits, flat, weights, scored, **ask)
+  nll, scores = logprobs_lib.next_token_nll(apply_fn(params, flat, **inputs), flat, weights, **ask)
   return nll, scores, mask
 
 
-def _segment_ids(batch: TokenBatch | PackedBatch) -> jax.Array | None:
-  return batch.segment_ids if isinstance(batch, PackedBatch) else None
-
-
-def _logits(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch
-) -> tuple[logprobs_lib.Logits, jax.Array, jax.Array | None]:
-  """Logits [N, T, V] of the rows, their tokens [N, T] and scored positions [N, C]."""
+def _rows(
+  batch: TokenBatch | PackedBatch,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Tokens and mask [N, T], False on first tokens, and further inputs of the model."""
   flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  ids, scored = _segment_ids(batch), batch.scored
-  inputs = {} if ids is None else {"segment_ids": ids.reshape(flat.shape)}
-  scored = None if scored is None else scored.reshape(len(flat), -1)
-  return apply_fn(params, flat, **inputs), flat, scored
+  mask = batch.mask.reshape(flat.shape)
+  if not isinstance(batch, PackedBatch):
+    return flat, packing.predicted(mask), {}
+  ids = batch.segment_ids.reshape(flat.shape)
+  return flat, packing.predicted(mask, ids), {"segment_ids": ids}
 
 
 def read_tokens(

@@ -62,7 +62,7 @@ def read_responses(apply_fn: ApplyFn, params: Params, batch: UnpairedBatch) -> j
     logprobs, mask = given.read_tokens(apply_fn, params, tokens)
     return masked.masked_sum(logprobs, mask, axis=-1)
 
-  matched = total(TokenBatch(batch.tokens, batch.mask, batch.scored))
+  matched = total(TokenBatch(batch.tokens, batch.mask))
   # This one only estimates the KL, which is a constant of the loss.
   mismatched = jax.lax.stop_gradient(total(batch.mismatched))
   return jnp.stack([matched, mismatched], axis=1)

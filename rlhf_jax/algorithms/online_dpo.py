@@ -92,11 +92,10 @@ def right_padded(rollout: Rollout) -> TokenBatch:
     rollout: B responses; prompts are left padded.
 
   Returns:
-    tokens [B, P + R]; mask [B, P + R], True on responses; scored [B, R], their positions.
+    tokens [B, P + R], and mask [B, P + R], True on responses.
   """
   real = rollout.prompt_mask | rollout.response_mask
-  tokens, mask = packing.move_padding_right(real, rollout.tokens, rollout.response_mask)
-  return TokenBatch(tokens, mask, packing.positions(mask, rollout.logprobs.shape[1]))
+  return TokenBatch(*packing.move_padding_right(real, rollout.tokens, rollout.response_mask))
 
 
 def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> TokenBatch:
@@ -108,7 +107,7 @@ def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> Toke
     rejected: [B] index of the rejected sample.
 
   Returns:
-    tokens [B, 2, T], mask [B, 2, T] and scored [B, 2, R], index 0 chosen and 1 rejected.
+    tokens [B, 2, T] and mask [B, 2, T], index 0 chosen and 1 rejected.
   """
   samples = right_padded(rollout)
   rows = chosen.shape[0]
@@ -117,4 +116,4 @@ def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> Toke
   def gather(x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x.reshape(rows, -1, x.shape[-1]), picked[..., None], axis=1)
 
-  return jax.tree.map(gather, samples)
+  return TokenBatch(gather(samples.tokens), gather(samples.mask))

@@ -24,8 +24,6 @@ from rlhf_jax.data.kinds import Dataset as Dataset
 from rlhf_jax.data.kinds import Kind as Kind
 from rlhf_jax.data.kinds import PromptBatch as PromptBatch
 from rlhf_jax.data.kinds import responses_of as responses_of
-from rlhf_jax.data.kinds import scored_length as scored_length
-from rlhf_jax.data.kinds import scored_positions as scored_positions
 from rlhf_jax.data.noticed import describe as describe
 from rlhf_jax.data.noticed import warning as warning
 from rlhf_jax.data.schema import Example as Example

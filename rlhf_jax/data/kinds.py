@@ -150,11 +150,11 @@ def _prompts(dataset: Dataset, indices: np.ndarray, pad_id: int) -> PromptBatch:
 
 def _demonstrations(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
   tokens, mask = _sequences(dataset, indices, pad_id)
-  return _scored(dataset, tokens[:, 0], mask[:, 0])
+  return TokenBatch(tokens[:, 0], mask[:, 0])
 
 
 def _preferences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
-  return _scored(dataset, *_sequences(dataset, indices, pad_id))
+  return TokenBatch(*_sequences(dataset, indices, pad_id))
 
 
 def _comparisons(dataset: Dataset, indices: np.ndarray, pad_id: int) -> ComparisonBatch:
@@ -177,11 +177,11 @@ def _rankings(dataset: Dataset, indices: np.ndarray, pad_id: int) -> RankingBatc
 
 def _unpaired(dataset: Dataset, indices: np.ndarray, pad_id: int) -> UnpairedBatch:
   examples = _at(dataset, indices)
-  own = _scored(dataset, *(x[:, 0] for x in _sequences(dataset, indices, pad_id)))
+  tokens, mask = (x[:, 0] for x in _sequences(dataset, indices, pad_id))
   others = [responses_of(dataset.examples[_partner(dataset, i)]) for i in indices]
-  mismatched = (x[:, 0] for x in _pad_right(dataset, examples, others, pad_id))
+  mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
   desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
-  return UnpairedBatch(own.tokens, own.mask, desirable, _scored(dataset, *mismatched), own.scored)
+  return UnpairedBatch(tokens, mask, desirable, mismatched)
 
 
 KINDS: dict[KindName, Kind] = {
@@ -212,31 +212,6 @@ def responses_of(example: Arrays) -> list[np.ndarray]:
   """Returns the token ids of the responses of an example, in their order."""
   labels = {kind.label for kind in KINDS.values()}
   return [ids for name, ids in example.items() if name != "prompt" and name not in labels]
-
-
-def _scored(dataset: Dataset, tokens: np.ndarray, mask: np.ndarray) -> TokenBatch:
-  """Returns a batch with the positions where the mask is True, in the fixed number per row."""
-  return TokenBatch(tokens, mask, scored_positions(mask, dataset.scored))
-
-
-def scored_length(length: int, capacity: int) -> int:
-  """Returns the positions to score of rows of a length that have up to `capacity` response tokens.
-
-  All are scored where the others are less than an eighth.
-  """
-  return capacity if 8 * capacity <= 7 * length else length
-
-
-def scored_positions(mask: np.ndarray, capacity: int) -> np.ndarray | None:
-  """Returns the positions where a mask [..., T] is True, [..., C] int32 filled up with T.
-
-  None stands for all positions; see `scored_length`.
-  """
-  length = mask.shape[-1]
-  if scored_length(length, capacity) == length:
-    return None
-  order = np.argsort(~mask, axis=-1, kind="stable")[..., :capacity].astype(np.int32)
-  return np.where(np.take_along_axis(mask, order, axis=-1), order, np.int32(length))
 
 
 def _at(dataset: Dataset, indices: np.ndarray) -> list[Arrays]:

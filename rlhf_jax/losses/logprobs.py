@@ -13,13 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses import masked
+from rlhf_jax.losses import masked, packing
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("hidden", "params"),
-  meta_fields=("read_out", "chunk", "kept"),
+  meta_fields=("read_out", "chunk", "kept", "scored"),
 )
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
@@ -32,6 +32,8 @@ class LazyLogits:
     chunk: Number t of tokens per row whose logits are computed at a time.
     kept: Number of tokens per row whose logits may be kept for the backward pass. Longer rows
       compute them again.
+    scored: Maximum number of tokens per row that a loss scores; logits are computed only for them.
+      0 stands for all.
   """
 
   hidden: jax.Array
@@ -39,11 +41,7 @@ class LazyLogits:
   read_out: Callable[[Any, jax.Array], jax.Array]
   chunk: int
   kept: int = 0
-
-  def at(self, positions: jax.Array) -> "LazyLogits":
-    """Returns the lazy logits at positions [B, C] of each row."""
-    hidden = jnp.take_along_axis(self.hidden, positions[..., None], axis=1)
-    return dataclasses.replace(self, hidden=hidden)
+  scored: int = 0
 
 
 Logits = jax.Array | LazyLogits
@@ -213,48 +211,29 @@ def token_scores(
 
 
 def next_token_scores(
-  logits: Logits, tokens: jax.Array, scored: jax.Array | None = None, **ask: Any
+  logits: Logits, tokens: jax.Array, mask: jax.Array | None = None, **ask: Any
 ) -> TokenScores:
   """`token_scores` of every token given the ones before it.
 
   Args:
     logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
     tokens: [B, T] int.
-    scored: [B, C] int, positions of tokens in a row; T or more fills it up. Lazy logits are
-      computed only for these. None stands for all positions.
+    mask: [B, T] bool, True on the tokens to score. Lazy logits with `LazyLogits.scored` are
+      computed for these only; a row with more of them gets NaN. None stands for all tokens.
     **ask: See `token_scores`.
 
   Returns:
-    Arrays [B, T]; 0 in column 0, which has no prediction, and at positions that are not `scored`.
+    Arrays [B, T]; 0 in column 0, which has no prediction, and at tokens that are left out.
   """
-  if scored is None or not isinstance(logits, LazyLogits):
+  if mask is None or not _skips(logits):
     return _back(token_scores(logits, _next(tokens), **ask))
-  logits, targets = _at(logits, tokens, scored)
-  return _spread(token_scores(logits, targets, **ask), scored, tokens.shape[1])
-
-
-def _at(logits: LazyLogits, tokens: jax.Array, scored: jax.Array) -> tuple[LazyLogits, jax.Array]:
-  """Logits that predict the tokens at `scored` positions [B, C], and these tokens."""
-  inside = jnp.minimum(scored, tokens.shape[1] - 1)
-  return logits.at(jnp.maximum(inside - 1, 0)), jnp.take_along_axis(tokens, inside, axis=1)
-
-
-def _spread(results: Any, scored: jax.Array, length: int) -> Any:
-  """Moves results [B, C] to their positions in rows of [B, length], which are 0 elsewhere."""
-
-  def spread(x: jax.Array) -> jax.Array:
-    rows = jnp.arange(len(x))[:, None]
-    return jnp.zeros((len(x), length), x.dtype).at[rows, scored].set(x, mode="drop")
-
-  return jax.tree.map(spread, results)
+  scored = packing.positions(mask, logits.scored)
+  scores = token_scores(_at(logits, scored - 1), _take(tokens, scored), **ask)
+  return _spread(scores, scored, mask)
 
 
 def next_token_nll(
-  logits: Logits,
-  tokens: jax.Array,
-  weights: jax.Array,
-  scored: jax.Array | None = None,
-  **ask: Any,
+  logits: Logits, tokens: jax.Array, weights: jax.Array, **ask: Any
 ) -> tuple[jax.Array, TokenScores]:
   """Sum over tokens of `weights` times the negative log-likelihood given the tokens before.
 
@@ -264,8 +243,8 @@ def next_token_nll(
   Args:
     logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
     tokens: [B, T] int.
-    weights: [B, T] float32, without a gradient; 0 leaves a token out, and is so in column 0.
-    scored: See `next_token_scores`; the weights of other positions are 0.
+    weights: [B, T] float32, without a gradient. 0 leaves a token out, and must be in column 0;
+      lazy logits with `LazyLogits.scored` are computed only for tokens with a weight.
     **ask: See `token_scores`.
 
   Returns:
@@ -275,14 +254,46 @@ def next_token_nll(
   if not isinstance(logits, LazyLogits):
     scores = next_token_scores(logits, tokens, **ask)
     return _weighted(scores.logprobs, weights), jax.lax.stop_gradient(scores)
-  if scored is None:
+  if not _skips(logits):
     total, scores = _lazy_nll(logits, _next(tokens), jnp.roll(weights, -1, axis=1), _Ask(**ask))
     return total, _back(scores)
-  inside = jnp.minimum(scored, tokens.shape[1] - 1)
-  weights = jnp.where(scored == inside, jnp.take_along_axis(weights, inside, axis=1), 0.0)
-  logits, targets = _at(logits, tokens, scored)
-  total, scores = _lazy_nll(logits, targets, weights, _Ask(**ask))
-  return total, _spread(scores, scored, tokens.shape[1])
+  mask = weights != 0
+  scored = packing.positions(mask, logits.scored)
+  inputs = _at(logits, scored - 1), _take(tokens, scored), _take(weights, scored)
+  total, scores = _lazy_nll(*inputs, _Ask(**ask))
+  missing = jnp.sum(mask) > jnp.sum(scored < tokens.shape[1])
+  return jnp.where(missing, jnp.nan, total), _spread(scores, scored, mask)
+
+
+def _skips(logits: Logits) -> bool:
+  """True if logits are computed for some of the tokens."""
+  return isinstance(logits, LazyLogits) and 0 < logits.scored < logits.hidden.shape[1]
+
+
+def _at(logits: LazyLogits, positions: jax.Array) -> LazyLogits:
+  """Lazy logits at positions [B, C] of each row; outside of it they are of any position."""
+  positions = jnp.clip(positions, 0, logits.hidden.shape[1] - 1)
+  hidden = jnp.take_along_axis(logits.hidden, positions[..., None], axis=1)
+  return dataclasses.replace(logits, hidden=hidden)
+
+
+def _take(x: jax.Array, positions: jax.Array) -> jax.Array:
+  """Entries of x [B, T] at positions [B, C]; 0 where these are T."""
+  taken = jnp.take_along_axis(x, jnp.minimum(positions, x.shape[1] - 1), axis=1)
+  return jnp.where(positions < x.shape[1], taken, jnp.zeros((), x.dtype))
+
+
+def _spread(scores: TokenScores, scored: jax.Array, mask: jax.Array) -> TokenScores:
+  """Moves results [B, C] to their tokens in a mask [B, T]; NaN in rows that have more than C."""
+  length = mask.shape[1]
+  missing = jnp.sum(mask, axis=1) > jnp.sum(scored < length, axis=1)
+
+  def spread(x: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(x))[:, None]
+    x = jnp.zeros((len(x), length), x.dtype).at[rows, scored].set(x, mode="drop")
+    return x if x.dtype == bool else jnp.where(missing[:, None], jnp.nan, x)
+
+  return jax.tree.map(spread, scores)
 
 
 def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:

@@ -122,7 +122,7 @@ def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, 
 
 
 def positions(mask: jax.Array, capacity: int) -> jax.Array:
-  """Positions where a mask [..., T] is True, [..., capacity] int32; T fills up a row."""
+  """Positions where a mask [B, T] is True, [B, capacity] int32; T fills up a row."""
   order = jnp.argsort(~mask, axis=-1, stable=True)[..., :capacity].astype(jnp.int32)
   return jnp.where(jnp.take_along_axis(mask, order, axis=-1), order, mask.shape[-1])
 

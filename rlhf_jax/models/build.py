@@ -192,7 +192,7 @@ def build(
 
   to_logits = precision.within(passes, to_logits)
 
-  def read_out(params: Params, hidden: jax.Array, chunk: int | None = None) -> Any:
+  def read_out(params: Params, hidden: jax.Array, chunk: int | None = None, scored: int = 0) -> Any:
     hidden = norm(params["final_norm"], hidden)
     scores = None if head == "language" else score(params["score"], hidden)
     if head == "scalar":
@@ -204,7 +204,7 @@ def build(
     else:
       kept = max(1, chunk // config.vocab_size)
       size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
-      logits = LazyLogits(hidden, output, to_logits, min(kept, size), kept)
+      logits = LazyLogits(hidden, output, to_logits, min(kept, size), kept, scored)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:
@@ -228,6 +228,7 @@ def build(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     last: int | None = None,
+    scored: int = 0,
   ) -> Any:
     require_positions(tokens.shape[1])
     if positions is None:
@@ -244,7 +245,7 @@ def build(
     layer = REMAT[config.remat](layer)
     x = by_rows(embed(params["embed"], tokens, positions))
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
-    return read_out(params, x if last is None else x[:, -last:], logit_chunk)
+    return read_out(params, x if last is None else x[:, -last:], logit_chunk, scored)
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
     require_positions(slots)

@@ -21,7 +21,7 @@ read_responses = jax.jit(kto.read_responses, static_argnums=0)
 
 def batch_of(rows, seed=0):
   """Labelled responses, each beside another one to its prompt."""
-  tokens, mask, _ = toy.token_batch(rows, 2, seed=seed)
+  tokens, mask = toy.token_batch(rows, 2, seed=seed)
   desirable = np.arange(rows) % 3 == 0
   responses = UnpairedBatch(
     tokens[:, 0], mask[:, 0], desirable, TokenBatch(tokens[:, 1], mask[:, 1])

@@ -86,7 +86,7 @@ def test_gold_follows_the_probability_and_not_its_logarithm(problem):
   got = jax.jit(jax.grad(lambda p: rest.loss_fn(p, batch, None, **options)[0]))(params)
 
   def probability(params):
-    tokens, mask, _ = batch.sequences
+    tokens, mask = batch.sequences
     probs = jax.nn.softmax(params)[tokens[:, :-1], tokens[:, 1:]]
     weights = jnp.where(mask[:, 1:], batch.weights[:, None], 0.0)
     return -jnp.sum(weights * probs) / jnp.sum(weights)

@@ -511,7 +511,7 @@ def test_real_unpaired_rows(shared):
   assert [len(train.examples), len(heldout.examples)] == [2 * len(part) for part in rows]
   assert sum(e["desirable"][0] for e in train.examples) == len(rows[0])
   for batch, valid in data.eval_batches(heldout, 16, pad_id=0):
-    tokens, mask, _, mismatched, _ = batch
+    tokens, mask, _, mismatched = batch
     prompt = np.cumprod(~mask & ~mismatched.mask, axis=1).astype(bool)
     np.testing.assert_array_equal(tokens[prompt], mismatched.tokens[prompt])
     assert valid.sum() and (tokens != mismatched.tokens).any(axis=1).all()

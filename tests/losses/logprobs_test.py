@@ -152,7 +152,7 @@ def test_sharded_vocabulary(axis_type, function):
   assert "f32[2,6,16]" not in step.as_text()
 
 
-def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0, kept=0):
+def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0, kept=0, scored=0):
   """Lazy logits [B, T, V], their hidden states and kernel, and the targets; shape is B, T, D, V."""
   rows, length, width, size = shape
   rng = np.random.default_rng(seed)
@@ -165,7 +165,7 @@ def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0, kept=0):
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
   def make(hidden, kernel):
-    return logprobs.LazyLogits(hidden, {"kernel": kernel}, read_out, chunk, kept)
+    return logprobs.LazyLogits(hidden, {"kernel": kernel}, read_out, chunk, kept, scored)
 
   return make, hidden, kernel, targets
 
@@ -239,8 +239,7 @@ def test_scores_match_float64(lazy):
   assert 0 < result.hits.sum() < result.hits.size
 
 
-SCORED = np.int32([[1, 3, 4], [6, 7, 7], [7, 7, 7]])  # Of 7 tokens in each of 3 rows.
-IS_SCORED = np.float32([[t in row for t in range(7)] for row in SCORED])
+SCORED = np.array([[t in row for t in range(7)] for row in ([1, 3, 4], [6], [])])
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -249,19 +248,18 @@ IS_SCORED = np.float32([[t in row for t in range(7)] for row in SCORED])
 def test_scored_positions_have_the_values_and_gradients_of_all_positions(
   function, chunk, kept, softcap
 ):
-  make, hidden, kernel, tokens = lazy_logits(chunk, softcap=softcap, kept=kept)
-  weights = IS_SCORED * np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
+  make, hidden, kernel, tokens = lazy_logits(chunk, softcap=softcap, kept=kept, scored=3)
+  weights = SCORED * np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
 
   def loss(hidden, kernel, *, lazy):
-    logits, scored = make(hidden, kernel), SCORED
-    if not lazy:
-      logits, scored = logits.read_out(logits.params, hidden), None
+    logits = make(hidden, kernel)
+    logits = logits if lazy else logits.read_out(logits.params, hidden)
     if function == "nll":
-      total, scores = logprobs.next_token_nll(logits, tokens, weights, scored, hits=True)
+      total, scores = logprobs.next_token_nll(logits, tokens, weights, hits=True)
       total = jnp.square(total)  # The gradient from outside is not 1.
     else:
       scores = logprobs.next_token_scores(
-        logits, tokens, scored, temperature=0.7, entropy=True, hits=True
+        logits, tokens, SCORED, temperature=0.7, entropy=True, hits=True
       )
       total = jnp.sum(weights * (jnp.sin(scores.logprobs) + jnp.cos(scores.entropy)))
     return total, scores
@@ -274,10 +272,20 @@ def test_scored_positions_have_the_values_and_gradients_of_all_positions(
   (want, want_scores), want_grads = run(lazy=False)
   np.testing.assert_allclose(value, want, rtol=1e-5)
   for x, y in zip(jax.tree.leaves(scores), jax.tree.leaves(want_scores), strict=True):
-    np.testing.assert_allclose(x, y * IS_SCORED, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x, y * SCORED, rtol=1e-5, atol=1e-6)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), grads, want_grads
   )
+
+
+def test_rows_with_more_tokens_than_are_scored_are_nan():
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, scored=2)
+  scores = logprobs.next_token_scores(make(hidden, kernel), tokens, SCORED)
+  np.testing.assert_array_equal(np.isnan(scores.logprobs).all(axis=1), [True, False, False])
+  total, _ = logprobs.next_token_nll(make(hidden, kernel), tokens, SCORED.astype(np.float32))
+  assert np.isnan(total)
+  total, _ = logprobs.next_token_nll(make(hidden, kernel), tokens, SCORED * [[0], [1], [1]])
+  assert np.isfinite(total)
 
 
 def test_tokens_without_a_weight_may_have_no_likelihood():

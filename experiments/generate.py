@@ -1,6 +1,6 @@
-r"""Samples responses of a model to held-out prompts, or to one prompt.
+r"""Samples responses of a model to prompts of a file, of the built-in task, or to one.
 
-To 16 held-out prompts of the built-in task, or of --data.path=PROMPTS.jsonl:
+To 16 prompts of --data.path=PROMPTS.jsonl, or held-out ones of the built-in task:
   python -m experiments.generate --workdir=runs/samples --init_from=runs/ppo \
     --limit=16
 To one prompt:
@@ -19,7 +19,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.lab import evaluating, judges, models
+from experiments.lab import given_rows, judges, limits, models
 from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -31,8 +31,8 @@ class Config:
 
   Attributes:
     init_from: Model: the workdir of a finished run, or a Hugging Face folder.
-    prompt: Prompt to answer; empty takes the held-out prompts of the data.
-    limit: Maximum number of held-out prompts.
+    prompt: Prompt to answer; empty takes those of --data.eval_path or else of --data.path.
+    limit: Maximum number of prompts.
     batch_size: Prompts per call of the model.
   """
 
@@ -57,9 +57,18 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   if config.prompt:
     prompts = data.prompts_from_texts([config.prompt], tokenizer)
+    data.require_known("--prompt", [prompts.examples[0]["prompt"]], tokenizer)
   else:
-    _, prompts = data.load("prompts", config.data, tokenizer, seed=session.seed)
-    prompts = evaluating.as_prompts(prompts, config.limit)
+    prompts = given_rows.prompts(
+      "Samples",
+      config.data,
+      tokenizer,
+      seed=session.seed,
+      limit=config.limit,
+      every=True,
+      model=folder,
+    )
+  limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
     model, params = models.open_model(run, config.model, folder, tokenizer)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
@@ -85,6 +94,8 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
           rows.append({"prompt": prompts.rows[i]["prompt_text"], "response": text, **numbers})
     reporting.save_samples(run.workdir, 0, rows)
     reporting.show_samples(rows, f"Samples of {config.init_from}")
+    if reward_fn is not None:
+      rewards.require(judges.name_of(reward_fn), np.array([row["reward"] for row in rows]))
   return rows
 
 

@@ -10,7 +10,6 @@ Dr. GRPO:
 DAPO:
   --grpo.kl_coef=0 --grpo.clip_high=0.28 --grpo.average=tokens
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -20,9 +19,9 @@ import functools
 
 from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import grpo, reading
 from rlhf_jax.algorithms.grpo import GRPOConfig
 from rlhf_jax.data import DataConfig
@@ -34,7 +33,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """GRPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
@@ -43,9 +42,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
   grpo: GRPOConfig = GRPOConfig(kl_coef=0.1)
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()
@@ -57,7 +56,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   with workbench.open(session, config, "grpo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)

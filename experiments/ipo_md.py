@@ -11,7 +11,6 @@ Online IPO:
 EGPO:
   --ipo_md.mix=0 --extragradient
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and the judge compares
 their responses. The same command, run again, resumes a run that was stopped.
 """
@@ -23,9 +22,9 @@ import jax
 
 from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import PreferenceOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions
 from experiments.lab.matches import Match
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ipo_md, opponents
 from rlhf_jax.algorithms.ipo_md import IPOMDConfig
 from rlhf_jax.data import DataConfig
@@ -35,7 +34,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """IPO-MD. `batch_size` counts prompts; each step samples two responses to each.
 
   Attributes:
@@ -50,9 +49,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference: PreferenceOptions = PreferenceOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ipo_md: IPOMDConfig = IPOMDConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7), schedule="linear")
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
@@ -64,7 +63,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.preference.require()
+  config.require()
   with workbench.open(session, config, "ipo_md", "prompts") as bench:
     trainer, prefer_of = make_trainer(bench), bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), config.ipo_md, count=2, mixed=True)

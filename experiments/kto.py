@@ -9,7 +9,6 @@ Your model and data (rows with prompt, response, label; a pair counts as two row
 The initial policy is the reference; its log-probabilities are computed once per response.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
-The default learning rate is for the built-in task.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOBatch, KTOConfig
 from rlhf_jax.data import DataConfig
@@ -43,9 +42,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   kto: KTOConfig = KTOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -56,7 +55,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "KTO",
       trainer,
-      data=f"{len(bench.train_set.examples)} responses",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
     refs, heldout_refs = bench.references(make_ref_logprobs(bench))

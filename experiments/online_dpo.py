@@ -12,7 +12,6 @@ Iterative DPO, in rounds of 20 steps whose reference is the policy of the previo
   --online.round_steps=20
 
 --dpo.loss takes every loss of experiments.dpo.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 
 from experiments.lab import models, pairing, responses, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import PreferenceOptions, RewardOptions
-from rlhf_jax import entry, flags, loop
+from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.algorithms.pairs import PairConfig
@@ -38,7 +37,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """Online DPO. `batch_size` counts prompts; give a reward or a preference."""
 
   steps: int = 80
@@ -48,11 +47,11 @@ class Config(loop.RunConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   preference: PreferenceOptions = PreferenceOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
   online: OnlineConfig = OnlineConfig()
   dpo: DPOConfig = DPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7), schedule="linear")
   shaping: ShapingConfig = ShapingConfig(missing_eos_penalty=0.0)
   lora: LoRAConfig = LoRAConfig()
 
@@ -63,8 +62,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  if config.preference.is_given == config.reward.is_given:
-    raise flags.UsageError("give --reward.path or --reward.name, or else --preference.path or name")
+  config.require()
   samples = config.sampling.samples_per_prompt
   with workbench.open(session, config, "online_dpo", "prompts") as bench:
     trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)

@@ -56,6 +56,9 @@ class Config:
       raise ValueError(f"seeds must be at least 1, got {self.seeds}")
     if not self.ppo.ppo.kl_coef:
       raise ValueError("ppo.ppo.kl_coef must be positive: runs without a penalty are there anyway")
+    if self.sft.init_from or self.sft.model.path:
+      name = "init_from" if self.sft.init_from else "model.path"
+      raise ValueError(f"sft.{name} is empty here: this is an experiment with the built-in model")
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by this script; leave it empty")
@@ -69,7 +72,8 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
   def stage(name, script, stage_config, seed):
     # Each stage has another seed, so that the built-in task generates other rows for it.
-    changed = {"workdir": str(workdir / name), "seed": session.seed * 1000 + seed}
+    seed = (session.seed * 1000 + seed) % loop.SEEDS
+    changed = {"workdir": str(workdir / name), "seed": seed}
     return script(dataclasses.replace(session, **changed), stage_config)
 
   stage("sft", sft.train, config.sft, 1)

@@ -12,7 +12,6 @@ A critic that is a head on the policy:
 Two devices that sample while the others train:
   --rollout.devices=2 --rollout.importance_cap=2
 
-The default learning rates are for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -23,9 +22,9 @@ import functools
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo, reading
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -37,7 +36,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """PPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
   steps: int = 45
@@ -46,11 +45,11 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=0.2)
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
   # nothing, so an update is the same on one device and on many, up to rounding.
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   critic: CriticOptions = CriticOptions()
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
@@ -63,7 +62,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(session, config, "ppo", "prompts", adapted=adapted, spare=spare) as bench:

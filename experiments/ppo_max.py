@@ -19,9 +19,9 @@ import jax
 
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
+from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import Carry, IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
 from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
 from rlhf_jax.data import DataConfig
@@ -33,7 +33,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(JudgedConfig):
   """PPO-max. `batch_size` counts prompts; each step samples responses and updates on them.
 
   Attributes:
@@ -47,9 +47,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=0.2, ptx_coef=0.1)
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   critic: critics.CriticOptions = critics.CriticOptions(warmup=5)
   shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)
   rollout: RolloutOptions = RolloutOptions()
@@ -66,7 +66,7 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
-  config.reward.require()
+  config.require()
   responses.require_devices(config.rollout)
   extra: workbench.Extra = {}
   if config.ppo_max.ptx_coef:

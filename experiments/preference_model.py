@@ -11,7 +11,6 @@ With --data.votes=each the model learns the share of the votes, otherwise the ma
 tie is a preference of one half. At the end it is measured on held-out comparisons: accuracy,
 calibration and log loss. If prompts have three responses that were all compared, the share of
 triples whose majorities form a cycle is measured too; it is 0 for any reward model.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -24,7 +23,7 @@ import numpy as np
 from experiments import records
 from experiments.lab import models, training, verdicts, workbench
 from experiments.lab.case import Case
-from rlhf_jax import entry, loop, reporting
+from rlhf_jax import defaults, entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -40,10 +39,11 @@ class Config(loop.RunConfig):
   steps: int = 300
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 60
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-5))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -55,8 +55,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Preference model",
       trainer,
-      data=f"{len(train_set.examples)} comparisons",
-      left_out=train_set.dropped or "nothing",
       tokens_per_step=f"{config.batch_size * 2 * train_set.padded_length}",
     )
 
@@ -87,7 +85,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         logits_of,
       )
       show(summary)
-    bench.finish(summary)
+    judge = f"--preference.path={session.workdir}"
+    bench.finish(summary, "nash_md", *bench.start_of("runs/nash"), judge)
   return summary
 
 

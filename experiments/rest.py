@@ -16,7 +16,6 @@ them once and writes them to `workdir/grow_0/responses.jsonl`. One Improve step 
 workdir such as `workdir/grow_0_improve_0`. `metrics.jsonl` has a line per Improve step, and
 `plots/quality.png` shows the rewards of the sampled and of the kept responses.
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped; no scored sample is lost.
 """
 
@@ -26,9 +25,9 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import growing, improving, judges, models, responses, workbench
+from experiments.lab import given_rows, growing, improving, judges, models, responses, workbench
 from experiments.lab.case import Case
-from rlhf_jax import data, entry, flags, loop, ranges
+from rlhf_jax import data, defaults, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import selection
 from rlhf_jax.algorithms.rest import RestConfig
@@ -40,7 +39,7 @@ from rlhf_jax.train_step import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(loop.RunConfig):
+class Config(judges.JudgedConfig):
   """ReST. `steps` and `batch_size` are those of each Improve step.
 
   Attributes:
@@ -60,9 +59,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: judges.RewardOptions = judges.RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=8)
   rest: RestConfig = RestConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 2e-5))
   shaping: ShapingConfig = ShapingConfig()
   lora: LoRAConfig = LoRAConfig()
 
@@ -85,12 +84,13 @@ class Config(loop.RunConfig):
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
-  config.reward.require()
+  config.require()
   folder = models.source_folder(config.model, config.init_from)
   if folder is None:
     raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
   if not jax.config.values["jax_compilation_cache_dir"]:
     # Every step is a separate run and compiles the programs of the previous one.
@@ -117,7 +117,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       after = improving.improve(improve, config, i, start, folder, tokenizer, examples, heldout)
       rows.append(
         {
-          "grown_reward/mean": float(np.mean(grown.rewards)),
+          "grown_reward/mean": float(np.nanmean(grown.rewards)),
           "kept_reward/mean": float(np.mean(grown.rewards[kept])),
           "kept_reward/min": float(np.min(grown.rewards[kept])),
           "kept_share": float(np.mean(kept)),
@@ -126,7 +126,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       )
       start = workdir_lib.local_path(improve.workdir) / models.EXPORT
   with loop.open_run(session) as run:
-    records.identify(run, "rest", config, tokenizer, train_set, heldout)
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    records.identify(run, "rest", config, tokenizer, train_set, heldout, digests=digests)
     workbench.save_flags(run, config)
     run.writer.open(resume_step=0, config=loop.hyperparameters(run, config))
     for step, row in enumerate(rows):

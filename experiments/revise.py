@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.annotation import revision
 from experiments.annotation.judge import CriticOptions, read_principles
-from experiments.lab import line_files, models
+from experiments.lab import given_rows, limits, line_files, models
 from rlhf_jax import data, entry, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -63,11 +63,16 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   principles = read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
-  prompts, _ = data.load("prompts", dataclasses.replace(config.data, eval_fraction=0.0), tokenizer)
-  texts = list(dict.fromkeys(str(row.get("prompt", row["prompt_text"])) for row in prompts.rows))
+  source = dataclasses.replace(config.data, eval_fraction=0.0)
+  prompts, heldout = data.load("prompts", source, tokenizer)
+  given_rows.show("Revision", source, prompts, heldout, model=folder)
+  texts = list(dict.fromkeys(data.plain_prompts(prompts, source)))
   texts = texts[: config.limit or len(texts)]
+  limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
-    loop.identify(run, "revise", flags.to_dict(config), data=prompts.digest)
+    settings = flags.to_dict(config)
+    digests = models.digests(flags.flatten(settings)) | {"data": prompts.digest}
+    loop.identify(run, "revise", settings, digests)
     model, params = models.open_model(run, config.model, folder, tokenizer)
     answer = revision.make_answer(run, model, params, tokenizer, config.sampling, config.batch_size)
     path = run.workdir / _REVISED

@@ -10,7 +10,6 @@ the prompt. Votes of several annotators on two responses become pairs; see --dat
 --data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
 The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
 the scores are centred: their mean over --data.eval_rows training rows is 0.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -23,7 +22,7 @@ import numpy as np
 
 from experiments.lab import evaluating, models, training, workbench
 from experiments.lab.case import Case
-from rlhf_jax import data, entry, evaluation, flags, loop, reporting
+from rlhf_jax import data, defaults, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -39,10 +38,11 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 45
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-5))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -61,8 +61,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Reward model",
       trainer,
-      data=f"{len(train_set.examples)} {kind} of {train_set.width} responses",
-      left_out=train_set.dropped or "nothing",
       tokens_per_step=training.step_tokens(config, train_set),
     )
 
@@ -94,7 +92,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       scores, _ = bench.over(heldout, measure)
       summary |= judge(heldout, scores) | {"loss": evaluate(state, config.steps)["eval/loss"]}
       show(summary)
-    bench.finish(summary)
+    bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
 
 

@@ -56,6 +56,12 @@ class Config:
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by the chain; leave it empty")
+    if self.sft.init_from or self.sft.model.path:
+      name = "init_from" if self.sft.init_from else "model.path"
+      raise ValueError(
+        f"sft.{name} is empty here: the defaults of the chain are those of the built-in model; run"
+        " experiments.sft, reward_model and ppo on yours, one after the other"
+      )
     if self.ppo.reward != PPOStage().reward:
       raise ValueError("ppo.reward is set by the chain: PPO is trained on the reward model")
 
@@ -67,7 +73,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   def stage(name, script, stage_config, seed_offset):
     # Each stage has another seed, so that the built-in task generates other rows for it.
     stage_session = dataclasses.replace(
-      session, workdir=str(workdir / name), seed=session.seed * 10 + seed_offset
+      session,
+      workdir=str(workdir / name),
+      seed=(session.seed * 10 + seed_offset) % loop.SEEDS,
     )
     return script(stage_session, stage_config)
 
@@ -93,7 +101,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   show(summary)
   if processes.is_first():
     for name in ("sft", "reward_model", "ppo"):
-      shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
+      if (workdir / name / "plots").exists():  # Two lines of metrics make a plot.
+        shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
   reporting.write_summary(workdir, summary)
   return summary
 

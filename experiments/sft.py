@@ -8,7 +8,6 @@ Your model and data (rows with prompt and response, instruction and output, or m
 With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
 of one demonstration and padding. The panel at the start shows the share of padding.
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -19,7 +18,7 @@ import jax
 
 from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
@@ -35,11 +34,12 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 90
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   sft: SFTConfig = SFTConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-3, 2e-5))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -51,7 +51,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.describe(
       "Supervised fine-tuning",
       trainer,
-      data=f"{len(bench.train_set.examples)} demonstrations",
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
 
@@ -68,7 +67,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     bench.export(params)
     summary = evaluate(state, config.steps)
     bench.show_samples(params, "Samples of the fine-tuned model")
-    bench.finish(summary)
+    pairs = ["--data.path=PAIRS.jsonl"] if config.data.path else []
+    start = f"--init_from={session.workdir}"
+    bench.finish(summary, "reward_model", "--workdir=runs/rm", start, *pairs)
   return summary
 
 

@@ -180,7 +180,9 @@ class Job:
         raise JobError(f"{flag!r} is not a flag of the script: write --name=value")
       if not flag.isprintable():
         raise JobError(f"{flag!r} holds an unprintable character")
-      name = flag.removeprefix("--").split("=")[0]
+      name, _, value = flag.removeprefix("--").partition("=")
+      if value.startswith("~"):
+        raise JobError(f"{flag}: write the folder in full; ~ is another one on each host")
       if name in _GIVEN:
         raise JobError(f"{flag}: the launcher gives --{name} itself; leave it out")
     if not self.workdir:

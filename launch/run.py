@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import pathlib
 import pkgutil
+import re
 import shlex
 import signal
 import subprocess
@@ -75,6 +76,12 @@ _EXTRA = flags.DEFINE_string(
 )
 
 _EX_USAGE = 64  # sysexits.h
+_SEEN_FROM_HERE = ("local", "slurm")  # Targets whose hosts have the files of this machine.
+# Flags that name files or folders, which may be several, separated by commas.
+_PATHS = (
+  *("init_from", "model.path", "reward.path", "preference.path", "opponent", "ptx_path"),
+  *("data.path", "data.eval_path"),
+)
 _SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
 
 
@@ -110,26 +117,47 @@ def read_job(words: Sequence[str]) -> Job:
 
 def check_module(module: str) -> None:
   """Refuses a module that its package does not have, if the package is installed here."""
+  module = module.removesuffix(".py")
   package, _, name = module.rpartition(".")
+  if not package and importlib.util.find_spec(module) is not None:
+    return
   try:
-    spec = importlib.util.find_spec(package) if package else None
+    spec = importlib.util.find_spec(package or "experiments")
   except ModuleNotFoundError:
     spec = None
   if spec is None or not spec.submodule_search_locations:
     return  # The hosts may have it.
   names = [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
-  if name not in names:
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {package}.{close[0]}?" if close else f"there are {', '.join(names)}"
-    raise JobError(f"there is no module {module}; {hint}")
+  if package and name in names:
+    return
+  close = difflib.get_close_matches(name, names, n=1)
+  if not package and not close:
+    return
+  package = package or "experiments"
+  hint = f"did you mean {package}.{close[0]}?" if close else f"there are {', '.join(names)}"
+  raise JobError(f"there is no module {module}; {hint}")
+
+
+def check_paths(job: Job) -> None:
+  """Refuses a file or folder that is missing, for hosts that see the files of this machine."""
+  if any(word.startswith(("--dependency", "-d")) for word in job.extra):
+    return  # An earlier job may write it.
+  for name in _PATHS:
+    for path in job.flag(name).split(","):
+      pattern = "://" in path or re.search(r"[*?\[]", path)
+      if path and not pattern and not pathlib.Path(path).exists():
+        raise JobError(f"--{name}={path}: there is no such file or folder; nothing was submitted")
 
 
 def check_flags(job: Job) -> None:
   """Lets the script check its flags, if jax is installed here."""
   if importlib.util.find_spec("jax") is None:
     return
-  if subprocess.run(job.command(sys.executable, "--only_check_args"), check=False).returncode:
-    raise JobError(f"{job.module} does not take these flags; nothing was submitted")
+  command = job.command(sys.executable, "--only_check_args")
+  done = subprocess.run(command, check=False, capture_output=True, text=True)
+  if done.returncode:
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    raise JobError(f"{job.module}: {lines[-1]}; nothing was submitted")
 
 
 def preflight_command(job: Job) -> tuple[str, ...]:
@@ -191,12 +219,14 @@ def launch(words: Sequence[str]) -> int:
   check_module(job.module)
   plan = TARGETS[TO.value](job)
   compiling = [preflight_command(job)] if PREFLIGHT.value else []
+  if TO.value in _SEEN_FROM_HERE:
+    check_paths(job)
+  if TO.value != "local" or DRY_RUN.value:  # Else the script itself is about to check them.
+    check_flags(job)
   if DRY_RUN.value:
     plan = plan._replace(commands=(*compiling, *plan.commands))
     print(f"# {describe(job)}\n\n{show(plan)}", end="")
     return 0
-  if TO.value != "local":
-    check_flags(job)
   if compiling and (code := subprocess.run(compiling[0], check=False).returncode):
     return code
   code = submit(plan)

@@ -267,6 +267,9 @@ def main(argv: Sequence[str]) -> int:
     print("not waiting for them; the same command continues the sweep", file=sys.stderr)
     return PREEMPTED
   sweep_report.show(study, args.study, args.metric)
+  ends = [trial.state for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+  if not code and ends and set(ends) == {optuna.trial.TrialState.FAIL}:
+    code, message = 1, f"all {len(ends)} trials failed; the reasons are above, and in the logs"
   if message:
     print(message, file=sys.stderr)
   elif controller.was_stopped:

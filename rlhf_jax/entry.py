@@ -1,11 +1,13 @@
 """The entry point of a script: its flags, its exit code, and settings of the process it runs in."""
 
 import ctypes
+import errno
 import gc
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -14,37 +16,88 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes
+from rlhf_jax import flags, processes, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
 
-EX_UNAVAILABLE = 69  # sysexits.h
+# Exit codes of sysexits.h, and of a shell for Ctrl-C.
+EX_UNAVAILABLE = 69
+EX_CANTCREAT = 73
+EX_IOERR = 74
+EX_INTERRUPTED = 130
 
 
 def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
 
   The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
-  a `processes.Group`, its processes meet before anything else happens.
+  a `processes.Group`, its processes meet before anything else happens. With --only_check_args the
+  configs are only read, and those with a method `require` say what they lack.
   """
   readers = [flags.define(cls) for cls in classes]
+
+  def check() -> None:
+    for config in [read() for read in readers]:
+      getattr(config, "require", lambda: None)()
 
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
-    configs = [read() for read in readers]
-    path = pathlib.Path(configs[0].workdir) / "flags"
-    if isinstance(configs[0], processes.Group):
-      configs[0].connect()
-    # The flags of another run stay until this one has been accepted and has finished.
-    if processes.is_first() and not path.exists():
-      flags.save_flags(path)
-    train(*configs)
-    if processes.is_first():
-      flags.save_flags(path)
+    start(train, [read() for read in readers], flags.save_flags)
 
-  run(main)
+  run(main, check=check)
+
+
+def start(
+  train: Callable[..., Any],
+  configs: Sequence[Any],
+  save: Callable[[pathlib.Path], None],
+) -> Any:
+  """Runs `train(*configs)` and keeps the flags, which `save(path)` writes, in its workdir.
+
+  Raises:
+    DeviceError: JAX finds no device of the platform that it was told to use.
+    LockedError: The workdir cannot be made or written.
+  """
+  first: Any = configs[0]
+  if isinstance(first, processes.Group):
+    first.connect()
+  require_devices()
+  path = workdir.local_path(first.workdir) / "flags"
+  # The flags of another run stay until this one has been accepted and has finished.
+  if processes.is_first():
+    with workdir.creating(path.parent):
+      if not path.exists():
+        save(path)
+  result = train(*configs)
+  if processes.is_first():
+    save(path)
+  return result
+
+
+class DeviceError(RuntimeError):
+  """JAX has no device to compute on."""
+
+  exit_code = EX_UNAVAILABLE
+
+
+def require_devices() -> None:
+  """Refuses a platform without devices, before anything is read.
+
+  Raises:
+    DeviceError: JAX finds no device of the platform that it was told to use.
+  """
+  try:
+    jax.devices()
+  except Exception as error:  # Of various types, one of them an assertion.
+    wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values.get("jax_platforms") or ""
+    reason = next(iter(str(error).splitlines()), "") or "no plugin for it is installed"
+    given = f"JAX_PLATFORMS={wanted}" if wanted else "jax"
+    raise DeviceError(
+      f"{given} finds no device here ({_short(reason)}); leave JAX_PLATFORMS unset to use what is"
+      " there, or install the plugin: pip install 'jax[tpu]' or 'jax[cuda13]'"
+    ) from error
 
 
 def tune(*, quiet: bool = True) -> None:
@@ -63,11 +116,17 @@ def tune(*, quiet: bool = True) -> None:
   gc.set_threshold(100_000, 20, 20)
 
 
-def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None) -> None:
+def run(
+  main: Callable[[Sequence[str]], Any],
+  argv: Sequence[str] | None = None,
+  *,
+  check: Callable[[], None] | None = None,
+) -> None:
   """Runs a script: parses the flags, calls `main([program])`, exits with its return value.
 
   For an error that `verdict` knows, it exits with that code, and the message is the last line on
-  stderr. Every other exception propagates with its traceback.
+  stderr. Every other exception propagates with its traceback. With --only_check_args `check` is
+  called in place of `main`.
   """
 
   def flags_parser(args: Sequence[str]) -> list[str]:
@@ -76,6 +135,8 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
       sys.exit(0)
     try:
       flags.parse(args)
+      if check is not None and absl_flags.FLAGS.only_check_args:
+        check()
     except Exception as error:
       _exit(error)
     return list(args[:1])
@@ -83,32 +144,67 @@ def run(main: Callable[[Sequence[str]], Any], argv: Sequence[str] | None = None)
   def checked_main(args: Sequence[str]) -> Any:
     try:
       return main(args)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
       _exit(error)
 
   app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
 
 
-def verdict(error: Exception) -> tuple[int, str] | None:
-  """Exit code and message of an error that is not a bug; None for every other one.
+# The disk, the network or the quota may be well again later; what the others say stays as it is.
+_IO = frozenset(
+  {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT}
+)
+_CANNOT_CREATE = frozenset(
+  {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+  | {errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+)
+_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory")
 
-  The code is 1 for an unknown flag, 64 for a wrong value, 69 if a device has too little memory, and
+
+def verdict(error: BaseException) -> tuple[int, str] | None:
+  """Exit code and message, of one line, of an error that is not a bug; None for every other one.
+
+  The code is 1 for an unknown flag and 64 for a wrong value. It is 69 if memory does not suffice,
+  73 if a file cannot be created, 74 if the disk is full or fails, and 130 for Ctrl-C. It is
   `error.exit_code` for an exception with that attribute.
   """
+  known = _verdict(error)
+  return known and (known[0], " ".join(known[1].split("\n")))
+
+
+def _verdict(error: BaseException) -> tuple[int, str] | None:
+  if isinstance(error, KeyboardInterrupt):
+    return EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
   if isinstance(error, flags.UsageError):
     return error.exitcode, str(error)
   if isinstance(error, absl_flags.Error):
-    code = 1 if isinstance(error, absl_flags.UnrecognizedFlagError) else flags.EX_USAGE
-    return code, f"FATAL Flags parsing error: {error}"
+    return flags.EX_USAGE, f"FATAL Flags parsing error: {error}"
   if isinstance(error, ValueError) and str(error).startswith("--"):
     return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
-  if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-    return EX_UNAVAILABLE, f"{error}\n{_less_memory(absl_flags.FLAGS)}"
+  if isinstance(error, MemoryError) or (
+    isinstance(error, jax.errors.JaxRuntimeError) and _MEMORY.search(str(error))
+  ):
+    return EX_UNAVAILABLE, _less_memory(absl_flags.FLAGS, str(error))
   code = getattr(error, "exit_code", None)
-  return (code, f"{type(error).__name__}: {error}") if isinstance(code, int) else None
+  if isinstance(code, int):
+    return code, f"{type(error).__name__}: {error}"
+  if isinstance(error, OSError) and error.errno in _IO | _CANNOT_CREATE:
+    code = EX_IOERR if error.errno in _IO else EX_CANTCREAT
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return code, f"{where}{error.strerror}{_CONTINUES if code == EX_IOERR else ''}"
+  if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
+    return EX_IOERR, f"{reason}{_CONTINUES}"
+  return None
 
 
-def _less_memory(flag_values: absl_flags.FlagValues) -> str:
+_CONTINUES = "; make room, then start the same command again"
+
+
+def _short(text: str) -> str:
+  return text if len(text) <= 160 else f"{text[:157]}..."
+
+
+def _less_memory(flag_values: absl_flags.FlagValues, error: str) -> str:
   """Names the flags that would make the script take less memory than it does now."""
   micro = [name for name in flag_values if name.endswith(".microbatches")]
   ways = {
@@ -123,7 +219,10 @@ def _less_memory(flag_values: absl_flags.FlagValues) -> str:
     for name, (is_left, way) in ways.items()
     if name in flag_values and is_left(getattr(flag_values, name))
   ]
-  return f"A device has too little memory. Less is taken by {', '.join(found) or 'a smaller model'}"
+  amount = re.search(r"(?:allocat\w+|allocate) ([0-9][0-9.]* ?(?:bytes|[KMGTP]i?B))", error)
+  size = f" for {amount[1]}" if amount else ""
+  less = ", ".join([*found, "a smaller model"])
+  return f"A device has too little memory{size}. Less is taken by {less}"
 
 
 def _tune_for_cpu() -> None:
@@ -165,7 +264,7 @@ def _compile_quickly() -> None:
   os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
 
 
-def _exit(error: Exception) -> NoReturn:
+def _exit(error: BaseException) -> NoReturn:
   known = verdict(error)
   if known is None:
     raise error

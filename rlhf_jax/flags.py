@@ -17,6 +17,7 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 
 import collections
 import dataclasses
+import difflib
 import inspect
 import math
 import os
@@ -25,11 +26,12 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from absl import app, flags
 
+from rlhf_jax import defaults as defaults_lib
 from rlhf_jax import workdir as workdir_lib
 
 # A flag belongs to the script that calls `define`, whose --help then lists it.
@@ -46,6 +48,14 @@ class UsageError(app.UsageError):
 
   def __init__(self, message: str):
     super().__init__(message, exitcode=EX_USAGE)
+
+
+class UnknownFlagError(UsageError):
+  """The command line has a flag that the script does not have; the message names near ones."""
+
+  def __init__(self, message: str):
+    super().__init__(message)
+    self.exitcode = 1
 
 
 def define(
@@ -77,23 +87,46 @@ def define(
   """
   taken: dict[str, _Names] = {}
   outer = tuple(prefix.split(".")) if prefix else ()
-  return _define(cls, outer, flag_values, defaults, taken)
+  build = _define(cls, outer, flag_values, defaults, taken)
+
+  def read() -> T:
+    config = build()
+    # Defaults that depend on the model are known now: a flag file must not depend on it again.
+    for name, value in flatten(to_dict(config), outer).items():
+      is_number = isinstance(value, int | float)
+      if name in taken and is_number and flag_values[name].value != value:
+        flag_values[name].value = value
+    return config
+
+  return read
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Parses a command line, program name first, and refuses what absl would let pass.
 
+  A flag after a --flagfile replaces that of the file; a flag before it is refused, because the file
+  would replace it.
+
   Raises:
-    UsageError: A flag is given twice, or a word is left over.
-    absl.flags.Error: An unknown flag or an unreadable value.
+    UsageError: A flag is unknown, missing or given twice, or a word is left over.
+    absl.flags.Error: An unreadable value.
   """
-  given, last_flag = _scan(argv[1:], flag_values)
-  for name, count in given.items():
+  line = _scan(argv[1:], flag_values)
+  for name, count in line.counts.items():
     if count > 1:
       raise UsageError(f"--{name} is given {count} times; keep one")
-  left_over = flag_values(argv)[1:]
+  if line.problem:
+    raise UsageError(line.problem)
+  try:
+    left_over = flag_values(argv)[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise UnknownFlagError(_near(error.flagname, flag_values)) from None
+  except flags.IllegalFlagValueError:
+    if missing := _missing(flag_values):
+      raise UsageError(missing) from None
+    raise
   if left_over:
-    raise UsageError(_explain(left_over[0], last_flag, flag_values))
+    raise UsageError(_explain(left_over[0], line.last, flag_values))
 
 
 def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -149,7 +182,9 @@ def changed(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config)
     if (default := _default(field, None)) is not dataclasses.MISSING
   }
-  usual = flatten({name: _plain(default) for name, default in defaults.items()})
+  kind = defaults_lib.kind_of(config)
+  plain = {name: _plain(defaults_lib.settled(x, kind)) for name, x in defaults.items()}
+  usual = flatten(plain)
   return {
     name: value
     for name, value in flatten(to_dict(config)).items()
@@ -173,6 +208,7 @@ class _Flag(flags.Flag):
 
   title: str | None = None
   order: int = 0
+  needed: bool = False  # Has no default.
 
 
 def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: int = 80) -> str:
@@ -277,7 +313,7 @@ def _define(
     rare = field.metadata.get("rare", False) if listed is None else field.name not in listed
     shown = None if rare else title
     _register(name, hints[field.name], default, docs.get(field.name), flag_values, shown)
-    readers[field.name] = _reader(name, flag_values)
+    readers[field.name] = _reader(name, default, flag_values)
 
   def build() -> Any:
     values = {name: read() for name, read in readers.items()}
@@ -313,8 +349,14 @@ def _default(field: dataclasses.Field, defaults: Any) -> Any:
   return field.default
 
 
-def _reader(name: str, flag_values: flags.FlagValues) -> Callable[[], Any]:
-  return lambda: getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
+def _reader(name: str, default: Any, flag_values: flags.FlagValues) -> Callable[[], Any]:
+  def read() -> Any:
+    value = getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
+    return default if flag_values[name].using_default_value else value
+
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+    return read
+  return lambda: getattr(flag_values, name)
 
 
 def _flag_name(names: _Names) -> str:
@@ -391,6 +433,12 @@ def _register(
   except TypeError as error:
     raise TypeError(f"--{name}: {error}") from None
   required = default is dataclasses.MISSING
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+    numbers = default.by_kind
+    other = f"Default for a pretrained model: {numbers['pretrained']:g}"
+    if numbers["adapters"] != numbers["pretrained"]:
+      other += f", for adapters {numbers['adapters']:g}"
+    help_text = f"{help_text or ''} {other}.".strip()
   if required:
     help_text = f"{help_text or ''} Required.".strip()
   value = None if required else default
@@ -400,7 +448,7 @@ def _register(
     raise ValueError(f"the default of {error}") from None
   if flag.value != value:
     raise ValueError(f"--{name}: the default {value!r} would be read back as {flag.value!r}")
-  flag.title, flag.order = title, len(flag_values)
+  flag.title, flag.order, flag.needed = title, len(flag_values), required
   flags.DEFINE_flag(flag, flag_values, required=required)
 
 
@@ -473,35 +521,163 @@ def _tuple_parser(inner: _Parser) -> _Parser:
   )
 
 
-def _scan(
-  args: Sequence[str], flag_values: flags.FlagValues
-) -> tuple[dict[str, int], flags.Flag | None]:
-  """Counts the known flags on the command line itself, up to the first stray word.
+class _Line(typing.NamedTuple):
+  """The words of a command line, up to the first stray word.
 
-  Returns:
-    Flag name -> count, and the flag right before the stray word.
+  Attributes:
+    counts: Flag name -> number of times that it is given.
+    last: Flag right before the stray word.
+    problem: Reason to refuse the line; empty if there is none.
   """
+
+  counts: Mapping[str, int]
+  last: flags.Flag | None
+  problem: str
+
+
+def _scan(args: Sequence[str], flag_values: flags.FlagValues) -> _Line:
+  """Counts the known flags on the command line itself."""
   counts: dict[str, int] = collections.Counter()
+  from_files: dict[str, str] = {}
   last: flags.Flag | None = None
-  rest: Iterator[str] = iter(args)
-  for arg in rest:
-    if not arg.startswith("-") or arg == "--":
-      return counts, last
-    last = None
-    name, has_value, _ = arg.lstrip("-").partition("=")
+  problem = ""
+  rest = collections.deque(args)
+  while rest and rest[0].startswith("-") and rest[0] != "--":
+    arg, last = rest.popleft(), None
+    name, has_value, value = arg.lstrip("-").partition("=")
     negated = name.removeprefix("no")
     if name not in flag_values and negated in flag_values and flag_values[negated].boolean:
       name = negated
-    if name in flag_values:
+    following = rest[0] if rest else ""
+    if name == "flagfile":
+      path = value if has_value else (rest.popleft() if rest else "")
+      problem = problem or _merge_file(path, counts, from_files, flag_values)
+    elif name in flag_values:
       flag = flag_values[name]
-      if not flag.boolean and not has_value:
-        next(rest, None)
+      spaced = following.startswith("=") if not has_value else not value and following[:1] != "-"
+      if spaced and following:
+        values = [following.lstrip("="), *list(rest)[1:2]]
+        shown = next(filter(None, values), "VALUE")
+        problem = problem or f"--{name} = {shown}: write --{name}={shown}, without spaces"
+      if not flag.boolean and not has_value and rest:
+        rest.popleft()
       last = flag
       if not isinstance(flag, flags.MultiFlag):
         counts[flag.name] += 1
-    elif name in ("flagfile", "undefok") and not has_value:
-      next(rest, None)
-  return counts, None
+    elif name == "undefok" and not has_value and rest:
+      rest.popleft()
+  return _Line(counts, last if rest else None, problem)
+
+
+def _merge_file(
+  path: str,
+  counts: Mapping[str, int],
+  from_files: dict[str, str],
+  flag_values: flags.FlagValues,
+) -> str:
+  """Adds the flags of a file to `from_files`; returns a reason to refuse it, if there is one."""
+  try:
+    lines = flag_values.read_flags_from_files([f"--flagfile={path}"])
+  except flags.CantOpenFlagFileError as error:
+    reason = getattr(error.__cause__ or error.__context__, "strerror", None) or error
+    return f"--flagfile={path} cannot be read: {reason}"
+  except UnicodeDecodeError:
+    return f"--flagfile={path} is not a text file of one --name=value per line"
+  inner = _scan(lines, flag_values)
+  for name, count in inner.counts.items():
+    if count > 1:
+      return f"--flagfile={path} has --{name} {count} times; keep one"
+    if name in from_files:
+      return f"--flagfile={path} and --flagfile={from_files[name]} both have --{name}; keep one"
+    if name in counts:
+      return (
+        f"--{name} is given, and --flagfile={path} after it has another one; write --flagfile"
+        " first, and the flags that replace its own after it"
+      )
+    from_files[name] = path
+  return inner.problem
+
+
+# Names that other libraries have for a flag.
+_ELSEWHERE = {
+  "bf16": "dtype",
+  "bs": "batch_size",
+  "data": "path",
+  "dataset": "path",
+  "dataset_name": "path",
+  "epochs": "steps",
+  "eval_steps": "eval_every",
+  "gradient_accumulation_steps": "microbatches",
+  "iterations": "steps",
+  "kl": "kl_coef",
+  "logging_steps": "log_every",
+  "lora_r": "rank",
+  "lora_rank": "rank",
+  "lr": "learning_rate",
+  "lr_scheduler_type": "schedule",
+  "max_grad_norm": "max_grad_norm",
+  "max_length": "max_response_length",
+  "max_steps": "steps",
+  "model": "path",
+  "model_name": "path",
+  "model_name_or_path": "path",
+  "num_epochs": "steps",
+  "num_generations": "samples_per_prompt",
+  "num_steps": "steps",
+  "num_train_epochs": "steps",
+  "output": "workdir",
+  "output_dir": "workdir",
+  "per_device_train_batch_size": "batch_size",
+  "report_to": "trackers",
+  "reward_model": "path",
+  "reward_model_path": "path",
+  "save_steps": "checkpoint_every",
+  "train_batch_size": "batch_size",
+  "train_file": "path",
+  "warmup_ratio": "warmup",
+}
+_OWNERS = {"data": "data", "dataset": "data", "dataset_name": "data", "train_file": "data"} | {
+  "model": "model",
+  "model_name": "model",
+  "model_name_or_path": "model",
+  "reward_model": "reward",
+  "reward_model_path": "reward",
+}
+_MOST_NAMES = 4
+
+
+def _near(name: str, flag_values: flags.FlagValues) -> str:
+  """Message about an unknown flag: flags that end in its name, else those spelled like it."""
+  known = [flag.name for flag in _in_order(flag_values)]
+  wanted = name.replace("-", "_")
+  last = wanted.rpartition(".")[2]
+  for ending in (wanted, last, _ELSEWHERE.get(last, "")):
+    found = [other for other in known if f".{other}".endswith(f".{ending}")] if ending else []
+    if found and last in _OWNERS:
+      found = [other for other in found if _OWNERS[last] in other.split(".")] or found
+    if found:
+      break
+  else:
+    found = difflib.get_close_matches(wanted, known, n=3)
+    found += [o for o in known if difflib.get_close_matches(last, [o.rpartition(".")[2]], 1, 0.8)]
+    found = list(dict.fromkeys(found))[:3]
+  if not found:
+    return f"unknown flag --{name}; --help lists the flags"
+  shown = [f"--{other}" for other in found[:_MOST_NAMES]]
+  more = f" or {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+  if not more and len(shown) > 1:
+    more = f" or {shown.pop()}"
+  return f"unknown flag --{name}; did you mean {', '.join(shown)}{more}?"
+
+
+def _missing(flag_values: flags.FlagValues) -> str:
+  """Message about the flags without a default that are not given; empty if all are."""
+  unset = [flag for flag in _in_order(flag_values) if flag.needed and flag.value is None]
+  if not unset:
+    return ""
+  names = " and ".join(f"--{flag.name}=..." for flag in unset)
+  about = (unset[0].help or "").removesuffix("Required.").partition(". ")[0].strip(" .")
+  return f"{names} {'is' if len(unset) == 1 else 'are'} needed; --{unset[0].name}: {about}"
 
 
 def _explain(word: str, last_flag: flags.Flag | None, flag_values: flags.FlagValues) -> str:

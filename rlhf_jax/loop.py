@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import signal
 import threading
@@ -14,8 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
+from rlhf_jax import (
+  checkpoint,
+  defaults,
+  flags,
+  processes,
+  ranges,
+  reporting,
+  sharding,
+  user,
+  writers,
+)
 from rlhf_jax import workdir as workdir_lib
+
+SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +48,17 @@ class Session(processes.Group):
   seed: int = 0
   mesh: str = ""
   trackers: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.workdir.strip():
+      raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
+    if not 0 <= self.seed < SEEDS:
+      raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+    for name in self.trackers:
+      if name not in writers.TRACKERS:
+        known = ", ".join(sorted(writers.TRACKERS))
+        raise ValueError(f"trackers must be some of {known}, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +88,22 @@ class RunConfig:
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
       non_negative=("eval_every",),
     )
+    defaults.settle(self)
+    for field in dataclasses.fields(self):
+      settings = getattr(self, field.name)
+      parts = getattr(settings, "microbatches", 1)
+      if not hasattr(settings, "minibatches") and self.batch_size % parts:
+        raise ValueError(
+          f"{field.name}.microbatches={parts} does not divide --batch_size={self.batch_size}; take"
+          " a divisor"
+        )
+
+  def require(self) -> None:
+    """Refuses settings that lack what a run needs, though each of them is fine."""
 
 
-# Settings that may change when a run is continued: they do not change what a step computes.
+# Settings that may change when a run is continued. Only `steps` changes what the steps compute, if
+# the learning rate is scheduled over them: `fit` then says what becomes of it.
 FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
 # A run without finite gradients has nothing left to save.
 _MAX_SKIPPED_IN_A_ROW = 5
@@ -79,7 +116,7 @@ class Preempted(RuntimeError):
 
 
 class NumericsError(RuntimeError):
-  """Several consecutive steps had no finite gradient. The last checkpoint is from before them."""
+  """Several consecutive steps were skipped. The last checkpoint is from before them."""
 
   exit_code = 70
 
@@ -117,13 +154,16 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   """
   workdir = workdir_lib.local_path(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
+  writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
   with workdir_lib.run_lock(workdir), contextlib.closing(writer):
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.wait()
 
 
-def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -> None:
+def identify(
+  run: Run, name: str, settings: Mapping[str, Any], digests: Mapping[str, str] | None = None
+) -> None:
   """Refuses a workdir that holds another run.
 
   Args:
@@ -131,14 +171,13 @@ def identify(run: Run, name: str, settings: Mapping[str, Any], **digests: str) -
     name: Name of the script.
     settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored. The files of the
       user's functions that it names are fingerprinted too.
-    **digests: Fingerprints of inputs that the config only points to: data, tokenizer, initial
-      params.
+    digests: Fingerprints of what the config only points to. The name of one that belongs to a flag
+      ends in the flag: `files of --init_from`.
   """
-  fixed = {key: value for key, value in settings.items() if key not in FREE_SETTINGS}
-  digests |= user.digests(flags.flatten(settings))
-  workdir_lib.check_identity(
-    run.workdir, {"script": name, "seed": run.session.seed, "settings": fixed, **digests}
-  )
+  flat = {"seed": run.session.seed} | flags.flatten(settings)
+  fixed = {f"--{key}": value for key, value in flat.items() if key not in FREE_SETTINGS}
+  found = user.digests(flat) | dict(digests or {})
+  workdir_lib.check_identity(run.workdir, {"script": name} | fixed | found)
 
 
 def hyperparameters(run: Run, config: Any) -> dict[str, Any]:
@@ -165,18 +204,31 @@ class _SharedStop:
     return sent is not None and bool(sent)
 
 
+_STOPPING = b"\nstopping after this step, which is saved; Ctrl-C again stops at once\n"
+
+
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[threading.Event]:
-  """Yields an event that SIGTERM sets instead of killing the process."""
+  """Yields an event that SIGTERM and the first Ctrl-C set instead of ending the process."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event
     return
-  previous = signal.signal(signal.SIGTERM, lambda *unused: event.set())
+
+  def interrupt(*unused: Any) -> None:
+    if event.is_set():
+      raise KeyboardInterrupt
+    event.set()
+    if processes.is_first():
+      os.write(2, _STOPPING)  # A handler may not write through the buffer of stderr.
+
+  handlers = {signal.SIGTERM: lambda *unused: event.set(), signal.SIGINT: interrupt}
+  previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
   try:
     yield event
   finally:
-    signal.signal(signal.SIGTERM, previous)
+    for number, handler in previous.items():
+      signal.signal(number, handler)
 
 
 class _Log:
@@ -223,8 +275,8 @@ class _Log:
     self._skipped = self._skipped + 1 if scalars.get("skipped_steps", 0) >= 1 else 0
     if self._skipped >= _MAX_SKIPPED_IN_A_ROW:
       raise NumericsError(
-        f"no finite gradient in {self._skipped} steps up to {step}; lower --optim.learning_rate"
-        " or look at the batches of these steps"
+        f"no finite gradient, or nothing to learn from, in {self._skipped} steps up to {step};"
+        " lower --optim.learning_rate or look at the batches of these steps"
       )
 
 
@@ -240,6 +292,9 @@ def fit(
   title: str = "train",
 ) -> Any:
   """Runs `config.steps` steps, from the newest checkpoint of the workdir if there is one.
+
+  If a step raises before it has donated its state, as a reward function may, the state before it is
+  saved first.
 
   A run that is killed at any time and started again ends with bitwise the same state as one that
   is not. State, step and position in the data are saved as one unit, and every key derives from the
@@ -260,7 +315,7 @@ def fit(
     The state after the last step.
 
   Raises:
-    Preempted: If SIGTERM arrived; the state was saved.
+    Preempted: If SIGTERM or Ctrl-C arrived; the state was saved.
     NumericsError: If five consecutive steps had no finite gradient.
   """
   key = run.key_for(0)
@@ -276,16 +331,35 @@ def fit(
         leaf.delete()  # The caller may hold it as long as the run lasts.
       start, state = restored.step, restored.items["state"]
       batches.set_state(restored.meta["data"])
-      reporting.note(f"continuing from step {start} of {run.workdir}")
+      _say_where(run, config, restored, learning_rate)
     if start >= config.steps:
       return state
     run.writer.open(resume_step=start, config=hyperparameters(run, config))
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(run.writer, progress, config.log_every)
     stop = _SharedStop(stop_event, run.mesh) if jax.process_count() > 1 else stop_event
+
+    def save(done: int, position: Any) -> None:
+      meta = {"data": position, "steps": config.steps}
+      if learning_rate is not None:
+        meta["next_rate"] = float(learning_rate(done))
+      saver.save(done, {"state": state}, meta)
+
+    saved = start
     for index in range(start, config.steps):
+      position = batches.get_state()
       batch = sharding.place_batch(next(batches), run.mesh)
-      state, values = step(state, batch, key)
+      try:
+        state, values = step(state, batch, key)
+      except Exception:
+        # One process may be the only one that fails, and a save needs all of them.
+        if saved < index and jax.process_count() == 1 and not _is_lost(state):
+          log.flush()
+          if not log.skipping:
+            save(index, position)
+            saver.wait()
+            reporting.note(f"saved step {index} of {config.steps}, the last one before the error")
+        raise
       if run.mesh.devices.flat[0].platform == "cpu":
         # Otherwise the next step would allocate temporaries while this one still holds its own.
         jax.block_until_ready(state)
@@ -304,9 +378,42 @@ def fit(
         log.flush()
         # After a skipped step there is nothing new to save, and `NumericsError` may follow.
         if last or stopping or not log.skipping:
-          saver.save(done, {"state": state}, {"data": batches.get_state()})
+          save(done, batches.get_state())
+          saved = done
       if stopping:
         saver.wait()
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
     log.flush()
   return state
+
+
+def _is_lost(state: Any) -> bool:
+  """Returns whether a step that failed has already donated its state."""
+  return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def _say_where(
+  run: Run,
+  config: RunConfig,
+  restored: checkpoint.Restored,
+  learning_rate: Callable[[int], Any] | None,
+) -> None:
+  """Says from which step a run continues, and what another number of steps changes."""
+  done, planned = restored.step, restored.meta["steps"]
+  if done >= config.steps:
+    reporting.note(
+      f"this run has already finished, with step {done}: nothing is trained, and its end is written"
+      " again; more --steps train on"
+    )
+    return
+  reporting.note(f"continuing from step {done} of {run.workdir}")
+  if planned == config.steps or learning_rate is None:
+    return
+  was, now = restored.meta["next_rate"], float(learning_rate(done))
+  if was == now:
+    return
+  reporting.note(
+    f"--steps was {planned}, now {config.steps}: the learning rate is scheduled over the steps, so"
+    f" that of step {done + 1} is {now:.3g} and not {was:.3g}; a run of {config.steps} steps from"
+    " its start would differ"
+  )

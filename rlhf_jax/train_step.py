@@ -151,6 +151,8 @@ def merge_metrics(metrics: Metrics) -> Metrics:
       merged[name] = jnp.max(values)
     elif name.endswith("/min"):
       merged[name] = jnp.min(values)
+    elif name == "skipped_steps":  # A step that was skipped for want of units has no weight.
+      merged[name] = jnp.mean(values)
     else:
       merged[name] = _average(values, _units(metrics, name))
   for name in terms:
@@ -259,14 +261,16 @@ def update(
   *,
   microbatches: int = 1,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step, not jitted. A step whose gradient is not finite changes no params.
+  """One optimizer step, not jitted. A step without a finite gradient or a unit changes no params.
 
   Such a step leaves params and optimizer state bitwise unchanged, advances `state.step` and sets
-  the metric `skipped_steps` to 1.
+  the metric `skipped_steps` to 1. A batch has no unit if the metric `weight` is 0.
   """
   grads, metrics = gradients(loss_fn, state.params, batch, key, microbatches)
   grad_norm = global_norm(grads)
   ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
+  if "weight" in metrics:
+    ok &= metrics["weight"] > 0
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   # Chosen by value: multiplying a NaN update by zero would still be NaN.

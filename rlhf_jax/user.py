@@ -4,9 +4,12 @@ A name is imported because you typed it. Nothing that is read from data, from a 
 model folder reaches these functions.
 """
 
+import ast
 import difflib
+import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -115,6 +118,19 @@ def load(field: str, name: str) -> types.ModuleType:
     raise ValueError(f"{field}={name} cannot be imported: {reason}") from error
 
 
+def name_of(function: Callable[..., Any]) -> str:
+  """Returns the `module:function` that a setting named a function by, else its own name."""
+  for name, (known, _) in _resolved.items():
+    if known is function:
+      return name
+  while isinstance(function, functools.partial):
+    function = function.func
+  inner = function if hasattr(function, "__qualname__") else type(function)
+  module = getattr(inner, "__module__", None) or "builtins"
+  package = module.partition(".")[0] == __package__
+  return inner.__qualname__ if package else f"{module}:{inner.__qualname__}"
+
+
 def describe(error: BaseException) -> str:
   """Describes an error in a file of the user: line of code, type, first line of the text."""
   text = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
@@ -133,8 +149,8 @@ def describe(error: BaseException) -> str:
 def digests(settings: Mapping[str, Any]) -> dict[str, str]:
   """Returns what identifies the functions of a user that the settings of a run name.
 
-  Covered is the file of the module, not the modules that it imports. A function that was typed
-  into a notebook has its own source covered.
+  Covered are the file of the module and the user's modules that it imports, as far as its text says
+  which. A function that was typed into a notebook has its own source covered.
 
   Args:
     settings: Values of the settings by the names of their flags.
@@ -150,13 +166,66 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _digest(module: types.ModuleType, function: Callable[..., Any]) -> str:
-  """SHA-256 of the file of a module, else of the source of a function; empty if there is none."""
+  """SHA-256 of the files of a module, else of the source of a function; empty if there is none."""
   if path := getattr(module, "__file__", None):
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    files = _with_imports(pathlib.Path(path), module.__name__)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    together = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else together
   try:
     return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
   except (OSError, TypeError):
     return ""
+
+
+def _with_imports(path: pathlib.Path, name: str) -> list[pathlib.Path]:
+  """Lists the file of a module and those of the modules of its folder that it imports, in turn."""
+  found, left = [path], [(path, name)]
+  while left:
+    path, name = left.pop()
+    for imported in _imported_by(path, name):
+      file = _file_of(imported)
+      if file.suffix == ".py" and file not in found and _is_of_user(imported, file, found[0]):
+        found.append(file)
+        left.append((file, imported))
+  return found
+
+
+def _file_of(name: str) -> pathlib.Path:
+  """Returns the file of a module, imported or not; an empty path if there is none."""
+  package = name.rpartition(".")[0]
+  if package and package not in sys.modules:  # It would be imported to find out.
+    return pathlib.Path()
+  try:
+    spec = importlib.util.find_spec(name)
+  except (ImportError, ValueError, AttributeError):
+    spec = None
+  return pathlib.Path((spec and spec.origin) or "")
+
+
+def _imported_by(path: pathlib.Path, name: str) -> list[str]:
+  """Names that could be the modules which a file imports, in their order."""
+  try:
+    tree = ast.parse(path.read_bytes())
+  except (OSError, SyntaxError, ValueError):
+    return []
+  package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+  names = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      names += [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+      base = ".".join([*above, *([node.module] if node.module else [])])
+      names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+  return list(dict.fromkeys(names))
+
+
+def _is_of_user(name: str, file: pathlib.Path, first: pathlib.Path) -> bool:
+  """Returns whether a module is beside the first one and neither installed nor of this package."""
+  is_ours = name.partition(".")[0] in ("rlhf_jax", "experiments", "launch")
+  beside = any(file.is_relative_to(folder) for folder in (first.parent, pathlib.Path.cwd()))
+  return beside and not is_ours and "site-packages" not in file.parts
 
 
 def _near(name: str, module: types.ModuleType) -> str:

@@ -8,8 +8,10 @@ JSON lacks, are the strings "NaN", "Infinity" and "-Infinity", which `float()` o
 A table, such as the sampled responses, is `NAME/step_00000100.jsonl`, one object a row.
 """
 
+import errno
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import operator
@@ -192,7 +194,9 @@ class JsonlWriter:
     """
     line = _encode(step, scalars)
     if self._file is not None:
-      self._file.write(line.encode("utf-8"))
+      content = line.encode("utf-8")
+      if self._file.write(content) < len(content):  # The disk had room for a part of it.
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
       return
     self._lines.append(line)
     if time.monotonic() - self._uploaded >= _REMOTE_SECONDS:
@@ -225,12 +229,6 @@ class NullWriter:
 
   def close(self) -> None:
     """Does nothing."""
-
-
-def _missing(package: str, extra: str) -> ImportError:
-  return ImportError(
-    f"the package {package} is not installed: pip install 'rlhf_jax[{extra}]', or drop the tracker"
-  )
 
 
 def _grid(rows: Rows) -> tuple[list[str], list[list[Any]]]:
@@ -267,10 +265,8 @@ class TensorBoardWriter:
   ):
     """Opens the folder; steps after `resume_step` disappear from the charts."""
     del run_name  # TensorBoard names a run by its folder.
-    try:
-      import tensorboardX
-    except ImportError as error:
-      raise _missing("tensorboardX", "track") from error
+    import tensorboardX
+
     purge = None if resume_step is None else resume_step + 1
     folder = os.fspath(epath.Path(workdir) / "tensorboard")
     self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge)
@@ -299,10 +295,8 @@ class WandbWriter:
   ):
     """Starts the run, or continues the one that this workdir started before."""
     del resume_step  # The service keeps the first value of a step that is logged twice.
-    try:
-      import wandb
-    except ImportError as error:
-      raise _missing("wandb", "wandb") from error
+    import wandb
+
     # The same workdir is the same run, so a resumed job draws on in the same chart.
     where = os.fspath(workdir) if workdir_lib.is_remote(workdir) else os.path.realpath(workdir)
     self._table = wandb.Table
@@ -337,10 +331,8 @@ class TrackioWriter:
   ):
     """Starts the run, or continues the one of the same name."""
     del workdir, resume_step  # Trackio keeps its own database.
-    try:
-      import trackio
-    except ImportError as error:
-      raise _missing("trackio", "trackio") from error
+    import trackio
+
     self._table = trackio.Table
     self._run = trackio.init(
       project=os.environ.get("TRACKIO_PROJECT", "rlhf_jax"),
@@ -401,6 +393,27 @@ class CompositeWriter:
 
 
 TRACKERS = {"tensorboard": TensorBoardWriter, "wandb": WandbWriter, "trackio": TrackioWriter}
+# Tracker -> the module that it needs, and the extra of this package that installs it.
+_PACKAGES = {
+  "tensorboard": ("tensorboardX", "track"),
+  "wandb": ("wandb", "wandb"),
+  "trackio": ("trackio", "trackio"),
+}
+
+
+def require_packages(trackers: Sequence[str]) -> None:
+  """Refuses a tracker whose package is not installed.
+
+  Raises:
+    ValueError: A package is missing. The message names the flag and the command that installs it.
+  """
+  for name in trackers:
+    module, extra = _PACKAGES.get(name, ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+      raise ValueError(
+        f"--trackers={name}: the package {module} is not installed; leave the tracker out, or"
+        f" pip install 'rlhf_jax[{extra}]'"
+      )
 
 
 def make_writer(
@@ -426,7 +439,6 @@ def make_writer(
 
   Raises:
     ValueError: If a tracker is unknown.
-    ImportError: If a tracker's package is missing.
   """
   if unknown := [name for name in trackers if name not in TRACKERS]:
     raise ValueError(f"unknown tracker {unknown[0]!r}: choose from {', '.join(sorted(TRACKERS))}")
@@ -440,11 +452,8 @@ def make_writer(
       writers.append(
         TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
       )
-    except ImportError:
-      raise
     except Exception:
       logging.exception("the tracker %s cannot be opened and is left out", name)
-  # Last to open, so that a tracker that is not installed leaves an existing file as it was.
   record = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
   return CompositeWriter([record, *writers])
 

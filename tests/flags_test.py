@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import json
+import pathlib
 from typing import Any, Literal
 
 import pytest
@@ -188,7 +189,19 @@ def test_help_comes_from_the_docstrings():
     ("--level=3", "flag --level=3: must be one of 1, 2"),
     ("--shuffle=maybe", "flag --shuffle=maybe: "),
     ("--name=a\x1b[0m", "flag --name=a\x1b[0m: must be printable"),
-    ("--dpo.btea=1", "Unknown command line flag 'dpo.btea'. Did you mean: dpo.beta ?"),
+    ("--dpo.btea=1", "unknown flag --dpo.btea; did you mean --dpo.beta?"),
+    ("--beta=1", "unknown flag --beta; did you mean --dpo.beta?"),
+    ("--ppo.beta=1", "unknown flag --ppo.beta; did you mean --dpo.beta?"),
+    ("--dpo.label-smoothing=1", "unknown flag --dpo.label-smoothing; did you mean --dpo.label_sm"),
+    ("--max_steps=1", "unknown flag --max_steps; did you mean --steps?"),
+    ("--stesp=1", "unknown flag --stesp; did you mean --steps?"),
+    ("--xyzzy=1", "unknown flag --xyzzy; --help lists the flags"),
+    ("--steps|=|5", "--steps = 5: write --steps=5, without spaces"),
+    ("--steps|=5", "--steps = 5: write --steps=5, without spaces"),
+    ("--steps=|5", "--steps = 5: write --steps=5, without spaces"),
+    ("--shuffle|=|false", "--shuffle = false: write --shuffle=false, without spaces"),
+    ("--flagfile=nowhere", "--flagfile=nowhere cannot be read: No such file"),
+    ("--flagfile|/", "--flagfile=/ cannot be read: Is a directory"),
     ("--steps=1|--steps=1", "--steps is given 2 times; keep one"),
     ("--steps|1|-steps|2", "--steps is given 2 times"),
     ("--shuffle|--noshuffle", "--shuffle is given 2 times"),
@@ -207,7 +220,7 @@ def test_bad_command_lines_are_refused(args, message):
     values(Config, *args.split("|"))
   assert str(e.value).startswith(message)
   if isinstance(e.value, app.UsageError):
-    assert e.value.exitcode == 64
+    assert e.value.exitcode == (1 if message.startswith("unknown flag") else 64)
 
 
 def test_bad_definitions_are_refused():
@@ -230,8 +243,11 @@ def test_bad_definitions_are_refused():
 
 def test_field_without_default_is_required():
   cls = dataclasses.make_dataclass("C", [("workdir", str), ("dpo", DPO)], frozen=True)
-  with pytest.raises(absl_flags.IllegalFlagValueError, match="--workdir must have a value"):
+  with pytest.raises(flags.UsageError, match=r"^--workdir=\.\.\. is needed"):
     values(cls)
+  both = dataclasses.make_dataclass("C", [("workdir", str), ("policy", str)], frozen=True)
+  with pytest.raises(flags.UsageError, match=r"^--workdir=\.\.\. and --policy=\.\.\. are needed"):
+    values(both)
   assert values(cls, "--workdir=w").workdir == "w"
 
 
@@ -248,8 +264,27 @@ def test_flagfile_replays_the_run_and_can_be_overridden(tmp_path):
   # A later change of a default changes nothing.
   assert values(Config, "--flagfile", str(path), defaults=Config(seed=5)) == build()
   assert values(Config, f"--flagfile={path}", "--steps=4").steps == 4
-  with pytest.raises(flags.UsageError, match="--steps is given 2 times"):
-    values(Config, "--steps=4", f"--flagfile={path}", "--steps=5")
+
+
+def test_a_flag_file_replaces_no_flag_before_it(tmp_path):
+  names = ("one", "other", "twice", "nested", "binary")
+  one, other, twice, nested, binary = (str(tmp_path / name) for name in names)
+  texts = {one: "--steps=3\n", other: "--steps=4\n", twice: "--seed=1\n--seed=2\n"}
+  for path, text in (texts | {nested: f"--flagfile={one}\n"}).items():
+    pathlib.Path(path).write_text(text)
+  pathlib.Path(binary).write_bytes(b"\xff\xfe--steps=3")
+  for words, message in (
+    (["--steps=4", f"--flagfile={one}"], "--steps is given, and --flagfile="),
+    (["--steps", "4", "--flagfile", one], "--steps is given, and --flagfile="),
+    (["--steps=4", f"--flagfile={nested}"], "--steps is given, and --flagfile="),
+    ([f"--flagfile={one}", f"--flagfile={other}"], "both have --steps"),
+    ([f"--flagfile={twice}"], "has --seed 2 times; keep one"),
+    ([f"--flagfile={binary}"], "is not a text file"),
+  ):
+    with pytest.raises(flags.UsageError, match=message):
+      values(Config, *words)
+  assert values(Config, f"--flagfile={one}", "--steps=4").steps == 4
+  assert values(Config, "--seed=4", f"--flagfile={nested}").steps == 3
 
 
 def test_changed_flags_and_their_lines_give_the_config_back(tmp_path):

@@ -86,13 +86,13 @@ def fails_in(step, call):
   return wrapped
 
 
-def signals_in(step, call):
-  """`step`, but SIGTERM arrives during call number `call`."""
+def signals_in(step, call, number=signal.SIGTERM):
+  """`step`, but a signal arrives during call number `call`."""
   count = iter(range(1, 1000))
 
   def wrapped(*args):
     if next(count) == call:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), number)
     return step(*args)
 
   return wrapped
@@ -130,9 +130,9 @@ def test_trackers_get_the_settings_and_everything_in_the_order_of_the_steps(tmp_
     def close(self):
       calls.append(("close", None))
 
-  monkeypatch.setitem(writers.TRACKERS, "wandb", Tracker)
+  monkeypatch.setitem(writers.TRACKERS, "mine", Tracker)
   config = dataclasses.replace(CONFIG, steps=4, log_every=1, eval_every=2)
-  with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("wandb",))) as run:
+  with loop.open_run(loop.Session(str(tmp_path), seed=5, trackers=("mine",))) as run:
 
     def evaluate(state, step):
       run.writer.table(step, "samples", [{"prompt": "p"}])
@@ -223,6 +223,39 @@ def test_a_crash_changes_neither_the_end_nor_the_lines(tmp_path, call, log_every
   assert_same_end(tmp_path / "a", state, expected)
 
 
+def test_a_step_that_raises_leaves_the_state_before_it(tmp_path, uninterrupted, capsys):
+  config = dataclasses.replace(CONFIG, checkpoint_every=100)
+  calls = []
+
+  def counted(*args):
+    calls.append(1)
+    return quadratic(*args)
+
+  for call, left in ((1, None), (4, 3), (1, 3), (3, 5)):
+    with pytest.raises(RuntimeError, match="planted"):
+      fit(tmp_path, config, fails_in(counted, call))
+    with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+      assert saver.latest_step() == left
+    said = f"saved step {left} of {STEPS}, the last one before the error"
+    assert (said in capsys.readouterr().err) == (call > 1)
+  assert_same_end(tmp_path, fit(tmp_path, config, counted), uninterrupted)
+  assert len(calls) == STEPS + 4
+
+
+def test_a_step_that_has_lost_its_state_saves_nothing(tmp_path):
+  def losing(state, *rest):
+    new, values = quadratic(state, *rest)
+    jax.tree.map(lambda x: x.delete(), state)
+    if new["step"] == 3:
+      raise RuntimeError("planted")
+    return new, values
+
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path, dataclasses.replace(CONFIG, checkpoint_every=100), losing)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() is None
+
+
 def test_a_crash_of_the_data_right_after_a_save(tmp_path, uninterrupted):
   for fail_at in (4, 6):
     with pytest.raises(OSError, match="disk"):
@@ -234,13 +267,15 @@ def test_a_crash_of_the_data_right_after_a_save(tmp_path, uninterrupted):
   assert_same_end(tmp_path, fit(tmp_path), uninterrupted)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("call", [1, 2, 5, 7])
-def test_sigterm_saves_and_the_run_continues(tmp_path, call, uninterrupted):
-  before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_saves_and_the_run_continues(tmp_path, call, number, uninterrupted, capfd):
+  before = signal.getsignal(number)
   with pytest.raises(loop.Preempted, match=f"saved step {call} of {STEPS}; run the same") as e:
-    fit(tmp_path, step=signals_in(quadratic, call))
+    fit(tmp_path, step=signals_in(quadratic, call, number))
   assert e.value.exit_code == 75
-  assert signal.getsignal(signal.SIGTERM) is before
+  assert signal.getsignal(number) is before
+  assert ("stopping after this step" in capfd.readouterr().err) == (number == signal.SIGINT)
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() == call
   taken = []
@@ -251,6 +286,45 @@ def test_sigterm_saves_and_the_run_continues(tmp_path, call, uninterrupted):
 
   assert_same_end(tmp_path, fit(tmp_path, step=counted), uninterrupted)
   assert len(taken) == STEPS - call
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, uninterrupted):
+  def twice(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)  # The handler runs between two instructions.
+    raise AssertionError("the step went on")
+
+  with pytest.raises(KeyboardInterrupt):
+    fit(tmp_path, step=lambda *args: (twice if int(args[0]["step"]) == 3 else quadratic)(*args))
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert_same_end(tmp_path, fit(tmp_path), uninterrupted)
+
+
+def test_a_finished_run_says_that_it_trains_nothing(tmp_path, capsys):
+  fit(tmp_path)
+  capsys.readouterr()
+  for steps in (STEPS, STEPS - 1):
+    fit(tmp_path, dataclasses.replace(CONFIG, steps=steps))
+    said = capsys.readouterr().err
+    assert f"already finished, with step {STEPS}: nothing is trained" in said
+    assert "continuing" not in said
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_other_steps_say_what_becomes_of_the_learning_rate(tmp_path, changes, capsys):
+  def schedule(steps):
+    return lambda step: 0.5 * (1 - step / steps) if changes else 0.5
+
+  fit(tmp_path, learning_rate=schedule(STEPS))
+  more = dataclasses.replace(CONFIG, steps=STEPS + 2)
+  for _ in range(2):  # The second time, nothing has changed.
+    fit(tmp_path, more, learning_rate=schedule(STEPS + 2))
+  said = capsys.readouterr().err
+  words = f"--steps was {STEPS}, now {STEPS + 2}: the learning rate is scheduled over the steps, so"
+  assert said.count(words) == int(changes)
+  if changes:
+    assert f"that of step {STEPS + 1} is 0.1 and not 0;" in said
 
 
 def test_sigterm_in_the_last_step_ends_the_run(tmp_path, uninterrupted):
@@ -339,7 +413,7 @@ def test_five_bad_steps_at_the_very_end(tmp_path):
 def test_nothing_is_saved_after_a_broken_gradient(tmp_path):
   config = loop.RunConfig(steps=9, batch_size=8, checkpoint_every=3)
   with pytest.raises(RuntimeError, match="planted"):
-    fit(tmp_path, config, fails_in(skipping({3}), 5))
+    fit(tmp_path, config, fails_in(skipping({3}), 4))
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() is None
   fit(tmp_path, config, skipping({4}))  # Step 9, the last: saved nevertheless.
@@ -356,29 +430,31 @@ def test_fewer_bad_steps_in_a_row_are_survived(tmp_path):
   ]
 
 
-SETTINGS = {"steps": 10, "log_every": 1, "batch_size": 8, "optim.learning_rate": 1e-3}
+SETTINGS = {"steps": 10, "log_every": 1, "batch_size": 8, "optim": {"learning_rate": 1e-3}}
 
 
 def test_identity(tmp_path):
+  data = {"data": "abc"}
   with loop.open_run(loop.Session(str(tmp_path))) as run:
-    loop.identify(run, "dpo", SETTINGS, data="abc")
-    loop.identify(run, "dpo", SETTINGS, data="abc")
+    loop.identify(run, "dpo", SETTINGS, data)
+    loop.identify(run, "dpo", SETTINGS, data)
     free = {"steps": 99, "log_every": 7, "eval_every": 3, "checkpoint_every": 2}
-    loop.identify(run, "dpo", SETTINGS | free, data="abc")
+    loop.identify(run, "dpo", SETTINGS | free, data)
+    rate = {"optim": {"learning_rate": 2e-3}}
     for name, settings, digests, words in (
-      ("dpo", SETTINGS | {"optim.learning_rate": 2e-3}, {"data": "abc"}, "learning_rate.*0.002"),
-      ("dpo", SETTINGS | {"batch_size": 16}, {"data": "abc"}, "settings"),
-      ("dpo", SETTINGS | {"dpo.beta": 0.1}, {"data": "abc"}, "dpo.beta"),
-      ("ppo", SETTINGS, {"data": "abc"}, 'script: was "dpo", now "ppo"'),
-      ("dpo", SETTINGS, {"data": "abd"}, 'data: was "abc", now "abd"'),
-      ("dpo", SETTINGS, {}, 'data: was "abc", now absent'),
+      ("dpo", SETTINGS | rate, data, "--optim.learning_rate was 0.001, now 0.002"),
+      ("dpo", SETTINGS | {"batch_size": 16}, data, "--batch_size was 8, now 16"),
+      ("dpo", SETTINGS | {"dpo.beta": 0.1}, data, "--dpo.beta was absent, now 0.1"),
+      ("ppo", SETTINGS | rate, {}, 'script was "dpo", now "ppo"'),
+      ("dpo", SETTINGS, {"data": "abd"}, 'data was "abc", now "abd"'),
+      ("dpo", SETTINGS, {}, 'data was "abc", now absent'),
     ):
-      with pytest.raises(workdir_lib.WorkdirError, match=words) as e:
-        loop.identify(run, name, settings, **digests)
+      with pytest.raises(workdir_lib.WorkdirError, match=f"run: {words}; use another --w") as e:
+        loop.identify(run, name, settings, digests)
       assert e.value.exit_code == 78
   with loop.open_run(loop.Session(str(tmp_path), seed=1)) as run:
-    with pytest.raises(workdir_lib.WorkdirError, match="seed: was 0, now 1"):
-      loop.identify(run, "dpo", SETTINGS, data="abc")
+    with pytest.raises(workdir_lib.WorkdirError, match="run: --seed was 0, now 1; use"):
+      loop.identify(run, "dpo", SETTINGS, data)
 
 
 def test_keys_of_a_run(tmp_path):

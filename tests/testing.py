@@ -247,18 +247,22 @@ def on_devices(count: int) -> Iterator[None]:
 
 def start(script: str, *words: str, devices: int = 1) -> Any:
   """Runs `experiments.SCRIPT` in this process, on some of its devices; returns what it returns."""
-  module = f"experiments.{script}"
+  name = f"experiments.{script}"
+  module = importlib.import_module(name)
+  registry, configs = _read(name, words)
+  train = getattr(module, "train", None) or getattr(module, script)
   with on_devices(devices):
-    return importlib.import_module(module).train(*read_configs(module, words))
+    return entry.start(train, configs, lambda path: flags.save_flags(path, registry))
 
 
 def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:
-  """Exit code and message of `experiments.SCRIPT`, which refuses to run."""
+  """Exit code and message, of one line, of `experiments.SCRIPT`, which refuses to run."""
   try:
     start(script, *words, devices=devices)
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     known = entry.verdict(error)
     if known is None:
       raise
+    assert "\n" not in known[1]
     return known
   raise AssertionError(f"{script} {' '.join(words)} was not refused")

@@ -52,12 +52,62 @@ def test_identity(tmp_path):
   with pytest.raises(workdir_lib.WorkdirError) as e:
     workdir_lib.check_identity(tmp_path / "run", {"model": "base", "shape": [2, 3], "new": None})
   assert e.value.exit_code == 78
-  assert str(e.value).splitlines()[1:] == [
-    '  model: was "tiny", now "base"',
-    "  new: was absent, now null",
-    "  old: was 1, now absent",
-  ]
-  assert "another --workdir" in str(e.value)
+  assert str(e.value) == (
+    f'--workdir={tmp_path / "run"} holds another run: model was "tiny", now "base"; new was absent,'
+    " now null; old was 1, now absent; use another --workdir, or what it was"
+  )
+
+
+def test_an_identity_names_the_flags_that_differ_and_nothing_else(tmp_path):
+  first = {"script": "dpo", "--a": 1, "--b": "x" * 200, "files of --c": "a" * 64, "data": "b" * 64}
+  first |= {f"--m{i}": i for i in range(9)}
+  workdir_lib.check_identity(tmp_path, first)
+  for changes, words in (
+    ({"--a": 2}, "--a was 1, now 2"),
+    ({"--a": 2, "data": "c" * 64}, "--a was 1, now 2"),
+    ({"files of --c": "d" * 64, "data": "c"}, "files of --c was aaaaaaaa, now dddddddd"),
+    ({"data": "c" * 64}, "data was bbbbbbbb, now cccccccc"),
+    ({"script": "ppo", "--a": 2, "data": "c"}, 'script was "dpo", now "ppo"'),
+    ({"--b": "y" * 200}, f'--b was "{"x" * 56}..., now "{"y" * 56}...'),
+    (
+      {f"--m{i}": -1 for i in range(9)},
+      "--m0 was 0, now -1; --m1 was 1, now -1; --m2 was 2, now -1; --m3 was 3, now -1; and 5 more",
+    ),
+  ):
+    with pytest.raises(workdir_lib.WorkdirError) as e:
+      workdir_lib.check_identity(tmp_path, first | changes)
+    given = (
+      f"--workdir={tmp_path} holds another run: {words}; use another --workdir, or what it was"
+    )
+    assert str(e.value) == given
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "[]", "null", "3", "[" * 100_000])
+def test_an_identity_that_cannot_be_read(tmp_path, text):
+  (tmp_path / "identity.json").write_text(text)
+  with pytest.raises(workdir_lib.WorkdirError, match="identity.json .*use another --workdir") as e:
+    workdir_lib.check_identity(tmp_path, {"script": "dpo"})
+  assert "\n" not in str(e.value)
+
+
+def test_files_digest_follows_names_and_contents(tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  one.write_text("a"), two.write_text("b")
+  digest = workdir_lib.files_digest([one, two])
+  assert digest == workdir_lib.files_digest([one, two]) != workdir_lib.files_digest([two, one])
+  times = one.stat()
+  one.write_text("c")  # As long as before.
+  os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))
+  assert workdir_lib.files_digest([one, two]) != digest
+
+
+def test_paths(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert workdir_lib.local_path("~/runs") == tmp_path / "runs"
+  assert workdir_lib.local_path("~") == tmp_path
+  for path in ("", " ", "gs://bucket/run", "~nobody-of-this-name/x"):
+    with pytest.raises(workdir_lib.WorkdirError):
+      workdir_lib.local_path(path)
 
 
 @pytest.fixture
@@ -74,7 +124,7 @@ def test_processes_with_other_data_or_settings_are_refused(tmp_path, second_of_t
   first, said = second_of_two
   first.append({"data": "abc", "seed": 0})
   workdir_lib.check_identity(tmp_path, {"data": "abc", "seed": 0})
-  with pytest.raises(workdir_lib.WorkdirError, match='data: was "abc", now "abd"'):
+  with pytest.raises(workdir_lib.WorkdirError, match='data was "abc", now "abd"'):
     workdir_lib.check_identity(tmp_path, {"data": "abd", "seed": 0})
   assert said[0] == "" and "abd" in said[1]
 

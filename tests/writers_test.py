@@ -241,11 +241,27 @@ def test_an_unknown_tracker_is_refused_before_anything_is_written(tmp_path):
     ("trackio", "trackio", "trackio"),
   ],
 )
-def test_a_missing_package_is_named_with_the_fix(tmp_path, monkeypatch, tracker, package, extra):
+def test_a_missing_package_is_named_with_the_fix(monkeypatch, tracker, package, extra):
   monkeypatch.setitem(sys.modules, package, None)  # Makes the import fail.
-  with pytest.raises(ImportError, match=rf"pip install 'rlhf_jax\[{extra}\]'"):
-    writers.make_writer(tmp_path, [tracker])
-  assert not list(tmp_path.iterdir())
+  with pytest.raises(ValueError, match=rf"--trackers={tracker}: .*pip install 'rlhf_jax\[{extra}"):
+    writers.require_packages([tracker])
+
+
+def test_a_line_that_the_disk_has_no_room_for_is_an_error(tmp_path, monkeypatch):
+  writer = writers.JsonlWriter(tmp_path / "metrics.jsonl", resume_step=None)
+
+  class Short:
+    def write(self, content):
+      return len(content) - 1
+
+    def close(self):
+      pass
+
+  writer.close()
+  monkeypatch.setattr(writer, "_file", Short())
+  with pytest.raises(OSError, match="No space left") as e:
+    writer.write(1, {"loss": 1.0})
+  assert e.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_tensorboard_writes_event_files(tmp_path):

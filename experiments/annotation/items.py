@@ -1,5 +1,6 @@
 """Rows as items to compare, and answers as rows to train on."""
 
+import collections
 import hashlib
 import itertools
 import json
@@ -46,8 +47,10 @@ def check_annotator(name: str) -> None:
     raise ValueError(f"annotator must not be {LABEL!r}: that is what the rows say; take another")
 
 
-def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
-  """Reads the items of the data, each once.
+def read_items(
+  config: DataConfig, limit: int, seed: int
+) -> tuple[list[Item], collections.Counter[str]]:
+  """Reads the items of the data, each once, and counts the rows left out by the reason.
 
   Raises:
     DataError: A row is not an item, or two items have the same id.
@@ -55,7 +58,7 @@ def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
   if config.tfds:
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
-    rows = list(data.read_jsonl(config.path))
+    rows = data.joined(list(data.read_file(config.path)))
   else:
     who = config.annotator or "expert"
     count = config.rows or config.eval_rows
@@ -64,12 +67,19 @@ def read_items(config: DataConfig, limit: int, seed: int) -> list[Item]:
       for i, row in enumerate(simulation.preferences("eval", count, seed, who))
     ]
   items: dict[str, Item] = {}
+  left_out: collections.Counter[str] = collections.Counter()
   for number, row in enumerate(rows[: limit or config.rows or len(rows)]):
-    item = read_item(row, number)
+    try:
+      item = read_item(row, number)
+    except data.Skip as skip:
+      left_out[skip.reason.replace("_", " ")] += 1
+      continue
     if item.id in items:
       raise data.DataError(f"{row.where}: id: {item.id!r} is taken by an earlier row; rename one")
     items[item.id] = item
-  return list(items.values())
+  if not items:
+    raise data.DataError(f"{config.path}: no rows are left of {len(rows)}; give other rows")
+  return list(items.values()), left_out
 
 
 def read_item(row: data.Row, number: int) -> Item:
@@ -81,7 +91,9 @@ def read_item(row: data.Row, number: int) -> Item:
 
   Raises:
     DataError: The row does not hold a prompt and two or more responses.
+    Skip: The row is left out.
   """
+  row, _ = data.normalized(row)
   (asked,) = data.parse_row("prompts", row, prefer_messages=False)
   prompt = asked.prompt if isinstance(asked.prompt, str) else data.transcript(asked.prompt)
   responses: Any = row.fields.get("responses")

@@ -36,8 +36,16 @@ def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
     DataError: A row is not an item.
     CheckpointError: The workdir holds answers to other data.
   """
-  items = read_items(config.data, config.limit, run.session.seed)
+  items, left_out = read_items(config.data, config.limit, run.session.seed)
   loop.identify(run, "annotate", {"data": flags.to_dict(config.data)})
+  reporting.start_panel(
+    "Labels",
+    {
+      "workdir": run.workdir,
+      "data": f"{config.data.path or 'built-in task, toy reviews'}: {len(items)} items",
+      "left out": ", ".join(f"{count} {why}" for why, count in left_out.items()) or "nothing",
+    },
+  )
   return items, Store(run.workdir)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import models, training
+from experiments.lab import judges, models, training
 from rlhf_jax import (
   data,
   evaluation,
@@ -124,7 +124,7 @@ class Samples(NamedTuple):
   Attributes:
     prompts: [B] texts.
     responses: [B] texts.
-    rewards: Rewards [B] by name.
+    rewards: Rewards [B] by name, NaN where they are unusable.
     kl: [B] sum of log pi - log ref over each response, in nats.
     lengths: [B] lengths of the responses in tokens.
     ended: [B] bool, True on responses that ended in a stop token.
@@ -179,7 +179,7 @@ def heldout_sampler(
     batch_size: Prompts per call of the model.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  stops = (tokenizer.eos_id,)
+  stops = models.stops(tokenizer, config)
   generate = models.make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
@@ -197,12 +197,14 @@ def heldout_sampler(
       values |= {
         "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),
-        "ended": generation.ended(rollout, stops),
+        "ended": generation.ended(rollout, *stops),
       }
       parts.append({name: np.asarray(v)[valid] for name, v in sharding.to_host(values).items()})
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
       responses += [text for text, on in zip(texts, valid, strict=True) if on]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, fn in reward_fns.items():
+      rewards.require(judges.name_of(fn), joined[f"reward/{name}"])
     return Samples(
       prompts=[row["prompt_text"] for row in dataset.rows],
       responses=responses,
@@ -245,7 +247,9 @@ def heldout_comparer(
         for policy, key in zip(policies, keys, strict=True)
       )
       parts.append(sharding.to_host(prefer(first, second, prompts.prompt_id))[valid])
-    return np.concatenate(parts)
+    preferences = np.concatenate(parts)
+    rewards.require(judges.name_of(prefer), preferences)
+    return preferences[np.isfinite(preferences)]
 
   return compare
 
@@ -291,6 +295,22 @@ def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[s
   ]
 
 
+def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
+  """Returns a reward of all samples on the prompts where all of them are usable.
+
+  Args:
+    name: Name of the reward.
+    *samples: Samples of policies.
+    count: Samples per prompt.
+
+  Returns:
+    [P, count] for each of the samples.
+  """
+  scores = [np.reshape(of.rewards[name], (-1, count)) for of in samples]
+  fine = np.all([np.isfinite(x).all(axis=1) for x in scores], axis=0)
+  return [x[fine] for x in scores]
+
+
 def compare(before: Samples, after: Samples) -> dict[str, float]:
   """Metrics of the trained policy and of the initial policy on the same prompts.
 
@@ -303,8 +323,8 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     "length_before": float(np.mean(before.lengths)),
     "eos_fraction": float(np.mean(after.ended)),
   }
-  for name, values in after.rewards.items():
-    start = before.rewards[name]
+  for name in after.rewards:
+    values, start = usable(name, after, before)
     metrics[f"{name}/mean"] = float(np.mean(values))
     metrics[f"{name}/mean_before"] = float(np.mean(start))
     rate = evaluation.win_rate(values, start)
@@ -316,8 +336,8 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
 def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
   """Arranges the metrics of `compare` as rows of the final table of a script."""
   rows: dict[str, dict[str, float]] = {}
-  for name, values in after.rewards.items():
-    start = before.rewards[name]
+  for name in after.rewards:
+    values, start = usable(name, after, before)
     rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
     rows[f"{name}: win rate against the start"] = {
       "trained": evaluation.win_rate(values, start).value
@@ -391,7 +411,7 @@ class Judge:
     """Writes responses to the held-out prompts and returns their mean rewards and KL."""
     samples = self._sample_once(params, step)
     self._run.writer.table(step, "samples", sample_rows(samples))
-    means = {f"eval/{name}": float(np.mean(r)) for name, r in samples.rewards.items()}
+    means = {f"eval/{name}": float(np.nanmean(r)) for name, r in samples.rewards.items()}
     return {"eval/kl": float(np.mean(samples.kl)), **means}
 
   def evaluate(
@@ -425,5 +445,7 @@ class Judge:
       run.writer.table(step, "samples", sample_rows(after))
       reporting.show_samples(side_by_side(before, after), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
-    training.finish(run, summary)
+    trained = run.session.workdir
+    samples = f"--workdir={trained.rstrip('/')}_samples"
+    training.finish(run, summary, "generate", samples, f"--init_from={trained}")
     return summary

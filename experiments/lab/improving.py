@@ -12,7 +12,7 @@ from experiments import records
 from experiments.lab import evaluating, judges, models, training
 from experiments.lab.case import Case
 from experiments.lab.workbench import Workbench
-from rlhf_jax import data, loop, processes
+from rlhf_jax import data, flags, loop, processes
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
 
@@ -22,7 +22,7 @@ def stage(
 ) -> loop.Session:
   """Makes the session of a Grow step, or of one of the Improve steps after it."""
   name = f"grow_{grow}" if improve < 0 else f"grow_{grow}_improve_{improve}"
-  seed = session.seed * 1000 + 100 * grow + improve + 1
+  seed = (session.seed * 1000 + 100 * grow + improve + 1) % loop.SEEDS
   return dataclasses.replace(session, workdir=str(workdir / name), seed=seed)
 
 
@@ -51,6 +51,8 @@ def improve(
   dataset, weights = kept
   path = workdir_lib.local_path(session.workdir) / "summary.json"
   read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
+  models.require_base(config.lora, start)
+  extra = {"improve": index, "start": str(start)}
   with loop.open_run(session) as run:
     records.identify(
       run,
@@ -59,8 +61,8 @@ def improve(
       tokenizer,
       dataset,
       heldout,
-      extra={"improve": index, "start": str(start)},
-      digests=models.frozen_digest(config.lora, start),
+      extra=extra,
+      digests=models.digests(flags.flatten(flags.to_dict(config)) | extra),
     )
     if (finished := processes.agree(read)) is not None:
       return finished
@@ -93,7 +95,9 @@ def improve(
       sample = evaluating.heldout_sampler(
         run, model, heldout, tokenizer, config.sampling, reward_fns=fns
       )
-      summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
+      summary |= {
+        f"{name}/mean": float(np.nanmean(r)) for name, r in sample(params).rewards.items()
+      }
     bench.finish(summary)
   return processes.agree(read)
 

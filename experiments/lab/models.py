@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from experiments import records
+from experiments.records import record
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
@@ -34,6 +36,10 @@ class ModelOptions:
     heads: Number of attention heads of a new model.
     mlp_width: Width of the MLPs of a new model.
     dtype: Dtype of the computation; params and optimizer state stay float32.
+    precision: Precision of matrix products in float32: those of a float32 model, and scores and
+      values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
+      `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
+      on NVIDIA GPUs.
     attention: Implementation of attention over full sequences: `xla`, the TPU kernel `splash`, or
       `cudnn`. `auto` takes the kernel of the device where possible. Sampling always uses `xla`.
     remat: Activations that the backward pass recomputes to save memory. `none` recomputes nothing,
@@ -41,6 +47,7 @@ class ModelOptions:
       least memory and a third more work.
     logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
       are processed in chunks and rematerialized in the backward pass.
+    extrapolate: Accept sequences longer than those that a model with rotary positions was made for.
   """
 
   path: str = ""
@@ -50,9 +57,11 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
+  precision: Literal["default", "high", "highest"] = "high"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
+  extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
@@ -76,18 +85,39 @@ def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   Raises:
-    ModelFolderError: The path is neither.
+    ModelFolderError: The path is neither, or both.
   """
   folder = workdir_lib.local_path(path)
-  if (folder / EXPORT / "config.json").exists():
-    return folder / EXPORT
-  if (folder / "config.json").exists():
-    return folder
-  if (folder / "checkpoints").exists():
-    raise hf.ModelFolderError(f"{folder}: this run has not finished; start it again, then use it")
-  raise hf.ModelFolderError(
-    f"{folder}: neither the workdir of a finished run nor a folder with config.json"
-  )
+  has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
+  if has_run and has_model:
+    raise hf.ModelFolderError(
+      f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
+      " or move the other one out"
+    )
+  if has_run or has_model:
+    return folder / EXPORT if has_run else folder
+  raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
+
+
+def _why_no_model(path: str, folder: pathlib.Path) -> str:
+  """Says why a path is not that of a model, and what to give instead."""
+  if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
+    return "this run has not finished; start it again, then use it"
+  if (folder / "adapter_config.json").exists():
+    return (
+      "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
+      " PEFT), and give the merged folder"
+    )
+  if folder.is_dir():
+    return "neither the workdir of a finished run nor a folder with config.json"
+  if folder.exists():
+    return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
+  if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    return (
+      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
+      f" {path} --local-dir=FOLDER, and give FOLDER"
+    )
+  return "there is no such folder"
 
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
@@ -152,7 +182,11 @@ def open_model(
         f" {config.vocab_size} rows; they do not belong together"
       )
   config = dataclasses.replace(
-    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+    config,
+    dtype=options.dtype,
+    precision=options.precision,
+    attention=options.attention,
+    remat=options.remat,
   )
   model = build_model(run, options, config, tokenizer, head)
   key = run.key_for(1)
@@ -228,19 +262,55 @@ def copy(run: loop.Run, params: Params) -> Params:
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
 
 
-def frozen_digest(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> dict[str, str]:
-  """Digest, for `loop.identify`, of the frozen weights that a run with adapters reads again.
+def require_base(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> None:
+  """Refuses adapters of a model that nothing has trained.
 
   Args:
     config: Settings of the adapters.
-    *folders: Folders of the models that get adapters.
+    *folders: Folders of the models that get adapters; None is a new model.
   """
-  if not config.rank:
-    return {}
-  if not all(folders):
+  if config.rank and not all(folders):
     raise flags.UsageError("--lora.rank adapts a trained model; give --init_from or --model.path")
-  files = [path for folder in folders if folder for path in sorted(folder.glob("*.safetensors"))]
-  return {"frozen": workdir_lib.files_digest(files)}
+
+
+# Flags that name files of rows or of text, besides those that name models.
+_FILES = ("data.path", "data.eval_path", "ptx_path", "judge.principles")
+# What is read from a model folder; a card or an optimizer state may change.
+_OF_MODELS = (".json", ".jinja", ".safetensors")
+
+
+def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns digests of the files that a run reads, for `loop.identify`.
+
+  Process 0 reads the files for all processes. The time is about that of loading them.
+
+  Args:
+    settings: Values of the settings by the names of their flags.
+  """
+
+  def read() -> dict[str, str]:
+    found = {}
+    for flag in (*record.SOURCES, "judge.path", "reference"):
+      given = settings.get(flag)
+      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      files = [path for folder in folders for path in sorted(folder.iterdir())]
+      files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
+      if folders:
+        found[f"files of --{flag}"] = workdir_lib.files_digest(files)
+    for flag in _FILES:
+      if given := settings.get(flag):
+        found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
+    return found
+
+  return processes.agree(read)
+
+
+def _data_files(given: str) -> list[pathlib.Path]:
+  """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
+  path = workdir_lib.local_path(given)
+  if path.is_dir():
+    return sorted(file for file in path.rglob("*") if file.is_file())
+  return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
@@ -249,6 +319,16 @@ def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Para
     return params
   init = functools.partial(lora.init, params=params, config=config)
   return join(params, create(run, init, run.key_for(3)))
+
+
+@functools.lru_cache(maxsize=16)
+def stops(
+  tokenizer: data.Tokenizer, config: generation.SamplingConfig
+) -> tuple[tuple[int, ...], generation.StopText | None]:
+  """Returns the ids that end a response, and the automaton of the stop strings if there are any."""
+  if not config.stop:
+    return tokenizer.stop_ids, None
+  return tokenizer.stop_ids, generation.stop_text(config.stop_strings, tokenizer.token_bytes())
 
 
 @functools.lru_cache(maxsize=16)
@@ -264,11 +344,13 @@ def make_sampler(
   The same arguments give the same function, so training and evaluation compile it once.
   """
   decoder = model.decode, model.init_cache
+  stop_ids, stop_text = stops(tokenizer, config)
   return generation.make_generate(
     *(generation.make_mixture(*decoder) if mixture else decoder),
     config,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=stop_ids,
     pad_id=tokenizer.pad_id,
+    stop_text=stop_text,
   )
 
 
@@ -283,7 +365,11 @@ def export(
 
   `label` is the name of the scalar of a judge.
   """
-  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  first, *others = tokenizer.stop_ids
+  token_ids: dict[str, int | list[int]] = {
+    "eos_token_id": [first, *others] if others else first,
+    "pad_token_id": tokenizer.pad_id,
+  }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():

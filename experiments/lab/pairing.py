@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lab import judges
 from experiments.lab.case import Case
 from experiments.lab.responses import Responses
 from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards
 from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
-from rlhf_jax.losses import masked
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
@@ -69,15 +69,16 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     if calibration is not None:
       batch = terms.WithSequences(batch, online_dpo.right_padded(calibration))
     lengths = jnp.sum(rollout.response_mask, axis=1)
-    finite = jnp.isfinite(raw).reshape(-1, samples)
-    spread = jnp.sqrt(masked.masked_var(raw.reshape(-1, samples), finite, axis=1))
+    usable = jnp.isfinite(raw)
+    groups = usable.reshape(-1, samples)
+    spread = jnp.std(jnp.where(groups, raw.reshape(-1, samples), 0.0), axis=1, where=groups)
     return (
       batch,
       moments,
       {
-        "reward/mean": masked.defined_mean(raw, finite.reshape(-1)),
-        "reward/std": masked.defined_mean(spread, finite.any(axis=1)),
-        "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
+        "reward/mean": jnp.mean(raw, where=usable),
+        "reward/std": jnp.mean(spread, where=groups.any(axis=1)),
+        "reward/nonfinite": jnp.sum(~usable).astype(jnp.float32),
         "ties": jnp.mean(chosen == rejected),
         "eos_fraction": jnp.mean(ended),
         "response_length/mean": jnp.mean(lengths),
@@ -104,7 +105,7 @@ def tournament(
         total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
       return total.ravel() / (samples - 1)
 
-    return score
+    return judges.Named(judges.name_of(prefer), score)
 
   return score_of
 

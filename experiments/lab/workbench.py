@@ -6,15 +6,25 @@ import functools
 import math
 import pathlib
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, judges, models, training
-from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
+from experiments.lab import evaluating, given_rows, judges, limits, models, training
+from rlhf_jax import (
+  data,
+  defaults,
+  flags,
+  generation,
+  loop,
+  processes,
+  reporting,
+  rewards,
+  sharding,
+)
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
@@ -91,9 +101,14 @@ class Workbench(NamedTuple):
     return trainer
 
   def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
-    """Shows the panel at the start of a run."""
-    rows = {name.replace("_", " "): value for name, value in rows.items()}
-    training.describe(self.run, title, self.model, trainer, rows)
+    """Shows the panel at the start of a run: the sources of model and data, and further rows."""
+    sets = self.config.data, self.train_set, self.heldout
+    named = {name.replace("_", " "): value for name, value in rows.items()}
+    start = self.folder or "new, with random weights"
+    rates = defaults.describe(self.config)
+    lines = {"initial model": start, **data.describe(*sets), **named, **rates}
+    training.describe(self.run, title, self.model, trainer, lines)
+    given_rows.warn(*sets)
 
   def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
     """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`.
@@ -110,8 +125,8 @@ class Workbench(NamedTuple):
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
 
   def ended(self, rollout: Rollout) -> jax.Array:
-    """Returns bools [B], True on responses that ended in a stop token."""
-    return generation.ended(rollout, (self.tokenizer.eos_id,))
+    """Returns bools [B], True on responses that ended in a stop token or string."""
+    return generation.ended(rollout, *models.stops(self.tokenizer, self.config.sampling))
 
   def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
     """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""
@@ -259,9 +274,21 @@ class Workbench(NamedTuple):
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
 
-  def finish(self, summary: Mapping[str, Any]) -> None:
-    """Ends the run after its export: plots, model card, summary.json."""
-    training.finish(self.run, summary)
+  def start_of(self, workdir: str) -> list[str]:
+    """Flags of a script that starts from the same model as this one, and from its own data."""
+    config = self.config
+    start = config.init_from or config.model.path or "runs/sft"
+    words = [f"--workdir={workdir}", f"--init_from={start}"]
+    return words + (["--data.path=PROMPTS.jsonl"] if config.data.path else [])
+
+  def finish(self, summary: Mapping[str, Any], *following: str) -> None:
+    """Ends the run after its export: plots, model card, summary.json.
+
+    Args:
+      summary: Metrics of summary.json.
+      *following: Script that may follow, and its flags.
+    """
+    training.finish(self.run, summary, *following)
 
 
 @contextlib.contextmanager
@@ -288,22 +315,37 @@ def open(
     spare: Number of devices to leave out of the mesh.
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
+  reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
-  digests = models.frozen_digest(config.lora, folder, *map(models.model_folder, adapted))
+  models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
-    digests[name] = further[name].digest
+  answered = (train_set, heldout) if kind == "prompts" else (heldout,)
+  limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:
+    digests = models.digests(flags.flatten(flags.to_dict(config)))
+    digests |= {f"{name} data": of.digest for name, of in further.items()}
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
+    # Losses of given responses compute no logits of prompts.
+    scored = scored_tokens(config, [train_set, *further.values()])
+    model = model._replace(apply=functools.partial(model.apply, scored=scored))
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
     save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
+  """Returns the most response tokens of a row of the data sets, or of the responses to sample."""
+  if config.data.packed_length:
+    return data.packed_scored(sets[0], config.data.packed_length)
+  sampled = config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0
+  return max(sampled, *(of.scored for of in sets))
 
 
 def save_flags(run: loop.Run, config: Any) -> None:

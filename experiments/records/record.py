@@ -56,13 +56,19 @@ def identify(
     train_set: Rows to train on.
     heldout: Rows to evaluate on.
     extra: Settings that are not in the config.
-    digests: Digests of further content that the config only refers to.
+    digests: Digests of further content that the config only refers to; see `lab.models.digests`.
   """
   settings = flags.to_dict(config) | dict(extra or {})
-  digests = {"data": train_set.digest, "tokenizer": tokenizer.digest, **(digests or {})}
   flat = flags.flatten(settings)
-  digests |= user.digests(flat) | script_digest(script)
-  loop.identify(run, script, settings, **digests)
+  digests = {
+    **user.digests(flat),
+    **(digests or {}),
+    **script_digest(script),
+    "data": train_set.digest,
+    "held-out data": heldout.digest if heldout else "",
+    "tokenizer": tokenizer.digest,
+  }
+  loop.identify(run, script, settings, digests)
   if not processes.is_first():
     return
   record = {
@@ -156,9 +162,10 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
   if not record:
     # A run that was stopped before it wrote one, or an older one.
     record = read_json(folder / "identity.json")
-    settings = record.get("settings")
-    record["settings"] = flags.flatten(settings) if isinstance(settings, dict) else {}
-    record["digests"] = {k: v for k, v in record.items() if k in ("data", "tokenizer", "frozen")}
+    record["settings"] = {k[2:]: value for k, value in record.items() if k.startswith("--")}
+    if "seed" in record["settings"]:
+      record["seed"] = record["settings"].pop("seed")
+    record["digests"] = {k: v for k, v in record.items() if k in ("data", "tokenizer")}
     record["data"] = {}
     if not record.get("script") and (folder / "config.json").exists():
       record["pretrained"] = True

@@ -7,22 +7,27 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from rlhf_jax import ranges
-from rlhf_jax.data import schema, sources
+from rlhf_jax.data import files, formats, schema, sources
 from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
 
 _BUILTIN_ROWS = 8192
+_JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
+# A tokenizer with more unknown tokens than this was made for other texts.
+_MOST_UNKNOWN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +35,12 @@ class DataConfig:
   """Sources of data, and limits on their rows.
 
   Attributes:
-    path: JSON Lines file with one row per line. If path and tfds are empty, the built-in task
-      generates the rows.
+    path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
+      several files separated by commas. If path and tfds are empty, the built-in task generates
+      the rows.
     tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
-    eval_path: JSON Lines file of held-out rows; empty holds out a fraction of the rows.
+    eval_path: File of held-out rows; empty holds out a fraction of the rows.
     eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the
       prompt; 0 holds out nothing.
     rows: Number of rows to use, from the first one; 0 uses all. For the built-in task, the number
@@ -42,12 +48,15 @@ class DataConfig:
     eval_rows: Maximum number of held-out rows.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
-    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` keeps the end of
-      the prompt. Rows with a longer response are always dropped.
+    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
+      oldest turns, and then the start of the last one's text, but never a part of the chat template
+      or the system turn. Rows with a longer response are always dropped.
     packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
     bad_rows: Maximum number of unusable rows to skip; with 0 the first one is an error.
+    ignore: Columns to leave out, separated by commas, such as a `context` that is no part of the
+      prompt.
     end_token: Token that ends a response, such as <s>; empty takes that of the tokenizer.
     annotator: Annotator or group whose votes are the preferences; empty takes all votes. For the
       built-in task, a key of simulation.ANNOTATORS (empty is the expert).
@@ -67,6 +76,7 @@ class DataConfig:
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
   bad_rows: int = ranges.rare(0)
+  ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ""
   annotator: str = ""
   votes: Votes = "majority"
@@ -125,49 +135,49 @@ def load(
       raise DataError(f"{error}; or skip some with data.bad_rows{hint}") from error
     bad.append(error)
 
-  def read(rows: Iterator[Row], limit: int) -> list[_Parsed]:
-    return _parse(kind, itertools.islice(rows, limit or None), config, tokenizer, on_bad_row)
+  def read(rows: Iterator[Row], limit: int) -> _Part:
+    parsed = _parse(kind, itertools.islice(rows, limit or None), config, tokenizer, on_bad_row)
+    return _tokenize(kind, parsed, config, tokenizer)
 
   train_rows, source = _open(kind, config, seed, on_bad_row)
-  train = read(train_rows, config.rows)
+  heldout_source = config.eval_path or f"held-out {source}"
+  whole = read(train_rows, config.rows)
   if config.eval_path:
-    heldout = read(sources.read_jsonl(config.eval_path, on_bad_row), config.eval_rows)
-  elif config.path or config.tfds:
-    train, heldout = _split(train, config.eval_fraction)
+    train, heldout = whole, read(files.read_file(config.eval_path, on_bad_row), config.eval_rows)
+    _check_lengths([train, heldout], config, source)
+  elif is_given(config):
+    _check_lengths([whole], config, source)
+    _require_rows(whole, source, config)
+    train, heldout = _split(kind, whole, config)
   else:
     rows = sources.read_builtin(kind, "eval", config.eval_rows, seed, config.annotator)
-    heldout = read(rows, 0)
-  heldout = heldout[: config.eval_rows]
-
-  train_part = _tokenize(kind, train, config, tokenizer)
-  heldout_part = _tokenize(kind, heldout, config, tokenizer)
-  _check_lengths(train_part, heldout_part, config, source)
-  wants_heldout = config.eval_path or config.eval_fraction > 0
-  for part, name in (
-    (train_part, source),
-    (heldout_part, config.eval_path or f"held-out {source}"),
-  ):
-    if not part.examples and (part is train_part or wants_heldout):
-      raise DataError(
-        f"{name}: no rows are left of {part.report['rows_read']} read ({_summary(part.report)}); "
-        f"{'choose another data.annotator' if config.annotator else 'give more rows'}, "
-        "or raise the limits"
-      )
+    train, heldout = whole, read(rows, 0)
+    _check_lengths([train, heldout], config, source)
+  _require_rows(train, source, config)
+  if config.eval_path or not is_given(config):
+    _require_rows(heldout, heldout_source, config)
+  for part, name in ((train, source), (heldout, heldout_source)):
+    _check_unknown(part, name, tokenizer, config)
     if part.examples and kind == "unpaired":
       try:
         partner(part.examples, 0)
       except DataError as error:
         raise DataError(f"{name}: {error}") from error
-  train_part.report["bad_rows"] = len(bad)
-  train_keys = set(train_part.keys)
-  heldout_part.report["eval_prompts_in_train"] = sum(k in train_keys for k in heldout_part.keys)
-  shape = _shape(kind, train_part.examples + heldout_part.examples)
+  train.report["bad_rows"] = len(bad)
+  train_keys = set(train.keys)
+  heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)
+  shape = _shape(kind, train.examples + heldout.examples)
   if 0 < config.packed_length < shape[0]:
     raise DataError(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  return _finish(kind, train_part, *shape), _finish(kind, heldout_part, *shape)
+  return _finish(kind, train, shape), _finish(kind, heldout, shape)
+
+
+def is_given(config: DataConfig) -> bool:
+  """Returns True if the rows come from outside, False if the built-in task generates them."""
+  return bool(config.path or config.tfds)
 
 
 def comparison_kind(config: DataConfig) -> KindName:
@@ -176,12 +186,12 @@ def comparison_kind(config: DataConfig) -> KindName:
   Raises:
     DataError: The rows cannot be read.
   """
-  if not config.path and not config.tfds:
+  if not is_given(config):
     return "preferences"
   # Bad rows are for `load` to report.
   rows, _ = _open("preferences", config, 0, lambda error: None)
   first = next(rows, None)
-  return schema.comparison_kind(first) if first else "preferences"
+  return schema.comparison_kind(_without(first, config.ignore)) if first else "preferences"
 
 
 def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
@@ -196,7 +206,27 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
   rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
   padded = max(len(example["prompt"]) for example in examples)
-  return _finish("prompts", _Part(examples, rows, list(texts), np.zeros((0, 2)), {}), padded, 0)
+  return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
+
+
+def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
+  """Returns the prompt of each example as text, without the chat template of a tokenizer."""
+  texts = []
+  for fields in dataset.rows:
+    row = _without(Row("row", fields), config.ignore)
+    (example,) = schema.parse_row("prompts", row, prefer_messages=False)
+    prompt = example.prompt
+    texts.append(prompt if isinstance(prompt, str) else transcript(prompt))
+  return texts
+
+
+def require_known(name: str, texts: Sequence[Any], tokenizer: Tokenizer) -> None:
+  """Refuses token ids of texts for which the tokenizer was not made.
+
+  Raises:
+    DataError: More than a tenth of the ids are those of the unknown token.
+  """
+  _refuse_unknown(name, _unknown(tokenizer, texts))
 
 
 def from_rows(
@@ -218,13 +248,12 @@ def from_rows(
     raise error
 
   part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
-  return _finish(kind, part, *_shape(kind, part.examples))
+  return _finish(kind, part, _shape(kind, part.examples))
 
 
 def from_examples(kind: KindName, examples: list[Arrays], rows: list[dict[str, Any]]) -> Dataset:
   """Makes a data set of tokenised examples, such as sampled responses; see `Dataset`."""
-  part = _Part(examples, rows, [], np.zeros((0, 2)), {})
-  return _finish(kind, part, *_shape(kind, examples))
+  return _finish(kind, _part_of(examples, rows), _shape(kind, examples))
 
 
 class _Part(NamedTuple):
@@ -232,16 +261,32 @@ class _Part(NamedTuple):
 
   Attributes:
     examples, rows: Examples and their rows; see `Dataset`.
-    keys: `Example.key` of each kept row.
+    keys: `Example.key` of each example.
+    origins: Index of the row of each example among all that were read.
+    events: Index of a row, and the name in the report of what happened to it.
+    row_keys: `Example.key` of each row that was read, and its answers.
     lengths: [examples, 2] int, prompt and longest response, overlong examples included.
+    unknown: Number of unknown tokens, and of all tokens.
     report: Counts; see `Dataset`.
+    unread: Columns that were not read.
   """
 
   examples: list[Arrays]
   rows: list[dict[str, Any]]
   keys: list[str]
+  origins: list[int]
+  events: list[tuple[int, str]]
+  row_keys: list[tuple[str, tuple[str, ...]]]
   lengths: np.ndarray
+  unknown: np.ndarray
   report: dict[str, int]
+  unread: frozenset[str]
+
+
+def _part_of(examples: list[Arrays], rows: list[dict[str, Any]]) -> _Part:
+  """Returns examples at hand as a part."""
+  none = np.zeros([0, 2], np.int64)
+  return _Part(examples, rows, [], [], [], [], none, np.zeros(2, np.int64), {}, frozenset())
 
 
 def _open(
@@ -249,7 +294,7 @@ def _open(
 ) -> tuple[Iterator[Row], str]:
   """Returns the training rows, and the name of their source for messages."""
   if config.path:
-    return sources.read_jsonl(config.path, on_bad_row), config.path
+    return files.read_file(config.path, on_bad_row), config.path
   if config.tfds:
     rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row)
     return rows, f"tfds:{config.tfds}"
@@ -259,10 +304,11 @@ def _open(
 
 
 class _Parsed(NamedTuple):
-  """A row and its examples, of which there is at least one."""
+  """A row, its examples, of which there is at least one, and the columns that were not read."""
 
   row: Row
   examples: list[Example]
+  unread: frozenset[str]
 
 
 def _parse(
@@ -273,41 +319,97 @@ def _parse(
   on_bad_row: sources.OnBadRow,
 ) -> list[_Parsed]:
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
+  if kind in _JUDGED:
+    rows = iter(formats.joined(list(rows)))
+  missing = set(config.ignore)
   parsed = []
   for row in rows:
+    missing -= row.fields.keys()
     try:
-      examples = schema.parse_row(
+      read = schema.parse(
         kind,
-        row,
+        _without(row, config.ignore),
         prefer_messages=tokenizer.has_chat_template,
         annotator=config.annotator,
         votes=config.votes,
       )
+      if config.annotator and is_given(config) and not read.heard:
+        raise DataError(
+          f"{row.where}: no annotator judged it; leave out data.annotator={config.annotator}"
+        )
       try:
-        text = tokenizer.render_prompt(examples[0].prompt)
+        tokenizer.require_plain(read.examples[0].prompt)
+        text = tokenizer.render_prompt(read.examples[0].prompt)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
       on_bad_row(error)
       continue
-    parsed.append(_Parsed(row._replace(fields={**row.fields, "prompt_text": text}), examples))
+    row = row._replace(fields={**row.fields, "prompt_text": text})
+    parsed.append(_Parsed(row, read.examples, read.unread))
+  if missing and parsed:
+    raise DataError(f"data.ignore: no row has the column {sorted(missing)[0]!r}; leave it out")
   return parsed
 
 
-def _split(parsed: list[_Parsed], fraction: float) -> tuple[list[_Parsed], list[_Parsed]]:
-  """Holds out a part of the prompts.
+def _without(row: Row, columns: Sequence[str]) -> Row:
+  """Returns a row without columns that are to be ignored."""
+  return row._replace(fields={n: value for n, value in row.fields.items() if n not in columns})
+
+
+def _split(kind: KindName, part: _Part, config: DataConfig) -> tuple[_Part, _Part]:
+  """Holds out a fraction of the prompts that are left, or of the rows if all have one prompt.
 
   The choice depends on the prompt alone, so the stages of a chain that read the same prompts from
   different files hold out the same ones.
   """
-  if not fraction:
-    return parsed, []
-  places = [_place(examples[0].key) for _, examples in parsed]
-  # A file too small for its share still gives one prompt.
-  limit = max(fraction, min(places, default=0.0))
-  train = [item for item, place in zip(parsed, places, strict=True) if place > limit]
-  heldout = [item for item, place in zip(parsed, places, strict=True) if place <= limit]
-  return train, heldout
+  train = np.ones(len(part.row_keys), bool)
+  heldout = ~train
+  noticed = ""
+  if config.eval_fraction:
+    kept = sorted(set(part.origins))
+    for name, texts in (
+      ("", [key for key, _ in part.row_keys]),
+      ("split_by_rows", [json.dumps(key) for key in part.row_keys]),
+    ):
+      places = np.asarray([_place(text) for text in texts])
+      levels = np.unique(places[kept])
+      noticed = name
+      if len(levels) > 1:
+        # A file too small for its share still gives one prompt to each side.
+        limit = min(max(config.eval_fraction, levels[0]), levels[-2])
+        train, heldout = places > limit, places <= limit
+        break
+    else:
+      noticed = "nothing_to_hold_out"
+  heldout &= np.cumsum(heldout) <= config.eval_rows
+  parts = _take(kind, part, train), _take(kind, part, heldout)
+  if noticed:
+    parts[1].report[noticed] = 1
+  return parts
+
+
+def _take(kind: KindName, part: _Part, rows: np.ndarray) -> _Part:
+  """Returns the examples of the rows at which the mask `rows` is True, and their counts."""
+  kept = [i for i, origin in enumerate(part.origins) if rows[origin]]
+  examples = [part.examples[i] for i in kept]
+  return part._replace(
+    examples=examples,
+    rows=[part.rows[i] for i in kept],
+    keys=[part.keys[i] for i in kept],
+    origins=[part.origins[i] for i in kept],
+    report=_report(kind, examples, int(rows.sum()), [e for e in part.events if rows[e[0]]]),
+  )
+
+
+def _report(
+  kind: KindName, examples: list[Arrays], rows: int, events: list[tuple[int, str]]
+) -> dict[str, int]:
+  """Counts what happened to the rows of a part."""
+  report = collections.Counter(dict.fromkeys(COUNTS, 0) | {"rows_read": rows})
+  report.update(name for _, name in events)
+  report.update(kept=len(examples), **_repeats(kind, examples))
+  return report
 
 
 def _place(key: str) -> float:
@@ -319,42 +421,142 @@ def _tokenize(
   kind: KindName, parsed: list[_Parsed], config: DataConfig, tokenizer: Tokenizer
 ) -> _Part:
   """Tokenises examples and drops those that cannot be trained on."""
-  report = collections.Counter(dict.fromkeys(COUNTS, 0) | {"rows_read": len(parsed)})
-  report.update(f"dropped_{e.skip}" for _, examples in parsed for e in examples if e.skip)
-  prompts = tokenizer.encode_prompts([examples[0].prompt for _, examples in parsed])
+  events = [
+    (i, f"dropped_{e.skip}") for i, item in enumerate(parsed) for e in item.examples if e.skip
+  ]
   usable = [
-    (row, prompt, example)
-    for (row, examples), prompt in zip(parsed, prompts, strict=True)
-    for example in examples
+    (i, item.row, example)
+    for i, item in enumerate(parsed)
+    for example in item.examples
     if not example.skip
   ]
-  # The pairs of a row share answers. Where there are none, there may be no end token either.
-  texts = list(dict.fromkeys(answer for *_, example in usable for answer in example.answers))
-  encoded = dict(zip(texts, tokenizer.encode_responses(texts) if texts else [], strict=True))
-  part = _Part([], [], [], np.zeros([len(usable), 2], np.int64), report)
-  for i, (row, prompt, example) in enumerate(usable):
-    answers, labels = [encoded[answer] for answer in example.answers], list(example.labels)
+  asked = {i: example.prompt for i, _, example in usable}
+  answers_of: dict[int, dict[str, None]] = {i: {} for i in asked}  # The pairs of a row share them.
+  for i, _, example in usable:
+    answers_of[i] |= dict.fromkeys(example.answers)
+  encoded = _encode(asked, answers_of, tokenizer)
+  whole = {i: len(exchange.prompt) for i, exchange in encoded.items()}
+  if config.overlong == "truncate_prompt":
+    long = {i: asked[i] for i in asked if asked[i] and whole[i] > config.max_prompt_length}
+    short = _shortened(long, config, tokenizer, events)
+    encoded |= _encode(short, answers_of, tokenizer)
+  if is_given(config):
+    _notice(parsed, asked, answers_of, tokenizer, events)
+  unread = frozenset().union(*(item.unread for item in parsed))
+  row_keys = [(item.examples[0].key, item.examples[0].answers) for item in parsed]
+  lengths = np.zeros([len(usable), 2], np.int64)
+  unknown = _unknown(tokenizer, [ids for e in encoded.values() for ids in (e.prompt, *e.responses)])
+  part = _Part([], [], [], [], events, row_keys, lengths, unknown, {}, unread)
+  for n, (i, row, example) in enumerate(usable):
+    prompt, labels = encoded[i].prompt, list(example.labels)
+    ids_of = dict(zip(answers_of[i], encoded[i].responses, strict=True))
+    answers = [ids_of[answer] for answer in example.answers]
     _check_ids(row, (prompt, *answers), tokenizer.vocab_size)
-    part.lengths[i] = len(prompt), max(map(len, answers), default=0)
-    prompt_too_long, answer_too_long = part.lengths[i] > _limits(config)
+    lengths[n] = whole[i], max(map(len, answers), default=0)
+    prompt_too_long, answer_too_long = lengths[n] > _limits(config)
     if KINDS[kind].drops_responses:
       answers, labels = _fitting(answers, labels, config.max_response_length)
       answer_too_long = not any(labels)
-    if answer_too_long or (prompt_too_long and config.overlong == "drop"):
-      report["dropped_overlong"] += 1
+    if answer_too_long or len(prompt) > config.max_prompt_length:
+      events.append((i, "dropped_overlong"))
       continue
     if KINDS[kind].drops_equal and answers[0] == answers[1]:
-      report["dropped_identical_pairs"] += 1
+      events.append((i, "dropped_identical_pairs"))
       continue
     if prompt_too_long:
-      report["truncated_prompts"] += 1
-      prompt = _keep_end(prompt, config.max_prompt_length, tokenizer.bos_id)
-    report["dropped_overlong_responses"] += len(example.answers) - len(answers)
+      events.append((i, "truncated_prompts"))
+    events += [(i, "dropped_overlong_responses")] * (len(example.answers) - len(answers))
     part.examples.append(_arrays(kind, prompt, answers, labels))
     part.rows.append(row.fields)
     part.keys.append(example.key)
-  report.update(kept=len(part.examples), **_repeats(kind, part.examples))
-  return part
+    part.origins.append(i)
+  return part._replace(report=_report(kind, part.examples, len(parsed), events))
+
+
+def _encode(
+  asked: dict[int, Prompt], answers_of: dict[int, dict[str, None]], tokenizer: Tokenizer
+) -> dict[int, Exchange]:
+  """Encodes prompts with all their answers."""
+  exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
+  return dict(zip(asked, exchanges, strict=True))
+
+
+def _shortened(
+  long: dict[int, Prompt],
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  events: list[tuple[int, str]],
+) -> dict[int, Prompt]:
+  """Cuts prompts that are too long, where a part of their last turn fits."""
+  short = {}
+  for i, prompt in long.items():
+    if cut := tokenizer.shorten(prompt, config.max_prompt_length):
+      short[i] = cut.prompt
+      events += [(i, "truncated_turns")] * cut.turns
+  return short
+
+
+def _notice(
+  parsed: list[_Parsed],
+  asked: dict[int, Prompt],
+  answers_of: dict[int, dict[str, None]],
+  tokenizer: Tokenizer,
+  events: list[tuple[int, str]],
+) -> None:
+  """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
+  spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
+  joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
+  for name, noticed in (("spelled_markers", spelled), ("joined_words", joined)):
+    rows = [i for i, problem in noticed.items() if problem]
+    events += [(i, name) for i in rows]
+    for i in rows[:1]:
+      logging.warning("%s: %s (%d rows like it)", parsed[i].row.where, noticed[i], len(rows))
+
+
+def _unknown(tokenizer: Tokenizer, texts: Sequence[Any]) -> np.ndarray:
+  """Counts the unknown tokens, and all tokens."""
+  unknown = tokenizer.hf.unk_token_id
+  # Some tokenizers name their end token as the unknown one, which they never need.
+  if unknown is None or unknown in (tokenizer.bos_id, tokenizer.hf.eos_token_id, tokenizer.pad_id):
+    return np.zeros(2, np.int64)
+  count = sum(int(np.count_nonzero(np.asarray(ids) == unknown)) for ids in texts)
+  return np.asarray([count, sum(map(len, texts))])
+
+
+def _check_unknown(part: _Part, source: str, tokenizer: Tokenizer, config: DataConfig) -> None:
+  """Refuses texts for which the tokenizer was not made, and tasks for which the model was not."""
+  if not is_given(config):
+    if part.unknown[0] or not sources.is_builtin(tokenizer.encode_text):
+      raise DataError(
+        "data.path is not given, and the built-in task, toy reviews, is for the model that its"
+        " own stages train; give data.path=FILE or data.tfds=NAME, or leave out the model"
+      )
+    return
+  _refuse_unknown(source, part.unknown)
+  part.report["unknown_tokens"] = int(part.unknown[0])
+
+
+def _refuse_unknown(name: str, counts: np.ndarray) -> None:
+  unknown, tokens = counts
+  if unknown > _MOST_UNKNOWN * tokens:
+    raise DataError(
+      f"{name}: {unknown / tokens:.0%} of the tokens are unknown to the tokenizer; without"
+      " --model.path or --init_from it is that of the built-in task: give a model for these texts"
+    )
+
+
+def _require_rows(part: _Part, source: str, config: DataConfig) -> None:
+  """Refuses a part without examples, with the counts of what was left out."""
+  if part.examples:
+    return
+  lost = {name: count for name, count in part.report.items() if "dropped" in name}
+  reasons = f" ({_summary(lost)})" if any(lost.values()) else ""
+  fix = "raise the limits" if part.report["dropped_overlong"] else "give other rows"
+  if not part.report["rows_read"]:
+    fix = "the file is empty" if config.bad_rows == 0 else "give a file with rows"
+  elif config.annotator:
+    fix = "choose another data.annotator"
+  raise DataError(f"{source}: no rows are left of {part.report['rows_read']} read{reasons}; {fix}")
 
 
 def _fitting(
@@ -397,13 +599,6 @@ def _limits(config: DataConfig) -> np.ndarray:
   return np.asarray([config.max_prompt_length, config.max_response_length])
 
 
-def _keep_end(ids: list[int], length: int, bos_id: int | None) -> list[int]:
-  """Returns the last `length` ids; a BOS in front stays in front, as models expect to see it."""
-  if ids[0] == bos_id and length > 1:
-    return [ids[0], *ids[len(ids) - length + 1 :]]
-  return ids[len(ids) - length :]
-
-
 def _repeats(kind: KindName, examples: list[Arrays]) -> dict[str, int]:
   """Counts repeated examples, and pairs that are there with both labels."""
   seen: set[tuple[bytes, ...]] = set()
@@ -416,10 +611,10 @@ def _repeats(kind: KindName, examples: list[Arrays]) -> dict[str, int]:
   return counts
 
 
-def _check_lengths(train: _Part, heldout: _Part, config: DataConfig, source: str) -> None:
+def _check_lengths(parts: Sequence[_Part], config: DataConfig, source: str) -> None:
   """Refuses data of which most would be dropped: then a limit is wrong, not the rows."""
-  lengths = np.concatenate([train.lengths, heldout.lengths])
-  dropped = train.report["dropped_overlong"] + heldout.report["dropped_overlong"]
+  lengths = np.concatenate([part.lengths for part in parts])
+  dropped = sum(part.report["dropped_overlong"] for part in parts)
   if 2 * dropped <= len(lengths):
     return
   over = np.mean(lengths > _limits(config), axis=0)
@@ -432,9 +627,12 @@ def _check_lengths(train: _Part, heldout: _Part, config: DataConfig, source: str
       f"data.{name}={_limits(config)[i]} is too short for {over[i]:.0%} (lengths in tokens: "
       f"median {p50}, 90 % below {p90}, 99 % below {p99}, longest {most})"
     )
+  fix = "raise the limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+  if config.overlong == "truncate_prompt":
+    fix = "raise the limits: not even a part of the last turn fits beside the template"
+    fix = fix if over[0] > over[1] else "raise the limits"
   raise DataError(
-    f"{source}: {dropped} of {len(lengths)} examples are too long: {'; '.join(described)}; raise "
-    "the limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+    f"{source}: {dropped} of {len(lengths)} examples are too long: {'; '.join(described)}; {fix}"
   )
 
 
@@ -442,17 +640,23 @@ def _summary(report: dict[str, int]) -> str:
   return ", ".join(f"{name} {count}" for name, count in sorted(report.items()) if count) or "none"
 
 
-def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int]:
-  """Returns the `padded_length` and the `width` that all examples fit."""
+def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int, int]:
+  """Returns the `padded_length`, the `width` and the `scored` that all examples fit."""
   if not examples:
-    return 0, 0
+    return 0, 0, 0
   prompts = [len(example["prompt"]) for example in examples]
   responses = [[len(ids) for ids in responses_of(example)] for example in examples]
   length = KINDS[kind].longest(prompts, responses)
-  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, max(map(len, responses))
+  padded = _round_up(length)
+  longest = max((length for lengths in responses for length in lengths), default=0)
+  return padded, max(map(len, responses)), min(padded, _round_up(longest))
 
 
-def _finish(kind: KindName, part: _Part, padded_length: int, width: int) -> Dataset:
+def _round_up(length: int) -> int:
+  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+def _finish(kind: KindName, part: _Part, shape: tuple[int, int, int]) -> Dataset:
   digest = hashlib.sha256(kind.encode())
   for example in part.examples:
     for ids in example.values():
@@ -460,5 +664,11 @@ def _finish(kind: KindName, part: _Part, padded_length: int, width: int) -> Data
         len(ids).to_bytes(8, "little") + ids.astype(ids.dtype.newbyteorder("<")).tobytes()
       )
   return Dataset(
-    kind, part.examples, part.rows, padded_length, width, digest.hexdigest(), dict(part.report)
+    kind,
+    part.examples,
+    part.rows,
+    *shape,
+    digest.hexdigest(),
+    dict(part.report),
+    tuple(sorted(part.unread)),
   )

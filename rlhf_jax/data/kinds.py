@@ -19,10 +19,16 @@ Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
 COUNTS = (
   "dropped_ties",
   "dropped_not_judged",
+  "dropped_single_responses",
+  "dropped_different_prompts",
+  "dropped_empty",
   "dropped_overlong",
   "dropped_overlong_responses",
   "dropped_identical_pairs",
   "truncated_prompts",
+  "truncated_turns",
+  "spelled_markers",
+  "joined_words",
 )
 
 
@@ -42,13 +48,19 @@ class Dataset(NamedTuple):
       prompt for the kind "prompts", prompt and both responses for comparisons, else prompt and
       response.
     width: Number K of responses per example: 2 for pairs, the maximum in both sets for rankings.
+    scored: Number of tokens of the longest response, rounded up, shared by both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
-      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_overlong` and
-      `dropped_identical_pairs`, single responses left out of rankings as
-      `dropped_overlong_responses`, `truncated_prompts`, `duplicates` (repeated examples),
-      `flipped_pairs` (pairs that are there the other way round too) and, for the held-out set,
-      `eval_prompts_in_train`.
+      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
+      (nothing to compare with), `dropped_different_prompts` (of the two sides), `dropped_empty`,
+      `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
+      `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
+      of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
+      response follows the prompt without a space), `duplicates` (repeated examples),
+      `flipped_pairs` (pairs that are there the other way round too), `unknown_tokens` and, for the
+      held-out set, `eval_prompts_in_train`, `split_by_rows` (1 if all rows have the same prompt)
+      and `nothing_to_hold_out` (1 if all rows are the same).
+    unread: Columns that were not read; rewards still see them.
   """
 
   kind: KindName
@@ -56,8 +68,10 @@ class Dataset(NamedTuple):
   rows: list[dict[str, Any]]
   padded_length: int
   width: int
+  scored: int
   digest: str
   report: dict[str, int]
+  unread: tuple[str, ...] = ()
 
   @property
   def dropped(self) -> str:

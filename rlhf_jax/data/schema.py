@@ -16,12 +16,17 @@
 |                | `correct`, if it wins more often than it loses                                  |
 | prompts        | a prompt                                                                        |
 
-A prompt is `prompt` or `question` (text, or `prompt` as messages), or `instruction` with an
-optional `input`, or `messages` that end with a user turn (for the kind prompts, a final assistant
-turn is dropped). `chosen`, `rejected` and the other answers may be messages. Then the last turn is
-the answer, and the turns before it are the prompt. If a row has both a text and messages, the
-messages are used if the tokenizer has a chat template, else the text. A null counts as an absent
-column. Other columns are ignored here and kept for reward functions.
+A prompt is `prompt`, `question` or `instruction` (text, or `prompt` as messages), or `messages`
+that end with a user turn (for the kind prompts, a final assistant turn is dropped). `system` or
+`system_prompt` is its system turn, or stands before it, and `history`, a list of turns or of pairs
+of texts, has the turns before it. `chosen`, `rejected` and the other answers may be messages. Then
+the last turn is the answer, and the turns before it are the prompt. If a row has both a text and
+messages, they must agree; the messages are used if the tokenizer has a chat template or if they
+have more turns, else the text. A null counts as an absent column.
+
+`formats.FORMATS` has the published formats that are read as well. A column that changes the prompt
+and is not read, such as `tools`, is refused by name, and so are columns that contradict each other.
+Other columns are named when a run starts, and kept for reward functions.
 
 Judged answers are a prompt and
 
@@ -44,11 +49,15 @@ import collections
 import itertools
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from rlhf_jax.data.sources import DataError, Row
+from rlhf_jax.data import formats
+from rlhf_jax.data.formats import Skip, fail
+from rlhf_jax.data.formats import given as _given
+from rlhf_jax.data.sources import Row
 from rlhf_jax.data.tokenizer import Messages, Prompt
 
 KindName = Literal[
@@ -57,8 +66,29 @@ KindName = Literal[
 Votes = Literal["majority", "each"]
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant")
+# Names that other tools give the roles.
+_ROLE_NAMES = {
+  **{role: role for role in ROLES},
+  "developer": "system",
+  "human": "user",
+  "gpt": "assistant",
+  "chatgpt": "assistant",
+  "model": "assistant",
+}
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
 _TEXT_PROMPTS = ("prompt", "question", "instruction")
+_SYSTEMS = ("system", "system_prompt")
+# Columns of a row, and keys of a turn, that change what a model should read.
+_CHANGE_PROMPT = (
+  *("context", "contexts", "document", "documents", "history", "input", *_SYSTEMS),
+  *("tools", "tool_calls", "functions", "image", "images", "audio", "audios", "video", "videos"),
+)
+_CHANGE_TURN = (
+  *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking"),
+  *("image", "images", "audio", "audios", "video", "videos"),
+)
+_SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
 _VOTES = ("annotations", "preferences")
 _VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name -> sign, 1 if more is better.
 
@@ -90,14 +120,46 @@ class Example(NamedTuple):
     return self.prompt[0]["content"] if len(self.prompt) == 1 else json.dumps(self.prompt)
 
 
-def parse_row(
+class Parsed(NamedTuple):
+  """Examples of a row.
+
+  Attributes:
+    examples: One or more examples that share the prompt.
+    unread: Columns of the row that were not read.
+    heard: True if judgements of annotators were read.
+  """
+
+  examples: list[Example]
+  unread: frozenset[str]
+  heard: bool = False
+
+
+class _Fields(dict[str, Any]):
+  """Columns of a row that remember which of them were read; `get` does not count as reading."""
+
+  def __init__(self, fields: Mapping[str, Any]):
+    super().__init__(fields)
+    self.read: set[str] = set()
+    self.unread: set[str] = set()  # Keys inside columns.
+
+  def __getitem__(self, name: str) -> Any:
+    self.read.add(name)
+    return super().__getitem__(name)
+
+
+def parse_row(kind: KindName, row: Row, **options: Any) -> list[Example]:
+  """Returns the examples of a row; see `parse`."""
+  return parse(kind, row, **options).examples
+
+
+def parse(
   kind: KindName,
   row: Row,
   *,
   prefer_messages: bool,
   annotator: str = "",
   votes: Votes = "majority",
-) -> list[Example]:
+) -> Parsed:
   """Reads the columns that `kind` needs.
 
   Args:
@@ -107,28 +169,55 @@ def parse_row(
     annotator: Annotator whose judgements count; "" counts those of all.
     votes: Rule for several judgements of the same two answers.
 
-  Returns:
-    One or more examples that share the prompt.
-
   Raises:
-    DataError: If a column is missing or has the wrong type, or a text is empty.
+    DataError: If a column is missing, has the wrong type or contradicts another one, a text is
+      empty, or a column that changes the prompt is not read.
   """
+  try:
+    plain, taken = formats.normalized(row)
+    fields = _Fields(plain.fields)
+    examples, heard = _examples(
+      kind, row._replace(fields=fields), prefer_messages, annotator, votes
+    )
+  except Skip as skip:
+    return Parsed([Example("", ("",), skip=skip.reason)], frozenset(), True)
+  values = {name for name, value in row.fields.items() if value not in (None, "", [], {})}
+  unread = values - fields.read - taken
+  for name in _CHANGE_PROMPT:
+    if name in unread:
+      problem = "this column changes the prompt, and nothing says how"
+      fail(row, name, problem, f"write it into the prompt, or leave it out: data.ignore={name}")
+  return Parsed(examples, frozenset(unread | fields.unread), heard)
+
+
+def _examples(
+  kind: KindName, row: Row, prefer_messages: bool, annotator: str, votes: Votes
+) -> tuple[list[Example], bool]:
+  """Returns the examples of a row, and whether annotators judged it."""
   if kind == "prompts":
-    return [Example(_prompt(row, prefer_messages, cut_answer=True), ())]
+    # The turns before an answer are the prompt in every kind, so that all kinds split alike.
+    turns = _answer(row, "chosen")[0] if isinstance(row.fields.get("chosen"), list) else []
+    prompt = _prompt(row, prefer_messages, ("chosen", turns), cut_answer=True)
+    return [Example(prompt, ())], False
   answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
   if kind == "demonstrations" and answered:
-    return [_demonstration(row, prefer_messages)]
+    return [_demonstration(row, prefer_messages)], False
   if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
-    return labelled
+    return labelled, False
   judged = _judged(row, prefer_messages, annotator, votes)
   if not judged.verdicts:
-    return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")]
-  return _FROM_JUDGED[kind](judged)
+    return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")], True
+  return _FROM_JUDGED[kind](judged), True
 
 
 def comparison_kind(row: Row) -> KindName:
   """Returns "rankings" if a row orders a list of responses, "preferences" if it compares two."""
-  fields = row.fields
+  if formats.score_of(row.fields):
+    return "rankings"
+  try:
+    fields = formats.normalized(row)[0].fields
+  except Skip:
+    return "preferences"
   ranked = _given(fields, "responses") and not _given(fields, "annotations")
   return "rankings" if ranked else "preferences"
 
@@ -232,13 +321,15 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
   fields = row.fields
   if _given(fields, "chosen") or not _given(fields, "responses"):
     prompt, answers = _chosen_and_rejected(row, prefer_messages)
-    verdicts = [_Verdict(0, 1, 0, fields.get("annotator"))]
+    verdicts = [_Verdict(0, 1, 0, _annotator(row))]
   else:
     prompt, answers = _prompt(row, prefer_messages), _responses(row)
+    if len(answers) < 2:
+      raise Skip("single_responses")
     verdicts = _verdicts(row, len(answers))
   if annotator:
     if any(verdict.annotator is None for verdict in verdicts):
-      _fail(row, "annotator", "missing", f"data.annotator={annotator} needs to know who judged")
+      fail(row, "annotator", "missing", f"data.annotator={annotator} needs to know who judged")
     verdicts = [verdict for verdict in verdicts if verdict.annotator == annotator]
   return _Judged(prompt, answers, _majority(verdicts) if votes == "majority" else verdicts)
 
@@ -263,26 +354,24 @@ def _chosen_and_rejected(row: Row, prefer_messages: bool) -> tuple[Prompt, list[
   chosen_turns, chosen = _answer(row, "chosen")
   rejected_turns, rejected = _answer(row, "rejected")
   if chosen_turns != rejected_turns:
-    _fail(
+    fail(
       row,
       "rejected",
       "its turns before the answer differ from those of `chosen`",
       "give both answers the same prompt",
     )
-  return _prompt(row, prefer_messages, chosen_turns or None), [chosen, rejected]
+  return _prompt(row, prefer_messages, ("chosen", chosen_turns)), [chosen, rejected]
 
 
 def _responses(row: Row) -> list[str]:
   """Texts of a list of judged answers; empty ones are valid, since silence can be judged too."""
   responses = _list(row, "responses")
-  if len(responses) < 2:
-    _fail(row, "responses", "holds a single response", "give two or more to compare")
   texts = []
   for i, response in enumerate(responses):
     text = response.get("text") if isinstance(response, dict) else response
     if not isinstance(text, str):
-      problem = f"expected text or an object with `text`, found {_describe(response)}"
-      _fail(row, f"responses[{i}]", problem, "write it as text")
+      problem = f"expected text or an object with `text`, found {formats.describe(response)}"
+      fail(row, f"responses[{i}]", problem, "write it as text")
     texts.append(text)
   return texts
 
@@ -299,7 +388,7 @@ def _verdicts(row: Row, count: int) -> list[_Verdict]:
   for a, b in itertools.combinations(range(count), 2):
     better = a if values[a] > values[b] else b
     preferred = None if values[a] == values[b] else better
-    verdicts.append(_Verdict(a, b, preferred, row.fields.get("annotator")))
+    verdicts.append(_Verdict(a, b, preferred, _annotator(row)))
   return verdicts
 
 
@@ -308,28 +397,35 @@ def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
   at = f"{column}[{i}]"
   fix = 'write {"annotator": "...", "a": 0, "b": 1, "preferred": 0, 1 or null}'
   if not isinstance(vote, dict):
-    _fail(row, at, f"expected a vote, found {_describe(vote)}", fix)
+    fail(row, at, f"expected a vote, found {formats.describe(vote)}", fix)
   pair: tuple[Any, Any] = (vote.get("a"), vote.get("b"))
   if count == 2 and pair == (None, None):
     pair = (0, 1)
   for name, index in zip("ab", pair, strict=True):
     if type(index) is not int or not 0 <= index < count or pair[0] == pair[1]:
-      problem = f"expected one of two different indices below {count}, found {_describe(index)}"
-      _fail(row, f"{at}.{name}", problem, fix)
+      problem = (
+        f"expected one of two different indices below {count}, found {formats.describe(index)}"
+      )
+      fail(row, f"{at}.{name}", problem, fix)
   if "preferred" not in vote:
-    _fail(row, f"{at}.preferred", f"missing; the vote has only {sorted(vote)}", fix)
+    fail(row, f"{at}.preferred", f"missing; the vote has only {sorted(vote)}", fix)
   preferred = vote["preferred"]
   if preferred is not None and (type(preferred) is not int or preferred not in pair):
-    problem = f"expected {pair[0]}, {pair[1]} or null, found {_describe(preferred)}"
-    _fail(row, f"{at}.preferred", problem, fix)
+    problem = f"expected {pair[0]}, {pair[1]} or null, found {formats.describe(preferred)}"
+    fail(row, f"{at}.preferred", problem, fix)
   probability = vote.get("probability")
   if probability is not None and (
     type(probability) not in (int, float) or not 0 <= probability <= 1
   ):
-    problem = f"expected a number from 0 to 1, found {_describe(probability)}"
-    _fail(row, f"{at}.probability", problem, "write the probability that `a` is better")
-  annotator = vote.get("annotator", row.fields.get("annotator"))
+    problem = f"expected a number from 0 to 1, found {formats.describe(probability)}"
+    fail(row, f"{at}.probability", problem, "write the probability that `a` is better")
+  annotator = vote["annotator"] if "annotator" in vote else _annotator(row)
   return _Verdict(*pair, preferred, annotator, probability)
+
+
+def _annotator(row: Row) -> Any:
+  """Returns the annotator of a row that was judged as a whole."""
+  return row.fields["annotator"] if _given(row.fields, "annotator") else None
 
 
 def _values(row: Row) -> tuple[str, list[float]]:
@@ -340,7 +436,7 @@ def _values(row: Row) -> tuple[str, list[float]]:
   if name is None:
     wanted = ", ".join(f"`{name}`" for name in _VALUES)
     fix = f"give every response one of {wanted}, or the row `{'` or `'.join(_VOTES)}`"
-    _fail(row, "responses[0]", "nobody has judged it", fix)
+    fail(row, "responses[0]", "nobody has judged it", fix)
   values = []
   for i, response in enumerate(responses):
     value: Any = response.get(name) if isinstance(response, dict) else None
@@ -348,7 +444,9 @@ def _values(row: Row) -> tuple[str, list[float]]:
     if name == "correct":
       value = _flag(row, at, value)
     elif type(value) not in (int, float) or not -math.inf <= value <= math.inf:  # Not a NaN.
-      _fail(row, at, f"expected a number, found {_describe(value)}", "give every response one")
+      fail(
+        row, at, f"expected a number, found {formats.describe(value)}", "give every response one"
+      )
     values.append(_VALUES[name] * value)
   return name, values
 
@@ -375,63 +473,160 @@ def _demonstration(row: Row, prefer_messages: bool) -> Example:
   name = _first_given(fields, _ANSWERS)
   if name:
     turns, answer = _answer(row, name)
-    return Example(_prompt(row, prefer_messages, turns or None), (answer,))
+    for other in _ANSWERS:
+      if other != name and _given(fields, other) and _answer(row, other)[1] != answer:
+        _contradict(row, name, other)
+    return Example(_prompt(row, prefer_messages, (name, turns)), (answer,))
   if _given(fields, "messages"):
     turns, answer = _answer(row, "messages")
     if not turns:
-      _fail(row, "messages", "an answer without a question", "put text without a prompt in `text`")
-    return Example(_checked_turns(row, "messages", turns), (answer,))
+      fail(row, "messages", "an answer without a question", "put text without a prompt in `text`")
+    return Example(_prompt(row, prefer_messages, cut_answer=True), (answer,))
   if _given(fields, "text") and not any(_given(fields, name) for name in _TEXT_PROMPTS):
     return Example("", (_text(row, "text"),))
   _fail_missing(row, (*_ANSWERS, "messages", "text"))
 
 
 def _prompt(
-  row: Row, prefer_messages: bool, turns: Messages | None = None, cut_answer: bool = False
+  row: Row,
+  prefer_messages: bool,
+  before_answer: tuple[str, Messages] = ("", []),
+  cut_answer: bool = False,
 ) -> Prompt:
-  """Reads the prompt of a row; `turns` are those before an answer given as messages."""
-  fields = row.fields
-  name = "messages"
-  if _given(fields, "messages"):
+  """Reads the prompt of a row.
+
+  Args:
+    row: The row.
+    prefer_messages: True to take messages where the row also has the same as text.
+    before_answer: Column of an answer, and the turns before it if it is given as messages.
+    cut_answer: True if `messages` may end with an answer.
+  """
+  name, turns = _prompt_turns(row, before_answer, cut_answer)
+  text_name, text = _prompt_text(row)
+  if text is not None and turns:
+    if not _covers(turns, text):
+      _contradict(row, text_name, name)
+    # The text may be one of several turns.
+    if not prefer_messages and _words(text) == _words(" ".join(t["content"] for t in turns)):
+      turns = []
+  if not turns and text is None:
+    _fail_missing(row, (*_TEXT_PROMPTS, "messages"))
+  turns = _checked_turns(row, name, turns) if turns else turns
+  return _after(row, turns or str(text), prefer_messages)
+
+
+def _prompt_turns(
+  row: Row, before_answer: tuple[str, Messages], cut_answer: bool
+) -> tuple[str, Messages]:
+  """Reads the prompt as messages, and the name of their column; none if there are none."""
+  found: list[tuple[str, Messages]] = []
+  if _given(row.fields, "messages"):
     turns = _messages(row, "messages")
     if cut_answer and turns[-1]["role"] == "assistant":
       turns = turns[:-1]
-  elif isinstance(fields.get("prompt"), list):
-    name, turns = "prompt", _messages(row, "prompt")
-  text_name = next(
-    (n for n in _TEXT_PROMPTS if _given(fields, n) and not isinstance(fields[n], list)), None
-  )
-  if turns is not None and (prefer_messages or text_name is None):
-    return _checked_turns(row, name, turns)
-  if text_name is None:
-    _fail_missing(row, (*_TEXT_PROMPTS, "messages"))
-  text = _text(row, text_name)
-  if text_name == "instruction" and _given(fields, "input"):
-    extra = fields["input"]
-    if not isinstance(extra, str):
-      _fail(row, "input", f"expected text, found {_describe(extra)}", "write it as text")
-    text = f"{text}\n\n{extra}" if extra.strip() else text
-  return text
+    found.append(("messages", _checked_turns(row, "messages", turns)))
+  if isinstance(row.fields.get("prompt"), list):
+    found.append(("prompt", _checked_turns(row, "prompt", _messages(row, "prompt"))))
+  if before_answer[1]:
+    found.append(before_answer)
+  if not found:
+    return "", []
+  for other, turns in found[1:]:
+    if turns != found[0][1]:
+      _contradict(row, found[0][0], other)
+  return found[0]
+
+
+def _prompt_text(row: Row) -> tuple[str, str | None]:
+  """Reads the prompt as text, and the name of its column."""
+  names = [n for n in _TEXT_PROMPTS if _given(row.fields, n)]
+  names = [n for n in names if n != "prompt" or not isinstance(row.fields.get(n), list)]
+  texts = [_text(row, name) for name in names]
+  for name, text in zip(names[1:], texts[1:], strict=True):
+    if text != texts[0]:
+      _contradict(row, names[0], name)
+  return (names[0], texts[0]) if texts else ("", None)
+
+
+def _after(row: Row, prompt: Prompt, prefer_messages: bool) -> Prompt:
+  """Puts the system turn and the history of a row before its prompt."""
+  system, history = _system(row), _history(row)
+  if not (system or history):
+    return prompt
+  if isinstance(prompt, str) and not (history or prefer_messages):
+    return f"{system}\n\n{prompt}"
+  turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+  if history and len(turns) > 1:
+    fail(row, "history", "the prompt has several turns of its own", "keep one of the two")
+  if system and turns[0]["role"] == "system":
+    if turns[0]["content"] != system:
+      fail(row, "system", "the messages start with another system turn", "keep one of the two")
+    return turns
+  return [*([{"role": "system", "content": system}] if system else []), *history, *turns]
+
+
+def _system(row: Row) -> str:
+  names = [name for name in _SYSTEMS if _given(row.fields, name)]
+  for name in names:
+    if not isinstance(row.fields[name], str):
+      fail(
+        row, name, f"expected text, found {formats.describe(row.fields[name])}", "write it as text"
+      )
+  if len({row.fields[name] for name in names}) > 1:
+    _contradict(row, *names)
+  return row.fields[names[0]] if names and row.fields[names[0]].strip() else ""
+
+
+def _history(row: Row) -> Messages:
+  """Reads the turns before the prompt: messages, or pairs of a question and an answer."""
+  value = row.fields.get("history")
+  if not isinstance(value, list) or not value:
+    return []
+  pairs: list[Any] = row.fields["history"]
+  if all(isinstance(pair, dict) for pair in pairs):
+    return _messages(row, "history")
+  turns = []
+  for i, pair in enumerate(pairs):
+    texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+    if not texts:
+      fix = 'write ["question", "answer"] or {"role": "user", "content": "..."}'
+      fail(row, f"history[{i}]", f"expected two texts, found {formats.describe(pair)}", fix)
+    turns += [
+      {"role": role, "content": text}
+      for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+  return turns
+
+
+def _covers(turns: Messages, text: str) -> bool:
+  """Returns True if a text is a transcript of turns, or the content of one of them."""
+  contents = [turn["content"] for turn in turns]
+  return _words(text) in [_words(content) for content in (" ".join(contents), *contents)]
+
+
+def _words(text: str) -> list[str]:
+  """Returns the words of a text without the names of speakers."""
+  return _SPEAKER.sub(" ", text).split()
 
 
 def _answer(row: Row, name: str) -> tuple[Messages, str]:
   """Reads an answer: the turns before it, if it is given as messages, and its text."""
   if not _given(row.fields, name):
     _fail_missing(row, (name,))
-  if not isinstance(row.fields[name], list):
+  if not isinstance(row.fields[name], (list, dict)):
     if name == "messages":
       _messages(row, name)
     return [], _text(row, name)
   turns = _messages(row, name)
   if turns[-1]["role"] != "assistant":
-    _fail(
+    fail(
       row,
       name,
       f"the last turn is of the {turns[-1]['role']}, so there is no answer",
       "end with an assistant turn, or add the answer as `response`",
     )
   if not turns[-1]["content"].strip():
-    _fail(row, f"{name}[{len(turns) - 1}].content", "the answer is empty", "remove the row")
+    fail(row, f"{name}[{len(turns) - 1}].content", "the answer is empty", "remove the row")
   return turns[:-1], turns[-1]["content"]
 
 
@@ -439,62 +634,90 @@ def _checked_turns(row: Row, name: str, turns: Messages) -> Messages:
   """Checks that turns can be answered: the last one is a user's and is not empty."""
   if not turns or turns[-1]["role"] != "user":
     last = f"ends with a turn of the {turns[-1]['role']}" if turns else "has no user turn"
-    _fail(
-      row, name, f"the prompt {last}", "end it with a user turn; answers go in their own column"
-    )
+    fail(row, name, f"the prompt {last}", "end it with a user turn; answers go in their own column")
   if not turns[-1]["content"].strip():
-    _fail(row, f"{name}[{len(turns) - 1}].content", "the prompt is empty", "remove the row")
+    fail(row, f"{name}[{len(turns) - 1}].content", "the prompt is empty", "remove the row")
   return turns
 
 
 def _messages(row: Row, name: str) -> Messages:
-  """Reads and checks a list of turns; keys other than role and content are dropped."""
+  """Reads and checks a list of turns, or a single one."""
   value = row.fields[name]
   fix = 'write [{"role": "user", "content": "..."}, ...]'
+  if isinstance(value, dict):
+    value = [value]
   if not isinstance(value, list) or not value:
-    _fail(row, name, f"expected a list of messages, found {_describe(value)}", fix)
+    fail(row, name, f"expected a list of messages, found {formats.describe(value)}", fix)
   turns = []
   for i, turn in enumerate(value):
     at = f"{name}[{i}]"
     if not isinstance(turn, dict):
-      _fail(row, at, f"expected a message, found {_describe(turn)}", fix)
-    for key in ("role", "content"):
-      if not isinstance(turn.get(key), str):
-        actual = _describe(turn[key]) if key in turn else f"only {sorted(turn)}"
-        _fail(row, f"{at}.{key}", f"expected text, found {actual}", fix)
-    if turn["role"] not in ROLES:
-      _fail(row, f"{at}.role", f"unknown role {turn['role']!r}", f"use one of {', '.join(ROLES)}")
-    turns.append({"role": turn["role"], "content": turn["content"]})
+      fail(row, at, f"expected a message, found {formats.describe(turn)}", fix)
+    for key in _CHANGE_TURN:
+      if turn.get(key) not in (None, "", [], {}):
+        fail(row, f"{at}.{key}", "not supported: turns are text", "write it into the content")
+    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    if not isinstance(turn.get(role_key), str):
+      actual = formats.describe(turn[role_key]) if role_key in turn else f"only {sorted(turn)}"
+      fail(row, f"{at}.{role_key}", f"expected text, found {actual}", fix)
+    if turn[role_key] in _TOOL_ROLES:
+      problem = f"turns of the role {turn[role_key]!r} are not supported"
+      fail(row, f"{at}.{role_key}", problem, "write them into a user turn, or remove the row")
+    if turn[role_key] not in _ROLE_NAMES:
+      problem = f"unknown role {turn[role_key]!r}"
+      fail(row, f"{at}.{role_key}", problem, f"use one of {', '.join(ROLES)}")
+    content = _content(row, f"{at}.{content_key}", turn, content_key, fix)
+    turns.append({"role": _ROLE_NAMES[turn[role_key]], "content": content})
+    if isinstance(row.fields, _Fields):
+      others = turn.keys() - {role_key, content_key, *_CHANGE_TURN}
+      row.fields.unread |= {f"{name}[].{key}" for key in others if turn[key] is not None}
   return turns
+
+
+def _content(row: Row, at: str, turn: Mapping[str, Any], key: str, fix: str) -> str:
+  """Reads the content of a turn: text, or a list of parts of text, which are joined by lines."""
+  value = turn.get(key)
+  if not isinstance(value, list) or not value:
+    if not isinstance(value, str):
+      actual = formats.describe(value) if key in turn else f"only {sorted(turn)}"
+      fail(row, at, f"expected text, found {actual}", fix)
+    return value
+  texts = []
+  for i, part in enumerate(value):
+    text = part.get("text") if isinstance(part, dict) else part
+    kind = part.get("type", "text") if isinstance(part, dict) else "text"
+    if not isinstance(text, str) or not str(kind).endswith("text"):
+      problem = f"a part of the type {kind!r} is not supported: turns are text"
+      fail(row, f"{at}[{i}]", problem, "remove the row")
+    texts.append(text)
+  return "\n".join(texts)
 
 
 def _text(row: Row, name: str) -> str:
   value = row.fields[name]
   if not isinstance(value, str):
-    _fail(row, name, f"expected text, found {_describe(value)}", "write it as text")
+    fail(row, name, f"expected text, found {formats.describe(value)}", "write it as text")
   if not value.strip():
     fix = "remove the row"
     if name in _TEXT_PROMPTS:
       fix += ", or give plain text without a prompt in the column `text` alone"
-    _fail(row, name, "the text is empty", fix)
+    fail(row, name, "the text is empty", fix)
   return value
 
 
 def _list(row: Row, name: str) -> list[Any]:
   value = row.fields[name]
   if not isinstance(value, list) or not value:
-    _fail(row, name, f"expected a list, found {_describe(value)}", "write [...]")
+    fail(row, name, f"expected a list, found {formats.describe(value)}", "write [...]")
   return value
 
 
 def _flag(row: Row, at: str, value: Any) -> bool:
-  if not isinstance(value, bool):
-    _fail(row, at, f"expected true or false, found {_describe(value)}", "write one of the two")
-  return value
-
-
-def _given(fields: Mapping[str, Any], name: str) -> bool:
-  return fields.get(name) is not None
+  if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+    fail(
+      row, at, f"expected true or false, found {formats.describe(value)}", "write one of the two"
+    )
+  return bool(value)
 
 
 def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -504,22 +727,12 @@ def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _fail_missing(row: Row, names: tuple[str, ...]) -> NoReturn:
   null = next((name for name in names if name in row.fields and not _given(row.fields, name)), None)
   if null:
-    _fail(row, null, "is null", "write a text or remove the row")
+    fail(row, null, "is null", "write a text or remove the row")
   wanted = " or ".join(f"`{name}`" for name in names)
   columns = ", ".join(sorted(row.fields)) or "none"
-  _fail(row, names[0], f"missing; the row's columns are {columns}", f"add {wanted}")
+  fail(row, names[0], f"missing; the row's columns are {columns}", f"add {wanted}")
 
 
-def _fail(row: Row, field: str, problem: str, fix: str) -> NoReturn:
-  raise DataError(f"{row.where}: {field}: {problem}; {fix}")
-
-
-def _describe(value: Any) -> str:
-  """Describes a value in a few words, for a message."""
-  if value is None:
-    return "null"
-  if isinstance(value, (list, dict)):
-    kind = "a list" if isinstance(value, list) else "an object"
-    return kind if value else f"an empty {kind.split()[1]}"
-  shown = repr(value)
-  return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+def _contradict(row: Row, name: str, other: str) -> NoReturn:
+  problem = f"it and `{other}` are both there and differ"
+  fail(row, name, problem, f"keep one of the two, or leave one out: data.ignore={other}")

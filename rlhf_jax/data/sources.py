@@ -5,14 +5,14 @@ field. A row that is silently wrong costs more than a run that does not start.
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 MAX_LINE_BYTES = 8 * 2**20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # NAME, NAME/CONFIG, either with a :VERSION, either with a :SPLIT such as train[:10%].
 _TFDS_SPEC = re.compile(
@@ -49,46 +49,56 @@ def raise_error(error: DataError) -> None:
   raise error
 
 
-def read_jsonl(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
-  """Reads a JSON Lines file: UTF-8, one object per line, blank lines ignored.
+def read_jsonl(file: IO[bytes], name: str, on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
+  """Reads JSON Lines: UTF-8, one object per line, blank lines ignored.
 
   Args:
-    path: The file.
+    file: The open file.
+    name: Name of the file, for messages.
     on_bad_row: Function called for every line that is not an object of clean text.
 
   Yields:
     The rows in order.
 
   Raises:
-    DataError: If the file cannot be opened, or from `on_bad_row`.
+    DataError: From `on_bad_row`.
   """
-  try:
-    file = open(path, "rb")  # noqa: SIM115, closed below: errors of the caller are not ours.
-  except OSError as error:
+  number = 0
+  # Lines are cut at "\n" bytes only: str.splitlines would also cut at U+2028 inside a text.
+  while line := file.readline(MAX_LINE_BYTES + 1):
+    number += 1
+    where = f"{name}:{number}"
+    too_long = len(line) > MAX_LINE_BYTES
+    while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+      line = file.readline(MAX_LINE_BYTES + 1)
+    try:
+      if too_long:
+        raise DataError(
+          f"{where}: the line is longer than {MAX_LINE_BYTES} bytes; "
+          "put one JSON object on each line"
+        )
+      if number == 1:
+        line = line.removeprefix(BYTE_ORDER_MARK)
+      if line.strip():
+        yield Row(where, _parse_line(line, where))
+    except DataError as error:
+      on_bad_row(error)
+
+
+def as_row(value: Any, where: str) -> Row:
+  """Returns a decoded JSON value as a row, if it is an object of clean text.
+
+  Raises:
+    DataError: It is not.
+  """
+  if not isinstance(value, dict):
     raise DataError(
-      f"{path}: cannot be read ({error.strerror}); check data.path and data.eval_path"
-    ) from error
-  with file:
-    number = 0
-    # Lines are cut at "\n" bytes only: str.splitlines would also cut at U+2028 inside a text.
-    while line := file.readline(MAX_LINE_BYTES + 1):
-      number += 1
-      where = f"{path}:{number}"
-      too_long = len(line) > MAX_LINE_BYTES
-      while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE_BYTES + 1)
-      try:
-        if too_long:
-          raise DataError(
-            f"{where}: the line is longer than {MAX_LINE_BYTES} bytes; "
-            "put one JSON object on each line"
-          )
-        if number == 1:
-          line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-          yield Row(where, _parse_line(line, where))
-      except DataError as error:
-        on_bad_row(error)
+      f"{where}: expected a JSON object such as "
+      f'{{"prompt": "..."}}, found {_json_type(value)}; put one object on each line'
+    )
+  for key, item in value.items():
+    check_text(item, where, key)
+  return Row(where, value)
 
 
 def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
@@ -122,9 +132,9 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
   for i in range(len(source)):
     where = f"tfds:{name}:{split}[{i}]"
     try:
-      row = {key: _to_plain(value, where, key) for key, value in source[i].items()}
+      row = {key: to_plain(value, where, key) for key, value in source[i].items()}
       for key, value in row.items():
-        _check_text(value, where, key)
+        check_text(value, where, key)
       yield Row(where, row)
     except DataError as error:
       on_bad_row(error)
@@ -175,6 +185,14 @@ def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") 
     yield Row(f"built-in {kind}:{split}[{i}]", fields)
 
 
+def is_builtin(encode: Callable[[str], list[int]]) -> bool:
+  """Returns True if a tokenizer, `encode`, is that of the built-in task: a token per word."""
+  from rlhf_jax import simulation
+
+  ids = encode(" ".join(simulation.WORDS))
+  return len(set(ids)) == len(ids) == len(simulation.WORDS)
+
+
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
   """Parses one line into an object of clean text."""
   torn = "" if line.endswith(b"\n") else " (the file ends here: it looks cut off; copy it again)"
@@ -188,16 +206,11 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
   if "\0" in text:
     raise DataError(f"{where}: byte {line.index(0) + 1}: a NUL byte{torn}; remove it")
   try:
-    row = json.loads(text, parse_constant=_refuse_constant)
-    if not isinstance(row, dict):
-      raise DataError(
-        f"{where}: expected a JSON object such as "
-        f'{{"prompt": "..."}}, found {_json_type(row)}; put one object on each line'
-      )
+    value = load_json(text)
     # Unclean characters can only come from escapes here, as the bytes are valid UTF-8.
-    if "\\u" in text:
-      for key, value in row.items():
-        _check_text(value, where, key)
+    if isinstance(value, dict) and "\\u" not in text:
+      return value
+    return as_row(value, where).fields
   except json.JSONDecodeError as error:
     raise DataError(
       f"{where}: column {error.colno}: malformed JSON ({error.msg}){torn}; fix or remove the line"
@@ -208,14 +221,31 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     raise
   except ValueError as error:  # NaN, or an integer of thousands of digits.
     raise DataError(f"{where}: malformed JSON ({error}){torn}; fix or remove the line") from error
-  return row
+
+
+def load_json(text: str) -> Any:
+  """Decodes JSON.
+
+  Raises:
+    ValueError: The text is not JSON, or an object has a key twice: one of the two would be lost.
+  """
+  return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
 
 
 def _refuse_constant(name: str) -> None:
   raise ValueError(f"{name} is not a JSON value")
 
 
-def _check_text(value: Any, where: str, field: str) -> None:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f"the key {twice!r} is there twice in one object; keep one")
+  return fields
+
+
+def check_text(value: Any, where: str, field: str) -> None:
   """Refuses NUL and unpaired surrogates in any text inside `value`."""
   if isinstance(value, str):
     if "\0" in value:
@@ -227,25 +257,25 @@ def _check_text(value: Any, where: str, field: str) -> None:
       )
   elif isinstance(value, list):
     for i, item in enumerate(value):
-      _check_text(item, where, f"{field}[{i}]")
+      check_text(item, where, f"{field}[{i}]")
   elif isinstance(value, dict):
     for key, item in value.items():
-      _check_text(item, where, f"{field}.{key}")
+      check_text(item, where, f"{field}.{key}")
 
 
-def _to_plain(value: Any, where: str, field: str) -> Any:
-  """Converts a value decoded by TFDS to plain Python."""
+def to_plain(value: Any, where: str, field: str) -> Any:
+  """Converts a decoded value to plain Python."""
   if isinstance(value, bytes):
     try:
       return value.decode("utf-8")
     except UnicodeDecodeError as error:
       raise DataError(f"{where}: {field}: not UTF-8 text; encode it when building") from error
   if isinstance(value, (np.ndarray, np.generic)):
-    return _to_plain(value.tolist(), where, field)
+    return to_plain(value.tolist(), where, field)
   if isinstance(value, (list, tuple)):
-    return [_to_plain(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
+    return [to_plain(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
   if isinstance(value, dict):
-    plain = {key: _to_plain(item, where, f"{field}.{key}") for key, item in value.items()}
+    plain = {key: to_plain(item, where, f"{field}.{key}") for key, item in value.items()}
     if plain.keys() == {"role", "content"} and isinstance(plain["role"], list):
       # TFDS turns a list of messages into a message of lists.
       turns = zip(plain["role"], plain["content"], strict=True)

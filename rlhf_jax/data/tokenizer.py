@@ -1,10 +1,12 @@
 """Encoding and decoding with a Hugging Face fast tokenizer read from a local folder.
 
-Two rules keep outside text harmless. First, text from a dataset or a user never becomes a control
-id: `"<|im_end|>"` typed by a user is encoded as plain characters. Second, a folder is read as data:
-no class is picked by name and no code is run (chat templates render in a sandbox).
-
-Control ids are the added tokens that the tokenizer declares special.
+Three rules. First, text from a dataset or a user never becomes a control id: `"<|im_end|>"` typed
+by a user is encoded as plain characters (`controls`). Control tokens are the added tokens that are
+special, that the chat template writes, or that have the form of a marker, such as `<|tool|>`. An
+answer may hold those that the template knows but no turn is made of, unless they are special:
+`<think>` is a word of the model. Second, a response has the ids that follow the prompt's in the
+whole text, as the chat template writes it, up to the end of the turn. Third, a folder is read as
+data: no class is picked by name and no code is run (chat templates render in a sandbox).
 """
 
 import functools
@@ -13,9 +15,12 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from absl import logging
+
+from rlhf_jax.data import controls
 from rlhf_jax.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -27,12 +32,36 @@ Messages: TypeAlias = list[
 Prompt: TypeAlias = str | Messages
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
-# Characters of a private-use area cannot be part of a template's own text.
-_PLACEHOLDER = "\ue000{}\ue001"
-_PLACEHOLDER_PATTERN = re.compile("\ue000([0-9]+)\ue001")
+_SPEAKER = re.compile(f"\\n\\n({'|'.join(_SPEAKERS.values())}): ?")
+_MARKER = re.compile(r"<\|[^|<>]+\|>|<+/?[A-Za-z_]+>+|\[/?[A-Z_]+\]")
 # Some templates write today's date. The same file would give other tokens tomorrow, and a resumed
 # run would refuse its own data. So the date is pinned.
 _PINNED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+_PROBE = "\ue000"  # Text of a turn that no template writes.
+# Texts after which one is encoded as if in the middle of a text; most merge with none of them.
+_ANCHORS = ("\n", "a", ":")
+_LONGEST_WORD = 40  # Characters.
+
+
+class Exchange(NamedTuple):
+  """Ids of a prompt and of responses to it, each with its end token."""
+
+  prompt: list[int]
+  responses: list[list[int]]
+
+
+class Shortened(NamedTuple):
+  """A prompt that was cut to a number of tokens.
+
+  Attributes:
+    prompt: The prompt that is kept.
+    turns: Number of turns that were left out.
+    tokens: Number of tokens that were left out.
+  """
+
+  prompt: Prompt
+  turns: int
+  tokens: int
 
 
 class Tokenizer:
@@ -42,34 +71,72 @@ class Tokenizer:
   no special tokens except one end token. It is scored: this is how the model learns to stop.
   """
 
-  def __init__(self, hf: "transformers.PreTrainedTokenizerFast", eos_token: str | None = None):
+  def __init__(
+    self,
+    hf: "transformers.PreTrainedTokenizerFast",
+    eos_token: str | None = None,
+    stop_ids: Iterable[int] = (),
+  ):
     """Wraps a transformers fast tokenizer.
 
     Args:
       hf: The tokenizer.
       eos_token: The token that ends a response; by default the one that ends an assistant turn
         of the chat template, or else the tokenizer's EOS.
+      stop_ids: Further ids that end a response in sampling.
 
     Raises:
       DataError: If `eos_token` is not one token of the vocabulary.
     """
-    import tokenizers
-
     self.hf = hf
     backend = hf.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False
-    self._template_encoder = backend
-    # The switch is a property of the object, so outside text gets a separate object.
-    self._text_encoder = tokenizers.Tokenizer.from_str(backend.to_str())
-    self._text_encoder.encode_special_tokens = True
+    self._backend = backend
     self._vocab = backend.get_vocab(with_added_tokens=True)
-    special = {str(t): i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-    self._control_ids = frozenset(special.values()) - {hf.unk_token_id}
-    self._control_text = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+    self._template = template = _Template(hf)
+    prompts, closing = self._ids("".join(template.probes)), self._ids(template.closing)
+    added = backend.get_added_tokens_decoder()
+    known = {
+      token.content: i
+      for i, token in added.items()
+      if token.special
+      or controls.is_marker(
+        token.content, of_template=i in prompts + closing or token.content in template.source
+      )
+    }
+    spelled = {
+      i: text
+      for i in {*prompts, *closing}.difference(added)
+      if controls.is_bracketed(text := backend.decode([i]).strip())
+    }
+    unknown = set() if hf.unk_token_id == hf.eos_token_id else {hf.unk_token_id}
+    self._control_ids = frozenset([*known.values(), *spelled]) - unknown
+    self._turn_end = next((i for i in closing if i in self._control_ids), None)
+    chosen = eos_token or hf.init_kwargs.get("response_end")
+    self._chosen_end = self.token_id(chosen) if chosen else None
+    ends = [self._chosen_end, self._turn_end, hf.eos_token_id]
+    self._end_id = next((i for i in ends if i is not None), None)
+    stops = {i for i in (*ends, *stop_ids) if i is not None}
+    if absent := sorted(stops.difference(self._vocab.values())):
+      logging.warning("eos_token_id: %s not in the vocabulary of the tokenizer, ignored", absent)
+    self._stop_ids = tuple(sorted(stops.intersection(self._vocab.values()) - {self._end_id}))
+    # Words of the model, such as <think>: the template knows them, and no turn is made of them.
+    turns = {*prompts, self._end_id, *self._stop_ids}
+    in_answers = [
+      text
+      for text, i in known.items()
+      if added[i].special or i in turns or text not in template.source
+    ]
+    self._silent = frozenset([*(known[text] for text in in_answers), *spelled]) - unknown
+    self._encoder = controls.Controls(backend, known, spelled.values())
+    self._control_text = controls.Spelling([*known, *spelled.values()])
+    self._answer_text = controls.Spelling([*in_answers, *spelled.values()])
+    self._marker_text = controls.Spelling([*known, *spelled.values(), *template.markers])
     self._prefix = self._added_prefix()
-    self._end_id = self._find_end(eos_token or hf.init_kwargs.get("response_end"))
+    self._anchor = self._find_anchor()
+    self._lead = self._decoded_lead()
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -83,7 +150,7 @@ class Tokenizer:
 
   @property
   def eos_id(self) -> int:
-    """The id that ends a response and stops generation.
+    """The id that ends a response in data.
 
     Raises:
       DataError: If the tokenizer names no end token.
@@ -91,6 +158,15 @@ class Tokenizer:
     if self._end_id is None:
       raise DataError("the tokenizer names no end token; choose one with data.end_token")
     return self._end_id
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """The ids that end a response in sampling, `eos_id` first.
+
+    They are those of generation_config.json and config.json, the tokenizer's EOS, and the token
+    that ends an assistant turn of the chat template.
+    """
+    return (self.eos_id, *self._stop_ids)
 
   @property
   def pad_id(self) -> int:
@@ -103,10 +179,15 @@ class Tokenizer:
     """True if prompts are rendered as chats."""
     return bool(self.hf.chat_template)
 
+  @property
+  def lead(self) -> str:
+    """Text that the chat template writes between a prompt and its answer, such as a space."""
+    return self._template.lead
+
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of all that determines the ids: vocabulary, rules, chat template, end token."""
-    parts = [self._template_encoder.to_str(), self.hf.chat_template, self._end_id]
+    parts = [self._backend.to_str(), self.hf.chat_template, self._end_id]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   def token_id(self, token: str) -> int:
@@ -123,8 +204,8 @@ class Tokenizer:
     return self._vocab[token]
 
   def encode_text(self, text: str) -> list[int]:
-    """Ids of plain text, with nothing added and no control ids."""
-    return self._encode_texts([text])[0]
+    """Ids of plain text in the middle of a text, with nothing added and no control ids."""
+    return self._in_the_middle([text])[0]
 
   def encode_prompt(self, prompt: Prompt) -> list[int]:
     """Ids of a prompt, ready for the model to answer.
@@ -146,66 +227,184 @@ class Tokenizer:
 
   def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
     """`encode_prompt` for many prompts at once."""
-    pieces = [self._pieces(prompt) for prompt in prompts]
-    flat = [piece for row in pieces for piece in row]
-    template = iter(self._encode_templates([text for text, from_user in flat if not from_user]))
-    outside = iter(self._encode_texts([text for text, from_user in flat if from_user]))
-    encoded = []
-    for prompt, row in zip(prompts, pieces, strict=True):
-      ids = self._start(prompt)
-      for _, from_user in row:
-        ids.extend(next(outside if from_user else template))
-      encoded.append(ids)
-    return encoded
+    encoded = self._encoder.ids([self._encoder.mark(self._rendered(p)) for p in prompts])
+    return [[*self._start(prompt), *ids] for prompt, ids in zip(prompts, encoded, strict=True)]
 
   def encode_response(self, text: str) -> list[int]:
-    """Ids of a response and its end token, without a prefix. The text is not changed."""
+    """Ids of a response to any prompt, and its end token. The text is not changed.
+
+    With a chat template, these are the ids in the answer to a user; without one, those in the
+    middle of a text, so that a text brings the space that it starts with.
+    """
     return self.encode_responses([text])[0]
 
   def encode_responses(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode_response` for many texts at once."""
     end = self.eos_id
-    return [[*ids, end] for ids in self._encode_texts(texts)]
+    if self.has_chat_template:
+      return self.encode_exchanges([_PROBE], [texts])[0].responses
+    return [[*ids, end] for ids in self._in_the_middle(texts)]
+
+  def encode_exchanges(
+    self, prompts: Sequence[Prompt], answers: Sequence[Sequence[str]]
+  ) -> list[Exchange]:
+    """Ids of prompts and of responses to them, as they follow each other in the whole text.
+
+    With a chat template, a response is what the template adds to the prompt, up to the token that
+    ends the turn. Without one, it is the text itself, and a transcript writes a space before it.
+    Where the whole text would merge the end of the prompt and the start of the response into one
+    token, the prompt stays as it is, because it is what a model answers.
+
+    Args:
+      prompts: Prompts; see `encode_prompt`.
+      answers: Texts of the responses to each prompt.
+    """
+    mark, rendered = self._encoder.mark, [self._rendered(prompt) for prompt in prompts]
+    marked = [mark(text) for text in rendered]
+    encoded = self._encoder.ids(marked)
+    pairs = [
+      (before, mark(self._tail(prompt, text, answer)))
+      for prompt, text, before, texts in zip(prompts, rendered, marked, answers, strict=True)
+      for answer in texts
+    ]
+    responses = iter(self._continue(pairs))
+    return [
+      Exchange([*self._start(prompt), *ids], [self._ended(next(responses)) for _ in texts])
+      for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
+    ]
+
+  def shorten(self, prompt: Prompt, length: int) -> Shortened | None:
+    """Cuts a prompt to a number of tokens, without cutting its template.
+
+    The oldest turns are left out first, up to a turn of the user. The system turn stays. If the
+    last turn is too long by itself, its text keeps its end. A text that is a transcript is cut in
+    the same way.
+
+    Args:
+      prompt: A prompt that is longer.
+      length: Maximum number of tokens.
+
+    Returns:
+      The prompt, or None if not even a part of its last turn fits.
+    """
+    whole = size = len(self.encode_prompt(prompt))
+    kept, (messages, rebuild) = prompt, _turns(prompt)
+    head = next((i for i, m in enumerate(messages) if m["role"] in ("user", "assistant")), 0)
+    starts = [i for i in range(head, len(messages)) if messages[i]["role"] == "user"]
+    for start in starts:
+      kept = rebuild(messages[:head] + messages[start:])
+      size = len(self.encode_prompt(kept))
+      if size <= length:
+        return Shortened(kept, start - head, whole - size)
+    if not starts:
+      return None
+    last, rest = messages[starts[-1]]["content"], messages[starts[-1] + 1 :]
+    marked = self._encoder.mark(self._control_text.protect(last))
+    encoded = self._encoder.encode([marked])[0]
+    places = [encoded.span(i)[0] for i in range(len(encoded.ids))]
+    cut = 0
+    while size > length:
+      cut += size - length
+      text = _from_word(last, places[cut]) if cut < len(places) else ""
+      if not text:
+        return None
+      kept = rebuild([*messages[:head], {"role": "user", "content": text}, *rest])
+      size = len(self.encode_prompt(kept))
+    return Shortened(kept, starts[-1] - head, whole - size)
+
+  def spelled_marker(self, prompt: Prompt, answers: Sequence[str]) -> str:
+    """Describes a marker of a chat in a text, which is read as plain text; empty if none is."""
+    contents = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    for text in contents:
+      if marker := self._marker_text.find(text):
+        return f"the prompt spells {marker!r}, which is read as plain text"
+    for text in answers:
+      if marker := self._answer_text.find(text):
+        return f"the response spells {marker!r}, which is read as plain text"
+    return ""
+
+  def joined_words(self, prompt: Prompt, answers: Sequence[str]) -> str:
+    """Describes a prompt and a response without a space between them; empty if none are.
+
+    A chat template and a transcript separate the two.
+    """
+    if self.has_chat_template or not isinstance(prompt, str) or not prompt[-1:].isalnum():
+      return ""
+    if not any(answer[:1].isalnum() for answer in answers):
+      return ""
+    return "prompt and response are joined without a space, as there is no chat template"
+
+  def require_plain(self, prompt: Prompt) -> None:
+    """Refuses a text to which the chat template has been applied already.
+
+    Raises:
+      DataError: The text has a user's header and ends like the template's prompts.
+    """
+    header, closing = self._template.user_header, self._template.prompt_end
+    applied = isinstance(prompt, str) and header and closing
+    if applied and header in prompt and prompt.rstrip().endswith(closing):
+      raise DataError(
+        f"prompt: the chat template is in the text already (it ends in {closing!r}), and would be"
+        " applied twice; give `messages`, or the text of the user alone"
+      )
 
   def render_prompt(self, prompt: Prompt) -> str:
     """Text of a prompt as the model sees it, without the tokenizer's prefix."""
-    return "".join(text for text, _ in self._pieces(prompt))
+    return controls.unprotected(self._rendered(prompt))
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids. Ids outside the vocabulary are dropped."""
-    return self._template_encoder.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    """Text of ids, without control tokens. Ids outside the vocabulary are dropped.
+
+    Args:
+      ids: Ids of a text.
+      skip_special: False to show control tokens.
+    """
+    shown = [int(i) for i in ids]
+    if skip_special:  # The decoder drops those that are flagged as special; not all are.
+      shown = [i for i in shown if i not in self._silent]
+    return self._backend.decode(shown, skip_special_tokens=skip_special)
 
   def batch_decode(self, rows: Iterable[Iterable[int]], skip_special: bool = True) -> list[str]:
-    """`decode` for each row."""
-    return [self.decode(row, skip_special) for row in rows]
+    """Texts of responses, as they follow their prompts, without what the template adds to them."""
+    return [self._answer(list(row), skip_special) for row in rows]
+
+  def token_bytes(self) -> list[bytes]:
+    """Bytes that each id of a response adds to its text; none for special tokens."""
+    decoder = json.loads(self._backend.to_str())["decoder"] or {}
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
+    special = {i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+    special |= self._silent
+    bytes_of = _byte_characters()
+    anchor = self._anchor if self._anchor is not None else self._ids("a")[-1]
+    before = len(self.decode([anchor]))
+    texts = [b""] * self.vocab_size
+    for token, i in self._vocab.items():
+      if i in special:
+        continue
+      if "ByteLevel" in kinds and all(c in bytes_of for c in token):
+        texts[i] = bytes(bytes_of[c] for c in token)
+      elif "ByteFallback" in kinds and (byte := re.fullmatch("<0x([0-9A-F]{2})>", token)):
+        texts[i] = bytes([int(byte[1], 16)])
+      else:
+        texts[i] = self.decode([anchor, i])[before:].encode()
+    return texts
 
   def save(self, folder: str | os.PathLike[str]) -> None:
-    """Writes the tokenizer in Hugging Face form; `load_tokenizer` restores the same digest."""
+    """Writes the tokenizer in Hugging Face form; `load_tokenizer` restores the same digest.
+
+    The further `stop_ids` are those of generation_config.json, which is written with the model.
+    """
     if self._end_id is not None:
       self.hf.init_kwargs["response_end"] = self.hf.convert_ids_to_tokens(self._end_id)
     self.hf.save_pretrained(str(folder))
 
-  def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-    encoded = [e.ids for e in self._text_encoder.encode_batch_fast(texts, add_special_tokens=False)]
-    # A model whose own vocabulary lists "</s>" can still produce its id from plain characters.
-    return [
-      ids if self._control_ids.isdisjoint(ids) else self._without_controls(ids) for ids in encoded
-    ]
-
-  def _encode_templates(self, texts: Sequence[str]) -> list[list[int]]:
-    return [
-      e.ids for e in self._template_encoder.encode_batch_fast(texts, add_special_tokens=False)
-    ]
-
-  def _without_controls(self, ids: list[int]) -> list[int]:
-    unknown = self.hf.unk_token_id
-    replaced = [unknown if i in self._control_ids else i for i in ids]
-    return [i for i in replaced if i is not None and i not in self._control_ids]
+  def _ids(self, text: str) -> list[int]:
+    return self._backend.encode(text, add_special_tokens=False).ids
 
   def _added_prefix(self) -> list[int]:
     """Ids that the tokenizer's post-processor puts before a text."""
-    bare = self._template_encoder.encode("a", add_special_tokens=False).ids
-    full = self._template_encoder.encode("a", add_special_tokens=True).ids
+    bare = self._backend.encode("a", add_special_tokens=False).ids
+    full = self._backend.encode("a", add_special_tokens=True).ids
     starts = range(len(full) - len(bare) + 1)
     start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
     return full[:start]
@@ -222,37 +421,168 @@ class Tokenizer:
     # A chat template writes its own start token.
     return [] if self.has_chat_template else list(self._prefix)
 
-  def _pieces(self, prompt: Prompt) -> list[tuple[str, bool]]:
-    """Splits a prompt into (text, from_user) pieces."""
+  def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
+    """Returns the text of a prompt, with an answer if there is one, with protected user texts."""
     if prompt == "":
-      return []
+      return ""
     if not self.has_chat_template:
-      return [(prompt if isinstance(prompt, str) else transcript(prompt), True)]
+      text = prompt if isinstance(prompt, str) else transcript(prompt)
+      return self._control_text.protect(text)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    contents = [message["content"] for message in messages]
-    if not any(self._control_text.search(content) for content in contents):
-      # As one piece, this chat gets the same ids as in every other tool.
-      return [(self._render(messages, add_generation_prompt=True), False)]
-    marked = [
-      {"role": message["role"], "content": _PLACEHOLDER.format(i)}
-      for i, message in enumerate(messages)
+    if answer is not None:
+      messages = [*messages, {"role": "assistant", "content": answer}]
+    turns = [
+      {
+        "role": m["role"],
+        "content": (self._answer_text if m["role"] == "assistant" else self._control_text).protect(
+          m["content"]
+        ),
+      }
+      for m in messages
     ]
-    rendered = self._render(marked, add_generation_prompt=True)
-    parts = _PLACEHOLDER_PATTERN.split(rendered)  # Text, index, text, index, ..., text.
-    pieces = [
-      (contents[int(part)], True) if i % 2 else (part, False) for i, part in enumerate(parts)
-    ]
-    return [(text, from_user) for text, from_user in pieces if text]
+    return self._template.render(turns, add_generation_prompt=answer is None)
 
-  def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+  def _tail(self, prompt: Prompt, before: str, answer: str) -> str:
+    """Returns the text that an answer adds to the rendered text of its prompt."""
+    protected = self._answer_text.protect(answer)
+    if prompt == "":
+      return protected
+    if not self.has_chat_template:
+      # A transcript writes a space after the name of the speaker.
+      is_transcript = not isinstance(prompt, str) or prompt.endswith("\n\nAssistant:")
+      spaced = is_transcript and not answer[:1].isspace()
+      return " " * spaced + protected
+    whole, template = self._rendered(prompt, answer), self._template
+    tail = template.lead + protected + template.closing
+    if whole.startswith(before):
+      tail = whole[len(before) :]
+    return tail if self._turn_end is not None else tail.removesuffix(template.closing)
+
+  def _ended(self, ids: list[int]) -> list[int]:
+    """Returns the ids of a response with its end token, without what a template writes after it."""
+    stops = self._control_ids.intersection(self.stop_ids)
+    end = next((place for place, i in enumerate(ids) if i in stops), None)
+    if end is None:
+      return [*ids, self.eos_id]
+    return [*ids[:end], ids[end] if self._chosen_end is None else self._chosen_end]
+
+  def _in_the_middle(self, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of texts that do not start a text."""
+    tails = [self._encoder.mark(self._answer_text.protect(text)) for text in texts]
+    return self._continue([(_ANCHORS[0], tail) for tail in tails])
+
+  def _continue(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Returns the ids of the second of two marked texts after the first."""
+    ids: list[list[int] | None] = [None] * len(pairs)
+    contexts = [controls.context(before) for before, _ in pairs]
+    for anchor in (None, *_ANCHORS):
+      left = [i for i, known in enumerate(ids) if known is None]
+      starts = [contexts[i] if anchor is None else anchor for i in left]
+      unique = dict.fromkeys(starts)
+      known = dict(zip(unique, self._encoder.encode([*unique]), strict=True))
+      joined = self._encoder.encode([s + pairs[i][1] for s, i in zip(starts, left, strict=True)])
+      for i, start, whole in zip(left, starts, joined, strict=True):
+        ids[i] = self._after(known[start], whole, len(start))
+    return [found or [] for found in ids]
+
+  def _after(
+    self, start: controls.Encoded, whole: controls.Encoded, border: int
+  ) -> list[int] | None:
+    """Returns the ids of a text after the ids of its start, or None if they are merged."""
+    count = len(start.ids)
+    # A control token may take the spaces that follow it.
+    if whole.ids[:count] != start.ids:
+      return None
+    end = whole.span(count - 1)[1] if count and start.ids[-1] not in self._control_ids else 0
+    next_start = whole.span(count)[0] if count < len(whole.ids) else border
+    if end > border or next_start < border:
+      return None
+    return whole.ids[count:]
+
+  def _answer(self, ids: list[int], skip_special: bool) -> str:
+    """Returns the text of a response."""
+    text = self._decode_after(self._anchor, ids, skip_special)
+    if not skip_special:
+      return text
+    if ids and ids[-1] == self._turn_end:
+      text = text.removesuffix(self._encoder.before_first(self._template.closing))
+    return text.removeprefix(self._lead)
+
+  def _decode_after(self, anchor: int | None, ids: list[int], skip_special: bool = True) -> str:
+    """Returns the text of ids after another one."""
+    if anchor is None:
+      return self.decode(ids, skip_special)
+    return self.decode([anchor, *ids], skip_special)[len(self.decode([anchor])) :]
+
+  def _decoded_lead(self) -> str:
+    """Returns the text before an answer, as it is decoded; some tokenizers add spaces to it."""
+    if not self.lead or self._end_id is None:
+      return ""
+    (response,) = self.encode_exchanges([_PROBE], [["a"]])[0].responses
+    return self._decode_after(self._anchor, response).rpartition("a")[0]
+
+  def _find_anchor(self) -> int | None:
+    """Returns an id to decode a response after, where decoding would else drop a first space."""
+    one, two = (self._in_the_middle([text])[0] for text in (" a", "a"))
+    if self.decode(one) == " a":
+      return None
+    for anchor in (i for text in _ANCHORS for i in self._ids(text)[-1:]):
+      if [self._decode_after(anchor, ids) for ids in (one, two)] == [" a", "a"]:
+        return anchor
+    return None
+
+
+class _Template:
+  """Chat template of a tokenizer, and the text that it writes around the turns of a chat.
+
+  Attributes:
+    source: Source of the template; empty if there is none.
+    probes: Texts that it writes for prompts of all roles.
+    lead: Text between a prompt and its answer.
+    closing: Text after an answer.
+    user_header: Last line before the text of a first user turn, without spaces around it.
+    prompt_end: Text after the last user turn of a prompt, without spaces around it.
+    markers: Markers in these texts.
+  """
+
+  def __init__(self, hf: "transformers.PreTrainedTokenizerFast"):
+    self._hf = hf
+    self.source = ""
+    self.probes: tuple[str, ...] = ()
+    self.lead = self.closing = self.user_header = self.prompt_end = ""
+    if hf.chat_template:
+      self.source = _default_template(hf)
+      self._probe()
+    self.markers = set(_MARKER.findall("".join(self.probes)))
+
+  def _probe(self) -> None:
+    user, answer, system = (
+      {"role": role, "content": _PROBE} for role in ("user", "assistant", "system")
+    )
+    prompt, *others = (self._try(c) for c in ([user], [user, answer, user], [system, user]))
+    self.probes = (prompt, *others)
+    header, _, end = prompt.rpartition(_PROBE)
+    self.user_header = header.removeprefix(self._hf.bos_token or "").strip().rpartition("\n")[2]
+    self.prompt_end = end.strip()
+    whole = self._try([user, answer], add_generation_prompt=False)
+    if prompt and whole.startswith(prompt):
+      self.lead, _, self.closing = whole[len(prompt) :].rpartition(_PROBE)
+    else:
+      self.closing = whole.rpartition(_PROBE)[2]
+
+  def render(self, turns: Messages, *, add_generation_prompt: bool) -> str:
+    """Renders turns.
+
+    Raises:
+      DataError: If the template refuses them.
+    """
     import jinja2
 
-    template = self.hf.get_chat_template()
+    template = self.source
     if "strftime_now" in template:
       template = _PINNED_DATE + template
-    turns = [{"role": m["role"], "content": m["content"]} for m in messages]
     try:
-      rendered = self.hf.apply_chat_template(
+      rendered = self._hf.apply_chat_template(
         turns,
         chat_template=template,
         tokenize=False,
@@ -266,22 +596,55 @@ class Tokenizer:
       ) from error
     return str(rendered)
 
-  def _find_end(self, token: str | None) -> int | None:
-    if token:
-      return self.token_id(token)
-    turn_end = self._template_turn_end() if self.has_chat_template else None
-    return self.hf.eos_token_id if turn_end is None else turn_end
-
-  def _template_turn_end(self) -> int | None:
-    """First control id after an assistant turn: some templates do not end turns with EOS."""
-    answer = _PLACEHOLDER.format(0)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+  def _try(self, turns: Messages, *, add_generation_prompt: bool = True) -> str:
+    """Returns an empty text where the template refuses the turns."""
     try:
-      _, rendered, tail = self._render(turns, add_generation_prompt=False).rpartition(answer)
+      return self.render(turns, add_generation_prompt=add_generation_prompt)
     except DataError:
-      return None
-    ids = self._encode_templates([tail])[0] if rendered else []
-    return next((i for i in ids if i in self._control_ids), None)
+      return ""
+
+
+def _default_template(hf: "transformers.PreTrainedTokenizerFast") -> str:
+  try:
+    return hf.get_chat_template()
+  except ValueError as error:
+    names = sorted(hf.chat_template) if isinstance(hf.chat_template, dict) else []
+    raise DataError(
+      f"there are several chat templates ({', '.join(names)}) and none is named `default`; keep one"
+    ) from error
+
+
+def _turns(prompt: Prompt) -> tuple[Messages, Callable[[Messages], Prompt]]:
+  """Returns the turns of a prompt, and the function that makes a prompt of turns."""
+  if not isinstance(prompt, str):
+    return prompt, lambda turns: turns
+  roles = {speaker: role for role, speaker in _SPEAKERS.items()}
+  preamble, *parts = _SPEAKER.split(prompt)
+  turns = [
+    {"role": roles[name], "content": text}
+    for name, text in zip(parts[::2], parts[1::2], strict=True)
+  ]
+  if turns and not preamble and transcript(turns[:-1]) == prompt:
+    return turns[:-1], transcript
+  return [{"role": "user", "content": prompt}], lambda turns: turns[-1]["content"]
+
+
+def _from_word(text: str, place: int) -> str:
+  """Returns the end of a text from a place on, or from the word or turn that follows it."""
+  turn = text.find("\n\nHuman:", place)
+  if turn >= 0:
+    return text[turn:]
+  if place and not text[place - 1].isspace() and (space := re.search(r"\s", text[place:])):
+    # Some languages have no spaces.
+    place += space.start() if space.start() < _LONGEST_WORD else 0
+  return text[place:].strip()
+
+
+def _byte_characters() -> dict[str, int]:
+  """Returns the characters that byte-level tokenizers write for bytes."""
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  hidden = [i for i in range(256) if i not in shown]
+  return {chr(i): i for i in shown} | {chr(256 + n): i for n, i in enumerate(hidden)}
 
 
 def transcript(messages: Messages) -> str:
@@ -301,7 +664,8 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
   """Reads a tokenizer from a local Hugging Face folder.
 
   Args:
-    path: A folder with tokenizer.json (and usually tokenizer_config.json).
+    path: A folder with tokenizer.json (and usually tokenizer_config.json). The `eos_token_id` of
+      its generation_config.json and config.json end a response too.
     eos_token: The token that ends a response, for models that do not use their tokenizer's EOS
       (stories260k ends stories with "<s>"); None or "" uses the folder's.
 
@@ -317,17 +681,37 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
       f"no tokenizer.json in {str(path)!r}; give the folder of a model with a fast tokenizer "
       "(names of hub repositories are not looked up: download the folder first)"
     )
+  stop_ids = [
+    i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)
+  ]
   fast_tokenizer = _fast_tokenizer_class()
   try:
     # Not AutoTokenizer: a config.json must not choose the code that runs.
     hf = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return Tokenizer(hf, eos_token)
+    return Tokenizer(hf, eos_token, stop_ids)
   except DataError as error:
     raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
   except Exception as error:  # The Rust parser raises bare Exception.
     raise DataError(
       f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error}); copy the folder again"
     ) from error
+
+
+def _stop_ids(path: pathlib.Path) -> list[int]:
+  """Reads the `eos_token_id` of a file, a number or a list; a missing file has none."""
+  try:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return []
+  except (OSError, ValueError, RecursionError) as error:
+    if path.name == "config.json":
+      return []  # Whoever reads the model says what is wrong with it.
+    raise DataError(f"{path}: not readable as JSON ({error}); copy the file again") from error
+  value = raw.get("eos_token_id") if isinstance(raw, dict) else None
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(type(i) is int and i >= 0 for i in ids):
+    raise DataError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")
+  return ids
 
 
 def word_level_tokenizer(words: Sequence[str]) -> Tokenizer:

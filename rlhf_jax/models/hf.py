@@ -248,7 +248,7 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
   path = pathlib.Path(path)
   path = path / "config.json" if path.is_dir() else path
   try:
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
   except FileNotFoundError:
     raise _refuse(path, "not found; give a folder with config.json and safetensors") from None
   except (ValueError, RecursionError) as error:
@@ -256,6 +256,15 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
   if not isinstance(raw, dict):
     raise _refuse(path, "not a JSON object")
   return _parse(path, raw)
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  """Builds an object of JSON, of which each key may be given once."""
+  values: dict[str, Any] = {}
+  for key, value in pairs:
+    if values.setdefault(key, value) is not value:
+      raise ValueError(f"the key {key!r} is given twice; keep one")
+  return values
 
 
 def _parse(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[ModelConfig, Head]:
@@ -364,9 +373,15 @@ def _tensors(family: Family, tree: Params) -> list[_Tensor]:
 def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
   """Opens a single file or the shards of an index; returns name -> reader."""
   index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+  adapter = folder / "adapter_config.json"
+  if adapter.exists() and (index.exists() or single.exists()):
+    raise _refuse(
+      folder, f"holds weights and an adapter, {adapter.name}; keep one, or merge the two"
+    )
   if index.exists():
     try:
-      weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+      text = index.read_text(encoding="utf-8")
+      weight_map = json.loads(text, object_pairs_hook=_each_once)["weight_map"]
       files = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
       raise _refuse(index, f"not a safetensors index: {error!r}") from None
@@ -375,6 +390,12 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
         r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors", name
       ):
         raise _refuse(index, f"shard {name!r} is not a bare .safetensors file name")
+    if single.exists() and single.name not in files:
+      raise _refuse(
+        folder,
+        f"holds two sets of weights, {single.name} and the shards of {index.name}; remove the one"
+        " that is out of date",
+      )
   elif single.exists():
     weight_map, files = None, [single.name]
   else:
@@ -511,7 +532,7 @@ def scalar_label(folder: str | pathlib.Path) -> str:
 
 
 def config_json(
-  config: ModelConfig, head: Head, token_ids: Mapping[str, int], label: str = "reward"
+  config: ModelConfig, head: Head, token_ids: Mapping[str, int | list[int]], label: str = "reward"
 ) -> dict[str, Any]:
   """Writes the fields of the config.json from which `parse_config` reads `config`.
 
@@ -576,7 +597,7 @@ def save_folder(
   params: Params,
   config: ModelConfig,
   *,
-  token_ids: Mapping[str, int],
+  token_ids: Mapping[str, int | list[int]],
   label: str = "reward",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
@@ -588,7 +609,7 @@ def save_folder(
     folder: Output folder; created if needed.
     params: Params of a model with either head.
     config: Architecture of the model.
-    token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+    token_ids: `bos_token_id`, `eos_token_id` (one or a list), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
     shard_bytes: Maximum size of one file.
 

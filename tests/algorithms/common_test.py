@@ -124,6 +124,11 @@ def batch_of(name, seed):
 
 
 @functools.cache
+def step_of(name, microbatches=1):
+  return CASES[name].step(optimizer(), microbatches=microbatches)
+
+
+@functools.cache
 def trained(name, spec=None, microbatches=1):
   """Three steps on batches of their own, and three on the last of them.
 
@@ -132,7 +137,7 @@ def trained(name, spec=None, microbatches=1):
   case, tx = CASES[name], optimizer()
   put = placer(sharding.make_mesh(spec) if spec else None)
   state = put(init_state(jax.tree.map(jnp.array, case.params), tx), is_state=True)
-  step = case.step(tx, microbatches=microbatches)
+  step = step_of(name, microbatches) if spec is None else case.step(tx, microbatches=microbatches)
   batches = [put(batch_of(name, seed)) for seed in range(STEPS)]
   return loop(step, state, lambda i, state: batches[min(i, STEPS - 1)], 2 * STEPS)
 
@@ -228,6 +233,46 @@ def scored(case, rows):
   rollout = toy.rollout_of(case.params["policy"] if case.critic else case.params, rows)
   scores, values, other = inputs_of(rollout, np.random.default_rng(0))
   return rollout, scores, values, rollout.logprobs + other
+
+
+def unjudged(name):
+  """Batch of a method that samples, without a score or a preference that can be used."""
+  batch = batch_of(name, 0)
+  if isinstance(batch, opponents.OpponentBatch):
+    return batch._replace(preference=np.full_like(batch.preference, np.nan))
+  if isinstance(batch, rest.RestBatch):
+    return batch._replace(weights=np.zeros_like(batch.weights))
+  return batch._replace(mask=np.zeros_like(batch.mask))
+
+
+@pytest.mark.parametrize("name", [*METHODS, "nash_md", "ipo_md", "rest"])
+def test_a_batch_without_a_score_takes_no_optimizer_step(name):
+  trained(name)  # Which counts the compilations of the step.
+  step, state = step_of(name), init_state(jax.tree.map(jnp.array, CASES[name].params), optimizer())
+  state, _ = step(state, batch_of(name, 0), jax.random.key(0))  # Moments are not 0 any more.
+  before = jax.device_get(state)
+  state, metrics = step(state, unjudged(name), jax.random.key(0))
+  assert metrics["skipped_steps"] == 1
+  assert state.step == before.step + 1
+  jax.tree.map(np.testing.assert_array_equal, state[1:], before[1:])
+
+
+@pytest.mark.parametrize("name", ["nash_md", "ipo_md"])
+def test_a_response_without_a_preference_is_as_if_its_prompt_were_not_there(name):
+  case, batch = CASES[name], batch_of(name, 0)
+  results = []
+  preference = batch.preference.copy()
+  preference[5, 0] = np.nan
+  others = jax.tree.map(lambda x: x[np.arange(ROWS) != 5], batch)
+  for rows in (batch._replace(preference=preference), others):
+    tx = optax.sgd(1.0)
+    state, metrics = case.step(tx)(
+      init_state(toy.near(case.params, 0.9), tx), rows, jax.random.key(0)
+    )
+    assert metrics.pop("tokens") > 0
+    same = ("loss", "grad_norm", "weight", "skipped_steps")
+    results.append((state.params, {key: metrics[key] for key in same}))
+  assert_close(*results, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_data_sets_of_rows_and_examples_at_hand(tmp_path):
   rows = [{"prompt": text(i), "chosen": text(i, 2), "rejected": text(3)} for i in range(5)]
   want, _ = load("preferences", tmp_path, rows)
   path = write(tmp_path, rows)
-  got = data.from_rows("preferences", list(data.read_jsonl(path)), DataConfig(), TOKENIZER)
+  got = data.from_rows("preferences", list(data.read_file(path)), DataConfig(), TOKENIZER)
   again = data.from_examples("preferences", want.examples, want.rows)
   assert want.digest == got.digest == again.digest
   assert want.padded_length == got.padded_length == again.padded_length
@@ -60,9 +60,9 @@ def test_both_sets_have_one_padded_length(tmp_path):
   assert train.padded_length == heldout.padded_length == 24
 
 
-def test_typed_specials_never_become_ids(tmp_path):
-  rows = [{"prompt": "w1 <eos> <bos>", "response": "<eos><pad>w2 <eos>"}]
-  train, _ = load("demonstrations", tmp_path, rows)
+def test_typed_specials_never_become_ids():
+  rows = [data.Row("r", {"prompt": "w1 <eos> <bos>", "response": "<eos><pad>w2 <eos>"})]
+  train = data.from_rows("demonstrations", rows, DataConfig(), TOKENIZER)
   assert not {0, 1, 2} & set(train.examples[0]["prompt"][1:].tolist())
   assert not {0, 1, 2} & set(train.examples[0]["response"][:-1].tolist())
 
@@ -170,7 +170,7 @@ def test_identical_pairs_are_dropped(tmp_path):
   rows = [
     {"prompt": text(1), "chosen": text(2), "rejected": text(3)},
     {"prompt": text(1), "chosen": text(2), "rejected": text(2)},
-    {"prompt": text(1), "chosen": "unknown", "rejected": "words"},  # The same ids.
+    {"prompt": text(1), "chosen": "w2  w3", "rejected": "w2 w3"},  # The same ids.
   ]
   train, _ = load("preferences", tmp_path, rows)
   assert (train.report["kept"], train.report["dropped_identical_pairs"]) == (1, 2)
@@ -262,8 +262,34 @@ def test_small_file_still_holds_out_a_prompt(tmp_path):
   for n in (2, 3, 5):
     train, heldout = load("prompts", tmp_path, prompts(n), eval_fraction=0.001)
     assert (len(train.examples), len(heldout.examples)) == (n - 1, 1)
-  with pytest.raises(DataError, match="no rows are left"):
-    load("prompts", tmp_path, prompts(1), eval_fraction=0.05)
+  for rows in (prompts(1), prompts(1) * 9):
+    train, heldout = load("prompts", tmp_path, rows, eval_fraction=0.05)
+    assert (len(train.examples), len(heldout.examples)) == (len(rows), 0)
+    assert heldout.report["nothing_to_hold_out"] == 1
+
+
+def test_rows_of_one_prompt_are_split_by_their_answers(tmp_path):
+  rows = [{"prompt": text(1), "response": text(i % 40, i // 20)} for i in range(60)]
+  train, heldout = load("demonstrations", tmp_path, rows, eval_fraction=0.2)
+  assert len(train.examples) + len(heldout.examples) == 60
+  assert 4 <= len(heldout.examples) <= 24
+  assert heldout.report["split_by_rows"] == 1
+  ours, theirs = ({e["response"].tobytes() for e in part.examples} for part in (train, heldout))
+  assert not ours & theirs  # Equal rows stay on one side.
+
+
+def test_rows_are_held_out_of_those_that_are_left(tmp_path):
+  long = {"response": text(*range(9))}
+  for n in range(20):  # Whichever row has the least hash, it is not the one that is too long.
+    rows = [{"prompt": text(n, i), "response": text(1)} for i in range(4)]
+    rows[n % 4] |= long
+    train, heldout = load(
+      "demonstrations", tmp_path, rows, eval_fraction=0.001, max_response_length=4
+    )
+    assert (len(train.examples), len(heldout.examples)) == (2, 1)
+    lost = [part.report["dropped_overlong"] for part in (train, heldout)]
+    assert sum(lost) == 1
+    assert sum(part.report["rows_read"] for part in (train, heldout)) == 4
 
 
 def test_eval_rows_limits_the_held_out_rows(tmp_path):
@@ -367,7 +393,7 @@ def test_transcript_of_messages_is_the_prompt_of_hh():
   path = SHARED / "data" / "preference" / "hh_helpful_test.jsonl"
   if not path.is_file():
     pytest.skip(f"needs {path}")
-  for row in data.read_jsonl(path):
+  for row in data.read_file(path):
     assert data.transcript(row.fields["messages"]).split() == row.fields["prompt"].split()
 
 
@@ -394,7 +420,7 @@ def everything(shared, kind, family, **config):
   paths = [str(shared / "data" / f"{family}_{split}.jsonl") for split in ("train", "test")]
   limits = {"max_prompt_length": 10**6, "max_response_length": 10**6, "eval_rows": 10**6}
   config = DataConfig(path=paths[0], eval_path=paths[1], end_token="<s>", **limits, **config)
-  rows = [[row.fields for row in data.read_jsonl(path)] for path in paths]
+  rows = [[row.fields for row in data.read_file(path)] for path in paths]
   return data.load(kind, config, tokenizer), rows
 
 
@@ -404,9 +430,9 @@ def everything(shared, kind, family, **config):
     ("preference/hh_helpful", "f60b7651"),
     ("preference/hh_harmless", "7f4340bd"),
     ("annotators/hh_groups", "ec23e387"),
-    ("annotators/pandalm", "6a27567a"),
-    ("ranking/alpaca_eval_k6", "54572609"),
-    ("ranking/qa_feedback", "e5cdaebb"),
+    ("annotators/pandalm", "f0bb7868"),
+    ("ranking/alpaca_eval_k6", "24abf71a"),
+    ("ranking/qa_feedback", "2909430b"),
     ("ranking/oasst", "e7be44d2"),
   ],
 )
@@ -451,7 +477,7 @@ def test_groups_of_annotators(shared):
   """The humans judged all rows, each of the two groups a part of them."""
   tokenizer = data.load_tokenizer(shared / "models" / "stories260k", eos_token="<s>")
   path = str(shared / "data" / "annotators" / "hh_groups_test.jsonl")
-  votes = [vote for row in data.read_jsonl(path) for vote in row.fields["annotations"]]
+  votes = [vote for row in data.read_file(path) for vote in row.fields["annotations"]]
   config = DataConfig(
     path=path,
     end_token="<s>",
@@ -478,7 +504,7 @@ def test_real_unpaired_rows(shared):
     path=str(path), end_token="<s>", max_prompt_length=10**6, max_response_length=10**6
   )
   train, heldout = data.load("unpaired", config, tokenizer)
-  right = [r["correct"] for row in data.read_jsonl(path) for r in row.fields["responses"]]
+  right = [r["correct"] for row in data.read_file(path) for r in row.fields["responses"]]
   desirable = [e["desirable"][0] for part in (train, heldout) for e in part.examples]
   assert (len(desirable), sum(desirable)) == (len(right), sum(right))
   (train, heldout), rows = everything(shared, "unpaired", "preference/hh_harmless")

@@ -58,7 +58,7 @@ def compared(*preferred):
     ({"prompt": "p", "output": "r"}, "p", "r"),
     ({"question": "p", "solution": "r", "answer": "4"}, "p", "r"),
     ({"prompt": "p", "chosen": "r", "rejected": "s"}, "p", "r"),
-    ({"prompt": "p", "response": "r", "output": "s"}, "p", "r"),
+    ({"prompt": "p", "response": "r", "output": "r"}, "p", "r"),
     ({"question": "p", "response": "r"}, "p", "r"),
     ({"instruction": "p", "output": "r"}, "p", "r"),
     ({"instruction": "p", "input": "", "output": "r"}, "p", "r"),
@@ -280,10 +280,11 @@ def test_prompts(fields, prompt):
 
 
 def test_messages_count_only_with_a_chat_template():
-  fields = {"prompt": "p", "messages": [user("q")], "chosen": "c", "rejected": "r"}
-  for kind in ("preferences", "prompts", "demonstrations"):
-    assert parse(kind, fields).prompt == "p"
-    assert parse(kind, fields, prefer_messages=True).prompt == [user("q")]
+  for text in ("q", "\n\nHuman: q\n\nAssistant:", "Human: q "):
+    fields = {"prompt": text, "messages": [user("q")], "chosen": "c", "rejected": "r"}
+    for kind in ("preferences", "prompts", "demonstrations"):
+      assert parse(kind, fields).prompt == text
+      assert parse(kind, fields, prefer_messages=True).prompt == [user("q")]
 
 
 @pytest.mark.parametrize(
@@ -305,8 +306,8 @@ def test_messages_count_only_with_a_chat_template():
     ("prompts", {"messages": [user(None)]}, r"messages\[0\]\.content: expected text, found null"),
     (
       "prompts",
-      {"messages": [{"role": "gpt", "content": "p"}]},
-      r"messages\[0\]\.role: unknown role 'gpt'; use one of system, user, assistant",
+      {"messages": [{"role": "narrator", "content": "p"}]},
+      r"messages\[0\]\.role: unknown role 'narrator'; use one of system, user, assistant",
     ),
     ("prompts", {"messages": [bot("r")]}, r"messages: the prompt has no user turn"),
     ("prompts", {"messages": [user(" ")]}, r"messages\[0\]\.content: the prompt is empty"),
@@ -343,7 +344,6 @@ def test_messages_count_only_with_a_chat_template():
     ("rankings", {"responses": ranked(0, 1)}, r"prompt: missing"),
     ("rankings", {"prompt": "p", "responses": "t"}, r"responses: expected a list, found str 't'"),
     ("rankings", {"prompt": "p", "responses": []}, r"responses: expected a list, found an empty"),
-    ("rankings", {"prompt": "p", "responses": ranked(0)}, r"responses: holds a single response"),
     ("rankings", {"prompt": "p", "responses": ["t", "u"]}, r"responses\[0\]: nobody has judged it"),
     (
       "rankings",
@@ -372,8 +372,8 @@ def test_messages_count_only_with_a_chat_template():
     ),
     (
       "unpaired",
-      {"prompt": "p", "responses": checked(True, 0)},
-      r"responses\[1\]\.correct: .*int 0",
+      {"prompt": "p", "responses": checked(True, 2)},
+      r"responses\[1\]\.correct: .*int 2",
     ),
     (
       "unpaired",

@@ -4,8 +4,8 @@ import sys
 import numpy as np
 import pytest
 
-from rlhf_jax.data import sources
-from rlhf_jax.data.sources import DataError, read_builtin, read_jsonl, read_tfds
+from rlhf_jax.data import read_file, sources
+from rlhf_jax.data.sources import DataError, read_builtin, read_tfds
 
 GOOD = b'{"prompt": "a"}\n'
 
@@ -18,21 +18,21 @@ def write(tmp_path, content):
 
 def test_reads_rows_with_their_line_numbers(tmp_path):
   path = write(tmp_path, GOOD + b"\n  \r\n" + b'{"prompt": "\xc3\xa9", "n": [1, null]}\r\n{"x": 1}')
-  rows = list(read_jsonl(path))
+  rows = list(read_file(path))
   assert [row.where for row in rows] == [f"{path}:1", f"{path}:4", f"{path}:5"]
   assert rows[1].fields == {"prompt": "é", "n": [1, None]}
 
 
 def test_byte_order_mark_is_accepted(tmp_path):
   path = write(tmp_path, b"\xef\xbb\xbf" + GOOD)
-  assert next(read_jsonl(path)).fields == {"prompt": "a"}
+  assert next(read_file(path)).fields == {"prompt": "a"}
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"])
 def test_unicode_line_separators_do_not_cut_lines(tmp_path, separator):
   escaped = json.dumps({"prompt": f"a{separator}b"})
   raw = escaped.replace(json.dumps(separator)[1:-1], separator) if separator > " " else escaped
-  rows = list(read_jsonl(write(tmp_path, raw.encode() + b"\n" + GOOD)))
+  rows = list(read_file(write(tmp_path, raw.encode() + b"\n" + GOOD)))
   assert [row.fields["prompt"] for row in rows] == [f"a{separator}b", "a"]
 
 
@@ -64,25 +64,25 @@ def test_unicode_line_separators_do_not_cut_lines(tmp_path, separator):
 def test_bad_lines(tmp_path, line, message):
   path = write(tmp_path, GOOD + line)
   with pytest.raises(DataError, match=message):
-    list(read_jsonl(path))
+    list(read_file(path))
   # A skipped line does not shift the lines behind it.
   path = write(tmp_path, GOOD + line.rstrip(b"\n") + b"\n" + GOOD)
   errors = []
-  rows = list(read_jsonl(path, errors.append))
+  rows = list(read_file(path, errors.append))
   assert [row.where for row in rows] == [f"{path}:1", f"{path}:3"]
   assert len(errors) == 1
 
 
 def test_surrogate_pairs_are_characters(tmp_path):
   path = write(tmp_path, b'{"prompt": "\\ud83d\\ude00"}\n')
-  assert next(read_jsonl(path)).fields["prompt"] == "\U0001f600"
+  assert next(read_file(path)).fields["prompt"] == "\U0001f600"
 
 
 def test_missing_file(tmp_path):
   with pytest.raises(DataError, match=r"none\.jsonl: cannot be read .*data\.path"):
-    list(read_jsonl(tmp_path / "none.jsonl"))
+    list(read_file(tmp_path / "none.jsonl"))
   with pytest.raises(DataError, match="cannot be read"):
-    list(read_jsonl(tmp_path))
+    list(read_file(tmp_path))
 
 
 @pytest.mark.parametrize(

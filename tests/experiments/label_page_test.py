@@ -273,4 +273,4 @@ def test_twenty_answers_by_keyboard_and_a_kill(tmp_path, page, start_script, tra
   assert (summary["answers"], summary["ties"], summary["skipped"]) == (20, 1, 1)
   assert -1 <= summary["kappa/ada/label"] <= 1
 
-  assert "not_judged 1" in train_on_labels("reward_model", workdir / "labels.jsonl")
+  assert "1 not judged" in train_on_labels("reward_model", workdir / "labels.jsonl")

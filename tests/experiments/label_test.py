@@ -146,7 +146,7 @@ def test_twenty_answers_an_undo_and_a_kill(tmp_path, pairs_file, train_on_labels
   assert -1 <= summary["kappa/ada/label"] <= 1
 
   # The reward model learns from what a browser test has labelled.
-  assert "not_judged 1" in train_on_labels("preference_model", labels)
+  assert "1 not judged" in train_on_labels("preference_model", labels)
 
 
 @pytest.mark.slow

@@ -154,6 +154,14 @@ def test_gives_up_when_the_first_trials_all_fail(study, run):
   assert "the first 3 trials all failed; see" in output
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sweep_whose_trials_all_fail_is_a_failure(study, run, count):
+  code, output = run(f"--trials={count}", script=("--fail_above=-1",))
+  assert code == 1
+  assert f"all {count} trials failed" in output
+  assert run(f"--trials={count}", script=("--fail_above=-1",))[0] == 1  # Nothing is left to try.
+
+
 def test_nan_is_a_failure(study, run):
   run("--trials=2", script=("--nan_above=0.8",))
   assert [row["state"] for row in table(study)] == ["failed", "done"]

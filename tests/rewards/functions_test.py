@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import simulation
-from rlhf_jax.data import DataError, read_jsonl
+from rlhf_jax.data import DataError, read_file
 from rlhf_jax.rewards import REWARDS
 from rlhf_jax.rewards.functions import final_number
 
@@ -92,7 +92,7 @@ def test_exact_answer_needs_a_reference(row, problem):
 def test_exact_answer_agrees_with_people_on_gsm8k(shared):
   """Model solutions with the verdict of their authors, all of which it must reproduce."""
   path = shared / "data" / "verifiable" / "gsm8k_model_solutions.jsonl"
-  for row in read_jsonl(path):
+  for row in read_file(path):
     texts = [response["text"] for response in row.fields["responses"]]
     labels = [response["correct"] for response in row.fields["responses"]]
     scores = REWARDS["exact_answer"]([""] * 4, texts, [row.fields] * 4)
@@ -101,6 +101,6 @@ def test_exact_answer_agrees_with_people_on_gsm8k(shared):
 
 def test_exact_answer_reads_solutions_that_announce_nothing(shared):
   path = shared / "data" / "verifiable" / "gsm8k_test.jsonl"
-  rows = [row.fields for row in read_jsonl(path)]
+  rows = [row.fields for row in read_file(path)]
   scores = REWARDS["exact_answer"]([""] * len(rows), [row["solution"] for row in rows], rows)
   assert np.mean(scores) > 0.98

@@ -55,7 +55,7 @@ def test_zipped_batches_continue_together():
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("keep_start", [True, False])
 def test_a_state_lives_in_buffers_of_its_own(rank, keep_start, open_bench, monkeypatch):
-  monkeypatch.setattr("experiments.lab.models.frozen_digest", lambda *args: {})  # A new model.
+  monkeypatch.setattr("experiments.lab.models.require_base", lambda *args: None)  # A new model.
   bench = open_bench("sft", "demonstrations", f"--lora.rank={rank}")
   before = jax.device_get(bench.start)
   make_step = functools.partial(sft.make_sft_step, config=SFTConfig())

@@ -14,7 +14,7 @@ def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
   assert bench.train_set.kind == "prompts"
   assert bench.extra["ptx"].kind == "demonstrations"
   identity = json.loads((tmp_path / "run" / "identity.json").read_text())
-  assert identity["ptx"] == bench.extra["ptx"].digest
+  assert identity["ptx data"] == bench.extra["ptx"].digest
 
 
 def test_a_workdir_is_for_one_run_at_a_time(open_bench):

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import sft
 from experiments.records import card, record
+from rlhf_jax import flags
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -16,7 +17,8 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 def write_run(folder: pathlib.Path, script: str, summary: dict, **settings) -> str:
   """Writes the files of a run without its `run.json`; returns the folder."""
   folder.mkdir(parents=True)
-  identity = {"script": script, "seed": 1, "settings": settings, "data": "d1g35t"}
+  named = {f"--{name}": value for name, value in flags.flatten(settings).items()}
+  identity = {"script": script, "--seed": 1, **named, "data": "d1g35t"}
   (folder / "identity.json").write_text(json.dumps(identity))
   (folder / "summary.json").write_text(json.dumps(summary))
   return str(folder)

@@ -51,8 +51,8 @@ def write_run(folder, *, lr=0.1, seed=0, responses=(), init_from=""):
   rows = [{"prompt": p, "response": r, "gold": 1.5} for p, r in responses]
   writer.table(4, "samples", rows)
   writer.close()
-  settings = {"optim": {"lr": lr}, "steps": 4, "init_from": init_from}
-  identity = {"script": "ppo", "seed": seed, "settings": settings, "data": "d1g35t"}
+  settings = {"--seed": seed, "--optim.lr": lr, "--steps": 4, "--init_from": init_from}
+  identity = {"script": "ppo", **settings, "data": "d1g35t"}
   (folder / "identity.json").write_text(json.dumps(identity))
   (folder / "summary.json").write_text(json.dumps({"gold/mean": 2.0 + seed, "note": ATTACK}))
   return str(folder)

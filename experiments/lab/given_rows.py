@@ -1,0 +1,60 @@
+"""Rows that a script reads without training on them, and their lines in the panel at the start."""
+
+import dataclasses
+
+from experiments.lab import evaluating
+from rlhf_jax import data, reporting
+from rlhf_jax.data import DataConfig
+
+
+def show(
+  title: str, config: DataConfig, train_set: data.Dataset, heldout: data.Dataset, **rows: object
+) -> None:
+  """Shows a panel with the source of the data, and what was left out or noticed."""
+  named = {name.replace("_", " "): value for name, value in rows.items()}
+  reporting.start_panel(title, named | data.describe(config, train_set, heldout))
+  warn(config, train_set, heldout)
+
+
+def warn(config: DataConfig, train_set: data.Dataset, heldout: data.Dataset) -> None:
+  """Writes a warning if more than a tenth of the data was left out."""
+  if warning := data.warning(config, train_set, heldout):
+    reporting.note(warning)
+
+
+def prompts(
+  title: str,
+  config: DataConfig,
+  tokenizer: data.Tokenizer,
+  *,
+  seed: int,
+  limit: int = 0,
+  every: bool = False,
+  **rows: object,
+) -> data.Dataset:
+  """Reads the prompts to answer and shows them in a panel.
+
+  Args:
+    title: Title of the panel.
+    config: Sources and limits. Without held-out rows, all rows are taken.
+    tokenizer: Tokenizer of the model.
+    seed: Seed of the built-in task.
+    limit: Maximum number of prompts, each of which is then taken once; 0 takes all held-out rows.
+    every: True to hold out nothing of a file.
+    **rows: Further rows of the panel.
+  """
+  if every and data.is_given(config) and not config.eval_path:
+    config = dataclasses.replace(config, eval_fraction=0.0)
+  train_set, heldout = data.load("prompts", config, tokenizer, seed=seed)
+  chosen = heldout
+  if not chosen.examples:
+    count = limit or config.eval_rows
+    chosen = train_set._replace(examples=train_set.examples[:count], rows=train_set.rows[:count])
+    if limit:
+      chosen = train_set
+  different = evaluating.as_prompts(chosen, len(chosen.rows))
+  if limit:
+    chosen = evaluating.as_prompts(chosen, limit)
+  answered = f"{len(chosen.examples)} of {len(different.examples)} different prompts"
+  show(title, config, train_set, heldout, **rows, answered=answered)
+  return chosen

@@ -1,0 +1,301 @@
+r"""Published formats: each is a function from the columns of a row to the columns of `schema`.
+
+A row has the first format in `FORMATS` whose columns it has and whose condition holds; most rows
+have none and are read as they are.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from rlhf_jax.data.sources import DataError, Row
+
+Fields = Mapping[str, Any]
+
+# Columns with answers; a row that has one is not a question with its `answer`.
+_ANSWERED = ("response", "completion", "output", "solution", "chosen", "responses")
+_ASKED = ("prompt", "question", "instruction", "messages")
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Skip(Exception):
+  """Row that is left out and counted: published files have a few that cannot be used."""
+
+  def __init__(self, reason: str):
+    super().__init__(reason)
+    self.reason = reason
+
+
+class Format(NamedTuple):
+  """Published format.
+
+  Attributes:
+    columns: Columns that a row of the format has; `read` replaces them.
+    read: Function of a row that returns columns of `schema`.
+    when: Condition on the columns of the row.
+    optional: Further columns that `read` replaces, if the row has them.
+  """
+
+  columns: tuple[str, ...]
+  read: Callable[[Row], dict[str, Any]]
+  when: Callable[[Fields], bool] = lambda fields: True
+  optional: tuple[str, ...] = ()
+
+
+def given(fields: Fields, name: str) -> bool:
+  """Returns True if a row has a value in a column; null is no value."""
+  return fields.get(name) is not None
+
+
+def none_of(*names: str) -> Callable[[Fields], bool]:
+  """Returns the condition that a row has none of the columns."""
+  return lambda fields: not any(given(fields, name) for name in names)
+
+
+def find(fields: Fields) -> str | None:
+  """Returns the name of the format of a row in `FORMATS`; None for a row that has none."""
+  for name, of in FORMATS.items():
+    if all(given(fields, column) for column in of.columns) and of.when(fields):
+      return name
+  return None
+
+
+def normalized(row: Row) -> tuple[Row, frozenset[str]]:
+  """Returns a row with columns of `schema`, and the original columns that they were made of.
+
+  Raises:
+    DataError: A column of the format holds something else.
+    Skip: The row is left out.
+  """
+  name = find(row.fields)
+  if name is None:
+    return row, frozenset()
+  of = FORMATS[name]
+  taken = frozenset((*of.columns, *of.optional))
+  rest = {column: value for column, value in row.fields.items() if column not in taken}
+  return row._replace(fields={**rest, **of.read(row)}), taken
+
+
+def joined(rows: Sequence[Row]) -> list[Row]:
+  """Joins rows that score one response each into a row per prompt with `responses`.
+
+  Rows without a score stay as they are.
+  """
+  groups: dict[str, Row] = {}
+  result: list[Row] = []
+  for row in rows:
+    score = score_of(row.fields)
+    if score is None:
+      result.append(row)
+      continue
+    fields = row.fields
+    response = {"text": fields["response"], "score": fields[score]}
+    if fields["prompt"] in groups:
+      groups[fields["prompt"]].fields["responses"].append(response)
+      continue
+    rest = {column: value for column, value in fields.items() if column not in ("response", score)}
+    group = row._replace(fields={**rest, "responses": [response]})
+    groups[fields["prompt"]] = group
+    result.append(group)
+  return result
+
+
+def score_of(fields: Fields) -> str | None:
+  """Returns the column with the score of the single response of a row; None without one."""
+  is_text = all(isinstance(fields.get(name), str) for name in ("prompt", "response"))
+  if not is_text or any(given(fields, name) for name in ("chosen", "responses", "label")):
+    return None
+  numbers = (name for name in ("score", "helpfulness") if type(fields.get(name)) in (int, float))
+  return next(numbers, None)
+
+
+def _renamed(**names: str) -> Callable[[Row], dict[str, Any]]:
+  """Returns the reader that renames columns, `new="old"`."""
+  return lambda row: {new: row.fields[old] for new, old in names.items() if given(row.fields, old)}
+
+
+def _texts(row: Row, *names: str) -> list[str]:
+  for name in names:
+    if not isinstance(row.fields[name], str):
+      fail(row, name, f"expected text, found {describe(row.fields[name])}", "write it as text")
+  return [row.fields[name] for name in names]
+
+
+def _pair(row: Row, columns: Sequence[str], share: float | None) -> dict[str, Any]:
+  """Columns of a prompt and two responses, of which the first won, lost (0) or tied (None)."""
+  prompt, a, b = _texts(row, *columns)
+  preferred = None if share is None else int(share == 0)
+  return {"prompt": prompt, "responses": [a, b], "annotations": [{"preferred": preferred}]}
+
+
+def _with_extra(name: str) -> Callable[[Row], dict[str, Any]]:
+  """Returns the reader of an instruction with further text in the column `name`."""
+
+  def read(row: Row) -> dict[str, Any]:
+    instruction, extra = _texts(row, "instruction", name)
+    return {"instruction": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
+
+  return read
+
+
+def _hh(row: Row) -> dict[str, Any]:
+  """Reads two transcripts that differ in their last turn."""
+  chosen, rejected = (_hh_turns(row, name) for name in ("chosen", "rejected"))
+  if chosen[:-1] != rejected[:-1]:
+    raise Skip("different_prompts")
+  answers = chosen[-1]["content"], rejected[-1]["content"]
+  if not all(answers):
+    raise Skip("empty")
+  *turns, _ = chosen
+  text = row.fields["chosen"]
+  prompt = text[: [match.end() for match in _HH_TURN.finditer(text)][-1]]
+  return {"prompt": prompt, "messages": turns, "chosen": answers[0], "rejected": answers[1]}
+
+
+def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
+  before, *parts = _HH_TURN.split(row.fields[name])
+  roles, contents = parts[::2], parts[1::2]
+  turns: list[dict[str, str]] = []
+  for role, content in zip(roles, contents, strict=True):
+    turn = {"role": _HH_ROLES[role], "content": content.strip()}
+    if turns and turns[-1]["role"] == turn["role"]:  # The same speaker goes on.
+      turns[-1]["content"] = f"{turns[-1]['content']}\n\n{turn['content']}".strip()
+    else:
+      turns.append(turn)
+  if before.strip() or len(turns) < 2 or turns[-1]["role"] != "assistant":
+    problem = "not a transcript from a Human turn to an Assistant turn"
+    fail(row, name, problem, "give the prompt its own column")
+  return turns
+
+
+def _is_hh(fields: Fields) -> bool:
+  sides = [fields["chosen"], fields["rejected"]]
+  if not all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
+    return False
+  prompt = fields.get("prompt")
+  repeated = isinstance(prompt, str) and all(side.startswith(prompt) for side in sides)
+  return repeated or none_of(*_ASKED)(fields)
+
+
+def _shp(row: Row) -> dict[str, Any]:
+  label = row.fields["labels"]
+  if label not in (0, 1):
+    fail(row, "labels", f"expected 1 or 0, found {label!r}", "write 1 if A is better, else 0")
+  return _pair(row, ("history", "human_ref_A", "human_ref_B"), label)
+
+
+def _tldr(row: Row) -> dict[str, Any]:
+  """Reads a choice between summaries, with the prompt of https://arxiv.org/abs/2009.01325."""
+  info, summaries, choice = (row.fields[name] for name in ("info", "summaries", "choice"))
+  if not isinstance(info, dict):
+    fail(row, "info", "expected an object with `post` or `article`", "copy the file again")
+  if isinstance(info.get("post"), str):
+    prompt = (
+      f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
+      f"POST: {info['post']}\n\nTL;DR:"
+    )
+  elif isinstance(info.get("article"), str):
+    prompt = f"Article:\n\n{info['article']}\n\nTL;DR:"
+  else:
+    fail(row, "info", "has neither `post` nor `article`", "copy the file again")
+  vote = {"annotator": row.fields.get("worker"), "preferred": choice}
+  return {"prompt": prompt, "responses": summaries, "annotations": [vote]}
+
+
+def _webgpt(row: Row) -> dict[str, Any]:
+  question = row.fields["question"]
+  prompt = question.get("full_text") if isinstance(question, dict) else question
+  if not isinstance(prompt, str):
+    fail(row, "question", "expected text or an object with `full_text`", "copy the file again")
+  answers = [
+    {"text": row.fields[f"answer_{i}"], "score": row.fields[f"score_{i}"]} for i in range(2)
+  ]
+  return {"prompt": prompt, "responses": answers}
+
+
+def _helpsteer_preference(row: Row) -> dict[str, Any]:
+  strength = row.fields["preference_strength"]
+  if type(strength) not in (int, float):
+    fail(row, "preference_strength", f"expected a number, found {strength!r}", "write -3 to 3")
+  share = None if strength == 0 else float(strength < 0)
+  return _pair(row, ("prompt", "response_1", "response_2"), share)
+
+
+def _ultrafeedback(row: Row) -> dict[str, Any]:
+  return {"instruction": row.fields["instruction"]} | _listed(
+    row, "completions", "response", score="overall_score"
+  )
+
+
+def _nectar(row: Row) -> dict[str, Any]:
+  return {"prompt": row.fields["prompt"]} | _listed(row, "answers", "answer", rank="rank")
+
+
+def _listed(row: Row, column: str, text: str, **judged: str) -> dict[str, Any]:
+  """Columns of a list of objects with their text and their judgement, `new="old"`."""
+  objects = row.fields[column]
+  ((new, old),) = judged.items()
+  if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+    fail(row, column, "expected a list of objects", f"give each `{text}` and `{old}`")
+  return {"responses": [{"text": item.get(text), new: item.get(old)} for item in objects]}
+
+
+def _safe_rlhf(row: Row) -> dict[str, Any]:
+  better = row.fields["better_response_id"]
+  if better not in (0, 1):
+    fail(row, "better_response_id", f"expected 0 or 1, found {better!r}", "write one of the two")
+  return _pair(row, ("prompt", "response_0", "response_1"), 1 - better)
+
+
+def fail(row: Row, column: str, problem: str, fix: str) -> NoReturn:
+  """Refuses a row by one of its columns."""
+  raise DataError(f"{row.where}: {column}: {problem}; {fix}")
+
+
+def describe(value: Any) -> str:
+  """Describes a value in a few words, for a message."""
+  if value is None:
+    return "null"
+  if isinstance(value, (list, dict)):
+    kind = "a list" if isinstance(value, list) else "an object"
+    return kind if value else f"an empty {kind.split()[1]}"
+  shown = repr(value)
+  return f"{type(value).__name__} {shown if len(shown) <= 40 else shown[:37] + '...'}"
+
+
+FORMATS: dict[str, Format] = {
+  "HH-RLHF": Format(("chosen", "rejected"), _hh, _is_hh, optional=("prompt",)),
+  "UltraFeedback binarized": Format(
+    ("messages", "chosen", "rejected"),
+    _renamed(chosen="chosen", rejected="rejected"),
+    lambda fields: fields["messages"] == fields["chosen"],
+  ),
+  "ShareGPT": Format(
+    ("conversations",), _renamed(messages="conversations"), none_of("messages", "conversation")
+  ),
+  "conversation": Format(("conversation",), _renamed(messages="conversation"), none_of("messages")),
+  "SHP": Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+  "TL;DR comparisons": Format(("info", "summaries", "choice"), _tldr),
+  "WebGPT comparisons": Format(("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),
+  "HelpSteer 2 preference": Format(
+    ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer_preference
+  ),
+  "UltraFeedback": Format(("instruction", "completions"), _ultrafeedback),
+  "Nectar": Format(("prompt", "answers"), _nectar),
+  "PKU-SafeRLHF": Format(("prompt", "response_0", "response_1", "better_response_id"), _safe_rlhf),
+  "Stack Exchange pairs": Format(
+    ("question", "response_j", "response_k"),
+    _renamed(question="question", chosen="response_j", rejected="response_k"),
+  ),
+  "Dolly": Format(("instruction", "context"), _with_extra("context"), none_of("input")),
+  "Alpaca": Format(("instruction", "input"), _with_extra("input"), none_of("context")),
+  "GSM8K": Format(
+    ("question", "answer"),
+    _renamed(question="question", response="answer"),
+    none_of(*_ANSWERED),
+  ),
+  "input and output": Format(
+    ("input", "output"), _renamed(prompt="input", output="output"), none_of(*_ASKED)
+  ),
+}

@@ -1,0 +1,417 @@
+"""Inputs that are read, with the values that are read."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+
+import pytest
+
+from rlhf_jax import data
+from rlhf_jax.data import DataConfig, Example
+from tests.data.rows import TOKENIZER, text, write
+
+HELLO = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
+HI = [{"role": "user", "content": "Hi"}]
+TALK = [*HI, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+
+
+def turns(*contents, first="user"):
+  roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+  return [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def shares(*names_and_values):
+  return [{"from": name, "value": value} for name, value in names_and_values]
+
+
+def system(content):
+  return {"role": "system", "content": content}
+
+
+HH = {"chosen": f"{HELLO} See you", "rejected": f"{HELLO} No"}
+WEBGPT = {
+  "question": {"dataset": "eli5", "id": "x", "full_text": "Why?"},
+  "quotes_0": {"title": ["t"], "extract": ["e"]},
+  "answer_0": "a0",
+  "tokens_0": {"prefix": [1]},
+  "score_0": -0.5,
+  "quotes_1": {"title": [], "extract": []},
+  "answer_1": "a1",
+  "tokens_1": {"prefix": [1]},
+  "score_1": 0.5,
+}
+TLDR = {
+  "info": {"id": "t3", "post": "Long.", "title": "T", "subreddit": "aww", "site": None},
+  "summaries": [{"text": " s0", "policy": "sup", "note": None}, {"text": " s1", "policy": "ppo"}],
+  "choice": 1,
+  "worker": "w1",
+  "batch": "b",
+  "split": "train",
+}
+TLDR_PROMPT = "SUBREDDIT: r/aww\n\nTITLE: T\n\nPOST: Long.\n\nTL;DR:"
+SHP = {
+  "post_id": "p",
+  "domain": "askbaking_train",
+  "upvote_ratio": 0.98,
+  "history": "How to bake?",
+  "score_A": 3,
+  "score_B": 9,
+  "human_ref_A": "Cold.",
+  "human_ref_B": "Hot.",
+  "labels": 0,
+}
+HELPSTEER = {
+  "prompt": "Q?",
+  "response": "r",
+  "helpfulness": 3,
+  "correctness": 4,
+  "coherence": 4,
+  "complexity": 1,
+  "verbosity": 2,
+}
+STRENGTH = {"split": "train", "prompt": "Q?", "response_1": "r1", "response_2": "r2"}
+ULTRA = {
+  "source": "evol",
+  "instruction": "Do it",
+  "models": ["a", "b"],
+  "completions": [
+    {"response": "r0", "overall_score": 6.5, "model": "a", "critique": "c"},
+    {"response": "r1", "overall_score": 8.0, "model": "b", "critique": "c"},
+  ],
+  "correct_answers": ["None"],
+}
+BINARIZED = {
+  "prompt": "Hi",
+  "prompt_id": "x",
+  "chosen": turns("Hi", "good"),
+  "rejected": turns("Hi", "bad"),
+  "messages": turns("Hi", "good"),
+  "score_chosen": 8.5,
+  "score_rejected": 7.0,
+}
+DOLLY = {"instruction": "Who?", "context": "It was Ada.", "response": "Ada", "category": "qa"}
+GSM8K = {"question": "2 + 2?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+ORCA = {"id": "niv.1", "system_prompt": "Be brief.", "question": "Who?", "response": "Ada"}
+ORCA_PAIR = {"system": "Be brief.", "question": "Who?", "chosen": "Ada", "rejected": "You"}
+NECTAR = {
+  "prompt": "\n\nHuman: Hi\n\nAssistant: ",
+  "answers": [{"answer": "a0", "model": "m", "rank": 2.0}, {"answer": "a1", "rank": 1.0}],
+  "turns": 1,
+}
+SAFE = {
+  "prompt": "Q?",
+  "response_0": "r0",
+  "response_1": "r1",
+  "is_response_0_safe": True,
+  "better_response_id": 1,
+  "safer_response_id": 0,
+}
+PARTS = [{"type": "text", "text": "Look"}, {"type": "text", "text": "here"}]
+
+# Format or way to write a row, kind, columns, prompt and answers without a chat template, labels.
+# A prompt as messages is what a chat template gets; None if that is the text as a user turn.
+ROWS = [
+  ("HH-RLHF", "preferences", HH, HELLO, ("See you", "No"), (), TALK),
+  ("HH-RLHF", "demonstrations", HH, HELLO, ("See you",), (), TALK),
+  ("HH-RLHF", "prompts", HH, HELLO, (), (), TALK),
+  ("HH-RLHF", "preferences", {"prompt": HELLO, **HH}, HELLO, ("See you", "No"), (), TALK),
+  ("GSM8K", "demonstrations", GSM8K, "2 + 2?", (GSM8K["answer"],), (), None),
+  ("GSM8K", "prompts", GSM8K, "2 + 2?", (), (), None),
+  (
+    "ShareGPT",
+    "demonstrations",
+    {"id": "1", "conversations": shares(("human", "Hi"), ("gpt", "Hello"))},
+    HI,
+    ("Hello",),
+    (),
+    HI,
+  ),
+  (
+    "ShareGPT",
+    "demonstrations",
+    {"conversations": shares(("system", "S"), ("user", "Hi"), ("chatgpt", "Hello"))},
+    [system("S"), *HI],
+    ("Hello",),
+    (),
+    [system("S"), *HI],
+  ),
+  (
+    "ShareGPT",
+    "preferences",
+    {
+      "conversations": shares(("human", "Hi")),
+      "chosen": {"from": "gpt", "value": "good"},
+      "rejected": {"from": "gpt", "value": "bad"},
+    },
+    HI,
+    ("good", "bad"),
+    (),
+    HI,
+  ),
+  ("ShareGPT", "prompts", {"conversations": turns("Hi", "Hello", "Bye")}, TALK, (), (), TALK),
+  ("conversation", "demonstrations", {"conversation": turns("Hi", "a")}, HI, ("a",), (), HI),
+  ("SHP", "preferences", SHP, "How to bake?", ("Hot.", "Cold."), (), None),
+  ("SHP", "preferences", SHP | {"labels": 1}, "How to bake?", ("Cold.", "Hot."), (), None),
+  ("SHP", "prompts", SHP, "How to bake?", (), (), None),
+  ("TL;DR comparisons", "preferences", TLDR, TLDR_PROMPT, (" s1", " s0"), (), None),
+  (
+    "TL;DR comparisons",
+    "preferences",
+    TLDR | {"info": {"article": "News."}, "choice": 0},
+    "Article:\n\nNews.\n\nTL;DR:",
+    (" s0", " s1"),
+    (),
+    None,
+  ),
+  ("WebGPT comparisons", "rankings", WEBGPT, "Why?", ("a1", "a0"), (0, 1), None),
+  ("WebGPT comparisons", "preferences", WEBGPT, "Why?", ("a1", "a0"), (), None),
+  ("HelpSteer 2 preference", "preferences", STRENGTH | {"preference_strength": 3}, "Q?",
+   ("r2", "r1"), (), None),
+  ("HelpSteer 2 preference", "comparisons", STRENGTH | {"preference_strength": -1}, "Q?",
+   ("r1", "r2"), (1.0,), None),
+  ("HelpSteer 2 preference", "comparisons", STRENGTH | {"preference_strength": 0}, "Q?",
+   ("r1", "r2"), (0.5,), None),
+  ("UltraFeedback", "rankings", ULTRA, "Do it", ("r1", "r0"), (0, 1), None),
+  ("UltraFeedback", "demonstrations", ULTRA, "Do it", ("r1",), (), None),
+  ("UltraFeedback binarized", "preferences", BINARIZED, "Hi", ("good", "bad"), (), HI),
+  ("UltraFeedback binarized", "demonstrations", BINARIZED, "Hi", ("good",), (), HI),
+  ("UltraFeedback binarized", "prompts", BINARIZED, "Hi", (), (), HI),
+  ("Nectar", "rankings", NECTAR, NECTAR["prompt"], ("a1", "a0"), (0, 1), None),
+  ("PKU-SafeRLHF", "preferences", SAFE, "Q?", ("r1", "r0"), (), None),
+  (
+    "Stack Exchange pairs",
+    "preferences",
+    {"qid": 1, "question": "Q?", "response_j": "good", "response_k": "bad", "date": "d"},
+    "Q?",
+    ("good", "bad"),
+    (),
+    None,
+  ),
+  ("Dolly", "demonstrations", DOLLY, "Who?\n\nIt was Ada.", ("Ada",), (), None),
+  ("Dolly", "demonstrations", DOLLY | {"context": ""}, "Who?", ("Ada",), (), None),
+  ("Dolly", "prompts", DOLLY, "Who?\n\nIt was Ada.", (), (), None),
+  (
+    "Alpaca",
+    "demonstrations",
+    {"instruction": "Add", "input": "1, 2", "output": "3", "text": "Below is ..."},
+    "Add\n\n1, 2",
+    ("3",),
+    (),
+    None,
+  ),
+  ("input and output", "demonstrations", {"input": "1", "output": "3"}, "1", ("3",), (), None),
+  # Columns beside a prompt.
+  ("system_prompt", "demonstrations", ORCA, "Be brief.\n\nWho?", ("Ada",), (),
+   [system("Be brief."), *turns("Who?")]),
+  ("system", "preferences", ORCA_PAIR, "Be brief.\n\nWho?", ("Ada", "You"), (),
+   [system("Be brief."), *turns("Who?")]),
+  ("system", "demonstrations", ORCA | {"system_prompt": ""}, "Who?", ("Ada",), (), None),
+  ("system", "demonstrations", {"system": "S", "messages": turns("Hi", "a")},
+   [system("S"), *HI], ("a",), (), [system("S"), *HI]),
+  ("system", "prompts", {"system": "S", "messages": [system("S"), *HI]},
+   [system("S"), *HI], (), (), [system("S"), *HI]),
+  (
+    "history",
+    "demonstrations",
+    {"instruction": "Bye", "input": "", "output": "a", "history": [["Hi", "Hello"]]},
+    TALK,
+    ("a",),
+    (),
+    TALK,
+  ),
+  ("history", "demonstrations", {"prompt": "Bye", "response": "a", "history": TALK[:2]},
+   TALK, ("a",), (), TALK),
+  ("history", "demonstrations", {"prompt": "Hi", "response": "a", "history": []},
+   "Hi", ("a",), (), None),
+  # Turns.
+  ("role", "prompts", {"messages": [{"role": "developer", "content": "S"}, *HI]},
+   [system("S"), *HI], (), (), [system("S"), *HI]),
+  ("role", "prompts", {"messages": [{"role": "human", "content": "Hi"}]}, HI, (), (), HI),
+  ("parts", "prompts", {"messages": [{"role": "user", "content": PARTS}]},
+   turns("Look\nhere"), (), (), turns("Look\nhere")),
+  ("first turn", "demonstrations", {"prompt": "Hi", "messages": [*TALK, *turns("a", first="bot")]},
+   TALK, ("a",), (), TALK),
+  ("text and messages", "prompts", {"prompt": HELLO, "messages": TALK}, HELLO, (), (), TALK),
+  ("no text", "prompts", {"chosen": turns("Hi", "a"), "rejected": turns("Hi", "b")},
+   HI, (), (), HI),
+  ("the same twice", "demonstrations", {"prompt": "p", "response": "r", "completion": "r"},
+   "p", ("r",), (), None),
+  ("empty tools", "prompts", {"prompt": "p", "tools": [], "documents": None}, "p", (), (), None),
+  # Labels.
+  *(
+    ("label", "unpaired", {"prompt": "p", "completion": "r", "label": label}, "p", ("r",),
+     (int(label),), None)
+    for label in (1, 0, 1.0, False)
+  ),
+  ("label", "unpaired", {"prompt": HI, "completion": turns("r", first="bot"), "label": True},
+   HI, ("r",), (1,), HI),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "fields", "prompt", "answers", "labels", "messages"),
+  ROWS,
+  ids=[f"{row[0]}-{row[1]}-{i}" for i, row in enumerate(ROWS)],
+)
+def test_rows(tmp_path, name, kind, fields, prompt, answers, labels, messages):
+  path = write(tmp_path, [fields])  # What a file gives, not what Python holds.
+  (row,) = data.read_file(path)
+  read = {on: data.parse_row(kind, row, prefer_messages=on) for on in (False, True)}
+  assert read[False] == [Example(prompt, answers, labels)]
+  with_template = messages or prompt
+  assert read[True] == [Example(with_template, answers, labels)]
+
+
+def test_every_format_has_a_row():
+  assert {row[0] for row in ROWS} >= set(data.FORMATS)
+
+
+def rows_of(tmp_path, name, content):
+  path = tmp_path / name
+  path.write_bytes(content)
+  return [row.fields for row in data.read_file(path)]
+
+
+PAIRS = [{"prompt": "é, a", "response": 'say "b"\nthen c'}, {"prompt": "d", "response": "e"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in PAIRS).encode()
+ARRAY = json.dumps(PAIRS, indent=1).encode()
+
+
+def table(delimiter):
+  file = io.StringIO()
+  writer = csv.DictWriter(file, ["prompt", "response"], delimiter=delimiter)
+  writer.writeheader()
+  writer.writerows(PAIRS)
+  return file.getvalue().encode()
+
+
+def parquet():
+  import pyarrow
+  import pyarrow.parquet
+
+  file = io.BytesIO()
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), file)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("lines.jsonl", LINES),
+    ("lines.csv", LINES),  # The content says what it is.
+    ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
+    ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
+    ("array.json", ARRAY),
+    ("array.jsonl", b"\xef\xbb\xbf\n " + ARRAY),
+    ("line.jsonl", json.dumps(PAIRS).encode()),
+    ("lines.jsonl.gz", gzip.compress(LINES)),
+    ("two.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+    ("lines.jsonl", bz2.compress(LINES)),
+    ("lines.xz", lzma.compress(LINES)),
+    ("array.json.gz", gzip.compress(ARRAY)),
+    ("table.csv", table(",")),
+    ("table.CSV", b"\xef\xbb\xbf" + table(",")),
+    ("table.tsv", table("\t")),
+    ("table.csv.gz", gzip.compress(table(","))),
+  ],
+)
+def test_files(tmp_path, name, content):
+  assert rows_of(tmp_path, name, content) == PAIRS
+
+
+def test_parquet_files(tmp_path):
+  assert rows_of(tmp_path, "rows.parquet", parquet()) == PAIRS
+
+
+def test_several_files(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for i in range(3):
+    write(tmp_path, [{"prompt": text(i)}], f"part_{i}.jsonl")
+  write(tmp_path, [{"prompt": text(9)}], "a,b.jsonl")
+
+  def read(spec):
+    return [row.fields["prompt"] for row in data.read_file(spec)]
+
+  assert read(f"{tmp_path}/part_2.jsonl,{tmp_path}/part_0.jsonl") == [text(2), text(0)]
+  assert read(f"{tmp_path}/part_*.jsonl") == [text(0), text(1), text(2)]
+  assert read("~/part_1.jsonl") == [text(1)]
+  assert read(f"{tmp_path}/a,b.jsonl") == [text(9)]
+
+
+def scored(prompt, answer, score, name="helpfulness"):
+  return {"prompt": prompt, "response": answer, name: score, "coherence": 4}
+
+
+def test_rows_with_one_scored_response_each_are_joined(tmp_path):
+  """HelpSteer 2 has a row per response; two rows have the same prompt."""
+  rows = [
+    *(scored(text(1), text(2), 1), scored(text(1), text(3), 4)),
+    *(scored(text(4), text(5), 2), scored(text(6), text(7), 0)),
+    *(scored(text(6), text(8), 0), scored(text(4), text(9), 3)),
+    scored(text(10), text(11), 4),
+  ]
+  path = write(tmp_path, rows)
+  assert data.comparison_kind(DataConfig(path=path)) == "rankings"
+  train, _ = data.load("rankings", DataConfig(path=path, eval_fraction=0), TOKENIZER)
+  read = [[TOKENIZER.decode(ids) for ids in data.responses_of(e)] for e in train.examples]
+  assert read == [[text(3), text(2)], [text(9), text(5)]]
+  assert train.dropped == "ties 1, single_responses 1"
+  train, _ = data.load("preferences", DataConfig(path=path, eval_fraction=0), TOKENIZER)
+  assert [TOKENIZER.decode(e["chosen"]) for e in train.examples] == [text(3), text(9)]
+  train, _ = data.load("demonstrations", DataConfig(path=path, eval_fraction=0), TOKENIZER)
+  assert len(train.examples) == len(rows)
+
+
+def test_a_chat_template_gets_the_same_turns_from_published_and_from_clean_rows(shared):
+  """The files of real rows were cut from the published ones; cutting them here gives the same."""
+  path = shared / "data" / "preference" / "hh_helpful_test.jsonl"
+  count = 0
+  for row in data.read_file(path):
+    fields = row.fields
+    both = {name: f"{fields['prompt']} {fields[name]}" for name in ("chosen", "rejected")}
+    if not fields["prompt"].startswith("\n\nHuman:"):
+      continue
+    for on in (False, True):
+      (want,) = data.parse_row("preferences", row, prefer_messages=on)
+      (got,) = data.parse_row("preferences", data.Row("r", both), prefer_messages=on)
+      assert [answer.strip() for answer in want.answers] == list(got.answers)
+      assert got.prompt == want.prompt if not on else len(got.prompt) == len(want.prompt)
+    count += 1
+  assert count > 150
+
+
+def test_rows_of_published_transcripts_that_cannot_be_used_are_counted(tmp_path):
+  def side(*words):
+    return (
+      "".join(f"\n\n{'HA'[i % 2]}: {w}" for i, w in enumerate(words))
+      .replace("H:", "Human:")
+      .replace("A:", "Assistant:")
+    )
+
+  rows = [
+    *({"chosen": side(text(i), text(1)), "rejected": side(text(i), text(2))} for i in range(9)),
+    {"chosen": side(text(1), text(1)), "rejected": side(text(2), text(2))},
+    {"chosen": side(text(1), text(1)), "rejected": side(text(1), "")},
+    {"chosen": side(text(1), text(1)), "rejected": side(text(1), text(1))},
+  ]
+  config = DataConfig(path=write(tmp_path, rows), eval_fraction=0)
+  parts = [data.load("preferences", config, WITH_NAMES)[0]]
+  assert parts[0].dropped == "different_prompts 1, empty 1, identical_pairs 1"
+  assert len(parts[0].examples) == 9
+
+
+NAMES = ("Human:", "Assistant:")
+WITH_NAMES = data.word_level_tokenizer([*(f"w{i}" for i in range(40)), *NAMES])
+
+
+def test_ignored_columns(tmp_path):
+  rows = [{"prompt": text(1), "response": text(2), "context": "x", "tools": [1], "n": 3}]
+  path = write(tmp_path, rows)
+  config = DataConfig(path=path, eval_fraction=0, ignore=("context", "tools"))
+  train, heldout = data.load("demonstrations", config, TOKENIZER)
+  assert train.rows[0]["context"] == "x"  # For rewards.
+  assert train.unread == ("n",)
+  assert "columns that are not read: n" in data.describe(config, train, heldout)["noticed"]

@@ -94,6 +94,8 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
           rows.append({"prompt": prompts.rows[i]["prompt_text"], "response": text, **numbers})
     reporting.save_samples(run.workdir, 0, rows)
     reporting.show_samples(rows, f"Samples of {config.init_from}")
+    if reward_fn is not None:
+      rewards.require(judges.name_of(reward_fn), np.array([row["reward"] for row in rows]))
   return rows
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import glob
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -37,6 +36,10 @@ class ModelOptions:
     heads: Number of attention heads of a new model.
     mlp_width: Width of the MLPs of a new model.
     dtype: Dtype of the computation; params and optimizer state stay float32.
+    precision: Precision of matrix products in float32: those of a float32 model, and scores and
+      values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
+      `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
+      on NVIDIA GPUs.
     attention: Implementation of attention over full sequences: `xla`, the TPU kernel `splash`, or
       `cudnn`. `auto` takes the kernel of the device where possible. Sampling always uses `xla`.
     remat: Activations that the backward pass recomputes to save memory. `none` recomputes nothing,
@@ -54,6 +57,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
+  precision: Literal["default", "high", "highest"] = "high"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
@@ -178,7 +182,11 @@ def open_model(
         f" {config.vocab_size} rows; they do not belong together"
       )
   config = dataclasses.replace(
-    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+    config,
+    dtype=options.dtype,
+    precision=options.precision,
+    attention=options.attention,
+    remat=options.remat,
   )
   model = build_model(run, options, config, tokenizer, head)
   key = run.key_for(1)
@@ -298,11 +306,11 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
-  """Returns the files that a flag names: one, those of a folder, or those of a pattern."""
+  """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
   path = workdir_lib.local_path(given)
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
-  return [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(path))))
+  return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:

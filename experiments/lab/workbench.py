@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +14,21 @@ import numpy as np
 
 from experiments import records
 from experiments.lab import evaluating, given_rows, judges, limits, models, training
-from rlhf_jax import data, flags, generation, loop, processes, reporting, rewards, sharding
+from rlhf_jax import (
+  data,
+  defaults,
+  flags,
+  generation,
+  loop,
+  processes,
+  reporting,
+  rewards,
+  sharding,
+)
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
+from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
@@ -93,7 +105,8 @@ class Workbench(NamedTuple):
     sets = self.config.data, self.train_set, self.heldout
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
-    lines = {"initial model": start, **data.describe(*sets), **named}
+    rates = defaults.describe(self.config)
+    lines = {"initial model": start, **data.describe(*sets), **named, **rates}
     training.describe(self.run, title, self.model, trainer, lines)
     given_rows.warn(*sets)
 
@@ -132,10 +145,10 @@ class Workbench(NamedTuple):
   def over(
     self,
     dataset: data.Dataset,
-    measure: Callable[[Any], Metrics],
+    measure: Callable[[Any], Any],
     columns: np.ndarray | None = None,
     show: str = "",
-  ) -> dict[str, np.ndarray]:
+  ) -> Any:
     """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
@@ -155,20 +168,21 @@ class Workbench(NamedTuple):
   def evaluator(
     self,
     trainer: training.Trainer,
-    measure: Callable[[Params, Any], Metrics],
-    columns: np.ndarray | None,
-    judge: Callable[[], evaluating.Judge],
+    measure: Callable[[Params, Any], Any],
+    summarize: Callable[[Any], tuple[jax.Array, Metrics]],
+    judge: Callable[[], evaluating.Judge] | None = None,
   ) -> Callable[[Any, int], dict[str, float]]:
-    """Builds `evaluate(state, step)` of a policy that is trained on rows of data.
+    """Builds `evaluate(state, step)` of a model that is trained on rows of data.
 
     Args:
-      trainer: Trainer of the policy.
-      measure: `(params, batch) -> metrics` of each row, NaN where undefined.
-      columns: Further columns of the held-out rows, which become part of the batches.
+      trainer: Trainer of the model.
+      measure: `(params, batch) -> tree` of [B, ...] arrays.
+      summarize: `(tree) -> (loss, metrics)` of all held-out rows at once, normalised as in
+        training; metrics that are NaN are undefined.
       judge: Function that opens the judge, whose metrics are added with `--eval_every`.
 
     Returns:
-      A function whose metrics are means over the held-out rows, empty if there are no rows.
+      A function of the metrics of the held-out rows, empty if there are no rows.
     """
 
     @evaluating.once_per_step
@@ -176,9 +190,11 @@ class Workbench(NamedTuple):
       if not self.heldout.examples:
         return {}
       params = trainer.params(state)
-      rows = self.over(self.heldout, functools.partial(measure, params), columns)
-      means = {f"eval/{name}": float(np.nanmean(values)) for name, values in rows.items()}
-      return means | (judge().measure(params, step) if self.config.eval_every else {})
+      loss, metrics = summarize(self.over(self.heldout, functools.partial(measure, params)))
+      metrics = {n: x for n, x in reported(metrics).items() if n not in ("weight", "tokens")}
+      values = {f"eval/{name}": float(x) for name, x in (metrics | {"loss": loss}).items()}
+      defined = {n: x for n, x in values.items() if n == "eval/loss" or not math.isnan(x)}
+      return defined | (judge().measure(params, step) if judge and self.config.eval_every else {})
 
     return evaluate
 
@@ -258,9 +274,21 @@ class Workbench(NamedTuple):
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
 
-  def finish(self, summary: Mapping[str, Any]) -> None:
-    """Ends the run after its export: plots, model card, summary.json."""
-    training.finish(self.run, summary)
+  def start_of(self, workdir: str) -> list[str]:
+    """Flags of a script that starts from the same model as this one, and from its own data."""
+    config = self.config
+    start = config.init_from or config.model.path or "runs/sft"
+    words = [f"--workdir={workdir}", f"--init_from={start}"]
+    return words + (["--data.path=PROMPTS.jsonl"] if config.data.path else [])
+
+  def finish(self, summary: Mapping[str, Any], *following: str) -> None:
+    """Ends the run after its export: plots, model card, summary.json.
+
+    Args:
+      summary: Metrics of summary.json.
+      *following: Script that may follow, and its flags.
+    """
+    training.finish(self.run, summary, *following)
 
 
 @contextlib.contextmanager
@@ -287,6 +315,7 @@ def open(
     spare: Number of devices to leave out of the mesh.
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
+  reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
@@ -304,8 +333,19 @@ def open(
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
+    # Losses of given responses compute no logits of prompts.
+    scored = scored_tokens(config, [train_set, *further.values()])
+    model = model._replace(apply=functools.partial(model.apply, scored=scored))
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
     save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
+  """Returns the most response tokens of a row of the data sets, or of the responses to sample."""
+  if config.data.packed_length:
+    return data.packed_scored(sets[0], config.data.packed_length)
+  sampled = config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0
+  return max(sampled, *(of.scored for of in sets))
 
 
 def save_flags(run: loop.Run, config: Any) -> None:

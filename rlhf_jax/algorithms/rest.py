@@ -17,8 +17,8 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import selection
-from rlhf_jax.losses import kl, logprobs, masked, packing, supervised
-from rlhf_jax.train_step import jit_step, update
+from rlhf_jax.losses import kl, logprobs, masked, packing
+from rlhf_jax.train_step import jit_step, reported, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
 # (state, batch, ref_params, key) -> (state, metrics)
@@ -103,10 +103,10 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
   """
   del key
-  tokens, mask = batch.sequences
+  tokens, mask = batch.sequences.tokens, batch.sequences.mask
   mask = packing.predicted(mask)
   logits = apply_fn(params, tokens)
-  nll = supervised.nll(logits, tokens)
+  nll = -logprobs.next_token_scores(logits, tokens, mask).logprobs
   weights = jnp.where(mask, batch.weights[:, None], 0.0)
   total = jnp.maximum(jnp.sum(weights), 1e-9)
   trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.trust else 1.0
@@ -140,6 +140,7 @@ def make_rest_step(
 
   def step(state: TrainState, batch: RestBatch, ref_params: Params, key: jax.Array):
     loss = functools.partial(loss_fn, ref_params=ref_params, config=config, **apply)
-    return update(loss, tx, state, batch, key, microbatches=config.microbatches)
+    state, metrics = update(loss, tx, state, batch, key, microbatches=config.microbatches)
+    return state, reported(metrics)
 
   return jit_step(step, state_shardings)

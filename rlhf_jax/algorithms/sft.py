@@ -13,7 +13,6 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import given
-from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
@@ -51,19 +50,28 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
   """
   del key  # The loss is deterministic given the batch.
-
-  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logprobs = logprobs_lib.token_logprobs(logits, targets)
-    return logprobs, jnp.argmax(logits, axis=-1) == targets
-
-  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, score)
-  loss = -masked.masked_mean(logprobs, mask)
+  loss, scores, mask = given.read_nll(apply_fn, params, batch, hits=True)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
-    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask),
+    "token_accuracy": masked.masked_mean(scores.hits, mask),
     "weight": tokens,
     "tokens": tokens,
   }
+
+
+def row_sums(apply_fn: ApplyFn, params: Params, batch: SFTBatch) -> Metrics:
+  """Sums [B] over the scored tokens of each row: `loss`, `token_accuracy`, and their number."""
+  scores, mask = given.read_rows(apply_fn, params, batch, hits=True)
+  sums = {"loss": -scores.logprobs, "token_accuracy": scores.hits, "tokens": mask}
+  return {name: masked.masked_sum(x, mask, axis=1) for name, x in sums.items()}
+
+
+def mean_metrics(rows: Metrics) -> tuple[jax.Array, Metrics]:
+  """Loss and metrics of rows from their `row_sums`: means over tokens, as in `loss_fn`."""
+  totals = {name: jnp.sum(jnp.asarray(x)) for name, x in rows.items()}
+  tokens = totals.pop("tokens")
+  means = {name: x / jnp.maximum(tokens, 1) for name, x in totals.items()}
+  return means.pop("loss"), means
 
 
 def make_sft_step(

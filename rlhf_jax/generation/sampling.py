@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from rlhf_jax import ranges
 from rlhf_jax.losses import logprobs as logprobs_lib
 
+_ROUNDING = 1e-6  # Of a sum of probabilities in float32.
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
@@ -78,6 +80,8 @@ def _unescaped(text: str) -> str:
 def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
   """Sets the logits of excluded tokens to -inf. The most likely token always stays.
 
+  Of equally likely tokens, those with the smallest ids are taken first.
+
   `top_p` is nucleus sampling (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751): the
   smallest set of most likely tokens whose probability reaches `top_p`, after `top_k`.
 
@@ -89,15 +93,18 @@ def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
   Returns:
     [..., V] float.
   """
-  if 0 < top_k < logits.shape[-1]:
-    threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
-    logits = jnp.where(logits >= threshold, logits, -jnp.inf)
+  use_top_k = 0 < top_k < logits.shape[-1]
+  if not use_top_k and top_p >= 1:
+    return logits
+  order = jnp.argsort(-logits, axis=-1, stable=True)  # Most likely first.
+  rank = jnp.argsort(order, axis=-1)
+  if use_top_k:
+    logits = jnp.where(rank < top_k, logits, -jnp.inf)
   if top_p < 1:
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # Probability of everything more likely.
-    kept = jnp.where(before < top_p, ordered, jnp.inf)
-    logits = jnp.where(logits >= jnp.min(kept, axis=-1, keepdims=True), logits, -jnp.inf)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    reached = jnp.cumsum(probs, axis=-1) >= top_p - _ROUNDING
+    count = 1 + jnp.sum(~reached, axis=-1, keepdims=True)  # Up to the first that reaches it.
+    logits = jnp.where(rank < count, logits, -jnp.inf)
   return logits
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from rlhf_jax import simulation
 from rlhf_jax.algorithms import given
 from rlhf_jax.losses import packing
-from rlhf_jax.rewards.functions import one_number_each
+from rlhf_jax.rewards.functions import ask
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
 # (a, b, prompt_ids [B]) -> [B] float32, probability that each response in `a` is preferred to the
-# one in `b` to the same prompt.
+# one in `b` to the same prompt, NaN where it cannot be used.
 PreferenceFn = Callable[[Rollout, Rollout, np.ndarray], jax.Array | np.ndarray]
 # (prompts, responses a, responses b, rows) -> one probability per pair.
 TextPreference = Callable[
@@ -140,7 +140,6 @@ def text_preference(
     first, second = response_texts(a, decode), response_texts(b, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
     prompts = [row["prompt_text"] for row in chosen]
-    values = function(prompts, first, second, chosen)
-    return one_number_each(values, first, function, pairs=True)
+    return ask(function, prompts, first, second, rows=chosen)
 
   return prefer

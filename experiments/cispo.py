@@ -6,7 +6,6 @@ Your model and prompts, with a reward of 1 for the right final number:
   python -m experiments.cispo --workdir=runs/cispo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=exact_answer --sampling.samples_per_prompt=8
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -18,7 +17,7 @@ from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import cispo, reading
 from rlhf_jax.algorithms.cispo import CISPOConfig
 from rlhf_jax.data import DataConfig
@@ -39,9 +38,9 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
-  cispo: CISPOConfig = CISPOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
+  cispo: CISPOConfig = CISPOConfig(kl_coef=0.1)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()

@@ -12,7 +12,6 @@ The initial policy is the reference; its log-probabilities are computed once per
 --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
-The default learning rate is for the built-in task.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -21,11 +20,12 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from experiments.lab import evaluating, models, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import dpo, pairs
 from rlhf_jax.algorithms.dpo import DPOBatch, DPOConfig
 from rlhf_jax.algorithms.pairs import PairConfig
@@ -45,10 +45,10 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   dpo: DPOConfig = DPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 1e-6))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -64,14 +64,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
-    def measure(params, batch):
-      return dpo.row_metrics(params, DPOBatch(*batch), read=read, config=config.dpo)[0]
+    def summarize(policy):
+      rows = dpo.row_metrics(policy, jnp.asarray(heldout_refs), config=config.dpo)
+      return pairs.mean_metrics(*rows, policy.real)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
+    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,

@@ -9,7 +9,6 @@ Your model and data (rows with prompt, response, label; a pair counts as two row
 The initial policy is the reference; its log-probabilities are computed once per response.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
-The default learning rate is for the built-in task.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -18,11 +17,12 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOBatch, KTOConfig
 from rlhf_jax.data import DataConfig
@@ -42,9 +42,9 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   kto: KTOConfig = KTOConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -61,15 +61,19 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     @jax.jit
     def measure(params, batch):
-      return kto.row_metrics(
-        params, KTOBatch(*batch), apply_fn=bench.model.apply, config=config.kto
-      )
+      return kto.read_responses(bench.model.apply, params, batch), batch.desirable
+
+    @jax.jit
+    def summarize(rows):
+      policy, desirable = rows
+      refs = jnp.asarray(heldout_refs)
+      return kto.mean_metrics(policy, refs, desirable, config=config.kto)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
+    evaluate = bench.evaluator(trainer, measure, summarize, judge)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, KTOBatch(*batch), key),
       trainer,

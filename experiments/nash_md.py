@@ -15,7 +15,6 @@ Mirror Prox:
 Best response to a trained policy, which measures its exploitability:
   --nash_md.mix=0 --opponent=runs/nash
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and the judge compares
 their responses. The same command, run again, resumes a run that was stopped.
 """
@@ -29,7 +28,7 @@ from experiments.lab import matches, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, PreferenceOptions
 from experiments.lab.matches import Match, MatchState
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import nash_md, opponents
 from rlhf_jax.algorithms.nash_md import NashMDConfig
 from rlhf_jax.data import DataConfig
@@ -57,9 +56,9 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference: PreferenceOptions = PreferenceOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   nash_md: NashMDConfig = NashMDConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7), schedule="linear")
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):

@@ -12,7 +12,6 @@ Iterative DPO, in rounds of 20 steps whose reference is the policy of the previo
   --online.round_steps=20
 
 --dpo.loss takes every loss of experiments.dpo.
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -25,7 +24,7 @@ import jax.numpy as jnp
 from experiments.lab import models, pairing, responses, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
 from rlhf_jax.algorithms.pairs import PairConfig
@@ -48,11 +47,11 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   preference: PreferenceOptions = PreferenceOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
   online: OnlineConfig = OnlineConfig()
   dpo: DPOConfig = DPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-4, schedule="linear")
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-4, 5e-7), schedule="linear")
   shaping: ShapingConfig = ShapingConfig(missing_eos_penalty=0.0)
   lora: LoRAConfig = LoRAConfig()
 

@@ -56,6 +56,9 @@ class Config:
       raise ValueError(f"seeds must be at least 1, got {self.seeds}")
     if not self.ppo.ppo.kl_coef:
       raise ValueError("ppo.ppo.kl_coef must be positive: runs without a penalty are there anyway")
+    if self.sft.init_from or self.sft.model.path:
+      name = "init_from" if self.sft.init_from else "model.path"
+      raise ValueError(f"sft.{name} is empty here: this is an experiment with the built-in model")
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by this script; leave it empty")

@@ -21,7 +21,7 @@ from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import Carry, IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
 from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
 from rlhf_jax.data import DataConfig
@@ -47,9 +47,9 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=0.2, ptx_coef=0.1)
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   critic: critics.CriticOptions = critics.CriticOptions(warmup=5)
   shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)
   rollout: RolloutOptions = RolloutOptions()

@@ -7,7 +7,6 @@ Your model and prompts, against a Python reward function:
   python -m experiments.reinforce_pp --workdir=runs/reinforce_pp --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.name=sentiment
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -19,7 +18,7 @@ from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import reading, reinforce_pp
 from rlhf_jax.algorithms.reinforce_pp import ReinforcePPConfig
 from rlhf_jax.data import DataConfig
@@ -40,9 +39,9 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   reinforce_pp: ReinforcePPConfig = ReinforcePPConfig(kl_coef=0.2)
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()

@@ -16,7 +16,6 @@ them once and writes them to `workdir/grow_0/responses.jsonl`. One Improve step 
 workdir such as `workdir/grow_0_improve_0`. `metrics.jsonl` has a line per Improve step, and
 `plots/quality.png` shows the rewards of the sampled and of the kept responses.
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped; no scored sample is lost.
 """
 
@@ -28,7 +27,7 @@ import numpy as np
 from experiments import records
 from experiments.lab import given_rows, growing, improving, judges, models, responses, workbench
 from experiments.lab.case import Case
-from rlhf_jax import data, entry, flags, loop, ranges
+from rlhf_jax import data, defaults, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import selection
 from rlhf_jax.algorithms.rest import RestConfig
@@ -60,9 +59,9 @@ class Config(judges.JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: judges.RewardOptions = judges.RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=8)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=8)
   rest: RestConfig = RestConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=5e-4)
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 2e-5))
   shaping: ShapingConfig = ShapingConfig()
   lora: LoRAConfig = LoRAConfig()
 
@@ -118,7 +117,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       after = improving.improve(improve, config, i, start, folder, tokenizer, examples, heldout)
       rows.append(
         {
-          "grown_reward/mean": float(np.mean(grown.rewards)),
+          "grown_reward/mean": float(np.nanmean(grown.rewards)),
           "kept_reward/mean": float(np.mean(grown.rewards[kept])),
           "kept_reward/min": float(np.min(grown.rewards[kept])),
           "kept_share": float(np.mean(kept)),

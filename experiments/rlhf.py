@@ -56,6 +56,12 @@ class Config:
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by the chain; leave it empty")
+    if self.sft.init_from or self.sft.model.path:
+      name = "init_from" if self.sft.init_from else "model.path"
+      raise ValueError(
+        f"sft.{name} is empty here: the defaults of the chain are those of the built-in model; run"
+        " experiments.sft, reward_model and ppo on yours, one after the other"
+      )
     if self.ppo.reward != PPOStage().reward:
       raise ValueError("ppo.reward is set by the chain: PPO is trained on the reward model")
 
@@ -95,7 +101,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   show(summary)
   if processes.is_first():
     for name in ("sft", "reward_model", "ppo"):
-      shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
+      if (workdir / name / "plots").exists():  # Two lines of metrics make a plot.
+        shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
   reporting.write_summary(workdir, summary)
   return summary
 

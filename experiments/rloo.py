@@ -8,7 +8,6 @@ Your model and prompts, against a Python reward function:
 REINFORCE, whose baseline is the mean of the rest of the batch:
   --sampling.samples_per_prompt=1 --batch_size=64
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-6.
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.
 """
@@ -20,7 +19,7 @@ from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import reading, rloo
 from rlhf_jax.algorithms.rloo import RLOOConfig
 from rlhf_jax.data import DataConfig
@@ -41,9 +40,9 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40, samples_per_prompt=4)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
   rloo: RLOOConfig = RLOOConfig(kl_coef=0.2)
-  optim: OptimConfig = OptimConfig(learning_rate=1e-3, schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()

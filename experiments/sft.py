@@ -8,7 +8,6 @@ Your model and data (rows with prompt and response, instruction and output, or m
 With --data.packed_length=2048 a row holds as many demonstrations as fit into 2048 tokens, instead
 of one demonstration and padding. The panel at the start shows the share of padding.
 
-The default learning rate is for the built-in task; a pretrained model needs about 1e-5.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -16,16 +15,14 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 
-from experiments.lab import evaluating, models, training, workbench
+from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.losses import masked, supervised
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 
@@ -37,11 +34,12 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 90
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   sft: SFTConfig = SFTConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-3)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-3, 2e-5))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -56,17 +54,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
 
-    @jax.jit
-    def measure(params, batch):
-      losses = supervised.nll(bench.model.apply(params, batch.tokens), batch.tokens)
-      return {"eval/loss": masked.masked_mean(losses, batch.mask, axis=1)}
-
-    @evaluating.once_per_step
-    def evaluate(state, step):
-      del step
-      rows = bench.over(bench.heldout, functools.partial(measure, trainer.params(state)))
-      return {name: float(np.mean(values)) for name, values in rows.items()}
-
+    measure = jax.jit(functools.partial(sft.row_sums, bench.model.apply))
+    evaluate = bench.evaluator(trainer, measure, sft.mean_metrics)
     state = bench.fit(
       trainer.step,
       trainer,
@@ -76,9 +65,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     params = trainer.params(state)
     bench.export(params)
-    summary = evaluate(state, config.steps) if bench.heldout.examples else {}
+    summary = evaluate(state, config.steps)
     bench.show_samples(params, "Samples of the fine-tuned model")
-    bench.finish(summary)
+    pairs = ["--data.path=PAIRS.jsonl"] if config.data.path else []
+    start = f"--init_from={session.workdir}"
+    bench.finish(summary, "reward_model", "--workdir=runs/rm", start, *pairs)
   return summary
 
 

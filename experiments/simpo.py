@@ -13,7 +13,6 @@ By CPO:
 With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
-The default learning rate is for the built-in task.
 The same command, run again, resumes a run that was stopped.
 """
 
@@ -25,7 +24,7 @@ import jax
 from experiments.lab import evaluating, models, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.judges import RewardOptions
-from rlhf_jax import entry, loop
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import pairs, simpo
 from rlhf_jax.algorithms.pairs import PairConfig
 from rlhf_jax.algorithms.simpo import SimPOConfig
@@ -45,10 +44,10 @@ class Config(loop.RunConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  sampling: SamplingConfig = SamplingConfig(max_new_tokens=40)
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   simpo: SimPOConfig = SimPOConfig()
   pairs: PairConfig = PairConfig()
-  optim: OptimConfig = OptimConfig(learning_rate=3e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(3e-5, 5e-7))
   lora: LoRAConfig = LoRAConfig()
 
 
@@ -63,14 +62,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
 
     @jax.jit
-    def measure(params, batch):
-      return simpo.row_metrics(params, batch, read=read, config=config.simpo)[0]
+    def summarize(policy):
+      return pairs.mean_metrics(*simpo.row_metrics(policy, config=config.simpo), policy.real)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, None, judge)
+    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
     batches = bench.batches(packed_length=config.data.packed_length)
     state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate, title="simpo")
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)

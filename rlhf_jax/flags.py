@@ -31,6 +31,7 @@ from typing import Any, TypeVar, cast
 
 from absl import app, flags
 
+from rlhf_jax import defaults as defaults_lib
 from rlhf_jax import workdir as workdir_lib
 
 # A flag belongs to the script that calls `define`, whose --help then lists it.
@@ -86,7 +87,18 @@ def define(
   """
   taken: dict[str, _Names] = {}
   outer = tuple(prefix.split(".")) if prefix else ()
-  return _define(cls, outer, flag_values, defaults, taken)
+  build = _define(cls, outer, flag_values, defaults, taken)
+
+  def read() -> T:
+    config = build()
+    # Defaults that depend on the model are known now: a flag file must not depend on it again.
+    for name, value in flatten(to_dict(config), outer).items():
+      is_number = isinstance(value, int | float)
+      if name in taken and is_number and flag_values[name].value != value:
+        flag_values[name].value = value
+    return config
+
+  return read
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -170,7 +182,9 @@ def changed(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config)
     if (default := _default(field, None)) is not dataclasses.MISSING
   }
-  usual = flatten({name: _plain(default) for name, default in defaults.items()})
+  kind = defaults_lib.kind_of(config)
+  plain = {name: _plain(defaults_lib.settled(x, kind)) for name, x in defaults.items()}
+  usual = flatten(plain)
   return {
     name: value
     for name, value in flatten(to_dict(config)).items()
@@ -299,7 +313,7 @@ def _define(
     rare = field.metadata.get("rare", False) if listed is None else field.name not in listed
     shown = None if rare else title
     _register(name, hints[field.name], default, docs.get(field.name), flag_values, shown)
-    readers[field.name] = _reader(name, flag_values)
+    readers[field.name] = _reader(name, default, flag_values)
 
   def build() -> Any:
     values = {name: read() for name, read in readers.items()}
@@ -335,8 +349,14 @@ def _default(field: dataclasses.Field, defaults: Any) -> Any:
   return field.default
 
 
-def _reader(name: str, flag_values: flags.FlagValues) -> Callable[[], Any]:
-  return lambda: getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
+def _reader(name: str, default: Any, flag_values: flags.FlagValues) -> Callable[[], Any]:
+  def read() -> Any:
+    value = getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
+    return default if flag_values[name].using_default_value else value
+
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+    return read
+  return lambda: getattr(flag_values, name)
 
 
 def _flag_name(names: _Names) -> str:
@@ -413,6 +433,12 @@ def _register(
   except TypeError as error:
     raise TypeError(f"--{name}: {error}") from None
   required = default is dataclasses.MISSING
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+    numbers = default.by_kind
+    other = f"Default for a pretrained model: {numbers['pretrained']:g}"
+    if numbers["adapters"] != numbers["pretrained"]:
+      other += f", for adapters {numbers['adapters']:g}"
+    help_text = f"{help_text or ''} {other}.".strip()
   if required:
     help_text = f"{help_text or ''} Required.".strip()
   value = None if required else default

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -14,7 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import checkpoint, flags, processes, ranges, reporting, sharding, user, writers
+from rlhf_jax import (
+  checkpoint,
+  defaults,
+  flags,
+  processes,
+  ranges,
+  reporting,
+  sharding,
+  user,
+  writers,
+)
 from rlhf_jax import workdir as workdir_lib
 
 SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
@@ -77,6 +88,7 @@ class RunConfig:
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
       non_negative=("eval_every",),
     )
+    defaults.settle(self)
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
       parts = getattr(settings, "microbatches", 1)
@@ -104,7 +116,7 @@ class Preempted(RuntimeError):
 
 
 class NumericsError(RuntimeError):
-  """Several consecutive steps had no finite gradient. The last checkpoint is from before them."""
+  """Several consecutive steps were skipped. The last checkpoint is from before them."""
 
   exit_code = 70
 
@@ -248,6 +260,10 @@ class _Log:
 
   def _write(self, step: int, values: Mapping[str, Any], keep: bool, seconds: float) -> None:
     scalars = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+    # Undefined in this batch, such as the reward of chosen responses in a batch without any.
+    absent = [n for n, x in scalars.items() if math.isnan(x) and n not in ("loss", "grad_norm")]
+    for name in absent:
+      del scalars[name]
     scalars["step_seconds"] = seconds
     tokens = scalars.pop("tokens", None)
     scalars.pop("weight", None)
@@ -259,8 +275,8 @@ class _Log:
     self._skipped = self._skipped + 1 if scalars.get("skipped_steps", 0) >= 1 else 0
     if self._skipped >= _MAX_SKIPPED_IN_A_ROW:
       raise NumericsError(
-        f"no finite gradient in {self._skipped} steps up to {step}; lower --optim.learning_rate"
-        " or look at the batches of these steps"
+        f"no finite gradient, or nothing to learn from, in {self._skipped} steps up to {step};"
+        " lower --optim.learning_rate or look at the batches of these steps"
       )
 
 
@@ -276,6 +292,9 @@ def fit(
   title: str = "train",
 ) -> Any:
   """Runs `config.steps` steps, from the newest checkpoint of the workdir if there is one.
+
+  If a step raises before it has donated its state, as a reward function may, the state before it is
+  saved first.
 
   A run that is killed at any time and started again ends with bitwise the same state as one that
   is not. State, step and position in the data are saved as one unit, and every key derives from the
@@ -319,9 +338,28 @@ def fit(
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(run.writer, progress, config.log_every)
     stop = _SharedStop(stop_event, run.mesh) if jax.process_count() > 1 else stop_event
+
+    def save(done: int, position: Any) -> None:
+      meta = {"data": position, "steps": config.steps}
+      if learning_rate is not None:
+        meta["next_rate"] = float(learning_rate(done))
+      saver.save(done, {"state": state}, meta)
+
+    saved = start
     for index in range(start, config.steps):
+      position = batches.get_state()
       batch = sharding.place_batch(next(batches), run.mesh)
-      state, values = step(state, batch, key)
+      try:
+        state, values = step(state, batch, key)
+      except Exception:
+        # One process may be the only one that fails, and a save needs all of them.
+        if saved < index and jax.process_count() == 1 and not _is_lost(state):
+          log.flush()
+          if not log.skipping:
+            save(index, position)
+            saver.wait()
+            reporting.note(f"saved step {index} of {config.steps}, the last one before the error")
+        raise
       if run.mesh.devices.flat[0].platform == "cpu":
         # Otherwise the next step would allocate temporaries while this one still holds its own.
         jax.block_until_ready(state)
@@ -340,15 +378,18 @@ def fit(
         log.flush()
         # After a skipped step there is nothing new to save, and `NumericsError` may follow.
         if last or stopping or not log.skipping:
-          meta = {"data": batches.get_state(), "steps": config.steps}
-          if learning_rate is not None:
-            meta["next_rate"] = float(learning_rate(done))
-          saver.save(done, {"state": state}, meta)
+          save(done, batches.get_state())
+          saved = done
       if stopping:
         saver.wait()
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
     log.flush()
   return state
+
+
+def _is_lost(state: Any) -> bool:
+  """Returns whether a step that failed has already donated its state."""
+  return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _say_where(

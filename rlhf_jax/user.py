@@ -6,6 +6,7 @@ model folder reaches these functions.
 
 import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -115,6 +116,19 @@ def load(field: str, name: str) -> types.ModuleType:
     else:
       reason = describe(error)
     raise ValueError(f"{field}={name} cannot be imported: {reason}") from error
+
+
+def name_of(function: Callable[..., Any]) -> str:
+  """Returns the `module:function` that a setting named a function by, else its own name."""
+  for name, (known, _) in _resolved.items():
+    if known is function:
+      return name
+  while isinstance(function, functools.partial):
+    function = function.func
+  inner = function if hasattr(function, "__qualname__") else type(function)
+  module = getattr(inner, "__module__", None) or "builtins"
+  package = module.partition(".")[0] == __package__
+  return inner.__qualname__ if package else f"{module}:{inner.__qualname__}"
 
 
 def describe(error: BaseException) -> str:

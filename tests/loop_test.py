@@ -223,6 +223,39 @@ def test_a_crash_changes_neither_the_end_nor_the_lines(tmp_path, call, log_every
   assert_same_end(tmp_path / "a", state, expected)
 
 
+def test_a_step_that_raises_leaves_the_state_before_it(tmp_path, uninterrupted, capsys):
+  config = dataclasses.replace(CONFIG, checkpoint_every=100)
+  calls = []
+
+  def counted(*args):
+    calls.append(1)
+    return quadratic(*args)
+
+  for call, left in ((1, None), (4, 3), (1, 3), (3, 5)):
+    with pytest.raises(RuntimeError, match="planted"):
+      fit(tmp_path, config, fails_in(counted, call))
+    with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+      assert saver.latest_step() == left
+    said = f"saved step {left} of {STEPS}, the last one before the error"
+    assert (said in capsys.readouterr().err) == (call > 1)
+  assert_same_end(tmp_path, fit(tmp_path, config, counted), uninterrupted)
+  assert len(calls) == STEPS + 4
+
+
+def test_a_step_that_has_lost_its_state_saves_nothing(tmp_path):
+  def losing(state, *rest):
+    new, values = quadratic(state, *rest)
+    jax.tree.map(lambda x: x.delete(), state)
+    if new["step"] == 3:
+      raise RuntimeError("planted")
+    return new, values
+
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path, dataclasses.replace(CONFIG, checkpoint_every=100), losing)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() is None
+
+
 def test_a_crash_of_the_data_right_after_a_save(tmp_path, uninterrupted):
   for fail_at in (4, 6):
     with pytest.raises(OSError, match="disk"):
@@ -380,7 +413,7 @@ def test_five_bad_steps_at_the_very_end(tmp_path):
 def test_nothing_is_saved_after_a_broken_gradient(tmp_path):
   config = loop.RunConfig(steps=9, batch_size=8, checkpoint_every=3)
   with pytest.raises(RuntimeError, match="planted"):
-    fit(tmp_path, config, fails_in(skipping({3}), 5))
+    fit(tmp_path, config, fails_in(skipping({3}), 4))
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() is None
   fit(tmp_path, config, skipping({4}))  # Step 9, the last: saved nevertheless.

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import math
 import os
 import subprocess
 import sys
@@ -11,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import user
+from rlhf_jax import rewards, user
 from rlhf_jax.algorithms.dpo import DPOConfig
-from rlhf_jax.rewards import one_number_each
 
 ARGUMENTS = ("prompts", "responses", "rows")
 GOOD = """
@@ -211,35 +211,96 @@ def results():
     (2.0, r"gave shape \(\) for 3 responses; it must return one number per response"),
     ([1.0, 2.0], r"gave shape \(2,\) for 3 responses"),
     ([[1.0]] * 3, r"gave shape \(3, 1\) for 3 responses"),
-    ([1.0, float("nan"), 2.0], r"gave no finite number: nan for response 1, 'bbb'"),
-    ([1.0, None, 2.0], "gave no finite number: nan for response 1"),
-    ([1.0, 2.0, -np.inf], "gave no finite number: -inf for response 2"),
-    ([1.0, 2.0, 1e39], "gave no finite number: inf for response 2"),
+    ([1.0, float("nan"), 2.0], 1),
+    ([1.0, None, 2.0], 1),
+    ([1.0, 2.0, -np.inf], 2),
+    ([np.inf, 2.0, 1.0], 0),
+    ([1.0, 2.0, 1e39], 2),
+    ([1.0, -1e30, 2.0], 1),
+    (np.array([1.0, 2.0, 1e9]), 2),
+    ([1.0, 2.0, -(10**400)], "gave a list without numbers"),
+    (np.array(["2020", "2021", "2022"], "M8[Y]"), "gave a ndarray without numbers"),
+    ("abc", "gave a str without numbers"),
     (["1", "2", "3"], "gave a list without numbers; it must return one number"),
     ({"a": 1}, "gave a dict without numbers"),
-    (None, r"gave (a NoneType without numbers|shape \(\))"),
+    (None, "gave None for 3 responses; it must return one number per response"),
     ((x for x in "abc"), "gave a generator without numbers"),
     ([[1.0], [1.0, 2.0], []], "gave a list without numbers"),
   ]
 
 
-@pytest.mark.parametrize("values, message", results())
-def test_results_of_a_reward(values, message):
-  def of_mine(): ...
+@pytest.mark.parametrize("values, expected", results())
+def test_results_of_a_reward(values, expected):
+  """`expected` is the place of the number that cannot be used, or the message."""
 
-  if message is None:
-    numbers = one_number_each(values, ["a", "bbb", "c"], of_mine)
-    assert numbers.shape == (3,) and numbers.dtype == np.float32
+  def of_mine(prompts, responses, rows):
+    return values
+
+  texts = ["a", "bbb", "c"]
+  if isinstance(expected, str):
+    name = r"tests\.user_test:test_results_of_a_reward\.<locals>\.of_mine"
+    with pytest.raises(user.ResultError, match=f"reward function {name} {expected}"):
+      rewards.ask(of_mine, texts, texts, rows=[{}] * 3)
     return
-  with pytest.raises(user.ResultError, match=f"reward function of_mine {message}"):
-    one_number_each(values, ["a", "bbb", "c"], of_mine)
+  numbers = rewards.ask(of_mine, texts, texts, rows=[{}] * 3)
+  assert numbers.shape == (3,) and numbers.dtype == np.float32
+  unusable = [] if expected is None else [expected]
+  assert np.flatnonzero(np.isnan(numbers)).tolist() == unusable
 
 
-@pytest.mark.parametrize("value", [1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("value", [1.5, -0.1, 7.0])
 def test_results_of_a_preference(value):
-  message = f"outside \\[0, 1\\]: {value} for pair 1, 'b'"
-  with pytest.raises(user.ResultError, match=message):
-    one_number_each([0.5, value], ["a", "b"], max, pairs=True)
+  def judge(prompts, a, b, rows):
+    return [0.5, value]
+
+  with pytest.raises(user.ResultError, match=rf"outside \[0, 1\]: {value:g} for pair 1, 'b'"):
+    rewards.ask(judge, ["p"] * 2, ["a", "b"], ["c", "d"], rows=[{}] * 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, np.inf, -np.inf])
+def test_a_preference_that_is_no_number_is_left_out(value):
+  judge = lambda prompts, a, b, rows: [0.5, value]  # noqa: E731
+  numbers = rewards.ask(judge, ["p"] * 2, ["a", "b"], ["c", "d"], rows=[{}] * 2)
+  np.testing.assert_array_equal(numbers, [0.5, np.nan])
+
+
+class Careless:
+  def __call__(self, prompts, responses, rows):
+    raise KeyError("label")
+
+
+class Refusal(Exception):
+  exit_code = 65
+
+
+def refuse(prompts, responses, rows):
+  raise Refusal("row 3: no answer")
+
+
+@pytest.mark.parametrize(
+  "function, error, message",
+  [
+    (
+      Careless(),
+      user.ResultError,
+      r"^reward function tests\.user_test:Careless raised .*user_test",
+    ),
+    (lambda p, r, rows: 1 / 0, user.ResultError, r"<lambda> raised .*division by zero"),
+    (math.fsum, user.ResultError, r"^reward function math:fsum raised TypeError"),
+    (refuse, Refusal, "row 3: no answer"),  # Its message says what is wrong with the data.
+  ],
+)
+def test_a_function_that_raises_is_named(function, error, message):
+  with pytest.raises(error, match=message):
+    rewards.ask(function, ["a"], ["b"], rows=[{}])
+
+
+def test_a_function_has_the_name_by_which_it_was_resolved(folder, monkeypatch):
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  (folder / "my_named.py").write_text("score = lambda prompts, responses, rows: None\n")
+  function = user.resolve("name", "my_named:score", {}, ("prompts", "responses", "rows"))
+  with pytest.raises(user.ResultError, match="reward function my_named:score gave None for 1"):
+    rewards.ask(function, ["a"], ["b"], rows=[{}])
 
 
 LOSSES = """

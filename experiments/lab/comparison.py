@@ -24,8 +24,8 @@ def intervals(
   """Means and win rates with their intervals, and the accuracy of the proxy reward."""
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
-  for name, values in after.rewards.items():
-    values, start = by_prompt(values), by_prompt(before.rewards[name])
+  for name in after.rewards:
+    values, start = evaluating.usable(name, after, before, count=count)
     estimates[f"{name}/mean"] = evaluation.mean(np.mean(values, axis=1))
     estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
   metrics = {}
@@ -34,7 +34,7 @@ def intervals(
   if {"reward", "gold"} <= after.rewards.keys():
     # Share of prompts on which proxy and gold reward prefer the same one of the two responses.
     proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
-    agrees = (proxy * np.sign(gold))[gold != 0]
+    agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
     if agrees.size:
       metrics["reward/accuracy"] = evaluation.win_rate(agrees, np.zeros_like(agrees)).value
   return metrics
@@ -63,6 +63,8 @@ def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
     return {}
   sizes = [2**i for i in range(int(math.log2(count)) + 1)]
   pools = {name: np.reshape(values, (-1, count)) for name, values in samples.rewards.items()}
+  fine = np.all([np.isfinite(pool).all(axis=1) for pool in pools.values()], axis=0)
+  pools = {name: pool[fine] for name, pool in pools.items()}
   proxy = next(iter(pools.values()))
   kl = np.array([evaluation.best_of_n_kl(n) for n in sizes])
   lines = {}

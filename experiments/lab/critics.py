@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments.lab import judges, models, training
 from experiments.lab.workbench import Workbench
-from rlhf_jax import ranges
+from rlhf_jax import defaults, ranges
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
@@ -25,7 +25,7 @@ class CriticOptions:
     warmup: Number of first steps that train only the critic.
   """
 
-  learning_rate: float = 1e-3
+  learning_rate: float = defaults.rate(1e-3, 1e-5)
   share_trunk: bool = False
   warmup: int = 0
 

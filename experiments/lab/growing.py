@@ -2,14 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, judges, line_files, models
-from rlhf_jax import data, flags, generation, loop, plots, reporting, sharding
+from experiments.lab import evaluating, judges, limits, line_files, models
+from rlhf_jax import data, flags, generation, loop, plots, reporting, rewards, sharding
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 
@@ -21,7 +21,7 @@ class Grown(NamedTuple):
 
   Attributes:
     rows: P * N rows of the file; those of a prompt are adjacent.
-    rewards: [P, N] float32, shaped scores.
+    rewards: [P, N] float32, shaped scores, NaN where they are unusable.
   """
 
   rows: list[dict[str, Any]]
@@ -60,6 +60,7 @@ def grow(
   """
   count = config.sampling.samples_per_prompt
   wanted = len(prompts.examples) * count
+  limits.require_length(config, start, answered=[prompts])
   with loop.open_run(session) as run:
     settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
     settings["start"] = str(start)
@@ -74,10 +75,20 @@ def grow(
       done += _sample(run, config, start, reference, tokenizer, prompts, done, path)
   moments, ref_scores = RunningMoments.zero(), None
   if config.shaping.function:
-    ref_scores = jnp.asarray([row["reference_scores"] for row in done])
-  scores, ended = (jnp.asarray([row[name] for row in done]) for name in ("score", "ended"))
-  rewards, _ = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
-  return Grown(done, np.asarray(rewards).reshape(-1, count))
+    ref_scores = jnp.asarray(_scores(done, "reference_scores"))
+  scores, ended = jnp.asarray(_scores(done)), jnp.asarray([row["ended"] for row in done])
+  shaped_scores, _ = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
+  return Grown(done, np.asarray(shaped_scores).reshape(-1, count))
+
+
+def _or_none(score: float) -> float | None:
+  """Returns a score as JSON has it: None for NaN."""
+  return None if np.isnan(score) else float(score)
+
+
+def _scores(rows: Sequence[Mapping[str, Any]], column: str = "score") -> np.ndarray:
+  """Returns a column of scores, NaN for None."""
+  return np.asarray([row[column] for row in rows], np.float32)
 
 
 def _sample(
@@ -94,9 +105,10 @@ def _sample(
   count = config.sampling.samples_per_prompt
   model, params = models.open_model(run, config.model, start, tokenizer)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  params, stops = reshard(params), (tokenizer.eos_id,)
+  params, stops = reshard(params), models.stops(tokenizer, config.sampling)
   generate = models.make_sampler(model, tokenizer, config.sampling)
   reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+  watch = rewards.Watch(judges.name_of(reward_fn))
   sample_reference, ref_params, others = None, None, config.shaping.reference_samples
   if config.shaping.function:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)
@@ -115,15 +127,16 @@ def _sample(
         continue
       placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
       rollout = generate(params, *placed, run.key_for(0))
-      ended = generation.ended(rollout, stops)
+      ended = generation.ended(rollout, *stops)
       scored = (reward_fn(rollout, ids), ended, rollout.tokens, rollout.response_mask)
       scores, ended, tokens, mask = sharding.to_host(scored)
+      watch.check(scores[:size])
       answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
       lines = [
         {
           "prompt": prompts.rows[ids[n]]["prompt_text"],
           "response": text,
-          "score": float(scores[n]),
+          "score": _or_none(scores[n]),
           "ended": bool(ended[n]),
           "sample": n % count,
           "prompt_tokens": prompts.examples[ids[n]]["prompt"].tolist(),
@@ -136,14 +149,14 @@ def _sample(
         compared = reward_fn(answered, np.repeat(batch.prompt_id, others))
         compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
         for n, line in enumerate(lines):
-          line["reference_scores"] = compared[n // count].tolist()
+          line["reference_scores"] = [_or_none(score) for score in compared[n // count]]
       lines = lines[len(done) + len(rows) - position + size :]
       line_files.append_lines(path, lines)
       rows += lines
-      mean = float(np.mean([line["score"] for line in lines]))
+      mean = float(np.nanmean(_scores(lines)))
       progress.update(len(done) + len(rows), {"reward/mean": mean})
-  scores = [row["score"] for row in [*done, *rows]]
-  summary = {"responses": len(scores), "reward/mean": float(np.mean(scores))}
+  scores = _scores([*done, *rows])
+  summary = {"responses": len(scores), "reward/mean": float(np.nanmean(scores))}
   reporting.write_summary(run.workdir, summary)
   return rows
 

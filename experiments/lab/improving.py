@@ -95,7 +95,9 @@ def improve(
       sample = evaluating.heldout_sampler(
         run, model, heldout, tokenizer, config.sampling, reward_fns=fns
       )
-      summary |= {f"{name}/mean": float(np.mean(r)) for name, r in sample(params).rewards.items()}
+      summary |= {
+        f"{name}/mean": float(np.nanmean(r)) for name, r in sample(params).rewards.items()
+      }
     bench.finish(summary)
   return processes.agree(read)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from experiments import records
 from experiments.lab import models
@@ -102,6 +102,21 @@ class PreferenceOptions:
       )
 
 
+class Named(NamedTuple):
+  """Reward or preference with the flag that chose it, for messages."""
+
+  name: str
+  function: Callable[..., Any]
+
+  def __call__(self, *args: Any) -> Any:
+    return self.function(*args)
+
+
+def name_of(judge: Any) -> str:
+  """Returns the flag that chose a judge; of one that no flag chose, its kind."""
+  return judge.name if isinstance(judge, Named) else "the judge"
+
+
 @dataclasses.dataclass(frozen=True)
 class JudgedConfig(loop.RunConfig):
   """Length of a run of a method that cannot do without a reward or a preference."""
@@ -132,11 +147,10 @@ def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> N
   rows = prompts.rows[:3]
   empty = [""] * len(rows)
   try:
-    values = function([row["prompt_text"] for row in rows], *[empty] * answers, rows)
-  except Exception as error:
-    error.add_note("It was tried with empty responses, which a policy can give.")
-    raise
-  rewards.one_number_each(values, empty, function, pairs=answers == 2)
+    rewards.ask(function, [row["prompt_text"] for row in rows], *[empty] * answers, rows=rows)
+  except user.ResultError as error:
+    tried = "it was tried with empty responses, which a policy can give"
+    raise user.ResultError(f"{error}; {tried}") from error
 
 
 def open_preference(
@@ -150,15 +164,17 @@ def open_preference(
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
     if label == records.PREFERENCE:
-      prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
+      prefer = rewards.model_preference(model.apply, params, stop_ids=tokenizer.stop_ids)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
-    return lambda prompts: prefer  # A model reads the tokens of any prompts.
+    judge = Named(f"--preference.path={options.path}", prefer)
+    return lambda prompts: judge  # A model reads the tokens of any prompts.
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
     _try(function, prompts, answers=2)
-    return rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+    prefer = rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
+    return Named(f"--preference.name={options.name}", prefer)
 
   return of_prompts
 
@@ -181,12 +197,14 @@ def open_reward(
     score = scorers[0]
     if len(scorers) > 1:
       score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
-    return lambda prompts: score  # A reward model reads the tokens of any prompts.
+    judge = Named(f"--reward.path={options.path}", score)
+    return lambda prompts: judge  # A reward model reads the tokens of any prompts.
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
     _try(function, prompts, answers=1)
-    return rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+    score = rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+    return Named(f"--reward.name={options.name}", score)
 
   return of_prompts
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lab import judges
 from experiments.lab.case import Case
 from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
@@ -50,6 +51,7 @@ class Match:
   ):
     self._bench, self._prefer, self._settings = bench, prefer, settings
     self._gold = bench.gold(bench.train_set) if prefer else {}
+    self._watch = rewards.Watch(judges.name_of(prefer))
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
     self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)
@@ -92,7 +94,9 @@ class Match:
     between = time.monotonic()
     ids = np.repeat(sharding.to_host(prompts.prompt_id), self.count)
     assert self._prefer is not None
-    preference = jnp.asarray(self._prefer(sampled, other, ids))
+    preference = self._prefer(sampled, other, ids)
+    self._watch.check(preference)
+    preference, usable = jnp.asarray(preference), jnp.isfinite(jnp.asarray(preference))
     judged, cut = time.monotonic(), ~bench.ended(sampled)
     rows = (prompts.tokens.shape[0], self.count)
     batch = opponents.OpponentBatch(
@@ -102,7 +106,8 @@ class Match:
       tau=jnp.full([rows[0]], tau, jnp.float32),
     )
     return batch, {
-      "preference/mean": jnp.mean(preference),
+      "preference/mean": jnp.mean(preference, where=usable),
+      "preference/nonfinite": jnp.sum(~usable).astype(jnp.float32),
       "eos_fraction": 1 - jnp.mean(cut),
       **{f"{name}_reward/mean": np.mean(fn(sampled, ids)) for name, fn in self._gold.items()},
       "time/generate": between - start,
@@ -137,7 +142,7 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
   case.check("opponent", match.sample_opponent, mixture, *inputs, work=both, held=(copies, sampled))
   rows, length = sampled.tokens.shape
   if judge is not None:
-    prefer = rewards.make_preferrer(judge.apply, bench.tokenizer.eos_id)
+    prefer = rewards.make_preferrer(judge.apply, bench.tokenizer.stop_ids)
     joined = length + config.sampling.max_new_tokens
     work = preflight.Work(case.forward(judge, 2 * rows, joined))
     case.check("preference", prefer, held["preference"], sampled, sampled, work=work, held=held)

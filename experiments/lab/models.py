@@ -36,6 +36,10 @@ class ModelOptions:
     heads: Number of attention heads of a new model.
     mlp_width: Width of the MLPs of a new model.
     dtype: Dtype of the computation; params and optimizer state stay float32.
+    precision: Precision of matrix products in float32: those of a float32 model, and scores and
+      values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
+      `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
+      on NVIDIA GPUs.
     attention: Implementation of attention over full sequences: `xla`, the TPU kernel `splash`, or
       `cudnn`. `auto` takes the kernel of the device where possible. Sampling always uses `xla`.
     remat: Activations that the backward pass recomputes to save memory. `none` recomputes nothing,
@@ -43,6 +47,7 @@ class ModelOptions:
       least memory and a third more work.
     logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
       are processed in chunks and rematerialized in the backward pass.
+    extrapolate: Accept sequences longer than those that a model with rotary positions was made for.
   """
 
   path: str = ""
@@ -52,9 +57,11 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
+  precision: Literal["default", "high", "highest"] = "high"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
+  extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
@@ -175,7 +182,11 @@ def open_model(
         f" {config.vocab_size} rows; they do not belong together"
       )
   config = dataclasses.replace(
-    config, dtype=options.dtype, attention=options.attention, remat=options.remat
+    config,
+    dtype=options.dtype,
+    precision=options.precision,
+    attention=options.attention,
+    remat=options.remat,
   )
   model = build_model(run, options, config, tokenizer, head)
   key = run.key_for(1)
@@ -311,6 +322,16 @@ def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Para
 
 
 @functools.lru_cache(maxsize=16)
+def stops(
+  tokenizer: data.Tokenizer, config: generation.SamplingConfig
+) -> tuple[tuple[int, ...], generation.StopText | None]:
+  """Returns the ids that end a response, and the automaton of the stop strings if there are any."""
+  if not config.stop:
+    return tokenizer.stop_ids, None
+  return tokenizer.stop_ids, generation.stop_text(config.stop_strings, tokenizer.token_bytes())
+
+
+@functools.lru_cache(maxsize=16)
 def make_sampler(
   model: Model,
   tokenizer: data.Tokenizer,
@@ -323,11 +344,13 @@ def make_sampler(
   The same arguments give the same function, so training and evaluation compile it once.
   """
   decoder = model.decode, model.init_cache
+  stop_ids, stop_text = stops(tokenizer, config)
   return generation.make_generate(
     *(generation.make_mixture(*decoder) if mixture else decoder),
     config,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=stop_ids,
     pad_id=tokenizer.pad_id,
+    stop_text=stop_text,
   )
 
 
@@ -342,7 +365,11 @@ def export(
 
   `label` is the name of the scalar of a judge.
   """
-  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  first, *others = tokenizer.stop_ids
+  token_ids: dict[str, int | list[int]] = {
+    "eos_token_id": [first, *others] if others else first,
+    "pad_token_id": tokenizer.pad_id,
+  }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lab import judges
 from experiments.lab.case import Case
 from experiments.lab.responses import Responses
 from experiments.lab.training import Trainer
@@ -68,12 +69,16 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     if calibration is not None:
       batch = terms.WithSequences(batch, online_dpo.right_padded(calibration))
     lengths = jnp.sum(rollout.response_mask, axis=1)
+    usable = jnp.isfinite(raw)
+    groups = usable.reshape(-1, samples)
+    spread = jnp.std(jnp.where(groups, raw.reshape(-1, samples), 0.0), axis=1, where=groups)
     return (
       batch,
       moments,
       {
-        "reward/mean": jnp.mean(raw),
-        "reward/std": jnp.mean(jnp.std(raw.reshape(-1, samples), axis=1)),
+        "reward/mean": jnp.mean(raw, where=usable),
+        "reward/std": jnp.mean(spread, where=groups.any(axis=1)),
+        "reward/nonfinite": jnp.sum(~usable).astype(jnp.float32),
         "ties": jnp.mean(chosen == rejected),
         "eos_fraction": jnp.mean(ended),
         "response_length/mean": jnp.mean(lengths),
@@ -100,7 +105,7 @@ def tournament(
         total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
       return total.ravel() / (samples - 1)
 
-    return score
+    return judges.Named(judges.name_of(prefer), score)
 
   return score_of
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import models
+from experiments.lab import judges, models
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, ranges, rewards, sharding
 from rlhf_jax.algorithms import reading
@@ -178,6 +178,7 @@ class Responder:
   ):
     self._bench, self._shaping = bench, shaping
     self._reward = reward_of(bench.train_set)
+    self._watches = [rewards.Watch(judges.name_of(self._reward)) for _ in range(2)]
     self._gold = bench.gold(bench.train_set)
     self.ahead = options is not None and options.devices > 0
     self.reshard, self.generate = bench.reshard(), bench.sampler()
@@ -215,13 +216,14 @@ class Responder:
     del policy  # Room for the update.
     rollout = jax.block_until_ready(present.rollout)
     sampled = time.monotonic()
-    ids, scores = self._score(rollout, present.prompt_id)
+    ids, scores = self._score(rollout, present.prompt_id, self._watches[0])
     golds = {name: np.mean(fn(rollout, ids)) for name, fn in self._gold.items()}
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
     ref_scores = None
     if self._shaping.function:
       answers = self.sample_reference(bench.reshard()(bench.start), *prompts, keys[1])
-      ref_scores = self._score(answers, prompts.prompt_id)[1].reshape(bench.config.batch_size, -1)
+      ref_scores = self._score(answers, prompts.prompt_id, self._watches[1])[1]
+      ref_scores = ref_scores.reshape(bench.config.batch_size, -1)
       ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
@@ -231,12 +233,14 @@ class Responder:
     return Responses(rollout, scores, bench.ended(rollout), ref_scores), following, metrics
 
   def _score(
-    self, rollout: Rollout, prompt_id: jax.Array | np.ndarray
+    self, rollout: Rollout, prompt_id: jax.Array | np.ndarray, watch: rewards.Watch
   ) -> tuple[np.ndarray, jax.Array]:
-    """Returns the prompt ids and the scores of responses, [B] each."""
+    """Returns the prompt ids and the scores of responses, [B] each, NaN where they are unusable."""
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
-    return ids, jnp.asarray(self._reward(rollout, ids))
+    scores = self._reward(rollout, ids)
+    watch.check(scores)
+    return ids, jnp.asarray(scores)
 
 
 class Prepared(NamedTuple):
@@ -330,15 +334,15 @@ def correct(
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
   """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
-  scores, mask = responses.scores, reading.response_mask(rollout, responses.scores)
-  finite = jnp.isfinite(scores)
+  scores, finite = responses.scores, jnp.isfinite(responses.scores)
+  rows, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
   lengths = jnp.sum(rollout.response_mask, axis=1)
   return {
-    "reward/mean": masked.masked_mean(scores, finite),
-    "reward/std": jnp.sqrt(masked.masked_var(scores, finite)),
+    "reward/mean": masked.defined_mean(scores, finite),
+    "reward/std": jnp.where(finite.any(), jnp.sqrt(masked.masked_var(scores, finite)), jnp.nan),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
-    "kl/ref": masked.masked_mean(sequence_kl, finite),
+    "kl/ref": masked.defined_mean(sequence_kl, rows),
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }

@@ -50,16 +50,22 @@ class IPOMDConfig(opponents.OpponentConfig):
 def loss_fn(
   params: Params, batch: IPOMDBatch, key: jax.Array, *, read: reading.Read, config: IPOMDConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Squared error of each pair's difference of log-ratios, averaged over prompts."""
+  """Squared error of each pair's difference of log-ratios, averaged over prompts.
+
+  A pair is left out if one of its responses has no preference.
+  """
   del key  # The loss is deterministic given the batch.
-  logprobs, ref_logprobs, mask, metrics = opponents.read_batch(read, params, batch)
+  now = opponents.read_batch(read, params, batch)
   total = masked.masked_mean if config.normalize_lengths else masked.masked_sum
   policy, ref = (
-    total(x, mask, axis=1).reshape(batch.preference.shape) for x in (logprobs, ref_logprobs)
+    total(x, now.mask, axis=1).reshape(batch.preference.shape)
+    for x in (now.logprobs, now.ref_logprobs)
   )
-  target = (batch.preference[:, 0] - batch.preference[:, 1]) / batch.tau
+  target = (now.preference[:, 0] - now.preference[:, 1]) / batch.tau
   losses = preference.pair_regression_loss(policy[:, 0], policy[:, 1], ref[:, 0], ref[:, 1], target)
-  return jnp.mean(losses), metrics
+  judged = jnp.all(now.judged, axis=1)
+  weight = jnp.sum(judged).astype(jnp.float32)
+  return masked.masked_mean(losses, judged), now.metrics | {"weight": weight}
 
 
 def make_ipo_md_step(

@@ -25,7 +25,7 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import opponents, reading
-from rlhf_jax.losses import game
+from rlhf_jax.losses import game, masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, Params, TrainStep
 
@@ -50,12 +50,13 @@ class NashMDConfig(opponents.OpponentConfig):
 def loss_fn(
   params: Params, batch: NashMDBatch, key: jax.Array, *, read: reading.Read
 ) -> tuple[jax.Array, Metrics]:
-  """Policy-gradient loss of the regularised game, averaged over responses."""
+  """Policy-gradient loss of the regularised game, averaged over responses with a preference."""
   del key  # The loss is deterministic given the batch.
-  logprobs, ref_logprobs, mask, metrics = opponents.read_batch(read, params, batch)
-  gain = batch.preference.reshape(-1)
-  losses = game.nash_md_loss(logprobs, ref_logprobs, mask, gain, tau=batch.tau[0])
-  return jnp.mean(jnp.sum(losses, axis=1)), metrics
+  now = opponents.read_batch(read, params, batch)
+  judged, gain = now.judged.reshape(-1), now.preference.reshape(-1)
+  losses = game.nash_md_loss(now.logprobs, now.ref_logprobs, now.mask, gain, tau=batch.tau[0])
+  weight = jnp.sum(judged).astype(jnp.float32)
+  return masked.masked_mean(jnp.sum(losses, axis=1), judged), now.metrics | {"weight": weight}
 
 
 def make_nash_md_step(

@@ -63,7 +63,8 @@ class OpponentBatch(NamedTuple):
   Attributes:
     rollout: Responses, with leaves [B, K, ...].
     ref_logprobs: [B, K, R] log-probabilities of their tokens under the reference.
-    preference: [B, K] probability that each response beats one of the opponent.
+    preference: [B, K] probability that each response beats one of the opponent. A response with NaN
+      is left out.
     tau: [B] float32, weight of the KL penalty, the same in all rows.
   """
 
@@ -74,11 +75,22 @@ class OpponentBatch(NamedTuple):
 
 
 class Judged(NamedTuple):
-  """Log-probabilities and mask of B * K responses, [B * K, R] each, and their metrics."""
+  """Judged responses under the policy.
+
+  Attributes:
+    logprobs: [B * K, R] log-probabilities of their tokens.
+    ref_logprobs: [B * K, R] log-probabilities under the reference.
+    mask: [B * K, R] bool, True on tokens of responses with a preference.
+    judged: [B, K] bool, True on responses with a preference.
+    preference: [B, K], 0 without one.
+    metrics: Metrics.
+  """
 
   logprobs: jax.Array
   ref_logprobs: jax.Array
   mask: jax.Array
+  judged: jax.Array
+  preference: jax.Array
   metrics: Metrics
 
 
@@ -86,7 +98,9 @@ def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judg
   """Computes the log-probabilities of a batch of responses under the policy, and metrics."""
   rollout = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.rollout)
   ref_logprobs = batch.ref_logprobs.reshape(rollout.logprobs.shape)
-  mask = rollout.response_mask[:, -ref_logprobs.shape[1] :]
+  judged = jnp.isfinite(batch.preference)
+  rows = judged.reshape(-1)
+  mask = rollout.response_mask[:, -ref_logprobs.shape[1] :] & rows[:, None]
   now = read(params, rollout)
   divergence = masked.masked_sum(kl.k1(now.logprobs, ref_logprobs), mask, axis=1)
   tokens = jnp.sum(mask).astype(jnp.float32)
@@ -94,10 +108,12 @@ def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judg
     now.logprobs,
     ref_logprobs,
     mask,
+    judged,
+    jnp.where(judged, batch.preference, 0.0),
     {
-      "kl/ref": jnp.mean(divergence),
-      "entropy": jnp.mean(masked.masked_mean(now.entropy, mask, axis=1)),
-      "response_length/mean": tokens / mask.shape[0],
+      "kl/ref": masked.masked_mean(divergence, rows),
+      "entropy": masked.masked_mean(masked.masked_mean(now.entropy, mask, axis=1), rows),
+      "response_length/mean": tokens / jnp.maximum(jnp.sum(rows), 1),
       "tokens": tokens,
     },
   )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax import sharding
+from rlhf_jax.models import precision
 from rlhf_jax.models.transformer import ModelConfig
 
 # (q [B, T, H, K], k and v [B, T, kv_heads, K], segment_ids [B, T] int or None, window [] int32 or
@@ -46,7 +47,10 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
   implementation = choose(config, device)
   if implementation == "splash":
     interpret = device.platform != "tpu"
-    return functools.partial(splash_attention, mesh=mesh, interpret=interpret, **options)
+    attend = functools.partial(splash_attention, mesh=mesh, interpret=interpret, **options)
+    if config.dtype != "float32" or config.precision == "default":
+      return attend
+    return precision.both_passes("highest", attend)  # Kernels for TPUs know no other one.
   if implementation == "cudnn":
     del options["softcap"]
     return functools.partial(cudnn_attention, **options)
@@ -218,7 +222,9 @@ def _attention_backward(scale, saved, dout):
 def _products(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
   """Batched matrix products over one axis of each, for every row and head, in float32."""
   axes = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
-  return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a, b, axes, precision=precision.exact(a), preferred_element_type=jnp.float32
+  )
 
 
 def _heads_first(x: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax import sharding
 from rlhf_jax.losses.logprobs import LazyLogits
-from rlhf_jax.models import attention, experts, lora
+from rlhf_jax.models import attention, experts, lora, precision
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   REMAT,
@@ -144,6 +144,10 @@ def build(
   init_lm_head, lm_head = _pure(LanguageHead, config)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
+  passes = precision.of_device(config.precision, mesh)
+  score = precision.within(passes, score)  # In float32 whatever the dtype of the model.
+  passes = passes if compute == jnp.float32 else None
+  block = precision.within(passes, block)
   # Few queries, many keys and empty slots: the kernels are not made for that.
   attend_cache = functools.partial(
     attention.cached_attention,
@@ -182,6 +186,8 @@ def build(
       return logits
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
+
+  to_logits = precision.within(passes, to_logits)
 
   def read_out(params: Params, hidden: jax.Array, chunk: int | None = None) -> Any:
     hidden = norm(params["final_norm"], hidden)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rlhf_jax import ranges
+from rlhf_jax.models import precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class RopeScaling:
 NORMS = ("rms", "rms_plus_one", "layer")
 POSITIONS = ("rope", "learned")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
+PRECISIONS = ("default", "high", "highest")
 REMAT = {
   "none": lambda block: block,
   "full": jax.checkpoint,
@@ -96,6 +98,7 @@ class ModelConfig:
     mlp_bias: Biases in the MLP.
     init_std: Standard deviation of initial weights.
     dtype: Computation dtype; params are float32 unless loaded otherwise.
+    precision: Precision of matrix products in float32; see `precision.of_device`.
     attention: Implementation of attention over whole sequences; see `attention.make_attend`.
     remat: Activations that the backward pass recomputes: "full" is all of a block, "dots" all
       except the outputs of products with weights, "none" nothing.
@@ -138,6 +141,7 @@ class ModelConfig:
   mlp_bias: bool = False
   init_std: float = 0.02
   dtype: Literal["float32", "bfloat16"] = "float32"
+  precision: Literal["default", "high", "highest"] = "high"
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "full"
 
@@ -153,6 +157,7 @@ class ModelConfig:
         "activation": ACTIVATIONS,
         "positions": POSITIONS,
         "attention": ATTENTIONS,
+        "precision": PRECISIONS,
         "remat": REMAT,
       },
     )
@@ -299,13 +304,15 @@ def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _matmul_forward(x: jax.Array, kernel: jax.Array):
-  return x @ kernel, (x, kernel)
+  return jnp.matmul(x, kernel, precision=precision.exact(x)), (x, kernel)
 
 
 def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array):
   x, kernel = saved
   rows = tuple(range(x.ndim - 1))
-  return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+  exact = precision.exact(x)
+  dx = jnp.matmul(dy, kernel.T, precision=exact)
+  return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), precision=exact)
 
 
 matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)

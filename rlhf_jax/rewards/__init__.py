@@ -4,7 +4,8 @@ A judge of single responses becomes a `RewardFn`, `(rollout, prompt_ids) -> [B] 
 pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
-from rlhf_jax.rewards.functions import REWARDS, TextReward, one_number_each
+from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
+from rlhf_jax.rewards.functions import REWARDS, TextReward, ask
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
 from rlhf_jax.rewards.preferences import (
   PREFERENCES,
@@ -34,14 +35,17 @@ __all__ = [
   "RewardFn",
   "TextPreference",
   "TextReward",
+  "UnusableScoresError",
   "Verdicts",
+  "Watch",
+  "ask",
   "ensemble_reward",
   "join_pairs",
   "make_preferrer",
   "make_scorer",
   "model_preference",
   "model_reward",
-  "one_number_each",
+  "require",
   "response_texts",
   "reward_preference",
   "text_preference",

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_jax import simulation, user
 from rlhf_jax.data import DataError
+from rlhf_jax.rewards import checks
 
 # (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
 # with all their columns: a reference answer, a label, anything that the score needs.
@@ -19,39 +20,62 @@ Scores = Sequence[float] | np.ndarray
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
 
 
-def one_number_each(
-  values: Any, texts: Sequence[str], function: Callable[..., Any], *, pairs: bool = False
+def ask(
+  function: Callable[..., Any],
+  prompts: Sequence[str],
+  *responses: Sequence[str],
+  rows: Sequence[Mapping[str, Any]],
 ) -> np.ndarray:
-  """Returns the result of a reward or preference function as [B] float32.
+  """Calls a reward function, or with two responses to each prompt a preference function.
 
   Args:
-    values: Result of the function.
-    texts: Responses that it was asked for, the first ones of pairs.
-    function: The function, for messages.
-    pairs: True if the values are probabilities of pairs.
+    function: The function.
+    prompts: B texts.
+    *responses: B texts each: the responses, or both responses of pairs.
+    rows: B data rows of the prompts.
+
+  Returns:
+    [B] float32 rewards or probabilities, NaN where they cannot be used.
 
   Raises:
-    user.ResultError: The values are not one finite number per response, or not one probability
-      per pair.
+    user.ResultError: The function raised, or it did not return one number per response, or one
+      probability per pair. The message names the function.
   """
-  kind, unit, plural, wanted = "reward", "response", "responses", "number"
+  kind = "reward" if len(responses) == 1 else "preference"
+  name = f"{kind} function {user.name_of(function)}"
+  try:
+    values = function(prompts, *responses, rows)
+  except Exception as error:
+    if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
+      raise
+    raise user.ResultError(f"{name} raised {user.describe(error)}") from error
+  return _one_number_each(values, name, responses)
+
+
+def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]]) -> np.ndarray:
+  """Returns the result of a reward or preference function as [B] float32; see `ask`."""
+  pairs, texts = len(responses) == 2, responses[0]
+  unit, plural, wanted = "response", "responses", "number"
   if pairs:
-    kind, unit, plural, wanted = "preference", "pair", "pairs", "probability"
-  gave = f"{kind} function {getattr(function, '__name__', repr(function))} gave"
+    unit, plural, wanted = "pair", "pairs", "probability"
   must = f"it must return one {wanted} per {unit}"
   try:
-    if np.asarray(values).dtype.kind in "SU":  # NumPy would read numbers from texts.
+    if np.asarray(values).dtype.kind in "SUMm":  # NumPy would read numbers from texts and dates.
       raise TypeError
-    with np.errstate(over="ignore"):  # It becomes infinite, which is refused below.
+    with np.errstate(over="ignore"):  # It becomes infinite.
       numbers = np.asarray(values, np.float32)
-  except (TypeError, ValueError) as error:
-    raise user.ResultError(f"{gave} a {type(values).__name__} without numbers; {must}") from error
+  except (TypeError, ValueError, OverflowError) as error:
+    raise user.ResultError(
+      f"{name} gave a {type(values).__name__} without numbers; {must}"
+    ) from error
   if numbers.shape != (len(texts),):
-    raise user.ResultError(f"{gave} shape {numbers.shape} for {len(texts)} {plural}; {must}")
-  valid = (numbers >= 0) & (numbers <= 1) if pairs else np.isfinite(numbers)
-  for i in np.flatnonzero(~valid)[:1]:
-    problem = "a value outside [0, 1]" if pairs else "no finite number"
-    raise user.ResultError(f"{gave} {problem}: {numbers[i]:g} for {unit} {i}, {texts[i][:80]!r}")
+    gave = "None" if values is None else f"shape {numbers.shape}"
+    raise user.ResultError(f"{name} gave {gave} for {len(texts)} {plural}; {must}")
+  numbers = checks.mark(numbers)
+  for i in np.flatnonzero((numbers < 0) | (numbers > 1))[: int(pairs)]:
+    raise user.ResultError(
+      f"{name} gave a value outside [0, 1]: {numbers[i]:g} for {unit} {i}, {texts[i][:80]!r}"
+    )
   return numbers
 
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
-from rlhf_jax.rewards.functions import TextReward, one_number_each
+from rlhf_jax.rewards import checks
+from rlhf_jax.rewards.functions import TextReward, ask
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
-# (rollout, prompt_ids [B]) -> scores [B] float32. Each of several processes scores the whole batch,
-# so equal arguments must give equal scores.
+# (rollout, prompt_ids [B]) -> scores [B] float32, NaN where they cannot be used. Each of several
+# processes scores the whole batch, so equal arguments must give equal scores.
 RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
 
 
@@ -29,7 +30,7 @@ def make_scorer(apply_fn: ApplyFn) -> Callable[[Params, Rollout], jax.Array]:
   def score(params: Params, rollout: Rollout) -> jax.Array:
     segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
     scores = apply_fn(params, rollout.tokens, segment_ids=segment_ids)
-    return masked.last_real(scores, rollout.response_mask)
+    return checks.mark(masked.last_real(scores, rollout.response_mask))
 
   return score
 
@@ -99,7 +100,6 @@ def text_reward(
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
     responses = response_texts(rollout, decode)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
-    scores = function([row["prompt_text"] for row in chosen], responses, chosen)
-    return one_number_each(scores, responses, function)
+    return ask(function, [row["prompt_text"] for row in chosen], responses, rows=chosen)
 
   return score

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rlhf_jax import ranges
 from rlhf_jax.losses import reward, shaping
+from rlhf_jax.rewards import checks
 
 
 def center(scores: jax.Array, ref_scores: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ def shape(
   """Shapes the scores of a batch.
 
   Args:
-    scores: [B] float. Entries that are not finite are excluded from the moments.
+    scores: [B] float. Entries that cannot be used are excluded from the moments.
     ended: [B] bool, True if the response ended in a stop token.
     moments: Running moments of the scores before this batch.
     config: Changes to make.
@@ -76,19 +77,20 @@ def shape(
       `config.function`.
 
   Returns:
-    [B] float32 shaped scores, NaN where the score or that of the reference is not finite, and the
+    [B] float32 shaped scores, NaN where the score or that of the reference cannot be used, and the
     moments with this batch.
 
   Raises:
     ValueError: If `config.function` needs scores of the reference, and there are none.
   """
-  finite = jnp.isfinite(scores)
+  finite = checks.usable(scores)
   scores = jnp.where(finite, scores, 0.0).astype(jnp.float32)
   if config.function:
     if ref_scores is None:
       raise ValueError(f"function={config.function} needs scores of the reference's responses")
+    finite &= jnp.all(jnp.isfinite(ref_scores), axis=1)
+    ref_scores = jnp.where(finite[:, None], ref_scores, 0.0)
     scores = SHAPINGS[config.function](scores, ref_scores)
-    finite &= jnp.isfinite(scores)
     scores = jnp.where(finite, scores, 0.0)
   moments = reward.update_moments(moments, scores, finite)
   if config.normalize:

@@ -15,7 +15,7 @@ import pytest
 from experiments import dpo
 from experiments.lab import judges, models, workbench
 from experiments.records import record
-from rlhf_jax import checkpoint, data, loop, simulation, workdir
+from rlhf_jax import checkpoint, data, loop, simulation, user, workdir
 from rlhf_jax.models import hf
 from tests.testing import define_flags, read_flags
 
@@ -128,7 +128,7 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, sft_run):
   with open(folder / "my_parts.py", "a") as file:
     file.write("# Edited.\n")
   output = run(*words, code=78)
-  assert "file of --dpo.loss: was" in output
+  assert "file of --dpo.loss was" in output
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run)
     file.write("# Edited.\n")
   finished = run_script("rest", folder / "runs/rest", *words_of("rest")[3:])
   assert finished.code == 78, finished.output
-  assert "file of --reward.name: was" in finished.output
+  assert "file of --reward.name was" in finished.output
 
 
 REWARDS = """
@@ -165,8 +165,22 @@ def short(prompts, responses, rows):
 def missing(prompts, responses, rows):
   return [row["label"] for row in rows]
 
+def nothing(prompts, responses, rows):
+  pass
+
+def words(prompts, responses, rows):
+  return ["good"] * len(responses)
+
 def later(prompts, responses, rows):
   return [float("nan") if len(r) > 3 else 0.0 for r in responses]
+
+calls = []
+
+def remote(prompts, responses, rows):
+  calls.append(1)
+  if len(calls) == 4:  # The first one tries it, the second opens the run.
+    raise ConnectionError("no route to host")
+  return [0.0 for r in responses]
 
 def even(prompts, a, b, rows):
   return [2.0 for x in a]
@@ -174,36 +188,46 @@ def even(prompts, a, b, rows):
 
 
 @pytest.mark.parametrize(
-  "name, error, message",
+  "name, message",
   [
-    ("empty", ZeroDivisionError, "division by zero"),
-    ("short", ValueError, r"reward function short gave shape \(1,\) for 3 responses"),
-    ("missing", KeyError, "label"),
+    ("empty", r"raised .*my_rewards\.py:3: ZeroDivisionError: division by zero"),
+    ("short", r"gave shape \(1,\) for 3 responses"),
+    ("missing", r"raised .*my_rewards\.py:9: KeyError: 'label'"),
+    ("nothing", "gave None for 3 responses"),
+    ("words", "gave a list without numbers"),
   ],
 )
-def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name, error, message):
+def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name, message):
   monkeypatch.setattr(sys, "path", list(sys.path))
   (folder / "my_rewards.py").write_text(REWARDS)
   tokenizer = models.open_tokenizer(None)
   _, prompts = data.load("prompts", data.DataConfig(rows=64, eval_rows=8), tokenizer, seed=0)
   options = judges.RewardOptions(name=f"my_rewards:{name}")
-  with pytest.raises(error, match=message) as raised:
+  message = f"^reward function my_rewards:{name} {message}.*; it was tried with empty responses"
+  with pytest.raises(user.ResultError, match=message):
     judges.open_reward(None, options, models.ModelOptions(), tokenizer)(prompts)
-  assert hasattr(raised.value, "__notes__") == (name != "short")
   options = judges.PreferenceOptions(name="my_rewards:even")
   with pytest.raises(
-    ValueError, match=r"function even gave a value outside \[0, 1\]: 2 for pair 0"
+    ValueError, match=r"function my_rewards:even gave a value outside \[0, 1\]: 2 for pair 0"
   ):
     judges.open_preference(None, options, models.ModelOptions(), tokenizer)(prompts)
 
 
-def test_a_reward_that_turns_bad_ends_the_run_and_names_the_response(folder, run_script, sft_run):
+@pytest.mark.parametrize(
+  "name, code, message",
+  [
+    ("later", 70, r"UnusableScoresError: --reward\.name=my_rewards:later: [34] of 4 scores cannot"),
+    ("remote", 64, "ResultError: reward function my_rewards:remote raised .*: no route to host"),
+  ],
+)
+def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):
   (folder / "my_rewards.py").write_text(REWARDS)
-  flags = (f"--init_from={sft_run}", "--reward.name=my_rewards:later", *SAMPLED)
+  flags = (f"--init_from={sft_run}", f"--reward.name=my_rewards:{name}", *SAMPLED)
   finished = run_script("ppo", folder / "run", *flags)
-  assert finished.code == 64, finished.output
-  last = finished.output.splitlines()[-1]
-  assert "ResultError: reward function later gave no finite number: nan for response" in last
+  assert finished.code == code, finished.output
+  assert re.match(message, finished.output.splitlines()[-1]), finished.output
+  assert "Traceback" not in finished.output
+  assert ("the last one before the error" in finished.output) == (name == "remote")
 
 
 EVIL = "import pathlib\npathlib.Path('was_imported').touch()\ndef f(*args, **kwargs): ...\n"

@@ -72,7 +72,7 @@ def test_text_reward_must_give_one_number_per_response(value, shape):
 
   rollout, ids = make_rollout(PROMPTS, RESPONSES), np.arange(3)
   score = text_reward(careless, ROWS, TOKENIZER.batch_decode)
-  with pytest.raises(ValueError, match=f"reward function careless gave shape {shape} for 3"):
+  with pytest.raises(ValueError, match=f"careless gave shape {shape} for 3"):
     score(rollout, ids)
   # A function that has no name.
   score = text_reward(functools.partial(careless), ROWS, TOKENIZER.batch_decode)

@@ -1,10 +1,14 @@
 """Judges that options name."""
 
+import jax
 import numpy as np
+import optax
 import pytest
 
-from experiments.lab import judges
-from rlhf_jax import data, flags
+from experiments.lab import judges, pairing, responses, workbench
+from rlhf_jax import data, flags, rewards
+from rlhf_jax.rewards.shaped import ShapingConfig
+from rlhf_jax.train_step import init_state
 from tests.experiments.lab.rollouts import rollout_of
 
 
@@ -39,6 +43,56 @@ def test_a_reward_reads_the_rows_of_its_prompts(open_bench):
     bench.open_reward()(bench.train_set)
   rows = [{**row, "answer": "7"} for row in bench.train_set.rows]
   bench.open_reward()(bench.train_set._replace(rows=rows))
+
+
+class Sampled:
+  """Rollouts and scores of a `Responder` without a model."""
+
+  def __init__(self, bench, score, monkeypatch):
+    rollout = rollout_of([[1, 2]] * 40)
+    monkeypatch.setattr(workbench.Workbench, "sampler", lambda self, **changes: lambda *_: rollout)
+    monkeypatch.setattr(workbench.Workbench, "reshard", lambda self: lambda params: params)
+    shaping = ShapingConfig(function="center")
+    self.respond = responses.Responder(bench, lambda prompts: score, shaping)
+    self.prompts = next(bench.batches())
+    self.state = self.respond.init(init_state(bench.start, optax.sgd(1.0)), None)
+
+  def __call__(self):
+    return self.respond({}, self.state, self.prompts, jax.random.key(0))
+
+
+def test_a_reward_that_is_no_number_stops_a_run(open_bench, monkeypatch):
+  bench = open_bench("grpo", "prompts", "--reward.name=gold", "--batch_size=40")
+  values = np.ones(40, np.float32)
+  calls = []
+
+  def score(rollout, ids):
+    calls.append(1)
+    return values if len(calls) % 2 else np.ones(40, np.float32)  # Every second is the reference.
+
+  judge = judges.Named("--reward.name=my:score", score)
+  run = Sampled(bench, judge, monkeypatch)
+  values[3] = np.nan
+  for _ in range(2):
+    scored, _, _ = run()
+    assert np.flatnonzero(np.isnan(scored.scores)).tolist() == [3]
+  with pytest.raises(rewards.UnusableScoresError, match="^--reward.name=my:score: 3 batches in a"):
+    run()
+  calls.clear()
+  values[:5] = -1e30
+  with pytest.raises(rewards.UnusableScoresError, match="^--reward.name=my:score: 5 of 40 scores"):
+    run()
+  values[:] = 1
+  calls.clear()
+  run()
+
+
+def test_judges_are_named_by_their_flags(open_bench):
+  bench = open_bench("nash_md", "prompts", "--preference.name=expert")
+  named = bench.open_preference()(bench.train_set)
+  assert judges.name_of(named) == "--preference.name=expert"
+  assert judges.name_of(pairing.tournament(lambda prompts: named, 2)(bench.train_set)) == named.name
+  assert judges.name_of(lambda rollout, ids: 0) == "the judge"
 
 
 def test_a_preference_reads_both_texts(open_bench):

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.lab import judges
 from experiments.lab.matches import Match
+from rlhf_jax import rewards
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -30,6 +32,10 @@ def test_answers_to_the_same_prompts_are_compared(count, open_bench):
   assert batch.rollout.tokens.shape == (rows, count, length + 8)
   assert batch.ref_logprobs.shape == (rows, count, 8)
   np.testing.assert_array_equal(batch.tau, np.full(rows, 0.1, np.float32))
+  match.sample = match.sample_opponent = lambda *args: sampled  # Nothing is compiled again.
+  match._prefer = judges.Named("--preference.name=my:judge", lambda a, b, ids: [np.nan] * len(ids))
+  with pytest.raises(rewards.UnusableScoresError, match="scores cannot be used .NaN, inf"):
+    match(bench.start, None, prompts, jax.random.key(0), mix=0.25, tau=0.1)
   cut = ~np.asarray(bench.ended(sampled))
   expected = np.linspace(0, 1, rows * count) - 0.25 * cut
   np.testing.assert_allclose(batch.preference, expected.reshape(rows, count), atol=1e-6)

@@ -1,0 +1,96 @@
+"""Scores that cannot be used: they become NaN, and too many of them stop a run.
+
+A method leaves out a response whose score is NaN. A judge that gives many of them is broken.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import sharding
+
+# Larger scores mark failures, such as -1e9 or -1e30, and would drown all others in a mean.
+TOO_LARGE = 1e9
+MAX_SHARE = 0.1  # Of the scores of a batch.
+MAX_BATCHES = 2  # In a row.
+UNUSABLE = f"NaN, infinite, or {TOO_LARGE:g} and more in size"
+
+
+class UnusableScoresError(RuntimeError):
+  """A judge gave too many scores that cannot be used. The step that needed them was not taken."""
+
+  exit_code = 70  # EX_SOFTWARE
+
+
+def usable(scores: Any) -> Any:
+  """Bools, True on scores of any shape that are finite and below `TOO_LARGE` in size."""
+  return abs(scores) < TOO_LARGE  # False for NaN.
+
+
+def mark(scores: Any) -> Any:
+  """Returns NumPy or JAX scores of any shape with NaN in place of those that cannot be used."""
+  where = jnp.where if isinstance(scores, jax.Array) else np.where
+  return where(usable(scores), scores, np.float32(np.nan))
+
+
+_count = jax.jit(lambda scores: jnp.sum(~usable(scores)))
+
+
+def count(scores: Any) -> int:
+  """Number of NumPy or JAX scores that cannot be used."""
+  if isinstance(scores, jax.Array):
+    return int(sharding.to_host(_count(scores)))
+  return int(np.sum(~usable(np.asarray(scores))))
+
+
+def require(judge: str, scores: Any) -> int:
+  """Refuses scores of which more than `MAX_SHARE` cannot be used.
+
+  Args:
+    judge: Name of the judge, for the message.
+    scores: NumPy or JAX scores of any shape.
+
+  Returns:
+    Number of scores that cannot be used.
+
+  Raises:
+    UnusableScoresError: There are too many of them.
+  """
+  bad, total = count(scores), np.size(scores)
+  if bad > MAX_SHARE * total:
+    raise UnusableScoresError(
+      f"{judge}: {bad} of {total} scores cannot be used ({UNUSABLE}), more than {MAX_SHARE:.0%};"
+      " give a low number to a response that cannot be judged"
+    )
+  return bad
+
+
+class Watch:
+  """Check of the scores of one batch after another, on the host.
+
+  Args:
+    judge: Name of the judge, for messages.
+  """
+
+  def __init__(self, judge: str):
+    self._judge, self._in_a_row = judge, 0
+
+  def check(self, scores: Any) -> None:
+    """Refuses a batch with too many scores that cannot be used, or a row of batches with any.
+
+    Args:
+      scores: NumPy or JAX scores of a batch.
+
+    Raises:
+      UnusableScoresError: More than `MAX_SHARE` of them cannot be used, or more than `MAX_BATCHES`
+        batches in a row had one.
+    """
+    bad = require(self._judge, scores)
+    self._in_a_row = self._in_a_row + 1 if bad else 0
+    if self._in_a_row > MAX_BATCHES:
+      raise UnusableScoresError(
+        f"{self._judge}: {self._in_a_row} batches in a row had scores that cannot be used"
+        f" ({UNUSABLE}); give a low number to a response that cannot be judged"
+      )

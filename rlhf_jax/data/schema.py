@@ -174,7 +174,7 @@ def parse(
       empty, or a column that changes the prompt is not read.
   """
   try:
-    plain, taken = formats.normalized(row)
+    plain, taken = formats.normalized(row, prefer_messages)
     fields = _Fields(plain.fields)
     examples, heard = _examples(
       kind, row._replace(fields=fields), prefer_messages, annotator, votes
@@ -215,7 +215,7 @@ def comparison_kind(row: Row) -> KindName:
   if formats.score_of(row.fields):
     return "rankings"
   try:
-    fields = formats.normalized(row)[0].fields
+    fields = formats.normalized(row, chat=True)[0].fields
   except Skip:
     return "preferences"
   ranked = _given(fields, "responses") and not _given(fields, "annotations")

@@ -70,10 +70,8 @@ ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
   **{role: role for role in ROLES},
   "developer": "system",
-  "human": "user",
-  "gpt": "assistant",
-  "chatgpt": "assistant",
-  "model": "assistant",
+  **dict.fromkeys(("human", "prompter"), "user"),
+  **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import pathlib
 
 import pytest
 
@@ -266,8 +267,11 @@ def test_rows(tmp_path, name, kind, fields, prompt, answers, labels, messages):
   assert read[True] == [Example(messages or prompt, answers, labels)]
 
 
-def test_every_format_has_a_row():
+def test_every_format_has_a_row_and_a_line_in_the_page():
   assert {row[0] for row in ROWS} >= set(data.FORMATS)
+  page = pathlib.Path(__file__).parents[2] / "experiments" / "README.md"
+  lines = page.read_text().splitlines()
+  assert {line.split(" | ")[0].removeprefix("| ") for line in lines} >= set(data.FORMATS)
 
 
 def rows_of(tmp_path, name, content):

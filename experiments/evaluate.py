@@ -29,7 +29,7 @@ prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 import dataclasses
 from typing import Any
 
-from experiments.lab import comparison, evaluating, given_rows, judges, line_files, models
+from experiments.lab import comparison, evaluating, given_rows, judges, limits, line_files, models
 from rlhf_jax import defaults, entry, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -78,6 +78,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
+  limits.require_length(config, folders[0], answered=[heldout])
   with loop.open_run(session) as run:
     model, base_params = models.open_model(run, config.model, folders[0], tokenizer)
     reward_fns = judges.gold_rewards(config.data, prompts, tokenizer)
@@ -95,7 +96,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       batch_size=config.batch_size,
     )
     is_pairwise = config.preference != judges.PreferenceOptions()
-    samples = {names[0]: sample(base_params)}
+    samples = {names[0]: sample(base_params, evaluating.BASELINE)}
     policies = {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
       params = models.open_model(run, config.model, folder, tokenizer)[1]

@@ -19,7 +19,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.lab import given_rows, judges, models
+from experiments.lab import given_rows, judges, limits, models
 from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -68,6 +68,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       every=True,
       model=folder,
     )
+  limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
     model, params = models.open_model(run, config.model, folder, tokenizer)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)

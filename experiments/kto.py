@@ -16,6 +16,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
@@ -59,15 +60,19 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     @jax.jit
     def measure(params, batch):
-      return kto.row_metrics(
-        params, KTOBatch(*batch), apply_fn=bench.model.apply, config=config.kto
-      )
+      return kto.read_responses(bench.model.apply, params, batch), batch.desirable
+
+    @jax.jit
+    def summarize(rows):
+      policy, desirable = rows
+      refs = jnp.asarray(heldout_refs)
+      return kto.mean_metrics(policy, refs, desirable, config=config.kto)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, heldout_refs, judge)
+    evaluate = bench.evaluator(trainer, measure, summarize, judge)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, KTOBatch(*batch), key),
       trainer,

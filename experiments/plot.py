@@ -68,7 +68,7 @@ def plot(config: Config) -> dict[str, Any]:
   summary = charts.draw(workdir, groups, drawn)
   if matrix:
     png = plots.render_matrix("Share of prompts on which the row is preferred", matrix)
-    (workdir / "plots" / "win_rates.png").write_bytes(png)
+    workdir_lib.atomic_write(workdir / "plots" / "win_rates.png", png)
   page = report.render(report.Comparison(folders, drawn, charts.table(summary), evaluation))
   workdir_lib.atomic_write(workdir / "report.html", page)
   reporting.note(f"report: {workdir / 'report.html'}")

@@ -18,11 +18,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, models, training, verdicts, workbench
+from experiments.lab import models, training, verdicts, workbench
 from experiments.lab.case import Case
 from rlhf_jax import defaults, entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
@@ -40,6 +39,7 @@ class Config(loop.RunConfig):
   steps: int = 300
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 60
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   preference_model: PreferenceModelConfig = PreferenceModelConfig()
@@ -63,33 +63,30 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       logits = given.read_preferences(bench.model.apply, params, batch.tokens, batch.mask)
       return {"logits": logits, "preference": batch.preference}
 
-    @evaluating.once_per_step
-    def heldout_rows(state, step):
-      del step
-      return bench.over(heldout, functools.partial(measure, trainer.params(state)))
+    @jax.jit
+    def summarize(rows):
+      return preference_model.mean_metrics(**rows)
 
-    def evaluate(state, step):
-      rows = jax.tree.map(jnp.asarray, heldout_rows(state, step))
-      metrics = preference_model.preference_metrics(**rows)
-      return {f"eval/{name}": float(value) for name, value in metrics.items()}
-
+    evaluate = bench.evaluator(trainer, measure, summarize)
     state = bench.fit(
       trainer.step, trainer, bench.batches(), evaluate=evaluate, title="preference model"
     )
     params = trainer.params(state)
     bench.export(params, label=records.PREFERENCE)
+    logits_of = lambda rows: bench.over(rows, functools.partial(measure, params))["logits"]  # noqa: E731
     summary = {}
     if heldout.examples:
-      summary = verdicts.judge(heldout, heldout_rows(state, config.steps)["logits"])
+      summary = verdicts.judge(heldout, logits_of(heldout))
       summary |= verdicts.cycles(
         session,
         config.data,
         heldout,
         bench.tokenizer,
-        lambda dataset: bench.over(dataset, functools.partial(measure, params))["logits"],
+        logits_of,
       )
       show(summary)
-    bench.finish(summary)
+    judge = f"--preference.path={session.workdir}"
+    bench.finish(summary, "nash_md", *bench.start_of("runs/nash"), judge)
   return summary
 
 

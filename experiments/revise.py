@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.annotation import revision
 from experiments.annotation.judge import CriticOptions, read_principles
-from experiments.lab import given_rows, line_files, models
+from experiments.lab import given_rows, limits, line_files, models
 from rlhf_jax import data, entry, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -68,6 +68,7 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   given_rows.show("Revision", source, prompts, heldout, model=folder)
   texts = list(dict.fromkeys(data.plain_prompts(prompts, source)))
   texts = texts[: config.limit or len(texts)]
+  limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
     settings = flags.to_dict(config)
     digests = models.digests(flags.flatten(settings)) | {"data": prompts.digest}

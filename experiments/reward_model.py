@@ -38,6 +38,7 @@ class Config(loop.RunConfig):
   steps: int = 225
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 45
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward_model: RewardModelConfig = RewardModelConfig()
@@ -64,22 +65,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
 
     @jax.jit
-    def measure(params, batch):
-      return {"score": given.read_scores(bench.model.apply, params, batch)}
+    def measure(params, batch):  # Tokens and mask are not needed further on.
+      scores = given.read_scores(bench.model.apply, params, batch)
+      return scores, batch._replace(tokens=batch.tokens[..., :0], mask=batch.mask[..., :0])
 
-    def pairs_of(dataset, params):
-      scores = bench.over(dataset, functools.partial(measure, params))["score"]
-      return evaluating.compared(dataset, scores)
+    @jax.jit
+    def summarize(rows):
+      return reward_model.mean_metrics(*rows, config=settings)
 
-    @evaluating.once_per_step
-    def heldout_pairs(state, step):
-      del step
-      return pairs_of(heldout, trainer.params(state))
-
-    def evaluate(state, step):
-      metrics = reward_model.pair_metrics(heldout_pairs(state, step))
-      return {f"eval/{name}": value for name, value in metrics.items()}
-
+    evaluate = bench.evaluator(trainer, measure, summarize)
     state = bench.fit(
       trainer.step,
       trainer,
@@ -87,34 +81,40 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       evaluate=evaluate,
       title="reward model",
     )
+    measure = functools.partial(measure, trainer.params(state))
     part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
-    seen = reward_model.pair_metrics(pairs_of(part, trainer.params(state)))
-    centre = (seen["reward/chosen"] + seen["reward/rejected"]) / 2
+    scores, _ = bench.over(part, measure)
+    seen = reward_model.pair_metrics(*evaluating.compared(part, scores))
+    centre = evaluating.mean_score(part, scores)
     bench.export(shift_scores(trainer.params(state), -jnp.float32(centre)))
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
-      summary |= judge(heldout, heldout_pairs(state, config.steps) - centre)
+      scores, _ = bench.over(heldout, measure)
+      summary |= judge(heldout, scores) | {"loss": evaluate(state, config.steps)["eval/loss"]}
       show(summary)
-    bench.finish(summary)
+    bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
 
 
-def judge(dataset: data.Dataset, pairs: np.ndarray) -> dict[str, float]:
+def judge(dataset: data.Dataset, scores: np.ndarray) -> dict[str, float]:
   """Measures a reward model, with preferring the longer response as the baseline.
+
+  Accuracy and margin are means over prompts of means over their pairs, as in training.
 
   Args:
     dataset: Held-out pairs or rankings.
-    pairs: [N, 2] scores of the better and the worse response of every pair.
+    scores: [rows, K] scores of the responses.
   """
-  lengths = evaluating.compared_lengths(dataset)
-  metrics = reward_model.pair_metrics(pairs)
-  calibration = evaluation.calibration(pairs[:, 0], pairs[:, 1])
+  pairs, mask = evaluating.compared(dataset, scores)
+  lengths, _ = evaluating.compared_lengths(dataset)
+  metrics = reward_model.pair_metrics(pairs, mask)
+  calibration = evaluation.calibration(pairs[mask, 0], pairs[mask, 1])
   return {
     "accuracy": float(metrics["reward/accuracy"]),
     "margin": float(metrics["reward/margin"]),
-    "pairs": len(pairs),
-    "longer_wins": float(np.mean(lengths[:, 0] > lengths[:, 1])),
-    "length_baseline": float(reward_model.pair_metrics(lengths)["reward/accuracy"]),
+    "pairs": int(np.sum(mask)),
+    "longer_wins": float(np.mean(lengths[mask, 0] > lengths[mask, 1])),
+    "length_baseline": float(reward_model.pair_metrics(lengths, mask)["reward/accuracy"]),
     "calibration_error": calibration.ece,
     "log_loss": calibration.log_loss,
   }

@@ -101,7 +101,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   show(summary)
   if processes.is_first():
     for name in ("sft", "reward_model", "ppo"):
-      shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
+      if (workdir / name / "plots").exists():  # Two lines of metrics make a plot.
+        shutil.copytree(workdir / name / "plots", workdir / "plots" / name, dirs_exist_ok=True)
   reporting.write_summary(workdir, summary)
   return summary
 

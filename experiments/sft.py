@@ -15,16 +15,14 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 
-from experiments.lab import evaluating, models, training, workbench
+from experiments.lab import models, training, workbench
 from experiments.lab.case import Case
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.losses import masked, supervised
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 
@@ -36,6 +34,7 @@ class Config(loop.RunConfig):
   steps: int = 540
   batch_size: int = 32
   log_every: int = 10
+  eval_every: int = 90
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
@@ -55,17 +54,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
 
-    @jax.jit
-    def measure(params, batch):
-      losses = supervised.nll(bench.model.apply(params, batch.tokens), batch.tokens)
-      return {"eval/loss": masked.masked_mean(losses, batch.mask, axis=1)}
-
-    @evaluating.once_per_step
-    def evaluate(state, step):
-      del step
-      rows = bench.over(bench.heldout, functools.partial(measure, trainer.params(state)))
-      return {name: float(np.mean(values)) for name, values in rows.items()}
-
+    measure = jax.jit(functools.partial(sft.row_sums, bench.model.apply))
+    evaluate = bench.evaluator(trainer, measure, sft.mean_metrics)
     state = bench.fit(
       trainer.step,
       trainer,
@@ -75,9 +65,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     params = trainer.params(state)
     bench.export(params)
-    summary = evaluate(state, config.steps) if bench.heldout.examples else {}
+    summary = evaluate(state, config.steps)
     bench.show_samples(params, "Samples of the fine-tuned model")
-    bench.finish(summary)
+    pairs = ["--data.path=PAIRS.jsonl"] if config.data.path else []
+    start = f"--init_from={session.workdir}"
+    bench.finish(summary, "reward_model", "--workdir=runs/rm", start, *pairs)
   return summary
 
 

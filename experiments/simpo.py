@@ -62,14 +62,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
 
     @jax.jit
-    def measure(params, batch):
-      return simpo.row_metrics(params, batch, read=read, config=config.simpo)[0]
+    def summarize(policy):
+      return pairs.mean_metrics(*simpo.row_metrics(policy, config=config.simpo), policy.real)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, None, judge)
+    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
     batches = bench.batches(packed_length=config.data.packed_length)
     state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate, title="simpo")
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)

@@ -13,7 +13,10 @@ looks and decides, for all of them.
 
 import concurrent.futures
 import contextlib
+import errno
+import functools
 import json
+import logging as standard_logging
 import os
 import pathlib
 import re
@@ -69,6 +72,31 @@ class Restored(NamedTuple):
   step: int
   items: dict[str, PyTree]
   meta: dict[str, Any]
+
+
+def _is_repetition(record: standard_logging.LogRecord) -> bool:
+  """Returns whether a record repeats, with its traceback, the error of a save that fails."""
+  from_orbax = "orbax" in record.pathname and record.levelno >= standard_logging.ERROR
+  return bool(from_orbax or "exception was never retrieved" in record.getMessage())
+
+
+@functools.cache
+def _report_a_failure_once() -> None:
+  """Drops what the threads of orbax and asyncio log of a failed save: `save` raises its reason."""
+  for logger in (standard_logging.getLogger("absl"), standard_logging.getLogger("asyncio")):
+    logger.addFilter(lambda record: not _is_repetition(record))
+
+
+def _require_room(directory: pathlib.Path, arrays: PyTree) -> None:
+  """Refuses to begin a save that the disk has no room for."""
+  needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+  status = os.statvfs(next(path for path in (directory, *directory.parents) if path.exists()))
+  left = status.f_bavail * status.f_frsize
+  if needed > left:
+    reason = os.strerror(errno.ENOSPC)
+    raise OSError(
+      errno.ENOSPC, f"{reason}: {needed / 1e9:.3g} GB are needed, {left / 1e9:.3g} left"
+    )
 
 
 class Checkpointer:
@@ -143,6 +171,7 @@ class Checkpointer:
       )
     try:
       self._discard_from(step)
+      processes.agree(lambda: _require_room(self.directory, flat))
       manager = self._open()
       # A save may outlive the call, so what the caller can still write to is copied.
       arrays = {
@@ -242,6 +271,7 @@ class Checkpointer:
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
+      _report_a_failure_once()
       policy = checkpoint_managers.LatestN(self._keep)
       options = ocp.CheckpointManagerOptions(preservation_policy=policy)
       self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -276,8 +306,9 @@ class Checkpointer:
     with contextlib.suppress(Exception):
       self._close_manager()
     self._remove_leftovers()
+    reason = workdir_lib.no_room(error) or _first_line(error)
     return CheckpointWriteError(
-      f"step {step} could not be saved in {self.directory}: {_first_line(error)};"
+      f"step {step} could not be saved in {self.directory}: {reason};"
       f" steps still there: {self._committed_steps()}"
     )
 

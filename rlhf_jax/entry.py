@@ -60,14 +60,16 @@ def start(
     DeviceError: JAX finds no device of the platform that it was told to use.
     LockedError: The workdir cannot be made or written.
   """
-  if isinstance(configs[0], processes.Group):
-    configs[0].connect()
+  first: Any = configs[0]
+  if isinstance(first, processes.Group):
+    first.connect()
   require_devices()
-  path = workdir.local_path(configs[0].workdir) / "flags"
+  path = workdir.local_path(first.workdir) / "flags"
   # The flags of another run stay until this one has been accepted and has finished.
-  if processes.is_first() and not path.exists():
+  if processes.is_first():
     with workdir.creating(path.parent):
-      save(path)
+      if not path.exists():
+        save(path)
   result = train(*configs)
   if processes.is_first():
     save(path)
@@ -89,7 +91,7 @@ def require_devices() -> None:
   try:
     jax.devices()
   except Exception as error:  # Of various types, one of them an assertion.
-    wanted = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or ""
+    wanted = os.environ.get("JAX_PLATFORMS") or jax.config.values.get("jax_platforms") or ""
     reason = next(iter(str(error).splitlines()), "") or "no plugin for it is installed"
     given = f"JAX_PLATFORMS={wanted}" if wanted else "jax"
     raise DeviceError(
@@ -188,10 +190,10 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     return code, f"{type(error).__name__}: {error}"
   if isinstance(error, OSError) and error.errno in _IO | _CANNOT_CREATE:
     code = EX_IOERR if error.errno in _IO else EX_CANTCREAT
-    where = f"{error.filename}: " if error.filename is not None else ""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     return code, f"{where}{error.strerror}{_CONTINUES if code == EX_IOERR else ''}"
-  if workdir.is_disk_full(error):  # Of a library that has an exception of its own.
-    return EX_IOERR, f"{_short(str(error).splitlines()[0])}{_CONTINUES}"
+  if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
+    return EX_IOERR, f"{reason}{_CONTINUES}"
   return None
 
 

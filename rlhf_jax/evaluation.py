@@ -65,7 +65,7 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
     confidence: Probability that the interval covers the true rate.
 
   Returns:
-    The rate and its interval; NaN if a score is NaN.
+    The rate and its interval; NaN if a score is NaN or infinitely high.
 
   Raises:
     ValueError: If the shapes differ, or there are no prompts.
@@ -73,7 +73,7 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape or a.ndim not in (1, 2) or not a.size:
     raise ValueError(f"a and b must have the shape [B] or [B, N], got {a.shape} and {b.shape}")
-  if np.isnan([a, b]).any():
+  if np.isnan([a, b]).any() or np.isposinf([a, b]).any():
     return Estimate(math.nan, math.nan, math.nan)
   if a.ndim == 2 and a.shape[1] > 1:
     a, b = a[:, :, None], b[:, None, :]
@@ -246,6 +246,9 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   It is the mean over all draws of n from the pool without replacement: Nakano et al., 2021,
   https://arxiv.org/abs/2112.09332, appendix I.
 
+  Responses of equal proxy are equally likely to be picked. One whose proxy is not finite is picked
+  only if no other one is drawn.
+
   Args:
     proxy: [..., N] scores that pick the response.
     values: [..., N] values to average: the gold reward, or the proxy itself.
@@ -265,8 +268,18 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
   # C(N - k, n - 1) / C(N, n): n / N for the best, times (N - k - n + 1) / (N - k) for each next.
   below = np.arange(size - 1, 0, -1)
   chances = n / size * np.cumprod(np.append(1, np.maximum(below - n + 1, 0) / below))
-  best_first = np.argsort(-proxy, axis=-1, kind="stable")
-  return np.take_along_axis(values, best_first, axis=-1) @ chances
+  proxy = np.where(np.isfinite(proxy), proxy, -np.inf)
+  order = np.argsort(-proxy, axis=-1, kind="stable")
+  proxy, values = (np.take_along_axis(x, order, axis=-1) for x in (proxy, values))
+  # Equals share the mean chance of their places, from the first of them to the last.
+  place, edge = np.arange(size), np.ones((*proxy.shape[:-1], 1), bool)
+  changes = proxy[..., 1:] != proxy[..., :-1]
+  first = np.maximum.accumulate(np.where(np.append(edge, changes, axis=-1), place, 0), axis=-1)
+  last = np.where(np.append(changes, edge, axis=-1), place, size)
+  last = np.minimum.accumulate(last[..., ::-1], axis=-1)[..., ::-1]
+  total = np.append(0.0, np.cumsum(chances))
+  chances = (total[last + 1] - total[first]) / (last + 1 - first)
+  return np.sum(np.where(chances > 0, chances * values, 0.0), axis=-1)
 
 
 def best_of_n_kl(n: int) -> float:
@@ -284,7 +297,8 @@ class OverOptimization(NamedTuple):
   Attributes:
     alpha: Slope at the start (reward / d at d = 1 for the form "rl").
     beta: Rate at which the slope falls.
-    peak: Distance d of the highest gold reward; infinite if the fit never falls.
+    peak: Distance d of the highest gold reward: 0 if no checkpoint is above the initial policy,
+      infinite if the fit never falls.
   """
 
   alpha: float
@@ -312,11 +326,13 @@ def fit_overoptimization(
   if np.linalg.matrix_rank(columns) < 2:
     raise ValueError("a fit needs checkpoints at two or more different distances above 0")
   alpha, beta = np.linalg.lstsq(columns, gold)[0].tolist()
-  if beta <= 0:
-    return OverOptimization(alpha, beta, math.inf)
-  return OverOptimization(
-    alpha, beta, alpha / (2 * beta) if form == "best_of_n" else math.exp(alpha / beta - 1)
-  )
+  if np.max(gold) <= 0:
+    return OverOptimization(alpha, beta, 0.0)
+  if beta > 0:
+    with np.errstate(over="ignore"):
+      peak = alpha / (2 * beta) if form == "best_of_n" else float(np.exp(alpha / beta - 1))
+    return OverOptimization(alpha, beta, max(peak, 0.0))
+  return OverOptimization(alpha, beta, math.inf)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import signal
@@ -259,6 +260,10 @@ class _Log:
 
   def _write(self, step: int, values: Mapping[str, Any], keep: bool, seconds: float) -> None:
     scalars = {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+    # Undefined in this batch, such as the reward of chosen responses in a batch without any.
+    absent = [n for n, x in scalars.items() if math.isnan(x) and n not in ("loss", "grad_norm")]
+    for name in absent:
+      del scalars[name]
     scalars["step_seconds"] = seconds
     tokens = scalars.pop("tokens", None)
     scalars.pop("weight", None)

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from rlhf_jax import processes, writers
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.reporting import escape
 
 
@@ -39,26 +40,45 @@ class Panel:
 
 
 PANELS = {
-  "loss": Panel("Loss", ("loss",), "Loss"),
+  "loss": Panel(
+    "Loss", ("loss", "eval/loss"), "Loss", labels=("Training batches", "Held-out rows")
+  ),
   "reward": Panel(
     "Reward",
     ("reward/mean", "gold_reward/mean"),
     "Reward",
-    labels=("Proxy (trained on)", "Gold (held out)"),
+    labels=("Proxy (trained on)", "Gold (never trained on)"),
+  ),
+  "reward_held_out": Panel(
+    "Reward on held-out prompts",
+    ("eval/reward", "eval/gold"),
+    "Reward",
+    labels=("Proxy (trained on)", "Gold (never trained on)"),
   ),
   "gold_vs_proxy": Panel(
     "Over-optimisation: reward against KL",
     ("reward/mean", "gold_reward/mean"),
     "Reward",
-    labels=("Proxy (trained on)", "Gold (held out)"),
+    labels=("Proxy (trained on)", "Gold (never trained on)"),
     x="kl/ref",
     xlabel="KL to the reference (nats)",
   ),
   "kl": Panel("Distance from the reference", ("kl/ref",), "KL to the reference (nats)"),
-  "accuracy": Panel("Preference accuracy", ("reward/accuracy",), "Fraction of pairs"),
+  "accuracy": Panel(
+    "Preference accuracy",
+    ("reward/accuracy", "eval/reward/accuracy"),
+    "Fraction of pairs",
+    labels=("Training batches", "Held-out rows"),
+  ),
   "margin": Panel(
-    "Rewards of preferred and other response",
+    "Rewards of both responses in training batches",
     ("reward/chosen", "reward/rejected", "reward/margin"),
+    "Reward",
+    labels=("Chosen", "Rejected", "Margin"),
+  ),
+  "margin_held_out": Panel(
+    "Rewards of both responses on held-out rows",
+    ("eval/reward/chosen", "eval/reward/rejected", "eval/reward/margin"),
     "Reward",
     labels=("Chosen", "Rejected", "Margin"),
   ),
@@ -173,7 +193,7 @@ def render_panel(panel: Panel, runs: Mapping[str, Sequence[Mapping[str, float]]]
       )
     axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.margins(x=0.02)
-    if len(lines) > 1:
+    if len(lines) > 1 or panel.labels:
       axes.legend()
     # Room for seven digits and a power of ten. A layout that measures them draws all twice.
     axes.figure.subplots_adjust(left=0.155, right=0.98, bottom=0.125, top=0.88)
@@ -206,8 +226,7 @@ def save_panels(
     png = render_panel(panel, runs)
     if png is not None and processes.is_first():
       path = epath.Path(folder) / f"{name}.png"
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(png)
+      workdir_lib.atomic_write(path, png)
       written.append(path)
   return written
 
@@ -454,6 +473,5 @@ def save_chart(path: epath.PathLike, *charts: Chart) -> epath.Path:
   """Writes charts, two in a row, to a PNG file, whose folder is created."""
   path = epath.Path(path)
   if processes.is_first():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(render_charts(charts))
+    workdir_lib.atomic_write(path, render_charts(charts))
   return path

@@ -180,7 +180,7 @@ class Progress:
     if processes.is_first() and _on_terminal():
       self._bar = RichProgress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24 if _CONSOLE.width >= 120 else 10),
         TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         TextColumn("{task.fields[rate]}", markup=False, style="cyan"),
         TextColumn("{task.fields[left]}", markup=False),
@@ -222,19 +222,36 @@ class Progress:
     rate = self._rate(now)
     names = [name for name, x in metrics.items() if name.endswith("/nonfinite") and x > 0]
     names += [name for name in self.SHOWN if name in metrics][: self.MAX_SHOWN]
-    shown = "  ".join(f"{name} {cell(float(metrics[name]))}" for name in names)
+    values = [f"{name} {cell(float(metrics[name]))}" for name in names]
     per_second = ""
     left = ""
     if rate:
       per_second = f"{rate:.3g} steps/s" if rate >= 0.1 else f"{1 / rate:.3g} s/step"
       left = f"{duration((self._total - step) / rate)} left"
     if self._bar is not None:
-      self._bar.update(self._task, completed=step, rate=per_second, left=left, shown=shown)
+      rate_shown, left_shown, shown = self._fitting(per_second, left, values)
+      self._bar.update(self._task, completed=step, rate=rate_shown, left=left_shown, shown=shown)
     elif self._due(now):
       self._last_line = (step, now)
       percent = 100 * step // self._total if self._total else 100
       parts = [f"{self._description}: step {step}/{self._total} ({percent}%)", per_second, left]
-      _plain("  ".join(part for part in [*parts, shown] if part))
+      _plain("  ".join(part for part in [*parts, *values] if part))
+
+  def _fitting(self, rate: str, left: str, values: Sequence[str]) -> tuple[str, str, str]:
+    """Drops metrics, then the rate, then the time, so that the line fits on the terminal."""
+    bar = 24 if _CONSOLE.width >= 120 else 10
+    count = f"{self._step}/{self._total}"
+    room = _CONSOLE.width - len(self._description) - bar - len(count) - len(rate) - len(left) - 5
+    shown: list[str] = []
+    for value in values:
+      needed = len(value) + 2 * bool(shown)
+      if needed > room:
+        break
+      shown.append(value)
+      room -= needed
+    if room < 0:
+      room, rate = room + len(rate), ""
+    return rate, left if room >= 0 else "", "  ".join(shown)
 
 
 def show_samples(

@@ -21,7 +21,7 @@ class OptimConfig:
     schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
       `cosine` decay to 0 at the last step.
     warmup: Fraction of all optimizer steps over which the learning rate rises from 0.
-    weight_decay: Decoupled weight decay, on matrices only.
+    weight_decay: Decoupled weight decay, on matrices and embeddings only.
     b1: Decay of the first moment.
     b2: Decay of the second moment.
     eps: Constant added to the root of the second moment.
@@ -83,12 +83,39 @@ def make_optimizer(
     weight_decay=config.weight_decay,
     # Stacked norms and biases are [L, D], so rank does not identify matrices; the last name does.
     mask=lambda params: jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ("kernel", "embedding", "lora_a", "lora_b"), params
+      lambda path, _: path[-1].key in _DECAYED, params
     ),
   )
-  if not config.max_grad_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+  return optax.chain(clip_by_norm(config.max_grad_norm or _MAX_NORM), adamw)
+
+
+# Last names of params with weight decay: matrices and embeddings, learned positions among them.
+_DECAYED = ("kernel", "embedding", "positions", "lora_a", "lora_b")
+_MAX_NORM = 1e18  # The squares of larger gradients overflow the second moment in float32.
+
+
+def global_norm(tree: Params) -> jax.Array:
+  """Norm of all entries together, finite if they are: their squares may overflow float32."""
+  norm = optax.tree.norm(tree)
+
+  def scaled() -> jax.Array:
+    largest = optax.tree.norm(tree, ord=jnp.inf)
+    shares = jax.tree.map(lambda x: x / largest.astype(x.dtype), tree)
+    return largest.astype(norm.dtype) * optax.tree.norm(shares)
+
+  return jax.lax.cond(jnp.isinf(norm), scaled, lambda: norm)
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+  """Builds `optax.clip_by_global_norm` for gradients of any finite norm."""
+
+  def clip(updates: Params, state: optax.OptState, params: Params | None = None):
+    del params
+    norm = global_norm(updates)
+    clipped = lambda x: jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm)  # noqa: E731
+    return jax.tree.map(clipped, updates), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -96,23 +123,46 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def _merge(name: str, values: jax.Array, weights: jax.Array) -> jax.Array:
-  """Reduces one metric over several micro-batches or minibatches."""
-  if name in ("weight", "tokens"):
-    return jnp.sum(values)
-  if name == "skipped_steps":  # A step that was skipped for want of units has no weight.
-    return jnp.mean(values)
-  if name.endswith("/max"):
-    return jnp.max(values)
-  if name.endswith("/min"):
-    return jnp.min(values)
-  return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+def _units(metrics: Metrics, name: str) -> jax.Array:
+  """Number of units that a metric averages, stacked over parts."""
+  default = metrics.get("weight", jnp.ones_like(metrics["loss"]))
+  return metrics.get(f"weight/{name.removeprefix('term/')}", default)
+
+
+def _average(values: jax.Array, weights: jax.Array) -> jax.Array:
+  # A part without a unit counts for nothing, even if its value is undefined.
+  total = jnp.sum(jnp.where(weights > 0, values * weights, 0.0))
+  weight = jnp.sum(weights)
+  return jnp.where(weight > 0, total / jnp.maximum(weight, 1e-9), jnp.mean(values))
 
 
 def merge_metrics(metrics: Metrics) -> Metrics:
-  """Reduces metrics stacked over updates: sums counts, keeps extremes, averages the rest."""
-  weights = metrics.get("weight", jnp.ones_like(metrics["loss"]))
-  return {name: _merge(name, values, weights) for name, values in metrics.items()}
+  """Reduces metrics stacked over parts: sums counts, keeps extremes, averages the rest.
+
+  Averages are over the units of each metric; `types.LossFn` lists the names.
+  """
+  terms = [name for name in metrics if name.startswith("term/")]
+  rest = metrics["loss"] - sum(metrics[name] for name in terms) if terms else metrics["loss"]
+  merged = {}
+  for name, values in (metrics | {"loss": rest}).items():
+    if name in ("weight", "tokens") or name.startswith("weight/"):
+      merged[name] = jnp.sum(values)
+    elif name.endswith("/max"):
+      merged[name] = jnp.max(values)
+    elif name.endswith("/min"):
+      merged[name] = jnp.min(values)
+    elif name == "skipped_steps":  # A step that was skipped for want of units has no weight.
+      merged[name] = jnp.mean(values)
+    else:
+      merged[name] = _average(values, _units(metrics, name))
+  for name in terms:
+    merged["loss"] += merged[name]
+  return merged
+
+
+def reported(metrics: Metrics) -> Metrics:
+  """Returns the metrics without the entries that only serve to merge micro-batches."""
+  return {n: x for n, x in metrics.items() if not n.startswith(("weight/", "term/", "whole_batch"))}
 
 
 def _split_rows(batch, parts: int):
@@ -132,8 +182,9 @@ def gradients(
 ) -> tuple[Params, Metrics]:
   """Gradient and metrics of `loss_fn` over a batch, accumulated over `microbatches`.
 
-  The result is exact even if the loss is a mean over units other than rows, if it reports their
-  number in `metrics["weight"]`: micro-batches are then weighted by it.
+  The result is exact even if the loss has terms that are means over different units, if it reports
+  their numbers as `types.LossFn` says: micro-batches are then weighted by them, each term on its
+  own.
 
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`.
@@ -144,30 +195,58 @@ def gradients(
 
   Returns:
     Gradient and metrics, including `loss`.
-  """
-  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def one(batch, key: jax.Array) -> tuple[Params, Metrics]:
-    (loss, metrics), grads = value_and_grad(params, batch, key)
+  Raises:
+    ValueError: The rows do not split, or the loss compares the rows of a batch.
+  """
+  if microbatches == 1:
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
     return grads, metrics | {"loss": loss}
 
-  if microbatches == 1:
-    return one(batch, key)
+  parts, order = _split_rows(batch, microbatches), jnp.arange(microbatches)
 
-  def accumulate(total, xs):
-    index, part = xs
-    grads, metrics = one(part, jax.random.fold_in(key, index))
-    weight = metrics.get("weight", jnp.ones(()))
+  def evaluate(index: jax.Array, part: Any, params: Params = params) -> Metrics:
+    loss, metrics = loss_fn(params, part, jax.random.fold_in(key, index))
+    return metrics | {"loss": loss}
+
+  names = jax.eval_shape(lambda: evaluate(order[0], jax.tree.map(lambda x: x[0], parts)))
+  if "whole_batch" in names:
+    raise ValueError(
+      f"this loss compares the rows of a batch, which {microbatches} micro-batches would cut; set"
+      " microbatches to 1"
+    )
+  terms = [name for name in names if name.startswith("term/")]
+  shares = {}
+  if terms:
+    # The numbers of units depend on masks alone, so the compiler removes the model from this pass.
+    def count(xs: Any) -> Metrics:
+      metrics = evaluate(*xs)
+      return {name: _units(metrics, name) for name in ("loss", *terms)}
+
+    units = jax.lax.map(count, (order, parts))
+    shares = {name: x / jnp.maximum(jnp.sum(x), 1e-9) for name, x in units.items()}
+
+  def scaled(params: Params, index: jax.Array, part: Any, share: Metrics):
+    metrics = evaluate(index, part, params)
+    if not terms:
+      return metrics["loss"], metrics
+    rest = metrics["loss"] - sum(metrics[name] for name in terms)
+    return share["loss"] * rest + sum(share[name] * metrics[name] for name in terms), metrics
+
+  def accumulate(total: Params, xs: Any):
+    (_, metrics), grads = jax.value_and_grad(scaled, has_aux=True)(params, *xs)
+    weight = jnp.ones(()) if terms else metrics.get("weight", jnp.ones(()))
     return jax.tree.map(lambda t, g: t + weight * g, total, grads), metrics
 
   # Summed in float32: params may be bfloat16.
   zero = jax.tree.map(
     lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
   )
-  parts = _split_rows(batch, microbatches)
-  total, metrics = jax.lax.scan(accumulate, zero, (jnp.arange(microbatches), parts))
-  weight = jnp.sum(metrics["weight"]) if "weight" in metrics else jnp.float32(microbatches)
-  scale = 1 / jnp.maximum(weight, 1e-9)
+  total, metrics = jax.lax.scan(accumulate, zero, (order, parts, shares))
+  scale = jnp.ones(())
+  if not terms:
+    weight = jnp.sum(metrics["weight"]) if "weight" in metrics else jnp.float32(microbatches)
+    scale = 1 / jnp.maximum(weight, 1e-9)
   grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), total, params)
   return grads, merge_metrics(metrics)
 
@@ -187,7 +266,7 @@ def update(
   the metric `skipped_steps` to 1. A batch has no unit if the metric `weight` is 0.
   """
   grads, metrics = gradients(loss_fn, state.params, batch, key, microbatches)
-  grad_norm = optax.tree.norm(grads)
+  grad_norm = global_norm(grads)
   ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
   if "weight" in metrics:
     ok &= metrics["weight"] > 0
@@ -287,7 +366,8 @@ def make_train_step(
 
   def step(state: TrainState, batch, key: jax.Array) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(key, state.step)
-    return update(loss_fn, tx, state, batch, key, microbatches=microbatches)
+    state, metrics = update(loss_fn, tx, state, batch, key, microbatches=microbatches)
+    return state, reported(metrics)
 
   return jit_step(step, state_shardings)
 

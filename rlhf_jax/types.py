@@ -127,6 +127,11 @@ class Rollout(NamedTuple):
 ApplyFn = Callable[..., jax.Array]
 # (params, batch, key) -> (loss, metrics). `loss` is a mean. If it is not a mean over rows,
 # `metrics["weight"]` is the number of units that it averages, so that gradient accumulation over
-# micro-batches stays exact. `metrics["tokens"]` is the number of tokens trained on.
+# micro-batches stays exact. `metrics["tokens"]` is the number of tokens trained on. Further entries
+# are for micro-batches alone, and a train step does not return them:
+#   weight/NAME  number of units that metric NAME averages, if it is another one
+#   term/NAME    part of `loss` that averages weight/NAME units, such as the loss on demonstrations
+#   whole_batch  present if the loss compares the rows of a batch, which is then not cut
+# A metric is NaN if nothing in the batch defines it; the log leaves it out.
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 TrainStep = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]

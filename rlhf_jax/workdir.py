@@ -76,7 +76,7 @@ def creating(directory: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    if is_disk_full(error):
+    if no_room(error):
       raise
     raise LockedError(
       f"--workdir={directory} cannot be written: {error.strerror or error}; give a folder of yours"
@@ -86,40 +86,44 @@ def creating(directory: pathlib.Path) -> Iterator[None]:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-  """Returns whether an error, or one that it comes from, says that no room is left.
+def no_room(error: BaseException | None) -> str:
+  """Returns the words of the system for an error of a disk without room; empty for others.
 
   Libraries that write by themselves have exceptions of their own, with the words of the system.
+  What an error comes from counts.
   """
-  words = [os.strerror(code) for code in _FULL]
   while error is not None:
-    if isinstance(error, OSError) and error.errno in _FULL:
-      return True
-    if any(word in str(error) for word in words):
-      return True
+    for code in _FULL:
+      if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+        return os.strerror(code)
     error = error.__cause__ or error.__context__
-  return False
+  return ""
 
 
-def atomic_write(path: epath.PathLike, text: str) -> None:
-  """Writes a text file so that a reader, a crash or a power loss sees the old file or the new one.
+def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file so that a reader, a crash or a power loss sees the old file or the new one.
 
-  Its folder is created. An object in a bucket appears when it is complete.
+  Its folder is created. An object in a bucket appears when it is complete. An OSError names the
+  file.
   """
   path = epath.Path(path)
+  content = content.encode() if isinstance(content, str) else content
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
-    path.write_text(text)
+    path.write_bytes(content)
     return
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:
-    with open(temporary, "w", encoding="utf-8") as file:
-      file.write(text)
+    with open(temporary, "wb") as file:
+      file.write(content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(temporary, path)
-  except BaseException:
-    temporary.unlink(missing_ok=True)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno is not None:
+      error.filename, error.filename2 = os.fspath(path), None
     raise
   sync_directory(path.parent)
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import checkpoint, sharding
+from rlhf_jax import checkpoint, entry, sharding
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.types import TrainState
 from tests.testing import forked
@@ -350,6 +351,23 @@ def test_leaves_that_would_change_are_refused(tmp_path):
       ckpt.save(1, {"s": weights(0)}, {"x": float("nan")})
 
 
+def test_a_save_without_room_is_not_begun(tmp_path, monkeypatch):
+  with workdir_lib.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
+    ckpt.save(1, {"state": weights(1)}, {})
+    ckpt.wait()
+    room = os.statvfs(tmp_path)
+    full = types.SimpleNamespace(f_bavail=1, f_frsize=4096)
+    monkeypatch.setattr(checkpoint.os, "statvfs", lambda path: full)
+    big = {"state": {"w": np.zeros(2000, np.float32)}}
+    with pytest.raises(checkpoint.CheckpointWriteError, match=r"No space left .*there: \[1\]") as e:
+      ckpt.save(2, big, {})
+    assert entry.verdict(e.value)[0] == 74
+    monkeypatch.setattr(checkpoint.os, "statvfs", lambda path: room)
+    ckpt.save(2, big, {})
+    ckpt.wait()
+    assert ckpt.latest_step() == 2
+
+
 def test_failed_write_keeps_the_older_steps(tmp_path, monkeypatch):
   with workdir_lib.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
     ckpt.save(1, {"state": weights(1)}, {})
@@ -378,7 +396,8 @@ ckpt.close()
   child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
   assert child.returncode == 0, child.stderr[-2000:]
   assert child.stdout.startswith("74 step 2 could not be saved"), child.stdout
-  assert child.stdout.endswith("steps still there: [1]\n")
+  assert child.stdout.endswith("File too large; steps still there: [1]\n")
+  assert "ERROR" not in child.stderr and "never retrieved" not in child.stderr
   assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
     "1",
     "1.digest.json",

@@ -25,7 +25,9 @@ def test_win_rate_counts_ties_half():
       evaluation.win_rate(np.zeros(3), b)
   with pytest.raises(ValueError, match="must have the shape"):
     evaluation.win_rate(np.zeros(0), np.zeros(0))
-  assert np.isnan(evaluation.win_rate(np.array([0.0, np.nan]), np.zeros(2))).all()
+  for bad in (np.nan, np.inf):
+    assert np.isnan(evaluation.win_rate(np.array([0.0, bad]), np.zeros(2))).all()
+    assert np.isnan(evaluation.win_rate(np.zeros(2), np.array([0.0, bad]))).all()
 
 
 @pytest.mark.parametrize(("wins", "n"), [(0, 10), (1, 10), (7, 10), (10, 10), (410, 512)])
@@ -235,6 +237,25 @@ def test_best_of_n_is_the_mean_over_all_draws():
     evaluation.best_of_n(proxy, gold, 8)
 
 
+def test_best_of_n_picks_among_equals_at_random():
+  rng = np.random.default_rng(0)
+  proxy, gold = rng.integers(0, 3, size=(4, 6)).astype(float), rng.normal(size=(4, 6))
+  proxy[1, 2:4], proxy[2, 0], proxy[3] = np.nan, np.inf, np.nan  # None of them is ever the best.
+  usable = np.where(np.isfinite(proxy), proxy, -1.0)
+  shuffles = [rng.permutation(6) for _ in range(5)]
+  for n in range(1, 7):
+    expected = []
+    for row in range(4):
+      picks = []
+      for draw in map(list, itertools.combinations(range(6), n)):
+        best = usable[row, draw].max()
+        picks.append(np.mean([gold[row, i] for i in draw if usable[row, i] == best]))
+      expected.append(np.mean(picks))
+    for order in shuffles:
+      found = evaluation.best_of_n(proxy[:, order], gold[:, order], n)
+      np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_best_of_n_finds_the_turn_of_the_gold_reward():
   """Scores y from N(0, 1), gold y - y^2 / 4; the figures are integrals over the maximum's law."""
   proxy = np.random.default_rng(0).normal(size=200_000)
@@ -278,6 +299,15 @@ def test_fit_of_reinforcement_learning():
   assert evaluation.fit_overoptimization(d, d**2, "rl").peak == math.inf
   with pytest.raises(ValueError, match="two or more"):
     evaluation.fit_overoptimization(np.ones(3), np.ones(3), "rl")
+
+
+@pytest.mark.parametrize("form", ["best_of_n", "rl"])
+def test_the_peak_of_a_gold_reward_that_only_falls_is_the_start(form):
+  d = np.linspace(0, 4, 20)
+  for gold in (-d, -(d**2), -0.3 * d - 0.01 * d**2, -d * np.log1p(d), -np.sqrt(d)):
+    assert evaluation.fit_overoptimization(d, gold, form).peak == 0
+  for gold in (d, d**2, d + 0.1 * d**2):
+    assert evaluation.fit_overoptimization(d, gold, form).peak > 1e3
 
 
 def test_spearman_against_scipy():

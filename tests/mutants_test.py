@@ -11,7 +11,10 @@ from tests.mutants import planting
 from tests.testing import full
 
 MUTANTS = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
-PARTS = ("losses", "algorithms", "train_step", "generation", "rewards", "evaluation", "data")
+PARTS = (
+  *("losses", "algorithms", "train_step", "generation", "rewards", "evaluation", "data"),
+  "experiments",
+)
 # One of each kind: sign, weight, constant in the gradient, order, counted rows.
 FEW = ("algorithms/nash_md/1", "losses/kl/4", "evaluation/1")
 

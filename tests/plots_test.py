@@ -1,6 +1,7 @@
 import io
 import math
 
+import matplotlib.axes
 import matplotlib.backends.backend_agg
 import matplotlib.figure
 import matplotlib.image
@@ -165,3 +166,22 @@ def test_a_matrix_of_win_rates():
 
   even, clear = mean_colour(0.5), mean_colour(1.0)
   assert clear < even  # The stronger the preference, the stronger the colour.
+
+
+def test_panels_say_which_rows_they_are_of():
+  for name, panel in plots.PANELS.items():
+    labels = panel.labels or (panel.title,) * len(panel.metrics)
+    for metric, label in zip(panel.metrics, labels, strict=True):
+      heldout = "held-out" in f"{panel.title} {label}".lower()
+      assert heldout == metric.startswith("eval/"), name
+
+
+def test_a_line_of_a_panel_of_several_keeps_its_label(workdir, monkeypatch):
+  shown = []
+  legend = matplotlib.axes.Axes.legend
+  monkeypatch.setattr(
+    matplotlib.axes.Axes, "legend", lambda axes, **k: shown.append(legend(axes, **k)) or shown[-1]
+  )
+  rows = writers.read_metrics(workdir / "metrics.jsonl")
+  assert plots.render_panel(plots.PANELS["loss"], {"a": rows}) is not None
+  assert [text.get_text() for text in shown[0].get_texts()] == ["Training batches"]

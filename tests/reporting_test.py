@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -218,6 +219,38 @@ def test_progress_on_a_terminal_is_a_bar(terminal):
   _run(progress, now, range(1, 5), 1.0, loss=0.25)
   text = terminal.getvalue()
   assert "dpo [red]" in text and "4/4" in text and "loss 0.250" in text and "━" in text
+
+
+PPO = {
+  "loss": -0.0123,
+  "reward/mean": 1.234,
+  "gold_reward/mean": 0.987,
+  "reward/accuracy": 0.5,
+  "kl/ref": 12.345,
+}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+@pytest.mark.parametrize("title, total", [("ppo", 45), ("reference, held out", 12_500)])
+def test_progress_fits_on_the_terminal(title, total, width, monkeypatch):
+  stream = io.StringIO()
+  console = reporting.Console(file=stream, force_terminal=True, width=width, color_system=None)
+  monkeypatch.setattr(reporting, "_CONSOLE", console)
+  monkeypatch.setattr(reporting, "_on_terminal", lambda: True)
+  now = [0.0]
+  with reporting.Progress(total, description=title, clock=lambda: now[0]) as progress:
+    for step in range(1, 4):
+      now[0] += 100.0
+      progress.update(step, PPO)
+  last = [line for line in re.split(r"[\r\n]+", stream.getvalue()) if title in line][-1]
+  last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", last)
+  assert len(last.rstrip()) <= width
+  assert last.startswith(f"{title} ") and f" 3/{total} " in f"{last} "
+  assert "…" not in last
+  values = [name for name in PPO if f"{name} {reporting.cell(PPO[name])}" in last]
+  assert values == list(PPO)[: len(values)]  # The most wanted first, and whole.
+  if width >= 80 and title == "ppo":
+    assert "100 s/step" in last and "1h 10m left" in last and values
 
 
 def test_progress_of_an_empty_run(capsys):

@@ -116,6 +116,60 @@ def test_microbatches_of_bfloat16_params():
   assert metrics["weight"] == np.sum(batch.mask)
 
 
+def two_terms(params, batch: Batch, key):
+  """A mean over tokens, one over the positive ones, and one over rows; with metrics of each."""
+  loss, metrics = token_loss(params, batch, key)
+  chosen = batch.mask & (batch.target > 0.5)
+  few, of_few = token_loss(params, batch._replace(mask=chosen), key)
+  rows, _ = row_loss(params, batch, key)
+  return loss - 0.7 * few + 0.2 * rows, metrics | {
+    "few": of_few["error"],
+    "weight/few": of_few["weight"],
+    "term/few": -0.7 * few,
+    "term/rows": 0.2 * rows,
+    "weight/rows": jnp.ones(()),
+    "rows": rows,
+  }
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8, 16])
+def test_each_term_and_metric_keeps_its_unit(parts):
+  params, batch, key = init_params(), make_batch(), jax.random.key(0)
+  batch = batch._replace(target=batch.target.at[:5].set(0.1))  # Some parts have none of the few.
+  want_grads, want = train_step.gradients(two_terms, params, batch, key)
+  run = jax.jit(train_step.gradients, static_argnums=(0, 4))
+  grads, metrics = run(two_terms, params, batch, key, parts)
+  assert_close(grads, want_grads, 1e-6)
+  for name in ("loss", "few", "rows", "error", "weight", "weight/few"):
+    np.testing.assert_allclose(metrics[name], want[name], rtol=1e-6, err_msg=name)
+  assert train_step.reported(metrics).keys() == {
+    *("loss", "few", "rows", "error", "error/max", "error/min", "weight")
+  }
+
+
+def test_the_model_is_not_run_to_count_units():
+  def loss(params, batch, key):
+    value, metrics = two_terms(params, batch, key)
+    return value + 0 * jnp.linalg.norm(jnp.sin(params["embed"]["embedding"]) ** 3), metrics
+
+  run = jax.jit(lambda *args: train_step.gradients(loss, *args, 4))
+  text = run.lower(init_params(), make_batch(), jax.random.key(0)).compile().as_text()
+  whole = jax.jit(lambda *args: train_step.gradients(loss, *args))
+  once = whole.lower(init_params(), make_batch(), jax.random.key(0)).compile().as_text()
+  assert text.count("sine(") == once.count("sine(") > 0
+
+
+def test_a_loss_of_a_whole_batch_is_not_cut():
+  def ranks(params, batch, key):
+    loss, metrics = row_loss(params, batch, key)
+    return loss, metrics | {"whole_batch": jnp.ones(())}
+
+  args = init_params(), make_batch(), jax.random.key(0)
+  assert "whole_batch" in train_step.gradients(ranks, *args)[1]
+  with pytest.raises(ValueError, match="compares the rows of a batch.*set microbatches to 1"):
+    train_step.gradients(ranks, *args, 2)
+
+
 def test_microbatches_get_different_keys():
   def noisy(params, batch, key):
     noise = jax.random.uniform(key)
@@ -311,9 +365,13 @@ def test_weight_decay_is_on_matrices_only():
   }
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zero, tx.init(params), params)
+  params["embed"] |= {"positions": jnp.ones((7, D))}  # An embedding, too.
+  zero = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zero, tx.init(params), params)
   for path, update in jax.tree_util.tree_leaves_with_path(updates):
     value = functools.reduce(lambda tree, entry: tree[entry.key], path, params)
-    want = -0.1 * 0.5 * value if path[-1].key in ("kernel", "embedding") else 0 * value
+    matrix = path[-1].key in ("kernel", "embedding", "positions")
+    want = -0.1 * 0.5 * value if matrix else 0 * value
     np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
@@ -343,6 +401,22 @@ def test_gradient_clip(limit):
   update, _ = tx.update(grads, tx.init(params), params)
   scale = limit / 5 if 0 < limit < 5 else 1.0
   np.testing.assert_allclose(-1e6 * update["kernel"], [3 * scale, 4 * scale], rtol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0])
+def test_gradients_whose_squares_overflow_are_clipped(limit):
+  grads = {"kernel": jnp.float32([3e25, -4e25])}
+  np.testing.assert_allclose(train_step.global_norm(grads), 5e25, rtol=1e-5)
+  assert np.isnan(train_step.global_norm({"kernel": jnp.float32([jnp.nan, 1.0])}))
+  assert not np.isfinite(train_step.global_norm({"kernel": jnp.float32([jnp.inf, 1.0])}))
+  config = OptimConfig(learning_rate=0.1, warmup=0.0, max_grad_norm=limit)
+  tx = train_step.make_optimizer(config, 10)
+  state = train_step.init_state({"kernel": jnp.ones(2)}, tx)
+  loss = lambda params, batch, key: (jnp.vdot(grads["kernel"], params["kernel"]), {})  # noqa: E731
+  state, metrics = train_step.update(loss, tx, state, None, jax.random.key(0))
+  assert metrics["skipped_steps"] == 0
+  np.testing.assert_allclose(state.params["kernel"], [0.9, 1.1], rtol=1e-3)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_grad_norm_is_the_one_before_the_clip():

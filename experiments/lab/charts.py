@@ -135,15 +135,15 @@ def frontier(groups: Groups) -> list[plots.Chart]:
 
 
 def overoptimization(groups: Groups) -> list[plots.Chart]:
-  """Plots proxy and gold reward over the KL, side by side, with the peak of the gold reward."""
+  """Plots proxy and gold reward over the KL, side by side, with a peak before the end of gold."""
   shown = {label: runs for label, runs in groups.items() if has(runs, PROXY, GOLD, KL)}
   charts = []
   for name, title in _TITLES.items():
-    peak = "peak {y:.2f}\nat {x:.1f} nats" if name == GOLD else ""
-    lines = [
-      plots.mean_line(label, runs, KL, name, root_x=True, peak=peak)
-      for label, runs in shown.items()
-    ]
+    lines = []
+    for label, runs in shown.items():
+      turns = name == GOLD and "gold_peak" in group_metrics(runs)
+      peak = "peak {y:.2f}\nat {x:.1f} nats" if turns else ""
+      lines.append(plots.mean_line(label, runs, KL, name, root_x=True, peak=peak))
     if any(lines):
       lines = [line for line in lines if line is not None]
       charts.append(plots.Chart(title, _KL_LABEL, "Mean reward", lines, root_x=True))
@@ -160,7 +160,9 @@ def group_metrics(runs: Sequence[Rows]) -> dict[str, Any]:
     return summary
   line = plots.mean_line("", runs, KL, GOLD, root_x=True)
   if line is not None:
-    summary |= {"gold_peak": np.max(line.y), "gold_peak_kl": line.x[np.argmax(line.y)]}
+    highest = int(np.argmax(line.y))
+    if line.y[highest] > summary[GOLD] and highest < len(line.y) - 1:  # It falls afterwards.
+      summary |= {"gold_peak": line.y[highest], "gold_peak_kl": line.x[highest]}
     # The law of Gao et al. for the gain over the first point, where the KL is nearly 0.
     distance, gain = np.sqrt(np.maximum(line.x, 0)), line.y - line.y[0]
     if len(np.unique(distance[distance > 0])) > 1:

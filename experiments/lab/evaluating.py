@@ -22,7 +22,7 @@ from rlhf_jax import (
 from rlhf_jax.algorithms import reading, reward_model
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model
-from rlhf_jax.types import Metrics, Params, Rollout
+from rlhf_jax.types import Params, RankingBatch, Rollout
 
 T = TypeVar("T")
 
@@ -32,15 +32,17 @@ def measure_rows(
   dataset: data.Dataset,
   batch_size: int,
   pad_id: int,
-  measure: Callable[[Any], Metrics],
+  measure: Callable[[Any], Any],
   columns: np.ndarray | None = None,
   show: str = "",
-) -> dict[str, np.ndarray]:
-  """Runs `measure` on every batch of a data set and concatenates its [B, ...] arrays.
+) -> Any:
+  """Runs `measure` on every batch of a data set and concatenates its trees of [B, ...] arrays.
+
+  Rows that only fill the last batch are left out.
 
   With `show` a progress bar of that name is shown, which must not be inside another bar.
   """
-  collected: dict[str, list[np.ndarray]] = {}
+  collected = []
   batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns)
   total = -(-len(dataset.examples) // batch_size)
   with contextlib.ExitStack() as stack:
@@ -49,37 +51,48 @@ def measure_rows(
       bar = stack.enter_context(reporting.Progress(total, description=show, tenths=False))
     for step, (batch, valid) in enumerate(batches, start=1):
       values = sharding.to_host(measure(sharding.place_batch(batch, run.mesh)))
-      for name, value in values.items():
-        collected.setdefault(name, []).append(value[valid])
+      collected.append(jax.tree.map(lambda x, on=valid: x[on], values))
       if bar is not None:
         bar.update(step)
-  return {name: np.concatenate(parts) for name, parts in collected.items()}
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *collected)
 
 
-def compared(dataset: data.Dataset, values: np.ndarray) -> np.ndarray:
-  """Turns values [rows, K] of responses into values [N, 2] of the better and worse of all pairs."""
-  pairs = []
-  for example, row in zip(dataset.examples, values, strict=True):
-    ranks = example.get("ranks", np.arange(2))  # A pair has its better response first.
-    better, worse = np.nonzero(ranks[:, None] < ranks[None, :])
-    pairs.append(np.stack([row[better], row[worse]], axis=1))
-  return np.concatenate(pairs)
+def compared(dataset: data.Dataset, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Turns values [rows, K] of responses into those of the better and the worse of each pair.
+
+  Returns:
+    Values [rows, M, 2], and [rows, M] bool, False where there is no such pair.
+  """
+  ranks = np.zeros(values.shape, np.int32)
+  real = np.zeros(values.shape, bool)
+  for row, is_real, example in zip(ranks, real, dataset.examples, strict=True):
+    order = example.get("ranks", np.arange(2))  # A pair has its better response first.
+    row[: len(order)], is_real[: len(order)] = order, True
+  batch = RankingBatch(jnp.zeros(0), jnp.zeros(0), jnp.asarray(ranks), jnp.asarray(real))
+  return jax.device_get(reward_model.ordered_pairs(jnp.asarray(values), batch))
 
 
-def compared_lengths(dataset: data.Dataset) -> np.ndarray:
-  """Lengths [N, 2] of the better and the worse response of all pairs, in tokens."""
-  lengths = np.zeros([len(dataset.examples), dataset.width])
+def compared_lengths(dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+  """Lengths of the better and the worse response of each pair, in tokens; see `compared`."""
+  lengths = np.zeros([len(dataset.examples), dataset.width], np.float32)
   for row, example in zip(lengths, dataset.examples, strict=True):
     responses = data.responses_of(example)
     row[: len(responses)] = [len(response) for response in responses]
   return compared(dataset, lengths)
 
 
+def mean_score(dataset: data.Dataset, scores: np.ndarray) -> float:
+  """Mean of the scores [rows, K] of all responses, each of which counts the same."""
+  counts = [len(data.responses_of(example)) for example in dataset.examples]
+  real = np.arange(scores.shape[1]) < np.asarray(counts)[:, None]
+  return float(np.mean(scores[real], dtype=np.float64))
+
+
 def length_baseline(dataset: data.Dataset) -> dict[str, float]:
   """Accuracy of preferring the longer response on held-out pairs; empty without rows."""
   if not dataset.examples:
     return {}
-  by_length = reward_model.pair_metrics(compared_lengths(dataset))
+  by_length = reward_model.pair_metrics(*compared_lengths(dataset))
   return {"eval/length_baseline": float(by_length["reward/accuracy"])}
 
 
@@ -148,11 +161,15 @@ def heldout_sampler(
   reward_fns: Mapping[str, rewards.RewardFn],
   ref_params: Params | None = None,
   batch_size: int = 128,
-) -> Callable[[Params], Samples]:
-  """Builds `sample(params)`: one scored response of a policy per held-out prompt, compiled once.
+) -> Callable[..., Samples]:
+  """Builds `sample(params, index=0)`: one scored response of a policy per held-out prompt.
+
+  Calls of one index share their random numbers, so that two checkpoints of a policy differ by
+  little else than their params. Those of different indices are independent: win rates compare a
+  policy with a baseline of another index. It is compiled once.
 
   Args:
-    run: Opened run, with the mesh and the key; every call samples with the same key.
+    run: Opened run, with the mesh and the key.
     model: Architecture of the policies and of the reference.
     dataset: Held-out prompts.
     tokenizer: Tokenizer of the policies.
@@ -162,14 +179,14 @@ def heldout_sampler(
     batch_size: Prompts per call of the model.
   """
   config = dataclasses.replace(config, samples_per_prompt=1)
-  stops = (tokenizer.eos_id,)
+  stops = models.stops(tokenizer, config)
   generate = models.make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature or 1.0)
-  key = heldout_key(run, 0)
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
-  def sample(params: Params) -> Samples:
+  def sample(params: Params, index: int = 0) -> Samples:
+    key = heldout_key(run, index)
     parts: list[dict[str, np.ndarray]] = []
     responses: list[str] = []
     params = reshard(params)
@@ -180,7 +197,7 @@ def heldout_sampler(
       values |= {
         "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),
-        "ended": generation.ended(rollout, stops),
+        "ended": generation.ended(rollout, *stops),
       }
       parts.append({name: np.asarray(v)[valid] for name, v in sharding.to_host(values).items()})
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
@@ -237,6 +254,10 @@ def heldout_comparer(
   return compare
 
 
+# Index of the random key of a baseline: its samples are independent of those of the policies.
+BASELINE = 1
+
+
 def heldout_key(run: loop.Run, index: int) -> jax.Array:
   """Returns a key on the mesh, as in training, so that both use the same compiled sampler."""
   on_mesh = sharding.put(np.int32(index), sharding.replicated(run.mesh))
@@ -291,7 +312,11 @@ def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
 
 
 def compare(before: Samples, after: Samples) -> dict[str, float]:
-  """Metrics of the trained policy and of the initial policy on the same prompts."""
+  """Metrics of the trained policy and of the initial policy on the same prompts.
+
+  A win rate is the probability that a response of the one beats an independent response of the
+  other, so `before` must be sampled with the index `BASELINE`.
+  """
   metrics: dict[str, float] = {
     "kl": float(np.mean(after.kl)),
     "length": float(np.mean(after.lengths)),
@@ -405,7 +430,7 @@ class Judge:
     models.export(run.workdir / models.EXPORT, params, self._model, self._tokenizer)
     summary = dict(metrics or {})
     if self._prompts.examples:
-      before, after = self._sample(self._ref_params), self._sample_once(params, step)
+      after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)
       summary |= compare(before, after)
       table = comparison_table(before, after)
       if self._compare is not None:
@@ -420,5 +445,7 @@ class Judge:
       run.writer.table(step, "samples", sample_rows(after))
       reporting.show_samples(side_by_side(before, after), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
-    training.finish(run, summary)
+    trained = run.session.workdir
+    samples = f"--workdir={trained.rstrip('/')}_samples"
+    training.finish(run, summary, "generate", samples, f"--init_from={trained}")
     return summary

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, judges, line_files, models
+from experiments.lab import evaluating, judges, limits, line_files, models
 from rlhf_jax import data, flags, generation, loop, plots, reporting, rewards, sharding
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
@@ -60,6 +60,7 @@ def grow(
   """
   count = config.sampling.samples_per_prompt
   wanted = len(prompts.examples) * count
+  limits.require_length(config, start, answered=[prompts])
   with loop.open_run(session) as run:
     settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
     settings["start"] = str(start)
@@ -104,7 +105,7 @@ def _sample(
   count = config.sampling.samples_per_prompt
   model, params = models.open_model(run, config.model, start, tokenizer)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  params, stops = reshard(params), (tokenizer.eos_id,)
+  params, stops = reshard(params), models.stops(tokenizer, config.sampling)
   generate = models.make_sampler(model, tokenizer, config.sampling)
   reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
   watch = rewards.Watch(judges.name_of(reward_fn))
@@ -126,7 +127,7 @@ def _sample(
         continue
       placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
       rollout = generate(params, *placed, run.key_for(0))
-      ended = generation.ended(rollout, stops)
+      ended = generation.ended(rollout, *stops)
       scored = (reward_fn(rollout, ids), ended, rollout.tokens, rollout.response_mask)
       scores, ended, tokens, mask = sharding.to_host(scored)
       watch.check(scores[:size])

@@ -122,7 +122,7 @@ class JudgedConfig(loop.RunConfig):
   """Length of a run of a method that cannot do without a reward or a preference."""
 
   def require(self) -> None:
-    """Refuses a config that names no judge, or more than one."""
+    """Refuses a config without a policy to start from, and one that names no judge, or several."""
     options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
     given = [of for of in options if of.is_given]
     if len(options) > 1 and len(given) != 1:
@@ -130,6 +130,10 @@ class JudgedConfig(loop.RunConfig):
         "give --reward.path or --reward.name, or else --preference.path or name"
       )
     (given or options)[0].require()
+    if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
+      raise flags.UsageError(
+        "--init_from is needed: a policy that nothing has trained samples noise"
+      )
 
 
 def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:
@@ -160,7 +164,7 @@ def open_preference(
   if options.path:
     model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
     if label == records.PREFERENCE:
-      prefer = rewards.model_preference(model.apply, params, eos_id=tokenizer.eos_id)
+      prefer = rewards.model_preference(model.apply, params, stop_ids=tokenizer.stop_ids)
     else:
       prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
     judge = Named(f"--preference.path={options.path}", prefer)

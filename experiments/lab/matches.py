@@ -142,7 +142,7 @@ def programs(case: Case, match: Match, trainer: Trainer) -> None:
   case.check("opponent", match.sample_opponent, mixture, *inputs, work=both, held=(copies, sampled))
   rows, length = sampled.tokens.shape
   if judge is not None:
-    prefer = rewards.make_preferrer(judge.apply, bench.tokenizer.eos_id)
+    prefer = rewards.make_preferrer(judge.apply, bench.tokenizer.stop_ids)
     joined = length + config.sampling.max_new_tokens
     work = preflight.Work(case.forward(judge, 2 * rows, joined))
     case.check("preference", prefer, held["preference"], sampled, sampled, work=work, held=held)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import glob
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -48,6 +47,7 @@ class ModelOptions:
       least memory and a third more work.
     logit_chunk: Maximum number of logits per row (tokens x vocabulary) held at once. Longer rows
       are processed in chunks and rematerialized in the backward pass.
+    extrapolate: Accept sequences longer than those that a model with rotary positions was made for.
   """
 
   path: str = ""
@@ -61,6 +61,7 @@ class ModelOptions:
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
+  extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
     for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
@@ -305,11 +306,11 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
-  """Returns the files that a flag names: one, those of a folder, or those of a pattern."""
+  """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
   path = workdir_lib.local_path(given)
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
-  return [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(str(path))))
+  return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]
 
 
 def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Params:
@@ -318,6 +319,16 @@ def add_adapters(run: loop.Run, config: lora.LoRAConfig, params: Params) -> Para
     return params
   init = functools.partial(lora.init, params=params, config=config)
   return join(params, create(run, init, run.key_for(3)))
+
+
+@functools.lru_cache(maxsize=16)
+def stops(
+  tokenizer: data.Tokenizer, config: generation.SamplingConfig
+) -> tuple[tuple[int, ...], generation.StopText | None]:
+  """Returns the ids that end a response, and the automaton of the stop strings if there are any."""
+  if not config.stop:
+    return tokenizer.stop_ids, None
+  return tokenizer.stop_ids, generation.stop_text(config.stop_strings, tokenizer.token_bytes())
 
 
 @functools.lru_cache(maxsize=16)
@@ -333,11 +344,13 @@ def make_sampler(
   The same arguments give the same function, so training and evaluation compile it once.
   """
   decoder = model.decode, model.init_cache
+  stop_ids, stop_text = stops(tokenizer, config)
   return generation.make_generate(
     *(generation.make_mixture(*decoder) if mixture else decoder),
     config,
-    stop_ids=(tokenizer.eos_id,),
+    stop_ids=stop_ids,
     pad_id=tokenizer.pad_id,
+    stop_text=stop_text,
   )
 
 
@@ -352,7 +365,11 @@ def export(
 
   `label` is the name of the scalar of a judge.
   """
-  token_ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+  first, *others = tokenizer.stop_ids
+  token_ids: dict[str, int | list[int]] = {
+    "eos_token_id": [first, *others] if others else first,
+    "pad_token_id": tokenizer.pad_id,
+  }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():

@@ -334,15 +334,15 @@ def correct(
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
   """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
-  scores, mask = responses.scores, reading.response_mask(rollout, responses.scores)
-  finite = jnp.isfinite(scores)
+  scores, finite = responses.scores, jnp.isfinite(responses.scores)
+  rows, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
   lengths = jnp.sum(rollout.response_mask, axis=1)
   return {
-    "reward/mean": masked.masked_mean(scores, finite),
-    "reward/std": jnp.sqrt(masked.masked_var(scores, finite)),
+    "reward/mean": masked.defined_mean(scores, finite),
+    "reward/std": jnp.where(finite.any(), jnp.sqrt(masked.masked_var(scores, finite)), jnp.nan),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
-    "kl/ref": masked.masked_mean(sequence_kl, finite),
+    "kl/ref": masked.defined_mean(sequence_kl, rows),
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }

@@ -1,6 +1,7 @@
 """State, optimizer, step and panel of a training script."""
 
 import functools
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -164,12 +165,22 @@ def step_tokens(config: Any, dataset: data.Dataset) -> str:
   return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
 
 
-def finish(run: loop.Run, summary: Mapping[str, Any]) -> None:
-  """Ends a run after its export: writes plots, the model card and, last, summary.json."""
+def finish(run: loop.Run, summary: Mapping[str, Any], *following: str) -> None:
+  """Ends a run after its export: writes plots, the model card and, last, summary.json.
+
+  Args:
+    run: Opened run.
+    summary: Metrics of summary.json.
+    *following: Script that may follow, and its flags; without them nothing is said of it.
+  """
   plots.plot_metrics(run.workdir)
   if processes.is_first():
     records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
   reporting.write_summary(run.workdir, summary)
+  if following:
+    script, *words = following
+    reporting.note(f"model: {run.workdir / models.EXPORT}")
+    reporting.note(f"next: python -m experiments.{shlex.join([script, *words])}")
 
 
 class Zipped:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import types
 from collections.abc import Callable, Generator, Mapping
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments import records
-from experiments.lab import evaluating, given_rows, judges, models, training
+from experiments.lab import evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import (
   data,
   defaults,
@@ -27,6 +28,7 @@ from rlhf_jax import (
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
+from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
@@ -123,8 +125,8 @@ class Workbench(NamedTuple):
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)
 
   def ended(self, rollout: Rollout) -> jax.Array:
-    """Returns bools [B], True on responses that ended in a stop token."""
-    return generation.ended(rollout, (self.tokenizer.eos_id,))
+    """Returns bools [B], True on responses that ended in a stop token or string."""
+    return generation.ended(rollout, *models.stops(self.tokenizer, self.config.sampling))
 
   def open_reward(self) -> Callable[[data.Dataset], rewards.RewardFn]:
     """Opens the reward of `config.reward` and returns `(prompts) -> reward` of responses."""
@@ -143,10 +145,10 @@ class Workbench(NamedTuple):
   def over(
     self,
     dataset: data.Dataset,
-    measure: Callable[[Any], Metrics],
+    measure: Callable[[Any], Any],
     columns: np.ndarray | None = None,
     show: str = "",
-  ) -> dict[str, np.ndarray]:
+  ) -> Any:
     """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
@@ -166,20 +168,21 @@ class Workbench(NamedTuple):
   def evaluator(
     self,
     trainer: training.Trainer,
-    measure: Callable[[Params, Any], Metrics],
-    columns: np.ndarray | None,
-    judge: Callable[[], evaluating.Judge],
+    measure: Callable[[Params, Any], Any],
+    summarize: Callable[[Any], tuple[jax.Array, Metrics]],
+    judge: Callable[[], evaluating.Judge] | None = None,
   ) -> Callable[[Any, int], dict[str, float]]:
-    """Builds `evaluate(state, step)` of a policy that is trained on rows of data.
+    """Builds `evaluate(state, step)` of a model that is trained on rows of data.
 
     Args:
-      trainer: Trainer of the policy.
-      measure: `(params, batch) -> metrics` of each row, NaN where undefined.
-      columns: Further columns of the held-out rows, which become part of the batches.
+      trainer: Trainer of the model.
+      measure: `(params, batch) -> tree` of [B, ...] arrays.
+      summarize: `(tree) -> (loss, metrics)` of all held-out rows at once, normalised as in
+        training; metrics that are NaN are undefined.
       judge: Function that opens the judge, whose metrics are added with `--eval_every`.
 
     Returns:
-      A function whose metrics are means over the held-out rows, empty if there are no rows.
+      A function of the metrics of the held-out rows, empty if there are no rows.
     """
 
     @evaluating.once_per_step
@@ -187,9 +190,11 @@ class Workbench(NamedTuple):
       if not self.heldout.examples:
         return {}
       params = trainer.params(state)
-      rows = self.over(self.heldout, functools.partial(measure, params), columns)
-      means = {f"eval/{name}": float(np.nanmean(values)) for name, values in rows.items()}
-      return means | (judge().measure(params, step) if self.config.eval_every else {})
+      loss, metrics = summarize(self.over(self.heldout, functools.partial(measure, params)))
+      metrics = {n: x for n, x in reported(metrics).items() if n not in ("weight", "tokens")}
+      values = {f"eval/{name}": float(x) for name, x in (metrics | {"loss": loss}).items()}
+      defined = {n: x for n, x in values.items() if n == "eval/loss" or not math.isnan(x)}
+      return defined | (judge().measure(params, step) if judge and self.config.eval_every else {})
 
     return evaluate
 
@@ -269,9 +274,21 @@ class Workbench(NamedTuple):
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
 
-  def finish(self, summary: Mapping[str, Any]) -> None:
-    """Ends the run after its export: plots, model card, summary.json."""
-    training.finish(self.run, summary)
+  def start_of(self, workdir: str) -> list[str]:
+    """Flags of a script that starts from the same model as this one, and from its own data."""
+    config = self.config
+    start = config.init_from or config.model.path or "runs/sft"
+    words = [f"--workdir={workdir}", f"--init_from={start}"]
+    return words + (["--data.path=PROMPTS.jsonl"] if config.data.path else [])
+
+  def finish(self, summary: Mapping[str, Any], *following: str) -> None:
+    """Ends the run after its export: plots, model card, summary.json.
+
+    Args:
+      summary: Metrics of summary.json.
+      *following: Script that may follow, and its flags.
+    """
+    training.finish(self.run, summary, *following)
 
 
 @contextlib.contextmanager
@@ -298,6 +315,7 @@ def open(
     spare: Number of devices to leave out of the mesh.
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
+  reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
@@ -306,6 +324,8 @@ def open(
   for name, (other, path) in extra.items():
     source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
+  answered = (train_set, heldout) if kind == "prompts" else (heldout,)
+  limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:
     digests = models.digests(flags.flatten(flags.to_dict(config)))
     digests |= {f"{name} data": of.digest for name, of in further.items()}

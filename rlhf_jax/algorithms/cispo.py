@@ -1,6 +1,7 @@
 """CISPO: REINFORCE with clipped importance weights, so every token keeps its gradient.
 
 MiniMax-M1, 2025, https://arxiv.org/abs/2506.13585, eq. 4 and 5. The advantages are those of GRPO.
+As in the paper there is no KL penalty and no lower bound on the weights.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ make_batch = groups.make_batch
 class CISPOConfig(groups.GroupConfig):
   """CISPO."""
 
+  kl_coef: float = 0.0
   clip_low: float = 1.0
   clip_high: float = 4.0
   average: Literal["responses", "tokens", "length"] = "tokens"
@@ -32,9 +34,7 @@ def loss_fn(params, batch: CISPOBatch, key: jax.Array, *, read: reading.Read, co
 
   def token_loss(logprobs, old_logprobs, advantages, mask):
     del mask  # Weights are per token.
-    return policy_gradient.cispo_loss(
-      logprobs, old_logprobs, advantages, clip_low=config.clip_low, clip_high=config.clip_high
-    )
+    return policy_gradient.cispo_loss(logprobs, old_logprobs, advantages, **config.clips())
 
   return groups.loss_fn(params, batch, key, read=read, config=config, token_loss=token_loss)
 

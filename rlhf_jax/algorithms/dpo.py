@@ -6,20 +6,18 @@ log-probabilities. The log-probabilities under the reference are computed once, 
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import ranges, user
+from rlhf_jax import ranges
 from rlhf_jax.algorithms import pairs as pairs_lib
+from rlhf_jax.algorithms import pairwise
 from rlhf_jax.losses import preference as losses
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
-
-_ARGUMENTS = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,10 @@ class DPOConfig:
     divergence: Divergence from the reference that is implicitly penalised: a key of
       rlhf_jax.losses.preference.DIVERGENCE_SCORES.
     sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
-    microbatches: Micro-batches per batch; more of them save memory.
+    bonus_coef: Weight of the log-probability of the chosen responses, 0 or less. Minus alpha times
+      beta is offline VPO (https://arxiv.org/abs/2405.19320), which stays near the data.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result. A loss
+      that compares the pairs of a batch, such as `aot`, has only one.
   """
 
   loss: str = "dpo"
@@ -44,6 +45,7 @@ class DPOConfig:
   label_smoothing: float = 0.0
   divergence: str = "reverse_kl"
   sft_coef: float = 0.0
+  bonus_coef: float = 0.0
   microbatches: int = 1
 
   def __post_init__(self):
@@ -54,7 +56,17 @@ class DPOConfig:
       at_least_one=("microbatches",),
       one_of={"divergence": losses.DIVERGENCE_SCORES},
     )
-    _check_traceable(self.loss, self.beta)
+    pairwise.check_traceable(self.loss, self.beta)
+    if self.microbatches > 1 and pairwise.compares_rows(self.loss, self.beta):
+      raise ValueError(
+        f"microbatches must be 1 for loss={self.loss}, which compares the pairs of a batch, got"
+        f" {self.microbatches}"
+      )
+    if not self.bonus_coef <= 0:
+      raise ValueError(
+        f"bonus_coef must be 0 or less, got {self.bonus_coef}: above 0 it lowers the probability of"
+        " the chosen responses; the bonus of XPO is --online.bonus_coef of experiments.online_dpo"
+      )
     if not 0 <= self.label_smoothing < 0.5:
       raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
     if self.label_smoothing and self.loss not in losses.SMOOTHED:
@@ -62,30 +74,6 @@ class DPOConfig:
     if self.divergence != "reverse_kl" and self.loss not in losses.OF_MARGINS:
       known = ", ".join(losses.OF_MARGINS)
       raise ValueError(f"divergence is not defined for loss={self.loss}; it is for {known}")
-
-
-def pairwise_loss(name: str) -> Callable[..., jax.Array]:
-  """Returns the loss of four log-probabilities that a key or `module:function` names."""
-  return user.resolve("loss", name, losses.PAIRWISE_LOSSES, _ARGUMENTS, ["beta"])
-
-
-def _check_traceable(name: str, beta: float) -> None:
-  """Refuses a `module:function` that gives no loss per pair, before anything is compiled."""
-  function = pairwise_loss(name)
-  if ":" not in name:
-    return
-  pairs = [jax.ShapeDtypeStruct((3,), jnp.float32)] * len(_ARGUMENTS)
-  try:
-    result = jax.eval_shape(functools.partial(function, beta=beta), *pairs)
-  except Exception as error:
-    raise ValueError(f"loss={name} cannot be traced: {user.describe(error)}") from error
-  shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
-  if shape != (3,) or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-    given = type(result).__name__ if dtype is None else f"{dtype}{list(shape or ())}"
-    raise ValueError(
-      f"loss={name} gave {given} for 3 pairs; it must return float[3], one loss per pair, and"
-      " leave their mean to the method"
-    )
 
 
 class DPOBatch(NamedTuple):
@@ -102,10 +90,18 @@ class DPOBatch(NamedTuple):
 
 
 def row_metrics(
-  params: Params, batch: DPOBatch, *, read: pairs_lib.ReadPairs, config: DPOConfig
+  policy: pairs_lib.Pairs, ref: jax.Array, *, config: DPOConfig
 ) -> tuple[Metrics, jax.Array]:
-  """Loss and metrics of each pair; the implicit rewards are `beta * (log pi - log ref)`."""
-  policy, ref = read(params, batch.pairs), batch.ref_logprobs.reshape(-1, 2)
+  """Loss and metrics of each pair; the implicit rewards are `beta * (log pi - log ref)`.
+
+  Args:
+    policy: N pairs under the policy.
+    ref: [N, 2] log-probabilities of their responses under the reference.
+    config: DPO settings.
+
+  Returns:
+    See `pairs.row_metrics`.
+  """
   options: dict[str, Any] = {}
   if config.label_smoothing:  # Else the default of the loss: EXO is infinite without smoothing.
     options["label_smoothing"] = config.label_smoothing
@@ -115,12 +111,14 @@ def row_metrics(
   if config.divergence != "reverse_kl":
     score = losses.DIVERGENCE_SCORES[config.divergence](policy.totals, ref)
     scores = *score.T, *jnp.zeros_like(score).T
-  loss = pairwise_loss(config.loss)(*scores, beta=config.beta, **options)
+  loss = pairwise.find(config.loss)(*scores, beta=config.beta, **options)
   rows, real = pairs_lib.row_metrics(
     loss, policy, policy.totals, config.beta * (policy.totals - ref)
   )
   if config.sft_coef:
     rows["loss"] += config.sft_coef * policy.nll
+  if config.bonus_coef:
+    rows["loss"] += losses.value_bonus(-policy.nll * policy.lengths[:, 0], coef=config.bonus_coef)
   return rows, real
 
 
@@ -129,8 +127,11 @@ def loss_fn(
 ) -> tuple[jax.Array, Metrics]:
   """Mean of `row_metrics` over the pairs; the metric `weight` counts them."""
   del key  # The loss is deterministic given the batch.
-  rows, real = row_metrics(params, batch, read=read, config=config)
-  return pairs_lib.mean_metrics(rows, real, batch.pairs.mask)
+  policy, ref = read(params, batch.pairs), batch.ref_logprobs.reshape(-1, 2)
+  loss, metrics = pairs_lib.mean_metrics(*row_metrics(policy, ref, config=config), batch.pairs.mask)
+  if pairwise.compares_rows(config.loss, config.beta):
+    metrics["whole_batch"] = jnp.ones(())
+  return loss, metrics
 
 
 def make_dpo_step(

@@ -12,7 +12,7 @@ import optax
 from rlhf_jax import ranges
 from rlhf_jax.algorithms.reading import Packing
 from rlhf_jax.losses import packing
-from rlhf_jax.train_step import jit_step, merge_metrics, split_epochs, update_epochs
+from rlhf_jax.train_step import jit_step, merge_metrics, reported, split_epochs, update_epochs
 from rlhf_jax.types import LossFn, Metrics, Rollout, TrainState, TrainStep
 
 
@@ -84,7 +84,7 @@ def make_epochs_step(
     if packed is not None:
       shape = packed.shape(*shape)
     real = jnp.sum(rollout.prompt_mask | rollout.response_mask)
-    return state, merge_metrics(metrics) | {
+    return state, reported(merge_metrics(metrics)) | {
       "ratio/first_deviation": first_deviation,
       "padding": 1 - real / (parts * shape[0] * shape[1]),
     }

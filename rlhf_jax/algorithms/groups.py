@@ -46,14 +46,14 @@ class GroupConfig(epochs.UpdateConfig):
 
   Attributes:
     kl_coef: Weight of the KL penalty to the reference, a k3 estimate in the loss.
-    clip_low: Distance below 1 at which the probability ratio is clipped.
-    clip_high: Distance above 1 at which the probability ratio is clipped.
+    clip_low: Distance below 1 at which the probability ratio is clipped; 0 does not clip.
+    clip_high: Distance above 1 at which the probability ratio is clipped; 0 does not clip.
     scale: Division of advantages by the standard deviation of the rewards of their group.
     average: Average over tokens. `responses` averages within each response, then over responses.
       `length` does so with the maximum length as divisor. `tokens` averages over all tokens.
   """
 
-  kl_coef: float = 0.1
+  kl_coef: float = 0.04
   clip_low: float = 0.2
   clip_high: float = 0.2
   scale: bool = True
@@ -61,9 +61,12 @@ class GroupConfig(epochs.UpdateConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    ranges.check(
-      self, non_negative=("kl_coef", "clip_low", "clip_high"), one_of={"average": AVERAGES}
-    )
+    not_negative = ("kl_coef", "clip_low", "clip_high")
+    ranges.check(self, non_negative=not_negative, one_of={"average": AVERAGES})
+
+  def clips(self) -> dict[str, float]:
+    """Returns the arguments of a loss that clips the probability ratio."""
+    return policy_gradient.clip_range(self.clip_low, self.clip_high)
 
 
 class GroupBatch(NamedTuple):
@@ -71,7 +74,7 @@ class GroupBatch(NamedTuple):
 
   Attributes:
     rollout: B responses, with the old log-probabilities of the probability ratio.
-    mask: [B, R] bool, True on response tokens of rows with a finite reward.
+    mask: [B, R] bool, True on response tokens of the rows of `reading.finite_rows`.
     advantages: [B, R] float32, the same at all tokens of a response.
     ref_logprobs: [B, R] float32, log-probabilities under the reference.
   """
@@ -93,20 +96,19 @@ def compare_responses(
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
-    rewards: [B] float, reward of each response; a row with NaN or Inf is left out.
+    rewards: [B] float, reward of each response; a row with NaN or Inf in any input is left out.
     ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     samples_per_prompt: Size N of a group; 1 makes the batch one group.
     compare: `(rewards, *, mask) -> advantages`, [B / N, N] each.
   """
-  finite, mask = jnp.isfinite(rewards), reading.response_mask(rollout, rewards)
+  finite, mask = reading.finite_rows(rollout, rewards, ref_logprobs)
   rewards = jnp.where(finite, rewards, 0.0)
   shape = (-1, samples_per_prompt) if samples_per_prompt > 1 else (1, -1)
   compared = compare(rewards.reshape(shape), mask=finite.reshape(shape)).reshape(-1, 1)
   old, ref_logprobs = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
-  batch = GroupBatch(
-    rollout._replace(logprobs=old), mask, jnp.where(mask, compared, 0.0), ref_logprobs
-  )
-  return batch, {"reward/shaped": masked.masked_mean(rewards, finite)}
+  rollout, compared = rollout._replace(logprobs=old), jnp.where(mask, compared, 0.0)
+  metrics = {"reward/shaped": masked.defined_mean(rewards, finite)}
+  return GroupBatch(rollout, mask, compared, ref_logprobs), metrics
 
 
 def make_batch(
@@ -133,16 +135,15 @@ def loss_fn(
 ) -> tuple[jax.Array, Metrics]:
   """Mean of a token loss plus `kl_coef` times k3; the metric `weight` is `Average.count`."""
   del key  # The loss is deterministic given the batch.
-  mask, old = batch.mask, batch.rollout.logprobs
+  mask, old, average = batch.mask, batch.rollout.logprobs, AVERAGES[config.average]
   now = read(params, batch.rollout)
-  average = AVERAGES[config.average]
   logprobs, weights = jnp.where(mask, now.logprobs, 0.0), average.weights(mask)
   policy_loss = jnp.sum(weights * token_loss(logprobs, old, batch.advantages, mask))
   kl_loss = jnp.sum(weights * kl.k3(logprobs, batch.ref_logprobs))
   return policy_loss + config.kl_coef * kl_loss, {
     "loss/policy": policy_loss,
     "loss/kl": kl_loss,
-    "entropy": masked.masked_mean(now.entropy, mask),
     "weight": average.count(mask).astype(jnp.float32),
-    **reading.ratio_metrics(logprobs, old, mask, config.clip_low, config.clip_high),
+    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
+    **reading.ratio_metrics(logprobs, old, mask, **config.clips()),
   }

@@ -33,9 +33,7 @@ def loss_fn(params, batch: GRPOBatch, key: jax.Array, *, read: reading.Read, con
 
   def token_loss(logprobs, old_logprobs, advantages, mask):
     del mask  # Ratios are per token.
-    return policy_gradient.ppo_policy_loss(
-      logprobs, old_logprobs, advantages, clip_low=config.clip_low, clip_high=config.clip_high
-    )
+    return policy_gradient.ppo_policy_loss(logprobs, old_logprobs, advantages, **config.clips())
 
   return groups.loss_fn(params, batch, key, read=read, config=config, token_loss=token_loss)
 

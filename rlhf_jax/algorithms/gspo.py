@@ -21,17 +21,16 @@ make_batch = groups.make_batch
 
 @dataclasses.dataclass(frozen=True)
 class GSPOConfig(groups.GroupConfig):
-  """GSPO."""
+  """GSPO. The paper leaves out the KL penalty."""
 
+  kl_coef: float = 0.0
   clip_low: float = 3e-4
   clip_high: float = 4e-4
 
 
 def loss_fn(params, batch: GSPOBatch, key: jax.Array, *, read: reading.Read, config: GSPOConfig):
   """Clipped sequence-level policy loss plus `kl_coef` times k3; see `groups.loss_fn`."""
-  token_loss = functools.partial(
-    policy_gradient.gspo_loss, clip_low=config.clip_low, clip_high=config.clip_high
-  )
+  token_loss = functools.partial(policy_gradient.gspo_loss, **config.clips())
   return groups.loss_fn(params, batch, key, read=read, config=config, token_loss=token_loss)
 
 

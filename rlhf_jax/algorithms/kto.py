@@ -27,14 +27,21 @@ class KTOConfig:
     desirable_weight: Weight of responses with a thumbs up.
     undesirable_weight: Weight of responses with a thumbs down; the two weights balance unequal
       numbers of both.
+    microbatches: Micro-batches per batch, only 1: the KL is estimated from all of its responses.
   """
 
   beta: float = 0.1
   desirable_weight: float = 1.0
   undesirable_weight: float = 1.0
+  microbatches: int = ranges.rare(1)
 
   def __post_init__(self):
     ranges.check(self, positive=("beta", "desirable_weight", "undesirable_weight"))
+    if self.microbatches != 1:
+      raise ValueError(
+        "microbatches must be 1: KTO estimates its KL from all responses of a batch, got"
+        f" {self.microbatches}; a smaller batch_size or model.remat=full saves memory"
+      )
 
 
 class KTOBatch(NamedTuple):
@@ -68,22 +75,21 @@ def read_responses(apply_fn: ApplyFn, params: Params, batch: UnpairedBatch) -> j
   return jnp.stack([matched, mismatched], axis=1)
 
 
-def row_metrics(
-  params: Params, batch: KTOBatch, *, apply_fn: ApplyFn, config: KTOConfig
-) -> Metrics:
-  """Loss and metrics of each response, [B] each; NaN where a metric is for the other label.
-
-  `reward/*` are the implicit rewards `beta * (log pi - log ref)`.
+def mean_metrics(
+  policy: jax.Array, ref: jax.Array, desirable: jax.Array, *, config: KTOConfig
+) -> tuple[jax.Array, Metrics]:
+  """Loss and metrics of a batch; `reward/*` are the implicit rewards `beta * (log pi - log ref)`.
 
   Args:
-    params: Policy.
-    batch: B responses with log-probabilities under the reference; the KL is estimated from all B.
-    apply_fn: `(params, tokens) -> logits [B, T, V]`.
+    policy: [B, 2], `read_responses` under the policy; the KL is estimated from all B.
+    ref: [B, 2], `read_responses` under the reference.
+    desirable: [B] bool.
     config: KTO settings.
+
+  Returns:
+    Loss and metrics, each a mean over the responses that it is about; NaN if there are none.
   """
-  desirable = batch.responses.desirable
-  policy = read_responses(apply_fn, params, batch.responses)
-  (logprobs, mismatched), (ref, ref_mismatched) = policy.T, batch.ref_logprobs.T
+  (logprobs, mismatched), (ref, ref_mismatched) = policy.T, ref.T
   losses = preference.kto_loss(
     logprobs,
     ref,
@@ -95,25 +101,25 @@ def row_metrics(
     undesirable_weight=config.undesirable_weight,
   )
   reward = config.beta * (logprobs - ref)
-  return {
-    "loss": losses,
-    "logprobs/chosen": jnp.where(desirable, logprobs, jnp.nan),
-    "logprobs/rejected": jnp.where(desirable, jnp.nan, logprobs),
-    "reward/chosen": jnp.where(desirable, reward, jnp.nan),
-    "reward/rejected": jnp.where(desirable, jnp.nan, reward),
-    "kl/estimate": mismatched - ref_mismatched,
+  return jnp.mean(losses), {
+    "logprobs/chosen": masked.defined_mean(logprobs, desirable),
+    "logprobs/rejected": masked.defined_mean(logprobs, ~desirable),
+    "reward/chosen": masked.defined_mean(reward, desirable),
+    "reward/rejected": masked.defined_mean(reward, ~desirable),
+    "kl/estimate": jnp.mean(mismatched - ref_mismatched),
+    "whole_batch": jnp.ones(()),
   }
 
 
 def loss_fn(
   params: Params, batch: KTOBatch, key: jax.Array, *, apply_fn: ApplyFn, config: KTOConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Means of `row_metrics`; the metric `tokens` is the number of response tokens."""
+  """Computes `mean_metrics`; the metric `tokens` is the number of response tokens."""
   del key  # The loss is deterministic given the batch.
-  rows = row_metrics(params, batch, apply_fn=apply_fn, config=config)
-  loss = jnp.mean(rows.pop("loss"))
-  means = {name: masked.masked_mean(x, ~jnp.isnan(x)) for name, x in rows.items()}
-  return loss, means | {"tokens": jnp.sum(batch.responses.mask).astype(jnp.float32)}
+  policy = read_responses(apply_fn, params, batch.responses)
+  desirable = batch.responses.desirable
+  loss, metrics = mean_metrics(policy, batch.ref_logprobs, desirable, config=config)
+  return loss, metrics | {"tokens": jnp.sum(batch.responses.mask).astype(jnp.float32)}
 
 
 def make_kto_step(
@@ -125,7 +131,7 @@ def make_kto_step(
 ) -> TrainStep:
   """Jitted `step(state, KTOBatch, key) -> (state, metrics)`.
 
-  There are no micro-batches, since the KL is estimated from all responses of a batch.
+  A batch is not cut into micro-batches, since the KL is estimated from all of its responses.
   """
   loss = functools.partial(loss_fn, apply_fn=apply_fn, config=config)
   return make_train_step(loss, tx, state_shardings=state_shardings)

@@ -39,17 +39,28 @@ class OnlineConfig:
     ranges.check(self, non_negative=("round_steps", "bonus_coef"), one_of={"pick": PICKS})
 
 
+def _best(scores: jax.Array) -> jax.Array:
+  """Index [B] of the highest finite score [B, N] of each prompt."""
+  return jnp.argmax(jnp.where(jnp.isfinite(scores), scores, -jnp.inf), axis=1)
+
+
 def best_worst(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Picks the samples with the highest and with the lowest score [B, N] of each prompt."""
   del key
-  return jnp.argmax(scores, axis=1), jnp.argmin(scores, axis=1)
+  return _best(scores), _best(-scores)
 
 
 def best_random(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Picks the sample with the highest score [B, N] of each prompt and a random other one."""
   rows, samples = scores.shape
-  chosen = jnp.argmax(scores, axis=1)
-  return chosen, (chosen + jax.random.randint(key, [rows], 1, samples)) % samples
+  chosen, finite = _best(scores), jnp.isfinite(scores)
+  others = jnp.maximum(jnp.sum(finite, axis=1), 2)
+  nth = jax.random.randint(key, [rows], 1, others)
+  # Places are counted from the chosen sample on, in a circle, and only finite scores count.
+  places = (chosen[:, None] + jnp.arange(1, samples)) % samples
+  counts = jnp.cumsum(jnp.take_along_axis(finite, places, axis=1), axis=1)
+  place = jnp.argmax(counts == nth[:, None], axis=1)
+  return chosen, jnp.take_along_axis(places, place[:, None], axis=1)[:, 0]
 
 
 def first_two(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,13 +80,13 @@ def pick_pairs(scores: jax.Array, key: jax.Array, pick: str) -> tuple[jax.Array,
   """Picks a better and a worse sample of each prompt.
 
   Args:
-    scores: [B, N] float, N >= 2.
+    scores: [B, N] float, N >= 2. A sample whose score is not finite is not picked.
     key: Random key, for `best_random`.
     pick: Key of `PICKS`.
 
   Returns:
-    Index of the chosen and of the rejected sample, [B] int32 each. They are equal where the two
-    samples are tied, so that a loss of their difference has no gradient.
+    Index of the chosen and of the rejected sample, [B] int32 each. They are equal where there is no
+    pair: the two samples are tied, or fewer than two scores are finite.
   """
   if scores.shape[1] < 2:
     raise ValueError(f"pairs need at least 2 samples per prompt, got {scores.shape[1]}")
@@ -107,7 +118,8 @@ def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> Toke
     rejected: [B] index of the rejected sample.
 
   Returns:
-    tokens [B, 2, T] and mask [B, 2, T], index 0 chosen and 1 rejected.
+    tokens [B, 2, T] and mask [B, 2, T], index 0 chosen and 1 rejected. The mask is all False where
+    both are the same sample, so that no loss learns from it.
   """
   samples = right_padded(rollout)
   rows = chosen.shape[0]
@@ -116,4 +128,5 @@ def make_pairs(rollout: Rollout, chosen: jax.Array, rejected: jax.Array) -> Toke
   def gather(x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x.reshape(rows, -1, x.shape[-1]), picked[..., None], axis=1)
 
-  return TokenBatch(gather(samples.tokens), gather(samples.mask))
+  is_pair = (chosen != rejected)[:, None, None]
+  return TokenBatch(gather(samples.tokens), gather(samples.mask) & is_pair)

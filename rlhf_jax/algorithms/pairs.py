@@ -38,28 +38,23 @@ class Pairs(NamedTuple):
   """Log-probabilities of N pairs under a policy; N is B if padded and B * S if packed.
 
   Attributes:
-    logprobs: [N, 2, T] float32, log-probabilities of tokens; index 0 is chosen, 1 rejected.
-    mask: [N, 2, T] bool, True on response tokens except a first token, which nothing predicts.
-    totals: [N, 2] float32, log-probabilities of responses.
+    totals: [N, 2] float32, log-probabilities of responses; index 0 is chosen, 1 rejected.
+    lengths: [N, 2] int32, tokens of responses except a first token, which nothing predicts.
+    nll: [N] float32, negative log-likelihood per token of the chosen response.
     weights: [N] float32, loss weight of each pair, without a gradient; None weights all by 1.
-    real: [N] bool, False on empty slots of a packed batch.
+    real: [N] bool, False on empty slots of a packed batch and on pairs without a response token.
   """
 
-  logprobs: jax.Array
-  mask: jax.Array
   totals: jax.Array
+  lengths: jax.Array
+  nll: jax.Array
   weights: jax.Array | None
   real: jax.Array
 
   @property
   def means(self) -> jax.Array:
     """Log-probability per token of each response, [N, 2]."""
-    return self.totals / jnp.maximum(jnp.sum(self.mask, axis=-1), 1)
-
-  @property
-  def nll(self) -> jax.Array:
-    """Negative log-likelihood per token of the chosen response, [N]."""
-    return -masked.masked_mean(self.logprobs[:, 0], self.mask[:, 0], axis=1)
+    return self.totals / jnp.maximum(self.lengths, 1)
 
 
 ReadPairs = Callable[[Params, TokenBatch | PackedBatch], Pairs]
@@ -88,8 +83,10 @@ def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> Read
       )
       weights = first * second
     packed = isinstance(pairs, PackedBatch)
-    real = pairs.real.reshape(-1) if packed else jnp.ones(mask.shape[0], bool)
-    return Pairs(logprobs, mask, jnp.stack([chosen, rejected], axis=1), weights, real)
+    real = pairs.real.reshape(-1) if packed else jnp.any(mask, axis=(1, 2))
+    totals, lengths = jnp.stack([chosen, rejected], axis=1), jnp.sum(mask, axis=-1)
+    nll = -masked.masked_mean(logprobs[:, 0], mask[:, 0], axis=1)
+    return Pairs(totals, lengths, nll, weights, real)
 
   return read
 

@@ -29,9 +29,9 @@ class PPOConfig(epochs.UpdateConfig):
     kl_coef: Weight of the KL penalty to the reference, in reward per nat.
     gamma: Discount per token.
     lam: Lambda of GAE. 1 is the Monte-Carlo return, 0 the one-step temporal difference.
-    clip: Clip range of the probability ratio around 1.
+    clip: Clip range of the probability ratio around 1; 0 does not clip.
     dual_clip: Upper bound on the ratio for negative advantages, above 1; 0 does not bound it.
-    value_clip: Clip range of a value around its value at the start of the iteration.
+    value_clip: Clip range of a value around that at the start of the iteration; 0 does not clip.
     value_coef: Weight of the value loss.
     entropy_coef: Weight of the entropy bonus.
   """
@@ -58,7 +58,7 @@ class PPOBatch(NamedTuple):
 
   Attributes:
     rollout: B responses, with the old log-probabilities of the probability ratio.
-    mask: [B, R] bool, True on response tokens of rows with a finite score.
+    mask: [B, R] bool, True on response tokens of the rows of `reading.finite_rows`.
     values: [B, R] float32, old value before each token.
     advantages: [B, R] float32, whitened over the batch.
     returns: [B, R] float32, targets of the critic.
@@ -85,14 +85,14 @@ def make_batch(
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
-    scores: [B] float, reward of each response; a row with NaN or Inf is left out.
+    scores: [B] float, reward of each response; a row with NaN or Inf in any input is left out.
     values: [B, R] values before each token.
     ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: PPO settings.
     kl_coef: [] weight of the KL penalty; overrides `config.kl_coef`.
     estimate: `(rewards, values, mask, *, gamma, lam) -> (advantages, returns)`.
   """
-  finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
+  finite, mask = reading.finite_rows(rollout, scores, values, ref_logprobs)
   kl_coef, scores = config.kl_coef if kl_coef is None else kl_coef, jnp.where(finite, scores, 0.0)
   # Entries of padding are undefined; from here on they are zero.
   old, ref, values = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs, values))
@@ -100,7 +100,7 @@ def make_batch(
   advantages, returns = estimate(rewards, values, mask, gamma=config.gamma, lam=config.lam)
   rollout, advantages = rollout._replace(logprobs=old), masked.whiten(advantages, mask)
   return PPOBatch(rollout, mask, values, advantages, returns), {
-    "reward/shaped": masked.masked_mean(jnp.sum(rewards, axis=1), finite),
+    "reward/shaped": masked.defined_mean(jnp.sum(rewards, axis=1), finite),
     "value/explained_variance": policy_gradient.explained_variance(values, returns, mask),
   }
 
@@ -113,12 +113,12 @@ def loss_fn(
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)
   logprobs, values = jnp.where(mask, now.logprobs, 0.0), jnp.where(mask, now.values, 0.0)
-  clips = {"clip_low": config.clip, "clip_high": config.clip}
+  clips = policy_gradient.clip_range(config.clip, config.clip)
   policy_losses = policy_gradient.ppo_policy_loss(
     logprobs, old, batch.advantages, dual_clip=config.dual_clip or None, **clips
   )
   value_losses = policy_gradient.ppo_value_loss(
-    values, batch.values, batch.returns, clip=config.value_clip
+    values, batch.values, batch.returns, clip=config.value_clip or None
   )
   policy_loss, value_loss, entropy = (
     masked.masked_mean(x, mask) for x in (policy_losses, value_losses, now.entropy)
@@ -129,8 +129,8 @@ def loss_fn(
   return loss, {
     "loss/policy": policy_loss,
     "loss/value": value_loss,
-    "entropy": entropy,
     "weight": jnp.sum(mask).astype(jnp.float32),
+    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
     **reading.ratio_metrics(logprobs, old, mask, **clips),
   }
 

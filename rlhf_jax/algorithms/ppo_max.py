@@ -66,9 +66,9 @@ class Control(NamedTuple):
 
 
 def adapt_kl_coef(
-  kl_coef: jax.Array, sequence_kl: jax.Array, responses: int, config: PPOMaxConfig
+  kl_coef: jax.Array, sequence_kl: jax.Array, responses: int | jax.Array, config: PPOMaxConfig
 ) -> jax.Array:
-  """Moves the coefficient towards the target KL; a no-op without a target."""
+  """Moves the coefficient towards the target KL; a no-op without a target or responses."""
   if not config.kl_target:
     return kl_coef
   error = jnp.clip(sequence_kl / config.kl_target - 1, -0.2, 0.2)
@@ -112,8 +112,10 @@ def make_batch(
     values=jnp.where(mask, values, 0.0), returns=jnp.where(mask, (returns - shift) / scale, 0.0)
   )
   sequence_kl = masked.masked_sum(kl.k1(batch.rollout.logprobs, ref_logprobs), mask, axis=1)
-  mean_kl = masked.masked_mean(sequence_kl, jnp.isfinite(scores))
-  kl_coef = adapt_kl_coef(control.kl_coef, mean_kl, scores.shape[0], config)
+  rows = mask.any(axis=1)
+  mean_kl = masked.masked_mean(sequence_kl, rows)
+  seen = jnp.where(rows.any(), rows.shape[0], 0)
+  kl_coef = adapt_kl_coef(control.kl_coef, mean_kl, seen, config)
   return batch, Control(kl_coef, moments), metrics | {"kl/coef": control.kl_coef}
 
 

@@ -59,9 +59,15 @@ def loss_fn(
   """
   del key  # The loss is deterministic given the batch.
   logits = given.read_preferences(apply_fn, params, batch.tokens, batch.mask)
-  losses = reward.binary_loss(logits, batch.preference)
-  tokens = jnp.sum(batch.mask).astype(jnp.float32)
-  return jnp.mean(losses), preference_metrics(logits, batch.preference) | {"tokens": tokens}
+  loss, metrics = mean_metrics(logits, batch.preference)
+  return loss, metrics | {"tokens": jnp.sum(batch.mask).astype(jnp.float32)}
+
+
+def mean_metrics(logits: jax.Array, preference: jax.Array) -> tuple[jax.Array, Metrics]:
+  """Loss and `preference_metrics` of log-odds [B] and shares of the votes [B]."""
+  untied = jnp.sum(preference != 0.5).astype(jnp.float32)
+  metrics = preference_metrics(logits, preference) | {"weight/preference/accuracy": untied}
+  return jnp.mean(reward.binary_loss(logits, preference)), metrics
 
 
 def preference_metrics(logits: jax.Array, preference: jax.Array) -> Metrics:
@@ -78,7 +84,7 @@ def preference_metrics(logits: jax.Array, preference: jax.Array) -> Metrics:
   untied = preference != 0.5
   right = jnp.where(logits == 0, 0.5, (logits > 0) == (preference > 0.5))
   return {
-    "preference/accuracy": masked.masked_mean(right, untied),
+    "preference/accuracy": masked.defined_mean(right, untied),
     "preference/confidence": jnp.mean(jax.nn.sigmoid(jnp.abs(logits))),
     "preference/ties": jnp.mean(~untied),
   }

@@ -49,11 +49,7 @@ class Packing(NamedTuple):
   rows: int | None = None
 
   def shape(self, sequences: int, longest: int) -> tuple[int, int]:
-    """Returns the rows, and tokens per row, for `sequences` of up to `longest` tokens.
-
-    Raises:
-      ValueError: The longest sequence does not fit into a row.
-    """
+    """Returns rows and tokens per row for `sequences`, the `longest` of which must fit into one."""
     if self.length < longest:
       raise ValueError(
         f"packed_length must be at least {longest}, a prompt and a response of maximum length,"
@@ -118,10 +114,24 @@ def _score(
   return logprobs_lib.over_next_tokens(score, tokens, logits)
 
 
-def response_mask(rollout: Rollout, scores: jax.Array) -> jax.Array:
-  """Mask [B, R], True on response tokens of rows with a finite score [B]."""
-  length = rollout.logprobs.shape[1]
-  return rollout.response_mask[:, -length:] & jnp.isfinite(scores)[:, None]
+def finite_rows(
+  rollout: Rollout, scores: jax.Array, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns rows [B] and their mask [B, R], without rows of which anything is NaN or infinite.
+
+  Read are scores [B], and log-probabilities and `arrays` [B, R] of response tokens.
+  """
+  mask, rows = rollout.response_mask[:, -rollout.logprobs.shape[1] :], jnp.isfinite(scores)
+  for x in (rollout.logprobs, *arrays):
+    rows &= jnp.all(jnp.isfinite(x) | ~mask, axis=1)
+  return rows, mask & rows[:, None]
+
+
+def mean_over_tokens(metrics: Metrics, mask: jax.Array) -> Metrics:
+  """Means of metrics [B, R] over the tokens of a mask [B, R], and their number as `weight/NAME`."""
+  count = jnp.sum(mask).astype(jnp.float32)
+  means = {name: masked.defined_mean(x, mask) for name, x in metrics.items()}
+  return means | {f"weight/{name}": count for name in metrics}
 
 
 def ratio_metrics(
@@ -130,10 +140,8 @@ def ratio_metrics(
   """Metrics of the ratio of the policy to the old policy, from log-probabilities [B, R] of both."""
   ratio = jnp.exp(logprobs - old)
   clipped = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-  return {
-    "clip_fraction": masked.masked_mean(clipped.astype(jnp.float32), mask),
-    "kl/old": masked.masked_mean(kl.k3(old, logprobs), mask),
-    "ratio/mean": masked.masked_mean(ratio, mask),
+  means = {"clip_fraction": clipped, "kl/old": kl.k3(old, logprobs), "ratio/mean": ratio}
+  return mean_over_tokens(means, mask) | {
     "ratio/max": jnp.max(jnp.where(mask, ratio, 0.0)),
     "ratio/deviation/max": jnp.max(jnp.where(mask, jnp.abs(ratio - 1), 0.0)),
   }

@@ -27,7 +27,7 @@ class ReinforcePPConfig(epochs.UpdateConfig):
   Attributes:
     kl_coef: Weight of the KL penalty to the reference, in reward per nat.
     gamma: Discount per token.
-    clip: Clip range of the probability ratio around 1.
+    clip: Clip range of the probability ratio around 1; 0 does not clip.
   """
 
   kl_coef: float = 0.1
@@ -44,7 +44,7 @@ class ReinforcePPBatch(NamedTuple):
 
   Attributes:
     rollout: B responses, with the old log-probabilities of the probability ratio.
-    mask: [B, R] bool, True on response tokens of rows with a finite score.
+    mask: [B, R] bool, True on response tokens of the rows of `reading.finite_rows`.
     advantages: [B, R] float32, with mean 0 and variance 1 over the batch.
   """
 
@@ -60,11 +60,11 @@ def make_batch(
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
-    scores: [B] float, reward of each response; a row with NaN or Inf is left out.
+    scores: [B] float, reward of each response; a row with NaN or Inf in any input is left out.
     ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: REINFORCE++ settings.
   """
-  finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
+  finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   # Entries of padding are undefined; from here on they are zero.
   old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
   rewards = policy_gradient.kl_shaped_rewards(
@@ -75,7 +75,7 @@ def make_batch(
     rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0
   )
   batch = ReinforcePPBatch(rollout._replace(logprobs=old), mask, masked.whiten(returns, mask))
-  return batch, {"reward/shaped": masked.masked_mean(jnp.sum(rewards, axis=1), finite)}
+  return batch, {"reward/shaped": masked.defined_mean(jnp.sum(rewards, axis=1), finite)}
 
 
 def loss_fn(
@@ -91,15 +91,14 @@ def loss_fn(
   mask, old = batch.mask, batch.rollout.logprobs
   now = read(params, batch.rollout)
   logprobs = jnp.where(mask, now.logprobs, 0.0)
-  losses = policy_gradient.ppo_policy_loss(
-    logprobs, old, batch.advantages, clip_low=config.clip, clip_high=config.clip
-  )
+  clips = policy_gradient.clip_range(config.clip, config.clip)
+  losses = policy_gradient.ppo_policy_loss(logprobs, old, batch.advantages, **clips)
   loss = masked.masked_mean(losses, mask)
   return loss, {
     "loss/policy": loss,
-    "entropy": masked.masked_mean(now.entropy, mask),
     "weight": jnp.sum(mask).astype(jnp.float32),
-    **reading.ratio_metrics(logprobs, old, mask, config.clip, config.clip),
+    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
+    **reading.ratio_metrics(logprobs, old, mask, **clips),
   }
 
 

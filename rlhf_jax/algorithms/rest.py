@@ -18,7 +18,7 @@ import optax
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import selection
 from rlhf_jax.losses import kl, logprobs, masked, packing, supervised
-from rlhf_jax.train_step import jit_step, update
+from rlhf_jax.train_step import jit_step, reported, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
 # (state, batch, ref_params, key) -> (state, metrics)
@@ -140,6 +140,7 @@ def make_rest_step(
 
   def step(state: TrainState, batch: RestBatch, ref_params: Params, key: jax.Array):
     loss = functools.partial(loss_fn, ref_params=ref_params, config=config, **apply)
-    return update(loss, tx, state, batch, key, microbatches=config.microbatches)
+    state, metrics = update(loss, tx, state, batch, key, microbatches=config.microbatches)
+    return state, reported(metrics)
 
   return jit_step(step, state_shardings)

@@ -26,8 +26,8 @@ from rlhf_jax.types import (
   TrainStep,
 )
 
-# Pairs: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected; mask [B, 2, T] on responses.
-# Or several pairs packed in a row, or rankings of K responses, each of which is scored once.
+# Pairs: tokens and mask (of responses) [B, 2, T] right padded, index 0 chosen and 1 rejected. Or
+# several pairs packed in a row, or rankings of K responses, each of which is scored once.
 RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
 
 
@@ -63,10 +63,10 @@ def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array
 
   Returns:
     [B, M, 2] scores of the better and of the worse response, and [B, M] bool, False where there
-    is no such pair. M is 1 for pairs and K * K for rankings; all packed pairs are one row.
+    is no such pair. M is 1 for pairs, K * K for rankings.
   """
-  if isinstance(batch, PackedBatch):  # All pairs in one row, so that each counts the same.
-    return scores[None], batch.real.reshape(1, -1)
+  if isinstance(batch, PackedBatch):
+    return scores[:, None], batch.real.reshape(-1, 1)
   if not isinstance(batch, RankingBatch):
     return scores[:, None], jnp.ones((scores.shape[0], 1), bool)
   rows, responses = scores.shape
@@ -77,21 +77,13 @@ def ordered_pairs(scores: jax.Array, batch: RewardModelBatch) -> tuple[jax.Array
   return jnp.stack(sides, axis=-1).reshape(rows, -1, 2), mask.reshape(rows, -1)
 
 
-def loss_fn(
-  params: Params,
-  batch: RewardModelBatch,
-  key: jax.Array,
-  *,
-  apply_fn: ApplyFn,
-  config: RewardModelConfig,
+def mean_metrics(
+  scores: jax.Array, batch: RewardModelBatch, *, config: RewardModelConfig
 ) -> tuple[jax.Array, Metrics]:
-  """Bradley-Terry loss, averaged over the pairs of each prompt and then over prompts.
+  """Bradley-Terry loss, averaged over the pairs of each prompt and then over prompts, and metrics.
 
-  The metrics are `pair_metrics`, the number of response tokens and, for packed pairs, the number of
-  pairs as `weight`. Settings for pairs raise ValueError with rankings.
+  Of the batch only the order is read. Settings for pairs raise ValueError with rankings.
   """
-  del key  # The loss is deterministic given the batch.
-  scores = given.read_scores(apply_fn, params, batch)
   if isinstance(batch, RankingBatch):
     if config.margin or config.label_smoothing:
       raise ValueError("margin and label_smoothing are for pairs; set them to 0 for rankings")
@@ -101,29 +93,39 @@ def loss_fn(
       scores[:, 0], scores[:, 1], margin=config.margin, label_smoothing=config.label_smoothing
     )
   pairs, mask = ordered_pairs(scores, batch)
-  tokens = jnp.sum(batch.mask).astype(jnp.float32)
-  if isinstance(batch, PackedBatch):
-    losses += config.centering_coef * reward.centering_penalty(scores[:, 0], scores[:, 1])
-    loss = masked.masked_mean(losses, batch.real.reshape(-1))
-    count = jnp.sum(batch.real).astype(jnp.float32)
-    return loss, pair_metrics(pairs, mask) | {"tokens": tokens, "weight": count}
   penalty = reward.centering_penalty(pairs[..., 0].ravel(), pairs[..., 1].ravel())
   losses += config.centering_coef * masked.masked_mean(penalty.reshape(mask.shape), mask, axis=1)
-  return jnp.mean(losses), pair_metrics(pairs, mask) | {"tokens": tokens}
+  rows = mask.any(axis=1)
+  metrics = pair_metrics(pairs, mask) | {"weight": jnp.sum(rows).astype(jnp.float32)}
+  return masked.masked_mean(losses, rows), metrics
+
+
+def loss_fn(
+  params: Params,
+  batch: RewardModelBatch,
+  key: jax.Array,
+  *,
+  apply_fn: ApplyFn,
+  config: RewardModelConfig,
+) -> tuple[jax.Array, Metrics]:
+  """Computes `mean_metrics`; the metric `weight` counts the prompts with a pair."""
+  del key  # The loss is deterministic given the batch.
+  scores = given.read_scores(apply_fn, params, batch)
+  loss, metrics = mean_metrics(scores, batch, config=config)
+  return loss, metrics | {"tokens": jnp.sum(batch.mask).astype(jnp.float32)}
 
 
 @jax.jit
 def pair_metrics(pairs: jax.Array, mask: jax.Array | None = None) -> Metrics:
-  """`reward/*` metrics; a tie counts as half a correct pair.
+  """`reward/*` metrics of [..., 2] better and worse scores; a tie counts as half a correct pair.
 
-  Args:
-    pairs: [..., 2] scores of the better and of the worse response.
-    mask: [B, M] bool for pairs [B, M, 2]: averages over the pairs of each prompt, then over
-      prompts, as in the loss. None averages over all pairs.
+  With a mask [B, M] of pairs [B, M, 2] they are means over prompts with a pair, as in the loss.
   """
 
   def mean(x: jax.Array) -> jax.Array:
-    return jnp.mean(x if mask is None else masked.masked_mean(x, mask, axis=1))
+    if mask is None:
+      return jnp.mean(x)
+    return masked.defined_mean(masked.masked_mean(x, mask, axis=1), mask.any(axis=1))
 
   margin = pairs[..., 0] - pairs[..., 1]
   return {

@@ -15,7 +15,7 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import epochs, groups, reading
-from rlhf_jax.losses import advantages, masked, policy_gradient
+from rlhf_jax.losses import advantages, policy_gradient
 from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainStep
 
 RLOOBatch = groups.GroupBatch
@@ -49,12 +49,12 @@ def make_batch(
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
-    scores: [B] float, reward of each response; a row with NaN or Inf is left out.
+    scores: [B] float, reward of each response; a row with NaN or Inf in any input is left out.
     ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: RLOO settings.
     samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
-  finite, mask = jnp.isfinite(scores), reading.response_mask(rollout, scores)
+  finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
   rewards = policy_gradient.kl_shaped_rewards(
     jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
@@ -80,8 +80,8 @@ def loss_fn(
   loss = jnp.sum(groups.AVERAGES["length"].weights(mask) * losses)
   return loss, {
     "loss/policy": loss,
-    "entropy": masked.masked_mean(now.entropy, mask),
     "weight": jnp.sum(mask.any(axis=1)).astype(jnp.float32),
+    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
     **reading.ratio_metrics(logprobs, old, mask, 0.2, 0.2),
   }
 

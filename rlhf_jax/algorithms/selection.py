@@ -12,7 +12,10 @@ from rlhf_jax.losses import shaping
 def rank_by_advantage(rewards: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Ranks rewards [P, N] by their distance from the mean of their prompt."""
   count = np.maximum(finite.sum(axis=1, keepdims=True), 1)
-  return rewards - rewards.sum(axis=1, keepdims=True) / count, finite
+  # Distances from the best are averaged, so that equal rewards have a distance of exactly 0.
+  best = np.where(finite, rewards, -np.inf).max(axis=1, keepdims=True)
+  below = np.where(finite, rewards - np.where(np.isfinite(best), best, 0.0), 0.0)
+  return np.where(finite, below - below.sum(axis=1, keepdims=True) / count, 0.0), finite
 
 
 def rank_all(rewards: np.ndarray, finite: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

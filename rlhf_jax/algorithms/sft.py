@@ -51,12 +51,7 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
   """
   del key  # The loss is deterministic given the batch.
-
-  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logprobs = logprobs_lib.token_logprobs(logits, targets)
-    return logprobs, jnp.argmax(logits, axis=-1) == targets
-
-  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, score)
+  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, _score)
   loss = -masked.masked_mean(logprobs, mask)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
@@ -64,6 +59,25 @@ def loss_fn(
     "weight": tokens,
     "tokens": tokens,
   }
+
+
+def _score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+  return logprobs_lib.token_logprobs(logits, targets), jnp.argmax(logits, axis=-1) == targets
+
+
+def row_sums(apply_fn: ApplyFn, params: Params, batch: SFTBatch) -> Metrics:
+  """Sums [B] over the scored tokens of each row: `loss`, `token_accuracy`, and their number."""
+  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, _score)
+  sums = {"loss": -logprobs, "token_accuracy": hit, "tokens": jnp.ones_like(logprobs)}
+  return {name: masked.masked_sum(x, mask, axis=1) for name, x in sums.items()}
+
+
+def mean_metrics(rows: Metrics) -> tuple[jax.Array, Metrics]:
+  """Loss and metrics of rows from their `row_sums`: means over tokens, as in `loss_fn`."""
+  totals = {name: jnp.sum(jnp.asarray(x)) for name, x in rows.items()}
+  tokens = totals.pop("tokens")
+  means = {name: x / jnp.maximum(tokens, 1) for name, x in totals.items()}
+  return means.pop("loss"), means
 
 
 def make_sft_step(

@@ -30,39 +30,46 @@ class SimPOConfig:
 
   Attributes:
     loss: Loss: `simpo`, `orpo` or `cpo`.
-    beta: Scale of the margin; for `orpo` the weight of the odds-ratio term.
-    gamma: Target margin of `simpo`, in units of the reward `beta * log p`.
+    beta: Scale of the margin; for `orpo` the weight of the odds-ratio term. Unset it is that of the
+      paper: 2 for `simpo`, 0.1 for the others.
+    margin: Target margin of `simpo` in nats per token, the paper's gamma / beta of 0.25 to 0.8.
     sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
-      The published ORPO has 1.
-    microbatches: Micro-batches per batch; more of them save memory.
+      Unset it is that of the paper: 0 for `simpo`, 1 for the others.
+    microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   loss: str = "simpo"
-  beta: float = 2.0
-  gamma: float = 0.5
-  sft_coef: float = 0.0
+  beta: float | None = None
+  margin: float = 0.25
+  sft_coef: float | None = None
   microbatches: int = 1
 
   def __post_init__(self):
-    not_negative = ("gamma", "sft_coef")
+    not_negative = ("margin", "sft_coef")
     ranges.check(self, positive=("beta",), non_negative=not_negative, one_of={"loss": LOSSES})
     ranges.check(self, at_least_one=("microbatches",))
+
+  def value(self, name: str) -> float:
+    """Returns `beta` or `sft_coef`, that of the paper of `loss` if it is unset."""
+    value = getattr(self, name)
+    return PUBLISHED[self.loss][name] if value is None else value
 
 
 def simpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
   """SimPO's loss [N] and the log-probabilities [N, 2] that it compares."""
-  loss = preference.simpo_loss(*policy.means.T, beta=config.beta, gamma=config.gamma)
+  beta = config.value("beta")
+  loss = preference.simpo_loss(*policy.means.T, beta=beta, gamma=beta * config.margin)
   return loss, policy.means
 
 
 def orpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
   """ORPO's odds-ratio term [N] and the log-probabilities [N, 2] that it compares."""
-  return preference.orpo_loss(*policy.means.T, beta=config.beta), policy.means
+  return preference.orpo_loss(*policy.means.T, beta=config.value("beta")), policy.means
 
 
 def cpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
   """CPO's preference term [N] and the log-probabilities [N, 2] that it compares."""
-  return preference.cpo_loss(*policy.totals.T, beta=config.beta), policy.totals
+  return preference.cpo_loss(*policy.totals.T, beta=config.value("beta")), policy.totals
 
 
 LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
@@ -72,15 +79,20 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 }
 
 
-def row_metrics(
-  params: Params, batch: SimPOBatch, *, read: pairs_lib.ReadPairs, config: SimPOConfig
-) -> tuple[Metrics, jax.Array]:
+# Settings of the papers, where they differ.
+PUBLISHED: dict[str, dict[str, float]] = {
+  "simpo": {"beta": 2.0, "sft_coef": 0.0},
+  "orpo": {"beta": 0.1, "sft_coef": 1.0},
+  "cpo": {"beta": 0.1, "sft_coef": 1.0},
+}
+
+
+def row_metrics(policy: pairs_lib.Pairs, *, config: SimPOConfig) -> tuple[Metrics, jax.Array]:
   """Loss and metrics of each pair; the rewards are `beta` times the compared log-probabilities."""
-  policy = read(params, batch)
   loss, logprobs = LOSSES[config.loss](policy, config)
-  rows, real = pairs_lib.row_metrics(loss, policy, logprobs, config.beta * logprobs)
-  if config.sft_coef:
-    rows["loss"] += config.sft_coef * policy.nll
+  rows, real = pairs_lib.row_metrics(loss, policy, logprobs, config.value("beta") * logprobs)
+  if sft_coef := config.value("sft_coef"):
+    rows["loss"] += sft_coef * policy.nll
   return rows, real
 
 
@@ -94,8 +106,7 @@ def loss_fn(
 ) -> tuple[jax.Array, Metrics]:
   """Mean of `row_metrics` over the pairs; the metric `weight` counts them."""
   del key  # The loss is deterministic given the batch.
-  rows, real = row_metrics(params, batch, read=read, config=config)
-  return pairs_lib.mean_metrics(rows, real, batch.mask)
+  return pairs_lib.mean_metrics(*row_metrics(read(params, batch), config=config), batch.mask)
 
 
 def make_simpo_step(

@@ -30,6 +30,8 @@ class WithSequences(NamedTuple):
 def with_term(loss_fn: LossFn, term_fn: LossFn, coef: float, name: str) -> LossFn:
   """Builds the loss of a `WithSequences`: `loss_fn` of its batch plus a term on its sequences.
 
+  The term may average other units than the loss, so it is reported as a term of its own.
+
   Args:
     loss_fn: `(params, batch, key) -> (loss, metrics)`.
     term_fn: `(params, sequences, key) -> (loss, metrics)`.
@@ -39,8 +41,10 @@ def with_term(loss_fn: LossFn, term_fn: LossFn, coef: float, name: str) -> LossF
 
   def total(params: Params, batch: WithSequences, key: jax.Array) -> tuple[jax.Array, Metrics]:
     loss, metrics = loss_fn(params, batch.batch, key)
-    term, _ = term_fn(params, batch.sequences, key)
-    return loss + coef * term, metrics | {name: term}
+    term, of_term = term_fn(params, batch.sequences, key)
+    weight = of_term.get("weight", jnp.ones(()))  # Else a mean over rows: all parts have as many.
+    term_metrics = {name: term, f"term/{name}": coef * term, f"weight/{name}": weight}
+    return loss + coef * term, metrics | term_metrics
 
   return total
 

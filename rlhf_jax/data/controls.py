@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Unicode reserves these for internal use, so they are in no text for interchange.
 _OPEN, _CLOSE, _BREAK, _SPLIT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_FAR = 64  # Characters.
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 # Tokens that look like markers: in brackets, with a letter. Of words such as <table> or <b>, only
 # those that a template writes are markers.
@@ -24,10 +25,21 @@ _TAG = re.compile(r"</?[a-z0-9]+/?>")
 
 
 class Encoded(NamedTuple):
-  """Ids of a text, and the characters [start, end) of each in the marked text."""
+  """A marked text as ids.
+
+  Attributes:
+    ids: Ids of the text.
+    places: Place of each id in the encoding.
+    encoding: Encoding of the text.
+  """
 
   ids: list[int]
-  spans: list[tuple[int, int]]
+  places: Sequence[int]
+  encoding: "tokenizers.Encoding"
+
+  def span(self, index: int) -> tuple[int, int]:
+    """Returns the characters [start, end) of an id in the marked text."""
+    return self.encoding.token_to_chars(self.places[index]) or (0, 0)
 
 
 class Controls:
@@ -68,17 +80,22 @@ class Controls:
     """Returns the part of a template's text before its first control token."""
     return self.mark(text).partition(_OPEN)[0]
 
+  def ids(self, marked: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of marked texts, with nothing added."""
+    encoded = self._encoder.encode_batch_fast(list(marked), add_special_tokens=False)
+    return [[i for i in e.ids if i != self._split_id] for e in encoded]
+
   def encode(self, marked: Sequence[str]) -> list[Encoded]:
     """Encodes marked texts, with nothing added."""
     encoded = self._encoder.encode_batch(list(marked), add_special_tokens=False)
     return [self._without_splits(e) for e in encoded]
 
   def _without_splits(self, encoded: "tokenizers.Encoding") -> Encoded:
-    ids, spans = encoded.ids, encoded.offsets
+    ids = encoded.ids
     if self._split_id not in ids:
-      return Encoded(ids, spans)
-    kept = [i for i, token in enumerate(ids) if token != self._split_id]
-    return Encoded([ids[i] for i in kept], [spans[i] for i in kept])
+      return Encoded(ids, range(len(ids)), encoded)
+    places = [place for place, token in enumerate(ids) if token != self._split_id]
+    return Encoded([ids[place] for place in places], places, encoded)
 
 
 class Spelling:
@@ -108,12 +125,14 @@ def unprotected(text: str) -> str:
   return text.replace(_BREAK, "")
 
 
-def last_written(marked: str) -> int:
-  """Returns the place of the last control token in a marked text; 0 if there is none.
+def context(marked: str) -> str:
+  """Returns the end of a marked text on which the ids of what follows it depend.
 
-  A tokenizer encodes what follows a control token without regard to what precedes it.
+  It starts with the last control token, or with a word that is much further from the end than any
+  token is long.
   """
-  return max(marked.rfind(_OPEN), 0)
+  word = marked.rfind(" ", 0, max(len(marked) - _FAR, 0))
+  return marked[max(marked.rfind(_OPEN), word, 0) :]
 
 
 def is_marker(text: str, *, of_template: bool) -> bool:

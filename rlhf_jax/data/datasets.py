@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from rlhf_jax import ranges
 from rlhf_jax.data import files, formats, schema, sources
-from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, responses_of
+from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
-from rlhf_jax.data.tokenizer import Tokenizer, transcript
+from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
 
 _BUILTIN_ROWS = 8192
 _JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
@@ -47,8 +48,9 @@ class DataConfig:
     eval_rows: Maximum number of held-out rows.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
-    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` keeps the end of
-      the prompt. Rows with a longer response are always dropped.
+    overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
+      oldest turns, and then the start of the last one's text, but never a part of the chat template
+      or the system turn. Rows with a longer response are always dropped.
     packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
@@ -156,6 +158,11 @@ def load(
     _require_rows(heldout, heldout_source, config)
   for part, name in ((train, source), (heldout, heldout_source)):
     _check_unknown(part, name, tokenizer, config)
+    if part.examples and kind == "unpaired":
+      try:
+        partner(part.examples, 0)
+      except DataError as error:
+        raise DataError(f"{name}: {error}") from error
   train.report["bad_rows"] = len(bad)
   train_keys = set(train.keys)
   heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)
@@ -331,6 +338,7 @@ def _parse(
           f"{row.where}: no annotator judged it; leave out data.annotator={config.annotator}"
         )
       try:
+        tokenizer.require_plain(read.examples[0].prompt)
         text = tokenizer.render_prompt(read.examples[0].prompt)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
@@ -423,25 +431,33 @@ def _tokenize(
     if not example.skip
   ]
   asked = {i: example.prompt for i, _, example in usable}
-  prompts = dict(zip(asked, tokenizer.encode_prompts(list(asked.values())), strict=True))
-  # The pairs of a row share answers. Where there are none, there may be no end token either.
-  texts = list(dict.fromkeys(answer for *_, example in usable for answer in example.answers))
-  encoded = dict(zip(texts, tokenizer.encode_responses(texts) if texts else [], strict=True))
+  answers_of: dict[int, dict[str, None]] = {i: {} for i in asked}  # The pairs of a row share them.
+  for i, _, example in usable:
+    answers_of[i] |= dict.fromkeys(example.answers)
+  encoded = _encode(asked, answers_of, tokenizer)
+  whole = {i: len(exchange.prompt) for i, exchange in encoded.items()}
+  if config.overlong == "truncate_prompt":
+    long = {i: asked[i] for i in asked if asked[i] and whole[i] > config.max_prompt_length}
+    short = _shortened(long, config, tokenizer, events)
+    encoded |= _encode(short, answers_of, tokenizer)
+  if is_given(config):
+    _notice(parsed, asked, answers_of, tokenizer, events)
   unread = frozenset().union(*(item.unread for item in parsed))
   row_keys = [(item.examples[0].key, item.examples[0].answers) for item in parsed]
   lengths = np.zeros([len(usable), 2], np.int64)
-  unknown = _unknown(tokenizer, [*prompts.values(), *encoded.values()])
+  unknown = _unknown(tokenizer, [ids for e in encoded.values() for ids in (e.prompt, *e.responses)])
   part = _Part([], [], [], [], events, row_keys, lengths, unknown, {}, unread)
   for n, (i, row, example) in enumerate(usable):
-    prompt, labels = prompts[i], list(example.labels)
-    answers = [encoded[answer] for answer in example.answers]
+    prompt, labels = encoded[i].prompt, list(example.labels)
+    ids_of = dict(zip(answers_of[i], encoded[i].responses, strict=True))
+    answers = [ids_of[answer] for answer in example.answers]
     _check_ids(row, (prompt, *answers), tokenizer.vocab_size)
-    lengths[n] = len(prompt), max(map(len, answers), default=0)
+    lengths[n] = whole[i], max(map(len, answers), default=0)
     prompt_too_long, answer_too_long = lengths[n] > _limits(config)
     if KINDS[kind].drops_responses:
       answers, labels = _fitting(answers, labels, config.max_response_length)
       answer_too_long = not any(labels)
-    if answer_too_long or (prompt_too_long and config.overlong == "drop"):
+    if answer_too_long or len(prompt) > config.max_prompt_length:
       events.append((i, "dropped_overlong"))
       continue
     if KINDS[kind].drops_equal and answers[0] == answers[1]:
@@ -449,13 +465,52 @@ def _tokenize(
       continue
     if prompt_too_long:
       events.append((i, "truncated_prompts"))
-      prompt = _keep_end(prompt, config.max_prompt_length, tokenizer.bos_id)
     events += [(i, "dropped_overlong_responses")] * (len(example.answers) - len(answers))
     part.examples.append(_arrays(kind, prompt, answers, labels))
     part.rows.append(row.fields)
     part.keys.append(example.key)
     part.origins.append(i)
   return part._replace(report=_report(kind, part.examples, len(parsed), events))
+
+
+def _encode(
+  asked: dict[int, Prompt], answers_of: dict[int, dict[str, None]], tokenizer: Tokenizer
+) -> dict[int, Exchange]:
+  """Encodes prompts with all their answers."""
+  exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
+  return dict(zip(asked, exchanges, strict=True))
+
+
+def _shortened(
+  long: dict[int, Prompt],
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  events: list[tuple[int, str]],
+) -> dict[int, Prompt]:
+  """Cuts prompts that are too long, where a part of their last turn fits."""
+  short = {}
+  for i, prompt in long.items():
+    if cut := tokenizer.shorten(prompt, config.max_prompt_length):
+      short[i] = cut.prompt
+      events += [(i, "truncated_turns")] * cut.turns
+  return short
+
+
+def _notice(
+  parsed: list[_Parsed],
+  asked: dict[int, Prompt],
+  answers_of: dict[int, dict[str, None]],
+  tokenizer: Tokenizer,
+  events: list[tuple[int, str]],
+) -> None:
+  """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
+  spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
+  joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
+  for name, noticed in (("spelled_markers", spelled), ("joined_words", joined)):
+    rows = [i for i, problem in noticed.items() if problem]
+    events += [(i, name) for i in rows]
+    for i in rows[:1]:
+      logging.warning("%s: %s (%d rows like it)", parsed[i].row.where, noticed[i], len(rows))
 
 
 def _unknown(tokenizer: Tokenizer, texts: Sequence[Any]) -> np.ndarray:
@@ -544,13 +599,6 @@ def _limits(config: DataConfig) -> np.ndarray:
   return np.asarray([config.max_prompt_length, config.max_response_length])
 
 
-def _keep_end(ids: list[int], length: int, bos_id: int | None) -> list[int]:
-  """Returns the last `length` ids; a BOS in front stays in front, as models expect to see it."""
-  if ids[0] == bos_id and length > 1:
-    return [ids[0], *ids[len(ids) - length + 1 :]]
-  return ids[len(ids) - length :]
-
-
 def _repeats(kind: KindName, examples: list[Arrays]) -> dict[str, int]:
   """Counts repeated examples, and pairs that are there with both labels."""
   seen: set[tuple[bytes, ...]] = set()
@@ -579,9 +627,12 @@ def _check_lengths(parts: Sequence[_Part], config: DataConfig, source: str) -> N
       f"data.{name}={_limits(config)[i]} is too short for {over[i]:.0%} (lengths in tokens: "
       f"median {p50}, 90 % below {p90}, 99 % below {p99}, longest {most})"
     )
+  fix = "raise the limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+  if config.overlong == "truncate_prompt":
+    fix = "raise the limits: not even a part of the last turn fits beside the template"
+    fix = fix if over[0] > over[1] else "raise the limits"
   raise DataError(
-    f"{source}: {dropped} of {len(lengths)} examples are too long: {'; '.join(described)}; raise "
-    "the limits, or set data.overlong=truncate_prompt if the prompts are what is long"
+    f"{source}: {dropped} of {len(lengths)} examples are too long: {'; '.join(described)}; {fix}"
   )
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.schema import KindName
+from rlhf_jax.data.sources import DataError
 from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
 
 Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
@@ -25,6 +26,9 @@ COUNTS = (
   "dropped_overlong_responses",
   "dropped_identical_pairs",
   "truncated_prompts",
+  "truncated_turns",
+  "spelled_markers",
+  "joined_words",
 )
 
 
@@ -49,7 +53,9 @@ class Dataset(NamedTuple):
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
       (nothing to compare with), `dropped_different_prompts` (of the two sides), `dropped_empty`,
       `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
-      `dropped_overlong_responses`, `truncated_prompts`, `duplicates` (repeated examples),
+      `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
+      of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
+      response follows the prompt without a space), `duplicates` (repeated examples),
       `flipped_pairs` (pairs that are there the other way round too), `unknown_tokens` and, for the
       held-out set, `eval_prompts_in_train`, `split_by_rows` (1 if all rows have the same prompt)
       and `nothing_to_hold_out` (1 if all rows are the same).
@@ -171,7 +177,7 @@ def _rankings(dataset: Dataset, indices: np.ndarray, pad_id: int) -> RankingBatc
 def _unpaired(dataset: Dataset, indices: np.ndarray, pad_id: int) -> UnpairedBatch:
   examples = _at(dataset, indices)
   tokens, mask = (x[:, 0] for x in _sequences(dataset, indices, pad_id))
-  others = [responses_of(dataset.examples[_partner(dataset, i)]) for i in indices]
+  others = [responses_of(dataset.examples[partner(dataset.examples, i)]) for i in indices]
   mismatched = TokenBatch(*(x[:, 0] for x in _pad_right(dataset, examples, others, pad_id)))
   desirable: Any = np.asarray([example["desirable"][0] for example in examples], bool)
   return UnpairedBatch(tokens, mask, desirable, mismatched)
@@ -217,12 +223,38 @@ def _sequences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> tuple[Any,
   return _pad_right(dataset, examples, [responses_of(example) for example in examples], pad_id)
 
 
-def _partner(dataset: Dataset, index: int) -> int:
-  """Returns the next example with another prompt; the first one follows the last."""
-  size, prompt = len(dataset.examples), dataset.examples[index]["prompt"]
-  following = ((index + step) % size for step in range(1, size))
-  other = (i for i in following if not np.array_equal(dataset.examples[i]["prompt"], prompt))
-  return next(other, index)
+def partner(examples: Sequence[Arrays], index: int) -> int:
+  """Finds the example whose response is put behind the prompt of another one, for the KL of KTO.
+
+  Responses to a prompt are often adjacent, the good ones first. The n-th of them gets the n-th one
+  behind them, so that mismatched responses are good as often as the data. The first example follows
+  the last. Examples with the same prompt or response are passed over; if all prompts are the same,
+  only those with the same response are.
+
+  Raises:
+    DataError: All responses are the same.
+  """
+  size = len(examples)
+  prompt, (response,) = examples[index]["prompt"], responses_of(examples[index])
+
+  def same_prompt(i: int) -> bool:
+    return np.array_equal(examples[i % size]["prompt"], prompt)
+
+  before = next((n for n in range(1, size) if not same_prompt(index - n)), size) - 1
+  behind = next((n for n in range(1, size) if not same_prompt(index + n)), size)
+  first = index + before + behind if behind < size else index + 1
+  following = ((first + n) % size for n in range(size))
+  others = (i for i in following if not np.array_equal(responses_of(examples[i])[0], response))
+  fallback = None
+  for i in others:
+    if not same_prompt(i):
+      return i
+    fallback = i if fallback is None else fallback
+  if fallback is None:
+    raise DataError(
+      f"{size} rows without two different responses; KTO estimates its KL from those of other rows"
+    )
+  return fallback
 
 
 def _pad_left(

@@ -3,10 +3,10 @@
 Three rules. First, text from a dataset or a user never becomes a control id: `"<|im_end|>"` typed
 by a user is encoded as plain characters (`controls`). Control tokens are the added tokens that are
 special, that the chat template writes, or that have the form of a marker, such as `<|tool|>`. An
-answer may hold those that are neither special nor part of a turn, such as `<think>`: they are words
-of the model. Second, a response has the ids that follow the prompt's in the whole text, as the chat
-template writes it, up to the end of the turn. Third, a folder is read as data: no class is picked
-by name and no code is run (chat templates render in a sandbox).
+answer may hold those that the template knows but no turn is made of, unless they are special:
+`<think>` is a word of the model. Second, a response has the ids that follow the prompt's in the
+whole text, as the chat template writes it, up to the end of the turn. Third, a folder is read as
+data: no class is picked by name and no code is run (chat templates render in a sandbox).
 """
 
 import functools
@@ -122,15 +122,21 @@ class Tokenizer:
     if absent := sorted(stops.difference(self._vocab.values())):
       logging.warning("eos_token_id: %s not in the vocabulary of the tokenizer, ignored", absent)
     self._stop_ids = tuple(sorted(stops.intersection(self._vocab.values()) - {self._end_id}))
-    # Words of the model, such as <think>, are not part of a turn.
+    # Words of the model, such as <think>: the template knows them, and no turn is made of them.
     turns = {*prompts, self._end_id, *self._stop_ids}
-    in_answers = [text for text, i in known.items() if added[i].special or i in turns]
+    in_answers = [
+      text
+      for text, i in known.items()
+      if added[i].special or i in turns or text not in template.source
+    ]
+    self._silent = frozenset([*(known[text] for text in in_answers), *spelled]) - unknown
     self._encoder = controls.Controls(backend, known, spelled.values())
     self._control_text = controls.Spelling([*known, *spelled.values()])
     self._answer_text = controls.Spelling([*in_answers, *spelled.values()])
     self._marker_text = controls.Spelling([*known, *spelled.values(), *template.markers])
     self._prefix = self._added_prefix()
     self._anchor = self._find_anchor()
+    self._lead = self._decoded_lead()
 
   @functools.cached_property
   def vocab_size(self) -> int:
@@ -221,8 +227,8 @@ class Tokenizer:
 
   def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
     """`encode_prompt` for many prompts at once."""
-    encoded = self._encoder.encode([self._encoder.mark(self._rendered(p)) for p in prompts])
-    return [[*self._start(prompt), *ids] for prompt, (ids, _) in zip(prompts, encoded, strict=True)]
+    encoded = self._encoder.ids([self._encoder.mark(self._rendered(p)) for p in prompts])
+    return [[*self._start(prompt), *ids] for prompt, ids in zip(prompts, encoded, strict=True)]
 
   def encode_response(self, text: str) -> list[int]:
     """Ids of a response to any prompt, and its end token. The text is not changed.
@@ -255,7 +261,7 @@ class Tokenizer:
     """
     mark, rendered = self._encoder.mark, [self._rendered(prompt) for prompt in prompts]
     marked = [mark(text) for text in rendered]
-    encoded = self._encoder.encode(marked)
+    encoded = self._encoder.ids(marked)
     pairs = [
       (before, mark(self._tail(prompt, text, answer)))
       for prompt, text, before, texts in zip(prompts, rendered, marked, answers, strict=True)
@@ -264,7 +270,7 @@ class Tokenizer:
     responses = iter(self._continue(pairs))
     return [
       Exchange([*self._start(prompt), *ids], [self._ended(next(responses)) for _ in texts])
-      for prompt, (ids, _), texts in zip(prompts, encoded, answers, strict=True)
+      for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
     ]
 
   def shorten(self, prompt: Prompt, length: int) -> Shortened | None:
@@ -294,7 +300,8 @@ class Tokenizer:
       return None
     last, rest = messages[starts[-1]]["content"], messages[starts[-1] + 1 :]
     marked = self._encoder.mark(self._control_text.protect(last))
-    places = [place for place, _ in self._encoder.encode([marked])[0].spans]
+    encoded = self._encoder.encode([marked])[0]
+    places = [encoded.span(i)[0] for i in range(len(encoded.ids))]
     cut = 0
     while size > length:
       cut += size - length
@@ -310,11 +317,22 @@ class Tokenizer:
     contents = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
     for text in contents:
       if marker := self._marker_text.find(text):
-        return f"the prompt spells {marker!r}"
+        return f"the prompt spells {marker!r}, which is read as plain text"
     for text in answers:
       if marker := self._answer_text.find(text):
-        return f"the response spells {marker!r}"
+        return f"the response spells {marker!r}, which is read as plain text"
     return ""
+
+  def joined_words(self, prompt: Prompt, answers: Sequence[str]) -> str:
+    """Describes a prompt and a response without a space between them; empty if none are.
+
+    A chat template and a transcript separate the two.
+    """
+    if self.has_chat_template or not isinstance(prompt, str) or not prompt[-1:].isalnum():
+      return ""
+    if not any(answer[:1].isalnum() for answer in answers):
+      return ""
+    return "prompt and response are joined without a space, as there is no chat template"
 
   def require_plain(self, prompt: Prompt) -> None:
     """Refuses a text to which the chat template has been applied already.
@@ -335,8 +353,16 @@ class Tokenizer:
     return controls.unprotected(self._rendered(prompt))
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-    """Text of ids. Ids outside the vocabulary are dropped."""
-    return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+    """Text of ids, without control tokens. Ids outside the vocabulary are dropped.
+
+    Args:
+      ids: Ids of a text.
+      skip_special: False to show control tokens.
+    """
+    shown = [int(i) for i in ids]
+    if skip_special:  # The decoder drops those that are flagged as special; not all are.
+      shown = [i for i in shown if i not in self._silent]
+    return self._backend.decode(shown, skip_special_tokens=skip_special)
 
   def batch_decode(self, rows: Iterable[Iterable[int]], skip_special: bool = True) -> list[str]:
     """Texts of responses, as they follow their prompts, without what the template adds to them."""
@@ -347,6 +373,7 @@ class Tokenizer:
     decoder = json.loads(self._backend.to_str())["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
     special = {i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+    special |= self._silent
     bytes_of = _byte_characters()
     anchor = self._anchor if self._anchor is not None else self._ids("a")[-1]
     before = len(self.decode([anchor]))
@@ -422,7 +449,8 @@ class Tokenizer:
       return protected
     if not self.has_chat_template:
       # A transcript writes a space after the name of the speaker.
-      spaced = not isinstance(prompt, str) and not answer[:1].isspace()
+      is_transcript = not isinstance(prompt, str) or prompt.endswith("\n\nAssistant:")
+      spaced = is_transcript and not answer[:1].isspace()
       return " " * spaced + protected
     whole, template = self._rendered(prompt, answer), self._template
     tail = template.lead + protected + template.closing
@@ -446,7 +474,7 @@ class Tokenizer:
   def _continue(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
     """Returns the ids of the second of two marked texts after the first."""
     ids: list[list[int] | None] = [None] * len(pairs)
-    contexts = [before[controls.last_written(before) :] for before, _ in pairs]
+    contexts = [controls.context(before) for before, _ in pairs]
     for anchor in (None, *_ANCHORS):
       left = [i for i, known in enumerate(ids) if known is None]
       starts = [contexts[i] if anchor is None else anchor for i in left]
@@ -463,24 +491,35 @@ class Tokenizer:
     """Returns the ids of a text after the ids of its start, or None if they are merged."""
     count = len(start.ids)
     # A control token may take the spaces that follow it.
-    end = whole.spans[count - 1][1] if count and start.ids[-1] not in self._control_ids else 0
-    next_start = whole.spans[count][0] if count < len(whole.ids) else border
-    if whole.ids[:count] != start.ids or end > border or next_start < border:
+    if whole.ids[:count] != start.ids:
+      return None
+    end = whole.span(count - 1)[1] if count and start.ids[-1] not in self._control_ids else 0
+    next_start = whole.span(count)[0] if count < len(whole.ids) else border
+    if end > border or next_start < border:
       return None
     return whole.ids[count:]
 
   def _answer(self, ids: list[int], skip_special: bool) -> str:
     """Returns the text of a response."""
-    if self._anchor is None:
-      text = self.decode(ids, skip_special)
-    else:
-      before = self.decode([self._anchor])
-      text = self.decode([self._anchor, *ids], skip_special)[len(before) :]
+    text = self._decode_after(self._anchor, ids, skip_special)
     if not skip_special:
       return text
     if ids and ids[-1] == self._turn_end:
       text = text.removesuffix(self._encoder.before_first(self._template.closing))
-    return text.removeprefix(self.lead)
+    return text.removeprefix(self._lead)
+
+  def _decode_after(self, anchor: int | None, ids: list[int], skip_special: bool = True) -> str:
+    """Returns the text of ids after another one."""
+    if anchor is None:
+      return self.decode(ids, skip_special)
+    return self.decode([anchor, *ids], skip_special)[len(self.decode([anchor])) :]
+
+  def _decoded_lead(self) -> str:
+    """Returns the text before an answer, as it is decoded; some tokenizers add spaces to it."""
+    if not self.lead or self._end_id is None:
+      return ""
+    (response,) = self.encode_exchanges([_PROBE], [["a"]])[0].responses
+    return self._decode_after(self._anchor, response).rpartition("a")[0]
 
   def _find_anchor(self) -> int | None:
     """Returns an id to decode a response after, where decoding would else drop a first space."""
@@ -488,9 +527,7 @@ class Tokenizer:
     if self.decode(one) == " a":
       return None
     for anchor in (i for text in _ANCHORS for i in self._ids(text)[-1:]):
-      before = self.decode([anchor])
-      texts = [self.decode([anchor, *ids])[len(before) :] for ids in (one, two)]
-      if texts == [" a", "a"]:
+      if [self._decode_after(anchor, ids) for ids in (one, two)] == [" a", "a"]:
         return anchor
     return None
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.generation.sampling import SamplingConfig, sample
+from rlhf_jax.generation.stopping import StopText
 from rlhf_jax.types import Params, Rollout
 
 
@@ -17,6 +18,7 @@ class _Decoding(NamedTuple):
   tokens: jax.Array  # [B, R] int32.
   logprobs: jax.Array  # [B, R] float32.
   mask: jax.Array  # [B, R] bool.
+  read: jax.Array  # [B] int32, states of the automaton of stop strings.
 
 
 def make_generate(
@@ -26,6 +28,7 @@ def make_generate(
   *,
   stop_ids: Sequence[int],
   pad_id: int,
+  stop_text: StopText | None = None,
 ) -> Callable[..., Rollout]:
   """Builds the jitted sampler.
 
@@ -38,6 +41,7 @@ def make_generate(
     config: Sampling rule and maximum response length R.
     stop_ids: Tokens that end a response; the stop token is kept, with its log-probability.
     pad_id: Token that fills a row after the end of its response; nothing reads it.
+    stop_text: Automaton of strings that end a response; the token that completes one is kept.
 
   Returns:
     `generate(params, tokens [B, P], mask [B, P], prompt_ids [B], key) -> Rollout` with
@@ -67,6 +71,10 @@ def make_generate(
       token = jnp.where(state.done, pad_id, token)
       logprob = jnp.where(state.done, 0.0, logprob)
       stopped = jnp.any(token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None], axis=1)
+      read = state.read
+      if stop_text is not None:
+        read = stop_text.step(read, token)
+        stopped |= stop_text.is_complete(read)
       return _Decoding(
         step=state.step + 1,
         done=state.done | stopped,
@@ -74,6 +82,7 @@ def make_generate(
         tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.step, 1),
         logprobs=jax.lax.dynamic_update_index_in_dim(state.logprobs, logprob, state.step, 1),
         mask=jax.lax.dynamic_update_index_in_dim(state.mask, ~state.done, state.step, 1),
+        read=read,
       )
 
     def unfinished(state: _Decoding) -> jax.Array:
@@ -92,6 +101,7 @@ def make_generate(
       tokens=jnp.full((rows, length), pad_id, jnp.int32),
       logprobs=jnp.zeros((rows, length), jnp.float32),
       mask=jnp.zeros((rows, length), bool),
+      read=jnp.zeros(rows, jnp.int32),
     )
     end = jax.lax.while_loop(unfinished, advance, draw(start, logits))
     return Rollout(
@@ -105,7 +115,19 @@ def make_generate(
 
 
 @jax.jit
-def ended(rollout: Rollout, stop_ids: Sequence[int]) -> jax.Array:
-  """[B] bool, True if a response ended in a stop token instead of being truncated."""
+def ended(
+  rollout: Rollout, stop_ids: Sequence[int], stop_text: StopText | None = None
+) -> jax.Array:
+  """[B] bool, True if a response ended in a stop token or string instead of being truncated."""
   stops = jnp.asarray(stop_ids, jnp.int32)[None, None]
-  return jnp.any((rollout.tokens[..., None] == stops).any(-1) & rollout.response_mask, axis=1)
+  by_token = jnp.any((rollout.tokens[..., None] == stops).any(-1) & rollout.response_mask, axis=1)
+  if stop_text is None:
+    return by_token
+
+  def read(state: jax.Array, column: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+    token, on = column
+    return jnp.where(on, stop_text.step(state, token), state), None
+
+  start = jnp.zeros_like(rollout.tokens[:, 0])
+  state, _ = jax.lax.scan(read, start, (rollout.tokens.T, rollout.response_mask.T))
+  return by_token | stop_text.is_complete(state)

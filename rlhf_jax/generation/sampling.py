@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import chex
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from rlhf_jax import ranges
 from rlhf_jax.losses import logprobs as logprobs_lib
 
+_ROUNDING = 1e-6  # Of a sum of probabilities in float32.
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """Settings of the sampler.
+  r"""Settings of the sampler.
 
   Attributes:
     max_new_tokens: Maximum length of a response in tokens, including the stop token.
@@ -22,6 +25,9 @@ class SamplingConfig:
     top_p: Probability of the nucleus. Only the smallest set of most likely tokens that reaches it
       is sampled from; 1 samples from all.
     samples_per_prompt: Responses per prompt. They share one prefill.
+    stop: Strings that end a response, separated by commas, besides the tokens that end one. A
+      response keeps its stop string, and counts as ended. Write \n for a new line, \t for a tab and
+      \xNN for another character, such as \x2c for a comma or \x20 for a space at an end.
   """
 
   max_new_tokens: int = 64
@@ -29,8 +35,13 @@ class SamplingConfig:
   top_k: int = ranges.rare(0)
   top_p: float = ranges.rare(1.0)
   samples_per_prompt: int = 1
+  stop: tuple[str, ...] = ranges.rare(())
 
   def __post_init__(self):
+    # A flag holds one printable line, so this is the form in which it is kept.
+    object.__setattr__(self, "stop", tuple(map(_escaped, self.stop)))
+    if "" in self.stop:
+      raise ValueError("stop has an empty string, which would end every response at once")
     ranges.check(
       self,
       at_least_one=("max_new_tokens", "samples_per_prompt"),
@@ -40,9 +51,36 @@ class SamplingConfig:
     if math.isinf(self.temperature):
       raise ValueError(f"temperature must be finite, got {self.temperature}")
 
+  @property
+  def stop_strings(self) -> tuple[str, ...]:
+    """Strings that end a response, as they are in its text."""
+    return tuple(map(_unescaped, self.stop))
+
+
+_ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", ",": r"\x2c"}
+
+
+def _escaped(text: str) -> str:
+  """Returns a text without control characters, commas and spaces at its ends."""
+  text = "".join(_ESCAPES.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+  inner = text.strip(" ")
+  before = len(text) - len(text.lstrip(" ")) if inner else len(text)
+  return r"\x20" * before + inner + r"\x20" * (len(text) - before - len(inner))
+
+
+def _unescaped(text: str) -> str:
+  letters = {escape: char for char, escape in _ESCAPES.items()}
+  return re.sub(
+    r"\\(?:[ntr]|x[0-9a-fA-F]{2})",
+    lambda match: letters.get(match[0]) or chr(int(match[0][2:], 16)),
+    text,
+  )
+
 
 def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
   """Sets the logits of excluded tokens to -inf. The most likely token always stays.
+
+  Of equally likely tokens, those with the smallest ids are taken first.
 
   `top_p` is nucleus sampling (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751): the
   smallest set of most likely tokens whose probability reaches `top_p`, after `top_k`.
@@ -55,15 +93,18 @@ def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
   Returns:
     [..., V] float.
   """
-  if 0 < top_k < logits.shape[-1]:
-    threshold = jax.lax.top_k(logits, top_k)[0][..., -1:]
-    logits = jnp.where(logits >= threshold, logits, -jnp.inf)
+  use_top_k = 0 < top_k < logits.shape[-1]
+  if not use_top_k and top_p >= 1:
+    return logits
+  order = jnp.argsort(-logits, axis=-1, stable=True)  # Most likely first.
+  rank = jnp.argsort(order, axis=-1)
+  if use_top_k:
+    logits = jnp.where(rank < top_k, logits, -jnp.inf)
   if top_p < 1:
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs  # Probability of everything more likely.
-    kept = jnp.where(before < top_p, ordered, jnp.inf)
-    logits = jnp.where(logits >= jnp.min(kept, axis=-1, keepdims=True), logits, -jnp.inf)
+    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    reached = jnp.cumsum(probs, axis=-1) >= top_p - _ROUNDING
+    count = 1 + jnp.sum(~reached, axis=-1, keepdims=True)  # Up to the first that reaches it.
+    logits = jnp.where(rank < count, logits, -jnp.inf)
   return logits
 
 

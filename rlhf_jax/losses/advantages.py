@@ -129,10 +129,6 @@ def _group(rewards: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.A
   return jnp.where(mask, masked.widen(rewards), 0.0), mask
 
 
-def _centre(rewards: jax.Array, mask: jax.Array) -> jax.Array:
-  return jnp.where(mask, rewards - masked.masked_mean(rewards, mask, axis=1)[:, None], 0.0)
-
-
 def leave_one_out(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
   """Reward minus the mean reward of the other samples of the same prompt (RLOO).
 
@@ -147,7 +143,7 @@ def leave_one_out(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.A
   """
   rewards, mask = _group(rewards, mask)
   n = jnp.sum(mask, axis=1, keepdims=True).astype(rewards.dtype)
-  return _centre(rewards, mask) * (n / jnp.maximum(n - 1, 1))
+  return masked.deviations(rewards, mask, axis=1)[0] * (n / jnp.maximum(n - 1, 1))
 
 
 def group_normalize(
@@ -168,7 +164,7 @@ def group_normalize(
     [B, N] advantages; 0 where masked, and for a prompt's only sample.
   """
   rewards, mask = _group(rewards, mask)
-  centred = _centre(rewards, mask)
+  centred, _ = masked.deviations(rewards, mask, axis=1)
   if not scale:
     return centred
   # The square root has no finite gradient at 0, where all rewards of a group are equal.

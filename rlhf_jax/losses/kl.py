@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 
-# exp(89) overflows float32; at a log-ratio of 20 the estimate is already 5e8 nats.
-_MAX_LOG_RATIO = 20.0
+# exp(89) overflows float32.
+_MAX_LOG_RATIO = 80.0
 
 
 @masked.elementwise
@@ -60,7 +60,7 @@ def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """`exp(-l) - 1 + l`: unbiased and never negative.
 
-  The exponent is clipped at 20: beyond it the value is useless and its gradient would overflow.
+  The exponent is clipped at 80, where float32 ends.
 
   Args:
     logprobs: [...] log-probabilities of the sampled tokens under the policy.

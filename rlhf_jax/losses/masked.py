@@ -92,6 +92,51 @@ def masked_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
   return total / jnp.maximum(count, 1).astype(total.dtype)
 
 
+def defined_mean(x: jax.Array, mask: jax.Array, axis: Axis = None) -> jax.Array:
+  """`masked_mean` for metrics: NaN, which says that it is undefined, where nothing is unmasked.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to reduce; all when None.
+
+  Returns:
+    `x` reduced over `axis`.
+  """
+  return jnp.where(jnp.any(mask, axis=axis), masked_mean(x, mask, axis), jnp.nan)
+
+
+def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Array, jax.Array]:
+  """`x` minus its mean where `mask` is set, exactly 0 where all of it is equal.
+
+  The mean of equal numbers in floating point differs from them by rounding, which a division by a
+  small standard deviation would turn into a signal. So it is bounded by the least and the largest
+  number, and then corrected by the mean of the distances from it.
+
+  Args:
+    x: [...] float.
+    mask: Same shape, bool.
+    axis: Axes to average over; all when None.
+
+  Returns:
+    The deviations, 0 where masked, and the mean, whose reduced axes have length 1.
+  """
+  chex.assert_equal_shape([x, mask])
+  x = _keep(x, mask)
+  axes = tuple(range(x.ndim)) if axis is None else axis
+  count = jnp.maximum(jnp.sum(mask, axis=axes, keepdims=True), 1).astype(x.dtype)
+
+  def mean_of(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=True) / count
+
+  constant = jax.lax.stop_gradient(x)
+  low = jnp.min(constant, axis=axes, keepdims=True, where=mask, initial=jnp.inf)
+  high = jnp.max(constant, axis=axes, keepdims=True, where=mask, initial=-jnp.inf)
+  rough = jnp.where(low <= high, jnp.clip(mean_of(constant), low, high), 0.0)
+  x = _keep(x - rough, mask)
+  return _keep(x - mean_of(x), mask), rough + mean_of(x)
+
+
 def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) -> jax.Array:
   """Variance of `x` where `mask` is set, from deviations (no catastrophic cancellation).
 
@@ -104,11 +149,7 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
   Returns:
     `x` reduced over `axis`.
   """
-  x = _keep(x, mask)
-  axes = tuple(range(x.ndim)) if axis is None else axis
-  count = jnp.sum(mask, axis=axes, keepdims=True)
-  mean = jnp.sum(x, axis=axes, keepdims=True) / jnp.maximum(count, 1).astype(x.dtype)
-  squares = jnp.square(_keep(x - mean, mask))
+  squares = jnp.square(deviations(x, mask, axis)[0])
   degrees = jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
   return jnp.sum(squares, axis=axis) / degrees.astype(x.dtype)
 
@@ -130,10 +171,8 @@ def whiten(
   Returns:
     Same shape; 0 where masked.
   """
-  chex.assert_equal_shape([x, mask])
-  x = _keep(x, mask)  # Before the product: its gradient would multiply a masked NaN by 0.
-  mean = masked_mean(x, mask)
-  scaled = (x - mean) * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)
+  centred, mean = deviations(x, mask)
+  scaled = centred * jax.lax.rsqrt(masked_var(x, mask, ddof=ddof) + eps)
   return _keep(scaled if shift_mean else scaled + mean, mask)
 
 

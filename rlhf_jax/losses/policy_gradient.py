@@ -24,14 +24,23 @@ A penalty `beta KL` enters the reward (`kl_shaped_rewards`, RLOO, PPO) or is add
 probabilities differ from the trainer's, multiply the loss by `truncated_importance_weights`.
 """
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import masked
 
-# exp of anything larger overflows float32 long after the clip has cut the gradient.
-_MAX_LOG_RATIO = 20.0
+# exp of anything much larger overflows float32.
+_MAX_LOG_RATIO = 80.0
+# Of ratios that are weights, which have no gradient to lose, and are multiplied by others.
+_MAX_LOG_WEIGHT = 20.0
+
+
+def clip_range(low: float, high: float) -> dict[str, float]:
+  """Returns `clip_low` and `clip_high` of the losses below; a distance of 0 does not clip."""
+  return {"clip_low": low or math.inf, "clip_high": high or math.inf}
 
 
 @masked.elementwise
@@ -74,7 +83,7 @@ def ppo_policy_loss(
 
 @masked.elementwise
 def ppo_value_loss(
-  values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float = 0.2
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, *, clip: float | None = 0.2
 ) -> jax.Array:
   """`0.5 max((V - R)^2, (clip(V, V_old +- clip) - R)^2)`.
 
@@ -82,7 +91,8 @@ def ppo_value_loss(
     values: [B, T] values from the critic being trained.
     old_values: [B, T] values at the time of the rollout.
     returns: [B, T] targets.
-    clip: Distance that a value may move from its old value before its gradient stops.
+    clip: Distance that a value may move from its old value before its gradient stops; None does
+      not clip.
 
   Returns:
     [B, T] loss. The gradient flows through `values` only.
@@ -90,6 +100,8 @@ def ppo_value_loss(
   chex.assert_rank([values, old_values, returns], 2)
   chex.assert_equal_shape([values, old_values, returns])
   old_values, returns = jax.lax.stop_gradient((old_values, returns))
+  if clip is None:
+    return 0.5 * jnp.square(values - returns)
   clipped = jnp.clip(values, old_values - clip, old_values + clip)
   return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
 
@@ -191,7 +203,7 @@ def _pairs(
 
 @masked.elementwise
 def _joint_clip(first: jax.Array, second: jax.Array, gap: jax.Array, *, clip: float) -> jax.Array:
-  product = jnp.exp(jnp.clip(first + second, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  product = jnp.exp(jnp.clip(first + second, -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT))
   weight = jax.lax.stop_gradient(product * gap)
   bound = jnp.log1p(clip)
   moved = first - second
@@ -243,7 +255,7 @@ def p3o_separate_loss(
   """
   log_ratios, gap = _pairs(logprobs, old_logprobs, rewards)
   gaps = jnp.stack([gap, -gap], axis=1)
-  other = jnp.exp(jnp.clip(log_ratios[:, ::-1], -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  other = jnp.exp(jnp.clip(log_ratios[:, ::-1], -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT))
   losses = ppo_policy_loss(
     log_ratios, jnp.zeros_like(log_ratios), gaps * other, clip_low=clip, clip_high=clip
   )
@@ -269,7 +281,7 @@ def truncated_importance_weights(
     Same shape, in (0, cap], a constant in the gradient. Multiply any per-token loss by it.
   """
   chex.assert_equal_shape([logprobs, sampler_logprobs])
-  log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  log_ratio = jnp.clip(logprobs - sampler_logprobs, -_MAX_LOG_WEIGHT, _MAX_LOG_WEIGHT)
   return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
 
 

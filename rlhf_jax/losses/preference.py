@@ -25,8 +25,8 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import masked, reward
 
-# The square of exp(40) still fits float32, so that a norm of gradients stays finite.
-_MAX_EXPONENT = 40.0
+# exp(89) overflows float32.
+_MAX_EXPONENT = 80.0
 # Closer to 0, 1 - exp(x) loses its digits, and the odds of a probability of 1 are infinite.
 _MAX_MEAN_LOGPROB = -1e-6
 
@@ -778,7 +778,8 @@ def alpha_divergence_score(
   Wang et al., 2023 (f-DPO), https://arxiv.org/abs/2309.16240. It replaces `h` when this divergence
   regularises the policy towards the reference. Call a loss of `h_w - h_l` (dpo, ipo, hinge,
   robust_dpo, exo_pair or discopop) with the scores as the policy's arrays and zeros as the
-  reference's. TRL's coefficient is 1 - alpha. The exponent is clipped at 40.
+  reference's. TRL's coefficient is 1 - alpha. The exponent is clipped at 80, where
+  float32 ends.
 
   Args:
     policy: [B] log pi(y | x), summed over tokens.

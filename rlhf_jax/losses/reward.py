@@ -133,15 +133,12 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
     Moments of all scores, old and new.
   """
   chex.assert_rank([x, mask], 1)
-  x = jnp.where(
-    mask, masked.widen(x), 0.0
-  )  # Before the square: its gradient would multiply a NaN by 0.
   added = jnp.sum(mask).astype(jnp.float32)
   count = moments.count + added
-  mean = masked.masked_mean(x, mask)
-  delta = jnp.where(added > 0, mean - moments.mean, 0.0)
+  centred, mean = masked.deviations(x, mask)
+  delta = jnp.where(added > 0, jnp.squeeze(mean, 0) - moments.mean, 0.0)
   share = added / jnp.maximum(count, 1.0)
-  m2 = moments.m2 + masked.masked_sum(jnp.square(x - mean), mask)
+  m2 = moments.m2 + jnp.sum(jnp.square(centred))
   m2 += jnp.square(delta) * moments.count * share
   return RunningMoments(count, moments.mean + delta * share, m2)
 

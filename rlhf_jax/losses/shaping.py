@@ -247,13 +247,14 @@ def selection_weights(rewards: jax.Array, mask: jax.Array, rule: str) -> jax.Arr
 
   Returns:
     [B, N] weights that sum to 1 in each row; all 0 in a row without selectable samples. Of equal
-    rewards the first is selected.
+    rewards the first is selected, and one that is not finite never is.
 
   Raises:
     KeyError: If there is no rule of this name.
   """
   chex.assert_rank([rewards, mask], 2)
   chex.assert_equal_shape([rewards, mask])
+  mask = mask & jnp.isfinite(rewards)
   sample = jax.lax.broadcasted_iota(jnp.int32, rewards.shape, 1)
 
   def highest(x: jax.Array) -> jax.Array:

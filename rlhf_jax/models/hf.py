@@ -532,7 +532,7 @@ def scalar_label(folder: str | pathlib.Path) -> str:
 
 
 def config_json(
-  config: ModelConfig, head: Head, token_ids: Mapping[str, int], label: str = "reward"
+  config: ModelConfig, head: Head, token_ids: Mapping[str, int | list[int]], label: str = "reward"
 ) -> dict[str, Any]:
   """Writes the fields of the config.json from which `parse_config` reads `config`.
 
@@ -597,7 +597,7 @@ def save_folder(
   params: Params,
   config: ModelConfig,
   *,
-  token_ids: Mapping[str, int],
+  token_ids: Mapping[str, int | list[int]],
   label: str = "reward",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
@@ -609,7 +609,7 @@ def save_folder(
     folder: Output folder; created if needed.
     params: Params of a model with either head.
     config: Architecture of the model.
-    token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer.
+    token_ids: `bos_token_id`, `eos_token_id` (one or a list), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
     shard_bytes: Maximum size of one file.
 

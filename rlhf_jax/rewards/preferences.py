@@ -44,13 +44,14 @@ def _annotator(name: str) -> TextPreference:
 PREFERENCES: dict[str, TextPreference] = {name: _annotator(name) for name in ("expert", "panel")}
 
 
-def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Array]:
+def join_pairs(a: Rollout, b: Rollout, stop_ids: Sequence[int]) -> tuple[jax.Array, jax.Array]:
   """Joins each prompt with both responses, in both orders, as input of a preference model.
 
   Args:
     a: B responses.
     b: B responses to the same prompts.
-    eos_id: End token. It is appended to truncated responses, to separate the two.
+    stop_ids: Tokens that end a response. The first one is appended to truncated responses, to
+      separate the two.
 
   Returns:
     tokens [B, 2, T] int32 and mask [B, 2, T] bool as in `types.ComparisonBatch`, right padded.
@@ -63,9 +64,10 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
     mask = jnp.pad(rollout.response_mask[:, prompt_length:], pad)
     length = jnp.sum(mask, axis=1, keepdims=True)
     column = jnp.arange(tokens.shape[1])[None]
-    ended = jnp.any((tokens == eos_id) & mask, axis=1, keepdims=True)
+    stops = jnp.isin(tokens, jnp.asarray(stop_ids))
+    ended = jnp.any(stops & mask, axis=1, keepdims=True)
     added = (column == length) & ~ended
-    return jnp.where(added, eos_id, tokens), mask | added
+    return jnp.where(added, stop_ids[0], tokens), mask | added
 
   prompt, prompt_mask = a.tokens[:, :prompt_length], a.prompt_mask[:, :prompt_length]
   first, second = response(a), response(b)
@@ -81,32 +83,32 @@ def join_pairs(a: Rollout, b: Rollout, eos_id: int) -> tuple[jax.Array, jax.Arra
 
 
 def make_preferrer(
-  apply_fn: ApplyFn, eos_id: int
+  apply_fn: ApplyFn, stop_ids: Sequence[int]
 ) -> Callable[[Params, Rollout, Rollout], jax.Array]:
   """Builds the jitted `(params, a, b) -> [B]` preferences of a preference model.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
-    eos_id: End token of the model's tokenizer.
+    stop_ids: Tokens that end a response; see `join_pairs`.
   """
 
   @jax.jit
   def prefer(params: Params, a: Rollout, b: Rollout) -> jax.Array:
-    logits = given.read_preferences(apply_fn, params, *join_pairs(a, b, eos_id))
+    logits = given.read_preferences(apply_fn, params, *join_pairs(a, b, stop_ids))
     return jax.nn.sigmoid(logits)
 
   return prefer
 
 
-def model_preference(apply_fn: ApplyFn, params: Params, *, eos_id: int) -> PreferenceFn:
+def model_preference(apply_fn: ApplyFn, params: Params, *, stop_ids: Sequence[int]) -> PreferenceFn:
   """Preferences of a trained preference model, which reads the sampled tokens themselves.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> scores [B, T]`.
     params: Params of a preference model that shares the policy's tokenizer.
-    eos_id: End token of that tokenizer.
+    stop_ids: Tokens of that tokenizer that end a response.
   """
-  prefer = make_preferrer(apply_fn, eos_id)
+  prefer = make_preferrer(apply_fn, stop_ids)
   return lambda a, b, prompt_ids: prefer(params, a, b)
 
 

@@ -88,8 +88,9 @@ def shape(
   if config.function:
     if ref_scores is None:
       raise ValueError(f"function={config.function} needs scores of the reference's responses")
+    finite &= jnp.all(jnp.isfinite(ref_scores), axis=1)
+    ref_scores = jnp.where(finite[:, None], ref_scores, 0.0)
     scores = SHAPINGS[config.function](scores, ref_scores)
-    finite &= jnp.isfinite(scores)
     scores = jnp.where(finite, scores, 0.0)
   moments = reward.update_moments(moments, scores, finite)
   if config.normalize:

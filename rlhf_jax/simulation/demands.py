@@ -43,12 +43,18 @@ _WORDING_REGEXES = tuple(
 )
 
 
+class PromptError(ValueError):
+  """A text is not a prompt of the built-in task."""
+
+  exit_code = 65  # sysexits.h: EX_DATAERR
+
+
 @functools.lru_cache(maxsize=1 << 15)
 def parse_prompt(text: str) -> Demands:
   """Recovers the demands of a prompt.
 
   Raises:
-    ValueError: If the text is not a prompt of this world.
+    PromptError: If the text is not a prompt of this world.
   """
   for regex in _WORDING_REGEXES:
     match = regex.fullmatch(text)
@@ -57,9 +63,10 @@ def parse_prompt(text: str) -> Demands:
       known = world.aspects_of(match["subject"])
       if set(aspects) <= set(known) and aspects[0] != aspects[1]:
         return Demands(match["subject"], world.TONES[match["tone"]], aspects, match["length"])
-  raise ValueError(
-    f"not a prompt of the built-in task: {text[:200]!r}; prompts look like "
-    f"{world.PROMPT_WORDINGS[0]!r}"
+  raise PromptError(
+    f"not a prompt of the built-in task: {text[:200]!r}; its prompts look like"
+    f" {world.PROMPT_WORDINGS[0]!r}, and its judges (gold, expert, panel) know no others: give"
+    " another reward or preference"
   )
 
 

@@ -30,7 +30,6 @@ class Case:
     params: Start.
     parts: Micro-batches that the loss is cut into in the tests; 1 if it cannot be cut.
     falls: False if the value of the loss is no objective, and only its gradient means something.
-    inexact: Metrics that are means over other units than the loss, so that they depend on the cut.
   """
 
   make_step: Callable[..., TrainStep]
@@ -40,7 +39,6 @@ class Case:
   params: Any = dataclasses.field(default_factory=toy.params_of)
   parts: int = 4
   falls: bool = True
-  inexact: tuple[str, ...] = ()
 
   def step(self, tx, *, microbatches=1, **options):
     """Returns the step of the case."""

@@ -10,7 +10,6 @@ from rlhf_jax.algorithms import cispo, grpo, reading
 from rlhf_jax.train_step import gradients
 from tests.algorithms import tabular, toy
 from tests.algorithms.case import sampled
-from tests.algorithms.grpo_test import OF_TOKENS
 
 
 def case(**settings):
@@ -24,7 +23,6 @@ def case(**settings):
     lambda read: functools.partial(cispo.loss_fn, read=read, config=config),
     # Its weights are constants of the gradient, but move with the policy.
     falls=False,
-    inexact=() if config.average == "tokens" else OF_TOKENS,
   )
 
 

@@ -48,7 +48,7 @@ def case(weighting=None, parts=4, **settings):
 
 CASES = {
   "": case(),
-  "terms": case(WEIGHTED, beta=0.3, label_smoothing=0.1, sft_coef=0.5),
+  "terms": case(WEIGHTED, beta=0.3, label_smoothing=0.1, sft_coef=0.5, bonus_coef=-0.02),
   "divergence": case(divergence="jensen_shannon"),
   "aot": case(loss="aot", parts=1),  # Compares all pairs of a batch: it cannot be cut.
 }
@@ -71,14 +71,16 @@ def slow_sums(params, batch):
 
 
 def test_loss_is_that_of_single_sequences():
-  config = dpo.DPOConfig(beta=0.3, label_smoothing=0.1, sft_coef=0.5)
+  config = dpo.DPOConfig(beta=0.3, label_smoothing=0.1, sft_coef=0.5, bonus_coef=-0.02)
   batch = batch_of(B)
   (policy, nll), (ref, _) = slow_sums(POLICY, batch.pairs), slow_sums(REF, batch.pairs)
   np.testing.assert_allclose(batch.ref_logprobs, ref, rtol=1e-5)
   margin = 0.3 * ((policy - ref)[:, 0] - (policy - ref)[:, 1])
   expected = 0.9 * np.log1p(np.exp(-margin)) + 0.1 * np.log1p(np.exp(margin))
   loss, metrics = value_of(config, None, POLICY, batch)
-  np.testing.assert_allclose(loss, np.mean(expected + 0.5 * nll), rtol=1e-4)
+  # VPO's bonus is the log-probability of the whole chosen response.
+  want = expected + 0.5 * nll - 0.02 * policy[:, 0]
+  np.testing.assert_allclose(loss, np.mean(want), rtol=1e-4)
   np.testing.assert_allclose(metrics["reward/margin"], margin.mean(), rtol=1e-3)
   np.testing.assert_allclose(metrics["reward/accuracy"], (margin > 0).mean())
   np.testing.assert_allclose(metrics["logprobs/chosen"], policy[:, 0].mean(), rtol=1e-4)
@@ -94,6 +96,13 @@ def test_optimal_transport_reads_the_reference():
   margins = np.sort(policy[:, 0] - policy[:, 1]) - np.sort(ref[:, 0] - ref[:, 1])
   loss, _ = value_of(dpo.DPOConfig(loss="aot"), None, POLICY, batch)
   np.testing.assert_allclose(loss, np.log1p(np.exp(-0.1 * margins)).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [*preference.OF_BATCHES, f"{__name__}:of_batches"])
+def test_what_compares_the_pairs_of_a_batch_is_not_cut(loss):
+  config = dpo.DPOConfig(loss=loss)
+  with pytest.raises(ValueError, match="compares the rows of a batch"):
+    gradients(loss_of(config), POLICY, batch_of(B), jax.random.key(0), 2)
 
 
 def test_policy_that_is_the_reference_has_loss_log_2_and_zero_reward():
@@ -185,6 +194,12 @@ def test_a_loss_of_your_own():
   np.testing.assert_allclose(loss, np.maximum(2 - 0.2 * margin, 0).mean(), rtol=1e-4)
 
 
+def of_batches(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+  """A loss whose margin is the mean of the batch, a constant."""
+  margin = beta * (policy_chosen - policy_rejected - ref_chosen + ref_rejected)
+  return jnp.square(margin - jax.lax.stop_gradient(jnp.mean(margin)))
+
+
 def without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected):
   """A loss that cannot be called."""
 
@@ -201,6 +216,11 @@ def without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected):
     {"beta": 0.0},
     {"sft_coef": -0.1},
     {"microbatches": 0},
+    {"bonus_coef": 0.1},
+    {"bonus_coef": np.nan},
+    {"microbatches": 2, "loss": "aot"},
+    {"microbatches": 4, "loss": "aot_unpaired"},
+    {"microbatches": 2, "loss": f"{__name__}:of_batches"},
     {"label_smoothing": 0.5},
     {"loss": "ipo", "label_smoothing": 0.1},
     {"loss": "aot", "divergence": "forward_kl"},

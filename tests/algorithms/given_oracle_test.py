@@ -145,23 +145,43 @@ def dpo_oracle(config, weighting):
     demonstrated = [config.sft_coef * nll(params, sides[0]) for sides in BOTH]
     return np.mean(np.add(losses, demonstrated))
 
-  return oracle, totals(START).astype(np.float32)
+  return oracle, totals(START).astype(np.float32), totals
+
+
+def check_metrics(metrics, logprobs, rewards):
+  """Compares the metrics of pairs with log-probabilities [B, 2] and implicit rewards [B, 2]."""
+  margins = rewards[:, 0] - rewards[:, 1]
+  want = {
+    "logprobs/chosen": logprobs[:, 0],
+    "logprobs/rejected": logprobs[:, 1],
+    "reward/chosen": rewards[:, 0],
+    "reward/rejected": rewards[:, 1],
+    "reward/margin": margins,
+    "reward/accuracy": margins > 0,
+    "nll/chosen": [nll(PARAMS, sides[0]) for sides in BOTH],
+  }
+  for name, values in want.items():
+    np.testing.assert_allclose(metrics[name], np.mean(values), rtol=1e-4, err_msg=name)
+  assert metrics["weight"] == ROWS
+  assert metrics["tokens"] == sum(len(tokens) for sides in BOTH for tokens in sides)
 
 
 @pytest.mark.parametrize("name", [*DPO_CASES, *WEIGHTINGS])
 def test_dpo(name):
   config = dpo.DPOConfig(**{"beta": 0.4} | DPO_CASES.get(name, {}))
   weighting = WEIGHTINGS.get(name, pairs.PairConfig())
-  oracle, ref = dpo_oracle(config, weighting)
+  oracle, ref, totals = dpo_oracle(config, weighting)
   step = dpo.make_dpo_step(bigrams.language, RECORD, config, weighting=weighting)
-  bigrams.check(step, PARAMS, dpo.DPOBatch(DATA, ref), oracle)
+  metrics = bigrams.check(step, PARAMS, dpo.DPOBatch(DATA, ref), oracle)
+  policy = totals(PARAMS)
+  check_metrics(metrics, policy, config.beta * (policy - ref))
 
 
 @pytest.mark.parametrize("name", ["dpo/both", "dpo/sft", "aot_unpaired"])
 def test_dpo_of_packed_pairs(name):
   config = dpo.DPOConfig(**{"beta": 0.4} | DPO_CASES.get(name, {}))
   weighting = WEIGHTINGS.get(name, pairs.PairConfig())
-  oracle, ref = dpo_oracle(config, weighting)
+  oracle, ref, _ = dpo_oracle(config, weighting)
   packed = pack(DATA, LAYOUT, 21)
   by_place = np.zeros((*packed.real.shape, 2), np.float32)
   for row, members in enumerate(LAYOUT):
@@ -199,7 +219,14 @@ def test_simpo(name, sft_coef):
     return np.mean(losses)
 
   step = simpo.make_simpo_step(bigrams.language, RECORD, config)
-  bigrams.check(step, PARAMS, DATA, oracle)
+  metrics = bigrams.check(step, PARAMS, DATA, oracle)
+  compared = np.array(
+    [
+      [total(PARAMS, tokens) / (1 if name == "cpo" else len(tokens)) for tokens in sides]
+      for sides in BOTH
+    ]
+  )
+  check_metrics(metrics, compared, config.beta * compared)
 
 
 def test_simpo_weighs_pairs():
@@ -355,7 +382,11 @@ def test_sft(packed):
   bigrams.check(step, PARAMS, batch, oracle)
 
 
-@pytest.mark.parametrize("settings", [{}, {"trust": True}, {"trust": True, "kappa": 0.6}], ids=str)
+@pytest.mark.parametrize(
+  "settings",
+  [{}, {"trust": True}, {"trust": True, "kappa": 0.6}],
+  ids=["plain", "trust", "both"],
+)
 def test_rest(settings):
   config = rest.RestConfig(**settings)
   weights = np.random.default_rng(8).random(ROWS).astype(np.float32)
@@ -383,7 +414,7 @@ def test_rest(settings):
 def test_value_bonus(coef):
   """The term of XPO and VPO: its weight times the mean log-probability of other responses."""
   config = dpo.DPOConfig(beta=0.4)
-  alone, ref = dpo_oracle(config, pairs.PairConfig())
+  alone, ref, _ = dpo_oracle(config, pairs.PairConfig())
 
   def oracle(params, held):
     return alone(params, held) + coef * np.mean([total(params, tokens) for tokens in TEXT])

@@ -11,7 +11,6 @@ from rlhf_jax.algorithms import grpo, gspo, reading
 from rlhf_jax.train_step import gradients
 from tests.algorithms import tabular, toy
 from tests.algorithms.case import sampled
-from tests.algorithms.grpo_test import OF_TOKENS
 
 
 def case(**settings):
@@ -24,7 +23,6 @@ def case(**settings):
       rollout, scores, ref, config, samples_per_prompt=samples
     )[0],
     lambda read: functools.partial(gspo.loss_fn, read=read, config=config),
-    inexact=() if config.average == "tokens" else OF_TOKENS,
   )
 
 

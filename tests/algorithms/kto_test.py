@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax.algorithms import given, kto
-from rlhf_jax.train_step import init_state
+from rlhf_jax.train_step import gradients, init_state
 from rlhf_jax.types import TokenBatch, UnpairedBatch
 from tests.algorithms import toy
 from tests.algorithms.case import ROWS, Case
@@ -83,6 +83,25 @@ def test_labelled_responses_move_apart():
     state, metrics = step(state, batch, jax.random.key(0))
   assert metrics["reward/chosen"] > 0.05
   assert metrics["reward/rejected"] < -0.05
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_metrics_of_a_label_that_is_not_there_are_undefined(label):
+  batch = batch_of(B)
+  responses = batch.responses._replace(desirable=np.full(B, label))
+  loss = functools.partial(kto.loss_fn, apply_fn=toy.language, config=kto.KTOConfig())
+  _, metrics = loss(POLICY, batch._replace(responses=responses), jax.random.key(0))
+  there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
+  for name in ("reward", "logprobs"):
+    assert np.isfinite(metrics[f"{name}/{there}"]) and np.isnan(metrics[f"{name}/{missing}"])
+
+
+def test_a_batch_is_not_cut():
+  with pytest.raises(ValueError, match="^microbatches must be 1: KTO estimates its KL"):
+    kto.KTOConfig(microbatches=2)
+  loss = functools.partial(kto.loss_fn, apply_fn=toy.language, config=kto.KTOConfig())
+  with pytest.raises(ValueError, match="compares the rows of a batch"):
+    gradients(loss, POLICY, batch_of(B), jax.random.key(0), 2)
 
 
 @pytest.mark.parametrize("name", ["beta", "desirable_weight", "undesirable_weight"])

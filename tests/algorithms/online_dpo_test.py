@@ -58,8 +58,14 @@ def test_a_tie_is_no_pair_and_teaches_nothing():
     return jax.jit(jax.grad(loss))(PARAMS)
 
   of_ties, of_pair = gradient(np.arange(1, 5)), gradient(np.arange(1))
-  assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(of_ties)) < 1e-6
+  assert not any(np.any(g) for g in jax.tree.leaves(of_ties))
   assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(of_pair)) > 1e-3
+  # A tie takes no part in the mean, whatever the loss.
+  config = dpo.DPOConfig(beta=0.5, loss="nca_pair", sft_coef=0.3)
+  of_all = gradient(np.arange(5))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6), of_all, gradient(np.arange(1))
+  )
 
 
 def test_pairs_are_prompt_and_response_without_padding():
@@ -93,9 +99,19 @@ def test_log_probabilities_survive_the_move():
 
 @pytest.mark.parametrize("rule", online_dpo.PICKS)
 def test_a_prompt_with_a_score_that_is_no_number_is_no_pair(rule):
-  scores = np.array([[0.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
-  chosen, rejected = online_dpo.pick_pairs(scores, jax.random.key(0), rule)
-  assert (np.asarray(chosen) == np.asarray(rejected)).tolist() == [False, True]
+  """Neither NaN nor an infinite score is the best, or the worst."""
+  bad = np.nan, np.inf, -np.inf
+  scores = np.array(
+    [[0.0, 1.0, 2.0], *([x, 1.0, 2.0] for x in bad), *([x, y, 1.0] for x in bad for y in bad)]
+  )
+  picked = online_dpo.pick_pairs(np.float32(scores), jax.random.key(0), rule)
+  for row, chosen, rejected in zip(scores, *map(np.asarray, picked), strict=True):
+    candidates = [i for i in range(2 if rule == "first_two" else 3) if np.isfinite(row[i])]
+    if len(candidates) > 1:
+      assert chosen == max(candidates, key=lambda i: row[i]) and rejected in candidates
+      assert row[chosen] > row[rejected]
+    else:
+      assert chosen == rejected
 
 
 def test_one_sample_is_no_pair():

@@ -22,7 +22,7 @@ def demonstration_loss(params, batch, key):
   return sft.loss_fn(params, batch, key, apply_fn=apply)
 
 
-def case(*, wrap=None, parts=4, **settings):
+def case(*, wrap=None, **settings):
   config = ppo_max.PPOMaxConfig(epochs=2, minibatches=2, segment=2, dual_clip=3.0, **settings)
   moments = RunningMoments(*map(jnp.float32, (100, 0.5, 200)))
   control = ppo_max.Control.init(config)._replace(returns=moments)
@@ -33,7 +33,6 @@ def case(*, wrap=None, parts=4, **settings):
     lambda read: functools.partial(ppo.loss_fn, read=read, config=config),
     critic=True,
     wrap=wrap,
-    parts=parts,
   )
 
 
@@ -43,8 +42,7 @@ def with_demonstrations(batch, seed):
 
 CASES = {
   "": case(normalize_values=True),
-  # The method is a mean over its own tokens and the term one over others: it cannot be cut.
-  "ptx": case(ptx_coef=0.5, wrap=with_demonstrations, parts=1),
+  "ptx": case(ptx_coef=0.5, wrap=with_demonstrations),
 }
 
 
@@ -189,8 +187,35 @@ def test_a_batch_without_any_finite_score_leaves_the_control_finite():
   result = to_batch(
     rollout, np.full(8, np.nan), values, ref, ppo_max.Control.init(config), config=config
   )
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(result[:2]))
   assert result[1].returns.count == 0
+  assert result[1].kl_coef == np.float32(config.kl_coef)
+  assert np.isnan(result[2]["reward/shaped"])
+
+
+@pytest.mark.parametrize("where", [0, 1, 2], ids=["score", "value", "reference"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_enters_neither_the_moments_nor_the_penalty(where, bad):
+  _, rollout, _ = stopped_rollout(8)
+  inputs = list(arrays(8))
+  inputs[where] = inputs[where].copy()
+  inputs[where][(3, *(0,) * (inputs[where].ndim - 1))] = bad
+  config = ppo_max.PPOMaxConfig(kl_coef=0.1, kl_target=0.5, kl_horizon=100, normalize_values=True)
+  start = ppo_max.Control.init(config)
+  batch, control, _ = to_batch(rollout, *inputs, start, config=config)
+  others = np.arange(8) != 3
+  rows = jax.tree.map(lambda x: x[others], (rollout, *inputs))
+  want, want_control, _ = to_batch(*rows, start, config=config)
+  for got, expected in zip(batch[1:], want[1:], strict=True):
+    np.testing.assert_allclose(got[others], expected, atol=1e-5)
+    assert not np.any(got[3])
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5), control.returns, want_control.returns
+  )
+  mask = np.asarray(want.mask)
+  kl = np.where(mask, np.float64(rows[0].logprobs) - rows[3], 0).sum() / 7
+  factor = 1 + np.clip(kl / 0.5 - 1, -0.2, 0.2) * 8 / 100
+  np.testing.assert_allclose(control.kl_coef, 0.1 * factor, rtol=1e-5)
 
 
 def test_demonstrations_need_a_loss():

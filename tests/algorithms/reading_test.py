@@ -146,10 +146,16 @@ def test_rows_of_a_packing():
 def test_rows_without_a_finite_score_do_not_count():
   rollout = toy.rollout_of(toy.params_of(), 4)
   scores = jnp.array([0.0, jnp.nan, jnp.inf, -1.0])
-  mask = np.asarray(reading.response_mask(rollout, scores))
+  rows, mask = reading.finite_rows(rollout, scores)
   want = rollout.response_mask[:, toy.P :].copy()
   want[1:3] = False
   np.testing.assert_array_equal(mask, want)
+  assert rows.tolist() == [True, False, False, True]
+  # What stands behind the end of a response may be anything.
+  ref = np.where(rollout.response_mask[:, toy.P :], 0.0, np.nan)
+  np.testing.assert_array_equal(reading.finite_rows(rollout, scores, ref)[1], want)
+  ref[3, 0] = -np.inf
+  assert reading.finite_rows(rollout, scores, ref)[0].tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, 1e30])

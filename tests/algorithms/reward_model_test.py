@@ -275,3 +275,18 @@ def test_learns_a_planted_preference():
 def test_impossible_settings_are_refused(settings):
   with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
     reward_model.RewardModelConfig(**settings)
+
+
+def test_metrics_of_rankings_are_means_over_prompts_with_a_pair():
+  batch = make_rankings()
+  scores = np.float64(scores_of(PARAMS, batch))
+  _, metrics = loss_of(batch)
+  pairs = [row for row in loop_over_pairs(scores, batch) if row]
+  assert metrics["weight"] == len(pairs) == 11
+  want = {
+    "accuracy": np.mean([np.mean([a > b for a, b in row]) for row in pairs]),
+    "margin": np.mean([np.mean([a - b for a, b in row]) for row in pairs]),
+    "chosen": np.mean([np.mean([a for a, _ in row]) for row in pairs]),
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(metrics[f"reward/{name}"], value, rtol=1e-5)

@@ -11,7 +11,6 @@ from rlhf_jax.algorithms import reading, rloo
 from rlhf_jax.train_step import gradients
 from tests.algorithms import tabular, toy
 from tests.algorithms.case import sampled
-from tests.algorithms.grpo_test import OF_TOKENS
 
 
 def case(**settings):
@@ -23,7 +22,6 @@ def case(**settings):
       rollout, scores, ref, config, samples_per_prompt=samples
     )[0],
     lambda read: functools.partial(rloo.loss_fn, read=read),
-    inexact=OF_TOKENS,
   )
 
 

@@ -3,6 +3,7 @@
 The loops start at the scores, so that advantages are held too.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -89,6 +90,25 @@ def surrogate(new, before, gain, low, high, dual=0.0):
   return min(loss, -dual * gain) if dual and gain < 0 else loss
 
 
+def check_metrics(metrics, low, high, **others):
+  """Compares metrics of the ratio to the old policy, and others, with loops over tokens."""
+  tokens = [(b, t) for b in REAL for t in range(len(PAIRS[b]))]
+  log_ratios = np.array([logprob(PARAMS, PAIRS[b][t]) - old(b, t) for b, t in tokens])
+  ratios = np.exp(log_ratios)
+  real = sum(map(len, PAIRS)) + ROLLOUT.prompt_mask.sum()
+  want = others | {
+    "clip_fraction": np.mean((ratios < 1 - low) | (ratios > 1 + high)),
+    "kl/old": np.mean(ratios - 1 - log_ratios),
+    "ratio/mean": np.mean(ratios),
+    "ratio/max": np.max(ratios),
+    "ratio/first_deviation": np.max(np.abs(ratios - 1)),
+    "entropy": np.mean([entropy(PARAMS, PAIRS[b][t]) for b, t in tokens]),
+    "padding": 1 - real / ROLLOUT.tokens.size,
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 # PPO.
 
 
@@ -149,7 +169,25 @@ def test_ppo(name):
   advantages, returns = ppo_targets(config, config.kl_coef, VALUES)
   oracle = ppo_loss(config, whitened(advantages), VALUES, returns)
   step = ppo.make_ppo_step(bigrams.actor_critic, RECORD, config, temperature=TEMPERATURE)
-  bigrams.check(step, PARAMS, batch, oracle, moved=("policy", "value"))
+  taken = bigrams.check(step, PARAMS, batch, oracle, moved=("policy", "value"))
+  policy = dataclasses.replace(config, value_coef=0.0, entropy_coef=0.0)
+  both = dataclasses.replace(policy, value_coef=1.0)
+  losses = [
+    ppo_loss(c, whitened(advantages), VALUES, returns)(PARAMS, PARAMS) for c in (policy, both)
+  ]
+  check_metrics(
+    taken,
+    config.clip,
+    config.clip,
+    weight=len(returns),
+    **{"loss/policy": losses[0], "loss/value": losses[1] - losses[0]},
+  )
+  found = np.array([[x, VALUES[at]] for at, x in returns.items()])
+  np.testing.assert_allclose(
+    metrics["value/explained_variance"],
+    1 - np.var(found[:, 0] - found[:, 1]) / np.var(found[:, 0]),
+    rtol=1e-4,
+  )
   rewards = [sum(token_rewards(b, config.kl_coef)) for b in REAL]
   np.testing.assert_allclose(metrics["reward/shaped"], np.mean(rewards), rtol=1e-5)
 
@@ -291,7 +329,16 @@ def test_groups(name, samples):
     return averaged(losses, config.average)
 
   step = make_step(bigrams.language, RECORD, config, temperature=TEMPERATURE)
-  bigrams.check(step, PARAMS, batch, oracle)
+  metrics = bigrams.check(step, PARAMS, batch, oracle)
+  penalties = [[k3(PARAMS, b, t) for t in range(len(PAIRS[b]))] for b in REAL]
+  kl = averaged(penalties, config.average)
+  check_metrics(
+    metrics,
+    config.clip_low,
+    config.clip_high,
+    **{"loss/kl": kl, "loss/policy": oracle(PARAMS, PARAMS) - config.kl_coef * kl},
+    weight=sum(map(len, penalties)) if config.average == "tokens" else len(REAL),
+  )
 
 
 @pytest.mark.parametrize("samples, kl_coef", [(4, 0.0), (4, 0.8), (1, 0.8)])
@@ -310,7 +357,8 @@ def test_rloo(samples, kl_coef):
     return averaged(losses, "length")
 
   step = rloo.make_rloo_step(bigrams.language, RECORD, config, temperature=TEMPERATURE)
-  bigrams.check(step, PARAMS, batch, oracle)
+  taken = bigrams.check(step, PARAMS, batch, oracle)
+  check_metrics(taken, 0.2, 0.2, weight=len(REAL))
   np.testing.assert_allclose(metrics["reward/shaped"], np.mean(list(totals.values())), rtol=1e-5)
 
 
@@ -337,7 +385,8 @@ def test_reinforce_pp(settings):
   step = reinforce_pp.make_reinforce_pp_step(
     bigrams.language, RECORD, config, temperature=TEMPERATURE
   )
-  bigrams.check(step, PARAMS, batch, oracle)
+  metrics = bigrams.check(step, PARAMS, batch, oracle)
+  check_metrics(metrics, config.clip, config.clip, weight=len(gains))
 
 
 # Methods that play against an opponent.

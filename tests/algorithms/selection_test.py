@@ -65,6 +65,17 @@ def test_weights_grow_exponentially_with_the_reward():
   assert weights.max() == 1.0
 
 
+@pytest.mark.parametrize("value", [103.3, 1000.7, -3e4])
+def test_equal_rewards_of_a_prompt_are_all_kept_or_all_left_out(value):
+  rewards = np.full((3, 7), np.float32(value), np.float64)
+  for keep in ("advantage", "threshold"):
+    assert (kept_weights(rewards, 0.7, keep=keep) == 1).all()
+  rewards[1, 2] += 1  # The only one above the mean of its prompt.
+  want = np.zeros((3, 7))
+  want[1, 2] = 1
+  np.testing.assert_array_equal(kept_weights(rewards, 0.96), want)
+
+
 @pytest.mark.parametrize("keep", selection.RULES)
 def test_rewards_that_are_no_numbers_are_left_out(keep):
   rewards = np.array([[np.nan, 1.0, 2.0], [np.inf, -np.inf, np.nan]])

@@ -176,3 +176,22 @@ def test_memorises_eight_rows():
 def test_impossible_settings_are_refused():
   with pytest.raises(ValueError, match="^microbatches must be at least 1"):
     sft.SFTConfig(microbatches=0)
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 7)])
+def test_sums_of_rows_have_the_normaliser_of_the_loss(cuts):
+  """However rows are divided into batches, their mean is that over all tokens."""
+  batch = toy.token_batch(8)
+  batch.mask[4] = (
+    np.arange(batch.mask.shape[1]) < 5
+  )  # From the first token on, which is not scored.
+  params = toy.params_of()
+  want, metrics = sft.loss_fn(params, batch, jax.random.key(0), apply_fn=toy.language)
+  parts = [
+    jax.tree.map(lambda x, a=a, b=b: x[a:b], batch)
+    for a, b in zip((0, *cuts), (*cuts, 8), strict=True)
+  ]
+  sums = [sft.row_sums(toy.language, params, part) for part in parts]
+  loss, means = sft.mean_metrics(jax.tree.map(lambda *x: np.concatenate(x), *sums))
+  np.testing.assert_allclose(loss, want, rtol=1e-6)
+  np.testing.assert_allclose(means["token_accuracy"], metrics["token_accuracy"], rtol=1e-6)

@@ -1,5 +1,6 @@
 """SimPO, ORPO and CPO against their papers, in numpy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,13 +46,13 @@ def softplus(x):
 
 @pytest.mark.parametrize("name", simpo.LOSSES)
 def test_loss_is_that_of_its_paper(name):
-  config = simpo.SimPOConfig(loss=name, beta=0.7, gamma=0.4, sft_coef=0.3)
+  config = simpo.SimPOConfig(loss=name, beta=0.7, margin=0.4, sft_coef=0.3)
   batch = toy.token_batch(B, 2)
   policy = pairs.make_read_pairs(toy.language)(POLICY, batch)
   totals, means = np.float64(policy.totals), np.float64(policy.totals) / batch.mask.sum(-1)
   log_odds = means - np.log1p(-np.exp(means))
   want, compared = {
-    "simpo": (softplus(0.4 - 0.7 * (means[:, 0] - means[:, 1])), means),
+    "simpo": (softplus(0.7 * (0.4 - means[:, 0] + means[:, 1])), means),
     "orpo": (0.7 * softplus(log_odds[:, 1] - log_odds[:, 0]), means),
     "cpo": (softplus(-0.7 * (totals[:, 0] - totals[:, 1])), totals),
   }[name]
@@ -107,9 +108,23 @@ def test_packing_padding_and_microbatches_change_no_loss_and_no_gradient(name, w
 
 @pytest.mark.parametrize(
   "settings",
-  [{"loss": "dpo"}, {"beta": 0.0}, {"gamma": -1.0}, {"sft_coef": -0.1}, {"microbatches": 0}],
+  [{"loss": "dpo"}, {"beta": 0.0}, {"margin": -1.0}, {"sft_coef": -0.1}, {"microbatches": 0}],
   ids=str,
 )
 def test_impossible_settings_are_refused(settings):
   with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
     simpo.SimPOConfig(**settings)
+
+
+def test_unset_settings_are_those_of_the_papers():
+  want = {"simpo": (2.0, 0.0), "orpo": (0.1, 1.0), "cpo": (0.1, 1.0)}
+  assert want.keys() == simpo.LOSSES.keys()
+  for name, settings in want.items():
+    # Also if the loss is changed later, as a flag does.
+    for config in (
+      simpo.SimPOConfig(loss=name),
+      dataclasses.replace(simpo.SimPOConfig(), loss=name),
+    ):
+      assert (config.value("beta"), config.value("sft_coef")) == settings
+  assert simpo.SimPOConfig(loss="orpo", sft_coef=0.0).value("sft_coef") == 0
+  assert 0.25 <= simpo.SimPOConfig().margin <= 0.8  # Nats per token, at any beta.

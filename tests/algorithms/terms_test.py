@@ -81,8 +81,9 @@ def test_each_term_gets_its_part_of_the_batch_and_the_key():
   key = jax.random.key(3)
   loss, metrics = total(2.0, terms.WithSequences(3.0, 4.0), key)
   assert loss == 2 * 3 + 0.5 * 2 * 16
-  assert metrics.keys() == {"key", "loss/policy", "loss/term"}
+  assert metrics.keys() == {"key", "loss/policy", "loss/term", "term/loss/term", "weight/loss/term"}
   assert metrics["loss/term"] == 32.0
+  assert metrics["term/loss/term"] == 16.0
   np.testing.assert_array_equal(metrics["key"], jax.random.key_data(key))
 
 

@@ -430,9 +430,9 @@ def everything(shared, kind, family, **config):
     ("preference/hh_helpful", "f60b7651"),
     ("preference/hh_harmless", "7f4340bd"),
     ("annotators/hh_groups", "ec23e387"),
-    ("annotators/pandalm", "6a27567a"),
-    ("ranking/alpaca_eval_k6", "54572609"),
-    ("ranking/qa_feedback", "e5cdaebb"),
+    ("annotators/pandalm", "f0bb7868"),
+    ("ranking/alpaca_eval_k6", "24abf71a"),
+    ("ranking/qa_feedback", "2909430b"),
     ("ranking/oasst", "e7be44d2"),
   ],
 )

@@ -1,9 +1,10 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from rlhf_jax import data
-from rlhf_jax.data import PromptBatch
+from rlhf_jax.data import PromptBatch, kinds
 from rlhf_jax.types import ComparisonBatch, RankingBatch, TokenBatch, UnpairedBatch
 from tests.data.rows import TOKENIZER, ids, load, text
 
@@ -116,7 +117,7 @@ def test_unpaired(tmp_path):
     [1, *ids(3, 4), *ids(5), 2],
     [1, *ids(3, 4), *ids(6, 7, 8), 2],
   ]
-  # The next response to another prompt: that of the third row for the first, not for the second.
+  # The next response to another prompt.
   others = [[1, *ids(1), *ids(5), 2], [1, *ids(3, 4), *ids(2), 2], [1, *ids(3, 4), *ids(2), 2]]
   for got, want in ((batch, answers), (batch.mismatched, others)):
     for b, sequence in enumerate(want):
@@ -127,11 +128,48 @@ def test_unpaired(tmp_path):
   assert batch.desirable.dtype == bool
 
 
-def test_the_only_prompt_has_no_mismatched_response(tmp_path):
-  rows = [{"prompt": text(1), "response": text(i), "label": True} for i in range(3)]
-  train, _ = load("unpaired", tmp_path, rows)
-  batch = next(data.batches(train, 3, seed=0, pad_id=0))
-  np.testing.assert_array_equal(batch.mismatched.tokens, batch.tokens)
+def unpaired(*rows):
+  """Examples from pairs of a prompt and a response."""
+  return [{"prompt": np.int32([p]), "response": np.int32([r])} for p, r in rows]
+
+
+@pytest.mark.parametrize(
+  "rows",
+  [
+    [(1, 5), (1, 6), (1, 7)],  # One prompt.
+    [(1, 5), (2, 5), (3, 6)],  # Equal responses, such as yes and no.
+    [(1, 5), (2, 6)],
+    [(1, 5), (1, 5), (1, 6)],
+    [(1, 5), (2, 6), (1, 7), (2, 8), (1, 9)],
+    [(i % 3, i % 4) for i in range(11)],
+    [(i // 4, i % 5) for i in range(13)],
+  ],
+  ids=str,
+)
+def test_a_mismatched_response_is_never_the_own_one(rows):
+  prompts, responses = zip(*rows, strict=True)
+  for i, (prompt, response) in enumerate(rows):
+    place = kinds.partner(unpaired(*rows), i)
+    assert responses[place] != response
+    # Another prompt's, if there is one with another response.
+    if any(p != prompt and r != response for p, r in rows):
+      assert prompts[place] != prompt
+
+
+@pytest.mark.parametrize("answers", [2, 3, 4])
+def test_mismatched_responses_are_good_as_often_as_the_data(answers):
+  """The first response to each prompt is the good one, as in pairs."""
+  rows = [(prompt, 100 * prompt + n) for prompt in range(9) for n in range(answers)]
+  examples = unpaired(*rows)
+  places = [kinds.partner(examples, i) for i in range(len(rows))]
+  assert sorted(places) == list(range(len(rows)))  # Each is used once.
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_with_one_response_have_no_mismatched_one(tmp_path, count):
+  rows = [{"prompt": text(i), "response": text(9), "label": True} for i in range(count)]
+  with pytest.raises(data.DataError, match=f"rows.jsonl: {count} rows without two different resp"):
+    load("unpaired", tmp_path, rows)
 
 
 def test_mismatched_responses_do_not_depend_on_the_batch(tmp_path):

@@ -52,6 +52,7 @@ def test_groups_of_seeds_end_in_plots_and_metrics(tmp_path, runs, capsys):
   assert free["kl/ref"] == pytest.approx(64, rel=0.15)
   assert free["diverged"] == 3 and 2 < free["diverged_at_kl"] < 20
   assert free["spearman"] < 0 < 0.9 < held["spearman"]
+  assert "gold_peak" not in held  # It rises to its end.
   assert held["diverged"] == 0 and "diverged_at_kl" not in held
   output = capsys.readouterr().err
   assert "KL penalty" in output and "overoptimization.png" in output

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import reward_model
-from experiments.lab import evaluating, models
+from experiments.lab import models
 from rlhf_jax import data, flags, loop
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -76,9 +76,7 @@ def test_metrics_of_pairs():
     {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
   )
   scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
-  pairs = evaluating.compared(heldout, scores)
-  np.testing.assert_array_equal(pairs, scores)
-  metrics = reward_model.judge(heldout, pairs)
+  metrics = reward_model.judge(heldout, scores)
   assert metrics["accuracy"] == (1 + 1 + 0.5 + 0) / 4
   assert metrics["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
   assert metrics["longer_wins"] == 2 / 4
@@ -99,9 +97,9 @@ def test_metrics_of_rankings():
     {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
   )
   scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  pairs = evaluating.compared(heldout, scores)
-  np.testing.assert_array_equal(pairs, [[3, 2], [3, 4], [1, 0]])
-  metrics = reward_model.judge(heldout, pairs)
-  assert metrics["accuracy"] == pytest.approx(2 / 3)
-  assert metrics["length_baseline"] == pytest.approx(1 / 3)
+  metrics = reward_model.judge(heldout, scores)
+  # Prompts count the same, as in training: one has two pairs, the other one.
+  assert metrics["accuracy"] == (1 / 2 + 1) / 2
+  assert metrics["length_baseline"] == (0 + 1) / 2
+  assert metrics["longer_wins"] == pytest.approx(1 / 3)
   assert metrics["pairs"] == 3

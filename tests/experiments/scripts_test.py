@@ -280,6 +280,7 @@ def test_sft_on_a_mesh_of_eight_devices(tmp_path, start_here):
 
 
 GOLD, PANEL = "--reward.name=gold", "--preference.name=panel"
+START = "--init_from={sft}"
 BAD_FLAGS = [
   (("sft", "--steps=0"), 64, "--steps must be at least 1"),
   (("sft", "--optim.learning_rate=nan"), 64, "--optim.learning_rate=nan: must be a finite number"),
@@ -301,11 +302,13 @@ BAD_FLAGS = [
   (("ppo",), 64, "--reward.path"),
   (("ppo", "--reward.name=best"), 64, "sentiment"),
   (("ppo", "--reward.name=nowhere:score"), 64, "--reward.name=nowhere:score"),
-  (("ppo", "--reward.name=exact_answer"), 65, "answer: missing"),
+  (("ppo", START, "--reward.name=exact_answer"), 65, "answer: missing"),
+  (("ppo", GOLD), 64, "--init_from is needed"),
+  (("nash_md", PANEL), 64, "--init_from is needed"),
   (("ppo", GOLD, "--data.packed_length=64"), 64, "rollout.packed_length packs"),
-  (("ppo", GOLD, "--rollout.packed_length=8"), 64, "--rollout.packed_length=8 is too short"),
+  (("ppo", START, GOLD, "--rollout.packed_length=8"), 64, "--rollout.packed_length=8 is too short"),
   (("ppo", GOLD, "--rollout.devices=1"), 64, "set rollout.importance_cap"),
-  (("ppo", GOLD, "--rollout.devices=8", "--rollout.importance_cap=2"), 64, "to learn with"),
+  (("ppo", START, GOLD, "--rollout.devices=8", "--rollout.importance_cap=2"), 64, "to learn with"),
   (("ppo", GOLD, "--rollout.importance_cap=-1"), 64, "--rollout.importance_cap must not be"),
   (("ppo_max", GOLD, "--critic.warmup=45"), 64, "--critic.warmup"),
   (("ppo_max", GOLD, "--ppo_max.ptx_coef=0", "--ptx_path=x"), 64, "--ptx_path is not read"),
@@ -339,8 +342,10 @@ BAD_FLAGS = [
 
 
 @pytest.mark.parametrize(("command", "code", "message"), BAD_FLAGS, ids=lambda x: str(x)[:60])
-def test_bad_flags_are_refused_in_words(command, code, message, tmp_path):
+def test_bad_flags_are_refused_in_words(command, code, message, tmp_path, request):
   script, *words = command
+  if START in words:
+    words[words.index(START)] = START.format(sft=request.getfixturevalue("sft_run"))
   given, said = refusal(script, f"--workdir={tmp_path / 'run'}", *words)
   assert given == code, said
   assert message in said

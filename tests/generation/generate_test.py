@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import preflight, sharding
-from rlhf_jax.generation import SamplingConfig, ended, make_generate, sample
+from rlhf_jax.generation import SamplingConfig, ended, make_generate, sample, stop_text
 from rlhf_jax.models import ModelConfig, build, hf
 from tests.testing import compilations
 
@@ -297,7 +297,7 @@ class Script(NamedTuple):
     return Script(jnp.repeat(self.row, n), self.calls, jnp.repeat(self.mask, n, axis=0))
 
 
-def scripted(script, *, pad_id=PAD, stop_ids=(EOS,), samples=1):
+def scripted(script, *, pad_id=PAD, stop_ids=(EOS,), samples=1, stop_text=None):
   """Runs a decoder that wants token `script[row, t]`, and counts how often it is called."""
   script = jnp.asarray(script)
   rows, length = script.shape
@@ -315,7 +315,9 @@ def scripted(script, *, pad_id=PAD, stop_ids=(EOS,), samples=1):
 
   # The scripted token is always drawn, but is not certain under the softmax.
   config = SamplingConfig(max_new_tokens=length, samples_per_prompt=samples, top_k=1)
-  generate = make_generate(decode, init_cache, config, stop_ids=stop_ids, pad_id=pad_id)
+  generate = make_generate(
+    decode, init_cache, config, stop_ids=stop_ids, pad_id=pad_id, stop_text=stop_text
+  )
   rollout = generate(
     {}, np.full((rows, 2), 7), np.ones((rows, 2), bool), np.arange(rows), jax.random.key(0)
   )
@@ -359,6 +361,26 @@ def test_several_stop_tokens():
   np.testing.assert_array_equal(ended(rollout, (EOS, 5, 6)), [True, True, True])
   np.testing.assert_array_equal(ended(rollout, [5]), [True, False, False])
   assert calls == 3
+
+
+def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
+  texts = [b""] * V
+  texts[4:9] = [b"a", b"b", b"ab", b"xa", b"bb"]
+  stops = stop_text(["ab", "bbb"], texts)
+  script = [[4, 5, 7, 7], [7, 8, 4, 4], [5, 8, 4, 4], [6, 4, 4, 4], [7, 4, EOS, 5], [7, 7, 7, 7]]
+  rollout, calls = scripted(script, stop_text=stops)
+  assert rollout.response_mask[:, 2:].sum(1).tolist() == [2, 2, 2, 1, 3, 4]
+  assert rollout.tokens[:, 2:].tolist() == [
+    [4, 5, PAD, PAD],
+    [7, 8, PAD, PAD],
+    [5, 8, PAD, PAD],
+    [6, PAD, PAD, PAD],
+    [7, 4, EOS, PAD],
+    [7, 7, 7, 7],
+  ]
+  np.testing.assert_array_equal(ended(rollout, (EOS,), stops), [True] * 5 + [False])
+  np.testing.assert_array_equal(ended(rollout, (EOS,)), [False] * 4 + [True, False])
+  assert calls == 4
 
 
 @pytest.mark.parametrize("samples", [1, 3])

@@ -51,7 +51,7 @@ def test_support_of_hand_made_logits():
   def kept(**kwargs):
     return (adjust_logits(logits, **kwargs) > -jnp.inf).tolist()
 
-  assert kept(top_k=2) == [[False, True, False, True], [True, True, True, True]]  # Ties stay.
+  assert kept(top_k=2) == [[False, True, False, True], [True, True, False, False]]
   assert kept(top_p=0.5) == [[False, True, False, True], [True, False, False, False]]
   assert kept(top_p=0.35) == [[False, True, False, False], [True, False, False, False]]
   # After top_k the rest is a distribution of its own: 4/7 of it is reached by one token.
@@ -60,6 +60,18 @@ def test_support_of_hand_made_logits():
   # Any leading shape, and tokens that were excluded before stay so.
   shaped = adjust_logits(logits.reshape(2, 1, 4).at[0, 0, 1].set(-jnp.inf), top_p=0.99)
   assert shaped.shape == (2, 1, 4) and shaped[0, 0, 1] == -jnp.inf
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 5])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.9, 1.0])
+def test_ties_are_in_the_smallest_set_by_their_ids(top_k, top_p):
+  rows = [[0.0] * 10, [1.0, 2.0] * 5, [2.0] * 4 + [0.0] * 6, [-np.inf, 1.0] * 5, [0.0] * 9 + [1e-3]]
+  adjusted = np.asarray(adjust_logits(jnp.float32(rows), top_k=top_k, top_p=top_p))
+  for row, out in zip(rows, adjusted, strict=True):
+    # A sum that misses top_p by rounding has reached it.
+    kept = sorted(support(row, top_k, top_p - 1e-6 if top_p < 1 else 2.0))
+    likely = [i for i in kept if row[i] > -np.inf]
+    np.testing.assert_array_equal(np.flatnonzero(out > -np.inf), likely)
 
 
 @pytest.mark.parametrize(

@@ -219,3 +219,10 @@ CASES = {name: per_token(getattr(kl, name), 2) for name in ("k1", "k2", "k3")} |
   "reverse_kl_loss": Case(reverse_kl, ((B, T),) * 2),
   "full_kl": Case(full_kl, ((B, T, V),) * 2),
 }
+
+
+@pytest.mark.parametrize("log_ratio", [-75.0, -40.0, -21.0, -3.0, 0.0, 5.0, 60.0])
+def test_k3_is_that_of_float64_as_far_as_float32_goes(log_ratio):
+  value, grad = jax.value_and_grad(kl.k3)(jnp.float32(log_ratio), jnp.float32(0.0))
+  np.testing.assert_allclose(value, np.expm1(-np.float64(log_ratio)) + log_ratio, rtol=1e-5)
+  np.testing.assert_allclose(grad, -np.expm1(-np.float64(log_ratio)), rtol=1e-5)

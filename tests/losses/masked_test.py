@@ -114,6 +114,41 @@ def test_whiten_equal_values_are_zero():
   assert np.isfinite(grad).all()
 
 
+# Numbers whose mean in float32 differs from them for several of these counts.
+EQUAL = [(value, n) for value in (0.1, 103.3, 1000.7, -3e4, 1e-3, 7e20) for n in (2, 3, 7, 11, 13)]
+
+
+@pytest.mark.parametrize(("value", "n"), EQUAL)
+def test_equal_values_have_no_deviation_at_all(value, n):
+  x, mask = np.full((2, n + 3), np.nan, np.float32), np.zeros((2, n + 3), bool)
+  x[0, 2 : 2 + n], mask[0, 2 : 2 + n] = value, True
+  for axis in (None, 1):
+    deviations, mean = masked.deviations(x, mask, axis)
+    assert not np.any(deviations)
+    assert np.ravel(mean)[0] == np.float32(value)
+    assert not np.any(masked.masked_var(x, mask, axis, ddof=1))
+  assert not np.any(masked.whiten(x, mask))
+
+
+@pytest.mark.parametrize("offset", [1.0, 103.3, 1000.7, -3e4])
+def test_nearly_equal_values_are_told_apart(offset):
+  x = np.float32(offset) + np.spacing(np.float32(offset)) * np.arange(7, dtype=np.float32) ** 2
+  mask = np.arange(7) != 4
+  want = np.float64(x) - np.float64(x)[mask].mean()
+  deviations, _ = masked.deviations(x, mask)
+  np.testing.assert_allclose(deviations, np.where(mask, want, 0), rtol=1e-5)
+  whitened = want / np.sqrt(np.float64(x)[mask].var() + 1e-8)
+  np.testing.assert_allclose(masked.whiten(x, mask), np.where(mask, whitened, 0), rtol=1e-5)
+
+
+def test_a_mean_of_nothing_is_undefined_for_metrics():
+  x, mask = random_masked((2, 3))
+  mask = np.array([[True, False, True], [False, False, False]])
+  result = masked.defined_mean(x, mask, axis=1)
+  np.testing.assert_allclose(result[0], (x[0, 0] + x[0, 2]) / 2, rtol=1e-6)
+  assert np.isnan(result[1]) and np.isnan(masked.defined_mean(x, mask & False))
+
+
 @pytest.mark.parametrize("spec", ["data:8", "data:2,fsdp:4"])
 def test_statistics_are_those_of_the_global_batch(spec):
   x, mask = random_masked((16, 5))
@@ -173,6 +208,8 @@ CASES = {
   "widen": Case(lambda m, x: squash(jnp.where(m, masked.widen(x), 0.0)), ((B, T),)),
   "masked_sum": with_mask(lambda x, m: masked.masked_sum(x, m, 1)),
   "masked_mean": with_mask(lambda x, m: masked.masked_mean(x, m, 1)),
+  "defined_mean": with_mask(lambda x, m: jnp.nan_to_num(masked.defined_mean(x, m, 1))),
+  "deviations": with_mask(lambda x, m: masked.deviations(x, m, 1)[0]),
   "masked_var": with_mask(lambda x, m: masked.masked_var(x, m, 1)),
   "masked_var/all": Case(lambda m, x: masked.masked_var(x, m, ddof=1), ((B, T),)),
   "whiten": with_mask(lambda x, m, eps: masked.whiten(x, m, eps=eps), eps=1e-3),

@@ -584,3 +584,25 @@ CASES = {
     lambda m, v, r: policy_gradient.explained_variance(v, r, m), ((B, T),) * 2
   ),
 }
+
+
+def test_a_clip_of_nothing_does_not_clip():
+  """Distances of 0 in a config, for the ratio and for the value."""
+  ratio, advantage = np.float32([[0.2, 0.9, 3.0, 8.0]]), np.float32([[-1.0, 2.0, 1.5, -0.5]])
+  loss = policy_gradient.ppo_policy_loss(
+    np.log(ratio), np.zeros_like(ratio), advantage, **policy_gradient.clip_range(0.0, 0.0)
+  )
+  np.testing.assert_allclose(loss, -ratio * advantage, rtol=1e-5)
+  assert policy_gradient.clip_range(0.1, 0.3) == {"clip_low": 0.1, "clip_high": 0.3}
+  values, old, returns = np.float32([[3.0]]), np.float32([[0.0]]), np.float32([[5.0]])
+  loss, grad = jax.value_and_grad(
+    lambda x: jnp.sum(policy_gradient.ppo_value_loss(x, old, returns, clip=None))
+  )(values)
+  assert (loss, grad[0, 0]) == (2.0, -2.0)
+
+
+def test_the_surrogate_keeps_its_gradient_far_from_the_old_policy():
+  grad = jax.grad(
+    lambda x: policy_gradient.ppo_policy_loss(x, jnp.zeros((1, 1)), -jnp.ones((1, 1)))[0, 0]
+  )(jnp.full((1, 1), 30.0))
+  np.testing.assert_allclose(grad, [[np.exp(30.0)]], rtol=1e-5)

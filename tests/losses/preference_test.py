@@ -942,3 +942,32 @@ CASES = {
   "wpo_weights": Case(wpo, ((B, T),) * 2),
   "length_desensitized_logprobs": Case(length_desensitized, ((B, T),) * 2, hyper={"alpha": 0.5}),
 }
+
+
+SLOPES = {
+  "reverse_kl": (lambda h: h, lambda h: 1.0),
+  "forward_kl": (lambda h: 1 - np.exp(-h), lambda h: np.exp(-h)),
+  "jensen_shannon": (lambda h: np.log(2) - np.log1p(np.exp(-h)), lambda h: 1 / (1 + np.exp(h))),
+  "alpha": (lambda h: 2 - 2 * np.exp(-h / 2), lambda h: np.exp(-h / 2)),
+}
+
+
+@pytest.mark.parametrize("name", preference.DIVERGENCE_SCORES)
+@pytest.mark.parametrize("chosen", [-78.0, -60.0, -41.0, -5.0, 3.0])
+def test_f_dpo_is_that_of_float64_as_far_as_float32_goes(name, chosen):
+  """Value and gradient of the loss far from the reference, which 200 tokens easily are."""
+  score, rejected, beta = preference.DIVERGENCE_SCORES[name], -30.0, 0.1
+  zero = jnp.zeros(1)
+
+  def loss(chosen, rejected):
+    scores = score(chosen, zero), score(rejected, zero)
+    return preference.dpo_loss(*scores, zero, zero, beta=beta)[0]
+
+  value, grads = jax.value_and_grad(loss, (0, 1))(jnp.full(1, chosen), jnp.full(1, rejected))
+  of, slope = SLOPES[name]
+  chosen, rejected = np.float64(chosen), np.float64(rejected)
+  margin = beta * (of(chosen) - of(rejected))
+  np.testing.assert_allclose(value, np.logaddexp(0, -margin), rtol=1e-4, atol=1e-30)
+  push = beta * np.exp(-np.logaddexp(0, margin))
+  want = -push * slope(chosen), push * slope(rejected)
+  np.testing.assert_allclose(np.ravel(grads), want, rtol=1e-4, atol=1e-30)

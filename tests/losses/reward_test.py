@@ -218,6 +218,15 @@ def test_normalized_scores_match_numpy():
   np.testing.assert_allclose(reward.normalize_scores(x, moments), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [0.1, 103.3, 1000.7, -3e4])
+def test_equal_scores_are_normalised_to_exactly_zero(value):
+  batches, masks = np.full((3, 11), value, np.float32), np.ones((3, 11), bool)
+  masks[1, :4] = False
+  moments = moments_of(batches, masks)
+  assert (moments.count, moments.mean, moments.m2) == (29, np.float32(value), 0)
+  assert not np.any(reward.normalize_scores(batches[0], moments))
+
+
 @pytest.mark.parametrize("scale, shift", [(37.0, -12.0), (0.1, 0.0), (1.0, 5.0)])
 def test_normalization_is_invariant_to_affine_changes(scale, shift):
   rng = np.random.default_rng(0)

@@ -39,7 +39,7 @@ def test_pairs_are_joined_as_the_data_set_has_them():
   a, b = (
     rollout_of(prompts, [TOKENIZER.encode_text(text[side]) for text in texts]) for side in (1, 2)
   )
-  tokens, mask = map(np.asarray, rewards.join_pairs(a, b, EOS))
+  tokens, mask = map(np.asarray, rewards.join_pairs(a, b, (EOS,)))
   for row in range(3):
     for order in range(2):
       want_mask = batch.mask[row, order]
@@ -52,7 +52,7 @@ def test_pairs_are_joined_as_the_data_set_has_them():
 def test_a_response_that_was_cut_gets_an_end():
   prompts, responses = [[5], [5]], [[6, 7, 8, 10], [6]]
   a, b = rollout_of(prompts, responses, end=False), rollout_of(prompts, responses)
-  tokens, mask = map(np.asarray, rewards.join_pairs(a, b, EOS))
+  tokens, mask = map(np.asarray, rewards.join_pairs(a, b, (EOS,)))
   joined = tokens[0, 0][: mask[0, 0].sum() + 1].tolist()
   # The second one was cut by the longest length, so its end is added as well.
   assert joined == [5, 6, 7, 8, 10, EOS, 6, 7, 8, 10, EOS]
@@ -68,7 +68,7 @@ def test_models_are_antisymmetric_and_rewards_compare():
     for _ in range(2)
   )
   ids = np.zeros(6, np.int32)
-  judge = rewards.model_preference(model.apply, params, eos_id=2)
+  judge = rewards.model_preference(model.apply, params, stop_ids=(2,))
   np.testing.assert_allclose(judge(a, b, ids) + judge(b, a, ids), 1.0, atol=1e-6)
   assert np.std(judge(a, b, ids)) > 1e-4
   score = rewards.model_reward(model.apply, params)

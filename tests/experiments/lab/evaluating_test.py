@@ -20,8 +20,9 @@ def test_values_of_pairs_and_of_rankings():
     {"prompt": [1], "chosen": [1], "rejected": [1, 2]},
   )
   values = np.float32([[1, 0], [2, 5]])
-  np.testing.assert_array_equal(evaluating.compared(pairs, values), values)
-  np.testing.assert_array_equal(evaluating.compared_lengths(pairs), [[3, 1], [1, 2]])
+  flat = lambda pairs, mask: pairs[mask]  # noqa: E731
+  np.testing.assert_array_equal(flat(*evaluating.compared(pairs, values)), values)
+  np.testing.assert_array_equal(flat(*evaluating.compared_lengths(pairs)), [[3, 1], [1, 2]])
   assert evaluating.length_baseline(pairs) == {"eval/length_baseline": 0.5}
   assert evaluating.length_baseline(dataset("preferences")) == {}
   rankings = dataset(
@@ -36,7 +37,13 @@ def test_values_of_pairs_and_of_rankings():
     {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
   )
   values = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  np.testing.assert_array_equal(evaluating.compared(rankings, values), [[3, 2], [3, 4], [1, 0]])
+  found, mask = evaluating.compared(rankings, values)
+  np.testing.assert_array_equal(found[mask], [[3, 2], [3, 4], [1, 0]])
+  assert mask.sum(axis=1).tolist() == [2, 1]
+  # Each prompt counts the same: of the first one's pairs none is longer first, of the other's all.
+  assert evaluating.length_baseline(rankings) == {"eval/length_baseline": 0.5}
+  # A mean over responses, not over pairs, which hold some of them more often.
+  assert evaluating.mean_score(rankings, values) == 2.0
 
 
 def test_each_prompt_is_answered_once():

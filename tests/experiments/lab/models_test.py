@@ -1,5 +1,7 @@
 """Folders of models, and models that are written and read again."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from experiments import records
 from experiments.lab import models
-from rlhf_jax import data, flags
+from rlhf_jax import data, flags, generation
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import hf
 from rlhf_jax.models.lora import LoRAConfig
@@ -81,3 +83,64 @@ def test_adapters_need_a_trained_model():
   models.require_base(LoRAConfig(), None)
   with pytest.raises(flags.UsageError, match="--lora.rank adapts a trained model"):
     models.require_base(LoRAConfig(rank=2), None)
+
+
+def write_json(path, **fields):
+  path.write_text(json.dumps(fields))
+
+
+def test_every_end_that_a_folder_names_ends_a_response_and_is_exported(tmp_path, open_bench):
+  """The tokenizer, both configs and the chat template each name another end."""
+  words = ("the", "soup", "was", "good", "bad", ".")
+  hf_tokenizer = data.word_level_tokenizer(words).hf
+  hf_tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+  hf_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+  hf_tokenizer.save_pretrained(str(tmp_path))
+  for given, ids in (([8, 4], [4, 8]), (4, [4]), (None, []), ([], []), ([4, 999], [4])):
+    write_json(tmp_path / "generation_config.json", eos_token_id=given)
+    write_json(tmp_path / "config.json", eos_token_id=5)
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 10 == tokenizer.encode_response("good")[-1]
+    assert tokenizer.stop_ids == (10, 2, *sorted({5, *ids}))
+    assert models.open_tokenizer(tmp_path, ".").stop_ids == (9, 2, *sorted({5, *ids}), 10)
+  for broken in ("2", True, -1, [2, "a"], 1.5):
+    write_json(tmp_path / "generation_config.json", eos_token_id=broken)
+    with pytest.raises(data.DataError, match=r"generation_config\.json: eos_token_id is .* an id"):
+      data.load_tokenizer(tmp_path)
+  (tmp_path / "generation_config.json").write_text("{")
+  with pytest.raises(data.DataError, match=r"generation_config\.json: not readable as JSON"):
+    data.load_tokenizer(tmp_path)
+
+  write_json(tmp_path / "generation_config.json", eos_token_id=[8, 4])
+  tokenizer = data.load_tokenizer(tmp_path)
+  bench = open_bench("sft", "demonstrations")
+  folder = models.export(tmp_path / "export", bench.start, bench.model, tokenizer)
+  again = data.load_tokenizer(folder)
+  assert (again.stop_ids, again.digest) == (tokenizer.stop_ids, tokenizer.digest)
+  written = json.loads((folder / "generation_config.json").read_text())
+  assert written["eos_token_id"] == list(tokenizer.stop_ids)
+  assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [10, 2, 4, 5, 8]
+
+
+def test_sampling_stops_at_every_end(open_bench, sft_run):
+  bench = open_bench("dpo", "preferences", f"--init_from={sft_run}")
+  ends = [bench.tokenizer.token_id(word) for word in ("the", "a")]
+  tokenizer = data.Tokenizer(bench.tokenizer.hf, stop_ids=ends)
+  config = generation.SamplingConfig(max_new_tokens=12, samples_per_prompt=8, stop=("was g", "oo"))
+  sample = models.make_sampler(bench.model, tokenizer, config)
+  prompts = jnp.asarray([tokenizer.encode_prompt("Write a review")] * 4, jnp.int32)
+  rollout = sample(
+    bench.start, prompts, jnp.ones_like(prompts, bool), jnp.arange(4), jax.random.key(0)
+  )
+  ended = np.asarray(generation.ended(rollout, *models.stops(tokenizer, config)))
+  reasons = set()
+  for n in range(32):
+    ids = np.asarray(rollout.tokens[n])[np.asarray(rollout.response_mask[n])].tolist()
+    places = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    texts = [any(s in tokenizer.decode(ids[: i + 1]) for s in config.stop) for i in range(len(ids))]
+    assert places in ([], [len(ids) - 1])
+    assert not any(texts[:-1])
+    assert ended[n] == bool(places or texts[-1])
+    assert ended[n] or len(ids) == 12
+    reasons |= {ids[-1]} if places else {"text"} if texts[-1] else {"length"}
+  assert len(reasons) >= 3

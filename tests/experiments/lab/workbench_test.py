@@ -38,18 +38,26 @@ def test_references_of_all_rows_in_their_order(open_bench):
   assert empty.references(first_token)[1] is None
 
 
-def test_evaluation_is_a_mean_over_rows_where_it_is_defined(open_bench):
-  bench = open_bench("dpo", "preferences", "--eval_every=0")
+@pytest.mark.parametrize("rows", [1, 5, 7, 14])
+def test_held_out_metrics_see_every_row_once_and_all_at_once(open_bench, rows):
+  bench = open_bench("dpo", "preferences", "--eval_every=0", "--batch_size=7")
+  bench = bench._replace(heldout=bench.heldout._replace(examples=bench.heldout.examples[:rows]))
   trainer = type("Trainer", (), {"params": staticmethod(lambda state: state)})
 
   def measure(params, batch):
-    length = np.asarray(batch.mask[:, 0].sum(axis=-1))
-    first = np.where(np.arange(len(length)) % 2, np.nan, params)
-    return {"length": length, "first": first}
+    return [params * batch.mask[:, 0].sum(axis=-1)], {"both": batch.mask.sum(axis=-1)}
 
-  evaluate = bench.evaluator(trainer, measure, None, lambda: pytest.fail("opens the judge"))
-  metrics = evaluate(2.0, 3)
-  lengths = [len(example["chosen"]) for example in bench.heldout.examples]
-  assert metrics == {"eval/length": pytest.approx(np.mean(lengths)), "eval/first": 2.0}
+  def summarize(measured):
+    (lengths,), both = measured
+    assert both["both"].shape == (rows, 2)
+    metrics = {"length": np.max(lengths), "missing": np.nan, "tokens": 1.0, "weight/length": 2.0}
+    return np.median(lengths), metrics
+
+  evaluate = bench.evaluator(trainer, measure, summarize, lambda: pytest.fail("opens the judge"))
+  lengths = [2 * len(example["chosen"]) for example in bench.heldout.examples]
+  want = {"eval/loss": np.median(lengths), "eval/length": max(lengths)}
+  assert evaluate(2.0, 3) == want
+  undefined = bench.evaluator(trainer, measure, lambda measured: (np.nan, {}))
+  assert np.isnan(undefined(2.0, 3)["eval/loss"])
   empty = bench._replace(heldout=bench.heldout._replace(examples=[]))
-  assert empty.evaluator(trainer, measure, None, lambda: None)(2.0, 3) == {}
+  assert empty.evaluator(trainer, measure, summarize)(2.0, 3) == {}

@@ -1,0 +1,96 @@
+"""Longest sequence that a model was made for."""
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from experiments.lab import models
+from rlhf_jax import data, flags
+from rlhf_jax.models import ModelConfig, hf, presets
+
+
+class _Length(NamedTuple):
+  """Length of the longest sequence, as it is and as it is padded, and the flags that limit it."""
+
+  real: int
+  padded: int
+  flags: str
+
+
+def require_length(
+  config: Any,
+  folder: pathlib.Path | None,
+  read: Iterable[data.Dataset] = (),
+  answered: Iterable[data.Dataset] = (),
+) -> None:
+  """Refuses sequences beyond the positions of a model, before anything is loaded or compiled.
+
+  Args:
+    config: Config with `model` and `data`, and with `sampling` if prompts are answered.
+    folder: Folder of the model; None is a new one.
+    read: Data sets that the model reads.
+    answered: Data sets whose prompts it answers; judges in the config read the answers.
+  """
+  given = [length for dataset in read for length in _read(config, dataset)]
+  sampled = [length for dataset in answered for length in _answered(config, dataset)]
+  _require(config, folder, [*given, *sampled])
+  reward = getattr(getattr(config, "reward", None), "paths", ())
+  judge = getattr(getattr(config, "preference", None), "path", "")
+  for path in (*reward, judge):
+    if path and sampled:
+      _require(config, models.finished_folder(path), sampled)
+
+
+def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:
+  made_for = _architecture(config.model, folder)
+  is_learned = made_for.positions == "learned"
+  if config.model.extrapolate and not is_learned:
+    return
+  for length in lengths:
+    tokens = length.padded if is_learned else length.real
+    if tokens <= made_for.max_length:
+      continue
+    rest = ", or set --model.extrapolate: rotary positions go on, but answers mostly get worse"
+    if is_learned:
+      rest = "; its positions are learned, and there are none beyond"
+    raise flags.UsageError(
+      f"{folder or 'the model'} was made for {made_for.max_length} tokens (its"
+      f" max_position_embeddings), and the longest sequence has {tokens}; lower"
+      f" {length.flags}{rest}"
+    )
+
+
+def _architecture(options: models.ModelOptions, folder: pathlib.Path | None) -> ModelConfig:
+  if folder is not None:
+    return hf.parse_config(folder)[0]
+  if options.preset:
+    return presets.PRESETS[options.preset]
+  return ModelConfig(vocab_size=1, width=2, layers=1, heads=1, kv_heads=1, head_dim=2, mlp_width=1)
+
+
+def _prompts(dataset: data.Dataset) -> list[int]:
+  return [len(example["prompt"]) for example in dataset.examples]
+
+
+def _read(config: Any, dataset: data.Dataset) -> list[_Length]:
+  if not dataset.examples or dataset.kind == "prompts":
+    return []
+  responses = [[len(ids) for ids in data.responses_of(example)] for example in dataset.examples]
+  longest = data.KINDS[dataset.kind].longest(_prompts(dataset), responses)
+  names = "--data.max_prompt_length or --data.max_response_length"
+  lengths = [_Length(longest, dataset.padded_length, names)]
+  if config.data.packed_length:
+    lengths.append(_Length(0, config.data.packed_length, "--data.packed_length"))
+  return lengths
+
+
+def _answered(config: Any, dataset: data.Dataset) -> list[_Length]:
+  if not dataset.examples or not hasattr(config, "sampling"):
+    return []
+  longest, new = max(_prompts(dataset)), config.sampling.max_new_tokens
+  padded = dataset.padded_length if dataset.kind == "prompts" else longest
+  names = "--sampling.max_new_tokens or --data.max_prompt_length"
+  lengths = [_Length(longest + new, padded + new, names)]
+  if packed := getattr(getattr(config, "rollout", None), "packed_length", 0):
+    lengths.append(_Length(0, packed, "--rollout.packed_length"))
+  return lengths

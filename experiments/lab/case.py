@@ -4,6 +4,7 @@ Every training script ends with `programs(case)`, which hands each of its progra
 with abstract arguments, in the order of an iteration.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,6 +56,11 @@ class Case(NamedTuple):
   def samples(self) -> bool:
     """True if the script trains on samples of the policy."""
     return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+
+  @property
+  def scored(self) -> int:
+    """Maximum number of tokens of a response; a packed row is taken to hold nothing else."""
+    return scored_tokens(self.config)
 
   def place(self, batch: Any) -> Any:
     """Places a batch of numpy arrays on the mesh."""
@@ -123,7 +129,7 @@ class Case(NamedTuple):
       held: Further arrays in memory during the step.
     """
     length = jax.tree.leaves(batch)[0].shape[-1]
-    flops = self.forward(self.bench.model, rows, length, scored=length if scored else None)
+    flops = self.forward(self.bench.model, rows, length, scored=self.scored if scored else None)
     inputs = (trainer.state, batch, self.key)
     self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
 
@@ -144,7 +150,7 @@ class Case(NamedTuple):
     """
     start, count = self.bench.start, 2 * self.config.batch_size
     held = (trainer.state, start)
-    flops = self.forward(self.bench.model, count, self.length, scored=self.length)
+    flops = self.forward(self.bench.model, count, self.length, scored=self.scored)
     refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
     batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
     self.offline(trainer, batch, rows=count, scored=True, held=held)
@@ -208,6 +214,13 @@ class Case(NamedTuple):
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 
+def scored_tokens(config: Any) -> int:
+  """Returns the most response tokens of a row, as far as the config tells."""
+  sampling = getattr(config, "sampling", None)
+  given = config.data.packed_length or config.data.max_response_length
+  return given if sampling is None else max(given, sampling.max_new_tokens)
+
+
 def open_case(
   config: Any,
   mesh_spec: str,
@@ -232,5 +245,6 @@ def open_case(
   shape = jax.eval_shape(lambda: jax.random.key(0))
   model, start = models.open_model(run, config.model, folder, tokenizer, head)
   empty = data.from_examples("prompts", [], [])
+  model = model._replace(apply=functools.partial(model.apply, scored=scored_tokens(config)))
   bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder)
   return Case(check(mesh), bench, sharding.abstract(shape, sharding.replicated(mesh)))

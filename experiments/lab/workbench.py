@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 import types
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -333,8 +333,19 @@ def open(
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
     model, start = models.open_model(run, config.model, folder, tokenizer, head)
+    # Losses of given responses compute no logits of prompts.
+    scored = scored_tokens(config, [train_set, *further.values()])
+    model = model._replace(apply=functools.partial(model.apply, scored=scored))
     yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
     save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
+  """Returns the most response tokens of a row of the data sets, or of the responses to sample."""
+  if config.data.packed_length:
+    return data.packed_scored(sets[0], config.data.packed_length)
+  sampled = config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0
+  return max(sampled, *(of.scored for of in sets))
 
 
 def save_flags(run: loop.Run, config: Any) -> None:

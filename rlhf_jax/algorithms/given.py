@@ -1,9 +1,9 @@
 """Forward passes over given responses, padded or packed: log-probabilities and scores."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked, packing
@@ -11,25 +11,54 @@ from rlhf_jax.types import ApplyFn, PackedBatch, Params, RankingBatch, TokenBatc
 
 
 def read_rows(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, score: Callable[..., Any]
-) -> tuple[Any, jax.Array]:
+  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, **ask: Any
+) -> tuple[logprobs_lib.TokenScores, jax.Array]:
   """Scores the tokens of given sequences, with the logits of only a few tokens in memory.
 
   Args:
     apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
     params: Policy.
     batch: Tokens and mask of any leading shape, [..., T].
-    score: `(targets, logits [..., V]) -> tree` of numbers per token.
+    **ask: Numbers to compute; see `losses.logprobs.token_scores`.
 
   Returns:
-    Tree of [..., T] arrays, and the mask [..., T], False on first tokens, which nothing predicts.
+    Arrays [..., T], and the mask [..., T], False on first tokens, which nothing predicts.
   """
+  flat, mask, inputs = _rows(batch)
+  scores = logprobs_lib.next_token_scores(apply_fn(params, flat, **inputs), flat, mask, **ask)
+  return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), (scores, mask))
+
+
+def read_nll(
+  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, **ask: Any
+) -> tuple[jax.Array, logprobs_lib.TokenScores, jax.Array]:
+  """Mean negative log-likelihood of the tokens of the mask, whose gradient costs no second pass.
+
+  Args:
+    apply_fn: See `read_rows`.
+    params: Policy.
+    batch: Tokens and mask, [B, T].
+    **ask: Numbers to compute; see `losses.logprobs.token_scores`.
+
+  Returns:
+    Mean in nats per token; arrays [B, T] without a gradient, and the mask as in `read_rows`.
+  """
+  flat, mask, inputs = _rows(batch)
+  weights = mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+  nll, scores = logprobs_lib.next_token_nll(apply_fn(params, flat, **inputs), flat, weights, **ask)
+  return nll, scores, mask
+
+
+def _rows(
+  batch: TokenBatch | PackedBatch,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+  """Tokens and mask [N, T], False on first tokens, and further inputs of the model."""
   flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  ids = batch.segment_ids if isinstance(batch, PackedBatch) else None
-  inputs = {} if ids is None else {"segment_ids": ids.reshape(flat.shape)}
-  scored = logprobs_lib.over_next_tokens(score, flat, apply_fn(params, flat, **inputs))
-  scored = jax.tree.map(lambda x: x.reshape(batch.tokens.shape), scored)
-  return scored, packing.predicted(batch.mask, ids)
+  mask = batch.mask.reshape(flat.shape)
+  if not isinstance(batch, PackedBatch):
+    return flat, packing.predicted(mask), {}
+  ids = batch.segment_ids.reshape(flat.shape)
+  return flat, packing.predicted(mask, ids), {"segment_ids": ids}
 
 
 def read_tokens(
@@ -48,15 +77,8 @@ def read_tokens(
     `collision`, log sum_v pi(v)^2 at each token [..., T]. Packed sequences are unpacked into B * S
     rows; the mask of an empty slot is all False.
   """
-
-  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, ...]:
-    logprobs = logprobs_lib.token_logprobs(logits, targets)
-    if not collision:
-      return (logprobs,)
-    squared = jax.nn.logsumexp(2 * jax.nn.log_softmax(masked.widen(logits)), axis=-1)
-    return logprobs, jax.lax.stop_gradient(squared)
-
-  scored, mask = read_rows(apply_fn, params, batch, score)
+  scores, mask = read_rows(apply_fn, params, batch, collision=collision)
+  scored = [x for x in scores if x is not None]
   if isinstance(batch, PackedBatch):
     mask, *scored = packing.unpack(batch.segment_ids, batch.real.shape[1], mask, *scored)
   return scored[0], mask, *scored[1:]

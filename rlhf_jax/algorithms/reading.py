@@ -106,12 +106,8 @@ def _score(
   logits: logprobs_lib.Logits, tokens: jax.Array, temperature: float
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the log-probabilities and entropies [B, T] of tokens [B, T]; 0 for the first token."""
-
-  def score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits = logits / temperature
-    return logprobs_lib.token_logprobs(logits, targets), logprobs_lib.entropy(logits)
-
-  return logprobs_lib.over_next_tokens(score, tokens, logits)
+  scores = logprobs_lib.next_token_scores(logits, tokens, temperature=temperature, entropy=True)
+  return scores.logprobs, scores.entropy
 
 
 def finite_rows(

@@ -17,7 +17,7 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import selection
-from rlhf_jax.losses import kl, logprobs, masked, packing, supervised
+from rlhf_jax.losses import kl, logprobs, masked, packing
 from rlhf_jax.train_step import jit_step, reported, update
 from rlhf_jax.types import ApplyFn, Metrics, Params, TokenBatch, TrainState
 
@@ -103,10 +103,10 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the sum of the weights of the tokens.
   """
   del key
-  tokens, mask = batch.sequences
+  tokens, mask = batch.sequences.tokens, batch.sequences.mask
   mask = packing.predicted(mask)
   logits = apply_fn(params, tokens)
-  nll = supervised.nll(logits, tokens)
+  nll = -logprobs.next_token_scores(logits, tokens, mask).logprobs
   weights = jnp.where(mask, batch.weights[:, None], 0.0)
   total = jnp.maximum(jnp.sum(weights), 1e-9)
   trust = jnp.exp(-jax.lax.stop_gradient(nll)) if config.trust else 1.0

@@ -13,7 +13,6 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import given
-from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
@@ -51,24 +50,19 @@ def loss_fn(
     Loss in nats per token, and metrics; `weight` is the number of scored tokens.
   """
   del key  # The loss is deterministic given the batch.
-  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, _score)
-  loss = -masked.masked_mean(logprobs, mask)
+  loss, scores, mask = given.read_nll(apply_fn, params, batch, hits=True)
   tokens = jnp.sum(mask).astype(jnp.float32)
   return loss, {
-    "token_accuracy": masked.masked_mean(hit.astype(jnp.float32), mask),
+    "token_accuracy": masked.masked_mean(scores.hits, mask),
     "weight": tokens,
     "tokens": tokens,
   }
 
 
-def _score(targets: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-  return logprobs_lib.token_logprobs(logits, targets), jnp.argmax(logits, axis=-1) == targets
-
-
 def row_sums(apply_fn: ApplyFn, params: Params, batch: SFTBatch) -> Metrics:
   """Sums [B] over the scored tokens of each row: `loss`, `token_accuracy`, and their number."""
-  (logprobs, hit), mask = given.read_rows(apply_fn, params, batch, _score)
-  sums = {"loss": -logprobs, "token_accuracy": hit, "tokens": jnp.ones_like(logprobs)}
+  scores, mask = given.read_rows(apply_fn, params, batch, hits=True)
+  sums = {"loss": -scores.logprobs, "token_accuracy": scores.hits, "tokens": mask}
   return {name: masked.masked_sum(x, mask, axis=1) for name, x in sums.items()}
 
 

@@ -5,6 +5,7 @@ it once, in order.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +92,17 @@ def padding_fraction(dataset: Dataset, batch_size: int, packed_length: int = 0) 
   return 1 - sum(map(sum, _lengths(dataset))) / (rows * dataset.padded_length)
 
 
+def packed_scored(dataset: Dataset, packed_length: int) -> int:
+  """Returns the most response tokens that a packed row of `batches` holds.
+
+  It is a tenth above the usual share of responses, so that few rows are closed early because of it.
+  """
+  responses = [len(ids) for e in dataset.examples for ids in responses_of(e)]
+  share = 1.1 * sum(responses) / sum(map(sum, _lengths(dataset)))
+  scored = max(max(responses), math.ceil(share * packed_length))
+  return min(packed_length, -(-scored // 8) * 8)
+
+
 def eval_batches(
   dataset: Dataset,
   batch_size: int,
@@ -138,14 +150,15 @@ def _packed_rows(
 ) -> grain.IterDataset:
   """Packs examples, in the `order` of their indices, into rows; `rows` are filled at a time.
 
-  Every row is a dict: "tokens_k" and "mask_k" [T] of the k-th responses with their prompts, and
-  "index" [S] of the examples.
+  Every row is a dict: "tokens_k" and "mask_k" [T] of the k-th responses with their prompts,
+  "scored_k" with an entry for each of their response tokens, and "index" [S] of the examples.
   """
   lengths = [max(some) for some in _lengths(dataset)]
   # More sequences than twice the usual number take a row of short ones; it is then closed early.
   most = min(length // min(lengths), -(-2 * length * len(lengths) // sum(lengths)))
   sides = range(dataset.width)
   masks = tuple(f"mask_{side}" for side in sides)
+  scored = packed_scored(dataset, length)
 
   def example(index: int) -> Arrays:
     prompt = dataset.examples[index]["prompt"]
@@ -153,11 +166,13 @@ def _packed_rows(
     for side, response in enumerate(responses_of(dataset.examples[index])):
       columns[f"tokens_{side}"] = np.concatenate([prompt, response])
       columns[f"mask_{side}"] = np.arange(len(prompt) + len(response)) >= len(prompt)
+      columns[f"scored_{side}"] = np.zeros(len(response), bool)
     return columns
 
   return grain.experimental.FirstFitPackIterDataset(
     order.map(example),
     length_struct={f"{name}_{side}": length for name in ("tokens", "mask") for side in sides}
+    | {f"scored_{side}": scored for side in sides}
     | {"index": most},
     num_packing_bins=rows,
     shuffle_bins=False,  # They are one batch.

@@ -172,7 +172,7 @@ def load(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  return _finish(kind, train, *shape), _finish(kind, heldout, *shape)
+  return _finish(kind, train, shape), _finish(kind, heldout, shape)
 
 
 def is_given(config: DataConfig) -> bool:
@@ -206,7 +206,7 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
   rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
   padded = max(len(example["prompt"]) for example in examples)
-  return _finish("prompts", _part_of(examples, rows), padded, 0)
+  return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
 
 
 def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
@@ -248,12 +248,12 @@ def from_rows(
     raise error
 
   part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
-  return _finish(kind, part, *_shape(kind, part.examples))
+  return _finish(kind, part, _shape(kind, part.examples))
 
 
 def from_examples(kind: KindName, examples: list[Arrays], rows: list[dict[str, Any]]) -> Dataset:
   """Makes a data set of tokenised examples, such as sampled responses; see `Dataset`."""
-  return _finish(kind, _part_of(examples, rows), *_shape(kind, examples))
+  return _finish(kind, _part_of(examples, rows), _shape(kind, examples))
 
 
 class _Part(NamedTuple):
@@ -640,17 +640,23 @@ def _summary(report: dict[str, int]) -> str:
   return ", ".join(f"{name} {count}" for name, count in sorted(report.items()) if count) or "none"
 
 
-def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int]:
-  """Returns the `padded_length` and the `width` that all examples fit."""
+def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int, int]:
+  """Returns the `padded_length`, the `width` and the `scored` that all examples fit."""
   if not examples:
-    return 0, 0
+    return 0, 0, 0
   prompts = [len(example["prompt"]) for example in examples]
   responses = [[len(ids) for ids in responses_of(example)] for example in examples]
   length = KINDS[kind].longest(prompts, responses)
-  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, max(map(len, responses))
+  padded = _round_up(length)
+  longest = max((length for lengths in responses for length in lengths), default=0)
+  return padded, max(map(len, responses)), min(padded, _round_up(longest))
 
 
-def _finish(kind: KindName, part: _Part, padded_length: int, width: int) -> Dataset:
+def _round_up(length: int) -> int:
+  return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+def _finish(kind: KindName, part: _Part, shape: tuple[int, int, int]) -> Dataset:
   digest = hashlib.sha256(kind.encode())
   for example in part.examples:
     for ids in example.values():
@@ -661,8 +667,7 @@ def _finish(kind: KindName, part: _Part, padded_length: int, width: int) -> Data
     kind,
     part.examples,
     part.rows,
-    padded_length,
-    width,
+    *shape,
     digest.hexdigest(),
     dict(part.report),
     tuple(sorted(part.unread)),

@@ -48,6 +48,7 @@ class Dataset(NamedTuple):
       prompt for the kind "prompts", prompt and both responses for comparisons, else prompt and
       response.
     width: Number K of responses per example: 2 for pairs, the maximum in both sets for rankings.
+    scored: Number of tokens of the longest response, rounded up, shared by both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
       `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
@@ -67,6 +68,7 @@ class Dataset(NamedTuple):
   rows: list[dict[str, Any]]
   padded_length: int
   width: int
+  scored: int
   digest: str
   report: dict[str, int]
   unread: tuple[str, ...] = ()

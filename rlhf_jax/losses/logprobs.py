@@ -7,19 +7,19 @@ of 128 thousand, the logits of a batch, their softmax and their gradients would 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses import masked
+from rlhf_jax.losses import masked, packing
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("hidden", "params"),
-  meta_fields=("read_out", "chunk"),
+  meta_fields=("read_out", "chunk", "kept", "scored"),
 )
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
@@ -29,13 +29,19 @@ class LazyLogits:
     hidden: [B, T, D] hidden states that the logits are computed from.
     params: Params of `read_out`.
     read_out: `(params, hidden [B, t, D]) -> logits [B, t, V]`.
-    chunk: Number t of tokens per row whose logits are held at a time.
+    chunk: Number t of tokens per row whose logits are computed at a time.
+    kept: Number of tokens per row whose logits may be kept for the backward pass. Longer rows
+      compute them again.
+    scored: Maximum number of tokens per row that a loss scores; logits are computed only for them.
+      0 stands for all.
   """
 
   hidden: jax.Array
   params: Any
   read_out: Callable[[Any, jax.Array], jax.Array]
   chunk: int
+  kept: int = 0
+  scored: int = 0
 
 
 Logits = jax.Array | LazyLogits
@@ -76,22 +82,33 @@ def over_tokens(fn: Callable[..., Any], *inputs: Logits) -> Any:
   pieces = max(-(-length // x.chunk) for x in lazy)
   if pieces == 1:
     return piece(arrays)
-  size = -(-length // pieces)
+  piece = jax.checkpoint(piece, prevent_cse=False)  # In a loop there is nothing to merge anyway.
+  return _join(jax.lax.map(piece, _cut(arrays, pieces)), length)
 
-  def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, size, ...]
-    x = jnp.pad(x, ((0, 0), (0, pieces * size - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.swapaxes(x.reshape(x.shape[0], pieces, size, *x.shape[2:]), 0, 1)
+
+def _cut(arrays: Any, pieces: int) -> Any:
+  """Cuts a tree of [B, T, ...] along T into [pieces, B, t, ...], with zeros at the end."""
+
+  def cut(x: jax.Array) -> jax.Array:
+    size = -(-x.shape[1] // pieces)
+    padding = ((0, 0), (0, pieces * size - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
+    return jnp.swapaxes(jnp.pad(x, padding).reshape(len(x), pieces, size, *x.shape[2:]), 0, 1)
+
+  return jax.tree.map(cut, arrays)
+
+
+def _join(pieces: Any, length: int) -> Any:
+  """Joins a tree of [pieces, B, t, ...] into [B, length, ...]."""
 
   def join(x: jax.Array) -> jax.Array:
     x = jnp.swapaxes(x, 0, 1)
-    return x.reshape(x.shape[0], pieces * size, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
-  piece = jax.checkpoint(piece, prevent_cse=False)  # In a loop there is nothing to merge anyway.
-  return jax.tree.map(join, jax.lax.map(piece, [cut(x) for x in arrays]))
+  return jax.tree.map(join, pieces)
 
 
 def over_next_tokens(fn: Callable[..., Any], tokens: jax.Array, *logits: Logits) -> Any:
-  """`fn(targets, *logits)`, where targets are the next tokens. This is the only place that shifts.
+  """`fn(targets, *logits)`, where targets are the next tokens.
 
   Args:
     fn: See `over_tokens`.
@@ -103,8 +120,16 @@ def over_next_tokens(fn: Callable[..., Any], tokens: jax.Array, *logits: Logits)
     is 0.
   """
   chex.assert_rank(tokens, 2)
-  # The last position gets a wrong target here; its result is dropped below.
-  results = over_tokens(fn, jnp.roll(tokens, -1, axis=1), *logits)
+  return _back(over_tokens(fn, _next(tokens), *logits))
+
+
+def _next(tokens: jax.Array) -> jax.Array:
+  """Targets of the logits at each position; `_back` drops the last one, which is wrong."""
+  return jnp.roll(tokens, -1, axis=1)
+
+
+def _back(results: Any) -> Any:
+  """Moves results from the position of the logits to that of the token which they are about."""
   return jax.tree.map(
     lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2)), results
   )
@@ -128,6 +153,300 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
 
 
+class TokenScores(NamedTuple):
+  """Numbers about tokens under their logits, [..., T] each; None for those not asked for.
+
+  Attributes:
+    logprobs: float32, log-probability of the target.
+    entropy: float32, entropy in nats.
+    hits: bool, True if no logit is above that of the target.
+    collision: float32, log sum_v pi(v)^2, without a gradient.
+  """
+
+  logprobs: jax.Array
+  entropy: Any = None
+  hits: Any = None
+  collision: Any = None
+
+
+class _Ask(NamedTuple):
+  """Arguments of `token_scores` that are not arrays."""
+
+  temperature: float = 1.0
+  entropy: bool = False
+  hits: bool = False
+  collision: bool = False
+
+
+def token_scores(
+  logits: Logits,
+  targets: jax.Array,
+  *,
+  temperature: float = 1.0,
+  entropy: bool = False,
+  hits: bool = False,
+  collision: bool = False,
+) -> TokenScores:
+  """Log-probability of each target, and what else is asked for, in one pass over the logits.
+
+  Nothing is shifted; see `token_logprobs`. The gradient of lazy logits is written by hand: logits
+  are kept if there are at most `LazyLogits.kept` tokens per row, and computed again if not.
+
+  Args:
+    logits: [..., T, V] float.
+    targets: [..., T] int, each in `[0, V)`.
+    temperature: Temperature, which divides the logits.
+    entropy: True to return the entropy.
+    hits: True to return whether the target has the highest logit.
+    collision: True to return log sum_v pi(v)^2.
+
+  Returns:
+    Arrays [..., T].
+  """
+  ask = _Ask(temperature, entropy, hits, collision)
+  if isinstance(logits, LazyLogits):
+    chex.assert_equal_shape_prefix([logits.hidden, targets], 2)
+    return _lazy_scores(logits, targets, ask)
+  return _measure(logits, targets, ask)
+
+
+def next_token_scores(
+  logits: Logits, tokens: jax.Array, mask: jax.Array | None = None, **ask: Any
+) -> TokenScores:
+  """`token_scores` of every token given the ones before it.
+
+  Args:
+    logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
+    tokens: [B, T] int.
+    mask: [B, T] bool, True on the tokens to score. Lazy logits with `LazyLogits.scored` are
+      computed for these only; a row with more of them gets NaN. None stands for all tokens.
+    **ask: See `token_scores`.
+
+  Returns:
+    Arrays [B, T]; 0 in column 0, which has no prediction, and at tokens that are left out.
+  """
+  if mask is None or not isinstance(logits, LazyLogits) or not _skips(logits):
+    return _back(token_scores(logits, _next(tokens), **ask))
+  scored = packing.positions(mask, logits.scored)
+  scores = token_scores(_at(logits, scored - 1), _take(tokens, scored), **ask)
+  return _spread(scores, scored, mask)
+
+
+def next_token_nll(
+  logits: Logits, tokens: jax.Array, weights: jax.Array, **ask: Any
+) -> tuple[jax.Array, TokenScores]:
+  """Sum over tokens of `weights` times the negative log-likelihood given the tokens before.
+
+  The gradient of lazy logits is computed together with the sum, so that no logit is kept or
+  computed again.
+
+  Args:
+    logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
+    tokens: [B, T] int.
+    weights: [B, T] float32, without a gradient. 0 leaves a token out, and must be in column 0;
+      lazy logits with `LazyLogits.scored` are computed only for tokens with a weight.
+    **ask: See `token_scores`.
+
+  Returns:
+    The sum, and arrays [B, T] as from `next_token_scores`, without a gradient.
+  """
+  weights = jax.lax.stop_gradient(weights)
+  if not isinstance(logits, LazyLogits):
+    scores = next_token_scores(logits, tokens, **ask)
+    return _weighted(scores.logprobs, weights), jax.lax.stop_gradient(scores)
+  if not _skips(logits):
+    total, scores = _lazy_nll(logits, _next(tokens), jnp.roll(weights, -1, axis=1), _Ask(**ask))
+    return total, _back(scores)
+  mask = weights != 0
+  scored = packing.positions(mask, logits.scored)
+  inputs = _at(logits, scored - 1), _take(tokens, scored), _take(weights, scored)
+  total, scores = _lazy_nll(*inputs, _Ask(**ask))
+  missing = jnp.sum(mask) > jnp.sum(scored < tokens.shape[1])
+  return jnp.where(missing, jnp.nan, total), _spread(scores, scored, mask)
+
+
+def _skips(logits: LazyLogits) -> bool:
+  """True if logits are computed for some of the tokens."""
+  return 0 < logits.scored < logits.hidden.shape[1]
+
+
+def _at(logits: LazyLogits, positions: jax.Array) -> LazyLogits:
+  """Lazy logits at positions [B, C] of each row; outside of it they are of any position."""
+  positions = jnp.clip(positions, 0, logits.hidden.shape[1] - 1)
+  hidden = jnp.take_along_axis(logits.hidden, positions[..., None], axis=1)
+  return dataclasses.replace(logits, hidden=hidden)
+
+
+def _take(x: jax.Array, positions: jax.Array) -> jax.Array:
+  """Entries of x [B, T] at positions [B, C]; 0 where these are T."""
+  taken = jnp.take_along_axis(x, jnp.minimum(positions, x.shape[1] - 1), axis=1)
+  return jnp.where(positions < x.shape[1], taken, jnp.zeros((), x.dtype))
+
+
+def _spread(scores: TokenScores, scored: jax.Array, mask: jax.Array) -> TokenScores:
+  """Moves results [B, C] to their tokens in a mask [B, T]; NaN in rows that have more than C."""
+  length = mask.shape[1]
+  missing = jnp.sum(mask, axis=1) > jnp.sum(scored < length, axis=1)
+
+  def spread(x: jax.Array) -> jax.Array:
+    rows = jnp.arange(len(x))[:, None]
+    x = jnp.zeros((len(x), length), x.dtype).at[rows, scored].set(x, mode="drop")
+    return x if x.dtype == bool else jnp.where(missing[:, None], jnp.nan, x)
+
+  return jax.tree.map(spread, scores)
+
+
+def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
+  # Log-probabilities without a weight may be NaN.
+  return -jnp.sum(weights * jnp.where(weights == 0, 0.0, logprobs))
+
+
+def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
+  chex.assert_rank(logits, targets.ndim + 1)
+  chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
+  logits, fine = shifted(logits / ask.temperature)
+  # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
+  # Explicit meshes, and needs less memory on TPU.
+  target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
+  powers = jnp.exp(logits)
+  total = jnp.sum(powers, axis=-1)
+  level = jnp.log(total)
+
+  def known(x: jax.Array) -> jax.Array:
+    return jnp.where(fine, x, jnp.nan)
+
+  scores = TokenScores(known(target - level))
+  if ask.entropy:
+    products = powers * jnp.where(powers > 0, logits, 0.0)
+    scores = scores._replace(entropy=known(level - jnp.sum(products, axis=-1) / total))
+  if ask.hits:
+    scores = scores._replace(hits=fine & (target >= 0))
+  if ask.collision:
+    squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
+    scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))
+  return scores
+
+
+def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  # int32 whatever the dtype of the tokens: 8 bits would wrap around after 255.
+  vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  return vocabulary == targets[..., None]
+
+
+def _cotangent(
+  logits: jax.Array,
+  targets: jax.Array,
+  by_logprob: jax.Array,
+  by_entropy: jax.Array | None,
+  temperature: float,
+) -> jax.Array:
+  """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
+  dtype = logits.dtype
+  logits, fine = shifted(logits / temperature)
+  powers = jnp.exp(logits)
+  total = jnp.sum(powers, axis=-1, keepdims=True)
+  by_logprob = jnp.where(fine, by_logprob, 0.0)[..., None] / temperature
+  result = jnp.where(_is_target(logits, targets), by_logprob, 0.0) - powers * (by_logprob / total)
+  if by_entropy is not None:
+    by_entropy = jnp.where(fine, by_entropy, 0.0)[..., None] / temperature
+    logits = jnp.where(powers > 0, logits, 0.0)
+    mean = jnp.sum(powers * logits, axis=-1, keepdims=True) / total
+    result -= powers * (logits - mean) * (by_entropy / total)
+  return result.astype(dtype)
+
+
+def _pieces(lazy: LazyLogits) -> int:
+  return -(-lazy.hidden.shape[1] // lazy.chunk)
+
+
+def _scan(piece: Callable[..., Any], carry: Any, arrays: Any, pieces: int) -> tuple[Any, Any]:
+  """Runs `piece(carry, arrays) -> (carry, results)` over the tokens, a few at a time."""
+  if pieces == 1:
+    return piece(carry, arrays)
+  carry, results = jax.lax.scan(piece, carry, _cut(arrays, pieces))
+  return carry, _join(results, jax.tree.leaves(arrays)[0].shape[1])
+
+
+def _add(total: Any, params: Any) -> Any:
+  return jax.tree.map(lambda t, x: t + x, total, params)
+
+
+def _zeros(params: Any) -> Any:
+  # Summed in float32: params may be bfloat16.
+  return jax.tree.map(lambda p: jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+
+
+def _gradient(lazy: LazyLogits, hidden: jax.Array, params: Any) -> LazyLogits:
+  params = jax.tree.map(lambda total, p: total.astype(p.dtype), params, lazy.params)
+  return dataclasses.replace(lazy, hidden=hidden, params=params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lazy_scores(lazy: LazyLogits, targets: jax.Array, ask: _Ask) -> TokenScores:
+  return _scores_forward(lazy, targets, ask)[0]
+
+
+def _scores_forward(lazy: LazyLogits, targets: jax.Array, ask: _Ask):
+  keep = lazy.hidden.shape[1] <= lazy.kept
+
+  def piece(carry, xs):
+    logits = lazy.read_out(lazy.params, xs[0])
+    return carry, (_measure(logits, xs[1], ask), logits if keep else None)
+
+  _, (scores, logits) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
+  return scores, (lazy, targets, logits)
+
+
+def _scores_backward(ask: _Ask, saved, by: TokenScores):
+  lazy, targets, kept = saved
+
+  def piece(total, xs):
+    hidden, targets, by_logprob, by_entropy, logits = xs
+    # If logits are kept and linear in the hidden states, the compiler drops this product.
+    again, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
+    logits = again if logits is None else logits
+    by_params, by_hidden = pull(
+      _cotangent(logits, targets, by_logprob, by_entropy, ask.temperature)
+    )
+    return _add(total, by_params), by_hidden
+
+  inputs = (lazy.hidden, targets, by.logprobs, by.entropy, kept)
+  params, hidden = _scan(piece, _zeros(lazy.params), inputs, _pieces(lazy))
+  return _gradient(lazy, hidden, params), None
+
+
+_lazy_scores.defvjp(_scores_forward, _scores_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _lazy_nll(
+  lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: _Ask
+) -> tuple[jax.Array, TokenScores]:
+  scores = _lazy_scores(lazy, targets, ask)
+  return _weighted(scores.logprobs, weights), scores
+
+
+def _nll_forward(lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: _Ask):
+  def piece(total, xs):
+    hidden, targets, weights = xs
+    logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
+    scores = _measure(logits, targets, ask)
+    by_params, by_hidden = pull(_cotangent(logits, targets, -weights, None, ask.temperature))
+    return _add(total, by_params), (by_hidden, scores)
+
+  inputs = (lazy.hidden, targets, weights)
+  params, (hidden, scores) = _scan(piece, _zeros(lazy.params), inputs, _pieces(lazy))
+  return (_weighted(scores.logprobs, weights), scores), _gradient(lazy, hidden, params)
+
+
+def _nll_backward(ask: _Ask, gradient: LazyLogits, by):
+  del ask
+  return jax.tree.map(lambda g: (by[0] * g).astype(g.dtype), gradient), None, None
+
+
+_lazy_nll.defvjp(_nll_forward, _nll_backward)
+
+
 def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
   """Log-probability of each target under the logits at the same position.
 
@@ -144,20 +463,7 @@ def token_logprobs(logits: Logits, targets: jax.Array) -> jax.Array:
   Raises:
     AssertionError: If the shapes do not match.
   """
-
-  def compute(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    chex.assert_rank(logits, targets.ndim + 1)
-    chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-    logits, fine = shifted(logits)
-    # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
-    # Explicit meshes, and needs less memory on TPU.
-    # int32 whatever the dtype of the tokens: 8 bits would wrap around after 255.
-    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    hit = vocabulary == targets[..., None]
-    logprobs = jnp.sum(logits, axis=-1, where=hit) - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
-    return jnp.where(fine, logprobs, jnp.nan)
-
-  return over_tokens(compute, logits, targets)
+  return token_scores(logits, targets).logprobs
 
 
 def next_token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
@@ -170,7 +476,8 @@ def next_token_logprobs(logits: Logits, tokens: jax.Array) -> jax.Array:
   Returns:
     [B, T] float32. Column 0 has no prediction and is 0.
   """
-  return over_next_tokens(lambda targets, logits: token_logprobs(logits, targets), tokens, logits)
+  chex.assert_rank(tokens, 2)
+  return next_token_scores(logits, tokens).logprobs
 
 
 def entropy(logits: Logits) -> jax.Array:
@@ -182,12 +489,5 @@ def entropy(logits: Logits) -> jax.Array:
   Returns:
     [...] float32.
   """
-
-  def compute(logits: jax.Array) -> jax.Array:
-    logits, fine = shifted(logits)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    probs = jnp.exp(logprobs)
-    result = -jnp.sum(probs * jnp.where(probs > 0, logprobs, 0.0), axis=-1)
-    return jnp.where(fine, result, jnp.nan)
-
-  return over_tokens(compute, logits)
+  shape = logits.hidden.shape[:-1] if isinstance(logits, LazyLogits) else logits.shape[:-1]
+  return token_scores(logits, jnp.zeros(shape, jnp.int32), entropy=True).entropy

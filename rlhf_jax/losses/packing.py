@@ -121,6 +121,12 @@ def move_padding_right(real: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, 
   return tuple(jnp.take_along_axis(x, order, axis=1) for x in arrays)
 
 
+def positions(mask: jax.Array, capacity: int) -> jax.Array:
+  """Positions where a mask [B, T] is True, [B, capacity] int32; T fills up a row."""
+  order = jnp.argsort(~mask, axis=-1, stable=True)[..., :capacity].astype(jnp.int32)
+  return jnp.where(jnp.take_along_axis(mask, order, axis=-1), order, mask.shape[-1])
+
+
 def round_up(rows: int, multiple: int = 1) -> int:
   """Rounds a row count up to one of few values, to limit recompilation.
 

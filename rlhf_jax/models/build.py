@@ -37,6 +37,9 @@ from rlhf_jax.models.transformer import (
 )
 from rlhf_jax.types import Params
 
+# Logits of so many tokens, of all rows, stay in the cache of a CPU while a loss reads them.
+_CPU_TOKENS = 256
+
 
 class Model(NamedTuple):
   """A decoder as pure functions.
@@ -125,8 +128,8 @@ def build(
     head: Head over the final hidden states.
     known_tokens: Number of ids in the tokenizer, if the embedding has more rows. The logits of the
       other ids are -inf, so that neither sampling nor training gives them probability.
-    logit_chunk: Approximate number of logits per row (tokens times V) that a loss computes at a
-      time: `apply` returns `LazyLogits`. None returns the array.
+    logit_chunk: Approximate number of logits per row (tokens times V) that a loss holds at a time:
+      `apply` returns `LazyLogits`. None returns the array.
     mesh: Devices that the model runs on; see `attention.make_attend`. Activations and caches are
       constrained to be split by rows. Without this constraint XLA shards activations like the fsdp
       weights, and every device computes every row.
@@ -189,7 +192,7 @@ def build(
 
   to_logits = precision.within(passes, to_logits)
 
-  def read_out(params: Params, hidden: jax.Array, chunk: int | None = None) -> Any:
+  def read_out(params: Params, hidden: jax.Array, chunk: int | None = None, scored: int = 0) -> Any:
     hidden = norm(params["final_norm"], hidden)
     scores = None if head == "language" else score(params["score"], hidden)
     if head == "scalar":
@@ -199,7 +202,9 @@ def build(
     if chunk is None:
       logits = to_logits(output, hidden)
     else:
-      logits = LazyLogits(hidden, output, to_logits, max(1, chunk // config.vocab_size))
+      kept = max(1, chunk // config.vocab_size)
+      size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
+      logits = LazyLogits(hidden, output, to_logits, min(kept, size), kept, scored)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:
@@ -223,6 +228,7 @@ def build(
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
     last: int | None = None,
+    scored: int = 0,
   ) -> Any:
     require_positions(tokens.shape[1])
     if positions is None:
@@ -239,7 +245,7 @@ def build(
     layer = REMAT[config.remat](layer)
     x = by_rows(embed(params["embed"], tokens, positions))
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
-    return read_out(params, x if last is None else x[:, -last:], logit_chunk)
+    return read_out(params, x if last is None else x[:, -last:], logit_chunk, scored)
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
     require_positions(slots)

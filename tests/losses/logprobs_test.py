@@ -152,7 +152,7 @@ def test_sharded_vocabulary(axis_type, function):
   assert "f32[2,6,16]" not in step.as_text()
 
 
-def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0):
+def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0, kept=0, scored=0):
   """Lazy logits [B, T, V], their hidden states and kernel, and the targets; shape is B, T, D, V."""
   rows, length, width, size = shape
   rng = np.random.default_rng(seed)
@@ -161,10 +161,11 @@ def lazy_logits(chunk, shape=(3, 7, 5, 11), softcap=4.0, seed=0):
   targets = rng.integers(size, size=(rows, length)).astype(np.int32)
 
   def read_out(params, hidden):
-    return softcap * jnp.tanh(hidden @ params["kernel"] / softcap)
+    logits = hidden @ params["kernel"]
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
   def make(hidden, kernel):
-    return logprobs.LazyLogits(hidden, {"kernel": kernel}, read_out, chunk)
+    return logprobs.LazyLogits(hidden, {"kernel": kernel}, read_out, chunk, kept, scored)
 
   return make, hidden, kernel, targets
 
@@ -186,10 +187,10 @@ OVER_LOGITS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize(("chunk", "kept"), [(1, 0), (3, 7), (4, 6), (7, 0), (100, 100)])
 @pytest.mark.parametrize("name", OVER_LOGITS)
-def test_lazy_logits_change_neither_values_nor_gradients(name, chunk):
-  make, hidden, kernel, targets = lazy_logits(chunk)
+def test_lazy_logits_change_neither_values_nor_gradients(name, chunk, kept):
+  make, hidden, kernel, targets = lazy_logits(chunk, kept=kept)
   weights = np.random.default_rng(1).normal(size=targets.shape).astype(np.float32)
 
   def loss(hidden, kernel, *, lazy):
@@ -216,6 +217,116 @@ def test_lazy_logits_match_float64():
   table = log_softmax(4 * np.tanh(hidden.astype(np.float64) @ kernel / 4))
   result = jax.jit(lambda *x: logprobs.token_logprobs(make(*x), targets))(hidden, kernel)
   np.testing.assert_allclose(result, pick(table, targets), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_scores_match_float64(lazy):
+  make, hidden, kernel, targets = lazy_logits(chunk=3)
+  table = log_softmax(4 * np.tanh(hidden.astype(np.float64) @ kernel / 4) / 0.7)
+
+  @jax.jit
+  def scores(*x):
+    logits = make(*x)
+    logits = logits if lazy else logits.read_out(logits.params, logits.hidden)
+    ask = {"entropy": True, "hits": True, "collision": True}
+    return logprobs.token_scores(logits, targets, temperature=0.7, **ask)
+
+  result, p = scores(hidden, kernel), np.exp(table)
+  np.testing.assert_allclose(result.logprobs, pick(table, targets), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(result.entropy, -(p * table).sum(-1), rtol=1e-5)
+  np.testing.assert_array_equal(result.hits, table.argmax(-1) == targets)
+  np.testing.assert_allclose(result.collision, np.log((p**2).sum(-1)), rtol=1e-5)
+  assert 0 < result.hits.sum() < result.hits.size
+
+
+SCORED = np.array([[t in row for t in range(7)] for row in ([1, 3, 4], [6], [])])
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("chunk", "kept"), [(1, 0), (2, 3), (100, 100)])
+@pytest.mark.parametrize("function", ["scores", "nll"])
+def test_scored_positions_have_the_values_and_gradients_of_all_positions(
+  function, chunk, kept, softcap
+):
+  make, hidden, kernel, tokens = lazy_logits(chunk, softcap=softcap, kept=kept, scored=3)
+  weights = SCORED * np.random.default_rng(1).normal(size=tokens.shape).astype(np.float32)
+
+  def loss(hidden, kernel, *, lazy):
+    logits = make(hidden, kernel)
+    logits = logits if lazy else logits.read_out(logits.params, hidden)
+    if function == "nll":
+      total, scores = logprobs.next_token_nll(logits, tokens, weights, hits=True)
+      total = jnp.square(total)  # The gradient from outside is not 1.
+    else:
+      scores = logprobs.next_token_scores(
+        logits, tokens, SCORED, temperature=0.7, entropy=True, hits=True
+      )
+      total = jnp.sum(weights * (jnp.sin(scores.logprobs) + jnp.cos(scores.entropy)))
+    return total, scores
+
+  def run(lazy):
+    loss_of = functools.partial(loss, lazy=lazy)
+    return jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True))(hidden, kernel)
+
+  (value, scores), grads = run(lazy=True)
+  (want, want_scores), want_grads = run(lazy=False)
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  for x, y in zip(jax.tree.leaves(scores), jax.tree.leaves(want_scores), strict=True):
+    np.testing.assert_allclose(x, y * SCORED, rtol=1e-5, atol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-5), grads, want_grads
+  )
+
+
+def test_rows_with_more_tokens_than_are_scored_are_nan():
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, scored=2)
+  scores = logprobs.next_token_scores(make(hidden, kernel), tokens, SCORED)
+  np.testing.assert_array_equal(np.isnan(scores.logprobs).all(axis=1), [True, False, False])
+  total, _ = logprobs.next_token_nll(make(hidden, kernel), tokens, SCORED.astype(np.float32))
+  assert np.isnan(total)
+  total, _ = logprobs.next_token_nll(make(hidden, kernel), tokens, SCORED * [[0], [1], [1]])
+  assert np.isfinite(total)
+
+
+def test_tokens_without_a_weight_may_have_no_likelihood():
+  logits, tokens = random_logits((3, 7, 5))
+  weights = np.ones(tokens.shape, np.float32)
+  weights[:, 0] = weights[1, 4:] = 0
+  logits[1, 3:] = np.nan
+
+  def loss(x):
+    return logprobs.next_token_nll(x, tokens, weights)[0]
+
+  value, grad = jax.jit(jax.value_and_grad(loss))(logits)
+  want = -np.nansum(weights[:, 1:] * pick(log_softmax(logits)[:, :-1], tokens[:, 1:]))
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  assert np.isfinite(grad).all()
+  lazy = logprobs.LazyLogits(jnp.asarray(logits), (), lambda _, hidden: hidden, chunk=2)
+  lazy_value, lazy_grad = jax.jit(jax.value_and_grad(loss, allow_int=True))(lazy)
+  np.testing.assert_allclose(lazy_value, value, rtol=1e-6)
+  np.testing.assert_allclose(lazy_grad.hidden, grad, atol=1e-6)
+
+
+def products(function, *inputs):
+  """Sizes of the products with the kernel in a compiled function: tokens per call, for each."""
+  text = jax.jit(function).lower(*inputs).compile().as_text()
+  return [line for line in text.splitlines() if re.search(r"\b(dot|custom-call)\(", line)]
+
+
+@pytest.mark.parametrize(
+  ("name", "kept", "count"), [("nll", 0, 3), ("scores", 7, 3), ("scores", 0, 4)]
+)
+def test_products_with_the_output_matrix(name, kept, count):
+  """One forward and two backward; logits that are not kept are computed once more."""
+  make, hidden, kernel, tokens = lazy_logits(chunk=4, softcap=None, kept=kept)
+  weights = np.ones(tokens.shape, np.float32)
+
+  def loss(*x):
+    if name == "nll":
+      return logprobs.next_token_nll(make(*x), tokens, weights)[0]
+    return jnp.sum(jnp.sin(logprobs.next_token_scores(make(*x), tokens).logprobs))
+
+  assert len(products(jax.value_and_grad(loss, (0, 1)), hidden, kernel)) == count
 
 
 def test_two_lazy_inputs_are_cut_at_the_same_tokens():

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.lab import models, workbench
 from rlhf_jax import data, loop, writers
-from tests.testing import full, on_devices
+from tests.testing import on_devices
 
 README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
 

@@ -2,18 +2,17 @@
 
 import importlib
 import json
+import math
 import pathlib
 import random
-import re
 import types
 
 import pytest
 
 from experiments.lab import models, workbench
 from rlhf_jax import data, loop, writers
-from tests.testing import on_devices
-
-README = pathlib.Path(__file__).resolve().parents[2] / "README.md"
+from tests.experiments.documents_test import SCRIPTS, publish_hh
+from tests.testing import full, on_devices
 
 
 def heldout(workdir, name="eval/loss"):
@@ -60,8 +59,25 @@ def test_defaults_lower_the_held_out_loss(script, pairs, shared, tmp_path, monke
   assert losses[0] > losses[-1]
 
 
-def commands():
-  """The commands of README on a model of the reader."""
-  section = README.read_text(encoding="utf-8").partition("## A model of yours")[2]
-  block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
-  return [line for line in block[1].splitlines() if line.startswith("python -m")], block[1]
+@full
+@pytest.mark.slow
+def test_the_commands_of_readme_lower_held_out_losses(
+  smollm2, shared, tmp_path, monkeypatch, start_script
+):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("model").symlink_to(smollm2)
+  publish_hh(shared, pathlib.Path("hh"))
+  commands = [command for command in SCRIPTS if "hh/train.jsonl" in " ".join(command)]
+  assert [command[0] for command in commands] == [
+    f"experiments.{script}" for script in ("sft", "reward_model", "dpo", "ppo")
+  ]
+  for script, *flags in commands:
+    flags = dict(flag.split("=", 1) for flag in flags)
+    workdir = flags.pop("--workdir")
+    words = [f"{name}={value}" for name, value in flags.items()]
+    finished = start_script(script.removeprefix("experiments."), workdir, *words).end(timeout=3600)
+    assert finished.code == 0, finished.output
+  for run in ("sft", "rm"):
+    losses = heldout(f"runs/hh/{run}")
+    assert len(losses) > 1 and losses[-1] < losses[0]
+  assert heldout("runs/hh/dpo")[-1] < math.log(2)  # That of the start.

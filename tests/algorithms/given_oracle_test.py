@@ -102,6 +102,7 @@ DPO_CASES = {
   "dpo/smoothed": {"label_smoothing": 0.2},
   "robust_dpo/smoothed": {"loss": "robust_dpo", "label_smoothing": 0.2},
   "dpo/sft": {"sft_coef": 0.7},
+  "dpo/bonus": {"bonus_coef": -0.3},
   "aot": {"loss": "aot"},
   "aot_unpaired": {"loss": "aot_unpaired", "label_smoothing": 0.2},
   **{f"dpo/{name}": {"divergence": name} for name in DIVERGENCES},
@@ -142,8 +143,11 @@ def dpo_oracle(config, weighting):
     losses = [loss(w, l, config.beta, config.label_smoothing) for w, l in numbers]
     if weighting.reweight:
       losses = [wpo(held, a) * wpo(held, b) * x for (a, b), x in zip(BOTH, losses, strict=True)]
-    demonstrated = [config.sft_coef * nll(params, sides[0]) for sides in BOTH]
-    return np.mean(np.add(losses, demonstrated))
+    added = [
+      config.sft_coef * nll(params, sides[0]) + config.bonus_coef * total(params, sides[0])
+      for sides in BOTH
+    ]
+    return np.mean(np.add(losses, added))
 
   return oracle, totals(START).astype(np.float32), totals
 

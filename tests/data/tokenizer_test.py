@@ -453,6 +453,8 @@ def test_a_cut_text_keeps_the_turns_that_it_spells(template, kind):
     ("llama3", "<|eot_id|>", "<|eot_id|>"),
     ("thinking", "I </think> so", "</think>"),
     ("plain", "user: hello", ""),
+    ("newline", "### user\nhello", "### user"),
+    ("newline", "a\n### assistant", "### assistant"),
     (None, "hello</s>", "</s>"),
     (None, "a <b>bold</b> <table> [1] {x}", ""),
   ],
@@ -465,7 +467,7 @@ def test_spelled_markers_are_noticed(template, text, noticed):
   of_answer = tok.spelled_marker("hello", ["hello", text])
   if template == "thinking":  # A word of the model.
     assert not of_answer
-  elif noticed in tok.hf.get_vocab():
+  else:
     assert of_answer == said.replace("prompt", "response")
 
 

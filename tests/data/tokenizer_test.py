@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import pathlib
 
@@ -496,3 +497,23 @@ def test_several_templates_need_a_default():
   hf.chat_template = {"default": TEMPLATE, "tool_use": "x"}
   hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
   assert Tokenizer(hf).render_prompt("soup") == "<bos><|user|>soup<|end|><|assistant|>"
+
+
+def test_dialogues_of_hh_are_those_of_transformers(smollm2):
+  path = SHARED / "data" / "preference" / "hh_helpful_test.jsonl"
+  if not path.is_file():
+    pytest.skip(f"needs {path}")
+  rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:100]]
+  prompts = [row["messages"] for row in rows]
+  answers = [[row["chosen"], row["rejected"]] for row in rows]
+  apply = functools.partial(smollm2.hf.apply_chat_template, return_dict=False)
+  equal = 0
+  for prompt, texts, exchange in zip(
+    prompts, answers, smollm2.encode_exchanges(prompts, answers), strict=True
+  ):
+    asked = apply(prompt, add_generation_prompt=True)
+    assert exchange.prompt == asked
+    for text, response in zip(texts, exchange.responses, strict=True):
+      whole = apply([*prompt, {"role": "assistant", "content": text}])
+      equal += asked + response == whole[:-1]  # The template writes a newline after the end.
+  assert equal == 200

@@ -321,10 +321,8 @@ def _parse(
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
   if kind in _JUDGED:
     rows = iter(formats.joined(list(rows)))
-  missing = set(config.ignore)
   parsed = []
   for row in rows:
-    missing -= row.fields.keys()
     try:
       read = schema.parse(
         kind,
@@ -347,8 +345,6 @@ def _parse(
       continue
     row = row._replace(fields={**row.fields, "prompt_text": text})
     parsed.append(_Parsed(row, read.examples, read.unread))
-  if missing and parsed:
-    raise DataError(f"data.ignore: no row has the column {sorted(missing)[0]!r}; leave it out")
   return parsed
 
 

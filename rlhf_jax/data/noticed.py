@@ -80,9 +80,13 @@ def _sum(names: tuple[str, ...], *datasets: Dataset) -> int:
 def _contents(config: DataConfig, train: Dataset, heldout: Dataset) -> str:
   source = config.path or (f"tfds:{config.tfds}" if config.tfds else "")
   unit = _UNITS[train.kind] + (f" of {train.width} responses" if train.kind == "rankings" else "")
+  if source and config.rows and _sum(("rows_read",), train) >= config.rows:
+    unit += f" of the first rows (data.rows={config.rows})"
   held = f"{len(heldout.examples)} held out"
   if config.eval_path:
     held += f" from {config.eval_path}"
+  if source and _sum(("rows_read",), heldout) >= config.eval_rows:
+    held += f", no more by data.eval_rows={config.eval_rows}"
   source = source or "built-in task, toy reviews"
   return f"{source}: {len(train.examples)} {unit}, {held}"
 

@@ -262,7 +262,6 @@ def pairs(count, chosen="w1", rejected="w2"):
       ["data.annotator=ada"],
     ),
     ("preferences", pairs(9), {"annotator": "ada"}, ["annotator: missing"]),
-    ("demonstrations", demonstrations(9), {"ignore": ("contxt",)}, ["data.ignore", "'contxt'"]),
     ("demonstrations", demonstrations(9), {"ignore": ("response",)}, ["response: missing"]),
     (
       "prompts",

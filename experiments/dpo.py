@@ -4,7 +4,7 @@ Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0
   python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
 Your model and data (rows with prompt, chosen, rejected), with another loss:
   python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
-    --dpo.loss=ipo --optim.learning_rate=1e-6 --data.packed_length=1024
+    --dpo.loss=ipo --data.packed_length=1024
 A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 

@@ -480,6 +480,14 @@ def labelled(*labels):
     ),
     ("prompts", [{"prompt": text(1)}, {"prompt": 3}], {"bad_rows": 1}, "1 unusable", "", True),
     (
+      "preferences",
+      [{"prompt": text(1), "chosen": text(1, 2), "rejected": text(1, 3)}],
+      {},
+      "",
+      "1 rows whose answers repeat the prompt",
+      False,
+    ),
+    (
       "prompts",
       [{"prompt": text(1), "answer": "4"}],
       {"eval_fraction": 0.05},

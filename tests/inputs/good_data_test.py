@@ -419,7 +419,7 @@ def test_the_number_of_a_published_solution():
 
 
 def noticed(lines):
-  """What was noticed but for spaces, which do not count for a tokenizer of words."""
+  """Returns the noticed parts but for spaces, which do not count for a tokenizer of words."""
   parts = lines.get("noticed", "").split("; ")
   return "; ".join(part for part in parts if "without a space" not in part)
 

@@ -381,7 +381,8 @@ def _split(kind: KindName, part: _Part, config: DataConfig) -> tuple[_Part, _Par
         break
     else:
       noticed = "nothing_to_hold_out"
-  heldout &= np.cumsum(heldout) <= config.eval_rows
+  is_kept = np.isin(np.arange(len(heldout)), part.origins)
+  heldout &= np.cumsum(heldout & is_kept) <= config.eval_rows
   parts = _take(kind, part, train), _take(kind, part, heldout)
   if noticed:
     parts[1].report[noticed] = 1

@@ -290,6 +290,9 @@ def test_rows_are_held_out_of_those_that_are_left(tmp_path):
     assert (len(train.examples), len(heldout.examples)) == (2, 1)
     lost = [part.report["dropped_overlong"] for part in (train, heldout)]
     assert sum(lost) == 1
+    # The limit counts the rows that are left too.
+    config = {"eval_fraction": 0.99, "eval_rows": 1, "max_response_length": 4}
+    assert len(load("demonstrations", tmp_path, rows, **config)[1].examples) == 1
     assert sum(part.report["rows_read"] for part in (train, heldout)) == 4
 
 

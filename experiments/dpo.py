@@ -61,7 +61,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
-    refs, heldout_refs = bench.references(make_ref_logprobs(bench))
+    packing = {"packed_length": config.data.packed_length}
+    refs, heldout_refs = bench.references(make_ref_logprobs(bench), **packing)
 
     @jax.jit
     def summarize(policy):
@@ -76,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,
-      bench.batches(columns=refs, packed_length=config.data.packed_length),
+      bench.batches(columns=refs, **packing),
       evaluate=evaluate,
       title="dpo",
     )

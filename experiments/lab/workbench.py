@@ -154,16 +154,41 @@ class Workbench(NamedTuple):
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
 
   def references(
-    self, ref_logprobs: Callable[[Params, Any], Metrics]
-  ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Computes `ref_logprobs(start, rows)["ref"]` for all rows of the training and held-out set."""
+    self, ref_logprobs: Callable[[Params, Any], Metrics], **options: Any
+  ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Computes `ref_logprobs(start, rows)["ref"]` of the training and the held-out rows.
+
+    Args:
+      ref_logprobs: `(params, batch) -> {"ref": [B, ...]}`.
+      **options: Options of the training batches; see `batches`.
+
+    Returns:
+      Values of all training rows, NaN for those that no step of the run reads, and of all held-out
+      rows, None without rows.
+    """
     measure = functools.partial(ref_logprobs, self.start)
-    sets = {"reference": self.train_set, "reference, held out": self.heldout}
-    train, heldout = (
-      self.over(dataset, measure, show=name)["ref"] if dataset.examples else None
-      for name, dataset in sets.items()
+    read = self._rows_of_steps(**options)
+    examples, rows = self.train_set.examples, self.train_set.rows
+    part = self.train_set._replace(
+      examples=[examples[i] for i in read], rows=[rows[i] for i in read]
     )
-    return train, heldout
+    values = self.over(part, measure, show="reference")["ref"]
+    train = np.full((len(examples), *values.shape[1:]), np.nan, np.float32)
+    train[read] = values
+    if not self.heldout.examples:
+      return train, None
+    return train, self.over(self.heldout, measure, show="reference, held out")["ref"]
+
+  def _rows_of_steps(self, **options: Any) -> np.ndarray:
+    """Returns the indices of the training rows that the steps of the run read."""
+    count, config = len(self.train_set.examples), self.config
+    if config.steps * config.batch_size >= count:  # A batch has as many rows at least.
+      return np.arange(count)
+    batches = self.batches(columns=np.arange(1, count + 1), **options)
+    read = np.zeros(count + 1, bool)
+    for _ in range(config.steps):
+      read[next(batches)[1]] = True
+    return np.flatnonzero(read[1:])  # Number 0 is the padding of packed rows.
 
   def evaluator(
     self,

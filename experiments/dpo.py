@@ -4,7 +4,7 @@ Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0
   python -m experiments.dpo --workdir=runs/dpo --init_from=runs/sft
 Your model and data (rows with prompt, chosen, rejected), with another loss:
   python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
-    --dpo.loss=ipo --optim.learning_rate=1e-6 --data.packed_length=1024
+    --dpo.loss=ipo --data.packed_length=1024
 A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 
@@ -61,8 +61,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       tokens_per_step=training.step_tokens(config, bench.train_set),
     )
-    packing = {"packed_length": config.data.packed_length}
-    refs, heldout_refs = bench.references(make_ref_logprobs(bench), **packing)
+    refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
     def summarize(policy):
@@ -77,7 +76,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,
-      bench.batches(columns=refs, **packing),
+      bench.batches(columns=refs, packed_length=config.data.packed_length),
       evaluate=evaluate,
       title="dpo",
     )

@@ -1,10 +1,9 @@
-r"""Fine-tunes a policy on single responses with a thumbs up or down: KTO.
+"""Fine-tunes a policy on single responses with a thumbs up or down: KTO.
 
 Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.75):
   python -m experiments.kto --workdir=runs/kto --init_from=runs/sft
 Your model and data (rows with prompt, response, label; a pair counts as two rows):
-  python -m experiments.kto --workdir=runs/kto --init_from=FOLDER --data.path=FILE.jsonl \
-    --optim.learning_rate=1e-6
+  python -m experiments.kto --workdir=runs/kto --init_from=FOLDER --data.path=FILE.jsonl
 
 The initial policy is the reference; its log-probabilities are computed once per response.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the

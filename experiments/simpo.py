@@ -6,7 +6,7 @@ Held to the chosen responses by their likelihood (win rate about 0.7):
   --simpo.sft_coef=1 --optim.learning_rate=1e-4
 Your model and data (rows with prompt, chosen, rejected), by ORPO:
   python -m experiments.simpo --workdir=runs/orpo --init_from=FOLDER --data.path=FILE.jsonl \
-    --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1 --optim.learning_rate=1e-6
+    --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1
 By CPO:
   --simpo.loss=cpo --simpo.beta=0.1
 

@@ -91,19 +91,28 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
 def tournament(
   prefer_of: Callable[[data.Dataset], rewards.PreferenceFn], samples: int
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
-  """Builds scores of samples: the mean preference over the other samples of the prompt."""
+  """Builds scores of samples: the mean preference over the other samples of the prompt.
+
+  Comparisons without a usable preference do not count; a sample without any other has NaN.
+  """
 
   def score_of(prompts: data.Dataset) -> rewards.RewardFn:
     prefer = prefer_of(prompts)
+    watch = rewards.Watch(judges.name_of(prefer))
 
     def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
       ids = prompt_ids[::samples]
       nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
-      total = jnp.zeros([len(ids), samples])
+      total = count = jnp.zeros([len(ids), samples])
+      given = []
       for a, b in itertools.combinations(range(samples), 2):
-        wins = jnp.asarray(prefer(nth[a], nth[b], ids))
-        total = total.at[:, a].add(wins).at[:, b].add(1 - wins)
-      return total.ravel() / (samples - 1)
+        given.append(jnp.asarray(prefer(nth[a], nth[b], ids)))
+        usable = jnp.isfinite(given[-1])
+        wins, counts = jnp.where(usable, given[-1], 0.0), usable.astype(jnp.float32)
+        total = total.at[:, a].add(wins).at[:, b].add(jnp.where(usable, 1 - wins, 0.0))
+        count = count.at[:, a].add(counts).at[:, b].add(counts)
+      watch.check(jnp.concatenate(given))
+      return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan).ravel()
 
     return judges.Named(judges.name_of(prefer), score)
 

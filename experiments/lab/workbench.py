@@ -148,47 +148,32 @@ class Workbench(NamedTuple):
     measure: Callable[[Any], Any],
     columns: np.ndarray | None = None,
     show: str = "",
+    only: np.ndarray | None = None,
   ) -> Any:
     """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
-    return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
+    return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show, only)
 
   def references(
-    self, ref_logprobs: Callable[[Params, Any], Metrics], **options: Any
-  ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Computes `ref_logprobs(start, rows)["ref"]` of the training and the held-out rows.
+    self, ref_logprobs: Callable[[Params, Any], Metrics]
+  ) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Computes `ref_logprobs(start, rows)["ref"]` for the training and the held-out set.
 
-    Args:
-      ref_logprobs: `(params, batch) -> {"ref": [B, ...]}`.
-      **options: Options of the training batches; see `batches`.
-
-    Returns:
-      Values of all training rows, NaN for those that no step of the run reads, and of all held-out
-      rows, None without rows.
+    Training rows that `config.steps` batches do not reach are NaN.
     """
-    measure = functools.partial(ref_logprobs, self.start)
-    read = self._rows_of_steps(**options)
-    examples, rows = self.train_set.examples, self.train_set.rows
-    part = self.train_set._replace(
-      examples=[examples[i] for i in read], rows=[rows[i] for i in read]
-    )
-    values = self.over(part, measure, show="reference")["ref"]
-    train = np.full((len(examples), *values.shape[1:]), np.nan, np.float32)
-    train[read] = values
-    if not self.heldout.examples:
-      return train, None
-    return train, self.over(self.heldout, measure, show="reference, held out")["ref"]
-
-  def _rows_of_steps(self, **options: Any) -> np.ndarray:
-    """Returns the indices of the training rows that the steps of the run read."""
-    count, config = len(self.train_set.examples), self.config
-    if config.steps * config.batch_size >= count:  # A batch has as many rows at least.
-      return np.arange(count)
-    batches = self.batches(columns=np.arange(1, count + 1), **options)
-    read = np.zeros(count + 1, bool)
-    for _ in range(config.steps):
-      read[next(batches)[1]] = True
-    return np.flatnonzero(read[1:])  # Number 0 is the padding of packed rows.
+    config, measure = self.config, functools.partial(ref_logprobs, self.start)
+    train = heldout = None
+    if rows := len(self.train_set.examples):
+      packed, seed = config.data.packed_length, self.run.session.seed
+      only = data.first_rows(
+        self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
+      )
+      refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
+      train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
+      train[only] = refs
+    if self.heldout.examples:
+      heldout = self.over(self.heldout, measure, show="reference, held out")["ref"]
+    return train, heldout
 
   def evaluator(
     self,

@@ -54,7 +54,7 @@ class Shortened(NamedTuple):
   """A prompt that was cut to a number of tokens.
 
   Attributes:
-    prompt: What is left of the prompt.
+    prompt: The prompt that is kept.
     turns: Number of turns that were left out.
     tokens: Number of tokens that were left out.
   """

@@ -164,9 +164,9 @@ class TokenScores(NamedTuple):
   """
 
   logprobs: jax.Array
-  entropy: jax.Array | None = None
-  hits: jax.Array | None = None
-  collision: jax.Array | None = None
+  entropy: Any = None
+  hits: Any = None
+  collision: Any = None
 
 
 class _Ask(NamedTuple):
@@ -225,7 +225,7 @@ def next_token_scores(
   Returns:
     Arrays [B, T]; 0 in column 0, which has no prediction, and at tokens that are left out.
   """
-  if mask is None or not _skips(logits):
+  if mask is None or not isinstance(logits, LazyLogits) or not _skips(logits):
     return _back(token_scores(logits, _next(tokens), **ask))
   scored = packing.positions(mask, logits.scored)
   scores = token_scores(_at(logits, scored - 1), _take(tokens, scored), **ask)
@@ -265,9 +265,9 @@ def next_token_nll(
   return jnp.where(missing, jnp.nan, total), _spread(scores, scored, mask)
 
 
-def _skips(logits: Logits) -> bool:
+def _skips(logits: LazyLogits) -> bool:
   """True if logits are computed for some of the tokens."""
-  return isinstance(logits, LazyLogits) and 0 < logits.scored < logits.hidden.shape[1]
+  return 0 < logits.scored < logits.hidden.shape[1]
 
 
 def _at(logits: LazyLogits, positions: jax.Array) -> LazyLogits:

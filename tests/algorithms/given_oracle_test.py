@@ -196,12 +196,12 @@ def log_odds(mean):
 
 
 SIMPO = {
-  "simpo": lambda w, l, config: -log_sigmoid(config.beta * (w - l) - config.gamma),
+  "simpo": lambda w, l, config: -log_sigmoid(config.beta * (w - l - config.margin)),
   "orpo": lambda w, l, config: -config.beta * log_sigmoid(log_odds(w) - log_odds(l)),
   "cpo": lambda w, l, config: -log_sigmoid(config.beta * (w - l)),
 }
 SIMPO_CASES = {
-  "simpo": {"loss": "simpo", "gamma": 1.3, "beta": 0.7},
+  "simpo": {"loss": "simpo", "margin": 1.3, "beta": 0.7},
   "orpo": {"loss": "orpo", "beta": 0.4},
   "cpo": {"loss": "cpo", "beta": 0.3},
 }

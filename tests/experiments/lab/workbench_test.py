@@ -24,8 +24,7 @@ def test_a_workdir_is_for_one_run_at_a_time(open_bench):
 
 
 def test_references_of_all_rows_in_their_order(open_bench):
-  flags = ("--data.eval_rows=8", "--batch_size=6", "--steps=99")
-  bench = open_bench("dpo", "preferences", *flags)
+  bench = open_bench("dpo", "preferences", "--data.eval_rows=8", "--batch_size=6")
 
   def first_token(params, batch):
     assert params is bench.start
@@ -39,29 +38,7 @@ def test_references_of_all_rows_in_their_order(open_bench):
   assert empty.references(first_token)[1] is None
 
 
-@pytest.mark.parametrize("packed_length", [0, 192])
-@pytest.mark.parametrize("steps", [1, 3, 5, 30])
-def test_references_of_the_rows_that_the_steps_read(steps, packed_length, open_bench):
-  bench = open_bench("dpo", "preferences", f"--steps={steps}", "--batch_size=4", "--data.rows=64")
-  count, options = len(bench.train_set.examples), {"packed_length": packed_length}
-  asked = []
-
-  def ref_logprobs(params, batch):
-    asked.append(len(batch.tokens))
-    return {"ref": batch.mask[:, :, :].sum(axis=-1).astype(np.float32)}
-
-  train, _ = bench.references(ref_logprobs, **options)
-  read = ~np.isnan(train).any(axis=1)
-  assert train.shape == (count, 2)
-  assert read.all() == (steps * 4 >= count or (packed_length and read.sum() == count))
-  if not packed_length:
-    assert read.sum() == min(4 * steps, count)
-  batches = bench.batches(columns=train, **options)
-  for _ in range(steps):
-    assert np.isfinite(next(batches)[1]).all()
-
-
-@pytest.mark.parametrize("rows", [1, 5, 7, 14])
+@pytest.mark.parametrize("rows", [1, 5, 7, 8])
 def test_held_out_metrics_see_every_row_once_and_all_at_once(open_bench, rows):
   bench = open_bench("dpo", "preferences", "--eval_every=0", "--batch_size=7")
   bench = bench._replace(heldout=bench.heldout._replace(examples=bench.heldout.examples[:rows]))

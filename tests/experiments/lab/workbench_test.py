@@ -24,7 +24,8 @@ def test_a_workdir_is_for_one_run_at_a_time(open_bench):
 
 
 def test_references_of_all_rows_in_their_order(open_bench):
-  bench = open_bench("dpo", "preferences", "--data.eval_rows=8", "--batch_size=6")
+  flags = ("--data.eval_rows=8", "--batch_size=6", "--steps=99")
+  bench = open_bench("dpo", "preferences", *flags)
 
   def first_token(params, batch):
     assert params is bench.start

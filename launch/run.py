@@ -1,7 +1,7 @@
 """Runs a script here or on a cluster: the same command after a launcher.
 
   python -m launch.run --to=local -- experiments.sft --workdir=runs/sft
-  python -m launch.run --to=slurm --dry_run -- experiments.ppo --workdir=runs/ppo
+  python -m launch.run --to=slurm --dry_run -- experiments.sft --workdir=runs/sft
 
 After the -- come the module and the flags of the script, each as --name=value. --dry_run shows the
 files and commands and does nothing. launch/README.md helps to choose a target.

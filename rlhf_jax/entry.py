@@ -211,7 +211,7 @@ def _less_memory(flag_values: absl_flags.FlagValues, error: str) -> str:
     "model.remat": (lambda remat: remat != "full", "--model.remat=full"),
     **{name: (bool, f"--{name}={2 * getattr(flag_values, name)}") for name in micro},
     "batch_size": (lambda size: size > 1, "a smaller --batch_size"),
-    "lora.rank": (lambda rank: not rank, "--lora.rank=16"),
+    "lora.rank": (lambda rank: not rank and _is_pretrained(flag_values), "--lora.rank=16"),
     "mesh": (lambda _: True, "--mesh over more devices"),
   }
   found = [
@@ -223,6 +223,12 @@ def _less_memory(flag_values: absl_flags.FlagValues, error: str) -> str:
   size = f" for {amount[1]}" if amount else ""
   less = ", ".join([*found, "a smaller model"])
   return f"A device has too little memory{size}. Less is taken by {less}"
+
+
+def _is_pretrained(flag_values: absl_flags.FlagValues) -> bool:
+  """Returns whether the flags name a model to start from."""
+  names = [name for name in ("init_from", "model.path") if name in flag_values]
+  return any(getattr(flag_values, name) for name in names)
 
 
 def _tune_for_cpu() -> None:

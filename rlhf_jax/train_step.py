@@ -204,6 +204,7 @@ def gradients(
     return grads, metrics | {"loss": loss}
 
   parts, order = _split_rows(batch, microbatches), jnp.arange(microbatches)
+  params = jax.tree.map(jnp.asarray, params)
 
   def evaluate(index: jax.Array, part: Any, params: Params = params) -> Metrics:
     loss, metrics = loss_fn(params, part, jax.random.fold_in(key, index))

@@ -93,7 +93,7 @@ def read_item(row: data.Row, number: int) -> Item:
     DataError: The row does not hold a prompt and two or more responses.
     Skip: The row is left out.
   """
-  row, _ = data.normalized(row)
+  row, _ = data.normalized(row, chat=True)
   (asked,) = data.parse_row("prompts", row, prefer_messages=False)
   prompt = asked.prompt if isinstance(asked.prompt, str) else data.transcript(asked.prompt)
   responses: Any = row.fields.get("responses")

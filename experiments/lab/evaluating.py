@@ -35,16 +35,17 @@ def measure_rows(
   measure: Callable[[Any], Any],
   columns: np.ndarray | None = None,
   show: str = "",
+  only: np.ndarray | None = None,
 ) -> Any:
   """Runs `measure` on every batch of a data set and concatenates its trees of [B, ...] arrays.
 
-  Rows that only fill the last batch are left out.
+  Rows that only fill the last batch are left out, and so are those not in the indices `only`.
 
   With `show` a progress bar of that name is shown, which must not be inside another bar.
   """
   collected = []
-  batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns)
-  total = -(-len(dataset.examples) // batch_size)
+  batches = data.eval_batches(dataset, batch_size, pad_id, columns=columns, only=only)
+  total = -(-(len(dataset.examples) if only is None else len(only)) // batch_size)
   with contextlib.ExitStack() as stack:
     bar = None
     if show:

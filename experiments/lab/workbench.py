@@ -148,21 +148,31 @@ class Workbench(NamedTuple):
     measure: Callable[[Any], Any],
     columns: np.ndarray | None = None,
     show: str = "",
+    only: np.ndarray | None = None,
   ) -> Any:
     """Runs `measure(batch)` on every row of a data set; see `evaluating.measure_rows`."""
     size, pad_id = self.config.batch_size, self.tokenizer.pad_id
-    return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show)
+    return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show, only)
 
   def references(
     self, ref_logprobs: Callable[[Params, Any], Metrics]
   ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Computes `ref_logprobs(start, rows)["ref"]` for all rows of the training and held-out set."""
-    measure = functools.partial(ref_logprobs, self.start)
-    sets = {"reference": self.train_set, "reference, held out": self.heldout}
-    train, heldout = (
-      self.over(dataset, measure, show=name)["ref"] if dataset.examples else None
-      for name, dataset in sets.items()
-    )
+    """Computes `ref_logprobs(start, rows)["ref"]` for the training and the held-out set.
+
+    Training rows that `config.steps` batches do not reach are NaN.
+    """
+    config, measure = self.config, functools.partial(ref_logprobs, self.start)
+    train = heldout = None
+    if rows := len(self.train_set.examples):
+      packed, seed = config.data.packed_length, self.run.session.seed
+      only = data.first_rows(
+        self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
+      )
+      refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
+      train = np.full([rows, *refs.shape[1:]], np.nan, refs.dtype)
+      train[only] = refs
+    if self.heldout.examples:
+      heldout = self.over(self.heldout, measure, show="reference, held out")["ref"]
     return train, heldout
 
   def evaluator(

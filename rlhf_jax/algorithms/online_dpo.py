@@ -57,7 +57,7 @@ def best_random(scores: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array
   others = jnp.maximum(jnp.sum(finite, axis=1), 2)
   nth = jax.random.randint(key, [rows], 1, others)
   # Places are counted from the chosen sample on, in a circle, and only finite scores count.
-  places = (chosen[:, None] + jnp.arange(1, samples)) % samples
+  places = (chosen[:, None] + jnp.arange(1, samples)[None]) % samples
   counts = jnp.cumsum(jnp.take_along_axis(finite, places, axis=1), axis=1)
   place = jnp.argmax(counts == nth[:, None], axis=1)
   return chosen, jnp.take_along_axis(places, place[:, None], axis=1)[:, 0]
@@ -92,7 +92,8 @@ def pick_pairs(scores: jax.Array, key: jax.Array, pick: str) -> tuple[jax.Array,
     raise ValueError(f"pairs need at least 2 samples per prompt, got {scores.shape[1]}")
   chosen, rejected = PICKS[pick](scores, key)
   at = lambda index: jnp.take_along_axis(scores, index[:, None], axis=1)[:, 0]  # noqa: E731
-  rejected = jnp.where(at(chosen) > at(rejected), rejected, chosen)
+  is_pair = (at(chosen) > at(rejected)) & jnp.isfinite(at(rejected))
+  rejected = jnp.where(is_pair, rejected, chosen)
   return chosen.astype(jnp.int32), rejected.astype(jnp.int32)
 
 

@@ -61,10 +61,7 @@ def batches(
       f"--batch_size={batch_size} does not fit a data set of {rows} rows; "
       f"choose between 1 and {rows}, or give more rows"
     )
-  order = grain.MapDataset.range(rows).seed(seed % 2**32)
-  if shuffle:
-    order = order.shuffle()
-  order = order.repeat(epochs)
+  order = _order(rows, seed, shuffle).repeat(epochs)
   # Padding a batch takes microseconds; reading ahead would only add threads to stop.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   if packed_length:
@@ -74,6 +71,36 @@ def batches(
   order = order.batch(batch_size, drop_remainder=True)
   mapped = order.map(lambda indices: _with_columns(dataset, indices, pad_id, columns))
   return iter(mapped.to_iter_dataset(options))
+
+
+def _order(rows: int, seed: int, shuffle: bool = True) -> grain.MapDataset:
+  """Returns the order of the rows in an epoch."""
+  order = grain.MapDataset.range(rows).seed(seed % 2**32)
+  return order.shuffle() if shuffle else order
+
+
+def first_rows(
+  dataset: Dataset, batch_size: int, steps: int, *, seed: int, packed_length: int = 0
+) -> np.ndarray:
+  """Returns the sorted indices of the rows in the first batches of `batches`.
+
+  With packing they are an upper bound: all rows that could have been met by then.
+
+  Args:
+    dataset: The rows.
+    batch_size: Rows of a batch.
+    steps: Number of batches.
+    seed: Seed of the order.
+    packed_length: Tokens of a packed row, as in `batches`.
+  """
+  rows, count = len(dataset.examples), steps * batch_size
+  if packed_length:
+    shortest = min(max(lengths) for lengths in _lengths(dataset))
+    count = (steps + 1) * batch_size * (packed_length // shortest)
+  if count >= rows:
+    return np.arange(rows)
+  order = _order(rows, seed)
+  return np.sort(np.asarray([order[i] for i in range(count)]))
 
 
 def padding_fraction(dataset: Dataset, batch_size: int, packed_length: int = 0) -> float:
@@ -109,6 +136,7 @@ def eval_batches(
   pad_id: int,
   *,
   columns: np.ndarray | None = None,
+  only: np.ndarray | None = None,
 ) -> Iterator[tuple[Any, np.ndarray]]:
   """Runs over a data set once, in order.
 
@@ -117,6 +145,7 @@ def eval_batches(
     batch_size: Rows of a batch; may be larger than the data set.
     pad_id: Id to pad with.
     columns: Values known about each row, as in `batches`.
+    only: Indices of the rows to run over; None takes all.
 
   Yields:
     A batch as from `batches`, and [B] bool: False on rows that repeat earlier ones to fill the
@@ -127,10 +156,11 @@ def eval_batches(
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be positive, got {batch_size}")
-  rows = len(dataset.examples)
-  for start in range(0, rows, batch_size):
+  only = np.arange(len(dataset.examples)) if only is None else only
+  for start in range(0, len(only), batch_size):
     positions = np.arange(start, start + batch_size)
-    yield _with_columns(dataset, positions % rows, pad_id, columns), positions < rows
+    indices = only[positions % len(only)]
+    yield _with_columns(dataset, indices, pad_id, columns), positions < len(only)
 
 
 def _with_columns(

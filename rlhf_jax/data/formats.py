@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 from rlhf_jax.data.sources import DataError, Row
 
 Fields = Mapping[str, Any]
+# (row, True if a chat template renders the prompt) -> columns of `schema`.
+Reader = Callable[[Row, bool], dict[str, Any]]
 
 # Columns with answers; a row that has one is not a question with its `answer`.
 _ANSWERED = ("response", "completion", "output", "solution", "chosen", "responses")
@@ -32,13 +34,13 @@ class Format(NamedTuple):
 
   Attributes:
     columns: Columns that a row of the format has; `read` replaces them.
-    read: Function of a row that returns columns of `schema`.
+    read: Function of a row that returns columns of `schema`; see `Reader`.
     when: Condition on the columns of the row.
     optional: Further columns that `read` replaces, if the row has them.
   """
 
   columns: tuple[str, ...]
-  read: Callable[[Row], dict[str, Any]]
+  read: Reader
   when: Callable[[Fields], bool] = lambda fields: True
   optional: tuple[str, ...] = ()
 
@@ -61,8 +63,12 @@ def find(fields: Fields) -> str | None:
   return None
 
 
-def normalized(row: Row) -> tuple[Row, frozenset[str]]:
+def normalized(row: Row, chat: bool) -> tuple[Row, frozenset[str]]:
   """Returns a row with columns of `schema`, and the original columns that they were made of.
+
+  Args:
+    row: The row.
+    chat: True if a chat template renders the prompt.
 
   Raises:
     DataError: A column of the format holds something else.
@@ -74,7 +80,7 @@ def normalized(row: Row) -> tuple[Row, frozenset[str]]:
   of = FORMATS[name]
   taken = frozenset((*of.columns, *of.optional))
   rest = {column: value for column, value in row.fields.items() if column not in taken}
-  return row._replace(fields={**rest, **of.read(row)}), taken
+  return row._replace(fields={**rest, **of.read(row, chat)}), taken
 
 
 def joined(rows: Sequence[Row]) -> list[Row]:
@@ -110,9 +116,11 @@ def score_of(fields: Fields) -> str | None:
   return next(numbers, None)
 
 
-def _renamed(**names: str) -> Callable[[Row], dict[str, Any]]:
+def _renamed(**names: str) -> Reader:
   """Returns the reader that renames columns, `new="old"`."""
-  return lambda row: {new: row.fields[old] for new, old in names.items() if given(row.fields, old)}
+  return lambda row, chat: {
+    new: row.fields[old] for new, old in names.items() if given(row.fields, old)
+  }
 
 
 def _texts(row: Row, *names: str) -> list[str]:
@@ -129,32 +137,39 @@ def _pair(row: Row, columns: Sequence[str], share: float | None) -> dict[str, An
   return {"prompt": prompt, "responses": [a, b], "annotations": [{"preferred": preferred}]}
 
 
-def _with_extra(name: str) -> Callable[[Row], dict[str, Any]]:
+def _with_extra(name: str) -> Reader:
   """Returns the reader of an instruction with further text in the column `name`."""
 
-  def read(row: Row) -> dict[str, Any]:
+  def read(row: Row, chat: bool) -> dict[str, Any]:
+    del chat
     instruction, extra = _texts(row, "instruction", name)
+    if any(not str(row.fields.get(column, " x")).strip() for column in ("output", "response")):
+      raise Skip("empty")  # Alpaca has a few.
     return {"instruction": f"{instruction}\n\n{extra}" if extra.strip() else instruction}
 
   return read
 
 
-def _hh(row: Row) -> dict[str, Any]:
+def _hh(row: Row, chat: bool) -> dict[str, Any]:
   """Reads two transcripts that differ in their last turn."""
   chosen, rejected = (_hh_turns(row, name) for name in ("chosen", "rejected"))
   if chosen[:-1] != rejected[:-1]:
     raise Skip("different_prompts")
-  answers = chosen[-1]["content"], rejected[-1]["content"]
-  if not all(answers):
+  if not (chosen[-1]["content"] and rejected[-1]["content"]):
     raise Skip("empty")
   *turns, _ = chosen
-  text = row.fields["chosen"]
-  prompt = text[: [match.end() for match in _HH_TURN.finditer(text)][-1]]
+  texts = [row.fields[name] for name in ("chosen", "rejected")]
+  ends = [[match.end() for match in _HH_TURN.finditer(text)][-1] for text in texts]
+  # As plain text, prompt and answer are the transcript, with its space between them.
+  answers = [text[end:].rstrip() for text, end in zip(texts, ends, strict=True)]
+  if chat:
+    answers = [chosen[-1]["content"], rejected[-1]["content"]]
+  prompt = texts[0][: ends[0]]
   return {"prompt": prompt, "messages": turns, "chosen": answers[0], "rejected": answers[1]}
 
 
 def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
-  before, *parts = _HH_TURN.split(row.fields[name])
+  _, *parts = _HH_TURN.split(row.fields[name])
   roles, contents = parts[::2], parts[1::2]
   turns: list[dict[str, str]] = []
   for role, content in zip(roles, contents, strict=True):
@@ -163,9 +178,8 @@ def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
       turns[-1]["content"] = f"{turns[-1]['content']}\n\n{turn['content']}".strip()
     else:
       turns.append(turn)
-  if before.strip() or len(turns) < 2 or turns[-1]["role"] != "assistant":
-    problem = "not a transcript from a Human turn to an Assistant turn"
-    fail(row, name, problem, "give the prompt its own column")
+  if len(turns) < 2 or turns[-1]["role"] != "assistant":
+    raise Skip("empty")
   return turns
 
 
@@ -178,15 +192,17 @@ def _is_hh(fields: Fields) -> bool:
   return repeated or none_of(*_ASKED)(fields)
 
 
-def _shp(row: Row) -> dict[str, Any]:
+def _shp(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   label = row.fields["labels"]
   if label not in (0, 1):
     fail(row, "labels", f"expected 1 or 0, found {label!r}", "write 1 if A is better, else 0")
   return _pair(row, ("history", "human_ref_A", "human_ref_B"), label)
 
 
-def _tldr(row: Row) -> dict[str, Any]:
+def _tldr(row: Row, chat: bool) -> dict[str, Any]:
   """Reads a choice between summaries, with the prompt of https://arxiv.org/abs/2009.01325."""
+  del chat
   info, summaries, choice = (row.fields[name] for name in ("info", "summaries", "choice"))
   if not isinstance(info, dict):
     fail(row, "info", "expected an object with `post` or `article`", "copy the file again")
@@ -203,7 +219,8 @@ def _tldr(row: Row) -> dict[str, Any]:
   return {"prompt": prompt, "responses": summaries, "annotations": [vote]}
 
 
-def _webgpt(row: Row) -> dict[str, Any]:
+def _webgpt(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   question = row.fields["question"]
   prompt = question.get("full_text") if isinstance(question, dict) else question
   if not isinstance(prompt, str):
@@ -214,7 +231,8 @@ def _webgpt(row: Row) -> dict[str, Any]:
   return {"prompt": prompt, "responses": answers}
 
 
-def _helpsteer_preference(row: Row) -> dict[str, Any]:
+def _helpsteer_preference(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   strength = row.fields["preference_strength"]
   if type(strength) not in (int, float):
     fail(row, "preference_strength", f"expected a number, found {strength!r}", "write -3 to 3")
@@ -222,13 +240,15 @@ def _helpsteer_preference(row: Row) -> dict[str, Any]:
   return _pair(row, ("prompt", "response_1", "response_2"), share)
 
 
-def _ultrafeedback(row: Row) -> dict[str, Any]:
+def _ultrafeedback(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   return {"instruction": row.fields["instruction"]} | _listed(
     row, "completions", "response", score="overall_score"
   )
 
 
-def _nectar(row: Row) -> dict[str, Any]:
+def _nectar(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   return {"prompt": row.fields["prompt"]} | _listed(row, "answers", "answer", rank="rank")
 
 
@@ -241,7 +261,8 @@ def _listed(row: Row, column: str, text: str, **judged: str) -> dict[str, Any]:
   return {"responses": [{"text": item.get(text), new: item.get(old)} for item in objects]}
 
 
-def _safe_rlhf(row: Row) -> dict[str, Any]:
+def _safe_rlhf(row: Row, chat: bool) -> dict[str, Any]:
+  del chat
   better = row.fields["better_response_id"]
   if better not in (0, 1):
     fail(row, "better_response_id", f"expected 0 or 1, found {better!r}", "write one of the two")

@@ -70,10 +70,8 @@ ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {
   **{role: role for role in ROLES},
   "developer": "system",
-  "human": "user",
-  "gpt": "assistant",
-  "chatgpt": "assistant",
-  "model": "assistant",
+  **dict.fromkeys(("human", "prompter"), "user"),
+  **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
 }
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
@@ -174,7 +172,7 @@ def parse(
       empty, or a column that changes the prompt is not read.
   """
   try:
-    plain, taken = formats.normalized(row)
+    plain, taken = formats.normalized(row, prefer_messages)
     fields = _Fields(plain.fields)
     examples, heard = _examples(
       kind, row._replace(fields=fields), prefer_messages, annotator, votes
@@ -215,7 +213,7 @@ def comparison_kind(row: Row) -> KindName:
   if formats.score_of(row.fields):
     return "rankings"
   try:
-    fields = formats.normalized(row)[0].fields
+    fields = formats.normalized(row, chat=True)[0].fields
   except Skip:
     return "preferences"
   ranked = _given(fields, "responses") and not _given(fields, "annotations")

@@ -175,6 +175,8 @@ def test_ratio_metrics_are_those_of_loops(bad):
     "ratio/max": ratio.max(),
     "ratio/deviation/max": np.abs(ratio - 1).max(),
   }
+  units = {name: metrics.pop(name) for name in list(metrics) if name.startswith("weight/")}
+  assert units == dict.fromkeys((f"weight/{n}" for n in want if not n.endswith("/max")), mask.sum())
   assert metrics.keys() == want.keys()
   for name, value in want.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms import dpo, given, pairs, ppo, reading, sft, terms
-from rlhf_jax.train_step import make_train_step
+from rlhf_jax.algorithms import dpo, given, grpo, pairs, ppo, reading, sft, terms
+from rlhf_jax.train_step import gradients, make_train_step, reported
 from tests.algorithms import toy
 from tests.algorithms.case import ROWS, Case
 
@@ -68,6 +68,38 @@ def test_the_bonus_adds_the_gradient_of_calibration_responses(coef):
     bonus_grads,
   )
   assert max(np.abs(x).max() for x in jax.tree.leaves(bonus_grads)) > 0.1
+
+
+@pytest.mark.parametrize("average", ["responses", "tokens", "length"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_demonstrations_keep_their_unit_in_micro_batches(average, parts):
+  """Tokens of demonstrations beside responses, tokens of responses, or rows, whatever their cut."""
+  params, rows = toy.params_of(), 8
+  rollout, demonstrations = toy.rollout_of(params, rows), toy.token_batch(rows, seed=3)
+  scores = np.random.default_rng(0).normal(size=rows).astype(np.float32)
+  config = grpo.GRPOConfig(average=average)
+  groups, _ = grpo.make_batch(rollout, scores, rollout.logprobs, config, samples_per_prompt=4)
+  batch = terms.WithSequences(groups, demonstrations)
+  loss = functools.partial(grpo.loss_fn, read=reading.make_read(toy.language), config=config)
+  total = terms.with_term(
+    loss, functools.partial(sft.loss_fn, apply_fn=toy.language), 1.0, "loss/ptx"
+  )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(parts):
+    return gradients(total, toy.near(params), batch, jax.random.key(0), parts)
+
+  (want_grads, want), (grads, metrics) = run(1), run(parts)
+  logits = np.float64(toy.language(toy.near(params), demonstrations.tokens))
+  logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+  nll = [
+    -logprobs[b, t - 1, demonstrations.tokens[b, t]]
+    for b, t in zip(*np.nonzero(demonstrations.mask), strict=True)
+  ]
+  np.testing.assert_allclose([want["loss/ptx"], metrics["loss/ptx"]], np.mean(nll), rtol=1e-5)
+  for name, value in reported(want).items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6), grads, want_grads)
 
 
 def test_each_term_gets_its_part_of_the_batch_and_the_key():

@@ -169,3 +169,25 @@ def test_eval_batches_count_every_row_once(dataset, batch_size):
     assert batch.mask.any(axis=1).all()
     counted.extend(batch.prompt_id[valid].tolist())
   assert counted == list(range(13))
+
+
+@pytest.mark.parametrize("packed_length", [0, 24])
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_the_first_batches_have_the_first_rows(tmp_path, steps, packed_length):
+  rows = [{"prompt": text(i), "response": text(*range(i % 7 + 1))} for i in range(40)]
+  dataset, _ = load("demonstrations", tmp_path, rows)
+  first = data.first_rows(dataset, 4, steps, seed=3, packed_length=packed_length)
+  number = np.arange(40, dtype=np.float32)[:, None]
+  met = set()
+  source = data.batches(dataset, 4, seed=3, pad_id=0, columns=number, packed_length=packed_length)
+  for _ in range(steps):
+    batch, numbers = next(source)
+    real = batch.real if packed_length else np.ones(4, bool)
+    met |= {int(n) for n in numbers[..., 0][real]}
+  assert met <= set(first.tolist())
+  if not packed_length:
+    assert met == set(first.tolist())
+  only = [
+    n for b, on in data.eval_batches(dataset, 4, 0, columns=number, only=first) for n in b[1][on, 0]
+  ]
+  assert only == first.tolist()

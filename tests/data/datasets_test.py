@@ -7,6 +7,7 @@ import pytest
 
 from rlhf_jax import data
 from rlhf_jax.data import DataConfig, DataError, word_level_tokenizer
+from tests.data import chats
 from tests.data.rows import TOKENIZER, ids, load, prompts, text, write
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / "shared"
@@ -515,3 +516,94 @@ def test_real_unpaired_rows(shared):
     prompt = np.cumprod(~mask & ~mismatched.mask, axis=1).astype(bool)
     np.testing.assert_array_equal(tokens[prompt], mismatched.tokens[prompt])
     assert valid.sum() and (tokens != mismatched.tokens).any(axis=1).all()
+
+
+# Texts and the chat template.
+
+
+def chat_load(folder, rows, template="chatml", **config):
+  tokenizer = chats.chat(chats.byte_level(), template)
+  limits = {"max_prompt_length": 10**4, "max_response_length": 10**4, "eval_fraction": 0.0}
+  kind = "demonstrations" if "response" in rows[0] else "prompts"
+  return data.load(kind, DataConfig(path=write(folder, rows), **(limits | config)), tokenizer)[0]
+
+
+def test_what_a_cut_left_out_is_counted(tmp_path):
+  turns = [{"role": ("user", "assistant")[i % 2], "content": "hello " * 9} for i in range(7)]
+  rows = [{"messages": turns[:n], "response": "hello"} for n in (1, 3, 7)] + [
+    {"prompt": "a long text " * 99, "response": "hello"},
+    {"prompt": "a", "response": "hello"},
+  ]
+  train = chat_load(tmp_path, rows, overlong="truncate_prompt", max_prompt_length=60)
+  report = train.report
+  assert (report["kept"], report["truncated_prompts"], report["truncated_turns"]) == (5, 3, 2 + 6)
+  for example in train.examples:
+    assert len(example["prompt"]) <= 60
+    shown = chats.chat(chats.byte_level(), "chatml").decode(example["prompt"], skip_special=False)
+    assert shown.startswith("<|im_start|>user\n")
+    assert shown.endswith("<|im_end|>\n<|im_start|>assistant\n")
+  rows += [{"prompt": f"hello {i}", "response": "a"} for i in range(4)]
+  assert chat_load(tmp_path, rows, max_prompt_length=60).report["dropped_overlong"] == 3
+  system = {"role": "system", "content": "hello " * 40}
+  rows += [{"messages": [system, *turns[:1]], "response": "hello"}]
+  report = chat_load(tmp_path, rows, overlong="truncate_prompt", max_prompt_length=60).report
+  assert (report["kept"], report["dropped_overlong"]) == (9, 1)
+  with pytest.raises(DataError, match="not even a part of the last turn fits beside the template"):
+    chat_load(tmp_path, rows, overlong="truncate_prompt", max_prompt_length=12)
+
+
+def test_texts_that_spell_markers_are_said_with_their_line(tmp_path, caplog):
+  rows = [
+    {"prompt": "hello", "response": "hello"},
+    {"prompt": "hello <|im_end|>", "response": "hello"},
+    {"prompt": "hello", "response": "hello</s>"},
+  ]
+  train = chat_load(tmp_path, rows)
+  assert train.report["spelled_markers"] == 2
+  assert "rows.jsonl:2: the prompt spells '<|im_end|>', which is read as plain" in caplog.text
+  rows[1]["prompt"] = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+  with pytest.raises(DataError, match=r"rows\.jsonl:2: prompt: the chat template is in the text"):
+    chat_load(tmp_path, rows)
+  assert chat_load(tmp_path, rows, bad_rows=1).report["kept"] == 2
+
+
+def test_words_that_are_joined_are_said_with_their_line(tmp_path, caplog):
+  rows = [
+    {"prompt": "hello", "response": " hello"},
+    {"prompt": "hello\n", "response": "hello"},
+    {"prompt": "hello", "response": "hello"},
+    {"prompt": "\n\nHuman: hello\n\nAssistant:", "response": "hello"},
+  ]
+  train = chat_load(tmp_path, rows, None)
+  assert train.report["joined_words"] == 1
+  assert "rows.jsonl:3: prompt and response are joined without a space" in caplog.text
+  assert chat_load(tmp_path, rows, "llama2").report["joined_words"] == 0
+
+
+def test_no_prompt_of_hh_begins_inside_a_marker(tmp_path, shared):
+  """With a small limit and the shape in which the rows are published."""
+  given = shared / "data" / "preference" / "hh_helpful_test.jsonl"
+  rows = [row.fields for row in itertools.islice(data.read_file(given), 60)]
+  rows = [{n: f"{row['prompt']} {row[n]}" for n in ("chosen", "rejected")} for row in rows]
+  config = DataConfig(
+    path=write(tmp_path, rows),
+    eval_fraction=0.0,
+    overlong="truncate_prompt",
+    max_prompt_length=200,  # Of a tokenizer of bytes.
+    max_response_length=10**4,
+  )
+  tokenizer = chats.chat(chats.byte_level(), "chatml")
+  train, _ = data.load("preferences", config, tokenizer)
+  assert train.report["truncated_prompts"] > 20 and train.report["truncated_turns"] > 40
+  for example, row in zip(train.examples, train.rows, strict=True):
+    shown = tokenizer.decode(example["prompt"], skip_special=False)
+    first, *turns = shown.split("<|im_start|>")
+    assert first == "" and turns[-1] == "assistant\n"
+    for i, turn in enumerate(turns[:-1]):
+      name, _, content = turn.partition("\n")
+      assert name == ("user", "assistant")[i % 2]
+      speaker = {"user": "Human", "assistant": "Assistant"}[name]
+      content = content.removesuffix("<|im_end|>\n")
+      assert (
+        f"\n\n{speaker}: {content}" in row["chosen"] or len(turns) == 2
+      )  # Only a last turn is cut.

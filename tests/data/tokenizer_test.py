@@ -374,3 +374,123 @@ def test_text_without_a_template_continues_its_prompt(kind):
   turns = messages_of([("user", "hello")])
   ids, (response,) = tok.encode_exchanges([turns], [["hello"]])[0]
   assert tok.decode(ids + response) == "\n\nHuman: hello\n\nAssistant: hello"
+
+
+# Prompts that are cut.
+
+
+def is_end_of(part, whole):
+  return part and whole.endswith(part)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepend"])
+@pytest.mark.parametrize("template", [*chats.TEMPLATES, None])
+def test_a_cut_prompt_keeps_whole_turns_or_the_end_of_a_text(template, kind):
+  tok = chats.chat(backend(kind), template)
+  texts = ("hello the", "a hello", "the hello the", "hello a", "hello the a hello the hello")
+  turns = [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+  if template not in ("mistral", "gemma"):
+    turns = [("system", "a the"), *turns]
+  messages = messages_of(turns)
+  head = len(messages) - 5
+  whole = len(tok.encode_prompt(messages))
+  least = len(tok.encode_prompt([*messages[:head], {"role": "user", "content": "h"}]))
+  sizes = set()
+  for length in range(0, whole, 2):
+    cut = tok.shorten(messages, length)
+    if cut is None:
+      assert length < least + 3
+      continue
+    kept = cut.prompt
+    assert len(tok.encode_prompt(kept)) == whole - cut.tokens <= length
+    assert kept[:head] == messages[:head]
+    assert [m["role"] for m in kept[head:]] == [m["role"] for m in messages[head + cut.turns :]]
+    assert kept[head + 1 :] == messages[head + cut.turns + 1 :]
+    first, before = kept[head], messages[head + cut.turns]
+    # A text is cut only when it is alone.
+    assert first == before or (cut.turns == 4 and is_end_of(first["content"], before["content"]))
+    if " " in first["content"]:  # A part of a single word is better than nothing.
+      assert f" {before['content']}".endswith(f" {first['content']}")
+    sizes.add(cut.turns)
+  assert sizes == {2, 4}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepend"])
+@pytest.mark.parametrize("template", ["chatml", "llama2", None])
+def test_a_cut_text_keeps_the_turns_that_it_spells(template, kind):
+  tok = chats.chat(backend(kind), template)
+  parts = ["\n\nHuman: hello the", "\n\nAssistant: a", "\n\nHuman: the hello hello"]
+  text = "".join([*parts, "\n\nAssistant:"])
+  kept = set()
+  for length in range(len(tok.encode_prompt(text))):
+    cut = tok.shorten(text, length)
+    if cut is not None:
+      assert isinstance(cut.prompt, str)
+      assert cut.prompt.startswith("\n\nHuman: ") and cut.prompt.endswith("\n\nAssistant:")
+      assert is_end_of(cut.prompt.removeprefix("\n\nHuman: "), text)
+      kept.add(cut.prompt)
+  assert len(kept) >= 3
+  # A text with something before its turns starts with a turn where one is left.
+  cut = tok.shorten("hello the hello. " + text, len(tok.encode_prompt(text)) + 1)
+  assert cut.prompt == "".join([parts[2], "\n\nAssistant:"]) or cut.prompt == text
+  plain = tok.shorten("hello the hello a", len(tok.encode_prompt("hello the hello a")) - 1)
+  assert plain.prompt in ("the hello a", "hello a")
+
+
+# Texts that may be meant otherwise.
+
+
+@pytest.mark.parametrize(
+  ("template", "text", "noticed"),
+  [
+    ("chatml", "say <|im_end|>", "<|im_end|>"),
+    ("chatml", "say [INST]", ""),
+    ("llama2", "say [INST] it", "[INST]"),
+    ("llama2", "an </s>", "</s>"),
+    ("mistral", "[/INST]", "[/INST]"),
+    ("zephyr", "<|user|>\nhello", "<|user|>"),
+    ("gemma", "hello<end_of_turn>", "<end_of_turn>"),
+    ("llama3", "<|eot_id|>", "<|eot_id|>"),
+    ("thinking", "I </think> so", "</think>"),
+    ("plain", "user: hello", ""),
+    (None, "hello</s>", "</s>"),
+    (None, "a <b>bold</b> <table> [1] {x}", ""),
+  ],
+)
+def test_spelled_markers_are_noticed(template, text, noticed):
+  tok = chats.chat(backend("bytes"), template)
+  said = f"the prompt spells {noticed!r}, which is read as plain text" if noticed else ""
+  assert tok.spelled_marker(text, ["hello"]) == said
+  assert tok.spelled_marker(messages_of([("user", "hello"), ("user", text)]), []) == said
+  of_answer = tok.spelled_marker("hello", ["hello", text])
+  if template == "thinking":  # A word of the model.
+    assert not of_answer
+  elif noticed in tok.hf.get_vocab():
+    assert of_answer == said.replace("prompt", "response")
+
+
+@pytest.mark.parametrize("template", chats.TEMPLATES)
+def test_a_text_with_the_template_in_it_is_refused(template):
+  tok = chats.chat(backend("bytes"), template)
+  for turns in (CHATS["one"], CHATS["three"]):
+    text = tok.hf.apply_chat_template(
+      messages_of(turns), tokenize=False, add_generation_prompt=True
+    )
+    for given in (text, text.removeprefix("<s>"), text + " ", text.rstrip()):
+      with pytest.raises(DataError, match="prompt: the chat template is in the text already"):
+        tok.require_plain(given)
+    tok.require_plain(messages_of(turns))
+  tok.require_plain("hello <|im_start|>user, [INST] and user: how are you?")
+  chats.chat(backend("bytes"), None).require_plain(text)
+
+
+def test_several_templates_need_a_default():
+  hf = word_level_tokenizer(WORDS).hf
+  hf.chat_template = {"rag": TEMPLATE, "tool_use": TEMPLATE}
+  with pytest.raises(
+    DataError, match=r"several chat templates \(rag, tool_use\) and none is named"
+  ):
+    Tokenizer(hf)
+  hf.chat_template = {"default": TEMPLATE, "tool_use": "x"}
+  hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+  assert Tokenizer(hf).render_prompt("soup") == "<bos><|user|>soup<|end|><|assistant|>"

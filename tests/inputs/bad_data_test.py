@@ -192,7 +192,6 @@ ROWS = [
   ("prompts", {"prompt": "p", "system": 3}, "system", "int 3"),
   # ... columns of published formats, ...
   ("preferences", HH | {"rejected": "b"}, "prompt: missing"),
-  ("preferences", HH | {"chosen": "\n\nHuman: Hi"}, "chosen", "not a transcript"),
   ("preferences", SHP | {"labels": 2}, "labels", "1 or 0"),
   ("preferences", SHP | {"history": 3}, "history", "int 3"),
   ("preferences", TLDR | {"choice": 2}, "preferred", "int 2"),
@@ -274,6 +273,20 @@ def pairs(count, chosen="w1", rejected="w2"):
     ("prompts", [*prompts(3), {"prompt": "one unknown"}], {}, ["unknown", "--init_from"]),
     ("prompts", [*prompts(3), {"prompt": 3}, {"prompt": 4}], {"bad_rows": 1}, [":5", "1 earlier"]),
     ("rankings", demonstrations(9, score=1), {}, ["of 9 read", "single_responses 9"]),
+    ("preferences", [HH | {"chosen": "\n\nHuman: Hi"}], {}, ["of 1 read", "empty 1"]),
+    ("preferences", [HH | {"rejected": f"{HH['chosen'][:-1]} "}], {}, ["of 1 read", "empty 1"]),
+    (
+      "preferences",
+      [HH | {"rejected": "\n\nHuman: Ho\n\nAssistant: b"}],
+      {},
+      ["of 1 read", "different_prompts 1"],
+    ),
+    (
+      "demonstrations",
+      [{"instruction": "p", "input": "", "output": ""}],
+      {},
+      ["of 1 read", "empty 1"],
+    ),
   ],
 )
 def test_data_sets(tmp_path, kind, rows, options, words):

@@ -31,14 +31,15 @@ def model_folder(tmp_path_factory) -> pathlib.Path:
 def rows_file(tmp_path_factory) -> pathlib.Path:
   """Rows of the words of the built-in task that every script can read."""
   path = tmp_path_factory.mktemp("inputs") / "rows.jsonl"
+  better, worse, *words = sorted(simulation.WORDS)
   rows = [
     {
-      "prompt": f"write a brief review of the film {word}",
-      "response": f"the {word} was good",
-      "chosen": f"the {word} was good",
-      "rejected": f"the {word} was bad",
+      "prompt": f"write a brief review of the film {word} .",
+      "response": f" {word} {better}",
+      "chosen": f" {word} {better}",
+      "rejected": f" {word} {worse}",
     }
-    for word in sorted(simulation.WORDS)[:24]
+    for word in words[:24]
   ]
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return path

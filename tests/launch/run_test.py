@@ -114,7 +114,8 @@ def test_needs_neither_jax_nor_the_library(repository):
 
 def test_dry_run_shows_and_does_nothing(launch, tmp_path):
   workdir = tmp_path / "ppo"
-  words = ("experiments.ppo", f"--workdir={workdir}", "--reward.name=gold")
+  start = f"--init_from={tmp_path}"
+  words = ("experiments.ppo", f"--workdir={workdir}", start, "--reward.name=gold")
   done = launch("--to=slurm", "--dry_run", "--", *words)
   assert (done.returncode, done.stderr) == (0, "")
   lines = done.stdout.splitlines()

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from experiments import records
 from experiments.lab import models
 from rlhf_jax import data, flags
 from rlhf_jax.models import ModelConfig, hf, presets
@@ -34,11 +35,21 @@ def require_length(
   given = [length for dataset in read for length in _read(config, dataset)]
   sampled = [length for dataset in answered for length in _answered(config, dataset)]
   _require(config, folder, [*given, *sampled])
+  judged = [length for length in sampled if length.real]  # Judges read no packed rows.
   reward = getattr(getattr(config, "reward", None), "paths", ())
   judge = getattr(getattr(config, "preference", None), "path", "")
   for path in (*reward, judge):
-    if path and sampled:
-      _require(config, models.finished_folder(path), sampled)
+    if path and judged:
+      folder = models.finished_folder(path)
+      _require(config, folder, [_joined(config, folder, length) for length in judged])
+
+
+def _joined(config: Any, folder: pathlib.Path, length: _Length) -> _Length:
+  """Returns the length that a judge reads: a preference model reads both responses."""
+  if hf.scalar_label(folder) != records.PREFERENCE:
+    return length
+  second = config.sampling.max_new_tokens + 2  # With an end token behind each of the two.
+  return length._replace(real=length.real + second, padded=length.padded + second)
 
 
 def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:

@@ -242,6 +242,21 @@ def test_a_step_that_raises_leaves_the_state_before_it(tmp_path, uninterrupted, 
   assert len(calls) == STEPS + 4
 
 
+def test_an_evaluation_that_raises_leaves_the_state_after_the_step(tmp_path, uninterrupted):
+  config = dataclasses.replace(CONFIG, checkpoint_every=100, eval_every=5)
+
+  def broken(state, step):
+    raise RuntimeError("planted")
+
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path, config, evaluate=broken)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 5
+  state = fit(tmp_path, dataclasses.replace(config, eval_every=0))
+  jax.tree.map(np.testing.assert_array_equal, state, uninterrupted[0])
+  assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
+
+
 def test_a_step_that_has_lost_its_state_saves_nothing(tmp_path):
   def losing(state, *rest):
     new, values = quadratic(state, *rest)

@@ -173,7 +173,7 @@ class Workbench(NamedTuple):
         self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
       )
       refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
-      train = np.full([rows, *refs.shape[1:]], np.nan, refs.dtype)
+      train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
       train[only] = refs
     if self.heldout.examples:
       heldout = self.over(self.heldout, measure, show="reference, held out")["ref"]

@@ -16,7 +16,6 @@ exit code is 0 if all programs fit. It is 69 if one does not; the message of the
 
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 
 from experiments.lab import plans
-from rlhf_jax import entry, flags, preflight, ranges, reporting
+from rlhf_jax import entry, flags, preflight, ranges, reporting, workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def main(options: Options, config: Any) -> int:
         for plan in ranked
       ],
     }
-    pathlib.Path(options.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    workdir.atomic_write(workdir.local_path(options.json), json.dumps(content, indent=2) + "\n")
   return entry.EX_UNAVAILABLE if best.refused else 0
 
 

@@ -25,6 +25,7 @@ absl_flags.disclaim_key_flags()
 EX_UNAVAILABLE = 69
 EX_CANTCREAT = 73
 EX_IOERR = 74
+EX_TEMPFAIL = 75
 EX_INTERRUPTED = 130
 
 
@@ -158,6 +159,7 @@ _CANNOT_CREATE = frozenset(
   {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
   | {errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
 )
+_NEIGHBOUR = re.compile("Gloo .* failed|closed by peer|reset by peer|coordination service")
 _MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory")
 
 
@@ -165,8 +167,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
   """Exit code and message, of one line, of an error that is not a bug; None for every other one.
 
   The code is 1 for an unknown flag and 64 for a wrong value. It is 69 if memory does not suffice,
-  73 if a file cannot be created, 74 if the disk is full or fails, and 130 for Ctrl-C. It is
-  `error.exit_code` for an exception with that attribute.
+  73 if a file cannot be created, 74 if the disk is full or fails, 75 if another process of the run
+  has gone, and 130 for Ctrl-C. It is `error.exit_code` for an exception with that attribute.
   """
   known = _verdict(error)
   return known and (known[0], " ".join(known[1].split("\n")))
@@ -181,6 +183,9 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     return flags.EX_USAGE, f"FATAL Flags parsing error: {error}"
   if isinstance(error, ValueError) and str(error).startswith("--"):
     return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
+  if jax.distributed.is_initialized() and _NEIGHBOUR.search(str(error)):
+    reason = _short(str(error).split("\n")[0])
+    return EX_TEMPFAIL, f"another process of this run has gone ({reason}); start all of them again"
   if isinstance(error, MemoryError) or (
     isinstance(error, jax.errors.JaxRuntimeError) and _MEMORY.search(str(error))
   ):

@@ -133,7 +133,7 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, start=1):
     try:
       rows.append(_decode(line.decode("utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"{os.fspath(path)}:{number}: {error}") from error
   return rows
 
@@ -154,7 +154,7 @@ def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
       text = line.decode("utf-8")
       if _decode(text)["step"] <= resume_step:
         kept.append(text + "\n")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       logging.warning("%s:%d: dropped an unreadable line: %s", os.fspath(path), number, error)
   return kept
 

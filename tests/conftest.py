@@ -78,3 +78,35 @@ def smollm2() -> pathlib.Path:
   if not (pathlib.Path(folder) / "config.json").is_file():
     pytest.skip(f"SMOLLM2_PATH={folder} holds no config.json")
   return pathlib.Path(folder)
+
+
+@pytest.fixture
+def launch_here(monkeypatch, repository):
+  """`python -m launch.run ARGUMENTS` in this process: `(exit code, message)`.
+
+  Its script reads its flags here too, and files of hosts are not looked for.
+  """
+  from absl import flags as absl_flags
+  from absl.testing import flagsaver
+
+  from launch import run
+  from launch.job import Job, JobError
+  from rlhf_jax.flags import UsageError
+  from tests.testing import read_configs
+
+  def check(job: Job) -> None:
+    configs = read_configs(job.module, job.flags)
+    getattr(configs[-1], "require", lambda: None)()
+
+  monkeypatch.setattr(run, "check_flags", check)
+  monkeypatch.setattr(run, "check_paths", lambda job: None)
+  monkeypatch.chdir(repository)
+
+  def start(*arguments: str) -> tuple[int, str]:
+    with flagsaver.flagsaver():
+      try:
+        return run.launch(run.parse(["launch.run", *arguments])[1:]), ""
+      except (JobError, UsageError, absl_flags.Error) as error:
+        return 64, str(error)
+
+  return start

@@ -111,7 +111,9 @@ def script(toy):
 
 
 def test_script_help_lists_its_own_flags(script):
-  out = script("--help").stdout
+  done = script("--help")
+  assert done.returncode == 0
+  out = done.stdout
   assert out.startswith("Trains a toy to 98 % of nothing.\n")
   assert "  --steps=10\n      Number of updates.\n" in out
   assert "  --[no]shuffle (" in out

@@ -106,6 +106,7 @@ def test_an_unreadable_line_is_named_by_the_reader_and_dropped_on_resume(tmp_pat
   _write(path, range(2))
   with open(path, "ab") as file:
     file.write(b'{"step": 2, "lo{"step": 3}\n[1]\n{"loss": 1}\n{"step": 4, "loss": null}\n')
+    file.write(b'{"step": 5, "loss": ' + b"[" * 100_000 + b"\n")
   with pytest.raises(ValueError, match=r"metrics\.jsonl:3: "):
     writers.read_metrics(path)
   _write(path, [5], resume_step=9)

@@ -2,6 +2,7 @@
 
 import glob
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def group_runs(runs: Sequence[str]) -> dict[str, list[str]]:
   for item in runs:
     if "=" in item and not pathlib.Path(item).exists():
       label, _, item = item.partition("=")
+    item = os.path.expanduser(item)
     folders = sorted(glob.glob(item)) if "*" in item else [item]
     if not folders:
       raise flags.UsageError(f"--runs: no folder matches {item}")

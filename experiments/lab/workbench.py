@@ -106,7 +106,11 @@ class Workbench(NamedTuple):
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
     rates = defaults.describe(self.config)
-    lines = {"initial model": start, **data.describe(*sets), **named, **rates}
+    lines = {"initial model": start, **data.describe(*sets)}
+    for name, dataset in self.extra.items():
+      lost = f", left out: {dataset.dropped}" if dataset.dropped else ""
+      lines[f"{name} data"] = f"{len(dataset.examples)} {dataset.kind}{lost}"
+    lines |= {**named, **rates}
     training.describe(self.run, title, self.model, trainer, lines)
     given_rows.warn(*sets)
 
@@ -169,7 +173,7 @@ class Workbench(NamedTuple):
         self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
       )
       refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
-      train = np.full([rows, *refs.shape[1:]], np.nan, refs.dtype)
+      train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
       train[only] = refs
     if self.heldout.examples:
       heldout = self.over(self.heldout, measure, show="reference, held out")["ref"]
@@ -332,7 +336,7 @@ def open(
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
-    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
+    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="", eval_fraction=0.0)
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
   answered = (train_set, heldout) if kind == "prompts" else (heldout,)
   limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)

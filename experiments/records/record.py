@@ -5,6 +5,7 @@ records of the runs that it builds on, with their final metrics. They are copies
 when these runs are moved or deleted.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -68,6 +69,8 @@ def identify(
     "held-out data": heldout.digest if heldout else "",
     "tokenizer": tokenizer.digest,
   }
+  if flat.get("data.tfds"):  # A file has a digest of its own, with all its columns.
+    digests["rows of --data.tfds"] = rows_digest(train_set)
   loop.identify(run, script, settings, digests)
   if not processes.is_first():
     return
@@ -84,6 +87,14 @@ def identify(
     "sources": sources_of(flat),
   }
   workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def rows_digest(dataset: data.Dataset) -> str:
+  """Returns the SHA-256 of the rows of a data set, with all columns, which a reward may read."""
+  digest = hashlib.sha256()
+  for row in dataset.rows:
+    digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+  return digest.hexdigest()
 
 
 def module_of(script: str) -> types.ModuleType | None:

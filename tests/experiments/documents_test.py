@@ -10,7 +10,6 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -132,12 +131,10 @@ def test_data_are_of_the_layout_that_is_named(path, shared):
 @pytest.mark.parametrize(
   "command", [command for command in COMMANDS if command[0] == "launch.run"], ids=name_of
 )
-def test_the_launcher_accepts(command):
+def test_the_launcher_accepts(command, launch_here, capsys):
   """Shown and not done: the engines are met in tests/launch."""
-  line = [sys.executable, "-m", command[0], "--dry_run", *command[1:]]
-  shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-  assert shown.returncode == 0, shown.stderr
-  assert "experiments." in shown.stdout
+  assert launch_here("--dry_run", *command[1:]) == (0, "")
+  assert "experiments." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

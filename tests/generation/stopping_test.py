@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import flags
 from rlhf_jax.generation import SamplingConfig, ended, stop_text
 from rlhf_jax.types import Rollout
+from tests.testing import read_configs
 
 
 def first_end(tokens, strings, texts):
@@ -79,3 +81,10 @@ def test_empty_stop_strings_are_refused():
     SamplingConfig(stop=("a", ""))
   with pytest.raises(ValueError, match="every response would end at once"):
     stop_text([""], [b"a"])
+
+
+def test_stop_strings_on_the_command_line():
+  words = ["--workdir=w", "--init_from=m", r"--sampling.stop=\n\nHuman:,END"]
+  _, config = read_configs("experiments.generate", words)
+  assert config.sampling.stop_strings == ("\n\nHuman:", "END")
+  assert flags.as_line("sampling.stop", list(config.sampling.stop)) == words[-1]

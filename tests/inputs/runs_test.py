@@ -348,6 +348,15 @@ def test_an_error_that_is_no_bug_is_one_line(make, code, message):
   assert message in said and "\n" not in said
 
 
+def test_a_neighbour_that_has_gone_is_worth_another_start(monkeypatch):
+  error = ValueError("UNKNOWN: Gloo all-reduce failed: [pair.cc:534] Connection closed by peer\nx")
+  assert entry.verdict(error) is None
+  monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+  code, said = entry.verdict(error) or (1, "")
+  assert code == 75
+  assert said.startswith("another process of this run has gone (UNKNOWN: Gloo") and "\n" not in said
+
+
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyError("x"), OSError("x"), ValueError("x")])
 def test_a_bug_keeps_its_traceback(error):
   assert entry.verdict(error) is None

@@ -1,19 +1,12 @@
 import dataclasses
 import os
-import pathlib
-import re
-import shlex
 import subprocess
 import sys
 
 import pytest
-from absl import flags as absl_flags
-from absl.testing import flagsaver
 
 from launch import run
 from launch.job import Job, JobError, Plan
-from rlhf_jax.flags import UsageError
-from tests.testing import read_configs
 
 PPO = ("experiments.ppo", "--workdir=/mnt/runs/ppo")
 
@@ -26,31 +19,6 @@ def launch(repository):
     command = [sys.executable, "-m", "launch.run", *arguments]
     env = os.environ | env
     return subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)
-
-  return start
-
-
-@pytest.fixture
-def launch_here(monkeypatch, repository):
-  """`python -m launch.run ARGUMENTS` in this process: `(exit code, message)`.
-
-  Its script reads its flags here too, and files of hosts are not looked for.
-  """
-
-  def check(job: Job) -> None:
-    configs = read_configs(job.module, job.flags)
-    getattr(configs[-1], "require", lambda: None)()
-
-  monkeypatch.setattr(run, "check_flags", check)
-  monkeypatch.setattr(run, "check_paths", lambda job: None)
-  monkeypatch.chdir(repository)
-
-  def start(*arguments: str) -> tuple[int, str]:
-    with flagsaver.flagsaver():
-      try:
-        return run.launch(run.parse(["launch.run", *arguments])[1:]), ""
-      except (JobError, UsageError, absl_flags.Error) as error:
-        return 64, str(error)
 
   return start
 
@@ -236,13 +204,3 @@ def test_preflight_takes_every_flag_of_a_script():
 def test_goldens_have_a_target_each(repository):
   names = [path.name for path in (repository / "tests/launch/goldens").iterdir()]
   assert {name for name in run.TARGETS if any(n.startswith(name) for n in names)} == {*run.TARGETS}
-
-
-def test_readme_runs(launch_here, repository):
-  """Every command of launch/README.md is one that the launcher accepts."""
-  text = pathlib.Path(repository, "launch/README.md").read_text()
-  commands = re.findall(r"^python -m launch\.run ((?:.*\\\n)*.*)", text, re.M)
-  assert len(commands) >= len(run.TARGETS)
-  for command in commands:
-    words = shlex.split(command.replace("\\\n", " "))
-    assert launch_here("--dry_run", *words) == (0, ""), command

@@ -72,3 +72,27 @@ def test_a_state_lives_in_buffers_of_its_own(rank, keep_start, open_bench, monke
   after = lora.base(trainer.params(state))
   same = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), after, before))
   assert all(same) if rank else not all(same)
+
+
+@pytest.mark.parametrize("following", [(), ("ppo", "--workdir=runs/ppo", "--reward.path=a b")])
+def test_the_end_names_the_model_and_the_next_command(following, open_bench, monkeypatch, capsys):
+  bench = open_bench("sft", "demonstrations")
+  monkeypatch.setattr(training.plots, "plot_metrics", lambda workdir: None)
+  monkeypatch.setattr(training.records, "write_card", lambda *args: None)
+  assert "sft: reading the model and the data" in capsys.readouterr().err
+  bench.finish({"a": 1.0}, *following)
+  said = capsys.readouterr().err.splitlines()
+  assert (
+    said
+    == [
+      f"model: {bench.run.workdir / 'export'}",
+      "next: python -m experiments.ppo --workdir=runs/ppo '--reward.path=a b'",
+    ][: len(following)]
+  )
+
+
+@pytest.mark.parametrize("script", ["reward_model", "sft"])
+def test_the_next_command_starts_from_what_this_one_started_from(script, open_bench, sft_run):
+  kind = {"reward_model": "preferences", "sft": "demonstrations"}[script]
+  bench = open_bench(script, kind, f"--init_from={sft_run}")
+  assert bench.start_of("runs/x") == ["--workdir=runs/x", f"--init_from={sft_run}"]

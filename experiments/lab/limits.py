@@ -1,5 +1,6 @@
 """Longest sequence that a model was made for."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -40,16 +41,17 @@ def require_length(
   judge = getattr(getattr(config, "preference", None), "path", "")
   for path in (*reward, judge):
     if path and judged:
-      folder = models.finished_folder(path)
-      _require(config, folder, [_joined(config, folder, length) for length in judged])
+      with contextlib.suppress(hf.ModelFolderError):  # Whoever opens a judge says what is wrong.
+        folder = models.finished_folder(path)
+        _require(config, folder, judged)
+        if hf.scalar_label(folder) == records.PREFERENCE:
+          _require(config, folder, [_with_another(config, length) for length in judged])
 
 
-def _joined(config: Any, folder: pathlib.Path, length: _Length) -> _Length:
-  """Returns the length that a judge reads: a preference model reads both responses."""
-  if hf.scalar_label(folder) != records.PREFERENCE:
-    return length
-  second = config.sampling.max_new_tokens + 2  # With an end token behind each of the two.
-  return length._replace(real=length.real + second, padded=length.padded + second)
+def _with_another(config: Any, length: _Length) -> _Length:
+  """Returns the length of a prompt with two sampled responses, each with an end token behind it."""
+  more = config.sampling.max_new_tokens + 2
+  return length._replace(real=length.real + more, padded=length.padded + more)
 
 
 def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:

@@ -48,10 +48,8 @@ def prompts(
   train_set, heldout = data.load("prompts", config, tokenizer, seed=seed)
   chosen = heldout
   if not chosen.examples:
-    count = limit or config.eval_rows
+    count = None if limit else config.eval_rows
     chosen = train_set._replace(examples=train_set.examples[:count], rows=train_set.rows[:count])
-    if limit:
-      chosen = train_set
   different = evaluating.as_prompts(chosen, len(chosen.rows))
   if limit:
     chosen = evaluating.as_prompts(chosen, limit)

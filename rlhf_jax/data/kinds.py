@@ -61,8 +61,9 @@ class Dataset(NamedTuple):
       of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
       response follows the prompt without a space), `repeated_prompts` (rows whose responses start
       with the prompt), `duplicates` (repeated examples), `flipped_pairs` (pairs that are there the
-      other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`, `split_by_rows` (1 if all rows have the same prompt)
-      and `nothing_to_hold_out` (1 if all rows are the same).
+      other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`,
+      `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows
+      are the same).
     unread: Columns that were not read; rewards still see them.
   """
 

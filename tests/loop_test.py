@@ -390,6 +390,21 @@ def test_more_steps_continue_a_finished_run(tmp_path, uninterrupted):
   assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
 
 
+def test_a_metric_that_is_undefined_in_a_step_is_absent(tmp_path):
+  def step(state, batch, key):
+    new, values = quadratic(state, batch, key)
+    defined = new["step"] % 2 == 0
+    values |= {"reward/chosen": jnp.where(defined, 0.0, jnp.nan)}
+    return new, values | {"loss": jnp.where(defined, values["loss"], jnp.nan)}
+
+  fit(tmp_path, dataclasses.replace(CONFIG, log_every=1), step)
+  rows = lines(tmp_path)
+  assert len(rows) == CONFIG.steps
+  for row in rows:  # A loss is always shown.
+    assert row["loss"] == row["loss"] if row["step"] % 2 == 0 else "loss" in row
+    assert row.get("reward/chosen") == (0.0 if row["step"] % 2 == 0 else None)
+
+
 def test_the_seed_decides(tmp_path, uninterrupted):
   assert (fit(tmp_path, seed=1)["w"] != uninterrupted[0]["w"]).any()
 

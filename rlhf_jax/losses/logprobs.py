@@ -159,7 +159,7 @@ class TokenScores(NamedTuple):
   Attributes:
     logprobs: float32, log-probability of the target.
     entropy: float32, entropy in nats.
-    hits: bool, True if no logit is above that of the target.
+    hits: bool, True if the target has the highest logit, the first one of equal ones.
     collision: float32, log sum_v pi(v)^2, without a gradient.
   """
 
@@ -320,7 +320,8 @@ def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
     products = powers * jnp.where(powers > 0, logits, 0.0)
     scores = scores._replace(entropy=known(level - jnp.sum(products, axis=-1) / total))
   if ask.hits:
-    scores = scores._replace(hits=fine & (target >= 0))
+    # Not by `target >= 0`: the compiler may round the maximum unlike the logits it is taken from.
+    scores = scores._replace(hits=fine & (jnp.argmax(logits, axis=-1) == targets))
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))

@@ -322,7 +322,7 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, start):
   with open(folder / "remax.py", "a") as file:
     file.write("# Edited.\n")
   output = run("remax.py", "--workdir=runs/whole", *flags, code=78)
-  assert "file of the script: was" in output
+  assert "file of the script was" in output
 
 
 def test_help_of_a_method_of_ones_own(run):

@@ -5,6 +5,8 @@ Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0
 Your model and data (rows with prompt, chosen, rejected), with another loss:
   python -m experiments.dpo --workdir=runs/dpo --init_from=FOLDER --data.path=FILE.jsonl \
     --dpo.loss=ipo --data.packed_length=1024
+Offline VPO, whose bonus stays near the chosen responses:
+  --dpo.bonus_coef=-0.01
 A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 

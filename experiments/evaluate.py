@@ -75,7 +75,8 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       )
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")
-  heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed)
+  models_of = {"policy": ", ".join(config.policy), "baseline": config.baseline}
+  heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed, **models_of)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
   limits.require_length(config, folders[0], answered=[heldout])

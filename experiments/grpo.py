@@ -43,7 +43,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
-  grpo: GRPOConfig = GRPOConfig(kl_coef=0.1)
+  grpo: GRPOConfig = GRPOConfig(kl_coef=defaults.weight(0.1, 0.04))
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()

@@ -6,9 +6,11 @@ Held to the chosen responses by their likelihood (win rate about 0.7):
   --simpo.sft_coef=1 --optim.learning_rate=1e-4
 Your model and data (rows with prompt, chosen, rejected), by ORPO:
   python -m experiments.simpo --workdir=runs/orpo --init_from=FOLDER --data.path=FILE.jsonl \
-    --simpo.loss=orpo --simpo.beta=0.1 --simpo.sft_coef=1
+    --simpo.loss=orpo
 By CPO:
-  --simpo.loss=cpo --simpo.beta=0.1
+  --simpo.loss=cpo
+
+Settings that are not given are those of the paper of each loss.
 
 With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the

@@ -36,6 +36,12 @@ class Rate(float):
   by_kind: dict[Kind, float]
 
 
+class Weight(float):
+  """Weight of a term by the kind of model. As a number it is that of the built-in model."""
+
+  by_kind: dict[Kind, float]
+
+
 class Count(int):
   """Whole number by the kind of model. As a number it is that of the built-in model."""
 
@@ -47,6 +53,13 @@ def rate(built_in: float, pretrained: float) -> Rate:
   value = Rate(built_in)
   adapters = float(f"{_ADAPTERS * pretrained:.6g}")
   value.by_kind = {"built-in": built_in, "pretrained": pretrained, "adapters": adapters}
+  return value
+
+
+def weight(built_in: float, pretrained: float) -> Weight:
+  """Returns the weight of a term by the kind of model."""
+  value = Weight(built_in)
+  value.by_kind = {"built-in": built_in, "pretrained": pretrained, "adapters": pretrained}
   return value
 
 
@@ -89,7 +102,7 @@ def is_builtin(folder: pathlib.Path) -> bool:
 
 def settled(config: Any, kind: Kind) -> Any:
   """Returns a dataclass, or any other value, with the plain numbers for a kind of model."""
-  if isinstance(config, Rate | Count):
+  if isinstance(config, Rate | Weight | Count):
     return config.by_kind[kind]
   if not dataclasses.is_dataclass(config):
     return config
@@ -109,12 +122,12 @@ def settle(config: Any) -> None:
       object.__setattr__(config, field.name, plain)
 
 
-def by_name(cls: type[Any]) -> dict[str, Rate | Count]:
+def by_name(cls: type[Any]) -> dict[str, Rate | Weight | Count]:
   """Returns the defaults of a dataclass that depend on the model, by names such as `optim.b1`."""
-  found: dict[str, Rate | Count] = {}
+  found: dict[str, Rate | Weight | Count] = {}
 
   def collect(value: Any, name: str) -> None:
-    if isinstance(value, Rate | Count):
+    if isinstance(value, Rate | Weight | Count):
       found[name] = value
     elif dataclasses.is_dataclass(value):
       for field in dataclasses.fields(value):

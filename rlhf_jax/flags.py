@@ -354,7 +354,7 @@ def _reader(name: str, default: Any, flag_values: flags.FlagValues) -> Callable[
     value = getattr(flag_values, name)  # Unlike [name].value, refuses before parsing.
     return default if flag_values[name].using_default_value else value
 
-  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Weight | defaults_lib.Count):
     return read
   return lambda: getattr(flag_values, name)
 
@@ -433,7 +433,7 @@ def _register(
   except TypeError as error:
     raise TypeError(f"--{name}: {error}") from None
   required = default is dataclasses.MISSING
-  if isinstance(default, defaults_lib.Rate | defaults_lib.Count):
+  if isinstance(default, defaults_lib.Rate | defaults_lib.Weight | defaults_lib.Count):
     numbers = default.by_kind
     other = f"Default for a pretrained model: {numbers['pretrained']:g}"
     if numbers["adapters"] != numbers["pretrained"]:

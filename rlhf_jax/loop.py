@@ -294,7 +294,7 @@ def fit(
   """Runs `config.steps` steps, from the newest checkpoint of the workdir if there is one.
 
   If a step raises before it has donated its state, as a reward function may, the state before it is
-  saved first.
+  saved first, and if an evaluation raises, the state that it was to evaluate.
 
   A run that is killed at any time and started again ends with bitwise the same state as one that
   is not. State, step and position in the data are saved as one unit, and every key derives from the
@@ -346,19 +346,24 @@ def fit(
       saver.save(done, {"state": state}, meta)
 
     saved = start
+
+    def rescue(done: int, position: Any) -> None:
+      # One process may be the only one that fails, and a save needs all of them.
+      if done == saved or jax.process_count() > 1 or _is_lost(state):
+        return
+      log.flush()
+      if not log.skipping:
+        save(done, position)
+        saver.wait()
+        reporting.note(f"saved step {done} of {config.steps}, the last one before the error")
+
     for index in range(start, config.steps):
       position = batches.get_state()
       batch = sharding.place_batch(next(batches), run.mesh)
       try:
         state, values = step(state, batch, key)
       except Exception:
-        # One process may be the only one that fails, and a save needs all of them.
-        if saved < index and jax.process_count() == 1 and not _is_lost(state):
-          log.flush()
-          if not log.skipping:
-            save(index, position)
-            saver.wait()
-            reporting.note(f"saved step {index} of {config.steps}, the last one before the error")
+        rescue(index, position)
         raise
       if run.mesh.devices.flat[0].platform == "cpu":
         # Otherwise the next step would allocate temporaries while this one still holds its own.
@@ -370,7 +375,12 @@ def fit(
       due = last or (config.eval_every > 0 and done % config.eval_every == 0)
       if evaluate is not None and due:
         log.flush()  # Trackers need the steps in order, and `evaluate` may write a table.
-        values = {**values, **evaluate(state, done)}
+        try:
+          values = {**values, **evaluate(state, done)}
+        except Exception:
+          log.push(done, values, keep=due)
+          rescue(done, batches.get_state())
+          raise
       log.push(done, values, keep=due)
       stopping = stop.is_set() and not last  # Read only once: it may change at any time.
       if last or stopping or done % config.checkpoint_every == 0:

@@ -242,6 +242,21 @@ def test_a_step_that_raises_leaves_the_state_before_it(tmp_path, uninterrupted, 
   assert len(calls) == STEPS + 4
 
 
+def test_an_evaluation_that_raises_leaves_the_state_after_the_step(tmp_path, uninterrupted):
+  config = dataclasses.replace(CONFIG, checkpoint_every=100, eval_every=5)
+
+  def broken(state, step):
+    raise RuntimeError("planted")
+
+  with pytest.raises(RuntimeError, match="planted"):
+    fit(tmp_path, config, evaluate=broken)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
+    assert saver.latest_step() == 5
+  state = fit(tmp_path, dataclasses.replace(config, eval_every=0))
+  jax.tree.map(np.testing.assert_array_equal, state, uninterrupted[0])
+  assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
+
+
 def test_a_step_that_has_lost_its_state_saves_nothing(tmp_path):
   def losing(state, *rest):
     new, values = quadratic(state, *rest)
@@ -373,6 +388,21 @@ def test_more_steps_continue_a_finished_run(tmp_path, uninterrupted):
   jax.tree.map(np.testing.assert_array_equal, state, uninterrupted[0])
   # The old last step has its line too.
   assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
+
+
+def test_a_metric_that_is_undefined_in_a_step_is_absent(tmp_path):
+  def step(state, batch, key):
+    new, values = quadratic(state, batch, key)
+    defined = new["step"] % 2 == 0
+    values |= {"reward/chosen": jnp.where(defined, 0.0, jnp.nan)}
+    return new, values | {"loss": jnp.where(defined, values["loss"], jnp.nan)}
+
+  fit(tmp_path, dataclasses.replace(CONFIG, log_every=1), step)
+  rows = lines(tmp_path)
+  assert len(rows) == CONFIG.steps
+  for row in rows:  # A loss is always shown.
+    assert row["loss"] == row["loss"] if row["step"] % 2 == 0 else "loss" in row
+    assert row.get("reward/chosen") == (0.0 if row["step"] % 2 == 0 else None)
 
 
 def test_the_seed_decides(tmp_path, uninterrupted):

@@ -253,6 +253,16 @@ def test_progress_fits_on_the_terminal(title, total, width, monkeypatch):
     assert "100 s/step" in last and "1h 10m left" in last and values
 
 
+@pytest.mark.parametrize("bad, shown", [(0, False), (3, True)])
+def test_progress_shows_scores_that_are_no_number_first(bad, shown, capsys):
+  metrics = {"loss": 0.5, "reward/mean": 1.0, "kl/ref": 2.0, "reward/nonfinite": float(bad)}
+  with reporting.Progress(2) as progress:
+    progress.update(1, metrics)
+  line = capsys.readouterr().err
+  assert ("reward/nonfinite 3.000  loss 0.500" in line) == shown
+  assert ("nonfinite" in line) == shown and "kl/ref 2.000" in line
+
+
 def test_progress_of_an_empty_run(capsys):
   with reporting.Progress(0) as progress:
     progress.update(0)

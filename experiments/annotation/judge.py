@@ -79,6 +79,7 @@ def label(
   """
   done = store.answered(name)
   left = [item for item in items if item.id not in done]
+  watch = rewards.Watch("the judge")
   with reporting.Progress(len(items), len(done), "judge") as progress:
     for start in range(0, len(left), batch_size):
       part = left[start : start + batch_size]
@@ -87,9 +88,12 @@ def label(
         [item.responses[0] for item in part],
         [item.responses[1] for item in part],
       )
+      watch.check(verdicts.preference)
       rows = []
       for i, item in enumerate(part):
         preference = float(verdicts.preference[i])
+        if np.isnan(preference):
+          continue
         orders = {"first": verdicts.first[i].tolist(), "second": verdicts.second[i].tolist()}
         row = answer_row(item, name, (int(preference < 0.5), int(preference > 0.5)), **orders)
         row["annotations"][0]["probability"] = round(preference, 6)

@@ -56,5 +56,10 @@ def prompts(
   if limit:
     chosen = evaluating.as_prompts(chosen, limit)
   answered = f"{len(chosen.examples)} of {len(different.examples)} different prompts"
+  if chosen is heldout and data.is_given(config) and not config.eval_path:
+    answered = (
+      f"{len(chosen.examples)} held-out prompts; the other {len(train_set.examples)} are for"
+      " training, and data.eval_fraction=0 takes all"
+    )
   show(title, config, train_set, heldout, **rows, answered=answered)
   return chosen

@@ -1,5 +1,6 @@
 """Longest sequence that a model was made for."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ def require_length(
   judge = getattr(getattr(config, "preference", None), "path", "")
   for path in (*reward, judge):
     if path and sampled:
-      _require(config, models.finished_folder(path), sampled)
+      with contextlib.suppress(hf.ModelFolderError):  # Whoever opens a judge says what is wrong.
+        _require(config, models.finished_folder(path), sampled)
 
 
 def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:

@@ -106,7 +106,11 @@ class Workbench(NamedTuple):
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
     rates = defaults.describe(self.config)
-    lines = {"initial model": start, **data.describe(*sets), **named, **rates}
+    lines = {"initial model": start, **data.describe(*sets)}
+    for name, dataset in self.extra.items():
+      lost = f", left out: {dataset.dropped}" if dataset.dropped else ""
+      lines[f"{name} data"] = f"{len(dataset.examples)} {dataset.kind}{lost}"
+    lines |= {**named, **rates}
     training.describe(self.run, title, self.model, trainer, lines)
     given_rows.warn(*sets)
 
@@ -333,7 +337,7 @@ def open(
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
-    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="")
+    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="", eval_fraction=0.0)
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
   answered = (train_set, heldout) if kind == "prompts" else (heldout,)
   limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)

@@ -7,17 +7,17 @@ METRIC = "gold/win_rate"
 DEFAULTS = {
   "optim.learning_rate": 3e-5,
   "simpo.beta": 2.0,
-  "simpo.gamma": 0.5,
+  "simpo.margin": 0.25,
   "simpo.sft_coef": 0.0,
 }
-GRID = {"optim.learning_rate": [1e-5, 3e-5, 1e-4], "simpo.beta": [1.0, 2.0, 4.0]}
+GRID = {"optim.learning_rate": [1e-5, 3e-5, 1e-4], "simpo.beta": [2.0, 4.0, 10.0]}
 
 
 def space(trial):
   """The flags of a trial."""
   return {
     "optim.learning_rate": trial.suggest_float("optim.learning_rate", 3e-6, 3e-4, log=True),
-    "simpo.beta": trial.suggest_float("simpo.beta", 0.5, 10.0, log=True),
-    "simpo.gamma": trial.suggest_float("simpo.gamma", 0.0, 2.0),
+    "simpo.beta": trial.suggest_float("simpo.beta", 1.0, 10.0, log=True),
+    "simpo.margin": trial.suggest_float("simpo.margin", 0.0, 0.8),
     "simpo.sft_coef": trial.suggest_float("simpo.sft_coef", 0.0, 1.0),
   }

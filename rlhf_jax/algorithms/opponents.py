@@ -64,7 +64,7 @@ class OpponentBatch(NamedTuple):
     rollout: Responses, with leaves [B, K, ...].
     ref_logprobs: [B, K, R] log-probabilities of their tokens under the reference.
     preference: [B, K] probability that each response beats one of the opponent. A response with NaN
-      is left out.
+      is left out, as with a log-probability that is not finite.
     tau: [B] float32, weight of the KL penalty, the same in all rows.
   """
 
@@ -98,24 +98,24 @@ def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judg
   """Computes the log-probabilities of a batch of responses under the policy, and metrics."""
   rollout = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.rollout)
   ref_logprobs = batch.ref_logprobs.reshape(rollout.logprobs.shape)
-  judged = jnp.isfinite(batch.preference)
-  rows = judged.reshape(-1)
-  mask = rollout.response_mask[:, -ref_logprobs.shape[1] :] & rows[:, None]
+  rows, mask = reading.finite_rows(rollout, batch.preference.reshape(-1), ref_logprobs)
+  judged = rows.reshape(batch.preference.shape)
   now = read(params, rollout)
   divergence = masked.masked_sum(kl.k1(now.logprobs, ref_logprobs), mask, axis=1)
   tokens = jnp.sum(mask).astype(jnp.float32)
+  means = {
+    "kl/ref": divergence,
+    "entropy": masked.masked_mean(now.entropy, mask, axis=1),
+    "response_length/mean": jnp.sum(mask, axis=1),
+  }
+  count = {f"weight/{name}": jnp.sum(rows).astype(jnp.float32) for name in means}
   return Judged(
     now.logprobs,
     ref_logprobs,
     mask,
     judged,
     jnp.where(judged, batch.preference, 0.0),
-    {
-      "kl/ref": masked.masked_mean(divergence, rows),
-      "entropy": masked.masked_mean(masked.masked_mean(now.entropy, mask, axis=1), rows),
-      "response_length/mean": tokens / jnp.maximum(jnp.sum(rows), 1),
-      "tokens": tokens,
-    },
+    {name: masked.defined_mean(x, rows) for name, x in means.items()} | count | {"tokens": tokens},
   )
 
 

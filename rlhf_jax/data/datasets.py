@@ -4,6 +4,7 @@
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -181,7 +182,7 @@ def is_given(config: DataConfig) -> bool:
 
 
 def comparison_kind(config: DataConfig) -> KindName:
-  """Returns the kind of data for a reward model, "rankings" or "preferences", by the first row.
+  """Returns the kind of data for a reward model, "rankings" or "preferences", by a row.
 
   Raises:
     DataError: The rows cannot be read.
@@ -190,8 +191,10 @@ def comparison_kind(config: DataConfig) -> KindName:
     return "preferences"
   # Bad rows are for `load` to report.
   rows, _ = _open("preferences", config, 0, lambda error: None)
-  first = next(rows, None)
-  return schema.comparison_kind(_without(first, config.ignore)) if first else "preferences"
+  for row in rows:
+    with contextlib.suppress(DataError):
+      return schema.comparison_kind(_without(row, config.ignore))
+  return "preferences"
 
 
 def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
@@ -321,10 +324,8 @@ def _parse(
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
   if kind in _JUDGED:
     rows = iter(formats.joined(list(rows)))
-  missing = set(config.ignore)
   parsed = []
   for row in rows:
-    missing -= row.fields.keys()
     try:
       read = schema.parse(
         kind,
@@ -347,8 +348,6 @@ def _parse(
       continue
     row = row._replace(fields={**row.fields, "prompt_text": text})
     parsed.append(_Parsed(row, read.examples, read.unread))
-  if missing and parsed:
-    raise DataError(f"data.ignore: no row has the column {sorted(missing)[0]!r}; leave it out")
   return parsed
 
 
@@ -382,7 +381,8 @@ def _split(kind: KindName, part: _Part, config: DataConfig) -> tuple[_Part, _Par
         break
     else:
       noticed = "nothing_to_hold_out"
-  heldout &= np.cumsum(heldout) <= config.eval_rows
+  is_kept = np.isin(np.arange(len(heldout)), part.origins)
+  heldout &= np.cumsum(heldout & is_kept) <= config.eval_rows
   parts = _take(kind, part, train), _take(kind, part, heldout)
   if noticed:
     parts[1].report[noticed] = 1
@@ -506,11 +506,23 @@ def _notice(
   """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
   spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
   joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
-  for name, noticed in (("spelled_markers", spelled), ("joined_words", joined)):
+  repeated = {i: _repeated_prompt(asked[i], [*answers_of[i]]) for i in asked}
+  for name, noticed in (
+    ("spelled_markers", spelled),
+    ("joined_words", joined),
+    ("repeated_prompts", repeated),
+  ):
     rows = [i for i, problem in noticed.items() if problem]
     events += [(i, name) for i in rows]
     for i in rows[:1]:
       logging.warning("%s: %s (%d rows like it)", parsed[i].row.where, noticed[i], len(rows))
+
+
+def _repeated_prompt(prompt: Prompt, answers: Sequence[str]) -> str:
+  """Describes two or more answers that all start with their prompt; empty if they do not."""
+  text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+  repeats = text and len(answers) > 1 and all(answer.startswith(text) for answer in answers)
+  return "the answers repeat the prompt, which they follow" if repeats else ""
 
 
 def _unknown(tokenizer: Tokenizer, texts: Sequence[Any]) -> np.ndarray:

@@ -15,6 +15,8 @@ from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatc
 
 Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
 
+_NEAR = 256  # Examples among which another prompt is looked for; thousands may share one.
+
 # Counts that the report of a data set holds even where they are 0.
 COUNTS = (
   "dropped_ties",
@@ -29,6 +31,7 @@ COUNTS = (
   "truncated_turns",
   "spelled_markers",
   "joined_words",
+  "repeated_prompts",
 )
 
 
@@ -56,10 +59,11 @@ class Dataset(NamedTuple):
       `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
       `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
       of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
-      response follows the prompt without a space), `duplicates` (repeated examples),
-      `flipped_pairs` (pairs that are there the other way round too), `unknown_tokens` and, for the
-      held-out set, `eval_prompts_in_train`, `split_by_rows` (1 if all rows have the same prompt)
-      and `nothing_to_hold_out` (1 if all rows are the same).
+      response follows the prompt without a space), `repeated_prompts` (rows whose responses start
+      with the prompt), `duplicates` (repeated examples), `flipped_pairs` (pairs that are there the
+      other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`,
+      `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows
+      are the same).
     unread: Columns that were not read; rewards still see them.
   """
 
@@ -230,7 +234,7 @@ def partner(examples: Sequence[Arrays], index: int) -> int:
 
   Responses to a prompt are often adjacent, the good ones first. The n-th of them gets the n-th one
   behind them, so that mismatched responses are good as often as the data. The first example follows
-  the last. Examples with the same prompt or response are passed over; if all prompts are the same,
+  the last. Examples with the same prompt or response are passed over; if no other prompt is near,
   only those with the same response are.
 
   Raises:
@@ -242,16 +246,20 @@ def partner(examples: Sequence[Arrays], index: int) -> int:
   def same_prompt(i: int) -> bool:
     return np.array_equal(examples[i % size]["prompt"], prompt)
 
-  before = next((n for n in range(1, size) if not same_prompt(index - n)), size) - 1
-  behind = next((n for n in range(1, size) if not same_prompt(index + n)), size)
-  first = index + before + behind if behind < size else index + 1
-  following = ((first + n) % size for n in range(size))
-  others = (i for i in following if not np.array_equal(responses_of(examples[i])[0], response))
+  near = min(size, _NEAR)
+  before = next((n for n in range(1, near) if not same_prompt(index - n)), near) - 1
+  behind = next((n for n in range(1, near) if not same_prompt(index + n)), near)
+  first = index + before + behind if behind < near else index + 1
   fallback = None
-  for i in others:
-    if not same_prompt(i):
-      return i
-    fallback = i if fallback is None else fallback
+  for n in range(size):
+    place = (first + n) % size
+    if np.array_equal(responses_of(examples[place])[0], response):
+      continue
+    if not same_prompt(place):
+      return place
+    fallback = place if fallback is None else fallback
+    if n > _NEAR:
+      break
   if fallback is None:
     raise DataError(
       f"{size} rows without two different responses; KTO estimates its KL from those of other rows"

@@ -34,6 +34,7 @@ _NOTICED: dict[str, Callable[[int], str]] = {
   "truncated_turns": lambda n: f"{n} oldest turns left out of them",
   "spelled_markers": lambda n: f"{n} rows that spell markers of a chat, read as plain text",
   "joined_words": lambda n: f"{n} rows whose response follows the prompt without a space",
+  "repeated_prompts": lambda n: f"{n} rows whose answers repeat the prompt",
   "unknown_tokens": lambda n: f"{n} tokens unknown to the tokenizer",
   "eval_prompts_in_train": lambda n: f"{n} held-out rows with a prompt of the training set",
   "split_by_rows": lambda n: "all rows have one prompt, so rows are held out instead of prompts",
@@ -80,9 +81,13 @@ def _sum(names: tuple[str, ...], *datasets: Dataset) -> int:
 def _contents(config: DataConfig, train: Dataset, heldout: Dataset) -> str:
   source = config.path or (f"tfds:{config.tfds}" if config.tfds else "")
   unit = _UNITS[train.kind] + (f" of {train.width} responses" if train.kind == "rankings" else "")
+  if source and config.rows and _sum(("rows_read",), train) >= config.rows:
+    unit += f" of the first rows (data.rows={config.rows})"
   held = f"{len(heldout.examples)} held out"
   if config.eval_path:
     held += f" from {config.eval_path}"
+  if source and _sum(("rows_read",), heldout) >= config.eval_rows:
+    held += f", no more by data.eval_rows={config.eval_rows}"
   source = source or "built-in task, toy reviews"
   return f"{source}: {len(train.examples)} {unit}, {held}"
 

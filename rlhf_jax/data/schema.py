@@ -79,7 +79,17 @@ _TEXT_PROMPTS = ("prompt", "question", "instruction")
 _SYSTEMS = ("system", "system_prompt")
 # Columns of a row, and keys of a turn, that change what a model should read.
 _CHANGE_PROMPT = (
-  *("context", "contexts", "document", "documents", "history", "input", *_SYSTEMS),
+  *(
+    "conversation",
+    "conversations",
+    "context",
+    "contexts",
+    "document",
+    "documents",
+    "history",
+    "input",
+    *_SYSTEMS,
+  ),
   *("tools", "tool_calls", "functions", "image", "images", "audio", "audios", "video", "videos"),
 )
 _CHANGE_TURN = (
@@ -328,7 +338,7 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
   if annotator:
     if any(verdict.annotator is None for verdict in verdicts):
       fail(row, "annotator", "missing", f"data.annotator={annotator} needs to know who judged")
-    verdicts = [verdict for verdict in verdicts if verdict.annotator == annotator]
+    verdicts = [verdict for verdict in verdicts if str(verdict.annotator) == annotator]
   return _Judged(prompt, answers, _majority(verdicts) if votes == "majority" else verdicts)
 
 
@@ -376,6 +386,9 @@ def _responses(row: Row) -> list[str]:
 
 def _verdicts(row: Row, count: int) -> list[_Verdict]:
   """Lists all comparisons of the `count` responses of a row."""
+  for name, other in itertools.pairwise(name for name in _VOTES if _given(row.fields, name)):
+    if row.fields[other] != row.fields[name]:
+      _contradict(row, name, other)
   column = _first_given(row.fields, _VOTES)
   if column and row.fields[column] == []:
     return []
@@ -446,6 +459,14 @@ def _values(row: Row) -> tuple[str, list[float]]:
         row, at, f"expected a number, found {formats.describe(value)}", "give every response one"
       )
     values.append(_VALUES[name] * value)
+  for other, sign in _VALUES.items():
+    also = [response.get(other) for response in responses]
+    if other == name or not all(type(value) in (int, float, bool) for value in also):
+      continue
+    for (a, x), (b, y) in itertools.combinations(zip(values, also, strict=True), 2):
+      if (a - b) * (x - y) * sign < 0:
+        problem = f"`{name}` and `{other}` order them differently"
+        fail(row, "responses", problem, "keep one of the two")
   return name, values
 
 

@@ -276,10 +276,11 @@ def to_plain(value: Any, where: str, field: str) -> Any:
     return [to_plain(item, where, f"{field}[{i}]") for i, item in enumerate(value)]
   if isinstance(value, dict):
     plain = {key: to_plain(item, where, f"{field}.{key}") for key, item in value.items()}
-    if plain.keys() == {"role", "content"} and isinstance(plain["role"], list):
-      # TFDS turns a list of messages into a message of lists.
-      turns = zip(plain["role"], plain["content"], strict=True)
-      return [{"role": role, "content": content} for role, content in turns]
+    for role, content in (("role", "content"), ("from", "value")):
+      if plain.keys() == {role, content} and isinstance(plain[role], list):
+        # TFDS turns a list of messages into a message of lists.
+        turns = zip(plain[role], plain[content], strict=True)
+        return [{role: a, content: b} for a, b in turns]
     return plain
   return value
 

@@ -33,6 +33,7 @@ Prompt: TypeAlias = str | Messages
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 _SPEAKER = re.compile(f"\\n\\n({'|'.join(_SPEAKERS.values())}): ?")
+_MARKED_LINE = re.compile(r"[#<|\[]")
 _MARKER = re.compile(r"<\|[^|<>]+\|>|<+/?[A-Za-z_]+>+|\[/?[A-Z_]+\]")
 # Some templates write today's date. The same file would give other tokens tomorrow, and a resumed
 # run would refuse its own data. So the date is pinned.
@@ -133,7 +134,9 @@ class Tokenizer:
     self._encoder = controls.Controls(backend, known, spelled.values())
     self._control_text = controls.Spelling([*known, *spelled.values()])
     self._answer_text = controls.Spelling([*in_answers, *spelled.values()])
-    self._marker_text = controls.Spelling([*known, *spelled.values(), *template.markers])
+    markers = [*spelled.values(), *template.markers]
+    self._markers_in_prompts = controls.Spelling([*known, *markers])
+    self._markers_in_answers = controls.Spelling([*in_answers, *markers])
     self._prefix = self._added_prefix()
     self._anchor = self._find_anchor()
     self._lead = self._decoded_lead()
@@ -316,10 +319,10 @@ class Tokenizer:
     """Describes a marker of a chat in a text, which is read as plain text; empty if none is."""
     contents = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
     for text in contents:
-      if marker := self._marker_text.find(text):
+      if marker := self._markers_in_prompts.find(text):
         return f"the prompt spells {marker!r}, which is read as plain text"
     for text in answers:
-      if marker := self._answer_text.find(text):
+      if marker := self._markers_in_answers.find(text):
         return f"the response spells {marker!r}, which is read as plain text"
     return ""
 
@@ -477,12 +480,14 @@ class Tokenizer:
     contexts = [controls.context(before) for before, _ in pairs]
     for anchor in (None, *_ANCHORS):
       left = [i for i, known in enumerate(ids) if known is None]
-      starts = [contexts[i] if anchor is None else anchor for i in left]
-      unique = dict.fromkeys(starts)
-      known = dict(zip(unique, self._encoder.encode([*unique]), strict=True))
-      joined = self._encoder.encode([s + pairs[i][1] for s, i in zip(starts, left, strict=True)])
-      for i, start, whole in zip(left, starts, joined, strict=True):
-        ids[i] = self._after(known[start], whole, len(start))
+      if not left:
+        break
+      starts = {i: contexts[i] if anchor is None else anchor for i in left}
+      wholes = {i: starts[i] + pairs[i][1] for i in left}
+      texts = dict.fromkeys([*starts.values(), *wholes.values()])
+      known = dict(zip(texts, self._encoder.encode([*texts]), strict=True))
+      for i in left:
+        ids[i] = self._after(known[starts[i]], known[wholes[i]], len(starts[i]))
     return [found or [] for found in ids]
 
   def _after(
@@ -554,6 +559,8 @@ class _Template:
       self.source = _default_template(hf)
       self._probe()
     self.markers = set(_MARKER.findall("".join(self.probes)))
+    lines = (self.user_header, self.prompt_end.rpartition("\n")[2])
+    self.markers |= {line for line in lines if _MARKED_LINE.search(line)}
 
   def _probe(self) -> None:
     user, answer, system = (

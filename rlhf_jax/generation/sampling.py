@@ -93,18 +93,21 @@ def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
   Returns:
     [..., V] float.
   """
-  use_top_k = 0 < top_k < logits.shape[-1]
-  if not use_top_k and top_p >= 1:
-    return logits
-  order = jnp.argsort(-logits, axis=-1, stable=True)  # Most likely first.
-  rank = jnp.argsort(order, axis=-1)
-  if use_top_k:
-    logits = jnp.where(rank < top_k, logits, -jnp.inf)
+
+  def keep(threshold: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Keeps the `count` most likely tokens, of which the last one has the logit `threshold`."""
+    above, tied = logits > threshold, logits == threshold
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    return jnp.where(above | (tied & (jnp.cumsum(tied, axis=-1) <= room)), logits, -jnp.inf)
+
+  if 0 < top_k < logits.shape[-1]:
+    logits = keep(jax.lax.top_k(logits, top_k)[0][..., -1:], top_k)
   if top_p < 1:
-    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    reached = jnp.cumsum(probs, axis=-1) >= top_p - _ROUNDING
-    count = 1 + jnp.sum(~reached, axis=-1, keepdims=True)  # Up to the first that reaches it.
-    logits = jnp.where(rank < count, logits, -jnp.inf)
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
+    reached = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) >= top_p - _ROUNDING
+    # Place of the last token of the smallest set that reaches it; all, if rounding is in the way.
+    last = jnp.minimum(jnp.sum(~reached, axis=-1, keepdims=True), logits.shape[-1] - 1)
+    logits = keep(jnp.take_along_axis(ordered, last, axis=-1), 1 + last)
   return logits
 
 

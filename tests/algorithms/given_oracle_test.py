@@ -102,6 +102,7 @@ DPO_CASES = {
   "dpo/smoothed": {"label_smoothing": 0.2},
   "robust_dpo/smoothed": {"loss": "robust_dpo", "label_smoothing": 0.2},
   "dpo/sft": {"sft_coef": 0.7},
+  "dpo/bonus": {"bonus_coef": -0.3},
   "aot": {"loss": "aot"},
   "aot_unpaired": {"loss": "aot_unpaired", "label_smoothing": 0.2},
   **{f"dpo/{name}": {"divergence": name} for name in DIVERGENCES},
@@ -142,8 +143,11 @@ def dpo_oracle(config, weighting):
     losses = [loss(w, l, config.beta, config.label_smoothing) for w, l in numbers]
     if weighting.reweight:
       losses = [wpo(held, a) * wpo(held, b) * x for (a, b), x in zip(BOTH, losses, strict=True)]
-    demonstrated = [config.sft_coef * nll(params, sides[0]) for sides in BOTH]
-    return np.mean(np.add(losses, demonstrated))
+    added = [
+      config.sft_coef * nll(params, sides[0]) + config.bonus_coef * total(params, sides[0])
+      for sides in BOTH
+    ]
+    return np.mean(np.add(losses, added))
 
   return oracle, totals(START).astype(np.float32), totals
 
@@ -317,7 +321,10 @@ def test_reward_model(name, packed):
 
 
 def test_reward_model_of_rankings():
-  """A mean over the pairs of a prompt and then over prompts, without ties and empty places."""
+  """A mean over the pairs of a prompt, and then over prompts that have one.
+
+  Neither ties nor empty places form pairs.
+  """
   data = bigrams.sequences(ROWS, 4, seed=3)
   rng = np.random.default_rng(4)
   ranks = rng.integers(0, 3, (ROWS, 4)).astype(np.int32)
@@ -335,7 +342,8 @@ def test_reward_model_of_rankings():
         for b in range(4)
         if real[i, a] and real[i, b] and ranks[i, a] < ranks[i, b]
       ]
-      losses.append(np.mean(found) if found else 0.0)
+      if found:
+        losses.append(np.mean(found))
     return np.mean(losses)
 
   step = reward_model.make_reward_model_step(

@@ -1,13 +1,15 @@
 """Opponents, and batches of responses that met theirs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.algorithms import opponents, reading
-from rlhf_jax.train_step import init_state
+from rlhf_jax.algorithms import nash_md, opponents, reading
+from rlhf_jax.train_step import gradients, init_state
 from tests.algorithms import toy
 
 
@@ -75,9 +77,26 @@ def test_metrics_are_those_of_loops(bad):
     "response_length/mean": mask.sum() / 10,
     "tokens": mask.sum(),
   }
+  units = {name: judged.metrics.pop(name) for name in list(judged.metrics) if "weight/" in name}
+  assert units == {f"weight/{name}": 10 for name in want if name != "tokens"}
   assert judged.metrics.keys() == want.keys()
   for name, value in want.items():
     np.testing.assert_allclose(judged.metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_a_response_without_a_preference_or_reference_is_as_if_it_were_not_there():
+  batch, params = opponent_batch(0, 8, 1), toy.near(toy.params_of())
+  read = reading.make_read(toy.language, 0.7)
+  preference, ref = batch.preference.copy(), batch.ref_logprobs.copy()
+  preference[1], preference[2], ref[5, 0, 0] = np.nan, np.inf, -np.inf
+  bad = batch._replace(preference=preference, ref_logprobs=ref)
+  others = jax.tree.map(lambda x: x[[0, 3, 4, 6, 7]], batch)
+  loss = functools.partial(nash_md.loss_fn, read=read)
+  run = jax.jit(functools.partial(gradients, loss), static_argnums=3)
+  want = run(params, others, jax.random.key(0), 1)
+  for parts in (1, 4):
+    got = run(params, bad, jax.random.key(0), parts)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
 
 
 def test_schedules_are_linear_over_the_run():

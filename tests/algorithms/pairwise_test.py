@@ -24,6 +24,14 @@ def summed(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
   return jnp.sum(policy_chosen)
 
 
+def both(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+  return policy_chosen, policy_rejected
+
+
+def signs(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+  return jnp.int32(policy_chosen > policy_rejected)
+
+
 def test_keys_and_functions_of_a_user():
   assert pairwise.find("ipo") is preference.ipo_loss
   assert pairwise.find(f"{__name__}:of_one_pair") is of_one_pair
@@ -33,7 +41,12 @@ def test_keys_and_functions_of_a_user():
 
 @pytest.mark.parametrize(
   ("name", "word"),
-  [("summed", r"gave float32\[\] for 3 pairs"), ("of_one_pair.x", "must be a key")],
+  [
+    ("summed", r"gave float32\[\] for 3 pairs"),
+    ("both", "gave tuple for 3 pairs"),
+    ("signs", r"gave int32\[3\] for 3 pairs"),
+    ("of_one_pair.x", "must be a key"),
+  ],
 )
 def test_losses_that_cannot_be_used_are_refused(name, word):
   with pytest.raises(ValueError, match=word):

@@ -80,7 +80,8 @@ def generalised(rewards, values, gamma, lam):
 
 
 def clipped(ratio, low, high):
-  return min(max(ratio, 1 - low), 1 + high)
+  """Ratio within its range; a distance of 0 is no bound."""
+  return min(max(ratio, 1 - (low or np.inf)), 1 + (high or np.inf))
 
 
 def surrogate(new, before, gain, low, high, dual=0.0):
@@ -97,7 +98,7 @@ def check_metrics(metrics, low, high, **others):
   ratios = np.exp(log_ratios)
   real = sum(map(len, PAIRS)) + ROLLOUT.prompt_mask.sum()
   want = others | {
-    "clip_fraction": np.mean((ratios < 1 - low) | (ratios > 1 + high)),
+    "clip_fraction": np.mean([x != clipped(x, low, high) for x in ratios]),
     "kl/old": np.mean(ratios - 1 - log_ratios),
     "ratio/mean": np.mean(ratios),
     "ratio/max": np.max(ratios),
@@ -155,6 +156,7 @@ PPO = {
   "plain": {},
   "penalty": {"kl_coef": 0.8, "gamma": 0.9, "lam": 0.5},
   "clip": {"clip": 0.6},
+  "unclipped": {"clip": 0.0, "value_clip": 0.0},
   "dual_clip": {"dual_clip": 1.3},
   "value_clip": {"value_clip": 0.6, "value_coef": 2.0},
   "value": {"value_coef": 0.1},
@@ -301,7 +303,7 @@ GROUPS = {
 }
 GROUP_CASES = {
   "grpo/plain": {"clip_low": 0.1, "clip_high": 0.4},
-  "grpo/penalty": {"kl_coef": 0.7},
+  "grpo/penalty": {"kl_coef": 0.7, "clip_low": 0.0},
   "grpo/dr_grpo": {"scale": False, "average": "length"},
   "grpo/dapo": {"kl_coef": 0.0, "clip_high": 0.5, "average": "tokens"},
   "gspo/plain": {"clip_low": 0.05, "clip_high": 0.2, "kl_coef": 0.0},

@@ -70,8 +70,7 @@ def test_the_bonus_adds_the_gradient_of_calibration_responses(coef):
   assert max(np.abs(x).max() for x in jax.tree.leaves(bonus_grads)) > 0.1
 
 
-@pytest.mark.parametrize("average", ["responses", "tokens", "length"])
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(("average", "parts"), [("responses", 2), ("tokens", 4), ("length", 4)])
 def test_demonstrations_keep_their_unit_in_micro_batches(average, parts):
   """Tokens of demonstrations beside responses, tokens of responses, or rows, whatever their cut."""
   params, rows = toy.params_of(), 8

@@ -186,9 +186,9 @@ def test_repeated_and_flipped_pairs_are_counted(tmp_path):
 
 def test_bad_rows_name_the_line_and_can_be_skipped(tmp_path):
   rows = [*prompts(3), {"prompt": None}, *prompts(2), {"prompt": 3}]
-  with pytest.raises(DataError, match=r"rows\.jsonl:4: prompt: is null.*data\.bad_rows"):
+  with pytest.raises(DataError, match=r"rows\.jsonl:4: prompt: is null.*data\.bad_rows$"):
     load("prompts", tmp_path, rows)
-  with pytest.raises(DataError, match=r"rows\.jsonl:7: prompt: expected text"):
+  with pytest.raises(DataError, match=r"rows\.jsonl:7: prompt: .*\(1 earlier ones skipped\)$"):
     load("prompts", tmp_path, rows, bad_rows=1)
   train, _ = load("prompts", tmp_path, rows, bad_rows=2)
   assert (train.report["kept"], train.report["bad_rows"]) == (5, 2)
@@ -290,6 +290,9 @@ def test_rows_are_held_out_of_those_that_are_left(tmp_path):
     assert (len(train.examples), len(heldout.examples)) == (2, 1)
     lost = [part.report["dropped_overlong"] for part in (train, heldout)]
     assert sum(lost) == 1
+    # The limit counts the rows that are left too.
+    config = {"eval_fraction": 0.99, "eval_rows": 1, "max_response_length": 4}
+    assert len(load("demonstrations", tmp_path, rows, **config)[1].examples) == 1
     assert sum(part.report["rows_read"] for part in (train, heldout)) == 4
 
 

@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import pathlib
 
@@ -60,6 +61,10 @@ def test_word_level_ids():
   assert tok.decode(np.array([1, 4, 999]), skip_special=False) == "<bos> the"
   assert tok.batch_decode([[4], [5, 2]]) == ["the", "soup"]
   assert not tok.has_chat_template
+  # Words that are not separated by a space, even unknown ones, are not one.
+  answers = ["pizza", "soup", "", " good ."]
+  prompt, responses = tok.encode_exchanges(["the pizza"], [answers])[0]
+  assert (prompt, responses) == ([1, 4, 3], [[3, 2], [5, 2], [2], [7, 9, 2]])
 
 
 @pytest.mark.parametrize("text", ["<eos>", "good<eos>", "<bos> good", "<pad>", "<<eos>>"])
@@ -453,6 +458,8 @@ def test_a_cut_text_keeps_the_turns_that_it_spells(template, kind):
     ("llama3", "<|eot_id|>", "<|eot_id|>"),
     ("thinking", "I </think> so", "</think>"),
     ("plain", "user: hello", ""),
+    ("newline", "### user\nhello", "### user"),
+    ("newline", "a\n### assistant", "### assistant"),
     (None, "hello</s>", "</s>"),
     (None, "a <b>bold</b> <table> [1] {x}", ""),
   ],
@@ -465,7 +472,7 @@ def test_spelled_markers_are_noticed(template, text, noticed):
   of_answer = tok.spelled_marker("hello", ["hello", text])
   if template == "thinking":  # A word of the model.
     assert not of_answer
-  elif noticed in tok.hf.get_vocab():
+  else:
     assert of_answer == said.replace("prompt", "response")
 
 
@@ -494,3 +501,23 @@ def test_several_templates_need_a_default():
   hf.chat_template = {"default": TEMPLATE, "tool_use": "x"}
   hf.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
   assert Tokenizer(hf).render_prompt("soup") == "<bos><|user|>soup<|end|><|assistant|>"
+
+
+def test_dialogues_of_hh_are_those_of_transformers(smollm2):
+  path = SHARED / "data" / "preference" / "hh_helpful_test.jsonl"
+  if not path.is_file():
+    pytest.skip(f"needs {path}")
+  rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:100]]
+  prompts = [row["messages"] for row in rows]
+  answers = [[row["chosen"], row["rejected"]] for row in rows]
+  apply = functools.partial(smollm2.hf.apply_chat_template, return_dict=False)
+  equal = 0
+  for prompt, texts, exchange in zip(
+    prompts, answers, smollm2.encode_exchanges(prompts, answers), strict=True
+  ):
+    asked = apply(prompt, add_generation_prompt=True)
+    assert exchange.prompt == asked
+    for text, response in zip(texts, exchange.responses, strict=True):
+      whole = apply([*prompt, {"role": "assistant", "content": text}])
+      equal += asked + response == whole[:-1]  # The template writes a newline after the end.
+  assert equal == 200

@@ -37,7 +37,7 @@ def pairs(shared, tmp_path):
 
 @pytest.mark.parametrize("script", ["sft", "reward_model", "dpo"])
 def test_defaults_lower_the_held_out_loss(script, pairs, shared, tmp_path, monkeypatch):
-  """What a run does after its last step is left out."""
+  """Trains without what a run does after its last step."""
   nothing = lambda *args, **kwargs: {}  # noqa: E731
   judge = types.SimpleNamespace(finish=nothing, measure=nothing)
   monkeypatch.setattr(workbench.Workbench, "judge", lambda *args, **kwargs: judge)

@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import flags
 from rlhf_jax.generation import SamplingConfig, ended, stop_text
 from rlhf_jax.types import Rollout
+from tests.testing import read_configs
 
 
 def first_end(tokens, strings, texts):
@@ -21,9 +23,7 @@ def test_automaton_finds_what_a_search_of_the_text_finds(seed):
   rng = np.random.default_rng(seed)
   texts = [b"", *(bytes(rng.choice([97, 98, 99], rng.integers(1, 4)).tolist()) for _ in range(30))]
   texts += ["é".encode()[:1], "é".encode()[1:], b"aab", b"\n\nHuman:", b"x\n\nHum"]
-  strings = {0: ["aacab", "ccb"], 1: ["abcab", "bcacb", "cccc"], 2: ["é", "\n\nHuman:", "aaa"]}[
-    seed
-  ]
+  strings = {0: ["aacab", "ccb"], 1: ["abcab", "bca", "cccc"], 2: ["é", "\n\nHuman:", "aaa"]}[seed]
   automaton = stop_text(strings, texts)
   assert automaton.next.shape[1] <= len(texts)
   found = 0
@@ -79,3 +79,10 @@ def test_empty_stop_strings_are_refused():
     SamplingConfig(stop=("a", ""))
   with pytest.raises(ValueError, match="every response would end at once"):
     stop_text([""], [b"a"])
+
+
+def test_stop_strings_on_the_command_line():
+  words = ["--workdir=w", "--init_from=m", r"--sampling.stop=\n\nHuman:,END"]
+  _, config = read_configs("experiments.generate", words)
+  assert config.sampling.stop_strings == ("\n\nHuman:", "END")
+  assert flags.as_line("sampling.stop", list(config.sampling.stop)) == words[-1]

@@ -213,6 +213,13 @@ ROWS = [
   ("preferences", {"prompt": "p", "responses": ["a", "b"], "annotations": [{"preferred": 2}]},
    "annotations[0].preferred", "int 2"),
   ("preferences", {"prompt": "p", "responses": ["a", "b"]}, "nobody has judged it"),
+  ("rankings", {"prompt": "p", "responses": [{"text": "a", "rank": 0, "score": 1},
+   {"text": "b", "rank": 1, "score": 2}]}, "responses: `rank` and `score`", "differently"),
+  ("rankings", {"prompt": "p", "responses": [{"text": "a", "score": 1, "correct": True},
+   {"text": "b", "score": 2, "correct": False}]}, "`score` and `correct`"),
+  ("preferences", {"prompt": "p", "responses": ["a", "b"], "annotations": [{"preferred": 0}],
+   "preferences": [{"a": 0, "b": 1, "preferred": 1}]}, "annotations: it and `preferences`"),
+  ("prompts", {"messages": [user("a")], "conversations": [user("b")]}, "conversations"),
   # ... and what is missing.
   ("prompts", {"query": "p"}, "prompt: missing", "columns are query"),
   ("demonstrations", {"prompt": "p"}, "response: missing", "`completion`"),
@@ -262,7 +269,6 @@ def pairs(count, chosen="w1", rejected="w2"):
       ["data.annotator=ada"],
     ),
     ("preferences", pairs(9), {"annotator": "ada"}, ["annotator: missing"]),
-    ("demonstrations", demonstrations(9), {"ignore": ("contxt",)}, ["data.ignore", "'contxt'"]),
     ("demonstrations", demonstrations(9), {"ignore": ("response",)}, ["response: missing"]),
     (
       "prompts",

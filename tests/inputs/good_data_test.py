@@ -10,7 +10,7 @@ import pathlib
 
 import pytest
 
-from rlhf_jax import data
+from rlhf_jax import data, rewards
 from rlhf_jax.data import DataConfig, Example
 from tests.data.rows import TOKENIZER, text, write
 
@@ -302,26 +302,28 @@ def parquet():
   return file.getvalue()
 
 
+FILES = [
+  ("lines.jsonl", LINES),
+  ("lines.csv", LINES),  # The content says what it is.
+  ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
+  ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
+  ("array.json", ARRAY),
+  ("array.jsonl", b"\xef\xbb\xbf\n " + ARRAY),
+  ("line.jsonl", json.dumps(PAIRS).encode()),
+  ("lines.jsonl.gz", gzip.compress(LINES)),
+  ("two.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+  ("lines.jsonl", bz2.compress(LINES)),
+  ("lines.xz", lzma.compress(LINES)),
+  ("array.json.gz", gzip.compress(ARRAY)),
+  ("table.csv", table(",")),
+  ("table.CSV", b"\xef\xbb\xbf" + table(",")),
+  ("table.tsv", table("\t")),
+  ("table.csv.gz", gzip.compress(table(","))),
+]
+
+
 @pytest.mark.parametrize(
-  ("name", "content"),
-  [
-    ("lines.jsonl", LINES),
-    ("lines.csv", LINES),  # The content says what it is.
-    ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
-    ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
-    ("array.json", ARRAY),
-    ("array.jsonl", b"\xef\xbb\xbf\n " + ARRAY),
-    ("line.jsonl", json.dumps(PAIRS).encode()),
-    ("lines.jsonl.gz", gzip.compress(LINES)),
-    ("two.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
-    ("lines.jsonl", bz2.compress(LINES)),
-    ("lines.xz", lzma.compress(LINES)),
-    ("array.json.gz", gzip.compress(ARRAY)),
-    ("table.csv", table(",")),
-    ("table.CSV", b"\xef\xbb\xbf" + table(",")),
-    ("table.tsv", table("\t")),
-    ("table.csv.gz", gzip.compress(table(","))),
-  ],
+  ("name", "content"), FILES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(FILES)]
 )
 def test_files(tmp_path, name, content):
   assert rows_of(tmp_path, name, content) == PAIRS
@@ -411,6 +413,117 @@ def test_rows_of_published_transcripts_that_cannot_be_used_are_counted(tmp_path)
 
 NAMES = ("Human:", "Assistant:")
 WITH_NAMES = data.word_level_tokenizer([*(f"w{i}" for i in range(40)), *NAMES])
+
+
+def test_the_number_of_a_published_solution():
+  reward = rewards.REWARDS["exact_answer"]
+  assert list(reward(["p"] * 2, ["It is 4.", "5"], [GSM8K] * 2)) == [1, 0]
+
+
+def noticed(lines):
+  """Returns the noticed parts but for spaces, which do not count for a tokenizer of words."""
+  parts = lines.get("noticed", "").split("; ")
+  return "; ".join(part for part in parts if "without a space" not in part)
+
+
+def test_what_the_panel_says_about_limits(tmp_path):
+  rows = [{"prompt": text(i), "response": text(1)} for i in range(30)]
+  path = write(tmp_path, rows)
+  config = DataConfig(path=path, eval_path=path, rows=20, eval_rows=7)
+  sets = data.load("demonstrations", config, TOKENIZER)
+  lines = data.describe(config, *sets)
+  assert "20 demonstrations of the first rows (data.rows=20)" in lines["data"]
+  assert f"7 held out from {path}, no more by data.eval_rows=7" in lines["data"]
+  assert noticed(lines) == "7 held-out rows with a prompt of the training set"
+  assert lines["left out"] == "nothing" and data.warning(config, *sets) == ""
+
+
+def labelled(*labels):
+  return [
+    {"prompt": text(i), "response": text(i, i), "label": label} for i, label in enumerate(labels)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("kind", "rows", "options", "left_out", "wanted", "is_much"),
+  [
+    ("unpaired", labelled(True, True, 1), {}, "", "all labels are true", False),
+    ("unpaired", labelled(False, 0), {}, "", "all labels are false", False),
+    ("unpaired", labelled(False, True), {}, "", "", False),
+    (
+      "preferences",
+      [
+        {"prompt": text(1), "chosen": text(2), "rejected": text(3)},
+        {"prompt": text(1), "chosen": text(3), "rejected": text(2)},
+        {"prompt": text(1), "chosen": text(3), "rejected": text(2)},
+        {"prompt": text(1), "chosen": text(3), "rejected": text(3), "source": "x"},
+      ],
+      {},
+      "1 with two equal responses",
+      "1 repeated; 2 pairs in both orders, A over B and B over A; columns that are not read:"
+      " source",
+      True,
+    ),
+    (
+      "demonstrations",
+      [{"prompt": text(i), "response": text(*range(9 if i < 2 else 1))} for i in range(20)],
+      {"max_response_length": 4},
+      "2 too long (data.max_prompt_length=256, data.max_response_length=4)",
+      "",
+      False,
+    ),
+    (
+      "demonstrations",
+      [{"prompt": text(i), "response": text(*range(9 if i < 3 else 1))} for i in range(20)],
+      {"max_response_length": 4},
+      "3 too long (data.max_prompt_length=256, data.max_response_length=4)",
+      "",
+      True,
+    ),
+    ("prompts", [{"prompt": text(1)}, {"prompt": 3}], {"bad_rows": 1}, "1 unusable", "", True),
+    (
+      "preferences",
+      [{"prompt": text(1), "chosen": text(1, 2), "rejected": text(1, 3)}],
+      {},
+      "",
+      "1 rows whose answers repeat the prompt",
+      False,
+    ),
+    (
+      "prompts",
+      [{"prompt": text(1), "answer": "4"}],
+      {"eval_fraction": 0.05},
+      "",
+      "all rows are the same, so none is held out; columns that are not read, but by rewards that"
+      " name them: answer",
+      False,
+    ),
+    (
+      "demonstrations",
+      [{"prompt": text(1), "response": text(i)} for i in range(2)],
+      {"eval_fraction": 0.05},
+      "",
+      "1 held-out rows with a prompt of the training set; all rows have one prompt, so rows are"
+      " held out instead of prompts",
+      False,
+    ),
+    (
+      "demonstrations",
+      [{"messages": [{**turn, "name": "x"} for turn in turns(text(1), text(2))]}],
+      {},
+      "",
+      "columns that are not read: messages[].name",
+      False,
+    ),
+  ],
+)
+def test_what_is_left_out_or_noticed(tmp_path, kind, rows, options, left_out, wanted, is_much):
+  config = DataConfig(path=write(tmp_path, rows), **({"eval_fraction": 0.0} | options))
+  sets = data.load(kind, config, WITH_NAMES)
+  lines = data.describe(config, *sets)
+  assert lines["left out"] == (left_out or "nothing")
+  assert noticed(lines) == wanted
+  assert (left_out in data.warning(config, *sets)) if is_much else not data.warning(config, *sets)
 
 
 def test_ignored_columns(tmp_path):

@@ -126,3 +126,20 @@ def test_new_models_and_presets():
     limits.require_length(preset, None, answered=[rows("prompts", 200_000)])
   empty = data.from_examples("prompts", [], [])
   limits.require_length(Config(), None, [empty], [empty])
+
+
+def test_scripts_refuse_before_anything_is_opened(open_bench, tmp_path):
+  for script, kind in (("sft", "demonstrations"), ("ppo", "prompts"), ("dpo", "preferences")):
+    needed = [] if script == "sft" else [f"--init_from={whole_folder(tmp_path, script)}"]
+    needed += ["--reward.name=gold"] if script == "ppo" else []
+    with pytest.raises(flags.UsageError, match="lower --sampling.max_new_tokens"):
+      open_bench(script, kind, "--sampling.max_new_tokens=2000", *needed)
+    assert not (tmp_path / "run").exists()
+
+
+def whole_folder(tmp_path, name):
+  folder = tmp_path / name
+  models.open_tokenizer(None).save(folder)
+  config = dataclasses.replace(FAMILY_MODELS["qwen2"], vocab_size=512)
+  (folder / "config.json").write_text(json.dumps(hf.config_json(config, "language", {})))
+  return folder

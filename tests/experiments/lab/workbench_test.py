@@ -62,3 +62,19 @@ def test_held_out_metrics_see_every_row_once_and_all_at_once(open_bench, rows):
   assert np.isnan(undefined(2.0, 3)["eval/loss"])
   empty = bench._replace(heldout=bench.heldout._replace(examples=[]))
   assert empty.evaluator(trainer, measure, summarize)(2.0, 3) == {}
+
+
+def test_win_rates_are_between_independent_samples(open_bench):
+  """A policy meets itself as it would meet another one; its checkpoints share random numbers."""
+  bench = open_bench("sft", "demonstrations", "--sampling.max_new_tokens=4")
+
+  def reward_of(prompts):
+    del prompts
+    return lambda rollout, ids: np.sin(rollout.tokens).sum(axis=1)
+
+  judge = bench.judge(reward_of)
+  bench.run.writer.open(resume_step=0, config={})
+  again = judge.measure(bench.start, 2)["eval/reward"]
+  summary = judge.finish(bench.start, 1, "policy")
+  assert again == summary["reward/mean"] != summary["reward/mean_before"]
+  assert 0 < summary["reward/win_rate"] < 1 and summary["reward/win_rate"] != 0.5

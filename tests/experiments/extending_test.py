@@ -245,7 +245,7 @@ NAMED = {
 def test_files_that_are_read_name_no_function(folder, sft_run):
   """Data, a model folder, a run that is built upon and a checkpoint, each full of such names."""
   (folder / "my_evil.py").write_text(EVIL)
-  known = " ".join(["it was good ."] * 6)  # Most words are those of the tokenizer.
+  known = " ".join(sorted(simulation.WORDS)[:12])  # Most words are those of the tokenizer.
   row = NAMED | {"chosen": f"my_evil:f {known}", "rejected": f"{known} --dpo.loss=my_evil:f"}
   prompts = [row["prompt"] for row in simulation.prompts("train", 32, seed=0)]
   lines = [json.dumps(row | {"prompt": prompt}) + "\n" for prompt in prompts]

@@ -153,13 +153,16 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
 
 
+_ROUNDING = 2.0**-20  # Relative, of a logit in float32.
+
+
 class TokenScores(NamedTuple):
   """Numbers about tokens under their logits, [..., T] each; None for those not asked for.
 
   Attributes:
     logprobs: float32, log-probability of the target.
     entropy: float32, entropy in nats.
-    hits: bool, True if the target has the highest logit, the first one of equal ones.
+    hits: bool, True if no logit is above that of the target by more than rounding.
     collision: float32, log sum_v pi(v)^2, without a gradient.
   """
 
@@ -304,7 +307,9 @@ def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
 def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits, fine = shifted(logits / ask.temperature)
+  logits = logits / ask.temperature
+  highest = jnp.max(masked.widen(logits), axis=-1)
+  logits, fine = shifted(logits)
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
   target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
@@ -320,8 +325,9 @@ def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
     products = powers * jnp.where(powers > 0, logits, 0.0)
     scores = scores._replace(entropy=known(level - jnp.sum(products, axis=-1) / total))
   if ask.hits:
-    # Not by `target >= 0`: the compiler may round the maximum unlike the logits it is taken from.
-    scores = scores._replace(hits=fine & (jnp.argmax(logits, axis=-1) == targets))
+    # A compiler may compute a maximum and the logits that it is taken from in two ways.
+    rounding = _ROUNDING * jnp.maximum(jnp.abs(highest), 1.0)
+    scores = scores._replace(hits=fine & (target >= -rounding))
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))

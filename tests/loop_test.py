@@ -409,15 +409,16 @@ def test_the_seed_decides(tmp_path, uninterrupted):
   assert (fit(tmp_path, seed=1)["w"] != uninterrupted[0]["w"]).any()
 
 
-def skipping(bad):
-  """A step that reports an update without finite gradient for the calls in `bad`."""
+def skipping(bad, grad_norm=np.nan):
+  """A step that reports a skipped update, without finite gradient, for the calls in `bad`."""
   count = iter(range(1, 1000))
 
   def step(state, batch, key):
     skipped = next(count) in bad
     new, values = quadratic(state, batch, key)
     new = state | {"step": new["step"]} if skipped else new
-    return new, {**values, "skipped_steps": jnp.float32(skipped)}
+    norms = {"grad_norm": jnp.float32(grad_norm)} if skipped else {}
+    return new, {**values, **norms, "skipped_steps": jnp.float32(skipped)}
 
   return step
 
@@ -430,6 +431,15 @@ def test_five_steps_without_finite_gradient_end_the_run(tmp_path):
   assert [row["step"] for row in lines(tmp_path)][-1] == 9
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() == 3, "the last checkpoint is from before the bad steps"
+
+
+def test_batches_without_anything_to_learn_from_are_survived_for_longer(tmp_path):
+  config = loop.RunConfig(steps=60, batch_size=8, checkpoint_every=30)
+  fit(tmp_path / "few", config, skipping(range(5, 54), grad_norm=0.0))
+  with pytest.raises(loop.NumericsError, match="nothing to learn from in 50 steps up to 54,"):
+    fit(tmp_path / "many", config, skipping(range(5, 60), grad_norm=0.0))
+  with checkpoint.Checkpointer(tmp_path / "many" / "checkpoints") as saver:
+    assert saver.latest_step() == 30, "they leave the state as it was"
 
 
 def test_five_bad_steps_at_the_very_end(tmp_path):

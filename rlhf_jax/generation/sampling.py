@@ -27,7 +27,7 @@ class SamplingConfig:
     samples_per_prompt: Responses per prompt. They share one prefill.
     stop: Strings that end a response, separated by commas, besides the tokens that end one. A
       response keeps its stop string, and counts as ended. Write \n for a new line, \t for a tab and
-      \xNN for another character, such as \x2c for a comma or \x20 for a space at an end.
+      \xNN or \uNNNN for another character, such as \x2c for a comma or \x20 for a space at an end.
   """
 
   max_new_tokens: int = 64
@@ -62,7 +62,8 @@ _ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", ",": r"\x2c"}
 
 def _escaped(text: str) -> str:
   """Returns a text without control characters, commas and spaces at its ends."""
-  text = "".join(_ESCAPES.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+  code = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()  # noqa: E731
+  text = "".join(_ESCAPES.get(c) or code(c) for c in text)
   inner = text.strip(" ")
   before = len(text) - len(text.lstrip(" ")) if inner else len(text)
   return r"\x20" * before + inner + r"\x20" * (len(text) - before - len(inner))
@@ -71,7 +72,7 @@ def _escaped(text: str) -> str:
 def _unescaped(text: str) -> str:
   letters = {escape: char for char, escape in _ESCAPES.items()}
   return re.sub(
-    r"\\(?:[ntr]|x[0-9a-fA-F]{2})",
+    r"\\(?:[ntr]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})",
     lambda match: letters.get(match[0]) or chr(int(match[0][2:], 16)),
     text,
   )

@@ -230,6 +230,7 @@ def next_token_scores(
   """
   if mask is None or not isinstance(logits, LazyLogits) or not _skips(logits):
     return _back(token_scores(logits, _next(tokens), **ask))
+  mask = packing.predicted(mask)
   scored = packing.positions(mask, logits.scored)
   scores = token_scores(_at(logits, scored - 1), _take(tokens, scored), **ask)
   return _spread(scores, scored, mask)
@@ -246,14 +247,14 @@ def next_token_nll(
   Args:
     logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
     tokens: [B, T] int.
-    weights: [B, T] float32, without a gradient. 0 leaves a token out, and must be in column 0;
-      lazy logits with `LazyLogits.scored` are computed only for tokens with a weight.
+    weights: [B, T] float32, without a gradient. 0 leaves a token out, as does column 0; lazy
+      logits with `LazyLogits.scored` are computed only for tokens with a weight.
     **ask: See `token_scores`.
 
   Returns:
     The sum, and arrays [B, T] as from `next_token_scores`, without a gradient.
   """
-  weights = jax.lax.stop_gradient(weights)
+  weights = jax.lax.stop_gradient(jnp.asarray(weights)).at[:, 0].set(0)
   if not isinstance(logits, LazyLogits):
     scores = next_token_scores(logits, tokens, **ask)
     return _weighted(scores.logprobs, weights), jax.lax.stop_gradient(scores)
@@ -290,10 +291,10 @@ def _spread(scores: TokenScores, scored: jax.Array, mask: jax.Array) -> TokenSco
   """Moves results [B, C] to their tokens in a mask [B, T]; NaN in rows that have more than C."""
   length = mask.shape[1]
   missing = jnp.sum(mask, axis=1) > jnp.sum(scored < length, axis=1)
+  nth = jnp.clip(jnp.cumsum(mask, axis=1) - 1, 0, scored.shape[1] - 1)
 
   def spread(x: jax.Array) -> jax.Array:
-    rows = jnp.arange(len(x))[:, None]
-    x = jnp.zeros((len(x), length), x.dtype).at[rows, scored].set(x, mode="drop")
+    x = jnp.where(mask, jnp.take_along_axis(x, nth, axis=1), jnp.zeros((), x.dtype))
     return x if x.dtype == bool else jnp.where(missing[:, None], jnp.nan, x)
 
   return jax.tree.map(spread, scores)
@@ -307,8 +308,8 @@ def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
 def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits = logits / ask.temperature
-  highest = jnp.max(masked.widen(logits), axis=-1)
+  logits = masked.widen(logits) / ask.temperature
+  highest = jnp.max(logits, axis=-1)
   logits, fine = shifted(logits)
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
@@ -349,7 +350,7 @@ def _cotangent(
 ) -> jax.Array:
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
   dtype = logits.dtype
-  logits, fine = shifted(logits / temperature)
+  logits, fine = shifted(masked.widen(logits) / temperature)
   powers = jnp.exp(logits)
   total = jnp.sum(powers, axis=-1, keepdims=True)
   by_logprob = jnp.where(fine, by_logprob, 0.0)[..., None] / temperature

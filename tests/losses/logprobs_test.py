@@ -290,6 +290,58 @@ def test_rows_with_more_tokens_than_are_scored_are_nan():
   assert np.isfinite(total)
 
 
+@pytest.mark.parametrize("scored", [0, 4])
+def test_nothing_predicts_the_first_token(scored):
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, scored=scored)
+
+  @jax.jit
+  def run(mask):
+    lazy = make(hidden, kernel)
+    total, _ = logprobs.next_token_nll(lazy, tokens, mask.astype(jnp.float32))
+    return total, logprobs.next_token_scores(lazy, tokens, mask).logprobs
+
+  (total, logprobs_of), (want, _) = run(SCORED | (np.arange(7) == 0)), run(SCORED)
+  assert total == want and not logprobs_of[:, 0].any()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_half_precision_logits_are_widened_before_the_temperature(lazy):
+  hidden, targets = random_logits((3, 7, 50))
+  hidden = jnp.asarray(20 * hidden, jnp.bfloat16)
+
+  def loss(x):
+    x = logprobs.LazyLogits(x, (), lambda _, hidden: hidden, chunk=3) if lazy else x
+    scores = logprobs.token_scores(x, targets, temperature=0.7, entropy=True)
+    return jnp.sum(scores.logprobs + scores.entropy), scores
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (_, got), grad = run(hidden)
+  (_, want), want_grad = run(hidden.astype(jnp.float32))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
+  assert grad.dtype == jnp.bfloat16
+  np.testing.assert_allclose(grad.astype(jnp.float32), want_grad, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_scored_positions_on_a_mesh(axis_type):
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, shape=(8, 7, 5, 16), scored=3, softcap=None)
+  mask = np.resize(SCORED, (8, 7))
+
+  def loss(hidden, kernel, tokens, mask):
+    logits, weights = make(hidden, kernel), mask / jnp.sum(mask)
+    total, _ = logprobs.next_token_nll(logits, tokens, weights)
+    return total + jnp.sum(weights * logprobs.next_token_scores(logits, tokens, mask).logprobs ** 2)
+
+  step = jax.value_and_grad(loss, (0, 1))
+  want = jax.device_get(jax.jit(step)(hidden, kernel, tokens, mask))
+  mesh = jax.make_mesh((4, 2), ("data", "vocab"), axis_types=(axis_type,) * 2)
+  with jax.set_mesh(mesh):
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "vocab"))
+    inputs = jax.device_put((hidden, kernel, tokens, mask), (rows, columns, rows, rows))
+    got = jax.device_get(jax.jit(step)(*inputs))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 def test_tokens_without_a_weight_may_have_no_likelihood():
   logits, tokens = random_logits((3, 7, 5))
   weights = np.ones(tokens.shape, np.float32)

@@ -49,6 +49,16 @@ def test_var_matches_loops(axis, ddof):
   np.testing.assert_allclose(np.ravel(masked.masked_var(x, mask, axis, ddof)), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "bool"])
+def test_counts_are_exact_whatever_the_dtype(dtype):
+  x = np.random.default_rng(0).integers(2, size=1001)
+  for ddof in (0, 1):
+    got = masked.masked_var(jnp.asarray(x, dtype), jnp.ones(1001, bool), ddof=ddof)
+    np.testing.assert_allclose(got, x.var(ddof=ddof), rtol=1e-6)
+  white = masked.whiten(jnp.asarray(x, dtype), jnp.ones(1001, bool))
+  np.testing.assert_allclose(white, (x - x.mean()) / x.std(), rtol=1e-5)
+
+
 def test_reducing_two_of_three_axes():
   x, mask = random_masked((2, 3, 4))
   for n in range(3):

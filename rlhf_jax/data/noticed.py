@@ -20,7 +20,7 @@ _LEFT_OUT = {
   "bad_rows": "unusable",
   "dropped_overlong": "too long",
   "dropped_overlong_responses": "too long responses of rankings",
-  "dropped_empty": "with an empty response",
+  "dropped_empty": "with an empty response or none",
   "dropped_different_prompts": "with different prompts on the two sides",
   "dropped_single_responses": "with a single response to compare",
   "dropped_identical_pairs": "with two equal responses",

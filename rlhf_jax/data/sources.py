@@ -212,6 +212,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
       return value
     return as_row(value, where).fields
   except json.JSONDecodeError as error:
+    torn = "" if error.msg == "Extra data" else torn
     raise DataError(
       f"{where}: column {error.colno}: malformed JSON ({error.msg}){torn}; fix or remove the line"
     ) from error

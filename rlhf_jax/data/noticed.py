@@ -34,6 +34,7 @@ _NOTICED: dict[str, Callable[[int], str]] = {
   "truncated_turns": lambda n: f"{n} oldest turns left out of them",
   "spelled_markers": lambda n: f"{n} rows that spell markers of a chat, read as plain text",
   "joined_words": lambda n: f"{n} rows whose response follows the prompt without a space",
+  "unopened": lambda n: f"{n} rows learnt inside the <think> that the template opens",
   "repeated_prompts": lambda n: f"{n} rows whose answers repeat the prompt",
   "unknown_tokens": lambda n: f"{n} tokens unknown to the tokenizer",
   "eval_prompts_in_train": lambda n: f"{n} held-out rows with a prompt of the training set",

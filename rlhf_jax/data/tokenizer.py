@@ -617,6 +617,11 @@ class _Template:
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
       )
+    except jinja2.TemplateSyntaxError as error:
+      raise _BrokenTemplateError(
+        f"the chat template is not valid Jinja ({error}); correct chat_template of"
+        " tokenizer_config.json, or chat_template.jinja"
+      ) from error
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
       roles = ", ".join(turn["role"] for turn in turns)
       raise DataError(
@@ -629,8 +634,14 @@ class _Template:
     """Returns an empty text where the template refuses the turns."""
     try:
       return self.render(turns, add_generation_prompt=add_generation_prompt)
+    except _BrokenTemplateError:
+      raise
     except DataError:
       return ""
+
+
+class _BrokenTemplateError(DataError):
+  """A chat template that no chat can be rendered with."""
 
 
 def _default_template(hf: "transformers.PreTrainedTokenizerFast") -> str:

@@ -256,8 +256,23 @@ def _unfinished(folder: pathlib.Path) -> None:
   (folder / "identity.json").write_text("{}")
 
 
-def _rename_weights(folder: pathlib.Path) -> None:
-  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+def _rename(folder: pathlib.Path, name: str) -> None:
+  (folder / "model.safetensors").rename(folder / name)
+
+
+def _link(folder: pathlib.Path, target: str) -> None:
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors").symlink_to(target)
+
+
+def _move(folder: pathlib.Path, to: str) -> None:
+  files = list(folder.iterdir())
+  (folder / to).mkdir(parents=True)
+  for file in files:
+    file.rename(folder / to / file.name)
 
 
 def _twice(folder: pathlib.Path) -> None:
@@ -288,7 +303,15 @@ FOLDERS: list[tuple[Callable[[pathlib.Path], Any], str]] = [
   (lambda f: _edit(f, vocab_size=8), "they do not belong together"),
   (lambda f: _edit(f, rope_scaling={"type": "dynamic"}), "rope scaling 'dynamic'"),
   (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors and no index of shards"),
-  (_rename_weights, "pytorch_model.bin may hold code and is not read"),
+  (lambda f: _rename(f, "pytorch_model.bin"), "pytorch_model.bin may hold code and is not read"),
+  (lambda f: _rename(f, "model-q4.gguf"), "model-q4.gguf is not read: GGUF is quantized"),
+  (lambda f: _rename(f, "model.fp16.safetensors"), "rename it to model.safetensors"),
+  (lambda f: _link(f, "../blobs/1"), "it is a broken link to ../blobs/1"),
+  (lambda f: _link(f, "model.safetensors"), "it is a broken link to model.safetensors"),
+  (lambda f: _move(f, "snapshots/abc"), "there is one in"),
+  (lambda f: _move(f, "checkpoint-100"), "checkpoint-100, give that folder"),
+  (lambda f: _move(f, "../elsewhere"), "neither the workdir of a finished run nor a folder"),
+  (lambda f: (f / "model.safetensors").write_bytes(_POINTER), "run `git lfs pull`"),
   (lambda f: (f / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
   (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors file"),
   (lambda f: _spoil_tensor(f, lambda x: x * np.nan), "holds NaN or Inf"),
@@ -305,6 +328,18 @@ def test_a_bad_model_folder_is_refused(spoil, message, model_folder, rows_file, 
   spoil(folder)
   words = [f"--init_from={folder}", f"--data.path={rows_file}", "--batch_size=4"]
   assert_refused("sft", tmp_path / "run", words, 78, message)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_broken_chat_template_is_no_fault_of_the_rows(name, model_folder, rows_file, tmp_path):
+  folder = shutil.copytree(model_folder, tmp_path / "model")
+  broken = "{% for m in messages %}{{ m.content }}"
+  if name.endswith("jinja"):
+    (folder / name).write_text(broken)
+  else:
+    _edit(folder, name, chat_template=broken)
+  words = [f"--init_from={folder}", f"--data.path={rows_file}", "--batch_size=4"]
+  assert_refused("sft", tmp_path / "run", words, 65, "the chat template is not valid Jinja")
 
 
 # What is raised somewhere in a run, exit code, words of the message.

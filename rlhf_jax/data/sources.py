@@ -212,6 +212,7 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
       return value
     return as_row(value, where).fields
   except json.JSONDecodeError as error:
+    torn = "" if error.msg == "Extra data" else torn
     fix = "fix or remove the line"
     if not error.pos:  # Plain text, perhaps.
       fix = 'write one JSON object on each line, such as {"prompt": "..."}'

@@ -117,6 +117,11 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> N
       raise UsageError(f"--{name} is given {count} times; keep one")
   if line.problem:
     raise UsageError(line.problem)
+  for name in line.empty:
+    if name.rpartition(".")[2] in _FILES and not flag_values[name].default:
+      raise UsageError(
+        f"--{name}= is empty: is a shell variable in it unset? Leave the flag out to use none"
+      )
   try:
     left_over = flag_values(argv)[1:]
   except flags.UnrecognizedFlagError as error:
@@ -528,11 +533,17 @@ class _Line(typing.NamedTuple):
     counts: Flag name -> number of times that it is given.
     last: Flag right before the stray word.
     problem: Reason to refuse the line; empty if there is none.
+    empty: Names of flags without a value after "=", unless they replace one of a --flagfile.
   """
 
   counts: Mapping[str, int]
   last: flags.Flag | None
   problem: str
+  empty: Sequence[str] = ()
+
+
+# Last parts of the names of flags that name files or folders.
+_FILES = ("path", "eval_path", "ptx_path", "init_from", "opponent", "tfds")
 
 
 def _scan(args: Sequence[str], flag_values: flags.FlagValues) -> _Line:
@@ -541,6 +552,7 @@ def _scan(args: Sequence[str], flag_values: flags.FlagValues) -> _Line:
   from_files: dict[str, str] = {}
   last: flags.Flag | None = None
   problem = ""
+  empty: list[str] = []
   rest = collections.deque(args)
   while rest and rest[0].startswith("-") and rest[0] != "--":
     arg, last = rest.popleft(), None
@@ -554,19 +566,23 @@ def _scan(args: Sequence[str], flag_values: flags.FlagValues) -> _Line:
       problem = problem or _merge_file(path, counts, from_files, flag_values)
     elif name in flag_values:
       flag = flag_values[name]
+      if has_value and not value and name not in from_files:
+        empty.append(name)
       spaced = following.startswith("=") if not has_value else not value and following[:1] != "-"
       if spaced and following:
         values = [following.lstrip("="), *list(rest)[1:2]]
         shown = next(filter(None, values), "VALUE")
         problem = problem or f"--{name} = {shown}: write --{name}={shown}, without spaces"
       if not flag.boolean and not has_value and rest:
+        if following.startswith("--"):
+          problem = problem or f"--{name} has no value: {following} follows; is a variable unset?"
         rest.popleft()
       last = flag
       if not isinstance(flag, flags.MultiFlag):
         counts[flag.name] += 1
     elif name == "undefok" and not has_value and rest:
       rest.popleft()
-  return _Line(counts, last if rest else None, problem)
+  return _Line(counts, last if rest else None, problem, empty)
 
 
 def _merge_file(
@@ -598,50 +614,53 @@ def _merge_file(
   return inner.problem
 
 
-# Names that other libraries have for a flag.
+# Names that other libraries have for a flag, and the end of its name here.
 _ELSEWHERE = {
   "bf16": "dtype",
   "bs": "batch_size",
-  "data": "path",
-  "dataset": "path",
-  "dataset_name": "path",
+  "data": "data.path",
+  "dataset": "data.path",
+  "dataset_name": "data.path",
   "epochs": "steps",
   "eval_steps": "eval_every",
+  "eval_file": "eval_path",
   "gradient_accumulation_steps": "microbatches",
+  "gradient_checkpointing": "remat",
   "iterations": "steps",
   "kl": "kl_coef",
   "logging_steps": "log_every",
-  "lora_r": "rank",
-  "lora_rank": "rank",
+  "loss_type": "loss",
+  "lora_r": "lora.rank",
+  "lora_rank": "lora.rank",
   "lr": "learning_rate",
   "lr_scheduler_type": "schedule",
-  "max_grad_norm": "max_grad_norm",
   "max_length": "max_response_length",
+  "max_seq_len": "max_response_length",
   "max_steps": "steps",
-  "model": "path",
-  "model_name": "path",
-  "model_name_or_path": "path",
+  "model": "model.path",
+  "model_name": "model.path",
+  "model_name_or_path": "model.path",
   "num_epochs": "steps",
   "num_generations": "samples_per_prompt",
   "num_steps": "steps",
   "num_train_epochs": "steps",
+  "num_gpus": "mesh",
   "output": "workdir",
   "output_dir": "workdir",
+  "packing": "packed_length",
   "per_device_train_batch_size": "batch_size",
   "report_to": "trackers",
-  "reward_model": "path",
-  "reward_model_path": "path",
+  "reward_model": "reward.path",
+  "reward_model_path": "reward.path",
   "save_steps": "checkpoint_every",
   "train_batch_size": "batch_size",
-  "train_file": "path",
+  "train_file": "data.path",
+  "use_lora": "lora.rank",
+  "use_peft": "lora.rank",
+  "validation_file": "eval_path",
+  "wandb": "trackers",
   "warmup_ratio": "warmup",
-}
-_OWNERS = {"data": "data", "dataset": "data", "dataset_name": "data", "train_file": "data"} | {
-  "model": "model",
-  "model_name": "model",
-  "model_name_or_path": "model",
-  "reward_model": "reward",
-  "reward_model_path": "reward",
+  "warmup_steps": "warmup",
 }
 _MOST_NAMES = 4
 
@@ -653,8 +672,6 @@ def _near(name: str, flag_values: flags.FlagValues) -> str:
   last = wanted.rpartition(".")[2]
   for ending in (wanted, last, _ELSEWHERE.get(last, "")):
     found = [other for other in known if f".{other}".endswith(f".{ending}")] if ending else []
-    if found and last in _OWNERS:
-      found = [other for other in found if _OWNERS[last] in other.split(".")] or found
     if found:
       break
   else:

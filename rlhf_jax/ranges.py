@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+_END = 2**31  # Counts on devices are int32.
+
 
 def rare(default: Any) -> Any:
   """A dataclass field with a default that is rarely changed: `--help` leaves its flag out."""
@@ -51,6 +53,8 @@ def check(
       value = getattr(config, name)
       if value is not None and not holds(value):
         raise ValueError(f"{name} must {words}, got {value}")
+      if isinstance(value, int) and value >= _END:
+        raise ValueError(f"{name} must be less than 2**31, got {value}")
   for name, known in (one_of or {}).items():
     value = getattr(config, name)
     if value not in known:

@@ -109,6 +109,11 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
       " PEFT), and give the merged folder"
     )
   if folder.is_dir():
+    inner = sorted(path.parent for path in folder.glob("**/config.json"))
+    if inner:
+      return f"no config.json here; there is one in {inner[-1]}, give that folder"
+    if (gguf := next(folder.glob("*.gguf"), None)) is not None:
+      return f"{gguf.name} is not read: GGUF is quantized, give the folder that it was made of"
     return "neither the workdir of a finished run nor a folder with config.json"
   if folder.exists():
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
@@ -118,6 +123,18 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
       f" {path} --local-dir=FOLDER, and give FOLDER"
     )
   return "there is no such folder"
+
+
+def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
+  """Refuses a workdir that is the folder, or the finished run, that the model is read from."""
+  if folder is None:
+    return
+  folder = folder.resolve()
+  taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  if workdir_lib.local_path(workdir).resolve() in taken:
+    raise flags.UsageError(
+      f"--workdir={workdir} holds the model to start from; give another folder"
+    )
 
 
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:

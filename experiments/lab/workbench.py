@@ -331,6 +331,7 @@ def open(
   """
   reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
+  models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))

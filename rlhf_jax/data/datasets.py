@@ -506,10 +506,12 @@ def _notice(
   """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
   spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
   joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
+  unopened = {i: tokenizer.unopened(asked[i], [*answers_of[i]]) for i in asked}
   repeated = {i: _repeated_prompt(asked[i], [*answers_of[i]]) for i in asked}
   for name, noticed in (
     ("spelled_markers", spelled),
     ("joined_words", joined),
+    ("unopened", unopened),
     ("repeated_prompts", repeated),
   ):
     rows = [i for i, problem in noticed.items() if problem]

@@ -31,6 +31,13 @@ _COMPRESSED: dict[bytes, Callable[..., Any]] = {
   b"\xfd7zXZ\x00": lzma.open,
 }
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Columns of a table that hold numbers, true or false; all others hold texts.
+_JUDGEMENTS = (
+  *("label", "labels", "score", "helpfulness", "preference_strength", "choice"),
+  *("score_0", "score_1", "better_response_id", "correct"),
+)
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
+_TAR = slice(257, 262)  # Place of b"ustar" in an archive.
 # First bytes -> name and fix.
 _OTHER = {
   b"\x28\xb5\x2f\xfd": ("a zstd archive", "unpack it with `zstd -d`"),
@@ -46,7 +53,7 @@ _OTHER = {
   b"version https://git-lfs": ("a pointer of Git LFS, not the data", "run `git lfs pull`"),
   b"<": ("a web page or XML", "download the file itself"),
 }
-_LONGEST_MAGIC = 32
+_LONGEST_MAGIC = 512
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -60,8 +67,13 @@ def paths_of(spec: str) -> list[str]:
   paths = []
   for name in names:
     path = os.path.expanduser(name.strip())
+    if not path:
+      raise DataError(
+        f"{spec!r}: the name of a file is empty; write names with one comma between them, in"
+        " data.path and data.eval_path"
+      )
     if not os.path.exists(path) and glob.has_magic(path):
-      matches = sorted(glob.glob(path))
+      matches = sorted(glob.glob(path, recursive=True))
       if not matches:
         raise DataError(f"{name}: no file matches; check data.path and data.eval_path")
       paths += matches
@@ -150,6 +162,10 @@ def _format_of(name: str, start: bytes) -> str:
   """
   if start.startswith(b"PAR1"):
     return "Parquet"
+  if start.startswith(tuple(_COMPRESSED)):
+    raise DataError(f"{name}: packed twice; unpack it once")
+  if start[_TAR] == b"ustar":
+    raise DataError(f"{name}: a tar archive; unpack it with `tar -xf`")
   for magic, (kind, fix) in _OTHER.items():
     if start.startswith(magic):
       raise DataError(f"{name}: {kind}; {fix}")
@@ -196,8 +212,11 @@ def _read_array(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[Ro
 
 
 def _read_columns(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-  """Reads CSV or TSV with a header; all values are texts."""
-  lines = (_decoded(line, f"{name}:{i + 1}") for i, line in enumerate(file))
+  """Reads CSV or TSV with a header; all values but judgements are texts."""
+  lines = (
+    _decoded(line, f"{name}:{i + 1}").removeprefix("" if i else "\ufeff")
+    for i, line in enumerate(file)
+  )
   limit = csv.field_size_limit(sources.MAX_LINE_BYTES)
   reader = csv.reader(lines, delimiter=_delimiter(name) or ",", strict=True)
   header: list[str] | None = None
@@ -205,7 +224,7 @@ def _read_columns(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[
     while (values := _next_line(reader, name)) is not None:
       where = f"{name}:{reader.line_num}"
       if header is None:
-        header = [column.strip().removeprefix("\ufeff") for column in values]
+        header = [column.strip() for column in values]
         if len(set(header)) < len(header) or not all(header):
           raise DataError(f"{where}: the header {header} has a name twice or an empty one; fix it")
         continue
@@ -217,11 +236,22 @@ def _read_columns(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[
             f"{where}: {len(values)} values for {len(header)} columns; quote texts with"
             f" delimiters, or save the file as JSON Lines"
           )
-        yield sources.as_row(dict(zip(header, values, strict=True)), where)
+        fields = {key: _cell(key, cell) for key, cell in zip(header, values, strict=True)}
+        yield sources.as_row(fields, where)
       except DataError as error:
         on_bad_row(error)
   finally:
     csv.field_size_limit(limit)
+
+
+def _cell(column: str, text: str) -> Any:
+  """Returns the value of a cell; a judgement is a number, true or false, or else null."""
+  if column not in _JUDGEMENTS:
+    return text
+  word = text.strip().lower()
+  if _NUMBER.fullmatch(word):
+    return float(word) if set(word) & set(".e") else int(word)
+  return {"true": True, "false": False, "": None}.get(word, text)
 
 
 def _next_line(reader: Any, name: str) -> list[str] | None:

@@ -133,6 +133,8 @@ def _texts(row: Row, *names: str) -> list[str]:
 def _pair(row: Row, columns: Sequence[str], share: float | None) -> dict[str, Any]:
   """Columns of a prompt and two responses, of which the first won, lost (0) or tied (None)."""
   prompt, a, b = _texts(row, *columns)
+  if not (a.strip() and b.strip()):
+    raise Skip("empty")
   preferred = None if share is None else int(share == 0)
   return {"prompt": prompt, "responses": [a, b], "annotations": [{"preferred": preferred}]}
 
@@ -207,6 +209,9 @@ def _tldr(row: Row, chat: bool) -> dict[str, Any]:
   if not isinstance(info, dict):
     fail(row, "info", "expected an object with `post` or `article`", "copy the file again")
   if isinstance(info.get("post"), str):
+    for key in ("subreddit", "title"):
+      if not isinstance(info.get(key), str):
+        fail(row, f"info.{key}", f"expected text, found {describe(info.get(key))}", "write it")
     prompt = (
       f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
       f"POST: {info['post']}\n\nTL;DR:"
@@ -271,6 +276,8 @@ def _safe_rlhf(row: Row, chat: bool) -> dict[str, Any]:
 
 def fail(row: Row, column: str, problem: str, fix: str) -> NoReturn:
   """Refuses a row by one of its columns."""
+  names: Mapping[str, str] = getattr(row.fields, "names", {})
+  column = re.sub(r"^\w+", lambda match: names.get(match[0], match[0]), column)
   raise DataError(f"{row.where}: {column}: {problem}; {fix}")
 
 

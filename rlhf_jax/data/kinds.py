@@ -31,6 +31,7 @@ COUNTS = (
   "truncated_turns",
   "spelled_markers",
   "joined_words",
+  "unopened",
   "repeated_prompts",
 )
 
@@ -59,7 +60,8 @@ class Dataset(NamedTuple):
       `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
       `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
       of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose
-      response follows the prompt without a space), `repeated_prompts` (rows whose responses start
+      response follows the prompt without a space), `unopened` (rows whose response is inside a
+      tag such as <think>, which the template opens), `repeated_prompts` (rows whose responses start
       with the prompt), `duplicates` (repeated examples), `flipped_pairs` (pairs that are there the
       other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`,
       `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows

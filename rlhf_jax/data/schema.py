@@ -76,7 +76,7 @@ _ROLE_NAMES = {
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
 _TEXT_PROMPTS = ("prompt", "question", "instruction")
-_SYSTEMS = ("system", "system_prompt")
+_SYSTEMS = ("system", "system_prompt", "system_message")
 # Columns of a row, and keys of a turn, that change what a model should read.
 _CHANGE_PROMPT = (
   *(
@@ -93,11 +93,13 @@ _CHANGE_PROMPT = (
   *("tools", "tool_calls", "functions", "image", "images", "audio", "audios", "video", "videos"),
 )
 _CHANGE_TURN = (
-  *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "thinking"),
+  *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"),
   *("image", "images", "audio", "audios", "video", "videos"),
 )
 _SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
 _VOTES = ("annotations", "preferences")
+_SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
+_OF_CHAT = ("role", "parent_id")  # Columns of a row that is a message, as in OASST.
 _VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name -> sign, 1 if more is better.
 
 
@@ -149,6 +151,7 @@ class _Fields(dict[str, Any]):
     super().__init__(fields)
     self.read: set[str] = set()
     self.unread: set[str] = set()  # Keys inside columns.
+    self.names: dict[str, str] = {}  # Column -> its name in the file, where they differ.
 
   def __getitem__(self, name: str) -> Any:
     self.read.add(name)
@@ -184,6 +187,12 @@ def parse(
   try:
     plain, taken = formats.normalized(row, prefer_messages)
     fields = _Fields(plain.fields)
+    fields.names = {
+      new: old
+      for new in plain.fields.keys() - row.fields.keys()
+      for old in taken
+      if row.fields.get(old) is plain.fields[new]
+    }
     examples, heard = _examples(
       kind, row._replace(fields=fields), prefer_messages, annotator, votes
     )
@@ -212,6 +221,8 @@ def _examples(
     return [_demonstration(row, prefer_messages)], False
   if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
     return labelled, False
+  if kind == "unpaired" and not any(_given(row.fields, n) for n in ("chosen", "responses")):
+    _fail_missing(row, ("label", "chosen", "responses"))
   judged = _judged(row, prefer_messages, annotator, votes)
   if not judged.verdicts:
     return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")], True
@@ -368,7 +379,16 @@ def _chosen_and_rejected(row: Row, prefer_messages: bool) -> tuple[Prompt, list[
       "its turns before the answer differ from those of `chosen`",
       "give both answers the same prompt",
     )
-  return _prompt(row, prefer_messages, ("chosen", chosen_turns)), [chosen, rejected]
+  for side in _SCORES:
+    scores: list[Any] = [row.fields.get(side.format(n)) for n in ("chosen", "rejected")]
+    if all(type(score) in (int, float) for score in scores) and scores[0] < scores[1]:
+      name = side.format("chosen")
+      problem = f"{scores[0]} is less than that of `rejected`, {scores[1]}"
+      fail(
+        row, name, problem, f"swap the two responses, or leave the score out: data.ignore={name}"
+      )
+  cut_answer = _repeats(row, "chosen", chosen)
+  return _prompt(row, prefer_messages, ("chosen", chosen_turns), cut_answer), [chosen, rejected]
 
 
 def _responses(row: Row) -> list[str]:
@@ -495,15 +515,30 @@ def _demonstration(row: Row, prefer_messages: bool) -> Example:
     for other in _ANSWERS:
       if other != name and _given(fields, other) and _answer(row, other)[1] != answer:
         _contradict(row, name, other)
-    return Example(_prompt(row, prefer_messages, (name, turns)), (answer,))
+    cut_answer = _repeats(row, name, answer)
+    return Example(_prompt(row, prefer_messages, (name, turns), cut_answer), (answer,))
   if _given(fields, "messages"):
     turns, answer = _answer(row, "messages")
     if not turns:
       fail(row, "messages", "an answer without a question", "put text without a prompt in `text`")
     return Example(_prompt(row, prefer_messages, cut_answer=True), (answer,))
   if _given(fields, "text") and not any(_given(fields, name) for name in _TEXT_PROMPTS):
+    if parts := [name for name in _OF_CHAT if _given(fields, name)]:
+      problem = "the row is one message of a chat, not a text"
+      fix = f"write each chat as `messages`, or set data.ignore={','.join(parts)}"
+      fail(row, parts[0], problem, fix)
     return Example("", (_text(row, "text"),))
   _fail_missing(row, (*_ANSWERS, "messages", "text"))
+
+
+def _repeats(row: Row, name: str, answer: str) -> bool:
+  """Returns True if `messages` end with an answer, which must be that of the column `name`."""
+  if name == "messages" or not _given(row.fields, "messages"):
+    return False
+  last = _messages(row, "messages")[-1]
+  if last["role"] == "assistant" and last["content"].strip() != answer.strip():
+    _contradict(row, name, "messages")
+  return last["role"] == "assistant"
 
 
 def _prompt(
@@ -644,8 +679,12 @@ def _answer(row: Row, name: str) -> tuple[Messages, str]:
       f"the last turn is of the {turns[-1]['role']}, so there is no answer",
       "end with an assistant turn, or add the answer as `response`",
     )
+  at = f"{name}[{len(turns) - 1}]"
   if not turns[-1]["content"].strip():
-    fail(row, f"{name}[{len(turns) - 1}].content", "the answer is empty", "remove the row")
+    fail(row, f"{at}.content", "the answer is empty", "remove the row")
+  value = row.fields[name]
+  if isinstance(value, list) and value[-1].get("weight") == 0:
+    fail(row, f"{at}.weight", "is 0: nothing is to be learnt from the answer", "remove the row")
   return turns[:-1], turns[-1]["content"]
 
 
@@ -746,7 +785,7 @@ def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _fail_missing(row: Row, names: tuple[str, ...]) -> NoReturn:
   null = next((name for name in names if name in row.fields and not _given(row.fields, name)), None)
   if null:
-    fail(row, null, "is null", "write a text or remove the row")
+    fail(row, null, "is null", "give it a value or remove the row")
   wanted = " or ".join(f"`{name}`" for name in names)
   columns = ", ".join(sorted(row.fields)) or "none"
   fail(row, names[0], f"missing; the row's columns are {columns}", f"add {wanted}")

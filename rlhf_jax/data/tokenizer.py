@@ -38,6 +38,7 @@ _MARKER = re.compile(r"<\|[^|<>]+\|>|<+/?[A-Za-z_]+>+|\[/?[A-Z_]+\]")
 # Some templates write today's date. The same file would give other tokens tomorrow, and a resumed
 # run would refuse its own data. So the date is pinned.
 _PINNED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+_OPENING = re.compile(r"\s*<[A-Za-z_]+>\s*")
 _PROBE = "\ue000"  # Text of a turn that no template writes.
 # Texts after which one is encoded as if in the middle of a text; most merge with none of them.
 _ANCHORS = ("\n", "a", ":")
@@ -322,9 +323,19 @@ class Tokenizer:
       if marker := self._markers_in_prompts.find(text):
         return f"the prompt spells {marker!r}, which is read as plain text"
     for text in answers:
-      if marker := self._markers_in_answers.find(text):
+      if marker := self._markers_in_answers.find(self._continued(text)):
         return f"the response spells {marker!r}, which is read as plain text"
     return ""
+
+  def unopened(self, prompt: Prompt, answers: Sequence[str]) -> str:
+    """Describes a response that is learnt inside what the template opens; empty if none is."""
+    tag = self._template.opening.strip()
+    if not tag or prompt == "":
+      return ""
+    end = tag.replace("<", "</", 1)
+    if all(answer.lstrip().startswith(tag) or end in answer for answer in answers):
+      return ""
+    return f"the template ends the prompt with {tag!r}, and the response has no {end!r} after it"
 
   def joined_words(self, prompt: Prompt, answers: Sequence[str]) -> str:
     """Describes a prompt and a response without a space between them; empty if none are.
@@ -447,9 +458,10 @@ class Tokenizer:
 
   def _tail(self, prompt: Prompt, before: str, answer: str) -> str:
     """Returns the text that an answer adds to the rendered text of its prompt."""
-    protected = self._answer_text.protect(answer)
     if prompt == "":
-      return protected
+      return self._answer_text.protect(answer)
+    answer = self._continued(answer)
+    protected = self._answer_text.protect(answer)
     if not self.has_chat_template:
       # A transcript writes a space after the name of the speaker.
       is_transcript = not isinstance(prompt, str) or prompt.endswith("\n\nAssistant:")
@@ -460,6 +472,14 @@ class Tokenizer:
     if whole.startswith(before):
       tail = whole[len(before) :]
     return tail if self._turn_end is not None else tail.removesuffix(template.closing)
+
+  def _continued(self, answer: str) -> str:
+    """Returns an answer without the tag that the template has opened in its prompt."""
+    opening, text = self._template.opening, answer.lstrip()
+    tag = opening.strip()
+    if not tag or not text.startswith(tag):
+      return answer
+    return text.removeprefix(tag).removeprefix(opening[len(opening.rstrip()) :])
 
   def _ended(self, ids: list[int]) -> list[int]:
     """Returns the ids of a response with its end token, without what a template writes after it."""
@@ -545,6 +565,7 @@ class _Template:
     probes: Texts that it writes for prompts of all roles.
     lead: Text between a prompt and its answer.
     closing: Text after an answer.
+    opening: Tag at the end of a prompt, such as <think>, that is not before a given answer.
     user_header: Last line before the text of a first user turn, without spaces around it.
     prompt_end: Text after the last user turn of a prompt, without spaces around it.
     markers: Markers in these texts.
@@ -554,7 +575,7 @@ class _Template:
     self._hf = hf
     self.source = ""
     self.probes: tuple[str, ...] = ()
-    self.lead = self.closing = self.user_header = self.prompt_end = ""
+    self.lead = self.closing = self.user_header = self.prompt_end = self.opening = ""
     if hf.chat_template:
       self.source = _default_template(hf)
       self._probe()
@@ -576,6 +597,9 @@ class _Template:
       self.lead, _, self.closing = whole[len(prompt) :].rpartition(_PROBE)
     else:
       self.closing = whole.rpartition(_PROBE)[2]
+      differs = (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+      opening = prompt[next(differs, len(whole)) :]
+      self.opening = opening if _OPENING.fullmatch(opening) else ""
 
   def render(self, turns: Messages, *, add_generation_prompt: bool) -> str:
     """Renders turns.
@@ -595,6 +619,11 @@ class _Template:
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
       )
+    except jinja2.TemplateSyntaxError as error:
+      raise _BrokenTemplateError(
+        f"the chat template is not valid Jinja ({error}); correct chat_template of"
+        " tokenizer_config.json, or chat_template.jinja"
+      ) from error
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
       roles = ", ".join(turn["role"] for turn in turns)
       raise DataError(
@@ -607,8 +636,14 @@ class _Template:
     """Returns an empty text where the template refuses the turns."""
     try:
       return self.render(turns, add_generation_prompt=add_generation_prompt)
+    except _BrokenTemplateError:
+      raise
     except DataError:
       return ""
+
+
+class _BrokenTemplateError(DataError):
+  """A chat template that no chat can be rendered with."""
 
 
 def _default_template(hf: "transformers.PreTrainedTokenizerFast") -> str:

@@ -110,8 +110,8 @@ def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Ar
   """`x` minus its mean where `mask` is set, exactly 0 where all of it is equal.
 
   The mean of equal numbers in floating point differs from them by rounding, which a division by a
-  small standard deviation would turn into a signal. So it is corrected by the mean of the distances
-  from it, which are exact and of few digits.
+  small standard deviation would turn into a signal. So it is bounded by the least and the largest
+  number, and then corrected by the mean of the distances from it.
 
   Args:
     x: [...] float.
@@ -129,7 +129,10 @@ def deviations(x: jax.Array, mask: jax.Array, axis: Axis = None) -> tuple[jax.Ar
   def mean_of(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=axes, keepdims=True) / count
 
-  rough = jax.lax.stop_gradient(mean_of(x))
+  constant = jax.lax.stop_gradient(x)
+  low = jnp.min(constant, axis=axes, keepdims=True, where=mask, initial=jnp.inf)
+  high = jnp.max(constant, axis=axes, keepdims=True, where=mask, initial=-jnp.inf)
+  rough = jnp.where(low <= high, jnp.clip(mean_of(constant), low, high), 0.0)
   x = _keep(x - rough, mask)
   return _keep(x - mean_of(x), mask), rough + mean_of(x)
 

@@ -4,9 +4,11 @@ A folder is read as data. Every field of config.json that could change the compu
 understood or refused by name. Weights come from safetensors only.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -370,6 +372,28 @@ def _tensors(family: Family, tree: Params) -> list[_Tensor]:
   return list(tensors.values())
 
 
+def _other_weights(folder: pathlib.Path) -> str:
+  """Returns a hint about weights that are not read; empty if there are none."""
+  for path in sorted(folder.glob("*")):
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+      return f"; {path.name} may hold code and is not read, convert it first"
+    if path.suffix == ".gguf":
+      return f"; {path.name} is not read: GGUF is quantized, give the folder that it was made of"
+    if path.name == "model.safetensors" and path.is_symlink():
+      return f"; it is a broken link to {os.readlink(path)}: copy the file that it stands for"
+    if path.suffix == ".safetensors":
+      return f"; the name of {path.name} is unusual, rename it to model.safetensors"
+  return ""
+
+
+def _pointer(path: pathlib.Path) -> str:
+  """Returns a hint if a file is a pointer of Git LFS; empty if it is not."""
+  with contextlib.suppress(OSError), open(path, "rb") as file:
+    if file.read(30).startswith(b"version https://git-lfs"):
+      return "it is a pointer of Git LFS; run `git lfs pull` in the folder"
+  return ""
+
+
 def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
   """Opens a single file or the shards of an index; returns name -> reader."""
   index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -399,16 +423,16 @@ def _open_tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
   elif single.exists():
     weight_map, files = None, [single.name]
   else:
-    other = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}]
-    hint = f"; {other[0]} may hold code and is not read, convert it first" if other else ""
-    raise _refuse(folder, f"no model.safetensors and no index of shards{hint}")
+    raise _refuse(folder, f"no model.safetensors and no index of shards{_other_weights(folder)}")
 
   tensors: dict[str, Callable[[], np.ndarray]] = {}
   for file in files:
     try:
       handle = safetensors.safe_open(folder / file, framework="np")
     except (OSError, safetensors.SafetensorError) as error:
-      raise _refuse(folder / file, f"not a readable safetensors file: {error}") from None
+      raise _refuse(
+        folder / file, f"not a readable safetensors file: {_pointer(folder / file) or error}"
+      ) from None
     for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
       if weight_map is None or weight_map.get(name) == file:
         tensors[name] = lambda handle=handle, name=name: handle.get_tensor(name)

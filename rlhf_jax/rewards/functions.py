@@ -43,9 +43,9 @@ def ask(
   """
   kind = "reward" if len(responses) == 1 else "preference"
   name = f"{kind} function {user.name_of(function)}"
-  try:
-    values = function(prompts, *responses, rows)
-  except Exception as error:
+  try:  # With copies: a function may sort its lists or take columns out of its rows.
+    values = function([*prompts], *map(list, responses), [{**row} for row in rows])
+  except (Exception, SystemExit) as error:  # Else the run would seem to have ended well.
     if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
       raise
     raise user.ResultError(f"{name} raised {user.describe(error)}") from error

@@ -56,6 +56,13 @@ TEMPLATES = {
   "{% endif %}{% endif %}{{ parts[-1] }}{% else %}{{ m['content'] }}{% endif %}"
   "{{ '<|im_end|>\n' }}{% endfor %}" + _ASKED + "{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
+# Of reasoning models: the prompt opens a tag, and the template leaves out what an answer has in it.
+OPENED = (
+  _LOOP + "{% set text = m['content'].split('</think>')[-1] %}"
+  "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+  + _ASKED
+  + "{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 MARKERS = (
   "<|im_start|>",
   "<|im_end|>",
@@ -114,7 +121,7 @@ def chat(backend: tokenizers.Tokenizer, template: str, **options) -> Tokenizer:
   hf = transformers.PreTrainedTokenizerFast(
     tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
   )
-  hf.chat_template = TEMPLATES.get(template)
+  hf.chat_template = TEMPLATES.get(template, template)
   return Tokenizer(hf, **options)
 
 

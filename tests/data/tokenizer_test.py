@@ -521,3 +521,30 @@ def test_dialogues_of_hh_are_those_of_transformers(smollm2):
       whole = apply([*prompt, {"role": "assistant", "content": text}])
       equal += asked + response == whole[:-1]  # The template writes a newline after the end.
   assert equal == 200
+
+
+@pytest.mark.parametrize(
+  ("answer", "learnt", "is_inside"),
+  [
+    ("<think>\nhm\n</think>\n\nhello", "hm\n</think>\n\nhello", False),
+    ("\n<think>\nhm\n</think>hello", "hm\n</think>hello", False),
+    ("<think>hm</think>hello", "hm</think>hello", False),
+    ("hm\n</think>\n\nhello", "hm\n</think>\n\nhello", False),
+    ("<think>\n<think>\nhm</think>", "<think>\nhm</think>", False),
+    ("hello", "hello", True),
+    ("a <think> b", "a <think> b", True),
+    ("<thinking> hello", "<thinking> hello", True),
+  ],
+)
+def test_a_tag_that_the_template_opens_is_not_opened_again(answer, learnt, is_inside):
+  tok = chats.chat(chats.byte_level(), chats.OPENED)
+  ((prompt, (response,)),) = tok.encode_exchanges(["hi"], [[answer]])
+  before = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n"
+  assert tok.decode(prompt, skip_special=False) == before
+  assert tok.decode(response, skip_special=False) == learnt + "<|im_end|>"
+  tag = tok.token_id("<think>")
+  assert prompt.count(tag) == 1 and tag not in response
+  assert (tok.token_id("</think>") in response) is ("</think>" in answer)
+  assert bool(tok.unopened("hi", [answer])) is is_inside
+  assert bool(tok.spelled_marker("hi", [answer])) is ("<think>" in learnt)
+  assert not chats.chat(chats.byte_level(), "thinking").unopened("hi", [answer])

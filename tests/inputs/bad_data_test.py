@@ -1,10 +1,12 @@
 """Files, rows, data sets and model folders that are refused, each by a line with the fix."""
 
 import gzip
+import io
 import json
 import pathlib
 import pickle
 import shutil
+import tarfile
 import zipfile
 
 import jax
@@ -37,6 +39,15 @@ def assert_refused(found, code, *words):
   assert "\n" not in message and "Traceback" not in message
   for word in words:
     assert word in message
+
+
+def archive(content):
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w") as tar:
+    entry = tarfile.TarInfo("rows.jsonl")
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+  return file.getvalue()
 
 
 # Files: name, content, words of the message.
@@ -80,7 +91,11 @@ FILES = [
   ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
   ("rows.jsonl", b"<!DOCTYPE html><html></html>", "web page"),
   ("rows.npy", b"\x93NUMPY\x01\0" + b"x" * 50, "NumPy"),
-  ("rows.jsonl", b"prompt: a\nresponse: b\n", "malformed JSON"),
+  ("rows.jsonl", b"prompt: a\nresponse: b\n", "malformed JSON", '{"prompt": "..."}'),
+  ("rows.jsonl.gz", gzip.compress(gzip.compress(GOOD)), "packed twice"),
+  ("rows.tar", archive(GOOD), "a tar archive", "tar -xf"),
+  ("rows.tar.gz", gzip.compress(archive(GOOD)), "a tar archive", "tar -xf"),
+  ("rows.csv", b"prompt,response,label\na,b,maybe\n,c,1\n", "prompt: the text is empty"),
 ]
 
 
@@ -118,6 +133,9 @@ def test_spreadsheets(tmp_path):
     ("https://example.org/rows.jsonl", ("download the file first",)),
     ("hf://datasets/a/b.jsonl", ("download the file first",)),
     ("{folder}/inside.jsonl/x.jsonl", ("Not a directory",)),
+    ("{folder}/inside.jsonl,", ("the name of a file is empty", "one comma between")),
+    (",{folder}/inside.jsonl", ("the name of a file is empty",)),
+    (" ", ("the name of a file is empty",)),
   ],
 )
 def test_paths(tmp_path, path, words):
@@ -134,7 +152,11 @@ def test_paths(tmp_path, path, words):
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 HH = {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"}
 SHP = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
-TLDR = {"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
+TLDR = {
+  "info": {"post": "p", "title": "t", "subreddit": "s"},
+  "summaries": [{"text": "a"}, {"text": "b"}],
+  "choice": 0,
+}
 
 # Kind, columns, words of the message: columns that contradict each other, ...
 ROWS = [
@@ -230,6 +252,41 @@ ROWS = [
   ("preferences", {"prompt": "p", "chosen": "c"}, "rejected: missing"),
   ("preferences", {"prompt": "p", "response": "r"}, "chosen: missing"),
   ("preferences", {**PAIR, "rejected": ""}, "rejected: the text is empty"),
+  *(
+    ("unpaired", {"prompt": "p", "completion": "r"} | other, "label: ", "label")
+    for other in ({}, {"label": None}, {"desirable": True}, {"kto_tag": False})
+  ),
+  # A column has the name that it has in the file.
+  ("demonstrations", {"question": "p", "answer": 4}, ": answer: expected text, found int 4"),
+  ("demonstrations", {"input": 3, "output": "r"}, ": input: expected text"),
+  *(
+    ("demonstrations", {column: [{"from": "human", "value": "p"}, {"from": "x"}]},
+     f": {column}[1].from: unknown role 'x'")
+    for column in ("conversations", "conversation")
+  ),
+  ("demonstrations", {"conversations": [{"from": "human", "value": "p"}]}, ": conversations: "),
+  ("preferences", {"question": "p", "response_j": 1, "response_k": "b"}, ": response_j: expected"),
+  # What turns the meaning of a row around.
+  ("demonstrations", {"text": "t", "role": "prompter", "parent_id": None}, "role: the row"),
+  ("demonstrations", {"text": "t", "role": "assistant", "parent_id": "x"}, "ignore=role,parent_id"),
+  *(
+    ("demonstrations", {"messages": [user("p"), bot("r") | {"weight": weight}]},
+     "messages[1].weight: is 0", "nothing is to be learnt")
+    for weight in (0, 0.0, False)
+  ),
+  *(
+    ("preferences", {**PAIR, side.format("chosen"): 1, side.format("rejected"): 2.5},
+     f"{side.format('chosen')}: 1 is less than that of `rejected`, 2.5", "data.ignore=")
+    for side in ("score_{}", "{}_score", "{}_rating", "{}-rating")
+  ),
+  ("demonstrations", {"problem": "p", "solution": "s", "messages": [user("p"), bot("t")]},
+   "solution: it and `messages`"),
+  ("preferences", {**PAIR, "messages": [user("p"), bot("t")]}, "chosen: it and `messages`"),
+  ("demonstrations", {"messages": [user("p"), bot("a") | {"reasoning": "r"}]}, "[1].reasoning"),
+  ("demonstrations", {"prompt": "p", "response": "r", "system": "s", "system_message": "t"},
+   "system: it and `system_message`"),
+  ("preferences", TLDR | {"info": {"post": "p", "title": None}}, "info.subreddit", "null"),
+  ("preferences", TLDR | {"info": {"post": "p", "subreddit": "s"}}, "info.title", "null"),
 ]  # fmt: skip
 
 

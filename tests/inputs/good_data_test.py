@@ -241,6 +241,22 @@ ROWS = [
   ("the same twice", "demonstrations", {"prompt": "p", "response": "r", "completion": "r"},
    "p", ("r",), (), None),
   ("empty tools", "prompts", {"prompt": "p", "tools": [], "documents": None}, "p", (), (), None),
+  # Messages that repeat the answer of another column, as in NuminaMath.
+  ("the same twice", "demonstrations",
+   {"problem": "Hi", "solution": "a", "messages": turns("Hi", "a")}, HI, ("a",), (), HI),
+  ("the same twice", "demonstrations",
+   {"prompt": "Hi", "completion": "a", "messages": turns("Hi", "a")}, "Hi", ("a",), (), HI),
+  ("the same twice", "preferences",
+   {"prompt": "Hi", "chosen": "a", "rejected": "b", "messages": turns("Hi", "a")},
+   "Hi", ("a", "b"), (), HI),
+  ("system_message", "demonstrations", {"system_message": "S", "prompt": "Hi", "response": "a"},
+   "S\n\nHi", ("a",), (), [system("S"), *HI]),
+  ("weight", "demonstrations",
+   {"conversations": [share | {"weight": i} for i, share in
+                      enumerate(shares(("human", "Hi"), ("gpt", "a")))]}, HI, ("a",), (), HI),
+  ("scores", "preferences",
+   {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 2.0},
+   "Hi", ("a", "b"), (), None),
   # Labels.
   *(
     ("label", "unpaired", {"prompt": "p", "completion": "r", "label": label}, "p", ("r",),
@@ -318,6 +334,7 @@ FILES = [
   ("table.csv", table(",")),
   ("table.CSV", b"\xef\xbb\xbf" + table(",")),
   ("table.tsv", table("\t")),
+  ("table.csv", b'\xef\xbb\xbf"prompt"' + table(",").removeprefix(b"prompt")),
   ("table.csv.gz", gzip.compress(table(","))),
 ]
 
@@ -333,6 +350,22 @@ def test_parquet_files(tmp_path):
   assert rows_of(tmp_path, "rows.parquet", parquet()) == PAIRS
 
 
+def test_judgements_in_a_table_are_values(tmp_path):
+  content = "prompt,response,label\n4,1.5,True\n7,true,0\nx,0,1.0\ny,-1e2,FALSE\n"
+  rows = rows_of(tmp_path, "rows.csv", content.encode())
+  assert [row["label"] for row in rows] == [True, 0, 1, False]
+  assert [row["prompt"] for row in rows] == ["4", "7", "x", "y"]
+  assert [row["response"] for row in rows] == ["1.5", "true", "0", "-1e2"]
+  content = "prompt\tresponse\tscore\n" + "".join(
+    f"{text(1)}\t{text(i)}\t{score}\n" for i, score in enumerate(("-0.5", "2e0", "1"))
+  )
+  (tmp_path / "rows.tsv").write_text(content)
+  config = DataConfig(path=f"{tmp_path}/rows.tsv", eval_fraction=0)
+  train, _ = data.load("rankings", config, TOKENIZER)
+  read = [TOKENIZER.decode(ids) for ids in data.responses_of(train.examples[0])]
+  assert read == [text(1), text(2), text(0)]
+
+
 def test_several_files(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   for i in range(3):
@@ -345,6 +378,9 @@ def test_several_files(tmp_path, monkeypatch):
   assert read(f"{tmp_path}/part_2.jsonl,{tmp_path}/part_0.jsonl") == [text(2), text(0)]
   assert read(f"{tmp_path}/part_*.jsonl") == [text(0), text(1), text(2)]
   assert read("~/part_1.jsonl") == [text(1)]
+  (tmp_path / "x" / "y").mkdir(parents=True)
+  write(tmp_path / "x" / "y", [{"prompt": text(4)}], "deep.jsonl")
+  assert read(f"{tmp_path}/**/deep.jsonl") == [text(4)]
   assert read(f"{tmp_path}/a,b.jsonl") == [text(9)]
 
 

@@ -48,6 +48,26 @@ COMMANDS = [
   ("sft", "--report_to=wandb", 1, "did you mean --trackers?"),
   ("sft", "--sft.steps=3", 1, "did you mean --steps?"),
   ("sft", "--lora_rank=8", 1, "did you mean --lora.rank?"),
+  ("sft", "--use_lora", 1, "did you mean --lora.rank?"),
+  ("sft", "--packing", 1, "did you mean --data.packed_length?"),
+  ("sft", "--gradient_checkpointing", 1, "did you mean --model.remat?"),
+  ("sft", "--wandb", 1, "did you mean --trackers?"),
+  ("sft", "--validation_file=x", 1, "did you mean --data.eval_path?"),
+  ("sft", "--warmup_steps=10", 1, "did you mean --optim.warmup?"),
+  ("dpo", "--loss_type=ipo", 1, "did you mean --dpo.loss?"),
+  ("sft", "--init_from=", 64, "--init_from= is empty: is a shell variable in it unset?"),
+  ("sft", "--model.path= --steps=3", 64, "--model.path= is empty"),
+  ("dpo", "--init_from=x --data.path=", 64, "--data.path= is empty"),
+  ("sft", "--data.path=x --data.eval_path=", 64, "--data.eval_path= is empty"),
+  ("ppo", "--init_from=x --reward.path=", 64, "--reward.path= is empty"),
+  ("ppo_max", "--ptx_path=", 64, "--ptx_path= is empty"),
+  ("sft", "--init_from --steps=3", 64, "--init_from has no value: --steps=3 follows"),
+  ("sft", "--data.path --init_from x", 64, "--data.path has no value: --init_from follows"),
+  ("sft", "--steps=2147483648", 64, "--steps must be less than 2**31"),
+  ("sft", "--steps=1_000_000_000_000_000_000_000", 64, "--steps must be less than 2**31"),
+  ("sft", "--batch_size=99999999999999", 64, "--batch_size must be less than 2**31"),
+  ("dpo", "--sampling.max_new_tokens=9999999999", 64, "max_new_tokens must be less than 2**31"),
+  ("nash_md", "--preference.path=", 64, "--preference.path= is empty"),
   ("rlhf", "--steps=3", 1, "--sft.steps, --reward_model.steps or --ppo.steps?"),
   ("rlhf", "--init_from=x", 1, "--sft.init_from"),
   ("sft", "--xyzzy=1", 1, "unknown flag --xyzzy; --help lists the flags"),
@@ -191,6 +211,14 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "flags").exists() and not (tmp_path / "~").exists()
 
 
+@pytest.mark.parametrize("export", [False, True])
+@pytest.mark.parametrize("flag", ["--init_from", "--model.path"])
+def test_a_run_in_the_folder_of_its_start_is_refused(flag, export, model_folder, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(model_folder, folder / "export" if export else folder)
+  assert_refused("dpo", folder, [f"{flag}={folder}"], 64, "holds the model to start from")
+
+
 def _edit(folder: pathlib.Path, name: str = "config.json", **fields: Any) -> None:
   path = folder / name
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -236,8 +264,23 @@ def _unfinished(folder: pathlib.Path) -> None:
   (folder / "identity.json").write_text("{}")
 
 
-def _rename_weights(folder: pathlib.Path) -> None:
-  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+
+
+def _rename(folder: pathlib.Path, name: str) -> None:
+  (folder / "model.safetensors").rename(folder / name)
+
+
+def _link(folder: pathlib.Path, target: str) -> None:
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors").symlink_to(target)
+
+
+def _move(folder: pathlib.Path, to: str) -> None:
+  files = list(folder.iterdir())
+  (folder / to).mkdir(parents=True)
+  for file in files:
+    file.rename(folder / to / file.name)
 
 
 def _twice(folder: pathlib.Path) -> None:
@@ -268,7 +311,15 @@ FOLDERS: list[tuple[Callable[[pathlib.Path], Any], str]] = [
   (lambda f: _edit(f, vocab_size=8), "they do not belong together"),
   (lambda f: _edit(f, rope_scaling={"type": "dynamic"}), "rope scaling 'dynamic'"),
   (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors and no index of shards"),
-  (_rename_weights, "pytorch_model.bin may hold code and is not read"),
+  (lambda f: _rename(f, "pytorch_model.bin"), "pytorch_model.bin may hold code and is not read"),
+  (lambda f: _rename(f, "model-q4.gguf"), "model-q4.gguf is not read: GGUF is quantized"),
+  (lambda f: _rename(f, "model.fp16.safetensors"), "rename it to model.safetensors"),
+  (lambda f: _link(f, "../blobs/1"), "it is a broken link to ../blobs/1"),
+  (lambda f: _link(f, "model.safetensors"), "it is a broken link to model.safetensors"),
+  (lambda f: _move(f, "snapshots/abc"), "there is one in"),
+  (lambda f: _move(f, "checkpoint-100"), "checkpoint-100, give that folder"),
+  (lambda f: _move(f, "../elsewhere"), "neither the workdir of a finished run nor a folder"),
+  (lambda f: (f / "model.safetensors").write_bytes(_POINTER), "run `git lfs pull`"),
   (lambda f: (f / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
   (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors file"),
   (lambda f: _spoil_tensor(f, lambda x: x * np.nan), "holds NaN or Inf"),
@@ -285,6 +336,18 @@ def test_a_bad_model_folder_is_refused(spoil, message, model_folder, rows_file, 
   spoil(folder)
   words = [f"--init_from={folder}", f"--data.path={rows_file}", "--batch_size=4"]
   assert_refused("sft", tmp_path / "run", words, 78, message)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_broken_chat_template_is_no_fault_of_the_rows(name, model_folder, rows_file, tmp_path):
+  folder = shutil.copytree(model_folder, tmp_path / "model")
+  broken = "{% for m in messages %}{{ m.content }}"
+  if name.endswith("jinja"):
+    (folder / name).write_text(broken)
+  else:
+    _edit(folder, name, chat_template=broken)
+  words = [f"--init_from={folder}", f"--data.path={rows_file}", "--batch_size=4"]
+  assert_refused("sft", tmp_path / "run", words, 65, "the chat template is not valid Jinja")
 
 
 # What is raised somewhere in a run, exit code, words of the message.

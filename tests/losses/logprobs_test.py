@@ -442,6 +442,22 @@ CASES = {
   "shifted": over_logits(lambda x: jnp.sum(jnp.tanh(logprobs.shifted(x)[0]), axis=-1)),
   "token_logprobs": over_logits(lambda x: logprobs.token_logprobs(x, tokens_for(x))),
   "entropy": over_logits(logprobs.entropy),
+  "token_scores": over_logits(lambda x: logprobs.token_scores(x, tokens_for(x)).logprobs),
+  "token_scores/entropy": over_logits(
+    lambda x: logprobs.token_scores(x, tokens_for(x), temperature=0.7, entropy=True).entropy
+  ),
+  "next_token_scores": Case(
+    lambda m, x: masked.masked_mean(
+      logprobs.next_token_scores(x, tokens_for(x), collision=True).logprobs[:, 1:], m[:, :-1]
+    ),
+    ((B, T, V),),
+  ),
+  "next_token_nll": Case(
+    lambda m, x: logprobs.next_token_nll(
+      x, tokens_for(x), jnp.pad(m[:, :-1], ((0, 0), (1, 0))) / jnp.maximum(jnp.sum(m[:, :-1]), 1)
+    )[0],
+    ((B, T, V),),
+  ),
   "over_tokens": over_logits(lambda x: logprobs.over_tokens(logprobs.entropy, x)),
   # The last column of logits predicts nothing: here the mask is that of the logits.
   "next_token_logprobs": Case(

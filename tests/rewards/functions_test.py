@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax import simulation
+from rlhf_jax import rewards, simulation, user
 from rlhf_jax.data import DataError, read_file
 from rlhf_jax.rewards import REWARDS
 from rlhf_jax.rewards.functions import final_number
@@ -104,3 +104,25 @@ def test_exact_answer_reads_solutions_that_announce_nothing(shared):
   rows = [row.fields for row in read_file(path)]
   scores = REWARDS["exact_answer"]([""] * len(rows), [row["solution"] for row in rows], rows)
   assert np.mean(scores) > 0.98
+
+
+@pytest.mark.parametrize("code", [0, 3, "stopped"])
+def test_a_function_that_ends_the_process_is_an_error(code):
+  def leave(prompts, responses, rows):
+    raise SystemExit(code)
+
+  with pytest.raises(user.ResultError, match="reward function .*leave raised .*SystemExit"):
+    rewards.ask(leave, ["p"], ["r"], rows=[{}])
+
+
+def test_a_function_may_change_what_it_is_given():
+  def score(prompts, responses, rows):
+    numbers = [row.pop("number") for row in rows]
+    responses.sort()
+    prompts.clear()
+    return numbers
+
+  prompts, responses, rows = ["p", "q"], ["b", "a"], [{"number": 1}, {"number": 2}]
+  for _ in range(2):
+    np.testing.assert_array_equal(rewards.ask(score, prompts, responses, rows=rows), [1, 2])
+  assert (prompts, responses) == (["p", "q"], ["b", "a"])

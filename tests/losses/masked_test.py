@@ -137,6 +137,13 @@ def test_equal_values_whose_mean_and_distances_from_it_are_rounded(value):
   assert not np.any(centred(np.full((1, 61), value, np.float32)))
 
 
+@pytest.mark.parametrize("value", [0.1, 103.3, 1000.7])
+def test_millions_of_equal_values_have_none_either(value):
+  x = np.full(3_000_000, value, np.float32)
+  deviations, mean = masked.deviations(x, x > 0)
+  assert not np.any(deviations) and mean[0] == np.float32(value)
+
+
 @pytest.mark.parametrize("offset", [1.0, 103.3, 1000.7, -3e4])
 def test_nearly_equal_values_are_told_apart(offset):
   x = np.float32(offset) + np.spacing(np.float32(offset)) * np.arange(7, dtype=np.float32) ** 2

@@ -58,6 +58,8 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     responses.check(self, group=2)
+    if self.preference.is_given and self.shaping.function:
+      raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
-  ppo: PPOConfig = PPOConfig(kl_coef=0.2)
+  ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.2, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
   # nothing, so an update is the same on one device and on many, up to rounding.
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)

@@ -48,7 +48,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
-  ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=0.2, ptx_coef=0.1)
+  ppo_max: PPOMaxConfig = PPOMaxConfig(kl_coef=defaults.weight(0.2, 0.05), ptx_coef=0.1)
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   critic: critics.CriticOptions = critics.CriticOptions(warmup=5)
   shaping: ShapingConfig = ShapingConfig(normalize=True, clip=2.0)

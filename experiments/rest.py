@@ -86,8 +86,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Runs the steps that have not finished, exports the last policy; returns summary.json."""
   config.require()
   folder = models.source_folder(config.model, config.init_from)
-  if folder is None:
-    raise flags.UsageError("--init_from is needed: a policy that nothing has trained samples noise")
+  assert folder is not None  # `require` refuses a policy that nothing has trained.
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)

@@ -90,7 +90,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     summary = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       scores, _ = bench.over(heldout, measure)
-      summary |= judge(heldout, scores) | {"loss": evaluate(state, config.steps)["eval/loss"]}
+      summary |= judge(heldout, scores)
       show(summary)
     bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary

@@ -41,7 +41,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
-  rloo: RLOOConfig = RLOOConfig(kl_coef=0.2)
+  rloo: RLOOConfig = RLOOConfig(kl_coef=defaults.weight(0.2, 0.05))
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()

@@ -614,13 +614,13 @@ def _merge_file(
   return inner.problem
 
 
-# Names that other libraries have for a flag.
+# Names that other libraries have for a flag, and the end of its name here.
 _ELSEWHERE = {
   "bf16": "dtype",
   "bs": "batch_size",
-  "data": "path",
-  "dataset": "path",
-  "dataset_name": "path",
+  "data": "data.path",
+  "dataset": "data.path",
+  "dataset_name": "data.path",
   "epochs": "steps",
   "eval_steps": "eval_every",
   "eval_file": "eval_path",
@@ -630,17 +630,16 @@ _ELSEWHERE = {
   "kl": "kl_coef",
   "logging_steps": "log_every",
   "loss_type": "loss",
-  "lora_r": "rank",
-  "lora_rank": "rank",
+  "lora_r": "lora.rank",
+  "lora_rank": "lora.rank",
   "lr": "learning_rate",
   "lr_scheduler_type": "schedule",
-  "max_grad_norm": "max_grad_norm",
   "max_length": "max_response_length",
   "max_seq_len": "max_response_length",
   "max_steps": "steps",
-  "model": "path",
-  "model_name": "path",
-  "model_name_or_path": "path",
+  "model": "model.path",
+  "model_name": "model.path",
+  "model_name_or_path": "model.path",
   "num_epochs": "steps",
   "num_generations": "samples_per_prompt",
   "num_steps": "steps",
@@ -651,24 +650,17 @@ _ELSEWHERE = {
   "packing": "packed_length",
   "per_device_train_batch_size": "batch_size",
   "report_to": "trackers",
-  "reward_model": "path",
-  "reward_model_path": "path",
+  "reward_model": "reward.path",
+  "reward_model_path": "reward.path",
   "save_steps": "checkpoint_every",
   "train_batch_size": "batch_size",
-  "train_file": "path",
-  "use_lora": "rank",
-  "use_peft": "rank",
+  "train_file": "data.path",
+  "use_lora": "lora.rank",
+  "use_peft": "lora.rank",
   "validation_file": "eval_path",
   "wandb": "trackers",
   "warmup_ratio": "warmup",
   "warmup_steps": "warmup",
-}
-_OWNERS = {"data": "data", "dataset": "data", "dataset_name": "data", "train_file": "data"} | {
-  "model": "model",
-  "model_name": "model",
-  "model_name_or_path": "model",
-  "reward_model": "reward",
-  "reward_model_path": "reward",
 }
 _MOST_NAMES = 4
 
@@ -680,8 +672,6 @@ def _near(name: str, flag_values: flags.FlagValues) -> str:
   last = wanted.rpartition(".")[2]
   for ending in (wanted, last, _ELSEWHERE.get(last, "")):
     found = [other for other in known if f".{other}".endswith(f".{ending}")] if ending else []
-    if found and last in _OWNERS:
-      found = [other for other in found if _OWNERS[last] in other.split(".")] or found
     if found:
       break
   else:

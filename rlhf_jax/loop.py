@@ -106,7 +106,9 @@ class RunConfig:
 # the learning rate is scheduled over them: `fit` then says what becomes of it.
 FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
 # A run without finite gradients has nothing left to save.
-_MAX_SKIPPED_IN_A_ROW = 5
+_MAX_BROKEN_IN_A_ROW = 5
+# A few batches without anything to learn from are normal: pairs tie while right answers are rare.
+_MAX_EMPTY_IN_A_ROW = 50
 
 
 class Preempted(RuntimeError):
@@ -116,7 +118,7 @@ class Preempted(RuntimeError):
 
 
 class NumericsError(RuntimeError):
-  """Several consecutive steps were skipped. The last checkpoint is from before them."""
+  """Several consecutive steps were skipped."""
 
   exit_code = 70
 
@@ -238,12 +240,12 @@ class _Log:
     self._writer, self._progress, self._every = writer, progress, every
     self._pending: tuple[int, Mapping[str, Any], bool, float] | None = None
     self._last_time = time.monotonic()
-    self._skipped = 0
+    self._broken = self._empty = 0
 
   @property
   def skipping(self) -> bool:
     """True if the newest written step had no finite gradient."""
-    return self._skipped > 0
+    return self._broken > 0
 
   def push(self, step: int, values: Mapping[str, Any], *, keep: bool) -> None:
     """Takes the values of a step and writes those of the step before it."""
@@ -272,11 +274,20 @@ class _Log:
     self._progress.update(step, scalars)
     if keep:
       self._writer.write(step, scalars)
-    self._skipped = self._skipped + 1 if scalars.get("skipped_steps", 0) >= 1 else 0
-    if self._skipped >= _MAX_SKIPPED_IN_A_ROW:
+    skipped = scalars.get("skipped_steps", 0) >= 1
+    finite = all(math.isfinite(scalars.get(name, math.nan)) for name in ("loss", "grad_norm"))
+    broken = skipped and not finite
+    self._broken = self._broken + 1 if broken else 0
+    self._empty = self._empty + 1 if skipped and not broken else 0
+    if self._broken >= _MAX_BROKEN_IN_A_ROW:
       raise NumericsError(
-        f"no finite gradient, or nothing to learn from, in {self._skipped} steps up to {step};"
-        " lower --optim.learning_rate or look at the batches of these steps"
+        f"no finite gradient in {self._broken} steps up to {step}; lower --optim.learning_rate or"
+        " look at the batches of these steps"
+      )
+    if self._empty >= _MAX_EMPTY_IN_A_ROW:
+      raise NumericsError(
+        f"nothing to learn from in {self._empty} steps up to {step}, as if all rewards were equal;"
+        " look at the batches and rewards of these steps"
       )
 
 
@@ -316,7 +327,7 @@ def fit(
 
   Raises:
     Preempted: If SIGTERM or Ctrl-C arrived; the state was saved.
-    NumericsError: If five consecutive steps had no finite gradient.
+    NumericsError: If five consecutive steps had no finite gradient, or 50 nothing to learn from.
   """
   key = run.key_for(0)
   with (

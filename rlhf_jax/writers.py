@@ -355,6 +355,10 @@ class TrackioWriter:
     self._run.finish()
 
 
+def _line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
 class CompositeWriter:
   """Writes to several writers: the first is the record, the others are conveniences.
 
@@ -372,8 +376,9 @@ class CompositeWriter:
     for writer in list(self._others):
       try:
         call(writer)
-      except Exception:
-        logging.exception("%s failed and is switched off", type(writer).__name__)
+      except Exception as error:
+        name = type(writer).__name__
+        logging.warning("%s failed and is switched off: %s", name, _line(error))
         self._others.remove(writer)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -452,8 +457,8 @@ def make_writer(
       writers.append(
         TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
       )
-    except Exception:
-      logging.exception("the tracker %s cannot be opened and is left out", name)
+    except Exception as error:
+      logging.warning("the tracker %s cannot be opened and is left out: %s", name, _line(error))
   record = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
   return CompositeWriter([record, *writers])
 

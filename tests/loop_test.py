@@ -390,19 +390,35 @@ def test_more_steps_continue_a_finished_run(tmp_path, uninterrupted):
   assert [row["step"] for row in lines(tmp_path)] == [1, 3, 5, 6, 8]
 
 
+def test_a_metric_that_is_undefined_in_a_step_is_absent(tmp_path):
+  def step(state, batch, key):
+    new, values = quadratic(state, batch, key)
+    defined = new["step"] % 2 == 0
+    values |= {"reward/chosen": jnp.where(defined, 0.0, jnp.nan)}
+    return new, values | {"loss": jnp.where(defined, values["loss"], jnp.nan)}
+
+  fit(tmp_path, dataclasses.replace(CONFIG, log_every=1), step)
+  rows = lines(tmp_path)
+  assert len(rows) == CONFIG.steps
+  for row in rows:  # A loss is always shown.
+    assert row["loss"] == row["loss"] if row["step"] % 2 == 0 else "loss" in row
+    assert row.get("reward/chosen") == (0.0 if row["step"] % 2 == 0 else None)
+
+
 def test_the_seed_decides(tmp_path, uninterrupted):
   assert (fit(tmp_path, seed=1)["w"] != uninterrupted[0]["w"]).any()
 
 
-def skipping(bad):
-  """A step that reports an update without finite gradient for the calls in `bad`."""
+def skipping(bad, grad_norm=np.nan):
+  """A step that reports a skipped update, without finite gradient, for the calls in `bad`."""
   count = iter(range(1, 1000))
 
   def step(state, batch, key):
     skipped = next(count) in bad
     new, values = quadratic(state, batch, key)
     new = state | {"step": new["step"]} if skipped else new
-    return new, {**values, "skipped_steps": jnp.float32(skipped)}
+    norms = {"grad_norm": jnp.float32(grad_norm)} if skipped else {}
+    return new, {**values, **norms, "skipped_steps": jnp.float32(skipped)}
 
   return step
 
@@ -415,6 +431,15 @@ def test_five_steps_without_finite_gradient_end_the_run(tmp_path):
   assert [row["step"] for row in lines(tmp_path)][-1] == 9
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert saver.latest_step() == 3, "the last checkpoint is from before the bad steps"
+
+
+def test_batches_without_anything_to_learn_from_are_survived_for_longer(tmp_path):
+  config = loop.RunConfig(steps=60, batch_size=8, checkpoint_every=30)
+  fit(tmp_path / "few", config, skipping(range(5, 54), grad_norm=0.0))
+  with pytest.raises(loop.NumericsError, match="nothing to learn from in 50 steps up to 54,"):
+    fit(tmp_path / "many", config, skipping(range(5, 60), grad_norm=0.0))
+  with checkpoint.Checkpointer(tmp_path / "many" / "checkpoints") as saver:
+    assert saver.latest_step() == 30, "they leave the state as it was"
 
 
 def test_five_bad_steps_at_the_very_end(tmp_path):

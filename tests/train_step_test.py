@@ -179,6 +179,14 @@ def test_microbatches_get_different_keys():
   assert metrics["noise/max"] > metrics["noise/min"]
 
 
+def test_parts_are_strided_so_that_each_has_rows_of_every_device():
+  loss = lambda params, batch, key: (params * batch[0], {})  # noqa: E731
+  grads, _ = train_step.gradients(
+    loss, jnp.float32(1), jnp.arange(8.0), jax.random.key(0), microbatches=2
+  )
+  assert grads == 0.5  # The first rows of both parts are 0 and 1.
+
+
 def test_rows_must_divide():
   with pytest.raises(ValueError, match="16 rows cannot be cut into 3 equal parts"):
     train_step.gradients(token_loss, init_params(), make_batch(), jax.random.key(0), 3)
@@ -458,6 +466,9 @@ def test_merge_metrics():
   assert merged["weight"] == 4
   del stacked["weight"]
   assert train_step.merge_metrics(stacked)["loss"] == 2
+  # Parts without a unit do not count, even if a single unit is left.
+  one = {"loss": jnp.float32([jnp.nan, 3.0]), "weight": jnp.float32([0.0, 1.0])}
+  assert train_step.merge_metrics(one)["loss"] == 3
 
 
 def visits(epochs, minibatches, microbatches=1, rows=12, seed=0):

@@ -226,7 +226,15 @@ def results():
     (None, "gave None for 3 responses; it must return one number per response"),
     ((x for x in "abc"), "gave a generator without numbers"),
     ([[1.0], [1.0, 2.0], []], "gave a list without numbers"),
+    (OfAnotherLibrary(), "gave a OfAnotherLibrary without numbers"),
   ]
+
+
+class OfAnotherLibrary:
+  """Tensor that needs a gradient, as a reward model of PyTorch returns it."""
+
+  def __array__(self, dtype=None, copy=None):
+    raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
 
 
 @pytest.mark.parametrize("values, expected", results())

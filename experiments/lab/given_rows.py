@@ -46,15 +46,13 @@ def prompts(
   if every and data.is_given(config) and not config.eval_path:
     config = dataclasses.replace(config, eval_fraction=0.0)
   train_set, heldout = data.load("prompts", config, tokenizer, seed=seed)
-  chosen = heldout
-  if not chosen.examples:
-    count = limit or config.eval_rows
-    chosen = train_set._replace(examples=train_set.examples[:count], rows=train_set.rows[:count])
-    if limit:
-      chosen = train_set
-  different = evaluating.as_prompts(chosen, len(chosen.rows))
+  chosen = source = heldout if heldout.examples else train_set
   if limit:
-    chosen = evaluating.as_prompts(chosen, limit)
+    chosen = evaluating.as_prompts(source, limit)
+  elif source is train_set:
+    most = config.eval_rows
+    chosen = source._replace(examples=source.examples[:most], rows=source.rows[:most])
+  different = evaluating.as_prompts(source, len(source.rows))
   answered = f"{len(chosen.examples)} of {len(different.examples)} different prompts"
   if chosen is heldout and data.is_given(config) and not config.eval_path:
     answered = (

@@ -146,6 +146,8 @@ def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> N
   """
   rows = prompts.rows[:3]
   empty = [""] * len(rows)
+  if not rows:  # Nothing is held out.
+    return
   try:
     rewards.ask(function, [row["prompt_text"] for row in rows], *[empty] * answers, rows=rows)
   except user.ResultError as error:

@@ -1,9 +1,11 @@
 """Longest sequence that a model was made for."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from experiments import records
 from experiments.lab import models
 from rlhf_jax import data, flags
 from rlhf_jax.models import ModelConfig, hf, presets
@@ -34,11 +36,22 @@ def require_length(
   given = [length for dataset in read for length in _read(config, dataset)]
   sampled = [length for dataset in answered for length in _answered(config, dataset)]
   _require(config, folder, [*given, *sampled])
+  judged = [length for length in sampled if length.real]  # Judges read no packed rows.
   reward = getattr(getattr(config, "reward", None), "paths", ())
   judge = getattr(getattr(config, "preference", None), "path", "")
   for path in (*reward, judge):
-    if path and sampled:
-      _require(config, models.finished_folder(path), sampled)
+    if path and judged:
+      with contextlib.suppress(hf.ModelFolderError):  # Whoever opens a judge says what is wrong.
+        folder = models.finished_folder(path)
+        _require(config, folder, judged)
+        if hf.scalar_label(folder) == records.PREFERENCE:
+          _require(config, folder, [_with_another(config, length) for length in judged])
+
+
+def _with_another(config: Any, length: _Length) -> _Length:
+  """Returns the length of a prompt with two sampled responses, each with an end token behind it."""
+  more = config.sampling.max_new_tokens + 2
+  return length._replace(real=length.real + more, padded=length.padded + more)
 
 
 def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:

@@ -125,6 +125,18 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
   return "there is no such folder"
 
 
+def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
+  """Refuses a workdir that is the folder, or the finished run, that the model is read from."""
+  if folder is None:
+    return
+  folder = folder.resolve()
+  taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  if workdir_lib.local_path(workdir).resolve() in taken:
+    raise flags.UsageError(
+      f"--workdir={workdir} holds the model to start from; give another folder"
+    )
+
+
 def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
   """Returns the folder of the initial model, given by one of two flags."""
   for name in ("path", "preset"):

@@ -331,6 +331,7 @@ def open(
   """
   reporting.note(f"{script}: reading the model and the data")
   folder = models.source_folder(config.model, config.init_from)
+  models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
@@ -356,10 +357,10 @@ def open(
 
 def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
   """Returns the most response tokens of a row of the data sets, or of the responses to sample."""
-  if config.data.packed_length:
-    return data.packed_scored(sets[0], config.data.packed_length)
-  sampled = config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0
-  return max(sampled, *(of.scored for of in sets))
+  longest = max(of.scored for of in sets)
+  if config.data.packed_length:  # Held-out rows are not packed.
+    return max(longest, data.packed_scored(sets[0], config.data.packed_length))
+  return max(longest, config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0)
 
 
 def save_flags(run: loop.Run, config: Any) -> None:

@@ -48,8 +48,9 @@ def compares_rows(name: str, beta: float) -> bool:
   if ":" not in name:
     return False
   function = functools.partial(find(name), beta=beta)
-  rows = np.random.default_rng(0).normal(-20, 3, (len(_ARGUMENTS), 4)).astype(np.float32)
+  numbers = np.random.default_rng(0).normal(-20, 3, (len(_ARGUMENTS), 4))
   with jax.ensure_compile_time_eval():  # It may be asked while a step is traced.
+    rows = jnp.asarray(numbers, jnp.float32)
     together = function(*rows)
     one_by_one = [function(*rows[:, n : n + 1])[0] for n in range(rows.shape[1])]
   return not np.allclose(together, one_by_one, rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -213,8 +213,11 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     return as_row(value, where).fields
   except json.JSONDecodeError as error:
     torn = "" if error.msg == "Extra data" else torn
+    fix = "fix or remove the line"
+    if not error.pos:  # Plain text, perhaps.
+      fix = 'write one JSON object on each line, such as {"prompt": "..."}'
     raise DataError(
-      f"{where}: column {error.colno}: malformed JSON ({error.msg}){torn}; fix or remove the line"
+      f"{where}: column {error.colno}: malformed JSON ({error.msg}){torn}; {fix}"
     ) from error
   except RecursionError as error:
     raise DataError(f"{where}: nested too deeply; remove the line") from error

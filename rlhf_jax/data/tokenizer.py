@@ -500,12 +500,14 @@ class Tokenizer:
     contexts = [controls.context(before) for before, _ in pairs]
     for anchor in (None, *_ANCHORS):
       left = [i for i, known in enumerate(ids) if known is None]
-      starts = [contexts[i] if anchor is None else anchor for i in left]
-      unique = dict.fromkeys(starts)
-      known = dict(zip(unique, self._encoder.encode([*unique]), strict=True))
-      joined = self._encoder.encode([s + pairs[i][1] for s, i in zip(starts, left, strict=True)])
-      for i, start, whole in zip(left, starts, joined, strict=True):
-        ids[i] = self._after(known[start], whole, len(start))
+      if not left:
+        break
+      starts = {i: contexts[i] if anchor is None else anchor for i in left}
+      wholes = {i: starts[i] + pairs[i][1] for i in left}
+      texts = dict.fromkeys([*starts.values(), *wholes.values()])
+      known = dict(zip(texts, self._encoder.encode([*texts]), strict=True))
+      for i in left:
+        ids[i] = self._after(known[starts[i]], known[wholes[i]], len(starts[i]))
     return [found or [] for found in ids]
 
   def _after(

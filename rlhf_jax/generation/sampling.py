@@ -27,7 +27,7 @@ class SamplingConfig:
     samples_per_prompt: Responses per prompt. They share one prefill.
     stop: Strings that end a response, separated by commas, besides the tokens that end one. A
       response keeps its stop string, and counts as ended. Write \n for a new line, \t for a tab and
-      \xNN for another character, such as \x2c for a comma or \x20 for a space at an end.
+      \xNN or \uNNNN for another character, such as \x2c for a comma or \x20 for a space at an end.
   """
 
   max_new_tokens: int = 64
@@ -62,7 +62,8 @@ _ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", ",": r"\x2c"}
 
 def _escaped(text: str) -> str:
   """Returns a text without control characters, commas and spaces at its ends."""
-  text = "".join(_ESCAPES.get(c, c if c.isprintable() else f"\\x{ord(c):02x}") for c in text)
+  code = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()  # noqa: E731
+  text = "".join(_ESCAPES.get(c) or code(c) for c in text)
   inner = text.strip(" ")
   before = len(text) - len(text.lstrip(" ")) if inner else len(text)
   return r"\x20" * before + inner + r"\x20" * (len(text) - before - len(inner))
@@ -71,7 +72,7 @@ def _escaped(text: str) -> str:
 def _unescaped(text: str) -> str:
   letters = {escape: char for char, escape in _ESCAPES.items()}
   return re.sub(
-    r"\\(?:[ntr]|x[0-9a-fA-F]{2})",
+    r"\\(?:[ntr]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})",
     lambda match: letters.get(match[0]) or chr(int(match[0][2:], 16)),
     text,
   )
@@ -93,18 +94,21 @@ def adjust_logits(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0) -> j
   Returns:
     [..., V] float.
   """
-  use_top_k = 0 < top_k < logits.shape[-1]
-  if not use_top_k and top_p >= 1:
-    return logits
-  order = jnp.argsort(-logits, axis=-1, stable=True)  # Most likely first.
-  rank = jnp.argsort(order, axis=-1)
-  if use_top_k:
-    logits = jnp.where(rank < top_k, logits, -jnp.inf)
+
+  def keep(threshold: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Keeps the `count` most likely tokens, of which the last one has the logit `threshold`."""
+    above, tied = logits > threshold, logits == threshold
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    return jnp.where(above | (tied & (jnp.cumsum(tied, axis=-1) <= room)), logits, -jnp.inf)
+
+  if 0 < top_k < logits.shape[-1]:
+    logits = keep(jax.lax.top_k(logits, top_k)[0][..., -1:], top_k)
   if top_p < 1:
-    probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    reached = jnp.cumsum(probs, axis=-1) >= top_p - _ROUNDING
-    count = 1 + jnp.sum(~reached, axis=-1, keepdims=True)  # Up to the first that reaches it.
-    logits = jnp.where(rank < count, logits, -jnp.inf)
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), -1)
+    reached = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) >= top_p - _ROUNDING
+    # Place of the last token of the smallest set that reaches it; all, if rounding is in the way.
+    last = jnp.minimum(jnp.sum(~reached, axis=-1, keepdims=True), logits.shape[-1] - 1)
+    logits = keep(jnp.take_along_axis(ordered, last, axis=-1), 1 + last)
   return logits
 
 

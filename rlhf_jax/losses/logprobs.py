@@ -153,13 +153,16 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
   return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
 
 
+_ROUNDING = 2.0**-20  # Relative, of a logit in float32.
+
+
 class TokenScores(NamedTuple):
   """Numbers about tokens under their logits, [..., T] each; None for those not asked for.
 
   Attributes:
     logprobs: float32, log-probability of the target.
     entropy: float32, entropy in nats.
-    hits: bool, True if no logit is above that of the target.
+    hits: bool, True if no logit is above that of the target by more than rounding.
     collision: float32, log sum_v pi(v)^2, without a gradient.
   """
 
@@ -227,6 +230,7 @@ def next_token_scores(
   """
   if mask is None or not isinstance(logits, LazyLogits) or not _skips(logits):
     return _back(token_scores(logits, _next(tokens), **ask))
+  mask = packing.predicted(mask)
   scored = packing.positions(mask, logits.scored)
   scores = token_scores(_at(logits, scored - 1), _take(tokens, scored), **ask)
   return _spread(scores, scored, mask)
@@ -243,14 +247,14 @@ def next_token_nll(
   Args:
     logits: [B, T, V] float, `logits[:, t]` predicts `tokens[:, t + 1]`.
     tokens: [B, T] int.
-    weights: [B, T] float32, without a gradient. 0 leaves a token out, and must be in column 0;
-      lazy logits with `LazyLogits.scored` are computed only for tokens with a weight.
+    weights: [B, T] float32, without a gradient. 0 leaves a token out, as does column 0; lazy
+      logits with `LazyLogits.scored` are computed only for tokens with a weight.
     **ask: See `token_scores`.
 
   Returns:
     The sum, and arrays [B, T] as from `next_token_scores`, without a gradient.
   """
-  weights = jax.lax.stop_gradient(weights)
+  weights = jax.lax.stop_gradient(jnp.asarray(weights)).at[:, 0].set(0)
   if not isinstance(logits, LazyLogits):
     scores = next_token_scores(logits, tokens, **ask)
     return _weighted(scores.logprobs, weights), jax.lax.stop_gradient(scores)
@@ -287,10 +291,10 @@ def _spread(scores: TokenScores, scored: jax.Array, mask: jax.Array) -> TokenSco
   """Moves results [B, C] to their tokens in a mask [B, T]; NaN in rows that have more than C."""
   length = mask.shape[1]
   missing = jnp.sum(mask, axis=1) > jnp.sum(scored < length, axis=1)
+  nth = jnp.clip(jnp.cumsum(mask, axis=1) - 1, 0, scored.shape[1] - 1)
 
   def spread(x: jax.Array) -> jax.Array:
-    rows = jnp.arange(len(x))[:, None]
-    x = jnp.zeros((len(x), length), x.dtype).at[rows, scored].set(x, mode="drop")
+    x = jnp.where(mask, jnp.take_along_axis(x, nth, axis=1), jnp.zeros((), x.dtype))
     return x if x.dtype == bool else jnp.where(missing[:, None], jnp.nan, x)
 
   return jax.tree.map(spread, scores)
@@ -304,7 +308,9 @@ def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
 def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
-  logits, fine = shifted(logits / ask.temperature)
+  logits = masked.widen(logits) / ask.temperature
+  highest = jnp.max(logits, axis=-1)
+  logits, fine = shifted(logits)
   # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
   # Explicit meshes, and needs less memory on TPU.
   target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
@@ -320,7 +326,9 @@ def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
     products = powers * jnp.where(powers > 0, logits, 0.0)
     scores = scores._replace(entropy=known(level - jnp.sum(products, axis=-1) / total))
   if ask.hits:
-    scores = scores._replace(hits=fine & (target >= 0))
+    # A compiler may compute a maximum and the logits that it is taken from in two ways.
+    rounding = _ROUNDING * jnp.maximum(jnp.abs(highest), 1.0)
+    scores = scores._replace(hits=fine & (target >= -rounding))
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))
@@ -342,7 +350,7 @@ def _cotangent(
 ) -> jax.Array:
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
   dtype = logits.dtype
-  logits, fine = shifted(logits / temperature)
+  logits, fine = shifted(masked.widen(logits) / temperature)
   powers = jnp.exp(logits)
   total = jnp.sum(powers, axis=-1, keepdims=True)
   by_logprob = jnp.where(fine, by_logprob, 0.0)[..., None] / temperature

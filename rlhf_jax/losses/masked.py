@@ -151,7 +151,7 @@ def masked_var(x: jax.Array, mask: jax.Array, axis: Axis = None, ddof: int = 0) 
   """
   squares = jnp.square(deviations(x, mask, axis)[0])
   degrees = jnp.maximum(jnp.sum(mask, axis=axis) - ddof, 1)
-  return jnp.sum(squares, axis=axis) / degrees.astype(x.dtype)
+  return jnp.sum(squares, axis=axis) / degrees.astype(squares.dtype)
 
 
 def whiten(

@@ -103,6 +103,9 @@ def centering_penalty(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
   return jnp.square(chosen + rejected)
 
 
+_MAX_SCORE = 1e16  # A million squares of it have a sum in float32.
+
+
 class RunningMoments(NamedTuple):
   """Mean and variance of every score seen so far, as explicit state.
 
@@ -126,13 +129,15 @@ def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> Ru
 
   Args:
     moments: Moments of the scores seen so far.
-    x: [B] new scores.
+    x: [B] new scores. Those that are not finite, or whose squares overflow, are ignored: a sum with
+      one of them would stay infinite.
     mask: [B] bool, False on scores to ignore.
 
   Returns:
     Moments of all scores, old and new.
   """
   chex.assert_rank([x, mask], 1)
+  mask &= jnp.abs(x) < _MAX_SCORE
   added = jnp.sum(mask).astype(jnp.float32)
   count = moments.count + added
   centred, mean = masked.deviations(x, mask)

@@ -64,7 +64,7 @@ def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]])
       raise TypeError
     with np.errstate(over="ignore"):  # It becomes infinite.
       numbers = np.asarray(values, np.float32)
-  except (TypeError, ValueError, OverflowError) as error:
+  except Exception as error:  # Anything: a tensor with a gradient is a RuntimeError of PyTorch.
     raise user.ResultError(
       f"{name} gave a {type(values).__name__} without numbers; {must}"
     ) from error

@@ -16,7 +16,7 @@ from rlhf_jax.rewards import checks
 
 def center(scores: jax.Array, ref_scores: jax.Array) -> jax.Array:
   """Distance [B] of scores from the mean score [B, M] of the reference's responses."""
-  return scores - jnp.mean(ref_scores, axis=1)
+  return jnp.mean(scores[:, None] - ref_scores, axis=1)
 
 
 def log_sigmoid(scores: jax.Array, ref_scores: jax.Array) -> jax.Array:

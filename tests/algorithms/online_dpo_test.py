@@ -39,7 +39,9 @@ def test_the_chosen_sample_scores_higher(rule):
   np.testing.assert_array_equal(chosen, scores.argmax(axis=1))
   if rule == "best_worst":
     np.testing.assert_array_equal(rejected, scores.argmin(axis=1))
-  else:  # Each of the other four about as often.
+  else:  # Each of the other four about as often, wherever it stands.
+    _, places = online_dpo.pick_pairs(np.sort(scores), jax.random.key(0), rule)
+    np.testing.assert_allclose(np.bincount(places, minlength=5)[:4] / 400, 0.25, atol=0.08)
     rank = (scores > scores[rows, rejected][:, None]).sum(axis=1)
     np.testing.assert_allclose(np.bincount(rank, minlength=5)[1:] / 400, 0.25, atol=0.08)
 

@@ -20,6 +20,10 @@ def of_a_running_mean(policy_chosen, policy_rejected, ref_chosen, ref_rejected, 
   return policy_chosen - jax.lax.stop_gradient(jnp.mean(ref_chosen)) * beta
 
 
+def of_arrays(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
+  return beta * policy_chosen.at[:].add(-policy_rejected)  # NumPy has no such method.
+
+
 def summed(policy_chosen, policy_rejected, ref_chosen, ref_rejected, *, beta):
   return jnp.sum(policy_chosen)
 
@@ -60,7 +64,7 @@ def test_published_losses_that_compare_pairs(name):
 
 @pytest.mark.parametrize(
   ("function", "compares"),
-  [(of_one_pair, False), (of_the_largest, True), (of_a_running_mean, True)],
+  [(of_one_pair, False), (of_the_largest, True), (of_a_running_mean, True), (of_arrays, False)],
 )
 def test_losses_of_a_user_that_compare_pairs(function, compares):
   assert pairwise.compares_rows(f"{__name__}:{function.__name__}", 0.1) == compares

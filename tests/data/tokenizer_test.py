@@ -61,6 +61,10 @@ def test_word_level_ids():
   assert tok.decode(np.array([1, 4, 999]), skip_special=False) == "<bos> the"
   assert tok.batch_decode([[4], [5, 2]]) == ["the", "soup"]
   assert not tok.has_chat_template
+  # Words that are not separated by a space, even unknown ones, are not one.
+  answers = ["pizza", "soup", "", " good ."]
+  prompt, responses = tok.encode_exchanges(["the pizza"], [answers])[0]
+  assert (prompt, responses) == ([1, 4, 3], [[3, 2], [5, 2], [2], [7, 9, 2]])
 
 
 @pytest.mark.parametrize("text", ["<eos>", "good<eos>", "<bos> good", "<pad>", "<<eos>>"])

@@ -245,7 +245,8 @@ NAMED = {
 def test_files_that_are_read_name_no_function(folder, sft_run):
   """Data, a model folder, a run that is built upon and a checkpoint, each full of such names."""
   (folder / "my_evil.py").write_text(EVIL)
-  row = NAMED | {"chosen": "my_evil:f was good .", "rejected": "--dpo.loss=my_evil:f"}
+  known = " ".join(sorted(simulation.WORDS)[:12])  # Most words are those of the tokenizer.
+  row = NAMED | {"chosen": f"my_evil:f {known}", "rejected": f"{known} --dpo.loss=my_evil:f"}
   prompts = [row["prompt"] for row in simulation.prompts("train", 32, seed=0)]
   lines = [json.dumps(row | {"prompt": prompt}) + "\n" for prompt in prompts]
   (folder / "rows.jsonl").write_text("".join(lines))
@@ -322,7 +323,7 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, start):
   with open(folder / "remax.py", "a") as file:
     file.write("# Edited.\n")
   output = run("remax.py", "--workdir=runs/whole", *flags, code=78)
-  assert "file of the script: was" in output
+  assert "file of the script was" in output
 
 
 def test_help_of_a_method_of_ones_own(run):

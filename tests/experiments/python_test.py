@@ -112,5 +112,5 @@ def test_settings_are_checked_when_a_config_is_made():
     rest.train(loop.Session("runs/x"), rest.Config())
   with pytest.raises(ValueError, match="name=mine:f cannot be imported: there is no module mine"):
     dpo.RewardOptions(name="mine:f")
-  with pytest.raises(hf.ModelFolderError, match="neither the workdir of a finished run"):
+  with pytest.raises(hf.ModelFolderError, match="there is no such folder"):
     models.model_folder("runs/absent")

@@ -334,6 +334,7 @@ BAD_FLAGS = [
   (("online_dpo",), 64, "--reward.path"),
   (("online_dpo", GOLD, PANEL), 64, "--reward.path"),
   (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
+  (("online_dpo", PANEL, "--shaping.function=par"), 64, "--shaping.function must be empty"),
   (("online_dpo", GOLD, "--online.pick=best"), 64, "--online.pick must be one of"),
   (("rest", GOLD), 64, "--init_from"),
   (("rest", GOLD, "--rest.quantiles=0.9,0.99", "--prompts=16"), 64, "rest.quantiles"),

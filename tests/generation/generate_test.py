@@ -353,6 +353,13 @@ def test_padding_may_equal_the_stop_token():
   np.testing.assert_array_equal(ended(rollout, [EOS]), [True, False])
 
 
+def test_a_stop_token_in_the_prompt_ends_no_response():
+  rollout, _ = scripted([[4, 5, 6], [4, EOS, 5]], pad_id=EOS)
+  tokens = np.array(rollout.tokens)
+  tokens[:, 1] = EOS
+  np.testing.assert_array_equal(ended(rollout._replace(tokens=tokens), [EOS]), [False, True])
+
+
 def test_several_stop_tokens():
   script = [[4, 5, 6, 6], [6, 4, 4, 4], [4, 4, EOS, 6]]
   rollout, calls = scripted(script, stop_ids=(EOS, 5, 6))

@@ -74,6 +74,12 @@ def test_ties_are_in_the_smallest_set_by_their_ids(top_k, top_p):
     np.testing.assert_array_equal(np.flatnonzero(out > -np.inf), likely)
 
 
+def test_a_nucleus_of_nearly_all_of_a_large_vocabulary_is_nearly_all():
+  """Rounding keeps a sum of 200,000 probabilities from 1."""
+  adjusted = adjust_logits(jnp.zeros((1, 200_000)), top_p=0.9999999)
+  assert np.sum(np.asarray(adjusted) == 0) > 199_000
+
+
 @pytest.mark.parametrize(
   "config",
   [

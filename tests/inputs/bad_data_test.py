@@ -91,7 +91,7 @@ FILES = [
   ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
   ("rows.jsonl", b"<!DOCTYPE html><html></html>", "web page"),
   ("rows.npy", b"\x93NUMPY\x01\0" + b"x" * 50, "NumPy"),
-  ("rows.jsonl", b"prompt: a\nresponse: b\n", "malformed JSON"),
+  ("rows.jsonl", b"prompt: a\nresponse: b\n", "malformed JSON", '{"prompt": "..."}'),
   ("rows.jsonl.gz", gzip.compress(gzip.compress(GOOD)), "packed twice"),
   ("rows.tar", archive(GOOD), "a tar archive", "tar -xf"),
   ("rows.tar.gz", gzip.compress(archive(GOOD)), "a tar archive", "tar -xf"),

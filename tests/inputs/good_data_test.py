@@ -318,27 +318,29 @@ def parquet():
   return file.getvalue()
 
 
+FILES = [
+  ("lines.jsonl", LINES),
+  ("lines.csv", LINES),  # The content says what it is.
+  ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
+  ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
+  ("array.json", ARRAY),
+  ("array.jsonl", b"\xef\xbb\xbf\n " + ARRAY),
+  ("line.jsonl", json.dumps(PAIRS).encode()),
+  ("lines.jsonl.gz", gzip.compress(LINES)),
+  ("two.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
+  ("lines.jsonl", bz2.compress(LINES)),
+  ("lines.xz", lzma.compress(LINES)),
+  ("array.json.gz", gzip.compress(ARRAY)),
+  ("table.csv", table(",")),
+  ("table.CSV", b"\xef\xbb\xbf" + table(",")),
+  ("table.tsv", table("\t")),
+  ("table.csv", b'\xef\xbb\xbf"prompt"' + table(",").removeprefix(b"prompt")),
+  ("table.csv.gz", gzip.compress(table(","))),
+]
+
+
 @pytest.mark.parametrize(
-  ("name", "content"),
-  [
-    ("lines.jsonl", LINES),
-    ("lines.csv", LINES),  # The content says what it is.
-    ("bom.jsonl", b"\xef\xbb\xbf" + LINES),
-    ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
-    ("array.json", ARRAY),
-    ("array.jsonl", b"\xef\xbb\xbf\n " + ARRAY),
-    ("line.jsonl", json.dumps(PAIRS).encode()),
-    ("lines.jsonl.gz", gzip.compress(LINES)),
-    ("two.gz", gzip.compress(LINES[:40]) + gzip.compress(LINES[40:])),
-    ("lines.jsonl", bz2.compress(LINES)),
-    ("lines.xz", lzma.compress(LINES)),
-    ("array.json.gz", gzip.compress(ARRAY)),
-    ("table.csv", table(",")),
-    ("table.CSV", b"\xef\xbb\xbf" + table(",")),
-    ("table.tsv", table("\t")),
-    ("table.csv", b'\xef\xbb\xbf"prompt"' + table(",").removeprefix(b"prompt")),
-    ("table.csv.gz", gzip.compress(table(","))),
-  ],
+  ("name", "content"), FILES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(FILES)]
 )
 def test_files(tmp_path, name, content):
   assert rows_of(tmp_path, name, content) == PAIRS

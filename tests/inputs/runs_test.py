@@ -211,6 +211,14 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
   assert (tmp_path / "run" / "flags").exists() and not (tmp_path / "~").exists()
 
 
+@pytest.mark.parametrize("export", [False, True])
+@pytest.mark.parametrize("flag", ["--init_from", "--model.path"])
+def test_a_run_in_the_folder_of_its_start_is_refused(flag, export, model_folder, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(model_folder, folder / "export" if export else folder)
+  assert_refused("dpo", folder, [f"{flag}={folder}"], 64, "holds the model to start from")
+
+
 def _edit(folder: pathlib.Path, name: str = "config.json", **fields: Any) -> None:
   path = folder / name
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))

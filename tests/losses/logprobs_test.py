@@ -225,18 +225,20 @@ def test_scores_match_float64(lazy):
   table = log_softmax(4 * np.tanh(hidden.astype(np.float64) @ kernel / 4) / 0.7)
 
   @jax.jit
-  def scores(*x):
+  def scores(targets, *x):
     logits = make(*x)
     logits = logits if lazy else logits.read_out(logits.params, logits.hidden)
     ask = {"entropy": True, "hits": True, "collision": True}
     return logprobs.token_scores(logits, targets, temperature=0.7, **ask)
 
-  result, p = scores(hidden, kernel), np.exp(table)
+  result, p = scores(targets, hidden, kernel), np.exp(table)
   np.testing.assert_allclose(result.logprobs, pick(table, targets), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(result.entropy, -(p * table).sum(-1), rtol=1e-5)
   np.testing.assert_array_equal(result.hits, table.argmax(-1) == targets)
   np.testing.assert_allclose(result.collision, np.log((p**2).sum(-1)), rtol=1e-5)
   assert 0 < result.hits.sum() < result.hits.size
+  # In a compiled program the logits and their maximum may be rounded differently.
+  assert scores(table.argmax(-1), hidden, kernel).hits.all()
 
 
 SCORED = np.array([[t in row for t in range(7)] for row in ([1, 3, 4], [6], [])])
@@ -286,6 +288,58 @@ def test_rows_with_more_tokens_than_are_scored_are_nan():
   assert np.isnan(total)
   total, _ = logprobs.next_token_nll(make(hidden, kernel), tokens, SCORED * [[0], [1], [1]])
   assert np.isfinite(total)
+
+
+@pytest.mark.parametrize("scored", [0, 4])
+def test_nothing_predicts_the_first_token(scored):
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, scored=scored)
+
+  @jax.jit
+  def run(mask):
+    lazy = make(hidden, kernel)
+    total, _ = logprobs.next_token_nll(lazy, tokens, mask.astype(jnp.float32))
+    return total, logprobs.next_token_scores(lazy, tokens, mask).logprobs
+
+  (total, logprobs_of), (want, _) = run(SCORED | (np.arange(7) == 0)), run(SCORED)
+  assert total == want and not logprobs_of[:, 0].any()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_half_precision_logits_are_widened_before_the_temperature(lazy):
+  hidden, targets = random_logits((3, 7, 50))
+  hidden = jnp.asarray(20 * hidden, jnp.bfloat16)
+
+  def loss(x):
+    x = logprobs.LazyLogits(x, (), lambda _, hidden: hidden, chunk=3) if lazy else x
+    scores = logprobs.token_scores(x, targets, temperature=0.7, entropy=True)
+    return jnp.sum(scores.logprobs + scores.entropy), scores
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (_, got), grad = run(hidden)
+  (_, want), want_grad = run(hidden.astype(jnp.float32))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, want)
+  assert grad.dtype == jnp.bfloat16
+  np.testing.assert_allclose(grad.astype(jnp.float32), want_grad, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_scored_positions_on_a_mesh(axis_type):
+  make, hidden, kernel, tokens = lazy_logits(chunk=2, shape=(8, 7, 5, 16), scored=3, softcap=None)
+  mask = np.resize(SCORED, (8, 7))
+
+  def loss(hidden, kernel, tokens, mask):
+    logits, weights = make(hidden, kernel), mask / jnp.sum(mask)
+    total, _ = logprobs.next_token_nll(logits, tokens, weights)
+    return total + jnp.sum(weights * logprobs.next_token_scores(logits, tokens, mask).logprobs ** 2)
+
+  step = jax.value_and_grad(loss, (0, 1))
+  want = jax.device_get(jax.jit(step)(hidden, kernel, tokens, mask))
+  mesh = jax.make_mesh((4, 2), ("data", "vocab"), axis_types=(axis_type,) * 2)
+  with jax.set_mesh(mesh):
+    rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "vocab"))
+    inputs = jax.device_put((hidden, kernel, tokens, mask), (rows, columns, rows, rows))
+    got = jax.device_get(jax.jit(step)(*inputs))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
 def test_tokens_without_a_weight_may_have_no_likelihood():
@@ -388,6 +442,22 @@ CASES = {
   "shifted": over_logits(lambda x: jnp.sum(jnp.tanh(logprobs.shifted(x)[0]), axis=-1)),
   "token_logprobs": over_logits(lambda x: logprobs.token_logprobs(x, tokens_for(x))),
   "entropy": over_logits(logprobs.entropy),
+  "token_scores": over_logits(lambda x: logprobs.token_scores(x, tokens_for(x)).logprobs),
+  "token_scores/entropy": over_logits(
+    lambda x: logprobs.token_scores(x, tokens_for(x), temperature=0.7, entropy=True).entropy
+  ),
+  "next_token_scores": Case(
+    lambda m, x: masked.masked_mean(
+      logprobs.next_token_scores(x, tokens_for(x), collision=True).logprobs[:, 1:], m[:, :-1]
+    ),
+    ((B, T, V),),
+  ),
+  "next_token_nll": Case(
+    lambda m, x: logprobs.next_token_nll(
+      x, tokens_for(x), jnp.pad(m[:, :-1], ((0, 0), (1, 0))) / jnp.maximum(jnp.sum(m[:, :-1]), 1)
+    )[0],
+    ((B, T, V),),
+  ),
   "over_tokens": over_logits(lambda x: logprobs.over_tokens(logprobs.entropy, x)),
   # The last column of logits predicts nothing: here the mask is that of the logits.
   "next_token_logprobs": Case(

@@ -49,6 +49,16 @@ def test_var_matches_loops(axis, ddof):
   np.testing.assert_allclose(np.ravel(masked.masked_var(x, mask, axis, ddof)), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "bool"])
+def test_counts_are_exact_whatever_the_dtype(dtype):
+  x = np.random.default_rng(0).integers(2, size=1001)
+  for ddof in (0, 1):
+    got = masked.masked_var(jnp.asarray(x, dtype), jnp.ones(1001, bool), ddof=ddof)
+    np.testing.assert_allclose(got, x.var(ddof=ddof), rtol=1e-6)
+  white = masked.whiten(jnp.asarray(x, dtype), jnp.ones(1001, bool))
+  np.testing.assert_allclose(white, (x - x.mean()) / x.std(), rtol=1e-5)
+
+
 def test_reducing_two_of_three_axes():
   x, mask = random_masked((2, 3, 4))
   for n in range(3):
@@ -128,6 +138,20 @@ def test_equal_values_have_no_deviation_at_all(value, n):
     assert np.ravel(mean)[0] == np.float32(value)
     assert not np.any(masked.masked_var(x, mask, axis, ddof=1))
   assert not np.any(masked.whiten(x, mask))
+
+
+@pytest.mark.parametrize("value", [0.1, 103.3, 1000.7])
+def test_millions_of_equal_values_have_none_either(value):
+  x = np.full(3_000_000, value, np.float32)
+  deviations, mean = masked.deviations(x, x > 0)
+  assert not np.any(deviations) and mean[0] == np.float32(value)
+
+
+@pytest.mark.parametrize("value", [0.1, 103.3, 1000.7, -3e4])
+def test_equal_values_whose_mean_and_distances_from_it_are_rounded(value):
+  # With a mask that it knows, the compiler multiplies by the rounded 1 / 61.
+  centred = jax.jit(lambda x: masked.deviations(x, jnp.ones_like(x, bool))[0])
+  assert not np.any(centred(np.full((1, 61), value, np.float32)))
 
 
 @pytest.mark.parametrize("offset", [1.0, 103.3, 1000.7, -3e4])

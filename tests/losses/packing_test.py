@@ -119,9 +119,16 @@ def of_moved(mask, x):
   return squash(masked.masked_sum(x, moved, axis=1))
 
 
+def of_positions(mask, x):
+  positions = packing.positions(mask, T)
+  picked = jnp.take_along_axis(x, jnp.minimum(positions, T - 1), axis=1)
+  return masked.masked_mean(picked, positions < T)
+
+
 CASES = {
   "predicted": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m, halves(m))), ((B, T),)),
   "predicted/one": Case(lambda m, x: masked.masked_mean(x, packing.predicted(m)), ((B, T),)),
+  "positions": Case(of_positions, ((B, T),)),
   "unpack": Case(of_unpacked, ((B, T),)),
   "move_padding_right": Case(of_moved, ((B, T),)),
 }

@@ -200,6 +200,9 @@ def test_moments_of_nothing_are_finite():
   moments = reward.update_moments(zero, jnp.full(3, jnp.nan), jnp.zeros(3, bool))
   assert [float(x) for x in moments] == [0, 0, 0]
   one = reward.update_moments(zero, jnp.full(1, 4.0), jnp.ones(1, bool))
+  for bad in (np.nan, np.inf, -np.inf, 1e30, -3e38, 2e16):
+    same = reward.update_moments(zero, jnp.float32([bad, 4.0, bad]), jnp.ones(3, bool))
+    jax.tree.map(np.testing.assert_array_equal, same, one)
   assert [float(x) for x in one] == [1, 4, 0]
   np.testing.assert_array_equal(reward.normalize_scores(jnp.full(1, 4.0), one), [0.0])
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lab import critics, models
+from experiments.lab import critics, judges, models
 from rlhf_jax.losses.logprobs import over_tokens
 
 
@@ -25,7 +25,7 @@ def test_a_new_critic_has_no_opinion(share_trunk, open_bench):
 
 
 def test_a_critic_starts_as_the_reward_model(open_bench, sft_run, reward_run):
-  flags = (f"--init_from={sft_run}", f"--reward.path={reward_run},nowhere")
+  flags = (f"--init_from={sft_run}", f"--reward.path={reward_run},{reward_run}")
   bench = open_bench("ppo", "prompts", *flags)
   actor = critics.open_actor(bench)
   config = bench.config.model
@@ -34,8 +34,7 @@ def test_a_critic_starts_as_the_reward_model(open_bench, sft_run, reward_run):
   assert np.any(np.asarray(expected["score"]["kernel"]) != 0)
 
 
-def test_folders_that_get_adapters(open_bench):
-  bench = open_bench("ppo", "prompts", "--reward.path=a,b")
-  options, reward = bench.config.critic, bench.config.reward
-  assert options.adapted(reward) == ("a",)
+def test_folders_that_get_adapters():
+  reward = judges.RewardOptions(path="a,b")
+  assert critics.CriticOptions().adapted(reward) == ("a",)
   assert critics.CriticOptions(share_trunk=True).adapted(reward) == ()

@@ -45,6 +45,16 @@ def test_a_reward_reads_the_rows_of_its_prompts(open_bench):
   bench.open_reward()(bench.train_set._replace(rows=rows))
 
 
+def test_a_reward_is_not_tried_without_prompts(open_bench, monkeypatch):
+  def refuses_nothing(prompts, responses, rows):
+    return np.stack([np.float32(len(response)) for response in responses])
+
+  monkeypatch.setitem(rewards.REWARDS, "gold", refuses_nothing)
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  bench.open_reward()(bench.train_set)
+  bench.open_reward()(bench.heldout._replace(examples=[], rows=[]))
+
+
 class Sampled:
   """Rollouts and scores of a `Responder` without a model."""
 

@@ -39,11 +39,11 @@ class Config:
   rollout: Rollout = Rollout()
 
 
-def folder_of(tmp_path, family, max_length, head="language"):
-  folder = tmp_path / f"{family}-{max_length}-{head}"
+def folder_of(tmp_path, family, max_length, head="language", label="reward"):
+  folder = tmp_path / f"{family}-{max_length}-{head}-{label}"
   folder.mkdir()
   config = dataclasses.replace(FAMILY_MODELS[family], max_length=max_length)
-  (folder / "config.json").write_text(json.dumps(hf.config_json(config, head, {})))
+  (folder / "config.json").write_text(json.dumps(hf.config_json(config, head, {}, label)))
   return folder
 
 
@@ -114,6 +114,24 @@ def test_judges_read_what_was_sampled(tmp_path, field):
   limits.require_length(config, policy, answered=[rows("prompts", 16)])
   with pytest.raises(flags.UsageError, match=f"{judge} was made for 24 tokens .* has 25"):
     limits.require_length(config, policy, answered=[rows("prompts", 17)])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_preference_model_reads_two_responses(tmp_path, family):
+  policy = folder_of(tmp_path, family, 40)
+  for length in (34, 33):  # 16 of the prompt, and twice 8 with an end token.
+    judge = folder_of(tmp_path, family, length, "scalar", "preference")
+    config: Any = Config(preference=Judge(str(judge)))
+    if length == 34:
+      limits.require_length(config, policy, answered=[rows("prompts", 16)])
+  with pytest.raises(flags.UsageError, match=f"{judge} was made for 33 tokens .* has 34"):
+    limits.require_length(config, policy, answered=[rows("prompts", 16)])
+
+
+def test_judges_read_no_packed_rows(tmp_path):
+  judge, policy = folder_of(tmp_path, "gpt2", 24, "scalar"), folder_of(tmp_path, "qwen2", 24)
+  config: Any = Config(reward=Judge(str(judge)), rollout=Rollout(64))
+  limits.require_length(config, policy, answered=[rows("prompts", 16)])
 
 
 def test_new_models_and_presets():

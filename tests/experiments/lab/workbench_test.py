@@ -1,11 +1,13 @@
 """The table of a script: its data sets, references and identity."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
-from rlhf_jax import workdir
+from experiments.lab import workbench
+from rlhf_jax import data, workdir
 
 
 def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
@@ -15,6 +17,20 @@ def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
   assert bench.extra["ptx"].kind == "demonstrations"
   identity = json.loads((tmp_path / "run" / "identity.json").read_text())
   assert identity["ptx data"] == bench.extra["ptx"].digest
+
+
+@pytest.mark.parametrize("packed", [0, 64])
+def test_held_out_responses_may_be_longer_than_those_trained_on(packed):
+  def rows(length):
+    example = {"prompt": np.ones(30, np.int32), "response": np.ones(length, np.int32)}
+    return data.from_examples("demonstrations", [example] * 4, [{"prompt_text": ""}] * 4)
+
+  train_set = rows(3)._replace(scored=rows(40).scored)  # Shared with the held-out set.
+  config = types.SimpleNamespace(data=data.DataConfig(packed_length=packed))
+  scored = workbench.scored_tokens(config, [train_set])
+  assert scored >= 40
+  if packed:
+    assert scored >= data.packed_scored(train_set, packed)
 
 
 def test_a_workdir_is_for_one_run_at_a_time(open_bench):

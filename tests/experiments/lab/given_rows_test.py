@@ -1,0 +1,49 @@
+import pytest
+
+from experiments.lab import given_rows
+from rlhf_jax.data import DataConfig
+from tests.data.rows import TOKENIZER, prompts, text, write
+
+
+@pytest.mark.parametrize(
+  ("options", "asked", "count", "said"),
+  [
+    ({}, {"every": True, "limit": 64}, 20, "answered: 20 of 20 different prompts"),
+    ({"eval_fraction": 0.0}, {"every": True, "limit": 64}, 20, "answered: 20 of 20"),
+    ({}, {"every": True, "limit": 5}, 5, "answered: 5 of 20 different prompts"),
+    ({"eval_path": "eval"}, {"every": True, "limit": 64}, 3, "answered: 3 of 3"),
+    ({"eval_path": "eval"}, {}, 3, "answered: 3 of 3"),
+    ({"eval_fraction": 0.0}, {}, 20, "answered: 20 of 20"),
+    ({"eval_fraction": 0.0, "eval_rows": 7}, {}, 7, "answered: 7 of 20"),
+    (
+      {"eval_fraction": 0.001},
+      {},
+      1,
+      "1 held-out prompts; the other 19 are for training, and data.eval_fraction=0 takes all",
+    ),
+  ],
+)
+def test_prompts_of_a_file(tmp_path, capsys, options, asked, count, said):
+  if "eval_path" in options:
+    options = options | {"eval_path": write(tmp_path, prompts(3, start=30), "eval.jsonl")}
+  config = DataConfig(path=write(tmp_path, prompts(20)), **options)
+  found = given_rows.prompts("Title", config, TOKENIZER, seed=0, model="m", **asked)
+  assert len(found.examples) == len(found.rows) == count
+  shown = capsys.readouterr().err
+  assert said in shown and "model: m" in shown and config.path in shown
+
+
+def test_equal_prompts_are_answered_once(tmp_path, capsys):
+  config = DataConfig(path=write(tmp_path, [*prompts(4), *prompts(4)]))
+  found = given_rows.prompts("Title", config, TOKENIZER, seed=0, every=True, limit=9)
+  assert len(found.examples) == 4
+  assert "noticed: 4 repeated" in capsys.readouterr().err
+
+
+def test_much_that_is_left_out_is_a_warning(tmp_path, capsys):
+  rows = [*prompts(6), {"prompt": text(*range(9))}]
+  config = DataConfig(path=write(tmp_path, rows), max_prompt_length=5)
+  given_rows.prompts("Title", config, TOKENIZER, seed=0, every=True, limit=9)
+  shown = capsys.readouterr().err
+  assert "left out: 1 too long (data.max_prompt_length=5" in shown
+  assert "warning: 14% of the data is left out: 1 too long" in shown

@@ -17,12 +17,13 @@
 | prompts        | a prompt                                                                        |
 
 A prompt is `prompt`, `question` or `instruction` (text, or `prompt` as messages), or `messages`
-that end with a user turn (for the kind prompts, a final assistant turn is dropped). `system` or
-`system_prompt` is its system turn, or stands before it, and `history`, a list of turns or of pairs
-of texts, has the turns before it. `chosen`, `rejected` and the other answers may be messages. Then
-the last turn is the answer, and the turns before it are the prompt. If a row has both a text and
-messages, they must agree; the messages are used if the tokenizer has a chat template or if they
-have more turns, else the text. A null counts as an absent column.
+that end with a user turn, or with the answer of another column (for the kind prompts, a final
+assistant turn is dropped). `system`, `system_prompt` or `system_message` is its system turn, or
+stands before it, and `history`, a list of turns or of pairs of texts, has the turns before it.
+`chosen`, `rejected` and the other answers may be messages. Then the last turn is the answer, and
+the turns before it are the prompt. If a row has both a text and messages, they must agree; the
+messages are used if the tokenizer has a chat template or if they have more turns, else the text. A
+null counts as an absent column.
 
 `formats.FORMATS` has the published formats that are read as well. A column that changes the prompt
 and is not read, such as `tools`, is refused by name, and so are columns that contradict each other.

@@ -141,13 +141,13 @@ def climb(algorithm: str, mesh: str, config: Any, absent: Slice) -> Plan:
   name, plan = settings_name(config), None
   for remat, microbatches in LADDER:
     changed: dict[str, Any] = {"model": dataclasses.replace(config.model, remat=remat)}
-    if name:
-      changed[name] = dataclasses.replace(getattr(config, name), microbatches=microbatches)
-    elif microbatches > 1:
+    if not name and microbatches > 1:
       continue
     try:
+      if name:
+        changed[name] = dataclasses.replace(getattr(config, name), microbatches=microbatches)
       rung = dataclasses.replace(config, **changed)
-    except ValueError:  # The batch does not split so.
+    except ValueError:  # The batch does not split so, or the loss compares its rows.
       continue
     plan = compile_plan(algorithm, mesh, rung, absent)
     verdict = plan.refused or f"fits, roofline {plan.seconds:.3g} s"

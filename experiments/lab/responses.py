@@ -328,8 +328,9 @@ def correct(
   mask = rollout.response_mask[:, -logprobs.shape[1] :]
   logprobs, sampled = (jnp.where(mask, x, 0.0) for x in (logprobs, rollout.logprobs))
   weights = policy_gradient.truncated_importance_weights(logprobs, sampled, cap=cap)
-  metrics = {"importance/mean": masked.masked_mean(weights, mask)}
-  return rollout._replace(logprobs=logprobs), weights, metrics
+  fine = jnp.isfinite(weights)  # A method leaves out rows whose log-probabilities are not.
+  metrics = {"importance/mean": masked.masked_mean(weights, mask & fine)}
+  return rollout._replace(logprobs=logprobs), jnp.where(fine, weights, 0.0), metrics
 
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:

@@ -140,6 +140,19 @@ def test_metrics_are_those_of_loops(bad):
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_row_without_log_probabilities_weighs_nothing(bad):
+  _, scored = scored_responses()
+  rollout, row = scored.rollout, np.arange(16) == 5
+  logprobs = np.where(row[:, None], np.float32(bad), rollout.logprobs)
+  corrected, weights, metrics = responses.correct(rollout, logprobs, cap=2.0)
+  mask = rollout.response_mask[:, toy.P :]
+  finite, _ = reading.finite_rows(corrected, scored.scores)
+  np.testing.assert_array_equal(finite, ~row)
+  assert np.isfinite(weights).all() and np.isfinite(metrics["importance/mean"])
+  np.testing.assert_array_equal(weights[~row][mask[~row]], 1.0)
+
+
 def test_a_method_gets_shaped_scores_and_the_metrics_raw_ones():
   params, scored = scored_responses()
   config = ppo.PPOConfig(kl_coef=0.0, lam=1.0)

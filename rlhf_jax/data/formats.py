@@ -170,8 +170,25 @@ def _hh(row: Row, chat: bool) -> dict[str, Any]:
   return {"prompt": prompt, "messages": turns, "chosen": answers[0], "rejected": answers[1]}
 
 
+def transcript_turns(text: str) -> list[dict[str, str]]:
+  """Returns the turns of a text from "Human:" to "Assistant:"; none if it is not one."""
+  text = f"\n\n{text.strip()}"
+  if not (text.startswith("\n\nHuman:") and text.endswith("\n\nAssistant:")):
+    return []
+  *turns, last = _split(text)
+  return turns if last["role"] == "assistant" and not last["content"] else []
+
+
 def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
-  _, *parts = _HH_TURN.split(row.fields[name])
+  turns = _split(row.fields[name])
+  if len(turns) < 2 or turns[-1]["role"] != "assistant":
+    raise Skip("empty")
+  return turns
+
+
+def _split(text: str) -> list[dict[str, str]]:
+  """Returns the turns of a transcript."""
+  _, *parts = _HH_TURN.split(text)
   roles, contents = parts[::2], parts[1::2]
   turns: list[dict[str, str]] = []
   for role, content in zip(roles, contents, strict=True):
@@ -180,8 +197,6 @@ def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
       turns[-1]["content"] = f"{turns[-1]['content']}\n\n{turn['content']}".strip()
     else:
       turns.append(turn)
-  if len(turns) < 2 or turns[-1]["role"] != "assistant":
-    raise Skip("empty")
   return turns
 
 

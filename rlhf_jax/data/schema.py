@@ -205,7 +205,22 @@ def parse(
     if name in unread:
       problem = "this column changes the prompt, and nothing says how"
       fail(row, name, problem, f"write it into the prompt, or leave it out: data.ignore={name}")
+  if prefer_messages:
+    examples = [_with_turns(example) for example in examples]
   return Parsed(examples, frozenset(unread | fields.unread), heard)
+
+
+def _with_turns(example: Example) -> Example:
+  """Returns an example whose prompt has the turns of a transcript instead of its text."""
+  prompt, before = example.prompt, []
+  if not isinstance(prompt, str):
+    *before, last = prompt
+    prompt = last["content"]
+  turns = formats.transcript_turns(prompt)
+  if not turns or any(turn["role"] != "system" for turn in before):
+    return example
+  answers = tuple(answer.strip() for answer in example.answers)
+  return example._replace(prompt=[*before, *turns], answers=answers)
 
 
 def _examples(
@@ -786,7 +801,8 @@ def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _fail_missing(row: Row, names: tuple[str, ...]) -> NoReturn:
   null = next((name for name in names if name in row.fields and not _given(row.fields, name)), None)
   if null:
-    fail(row, null, "is null", "give it a value or remove the row")
+    value = "true or false" if null == "label" else "a text"
+    fail(row, null, "is null", f"write {value} or remove the row")
   wanted = " or ".join(f"`{name}`" for name in names)
   columns = ", ".join(sorted(row.fields)) or "none"
   fail(row, names[0], f"missing; the row's columns are {columns}", f"add {wanted}")

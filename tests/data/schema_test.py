@@ -329,7 +329,7 @@ def test_messages_count_only_with_a_chat_template():
     (
       "demonstrations",
       {"messages": [user("p"), bot("r")], "response": "s"},
-      r"messages: the prompt ends with a turn of the assistant",
+      r"response: it and `messages` are both there and differ",
     ),
     ("preferences", {"prompt": "p", "chosen": "c"}, r"rejected: missing"),
     ("preferences", {"prompt": "p", "chosen": "c", "rejected": 0}, r"rejected: .*found int 0"),

@@ -56,7 +56,7 @@ def test_the_code_of_the_page_runs(tmp_path, repository):
   given = (tmp_path / "runs/ppo/flags").read_text().splitlines()
   assert {"--steps=2", "--seed=1", "--ppo.kl_coef=0.1", "--reward.path=runs/rm"} <= set(given)
   registry, readers = define_flags("experiments.ppo")
-  flags.parse(["ppo", *given], registry)
+  flags.parse(["ppo", f"--flagfile={tmp_path}/runs/ppo/flags"], registry)
   assert readers[0]() == loop.Session("runs/ppo", seed=1)
 
 

@@ -23,7 +23,10 @@ from rlhf_jax.losses import masked, packing
 )
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
-  """Logits [B, T, V] that are computed when they are read (`over_tokens`).
+  """Logits [B, T, V] that are computed when they are read.
+
+  `over_tokens` reads them for any function. `token_scores` reads them with a gradient of its own,
+  which has no forward-mode derivative.
 
   Attributes:
     hidden: [B, T, D] hidden states that the logits are computed from.
@@ -226,7 +229,8 @@ def next_token_scores(
     **ask: See `token_scores`.
 
   Returns:
-    Arrays [B, T]; 0 in column 0, which has no prediction, and at tokens that are left out.
+    Arrays [B, T]; 0 in column 0, which has no prediction, and at tokens whose logits are not
+    computed.
   """
   if mask is None or not isinstance(logits, LazyLogits) or not _skips(logits):
     return _back(token_scores(logits, _next(tokens), **ask))

@@ -201,13 +201,19 @@ def group_of(command: list[str], groups: dict[str, list[list[str]]]) -> str:
   return group
 
 
+def goes_on(command: list[str]) -> bool:
+  """Returns True for a command that goes on from a run on published files."""
+  return value_of(command, "init_from").startswith("runs/hh")
+
+
 def grouped() -> dict[str, list[list[str]]]:
   """Group -> commands on the built-in task, none that does what another one does."""
   groups: dict[str, list[list[str]]] = {name: [] for name in GROUPS}
   seen = []
   for command in [*RUNNING, *of_methods()]:
     deed = sorted(word for word in command if not word.startswith("--workdir="))
-    if deed not in seen and not re.search(FILES, " ".join(command)):
+    on_file = re.search(FILES, " ".join(command)) or goes_on(command)
+    if deed not in seen and not on_file:
       seen.append(deed)
       groups[group_of(command, groups)].append(command)
   return groups
@@ -248,7 +254,7 @@ def on_files() -> list:
   """Commands that read files, each with those that go on from its run."""
   found: list[list[list[str]]] = []
   for command in RUNNING:
-    if value_of(command, "init_from").startswith("runs/hh"):
+    if goes_on(command):
       found[-1].append(command)
     elif re.search(FILES, " ".join(command)):
       found.append([command])

@@ -1,6 +1,7 @@
 """Mutants, single lines of the package with a fault, fail the tests that are named for them."""
 
 import functools
+import os
 import subprocess
 import sys
 import types
@@ -53,7 +54,13 @@ def test_table_is_that_of_the_source():
 def run(*words):
   command = [sys.executable, "-m", "tests.mutants", *words]
   result = subprocess.run(
-    command, cwd=planting.ROOT, capture_output=True, text=True, check=False, timeout=3600
+    command,
+    cwd=planting.ROOT,
+    env={name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"},
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=3600,
   )
   assert result.returncode == 0, result.stdout + result.stderr
   return result.stdout

@@ -7,14 +7,15 @@ import pytest
 
 from experiments import reward_model
 from experiments.lab import models
-from rlhf_jax import data, flags, loop
+from rlhf_jax import data, flags, loop, simulation
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
 
 PROMPT = "write a brief review of the film"
-# The better a response, the fewer of its words are "bad".
-WORDS = ["good", "was", "the", "film"]
+# The better a response, the fewer of its words are "terrible".
+WORDS = ["wonderful", "was", "the", "film"]
+NAMES = [word for word in simulation.WORDS if word.isalpha()]
 
 
 def write_rankings(folder, rows=100):
@@ -24,10 +25,10 @@ def write_rankings(folder, rows=100):
     for i in range(rows):
       bad = rng.permutation(5)[: rng.integers(2, 5)]
       responses = [
-        {"text": " ".join(["bad"] * n + list(rng.choice(WORDS, 5 - n))), "rank": int(n)}
+        {"text": " ".join(["terrible"] * n + list(rng.choice(WORDS, 5 - n))), "rank": int(n)}
         for n in bad
       ]
-      file.write(json.dumps({"prompt": f"{PROMPT} {i}", "responses": responses}) + "\n")
+      file.write(json.dumps({"prompt": f"{PROMPT} {NAMES[i]}", "responses": responses}) + "\n")
   return str(path)
 
 
@@ -64,7 +65,7 @@ def test_settings_of_pairs_are_refused_for_rankings(tmp_path, setting):
 def dataset(kind, *examples):
   arrays = [{name: np.int32(ids) for name, ids in example.items()} for example in examples]
   width = max(len(data.responses_of(example)) for example in arrays)
-  return data.Dataset(kind, arrays, [{}] * len(arrays), 8, width, "", {})
+  return data.Dataset(kind, arrays, [{}] * len(arrays), 8, width, 8, "", {})
 
 
 def test_metrics_of_pairs():

@@ -125,14 +125,16 @@ def process_of(workdir: pathlib.Path, number: int) -> int | None:
   return None
 
 
-def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path):
-  workdir = tmp_path / "ppo"
+def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path, repository):
+  workdir, start = tmp_path / "ppo", tmp_path / "sft"
+  small = ("--batch_size=8", "--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")
+  model = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
+  sft = (f"--workdir={start}", "--steps=1", *small, *model)
+  subprocess.run([sys.executable, "-m", "experiments.sft", *sft], check=True, cwd=repository)
   flags = (
     f"--workdir={workdir}",
-    *("--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2", "--batch_size=8"),
-    *("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32"),
-    *("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8"),
-    *("--steps=8", "--checkpoint_every=2"),
+    *(f"--init_from={start}", "--mesh=data:2", "--reward.name=gold", "--ppo.minibatches=2"),
+    *("--steps=8", "--checkpoint_every=2", *small),
   )
   job = Job(module="experiments.ppo", flags=flags, processes=2, devices=1)
   state = submit(job)

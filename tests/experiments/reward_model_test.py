@@ -7,10 +7,11 @@ import pytest
 
 from experiments import reward_model
 from experiments.lab import models
-from rlhf_jax import data, flags, loop, simulation
+from rlhf_jax import flags, loop, simulation
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
+from tests.experiments.rows import RANKINGS, dataset
 
 PROMPT = "write a brief review of the film"
 # The better a response, the fewer of its words are "terrible".
@@ -62,12 +63,6 @@ def test_settings_of_pairs_are_refused_for_rankings(tmp_path, setting):
     reward_model.train(loop.Session(str(tmp_path / "run")), config)
 
 
-def dataset(kind, *examples):
-  arrays = [{name: np.int32(ids) for name, ids in example.items()} for example in examples]
-  width = max(len(data.responses_of(example)) for example in arrays)
-  return data.Dataset(kind, arrays, [{}] * len(arrays), 8, width, 8, "", {})
-
-
 def test_metrics_of_pairs():
   heldout = dataset(
     "preferences",
@@ -86,19 +81,8 @@ def test_metrics_of_pairs():
 
 
 def test_metrics_of_rankings():
-  heldout = dataset(
-    "rankings",
-    {
-      "prompt": [1],
-      "response_0": [1],
-      "response_1": [1, 2],
-      "response_2": [1, 2, 3],
-      "ranks": [0, 1, 1],
-    },
-    {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
-  )
   scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  metrics = reward_model.judge(heldout, scores)
+  metrics = reward_model.judge(RANKINGS, scores)
   # Prompts count the same, as in training: one has two pairs, the other one.
   assert metrics["accuracy"] == (1 / 2 + 1) / 2
   assert metrics["length_baseline"] == (0 + 1) / 2

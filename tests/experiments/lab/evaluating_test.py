@@ -4,13 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.lab import evaluating
-from rlhf_jax import data
-
-
-def dataset(kind, *examples, texts=None):
-  arrays = [{name: np.int32(ids) for name, ids in example.items()} for example in examples]
-  rows = [{"prompt_text": text} for text in texts or ["p"] * len(examples)]
-  return data.from_examples(kind, arrays, rows)
+from tests.experiments.rows import RANKINGS, dataset
 
 
 def test_values_of_pairs_and_of_rankings():
@@ -25,25 +19,14 @@ def test_values_of_pairs_and_of_rankings():
   np.testing.assert_array_equal(flat(*evaluating.compared_lengths(pairs)), [[3, 1], [1, 2]])
   assert evaluating.length_baseline(pairs) == {"eval/length_baseline": 0.5}
   assert evaluating.length_baseline(dataset("preferences")) == {}
-  rankings = dataset(
-    "rankings",
-    {
-      "prompt": [1],
-      "response_0": [1],
-      "response_1": [1, 2],
-      "response_2": [1, 2, 3],
-      "ranks": [0, 1, 1],
-    },
-    {"prompt": [1], "response_0": [1, 2, 3], "response_1": [1, 2], "ranks": [0, 1]},
-  )
   values = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  found, mask = evaluating.compared(rankings, values)
+  found, mask = evaluating.compared(RANKINGS, values)
   np.testing.assert_array_equal(found[mask], [[3, 2], [3, 4], [1, 0]])
   assert mask.sum(axis=1).tolist() == [2, 1]
   # Each prompt counts the same: of the first one's pairs none is longer first, of the other's all.
-  assert evaluating.length_baseline(rankings) == {"eval/length_baseline": 0.5}
+  assert evaluating.length_baseline(RANKINGS) == {"eval/length_baseline": 0.5}
   # A mean over responses, not over pairs, which hold some of them more often.
-  assert evaluating.mean_score(rankings, values) == 2.0
+  assert evaluating.mean_score(RANKINGS, values) == 2.0
 
 
 def test_each_prompt_is_answered_once():

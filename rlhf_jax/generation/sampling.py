@@ -26,6 +26,9 @@ class SamplingConfig:
     top_p: Probability of the nucleus. Only the smallest set of most likely tokens that reaches it
       is sampled from; 1 samples from all.
     samples_per_prompt: Responses per prompt. They share one prefill.
+    slots: Number of responses that are sampled at a time. One that has ended makes room for the
+      next, so that short ones do not wait for the longest. The responses are the same. 0 samples
+      all of a batch at a time.
     stop: Strings that end a response, separated by commas, besides the tokens that end one. A
       response keeps its stop string, and counts as ended. Write \n for a new line, \t for a tab and
       \xNN or \uNNNN for another character, such as \x2c for a comma or \x20 for a space at an end.
@@ -36,6 +39,7 @@ class SamplingConfig:
   top_k: int = ranges.rare(0)
   top_p: float = ranges.rare(1.0)
   samples_per_prompt: int = 1
+  slots: int = ranges.rare(0)
   stop: tuple[str, ...] = ranges.rare(())
 
   def __post_init__(self):
@@ -46,7 +50,7 @@ class SamplingConfig:
     ranges.check(
       self,
       at_least_one=("max_new_tokens", "samples_per_prompt"),
-      non_negative=("temperature", "top_k"),
+      non_negative=("temperature", "top_k", "slots"),
       above_zero=("top_p",),
     )
     if math.isinf(self.temperature):
@@ -157,6 +161,16 @@ def _place(x: jax.Array) -> jax.Array:
 
 def _at_place(place: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(place ^ ((place >> 31) & 0x7FFFFFFF), jnp.float32)
+
+
+def row_keys(key: jax.Array, prompt_ids: jax.Array, samples: int) -> jax.Array:
+  """Returns the keys [B * samples] of the responses to B prompts, those of a prompt adjacent.
+
+  A token's key is this one folded with its position in the response.
+  """
+  prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.repeat(prompt_ids, samples))
+  ids = jnp.tile(jnp.arange(samples), prompt_ids.shape[0])
+  return jax.vmap(jax.random.fold_in)(prompt_keys, ids)
 
 
 def sample(

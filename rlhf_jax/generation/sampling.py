@@ -240,7 +240,7 @@ def _choose(blocks: jax.Array, ranks: jax.Array, noise: jax.Array) -> tuple[jax.
   Args:
     blocks: [B, N, S] logits.
     ranks: [B, N] ranks of the blocks.
-    noise: [B, N + S], added to the ranks, and to the logits of the block.
+    noise: [B, N + S] numbers to add to the ranks, and to the logits of the block.
 
   Returns:
     Ids [B] int32 and their logits [B].

@@ -229,7 +229,7 @@ class Cache(NamedTuple):
     Args:
       row: [] int32, row to replace.
       prompts: Cache to copy from.
-      prompt: [] int32, its row.
+      prompt: [] int32, row to copy.
     """
     row, prompt = row[None], prompt[None]
 

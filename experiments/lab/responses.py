@@ -350,7 +350,11 @@ def correct(
 
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
-  """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
+  """Metrics of scored responses, whose tokens are samples of the policy.
+
+  `kl/ref` is the mean log-ratio per response, in nats. `entropy`, in nats per token, is the mean of
+  minus the log-probability, which estimates it without bias.
+  """
   scores, finite = responses.scores, jnp.isfinite(responses.scores)
   rows, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
@@ -360,6 +364,7 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
     "reward/std": jnp.where(finite.any(), jnp.sqrt(masked.masked_var(scores, finite)), jnp.nan),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
     "kl/ref": masked.defined_mean(sequence_kl, rows),
+    "entropy": -masked.defined_mean(rollout.logprobs, mask),
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }

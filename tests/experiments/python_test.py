@@ -71,7 +71,12 @@ def test_the_notebook_runs(tmp_path, repository):
   tiny = "SFT_STEPS = REWARD_STEPS = PPO_STEPS = 2\nHELD_OUT = 8\nFOLDER = 'runs/story'\n"
   assert set(re.findall(r"[A-Z_]{5,}", tiny)) == set(re.findall(r"[A-Z_]{5,}", parameters))
   cells = [tiny if cell in tagged else source(cell) for cell in CELLS]
-  (tmp_path / "story.py").write_text("\n\n".join(cells))
+  code = "\n\n".join(cells).replace("DataConfig(eval_rows=HELD_OUT)", "DATA")
+  assert code.count("data=DATA") == 3
+  code = code.replace("data=DATA", "data=DATA, batch_size=8").replace(
+    "sft.Config(", "sft.Config(model=MODEL, "
+  )
+  (tmp_path / "story.py").write_text(SMALL + code)
   output = run_file(tmp_path / "story.py", repository)
   assert "win rate of PPO against SFT" in output
   assert output.count("gold reward") == 4

@@ -73,6 +73,8 @@ def small(script: str, flags: Sequence[str]) -> list[str]:
         usual["--sampling.samples_per_prompt"] = "2"
     base = usual | base
   given = {flag.split("=")[0] for flag in flags}
+  if given & {"--init_from", "--model.path", "--model.preset"}:  # Which has sizes of its own.
+    given |= {size.split("=")[0] for size in SIZES}
   return [*(f"{name}={value}" for name, value in base.items() if name not in given), *flags]
 
 

@@ -37,7 +37,7 @@ from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import Params, Rollout, TokenBatch, UnpairedBatch
 
 STEPS = 10_000  # Length of the schedule of the learning rate, which no benchmark reaches.
-OPTIM = OptimConfig(learning_rate=1e-5)
+OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0.0)
 MIX = 0.25  # Weight of the reference in the opponent of Nash-MD.
 
 

@@ -70,7 +70,7 @@ PEERS: Mapping[str, Peer] = {
   "compiled": Peer("torch_by_hand.py", _TORCH, WORKS, "compiled", same_loss=True),
   "hf": Peer("torch_by_hand.py", _TORCH, ("generate",), "hf"),
   "trl": Peer("trl_trainers.py", (*_TORCH, "trl==1.16.*"), ("sft", "reward_model", "dpo", "grpo")),
-  "trl_last": Peer("trl_trainers.py", (*_TORCH, "trl==1.12.*"), ("ppo", "nash_md")),
+  "trl_last": Peer("trl_trainers.py", (*_TORCH, "requests", "trl==1.12.*"), ("ppo", "nash_md")),
   "tunix": Peer(
     "tunix_trainers.py", ("google-tunix==0.1.7",), ("sft", "dpo", "generate", "ppo", "grpo")
   ),

@@ -24,24 +24,22 @@ iterations). The libraries:
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import subprocess
-import sys
 import tempfile
 import venv
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from experiments.bench import measure
-from experiments.bench.shapes import Shape, set_up
+from experiments.bench import measure, turns
+from experiments.bench.shapes import Shape, part_of, set_up
+from experiments.bench.turns import Unavailable
 from experiments.bench.works import OPTIM
-from rlhf_jax import entry, flags, ranges, reporting
+from rlhf_jax import flags, ranges, reporting
 from rlhf_jax.models import hf
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 WORKS = ("sft", "reward_model", "dpo", "generate", "ppo", "grpo", "nash_md")
 # Spelled like this, torch is installed without the libraries of a GPU where an index offers that.
 _TORCH = ("torch==2.13.0", "transformers==5.24.*")
@@ -109,10 +107,6 @@ class Config(Shape):
           raise ValueError(f"{name} must be among {', '.join(known)}, got {value!r}")
 
 
-class Unavailable(RuntimeError):
-  """A library cannot be installed, fails, or does other work."""
-
-
 def make_environment(folder: pathlib.Path, requirements: Sequence[str]) -> pathlib.Path:
   """Makes a virtual environment unless it is there, and returns its Python.
 
@@ -128,14 +122,11 @@ def make_environment(folder: pathlib.Path, requirements: Sequence[str]) -> pathl
   command = [str(python), "-m", "pip", "install", "--quiet", *requirements]
   result = subprocess.run(command, capture_output=True, text=True, check=False)
   if result.returncode:
-    raise Unavailable(f"pip install {' '.join(requirements)} failed: {_last(result.stderr)}")
+    raise Unavailable(
+      f"pip install {' '.join(requirements)} failed: {turns.last_line(result.stderr)}"
+    )
   done.write_text(wanted, encoding="utf-8")
   return python
-
-
-def _last(text: str) -> str:
-  lines = [line for line in text.splitlines() if line.strip()]
-  return lines[-1].strip() if lines else "no message"
 
 
 class Side(Protocol):
@@ -145,54 +136,6 @@ class Side(Protocol):
 
   def run(self) -> dict[str, Any]:
     """Runs its work once and returns the answer of `peers/protocol.py`."""
-
-
-class Started:
-  """A program of `peers/protocol.py` after its warm-up."""
-
-  def __init__(self, process: subprocess.Popen[str], log: pathlib.Path):
-    self._process, self._log = process, log
-    self.facts: Mapping[str, Any] = self._read()["ready"]
-
-  def _read(self) -> dict[str, Any]:
-    assert self._process.stdout is not None
-    line = self._process.stdout.readline()
-    if not line:
-      self._process.wait()
-      raise Unavailable(_last(self._log.read_text(encoding="utf-8", errors="replace")))
-    return json.loads(line)
-
-  def run(self) -> dict[str, Any]:
-    """Runs the work once and returns the answer."""
-    assert self._process.stdin is not None
-    self._process.stdin.write("\n")
-    self._process.stdin.flush()
-    return self._read()
-
-
-@contextlib.contextmanager
-def started(command: Sequence[str], log: pathlib.Path, cores: Sequence[int]) -> Iterator[Started]:
-  """Starts a program on some cores, and ends it.
-
-  Raises:
-    Unavailable: It ends before its warm-up is over.
-  """
-  env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(len(cores))}
-  env.pop("PYTHONPATH", None)
-  env |= {"PYTHONPATH": str(ROOT)} if command[0] == sys.executable else {}
-  before = os.sched_getaffinity(0)
-  with open(log, "w", encoding="utf-8") as file:
-    os.sched_setaffinity(0, cores)  # Of this thread; a process that it starts inherits it.
-    try:
-      pipe = subprocess.PIPE
-      process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=file, text=True, env=env)
-    finally:
-      os.sched_setaffinity(0, before)
-    try:
-      yield Started(process, log)
-    finally:
-      process.kill()
-      process.communicate()
 
 
 def alternate(ours: Side, theirs: Side, rounds: int, *, same_loss: bool) -> dict[str, Any]:
@@ -241,7 +184,7 @@ def _require_equal(
 
 def write_inputs(config: Config, folder: pathlib.Path, cores: int) -> pathlib.Path:
   """Writes weights as Hugging Face folders, and a JSON file with sizes and tokens."""
-  shape = Shape(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Shape)})
+  shape = part_of(config)
   setup = set_up(shape)
   ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
   params = {"policy": setup.params, "reward_model": setup.reward_params}
@@ -325,8 +268,7 @@ def run(config: Config) -> dict[str, Any]:
     content = json.loads(pathlib.Path(config.show).read_text(encoding="utf-8"))
     show(content)
     return content
-  available = sorted(os.sched_getaffinity(0))
-  cores = available[-config.cores :]
+  cores = turns.available_cores()[-config.cores :]
   environments = pathlib.Path(config.environments).expanduser()
   pythons: dict[tuple[str, ...], pathlib.Path] = {}
   with tempfile.TemporaryDirectory() as name:
@@ -335,7 +277,7 @@ def run(config: Config) -> dict[str, Any]:
 
     def command_of(name: str, work: str) -> Sequence[str]:
       if name == "ours":
-        return [sys.executable, "-m", "experiments.bench.ours", str(spec), work]
+        return turns.ours(spec, work)
       peer = PEERS[name]
       if peer.requirements not in pythons:
         label = peer.requirements[-1].replace("==", "_").replace(".*", "")
@@ -345,7 +287,7 @@ def run(config: Config) -> dict[str, Any]:
       return [python, str(HERE / "peers" / peer.program), str(spec), called]
 
     def start(name: str, command: Sequence[str]) -> contextlib.AbstractContextManager[Side]:
-      return started(command, folder / f"{name}.log", cores)
+      return turns.started(command, folder / f"{name}.log", cores)
 
     chosen = {name: PEERS[name] for name in config.peers}
     results, skipped = compare(config.works, chosen, command_of, start, config.rounds)
@@ -360,15 +302,5 @@ def run(config: Config) -> dict[str, Any]:
   return content
 
 
-def main() -> None:
-  read = flags.define(Config)
-
-  def checked(argv: Sequence[str]) -> None:
-    del argv
-    run(read())
-
-  entry.run(checked)
-
-
 if __name__ == "__main__":
-  main()
+  measure.run_script(run, Config)

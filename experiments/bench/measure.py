@@ -5,18 +5,18 @@ Benchmarks run several pieces of work in turn, so that a busy machine slows all 
 
 import contextlib
 import json
-import os
 import pathlib
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax import reporting, workdir
+from experiments.bench import turns
+from rlhf_jax import entry, flags, reporting, workdir
 
 MIB = 2**20
 
@@ -179,15 +179,8 @@ def environment() -> dict[str, Any]:
     "device": device.device_kind,
     "platform": device.platform,
     "jax": jax.__version__,
-    "cores": cores(),
+    "cores": len(turns.available_cores()),
   }
-
-
-def cores() -> int:
-  """Number of cores that this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def show(title: str, rows: Mapping[str, Mapping[str, Any]], limits: Limits) -> None:
@@ -214,7 +207,35 @@ def _cells(row: Mapping[str, Any]) -> dict[str, str]:
   return cells
 
 
+def largest_program() -> dict[str, Any]:
+  """Bytes of the largest program of this process: arguments, temporaries, and all together."""
+  largest: dict[str, Any] = {"arguments": 0, "temporaries": 0, "program": 0}
+  for program in jax.devices()[0].client.live_executables():
+    sizes = program.get_compiled_memory_stats()
+    written = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + written
+    if total > largest["program"]:
+      largest = {
+        "arguments": sizes.argument_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "program": total,
+      }
+  return largest
+
+
 def write_json(path: str, content: Mapping[str, Any]) -> None:
   """Writes the results, if there is a path."""
   if path:
     workdir.atomic_write(workdir.local_path(path), json.dumps(content, indent=2) + "\n")
+
+
+def run_script(run: Callable[[Any], Any], config: type[Any]) -> None:
+  """Runs a benchmark with its config, read from the command line."""
+  read = flags.define(config)
+
+  def main(argv: Sequence[str]) -> None:
+    del argv
+    entry.tune()
+    run(read())
+
+  entry.run(main)

@@ -1,9 +1,10 @@
-"""Our side of `compare`: one piece of work, run by order; see `peers/protocol.py`.
+"""Our side of a piece of work that is run by order; see `peers/protocol.py`.
 
-`compare` starts it as python -m experiments.bench.ours FILE WORK.
+Other benchmarks start it as python -m experiments.bench.ours FILE WORK.
 """
 
 import functools
+import time
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.bench import measure, works
 from experiments.bench.peers import protocol
-from experiments.bench.shapes import Shape, set_up
+from experiments.bench.shapes import Setup, Shape, set_up
 from rlhf_jax import entry
 from rlhf_jax.losses.logprobs import next_token_logprobs
 from rlhf_jax.models import count_params
@@ -24,35 +25,48 @@ WORKS = {
 }
 
 
-def main() -> None:
-  entry.tune()
-  peer = protocol.Peer()
+def serve(peer: protocol.Peer) -> None:
+  """Sets up the work and runs it by order."""
+  since = peer.spec.get("started", time.time())
   setup = set_up(Shape(**peer.spec["shape"]))
   run = WORKS[peer.work](setup).run
-  whole = functools.partial(setup.policy.apply, scored=0)
-  tokens = setup.tokens[:, 0]
-  logprobs = jax.jit(lambda params: next_token_logprobs(whole(params, tokens), tokens))
-  nll = -float(jnp.mean(logprobs(setup.params)[:, 1:]))
-
-  taken = 0
+  ready, first, taken = time.time() - since, 0.0, 0
 
   def once() -> dict[str, Any]:
-    nonlocal taken
+    nonlocal first, taken
     with measure.compilations() as compiled:
       result = jax.block_until_ready(run())
+    first = first or time.time() - since
     counts: dict[str, Any] = {"compiles": len(compiled)}
     if isinstance(result, Rollout):
       return counts | {"generated": int(result.response_mask.sum())}
     state, metrics = result
     before, taken = taken, _updates(state)
-    generated = {}
+    counts |= {"loss": float(metrics["loss"]), "updates": taken - before}
     if peer.work in works.ITERATIONS:
       # Responses of the policy; the opponent of Nash-MD samples as many.
       sampled = 2 if peer.work == "nash_md" else 1
-      generated["generated"] = sampled * int(metrics["tokens"])
-    return counts | generated | {"loss": float(metrics["loss"]), "updates": taken - before}
+      counts["generated"] = sampled * int(metrics["tokens"])
+    return counts
 
-  peer.serve(once, params=count_params(setup.params), nll=nll)
+  def facts() -> dict[str, Any]:
+    largest = measure.largest_program()
+    return {
+      "params": count_params(setup.params),
+      "nll": _nll(setup),
+      "set_up_seconds": ready,
+      "first_seconds": first,
+      "largest_program": largest,
+    }
+
+  peer.serve(once, facts)
+
+
+def _nll(setup: Setup) -> float:
+  """Mean negative log-likelihood of the first rows of the pairs."""
+  whole, tokens = functools.partial(setup.policy.apply, scored=0), setup.tokens[:, 0]
+  logprobs = jax.jit(lambda params: next_token_logprobs(whole(params, tokens), tokens))
+  return -float(jnp.mean(logprobs(setup.params)[:, 1:]))
 
 
 def _updates(state: Any) -> int:
@@ -62,4 +76,5 @@ def _updates(state: Any) -> int:
 
 
 if __name__ == "__main__":
-  main()
+  entry.tune()
+  serve(protocol.Peer())

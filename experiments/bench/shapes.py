@@ -126,3 +126,8 @@ def set_up(shape: Shape) -> Setup:
   tokens[:, 1, : shape.prompt] = tokens[:, 0, : shape.prompt]
   placed = sharding.place_batch({"tokens": tokens}, mesh)["tokens"]
   return Setup(shape, run, policy, scorer, params, reward_params, placed)
+
+
+def part_of(config: Shape) -> Shape:
+  """Returns the sizes of a config that has further fields."""
+  return Shape(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Shape)})

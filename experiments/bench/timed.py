@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.bench import measure
 from experiments.bench.shapes import Setup, Shape, set_up
-from rlhf_jax import entry, flags, ranges
+from rlhf_jax import flags, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,5 @@ def time_works(config: Config, title: str, table: Table) -> dict[str, Any]:
 
 
 def run(title: str, table: Table) -> None:
-  """Runs a script: reads its flags, and times the pieces of work of its table."""
-  read = flags.define(Config)
-
-  def main(argv: Any) -> None:
-    del argv
-    entry.tune()
-    time_works(read(), title, table)
-
-  entry.run(main)
+  """Runs a script that times the pieces of work of its table."""
+  measure.run_script(lambda config: time_works(config, title, table), Config)

@@ -49,11 +49,11 @@ class Peer:
     seconds, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
     self._say(seconds=seconds, cpu_seconds=cpu, peak_bytes=peak_bytes(), **counts)
 
-  def serve(self, run, warm_up=2, **facts):
-    """Runs `run() -> counts` as a warm-up, then once for each order."""
+  def serve(self, run, facts, warm_up=2):
+    """Runs `run() -> counts` as a warm-up, then once for each order; `facts()` are said between."""
     for _ in range(warm_up):
       run()
-    self.ready(**facts)
+    self.ready(**facts())
     while True:
       self.wait()
       self.done(**run())

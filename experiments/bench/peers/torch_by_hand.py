@@ -288,7 +288,7 @@ def main():
   work, _, how = peer.work.partition(":")
   program = Program(peer.spec, how == "compiled")
   run = WORKS[how if how == "hf" else work](program)
-  peer.serve(run, **facts(program))
+  peer.serve(run, lambda: facts(program))
 
 
 def facts(program):

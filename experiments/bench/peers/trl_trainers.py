@@ -224,7 +224,6 @@ def nash_md(spec, turns):
     args=args,
     train_dataset=Dataset.from_list(rows * EPOCH),
     processing_class=tokenizer,
-    reward_processing_classes=tokenizer,
     callbacks=[turns],
   )
 

@@ -42,7 +42,7 @@ MIX = 0.25  # Weight of the reference in the opponent of Nash-MD.
 
 
 class _NoTokenizer(NamedTuple):
-  """What sampling reads of a tokenizer. No sampled token ends a response."""
+  """Part of a tokenizer that sampling reads. No sampled token ends a response."""
 
   vocab_size: int
   pad_id: int = 0

@@ -1,16 +1,20 @@
 """Benchmarks at tiny sizes: their fields, their count of operations, and taking turns."""
 
 import contextlib
+import functools
 import importlib
 import json
+import os
 import pathlib
 import re
 import shlex
 import sys
 
 import jax
+import jax.extend
 import pytest
 from absl import flags as absl_flags
+from jax.interpreters import partial_eval
 
 from experiments.bench import compare, measure, memory, save, start_up, timed, turns, works
 from experiments.bench.peers import protocol
@@ -39,20 +43,31 @@ TABLES = {
 }
 
 
+# The others are only traced, but with FULL=1.
+TIMED = TABLES if "FULL" in os.environ else {"train_step": ["sft"], "generate": ["generate"]}
+
+
 def require_narrow(text: str) -> None:
   table = [line for line in text.splitlines() if line.startswith("  ")]
   assert table and max(map(len, table)) <= 80, text
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_works_are_timed_without_recompiling(name, tmp_path, capsys):
+@functools.cache
+def wide():
+  """Models in which attention, of which only the causal half is counted, weighs little."""
+  wider = {"width": 128, "mlp_width": 256, "vocab_size": 512, "prompt": 16, "response": 16}
+  return set_up(Shape(**TINY | wider))
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_works_are_timed_without_recompiling(name, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(measure, "measure_limits", lambda dtype: measure.Limits(1e10, 1e10))
   file = tmp_path / "out.json"
-  config = timed.Config(**TINY, rounds=2, json=str(file))
+  config = timed.Config(**TINY, works=tuple(TIMED[name]), rounds=2, json=str(file))
   timed.time_works(config, name, TABLES[name])
   content = json.loads(file.read_text())
   assert content["config"]["batch_size"] == 4
-  assert min(content["limits"].values()) > 0
-  assert list(content["works"]) == list(TABLES[name])
+  assert list(content["works"]) == list(TIMED[name])
   for row in content["works"].values():
     assert len(row["seconds"]) == len(row["cpu_seconds"]) == 2
     assert row["min"] <= row["median"] and row["median"] > 0
@@ -60,6 +75,11 @@ def test_works_are_timed_without_recompiling(name, tmp_path, capsys):
     assert min(row[key] for key in ("flops", "mfu", "peak_bytes", "compiles", "first_seconds")) > 0
     assert ("bandwidth_share" in row) == (name == "generate")
   require_narrow(capsys.readouterr().err)
+
+
+def test_limits_are_measured():
+  limits = measure.measure_limits(size=64)
+  assert limits.flops > 1e6 and limits.bandwidth > 1e6
 
 
 def test_unknown_works_are_refused():
@@ -86,18 +106,17 @@ def count_dots(jaxpr, trips: int) -> float:
       for n in (*shared, *eqn.outvars[0].aval.shape):
         size *= n
       total += size
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
       total += times * count_dots(inner, trips)
   return total
 
 
 @pytest.mark.parametrize("name", [*works.TRAIN_STEPS, "generate"])
 def test_counted_operations_are_those_of_the_products(name):
-  # So wide that attention, of which only the causal half is counted, weighs little.
-  shape = Shape(**TINY | {"width": 128, "heads": 2, "mlp_width": 256, "vocab_size": 512})
-  setup = set_up(shape)
-  work = (works.TRAIN_STEPS | works.SAMPLING)[name](setup)
-  dots = count_dots(jax.make_jaxpr(work.run)().jaxpr, shape.response - 1)
+  work = (works.TRAIN_STEPS | works.SAMPLING)[name](wide())
+  jaxpr = jax.make_jaxpr(work.run)().jaxpr
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # As compilers do.
+  dots = count_dots(jaxpr, wide().shape.response - 1)
   assert dots == pytest.approx(work.flops, rel=0.04)
 
 
@@ -220,7 +239,7 @@ def test_what_cannot_be_installed_is_left_out(tmp_path, monkeypatch):
   pip = "import sys; sys.exit('no matching distribution')"
 
   def create(folder, **options):
-    (folder / "bin").mkdir(parents=True)
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
     (folder / "bin" / "python").write_text(f"#!{sys.executable} -S\n{pip}\n")
     (folder / "bin" / "python").chmod(0o755)
 

@@ -58,6 +58,16 @@ class Counter:
     sampler_lib.Sampler.__call__ = sample
 
 
+def accept_segments():
+  """Lets Llama take the segment ids that scoring passes beside the mask that holds the same."""
+  plain = llama.Llama3.__call__
+
+  def call(model, tokens, positions, cache, attention_mask, segment_ids=None):
+    return plain(model, tokens, positions, cache, attention_mask)
+
+  llama.Llama3.__call__ = call
+
+
 def text(tokens):
   return " ".join(map(str, tokens))
 
@@ -236,7 +246,7 @@ def rounds(peer, cluster, prompts, facts):
     before, counter.generated = trainer.train_steps, 0
     return counts
 
-  return orders(peer, {"prompts": prompts}, [cluster.train_actor], count, **facts)
+  return orders(peer, {"prompts": np.array(prompts)}, [trainer.model], count, **facts)
 
 
 def even_tokens(prompts, completions, **kwargs):
@@ -287,6 +297,7 @@ def facts_of(spec):
 
 def main():
   peer = protocol.Peer()
+  accept_segments()
   facts = facts_of(peer.spec)
   with mesh():
     WORKS[peer.work](peer, facts)

@@ -53,7 +53,7 @@ def compilations() -> Iterator[list[str]]:
   """Names of the functions that are compiled inside, also those read from the compilation cache."""
   names: list[str] = []
 
-  def listen(event: str, seconds: float, **about: Any) -> None:
+  def listen(event: str, seconds: float, /, **about: Any) -> None:
     del seconds
     if event.endswith("backend_compile_duration"):
       names.append(str(about.get("fun_name", "")))

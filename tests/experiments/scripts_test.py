@@ -82,7 +82,7 @@ def middle(workdir):
 
 
 def compiled(workdir):
-  """File with the functions that a whole run compiled, those of its last two steps after "later:"."""
+  """File with the functions that a whole run compiled; those of its last steps are `later:`."""
   return workdir.with_name(f"{workdir.name}.compiled.json")
 
 

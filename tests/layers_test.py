@@ -155,6 +155,9 @@ def test_no_code_comes_from_data(repository):
   paths = _sources(repository, *PACKAGES)
   assert paths
   found = {str(path.relative_to(repository)): _unsafe(path.read_text()) for path in paths}
+  for path, what in found.items():
+    if path.startswith("experiments/bench/peers/"):  # Programs that other Pythons run.
+      what[:] = [name for name in what if name.split(".")[0] != "torch" or name in _CALLS]
   assert {path: what for path, what in found.items() if what} == {}
 
 

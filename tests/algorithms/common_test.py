@@ -210,8 +210,9 @@ def test_packing_and_microbatches_change_no_loss_and_no_gradient(name):
 
 
 def read_of(case, apply):
-  make = reading.make_actor_critic_read if case.critic else reading.make_read
-  return make(apply)
+  if case.critic:
+    return reading.make_actor_critic_read(apply, entropy=True)
+  return reading.make_read(apply)
 
 
 @functools.cache
@@ -560,7 +561,7 @@ RUNS = {
   "nash_md": run_nash_md,
 }
 # The others read their batches as one of these does.
-DIFFERENT = ("reward_model", "dpo", "ppo", "ipo_md")
+DIFFERENT = ("reward_model", "dpo", "ppo")
 # All three axes; and what is left, where only rows or only weights are split.
 MESHES = ("fsdp:4,tensor:2", "data:8", "fsdp:8")
 
@@ -609,7 +610,7 @@ def language_losses(model, critic):
     "dpo": of_policy(dpo.loss_fn, read=read_pairs, config=dpo.DPOConfig(sft_coef=0.3)),
     "ppo": functools.partial(
       ppo.loss_fn,
-      read=reading.make_actor_critic_read(actor_critic(model, critic), 0.7),
+      read=reading.make_actor_critic_read(actor_critic(model, critic), 0.7, entropy=True),
       config=ppo.PPOConfig(entropy_coef=0.2),
     ),
     "rest": forward_kl,

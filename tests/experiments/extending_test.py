@@ -17,7 +17,7 @@ from experiments.lab import judges, models, workbench
 from experiments.records import record
 from rlhf_jax import checkpoint, data, loop, simulation, user, workdir
 from rlhf_jax.models import hf
-from tests.testing import define_flags, read_flags
+from tests.testing import define_flags, full, read_flags
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "EXTENDING.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -134,10 +134,11 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, run_script, sft_run):
 
 
 @pytest.mark.slow
-def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run):
+@pytest.mark.parametrize("others", [(), pytest.param(("online_dpo", "evaluate"), marks=full)])
+def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run, others):
   (folder / "runs").mkdir()
   (folder / "runs" / "sft").symlink_to(sft_run)
-  for script in ("ppo", "nash_md", "online_dpo", "rest", "generate", "evaluate"):
+  for script in ("ppo", "nash_md", "rest", "generate", *others):
     (words,) = [words[1:] for words in SCRIPTS if words[0] == f"experiments.{script}"]
     words = [word for word in words if not word.startswith("--workdir=")]
     place = folder / "runs" / ("brief" if script == "ppo" else script)
@@ -346,6 +347,7 @@ def test_help_of_the_flags_teaches_it(script, flag):
   assert "in the working directory or on PYTHONPATH" in " ".join(text.split())
 
 
+@full
 def test_compile_takes_a_module_of_ones_own(folder, run):
   pytest.importorskip("libtpu")
   source = FILES["remax.py"]

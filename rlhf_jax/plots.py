@@ -149,7 +149,8 @@ def _png(
     FigureCanvasAgg(figure)  # No display and no global state, whatever backend is configured.
     draw([figure.add_subplot(rows, columns, i + 1) for i in range(count)])
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
+    # Fast compression: files are a third larger in a third of the time.
+    figure.savefig(png, format="png", dpi=150, pil_kwargs={"compress_level": 1})
   return png.getvalue()
 
 

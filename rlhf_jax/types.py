@@ -4,6 +4,7 @@ Dimension letters, everywhere: `B` batch, `T` tokens, `P` prompt tokens, `R` res
 `V` vocabulary, `D` width, `H` heads, `K` head width, `L` layers, `N` samples per prompt.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,6 +122,23 @@ class Rollout(NamedTuple):
   prompt_mask: jax.Array
   response_mask: jax.Array
   logprobs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+  """A function that reads tokens into a cache, `(params, tokens, cache, *, mask)`.
+
+  Attributes:
+    step: The function. It takes params, or prepared ones.
+    prepare: Function that brings params into the form that many steps read fastest.
+  """
+
+  step: Callable[..., tuple[Any, Any]]
+  prepare: Callable[[Params], Params]
+
+  def __call__(self, params: Params, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """Calls `step`."""
+    return self.step(params, *args, **kwargs)
 
 
 # (params, tokens, ...) -> logits [B, T, V], or scores [B, T] for a model with a scalar head.

@@ -56,10 +56,8 @@ def resolve(
   """
   if ":" not in name:
     if name not in known:
-      raise ValueError(
-        f"{field} must be one of {', '.join(sorted(known))}, or module:function of your own; got"
-        f" {name!r}"
-      )
+      keys = f"one of {', '.join(sorted(known))}, or " if known else ""
+      raise ValueError(f"{field} must be {keys}module:function of your own; got {name!r}")
     return known[name]
   module_name, _, function_name = name.partition(":")
   if not _NAME.fullmatch(name) or module_name.endswith(".py"):

@@ -109,6 +109,7 @@ class Match:
       "preference/mean": jnp.mean(preference, where=usable),
       "preference/nonfinite": jnp.sum(~usable).astype(jnp.float32),
       "eos_fraction": 1 - jnp.mean(cut),
+      **bench.usage(sampled),
       **{f"{name}_reward/mean": np.mean(fn(sampled, ids)) for name, fn in self._gold.items()},
       "time/generate": between - start,
       "time/preference": judged - between,

@@ -69,11 +69,22 @@ class ModelOptions:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     if self.preset and self.path:
       raise ValueError("preset is for a new model; leave path empty, or preset")
+    if self.preset and self.sizes:
+      raise ValueError(
+        f"{self.sizes[0]} is a size of a new model, and preset gives another; keep one"
+      )
     if self.preset and self.preset not in presets.PRESETS:
       known = ", ".join(sorted(presets.PRESETS))
       raise ValueError(f"preset must be one of {known}, got {self.preset!r}")
     if self.width % (2 * self.heads):
       raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+
+  @property
+  def sizes(self) -> list[str]:
+    """Names of the sizes of a new model that were set."""
+    fields = {field.name: field.default for field in dataclasses.fields(self)}
+    sizes = ("layers", "width", "heads", "mlp_width")
+    return [name for name in sizes if getattr(self, name) != fields[name]]
 
 
 def model_folder(path: str) -> pathlib.Path | None:
@@ -142,6 +153,12 @@ def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
   for name in ("path", "preset"):
     if getattr(options, name) and init_from:
       raise flags.UsageError(f"--init_from and --model.{name} are both given; keep one")
+  if (init_from or options.path) and options.sizes:
+    given = "--init_from" if init_from else "--model.path"
+    raise flags.UsageError(
+      f"--model.{options.sizes[0]} is for a new model, and the model of {given} has sizes of its"
+      f" own; leave out --model.{options.sizes[0]}, or {given}"
+    )
   return model_folder(init_from or options.path)
 
 

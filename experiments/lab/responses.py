@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import judges, models
+from experiments.lab import engines, judges, models
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, ranges, rewards, sharding
 from rlhf_jax.algorithms import reading
@@ -32,14 +32,26 @@ class RolloutOptions:
       prompts with their responses. Packing saves the time spent on padding and does not change the
       result. It recompiles for each new number of rows, at most eight per power of two. 0 gives
       each response a row.
+    engine: Sampler of your own to use in place of the built-in one, as `module:function`
+      (EXTENDING.md). Empty uses the built-in one.
   """
 
   devices: int = 0
   importance_cap: float = 0.0
   packed_length: int = 0
+  engine: str = ranges.rare("")
 
   def __post_init__(self):
     ranges.check(self, non_negative=("devices", "importance_cap", "packed_length"))
+    if self.engine:
+      engines.resolve(self.engine)
+    if self.engine and self.devices:
+      raise ValueError("engine and devices are both given; keep one")
+    if self.engine and not self.importance_cap:
+      raise ValueError(
+        "engine computes log-probabilities of its own; set rollout.importance_cap, such as 2, to"
+        " weigh its responses as if from the policy that is trained"
+      )
     if self.devices and not self.importance_cap:
       raise ValueError(
         "devices sample from the policy before the last update; set rollout.importance_cap, such as"
@@ -97,8 +109,9 @@ def require_fit(bench: Workbench) -> None:
 
 def require_devices(options: RolloutOptions) -> None:
   """Refuses more sampling devices than there are."""
-  if options.devices and jax.process_count() > 1:
-    raise flags.UsageError("--rollout.devices is for a single process; leave it at 0")
+  for name in ("devices", "engine"):
+    if getattr(options, name) and jax.process_count() > 1:
+      raise flags.UsageError(f"--rollout.{name} is for a single process; leave it out")
   if options.devices >= jax.device_count():
     raise flags.UsageError(
       f"--rollout.devices={options.devices} leaves none of the {jax.device_count()} devices to"
@@ -182,6 +195,8 @@ class Responder:
     self._gold = bench.gold(bench.train_set)
     self.ahead = options is not None and options.devices > 0
     self.reshard, self.generate = bench.reshard(), bench.sampler()
+    if options is not None and options.engine:
+      self.generate = engines.make_sampler(bench)
     if self.ahead:
       self.reshard, self.generate = sample_away(bench)
     self.sample_reference = bench.sampler(samples_per_prompt=shaping.reference_samples)
@@ -227,6 +242,7 @@ class Responder:
       ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
+      **bench.usage(rollout),
       "time/generate": sampled - start,
       "time/reward": time.monotonic() - sampled,
     }
@@ -334,7 +350,11 @@ def correct(
 
 
 def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.Array) -> Metrics:
-  """Metrics of scored responses; `kl/ref` is the mean log-ratio per response, in nats."""
+  """Metrics of scored responses, whose tokens are samples of the policy.
+
+  `kl/ref` is the mean log-ratio per response, in nats. `entropy`, in nats per token, is the mean of
+  minus the log-probability, which estimates it without bias.
+  """
   scores, finite = responses.scores, jnp.isfinite(responses.scores)
   rows, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
@@ -344,6 +364,7 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
     "reward/std": jnp.where(finite.any(), jnp.sqrt(masked.masked_var(scores, finite)), jnp.nan),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
     "kl/ref": masked.defined_mean(sequence_kl, rows),
+    "entropy": -masked.defined_mean(rollout.logprobs, mask),
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }

@@ -124,6 +124,12 @@ class Workbench(NamedTuple):
     sampling = dataclasses.replace(self.config.sampling, **changes)
     return models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
 
+  def usage(self, rollout: Rollout) -> dict[str, float]:
+    """Returns metrics of the sampler's loop: its steps, and their share that drew a token."""
+    lengths = sharding.to_host(rollout.response_mask.sum(axis=1))
+    steps, occupancy = generation.usage(lengths, self.config.sampling.slots)
+    return {"sampling/steps": float(steps), "sampling/occupancy": occupancy}
+
   def reshard(self) -> Callable[[Params], Params]:
     """Builds `reshard(params)`: moves params from the training layout to the sampling layout."""
     return sharding.make_reshard(self.run.mesh, self.model.config.dtype)

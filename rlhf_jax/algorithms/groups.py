@@ -144,6 +144,5 @@ def loss_fn(
     "loss/policy": policy_loss,
     "loss/kl": kl_loss,
     "weight": average.count(mask).astype(jnp.float32),
-    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
     **reading.ratio_metrics(logprobs, old, mask, **config.clips()),
   }

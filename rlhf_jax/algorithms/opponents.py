@@ -105,7 +105,8 @@ def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judg
   tokens = jnp.sum(mask).astype(jnp.float32)
   means = {
     "kl/ref": divergence,
-    "entropy": masked.masked_mean(now.entropy, mask, axis=1),
+    # The tokens are samples of the policy, so this is an unbiased estimate.
+    "entropy": -masked.masked_mean(now.logprobs, mask, axis=1),
     "response_length/mean": jnp.sum(mask, axis=1),
   }
   count = {f"weight/{name}": jnp.sum(rows).astype(jnp.float32) for name in means}

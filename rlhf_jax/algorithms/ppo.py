@@ -120,17 +120,16 @@ def loss_fn(
   value_losses = policy_gradient.ppo_value_loss(
     values, batch.values, batch.returns, clip=config.value_clip or None
   )
-  policy_loss, value_loss, entropy = (
-    masked.masked_mean(x, mask) for x in (policy_losses, value_losses, now.entropy)
-  )
-  loss = policy_loss + config.value_coef * value_loss
+  policy_loss, value_loss = (masked.masked_mean(x, mask) for x in (policy_losses, value_losses))
+  loss, metrics = policy_loss + config.value_coef * value_loss, {}
   if config.entropy_coef:
-    loss -= config.entropy_coef * entropy
+    loss -= config.entropy_coef * masked.masked_mean(now.entropy, mask)
+    metrics = reading.mean_over_tokens({"entropy": now.entropy}, mask)
   return loss, {
     "loss/policy": policy_loss,
     "loss/value": value_loss,
     "weight": jnp.sum(mask).astype(jnp.float32),
-    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
+    **metrics,
     **reading.ratio_metrics(logprobs, old, mask, **clips),
   }
 
@@ -145,6 +144,7 @@ def make_ppo_step(
   state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, PPOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
-  read = reading.make_actor_critic_read(apply_fn, temperature, packed)
+  entropy = config.entropy_coef > 0
+  read = reading.make_actor_critic_read(apply_fn, temperature, packed, entropy=entropy)
   loss = functools.partial(loss_fn, read=read, config=config)
   return epochs.make_epochs_step(loss, tx, config, packed=packed, state_shardings=state_shardings)

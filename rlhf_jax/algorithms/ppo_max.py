@@ -134,7 +134,8 @@ def make_ppo_max_step(
   With `config.ptx_coef` the batch is a `terms.WithSequences`, whose demonstrations go to
   `demonstration_loss(params, sequences, key)`, such as `sft.loss_fn`.
   """
-  read = reading.make_actor_critic_read(apply_fn, temperature, packed)
+  entropy = config.entropy_coef > 0
+  read = reading.make_actor_critic_read(apply_fn, temperature, packed, entropy=entropy)
   loss: LossFn = functools.partial(ppo.loss_fn, read=read, config=config)
   if config.ptx_coef:
     if demonstration_loss is None:

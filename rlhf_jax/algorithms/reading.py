@@ -5,7 +5,7 @@ temperature, segment ids and packing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,13 @@ class Reading(NamedTuple):
 
   Attributes:
     logprobs: [B, R] float32, log-probability of each token at the sampling temperature.
-    entropy: [B, R] float32, entropy in nats of the distribution that each token is drawn from.
+    entropy: [B, R] float32, entropy in nats of the distribution that each token is drawn from; None
+      if it is not asked for.
     values: [B, R] float32, value before each token; zeros without a critic.
   """
 
   logprobs: jax.Array
-  entropy: jax.Array
+  entropy: Any
   values: jax.Array
 
 
@@ -58,32 +59,40 @@ class Packing(NamedTuple):
     return self.rows or -(-sequences // (self.length // longest)), self.length
 
 
-def make_read(apply_fn: ApplyFn, temperature: float = 1.0, packed: Packing | None = None) -> Read:
+def make_read(
+  apply_fn: ApplyFn, temperature: float = 1.0, packed: Packing | None = None, **ask: Any
+) -> Read:
   """Builds `read(params, rollout) -> Reading` for a language model.
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids, last) -> logits`; packed rows come without `last`.
     temperature: Sampling temperature, which divides the logits.
     packed: Packing of the sequences; None reads them padded, as they were sampled.
+    **ask: `entropy=True` to compute the entropy, which takes as long as the log-probabilities.
   """
   return make_actor_critic_read(
-    lambda *args, **kwargs: (apply_fn(*args, **kwargs), None), temperature, packed
+    lambda *args, **kwargs: (apply_fn(*args, **kwargs), None), temperature, packed, **ask
   )
 
 
 def make_actor_critic_read(
-  apply_fn: ActorCriticFn, temperature: float = 1.0, packed: Packing | None = None
+  apply_fn: ActorCriticFn, temperature: float = 1.0, packed: Packing | None = None, **ask: Any
 ) -> Read:
   """Builds `read(params, rollout) -> Reading` for a policy with a critic; see `make_read`."""
+
+  def score(logits: logprobs_lib.Logits, tokens: jax.Array, values: jax.Array | None) -> Reading:
+    scores = logprobs_lib.next_token_scores(logits, tokens, temperature=temperature, **ask)
+    values = jnp.zeros_like(scores.logprobs) if values is None else values
+    return Reading(scores.logprobs, scores.entropy, values)
 
   def read_padded(params: Params, rollout: Rollout) -> Reading:
     segment_ids = (rollout.prompt_mask | rollout.response_mask).astype(jnp.int32)
     length = rollout.logprobs.shape[1]
     # The output before a token predicts it and holds the value of the state it is sampled in.
     logits, values = apply_fn(params, rollout.tokens, segment_ids=segment_ids, last=length + 1)
-    logprobs, entropy = _score(logits, rollout.tokens[:, -length - 1 :], temperature)
-    values = jnp.zeros_like(logprobs) if values is None else values
-    return Reading(logprobs[:, 1:], entropy[:, 1:], values[:, :-1])
+    scored = score(logits, rollout.tokens[:, -length - 1 :], values)
+    after = jax.tree.map(lambda x: x[:, 1:], scored)
+    return after._replace(values=scored.values[:, :-1])
 
   if packed is None:
     return read_padded
@@ -95,19 +104,11 @@ def make_actor_critic_read(
     tokens, segment_ids = (packing.pack(x, places, shape) for x in (rollout.tokens, numbers))
     logits, values = apply_fn(params, tokens, segment_ids=segment_ids)
     before, at = places[:, -length - 1 : -1], places[:, -length:]
-    logprobs, entropy = _score(logits, tokens, temperature)
-    values = jnp.zeros_like(logprobs) if values is None else values
-    return Reading(*map(packing.take, (logprobs, entropy, values), (at, at, before)))
+    scored = score(logits, tokens, values)
+    taken = jax.tree.map(lambda x: packing.take(x, at), scored)
+    return taken._replace(values=packing.take(scored.values, before))
 
   return read_packed
-
-
-def _score(
-  logits: logprobs_lib.Logits, tokens: jax.Array, temperature: float
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the log-probabilities and entropies [B, T] of tokens [B, T]; 0 for the first token."""
-  scores = logprobs_lib.next_token_scores(logits, tokens, temperature=temperature, entropy=True)
-  return scores.logprobs, scores.entropy
 
 
 def finite_rows(

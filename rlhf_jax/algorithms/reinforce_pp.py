@@ -97,7 +97,6 @@ def loss_fn(
   return loss, {
     "loss/policy": loss,
     "weight": jnp.sum(mask).astype(jnp.float32),
-    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
     **reading.ratio_metrics(logprobs, old, mask, **clips),
   }
 

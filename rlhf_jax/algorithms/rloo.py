@@ -81,7 +81,6 @@ def loss_fn(
   return loss, {
     "loss/policy": loss,
     "weight": jnp.sum(mask.any(axis=1)).astype(jnp.float32),
-    **reading.mean_over_tokens({"entropy": now.entropy}, mask),
     **reading.ratio_metrics(logprobs, old, mask, 0.2, 0.2),
   }
 

@@ -3,6 +3,7 @@
 from rlhf_jax.generation.generate import ended, make_generate
 from rlhf_jax.generation.mixture import MixtureParams, make_mixture
 from rlhf_jax.generation.sampling import SamplingConfig, adjust_logits, sample
+from rlhf_jax.generation.slots import usage
 from rlhf_jax.generation.stopping import StopText, stop_text
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
   "make_mixture",
   "sample",
   "stop_text",
+  "usage",
 ]

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.generation.sampling import SamplingConfig, sample
-from rlhf_jax.generation.stopping import StopText
-from rlhf_jax.types import Params, Rollout
+from rlhf_jax.generation.sampling import SamplingConfig, row_keys, sample
+from rlhf_jax.generation.slots import make_generate_in_slots
+from rlhf_jax.generation.stopping import Stops, StopText
+from rlhf_jax.types import Decode, Params, Rollout
 
 
 class _Decoding(NamedTuple):
@@ -36,8 +37,10 @@ def make_generate(
   It does not depend on the mesh, or on the order or number of the other rows.
 
   Args:
-    decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)`.
-    init_cache: `(batch, slots) -> cache` with a method `repeat(n)` that repeats its rows.
+    decode: `(params, tokens [B, T], cache, *, mask) -> (logits [B, V], cache)`. If it is a
+      `Decode`, params are prepared once for all tokens.
+    init_cache: `(batch, slots) -> cache` with a method `repeat(n)` that repeats its rows, and
+      `seek` and `seat` of `models.Cache` if `config.slots` is set.
     config: Sampling rule and maximum response length R.
     stop_ids: Tokens that end a response; the stop token is kept, with its log-probability.
     pad_id: Token that fills a row after the end of its response; nothing reads it.
@@ -50,6 +53,9 @@ def make_generate(
   if not stop_ids:
     raise ValueError("stop_ids is empty: no response could ever end")
   length, samples = config.max_new_tokens, config.samples_per_prompt
+  stops = Stops(stop_ids, stop_text)
+  if config.slots:
+    return make_generate_in_slots(decode, init_cache, config, stops=stops, pad_id=pad_id)
 
   @jax.jit
   def generate(
@@ -57,24 +63,21 @@ def make_generate(
   ) -> Rollout:
     batch, prompt_length = tokens.shape
     rows = batch * samples
+    if isinstance(decode, Decode):
+      params = decode.prepare(params)
     # The last sampled token is never read back, so it needs no slot.
     cache = init_cache(batch, prompt_length + length - 1)
     logits, cache = decode(params, tokens, cache, mask=mask)
     logits, cache = jnp.repeat(logits, samples, axis=0), cache.repeat(samples)
     tokens, mask = jnp.repeat(tokens, samples, axis=0), jnp.repeat(mask, samples, axis=0)
-    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.repeat(prompt_ids, samples))
-    row_keys = jax.vmap(jax.random.fold_in)(prompt_keys, jnp.tile(jnp.arange(samples), batch))
+    keys_of_rows = row_keys(key, prompt_ids, samples)
 
     def draw(state: _Decoding, logits: jax.Array) -> _Decoding:
-      keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
+      keys = jax.vmap(jax.random.fold_in, (0, None))(keys_of_rows, state.step)
       token, logprob = sample(logits, keys, config)
       token = jnp.where(state.done, pad_id, token)
       logprob = jnp.where(state.done, 0.0, logprob)
-      stopped = jnp.any(token[:, None] == jnp.asarray(stop_ids, jnp.int32)[None], axis=1)
-      read = state.read
-      if stop_text is not None:
-        read = stop_text.step(read, token)
-        stopped |= stop_text.is_complete(read)
+      read, stopped = stops.read(state.read, token)
       return _Decoding(
         step=state.step + 1,
         done=state.done | stopped,

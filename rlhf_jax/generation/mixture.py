@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rlhf_jax.losses import game
-from rlhf_jax.types import Params
+from rlhf_jax.types import Decode, Params
 
 
 class MixtureParams(NamedTuple):
@@ -33,10 +33,19 @@ class MixtureCache(NamedTuple):
     """Repeats every row n times; the copies are adjacent."""
     return MixtureCache(self.policy.repeat(n), self.ref.repeat(n))
 
+  def seek(self, index: jax.Array) -> "MixtureCache":
+    """Returns the cache with `index` as the next slot to write."""
+    return MixtureCache(self.policy.seek(index), self.ref.seek(index))
+
+  def seat(self, row: jax.Array, prompts: "MixtureCache", prompt: jax.Array) -> "MixtureCache":
+    """Replaces one row by a row of a cache of prompts."""
+    policy = self.policy.seat(row, prompts.policy, prompt)
+    return MixtureCache(policy, self.ref.seat(row, prompts.ref, prompt))
+
 
 def make_mixture(
-  decode: Callable[..., tuple[jax.Array, Any]], init_cache: Callable[..., Any]
-) -> tuple[Callable[..., tuple[jax.Array, MixtureCache]], Callable[..., MixtureCache]]:
+  decode: Decode, init_cache: Callable[..., Any]
+) -> tuple[Decode, Callable[..., MixtureCache]]:
   """Builds `decode` and `init_cache` of Nash-MD's opponent, for `make_generate`.
 
   Munos et al., 2023, https://arxiv.org/abs/2312.00886: each token is sampled from
@@ -62,4 +71,8 @@ def make_mixture(
     ref, ref_cache = decode(params.ref, tokens, cache.ref, mask=mask)
     return game.mixture_logits(policy, ref, params.mix), MixtureCache(policy_cache, ref_cache)
 
-  return decode_both, init_both
+  def prepare_both(params: MixtureParams) -> MixtureParams:
+    policy, ref, mix = params
+    return MixtureParams(decode.prepare(policy), decode.prepare(ref), mix)
+
+  return Decode(decode_both, prepare_both), init_both

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _BYTES = 256
@@ -29,11 +30,31 @@ class StopText(NamedTuple):
 
   def step(self, state: jax.Array, tokens: jax.Array) -> jax.Array:
     """Returns the states [B] after one more token [B]."""
-    return jax.numpy.asarray(self.next)[state, jax.numpy.asarray(self.classes)[tokens]]
+    return jnp.asarray(self.next)[state, jnp.asarray(self.classes)[tokens]]
 
   def is_complete(self, state: jax.Array) -> jax.Array:
     """Returns bools [B], True if a stop string has been read."""
     return state == self.next.shape[0] - 1
+
+
+class Stops(NamedTuple):
+  """Ends of responses.
+
+  Attributes:
+    ids: Tokens that end a response.
+    text: Automaton of the strings that end one, or None.
+  """
+
+  ids: Sequence[int]
+  text: StopText | None
+
+  def read(self, state: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the states [B] after one more token [B], 0 at first, and whether it is the last."""
+    stopped = jnp.any(tokens[:, None] == jnp.asarray(self.ids, jnp.int32)[None], axis=1)
+    if self.text is not None:
+      state = self.text.step(state, tokens)
+      stopped |= self.text.is_complete(state)
+    return state, stopped
 
 
 def stop_text(strings: Sequence[str], token_bytes: Sequence[bytes]) -> StopText:

@@ -25,6 +25,7 @@ Attend = Callable[..., jax.Array]
 NO_WINDOW = jnp.iinfo(jnp.int32).max
 _LANES = 128  # Splash takes lengths and blocks that are multiples of it.
 _MAX_LANES = 4  # Longest block: 512 tokens.
+_QUERIES = 128  # Number of queries per row whose scores over a cache are held at a time.
 
 
 def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
@@ -176,6 +177,56 @@ def cached_attention(
   scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   return jnp.einsum("bgrts,bgsk->btgrk", weights, v).reshape(batch, length, heads, width)
+
+
+def attend_to_cache(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  queries: tuple[jax.Array, jax.Array],
+  positions: jax.Array,
+  window: jax.Array | None,
+  *,
+  scale: float,
+  softcap: float | None = None,
+) -> jax.Array:
+  """Causal attention over a cache, with memory that is linear in T.
+
+  The kernels are not made for few queries, many keys and empty slots.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, kv_heads, S, K].
+    v: [B, kv_heads, S, K].
+    queries: Positions [B, T] of the queries, and slots [1, T] of their own tokens.
+    positions: [B, S] int32, positions of the tokens in the slots; -1 where there is none.
+    window: [] int32, or None.
+    scale: Factor of the scores.
+    softcap: Bound of the scores, or None.
+
+  Returns:
+    [B, T, H, K], dtype of `v`.
+  """
+
+  def attend(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    q, at, slot = part
+    distance = at[:, :, None] - positions[:, None]
+    mask = (positions[:, None] >= 0) & (distance >= 0)
+    if window is not None:
+      mask &= distance < window
+    # A padding query sees its own slot, so that no row of the softmax is empty.
+    own = jnp.arange(k.shape[2])[None, None] == slot[:, :, None]
+    return cached_attention(q, k, v, mask | own, scale=scale, softcap=softcap)
+
+  length = q.shape[1]
+  if length <= _QUERIES:
+    return attend((q, *queries))
+
+  def cut(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, _QUERIES, *x.shape[2:]), 0, 1)
+
+  parts = jax.lax.map(attend, tuple(map(cut, _lengthen(_QUERIES, q, *queries))))
+  return jnp.swapaxes(parts, 0, 1).reshape(len(q), -1, *q.shape[2:])[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

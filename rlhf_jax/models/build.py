@@ -35,7 +35,7 @@ from rlhf_jax.models.transformer import (
   matmul_on_cpu,
   rope_frequencies,
 )
-from rlhf_jax.types import Params
+from rlhf_jax.types import Decode, Params
 
 # Logits of so many tokens, of all rows, stay in the cache of a CPU while a loss reads them.
 _CPU_TOKENS = 256
@@ -55,14 +55,15 @@ class Model(NamedTuple):
       windows count tokens and ignore them. `last` computes only the final `last` positions.
       ValueError for more tokens than there are learned positions.
     decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
-      the cache after writing `tokens`; `mask` [B, T] is False on padding.
+      the cache after writing `tokens`; `mask` [B, T] is False on padding. `decode.prepare(params)`
+      casts matrices and cuts layers apart, which every step would do again.
     init_cache: `(batch, slots, dtype)` -> empty cache. ValueError as for `apply`.
   """
 
   config: ModelConfig
   init: Callable[[jax.Array], Params]
   apply: Callable[..., Any]
-  decode: Callable[..., tuple[jax.Array, Cache]]
+  decode: Decode
   init_cache: Callable[..., Cache]
 
 
@@ -151,11 +152,8 @@ def build(
   score = precision.within(passes, score)  # In float32 whatever the dtype of the model.
   passes = passes if compute == jnp.float32 else None
   block = precision.within(passes, block)
-  # Few queries, many keys and empty slots: the kernels are not made for that.
   attend_cache = functools.partial(
-    attention.cached_attention,
-    scale=config.score_scale,
-    softcap=config.attention_softcap,
+    attention.attend_to_cache, scale=config.score_scale, softcap=config.attention_softcap
   )
   # A loop over so few layers costs more time than it saves in compilation.
   unroll = config.layers if config.layers <= 4 else 1
@@ -258,40 +256,51 @@ def build(
         spec, dims = sharding.P(None, *sharding.CACHE), (config.layers, *shape)
       return tuple(sharding.constrain(jnp.zeros(dims, dtype), mesh, spec) for _ in range(unroll))
 
-    return Cache(zeros(), zeros(), by_rows(jnp.zeros((batch, slots), bool)), jnp.int32(0))
+    nothing = by_rows(jnp.full((batch, slots), -1, jnp.int32))
+    return Cache(zeros(), zeros(), nothing, jnp.int32(0))
+
+  def cut(layers: Params | tuple[Params, ...]) -> tuple[Params, ...]:
+    """Cuts the stacked params of the layers apart, if they are not yet."""
+    if isinstance(layers, tuple):
+      return layers
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(config.layers))
+
+  def prepare(params: Params) -> Params:
+    def cast(path, leaf: jax.Array) -> jax.Array:
+      *_, group, name = (key.key for key in path)
+      is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
+      return leaf.astype(compute) if is_rounded else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    return params | {"layers": cut(params["layers"])} if unroll > 1 else params
 
   def decode(
     params: Params, tokens: jax.Array, cache: Cache, *, mask: jax.Array
   ) -> tuple[jax.Array, Cache]:
-    length, slots = tokens.shape[1], cache.mask.shape[1]
-    seen = jnp.sum(cache.mask, axis=1, keepdims=True, dtype=jnp.int32)
+    length = tokens.shape[1]
+    seen = jnp.max(cache.positions, axis=1, keepdims=True) + 1
     positions = seen + jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    valid = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.index, axis=1)
-    slot = jnp.arange(slots)[None, None]
-    here = cache.index + jnp.arange(length)[None, :, None]
-    # A padding query sees its own slot, so that no row of the softmax is empty.
-    visible = (valid[:, None] & (slot <= here)) | (slot == here)
-    # Distances are in tokens, not in slots: there may be padding in between.
-    slot_positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-    distance = positions[:, :, None] - slot_positions[:, None, :]
-    distance = jnp.where(slot == here, 0, distance)
+    stored = jax.lax.dynamic_update_slice_in_dim(
+      cache.positions, jnp.where(mask, positions, -1), cache.index, axis=1
+    )
+    queries = positions, cache.index + jnp.arange(length)[None]
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
     def attend_within(window):
-      mask = visible if window is None else visible & (distance < window)
-      return functools.partial(attend_cache, mask=mask)
+      return lambda q, k, v: attend_cache(q, k, v, queries, stored, window)
 
     def layer(x: jax.Array, xs, *state):
       x, written = run_layer(x, positions, frequencies, xs, attend_within, state)
       return by_rows(x), written
 
     x = by_rows(embed(params["embed"], tokens, positions))
-    xs = (params["layers"], *_layer_arrays(config))
+    arrays = _layer_arrays(config)
     if len(cache.k) > 1:
       written = []
-      for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
-        layer_xs = jax.tree.map(lambda leaf, i=i: leaf[i], xs)
-        x, kv = layer(x, layer_xs, *kv, (), cache.index)
+      for i, of_layer in enumerate(zip(cut(params["layers"]), cache.k, cache.v, strict=True)):
+        layer_params, *kv = of_layer
+        layer_arrays = jax.tree.map(lambda x, i=i: x[i], arrays)
+        x, kv = layer(x, (layer_params, *layer_arrays), *kv, (), cache.index)
         written.append(kv)
     else:
 
@@ -300,13 +309,14 @@ def build(
         x, kv = layer(carry[0], xs, *carry[1:], (number,), cache.index)
         return (x, *kv), None
 
-      (x, *kv), _ = jax.lax.scan(looped, (x, *cache.k, *cache.v), (jnp.arange(config.layers), xs))
+      xs = jnp.arange(config.layers), (params["layers"], *arrays)
+      (x, *kv), _ = jax.lax.scan(looped, (x, *cache.k, *cache.v), xs)
       written = [kv]
     k, v = zip(*written, strict=True)
     logits = jax.tree.map(lambda x: x[:, 0], read_out(params, x[:, -1:]))
-    return logits, Cache(k, v, valid, cache.index + length)
+    return logits, Cache(k, v, stored, cache.index + length)
 
-  return Model(config, init, apply, decode, init_cache)
+  return Model(config, init, apply, Decode(decode, prepare), init_cache)
 
 
 def count_params(params: Params) -> int:

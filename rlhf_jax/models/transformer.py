@@ -205,19 +205,43 @@ class Cache(NamedTuple):
     k: Rotated keys: one [B, kv_heads, S, K] per layer, or one [L, B, kv_heads, S, K] if a loop runs
       the layers; S slots.
     v: Values, likewise.
-    mask: [B, S] bool, True on slots that hold a real token.
-    index: [] int32, next free slot, common to all rows.
+    positions: [B, S] int32, position of the token in each slot, from 0; -1 where there is none.
+    index: [] int32, next slot to write, common to all rows.
   """
 
   k: tuple[jax.Array, ...]
   v: tuple[jax.Array, ...]
-  mask: jax.Array
+  positions: jax.Array
   index: jax.Array
 
   def repeat(self, n: int) -> "Cache":
     """Repeats every row n times; the copies are adjacent."""
     k, v = jax.tree.map(lambda x: jnp.repeat(x, n, axis=-4), (self.k, self.v))
-    return Cache(k, v, jnp.repeat(self.mask, n, axis=0), self.index)
+    return Cache(k, v, jnp.repeat(self.positions, n, axis=0), self.index)
+
+  def seek(self, index: jax.Array) -> "Cache":
+    """Returns the cache with `index` as the next slot to write."""
+    return self._replace(index=index)
+
+  def seat(self, row: jax.Array, prompts: "Cache", prompt: jax.Array) -> "Cache":
+    """Replaces one row by a row of a cache with fewer slots.
+
+    Args:
+      row: [] int32, row to replace.
+      prompts: Cache to copy from.
+      prompt: [] int32, row to copy.
+    """
+    row, prompt = row[None], prompt[None]
+
+    def copy(to: jax.Array, of: jax.Array) -> jax.Array:
+      part = (*[slice(None)] * (to.ndim - 4), row, slice(None), slice(of.shape[-2]))
+      return to.at[part].set(jnp.take(of, prompt, axis=-4, mode="clip"))
+
+    k, v = jax.tree.map(copy, (self.k, self.v), (prompts.k, prompts.v))
+    seen = jnp.take(prompts.positions, prompt, axis=0, mode="clip")
+    rest = ((0, 0), (0, self.positions.shape[1] - seen.shape[1]))
+    seen = jnp.pad(seen, rest, constant_values=-1)
+    return Cache(k, v, self.positions.at[row].set(seen), self.index)
 
 
 def rope_frequencies(config: ModelConfig, *, local: bool = False) -> jax.Array:

@@ -92,7 +92,6 @@ def test_loss_is_that_of_loops(average, loss):
   np.testing.assert_allclose(metrics["loss/policy"], means(policy, mask, average), rtol=1e-4)
   np.testing.assert_allclose(metrics["loss/kl"], means(k3, mask, average), rtol=1e-4)
   np.testing.assert_allclose(value, metrics["loss/policy"] + 0.4 * metrics["loss/kl"], rtol=1e-5)
-  np.testing.assert_allclose(metrics["entropy"], np.asarray(now.entropy)[mask].mean(), rtol=1e-5)
   assert metrics["weight"] == (mask.sum() if average == "tokens" else ROWS - 1)
 
 

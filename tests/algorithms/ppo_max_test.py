@@ -14,7 +14,7 @@ from tests.algorithms import tabular, toy
 from tests.algorithms.case import ROWS, sampled
 from tests.algorithms.tabular import T, stopped_rollout, tabular_apply
 
-READ = reading.make_actor_critic_read(tabular_apply)
+READ = reading.make_actor_critic_read(tabular_apply, entropy=True)
 
 
 def demonstration_loss(params, batch, key):

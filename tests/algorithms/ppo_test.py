@@ -15,7 +15,7 @@ from tests.algorithms.case import sampled
 from tests.algorithms.tabular import T, stopped_rollout, tabular_apply
 from tests.testing import compilations
 
-READ = reading.make_actor_critic_read(tabular_apply)
+READ = reading.make_actor_critic_read(tabular_apply, entropy=True)
 
 
 def case(**settings):

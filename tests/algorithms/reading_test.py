@@ -64,7 +64,8 @@ def test_log_probabilities_are_those_of_the_sampler(temperature):
 def test_each_row_is_read_as_if_alone(packed):
   _, apply, params = transformer()
   rollout = sampled(0.7)
-  now = jax.jit(reading.make_actor_critic_read(apply, 0.7, packed))(params, rollout)
+  read = reading.make_actor_critic_read(apply, 0.7, packed, entropy=True)
+  now = jax.jit(read)(params, rollout)
   assert all(x.shape == (16, R) and x.dtype == jnp.float32 for x in now)
   for b in range(4):
     real = np.asarray(rollout.prompt_mask[b] | rollout.response_mask[b])
@@ -87,8 +88,9 @@ def test_without_a_critic_values_are_zero(packed):
   policy = toy.params_of()
   params = {"policy": policy, "value": toy.score_params()}
   rollout = toy.rollout_of(policy, 4)
-  single = jax.jit(reading.make_read(toy.language, 0.7, packed))(policy, rollout)
-  both = jax.jit(reading.make_actor_critic_read(toy.actor_critic, 0.7, packed))(params, rollout)
+  ask = {"temperature": 0.7, "packed": packed, "entropy": True}
+  single = jax.jit(reading.make_read(toy.language, **ask))(policy, rollout)
+  both = jax.jit(reading.make_actor_critic_read(toy.actor_critic, **ask))(params, rollout)
   mask = rollout.response_mask[:, toy.P :]
   single, both = (reading.Reading(*(np.asarray(x)[mask] for x in now)) for now in (single, both))
   assert not single.values.any() and both.values.all()
@@ -108,7 +110,7 @@ def test_packing_changes_no_number_and_no_gradient_on_a_mesh():
   params = jax.device_put(jax.device_get(params), places)
   mask, results = rollout.response_mask[:, P:], []
   for packed in (None, reading.Packing(13, 8)):
-    read = reading.make_actor_critic_read(apply, 0.7, packed)
+    read = reading.make_actor_critic_read(apply, 0.7, packed, entropy=True)
 
     def total(params, read=read):
       now = [jnp.where(mask, x, 0.0) for x in read(params, rollout)]

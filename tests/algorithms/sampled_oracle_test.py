@@ -103,7 +103,6 @@ def check_metrics(metrics, low, high, **others):
     "ratio/mean": np.mean(ratios),
     "ratio/max": np.max(ratios),
     "ratio/first_deviation": np.max(np.abs(ratios - 1)),
-    "entropy": np.mean([entropy(PARAMS, PAIRS[b][t]) for b, t in tokens]),
     "padding": 1 - real / ROLLOUT.tokens.size,
   }
   for name, value in want.items():

@@ -17,25 +17,34 @@ from tests.experiments.small_runs import small
 from tests.testing import forked, start
 
 
-def _main(script: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
-  """In the forked process: what `python -m experiments.SCRIPT ARGUMENTS` does."""
+def _main(module: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
+  """In the forked process: what `python -m MODULE ARGUMENTS` does."""
   with open(output, "wb") as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
   os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
-  sys.argv = [f"experiments/{script}.py", *arguments]
-  runpy.run_module(f"experiments.{script}", run_name="__main__", alter_sys=True)
+  sys.path.insert(0, "")
+  sys.argv = [f"{module.replace('.', '/')}.py", *arguments]
+  runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 class Running:
   """A script that was started."""
 
-  def __init__(self, script: str, workdir: pathlib.Path, flags: Sequence[str], devices: int = 1):
+  def __init__(
+    self,
+    script: str,
+    workdir: pathlib.Path,
+    flags: Sequence[str],
+    devices: int = 1,
+    package: str = "experiments.",
+  ):
     self.workdir = pathlib.Path(workdir)
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
     own = () if script == "compile" else (f"--workdir={workdir}",)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
-    self.process = forked(_main, script, [*own, *small(script, flags)], self._output, devices)
+    arguments = [*small(script, flags), *own]
+    self.process = forked(_main, package + script, arguments, self._output, devices)
 
   def end(self, timeout: float) -> "Finished":
     """Waits for it; kills it when the time is over."""
@@ -57,10 +66,13 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="session")
 def run_script():
-  """`run_script(name, workdir, *flags, devices=1) -> Finished`, in a process of its own."""
+  """`run_script(name, workdir, *flags, **options) -> Finished`, in a process of its own.
 
-  def run(script, workdir, *flags, devices: int = 1) -> Finished:
-    return Running(script, workdir, flags, devices).end(timeout=300)
+  Options are those of `Running`, such as `devices=8`.
+  """
+
+  def run(script, workdir, *flags, **options) -> Finished:
+    return Running(script, workdir, flags, **options).end(timeout=300)
 
   return run
 

@@ -17,7 +17,7 @@ from experiments.lab import judges, models, workbench
 from experiments.records import record
 from rlhf_jax import checkpoint, data, loop, simulation, user, workdir
 from rlhf_jax.models import hf
-from tests.testing import define_flags, read_flags
+from tests.testing import define_flags, full, read_flags
 
 PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "EXTENDING.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def test_a_command_is_accepted(folder, monkeypatch, words):
 
 
 @pytest.mark.slow
-def test_a_loss_of_a_folder_of_ones_own(folder, run, sft_run):
+def test_a_loss_of_a_folder_of_ones_own(folder, run, run_script, sft_run):
   """Through real processes: from the folder, from elsewhere, and with the file changed."""
   words = words_of("dpo")
   run(*words)
@@ -127,15 +127,18 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, sft_run):
 
   with open(folder / "my_parts.py", "a") as file:
     file.write("# Edited.\n")
-  output = run(*words, code=78)
-  assert "file of --dpo.loss was" in output
+  flags = [word for word in words[2:] if not word.startswith("--workdir=")]
+  finished = run_script("dpo", pathlib.Path("runs/squared"), *flags)
+  assert finished.code == 78, finished.output
+  assert "file of --dpo.loss was" in finished.output
 
 
 @pytest.mark.slow
-def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run):
+@pytest.mark.parametrize("others", [(), pytest.param(("online_dpo", "evaluate"), marks=full)])
+def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run, others):
   (folder / "runs").mkdir()
   (folder / "runs" / "sft").symlink_to(sft_run)
-  for script in ("ppo", "nash_md", "online_dpo", "rest", "generate", "evaluate"):
+  for script in ("ppo", "nash_md", "rest", "generate", *others):
     (words,) = [words[1:] for words in SCRIPTS if words[0] == f"experiments.{script}"]
     words = [word for word in words if not word.startswith("--workdir=")]
     place = folder / "runs" / ("brief" if script == "ppo" else script)
@@ -294,7 +297,7 @@ def kill_after(start, mark: pathlib.Path, *words: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_method_of_ones_own_trains_and_resumes(folder, run, start):
+def test_a_method_of_ones_own_trains_and_resumes(folder, run, run_script, start):
   """`python remax.py` and `python -m remax`: the same weights, killed or not."""
   flags = ("--init_from=runs/sft", "--reward.name=my_parts:brevity", *SAMPLED[1:])
   flags = (*flags, "--steps=8", "--checkpoint_every=2")
@@ -317,13 +320,15 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, start):
   card = (folder / "runs/whole/export/README.md").read_text()
   assert "python -m remax --flagfile=RUN/flags" in card
 
-  run("-m", "remax", "--flagfile=runs/whole/flags", "--workdir=runs/repeated")
-  repeated = (folder / "runs/repeated/export/model.safetensors").read_bytes()
-  assert repeated == whole
+  repeat = ("remax", pathlib.Path("runs/repeated"), "--flagfile=runs/whole/flags")
+  finished = run_script(*repeat, package="")
+  assert finished.code == 0, finished.output
+  assert (folder / "runs/repeated/export/model.safetensors").read_bytes() == whole
   with open(folder / "remax.py", "a") as file:
     file.write("# Edited.\n")
-  output = run("remax.py", "--workdir=runs/whole", *flags, code=78)
-  assert "file of the script was" in output
+  finished = run_script(*repeat, package="")
+  assert finished.code == 78, finished.output
+  assert "file of the script was" in finished.output
 
 
 def test_help_of_a_method_of_ones_own(run):
@@ -342,6 +347,7 @@ def test_help_of_the_flags_teaches_it(script, flag):
   assert "in the working directory or on PYTHONPATH" in " ".join(text.split())
 
 
+@full
 def test_compile_takes_a_module_of_ones_own(folder, run):
   pytest.importorskip("libtpu")
   source = FILES["remax.py"]

@@ -89,7 +89,8 @@ def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whol
   assert texts_of(tmp_path / "run") == texts_of(whole("dpo"))
 
 
-@pytest.mark.parametrize("script", ["ppo", pytest.param("dpo", marks=full)])
+@full
+@pytest.mark.parametrize("script", ["ppo", "dpo"])
 def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole, sft_run):
   """Up to rounding, against a process with a single device, which sums in another order."""
   flags = first_flags(script, sft_run, devices=4)

@@ -4,8 +4,7 @@ import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
+import runpy
 
 import pytest
 
@@ -15,7 +14,7 @@ from rlhf_jax import flags, loop, workdir
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
-from tests.testing import define_flags
+from tests.testing import define_flags, forked
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "experiments"
 PAGE = (FOLDER / "PYTHON.md").read_text(encoding="utf-8")
@@ -31,25 +30,33 @@ MODEL = Model(layers=1, width=32, heads=2, mlp_width=32)
 """
 
 
-def run_file(path: pathlib.Path, repository: pathlib.Path) -> str:
+def _main(path: pathlib.Path, output: pathlib.Path) -> None:
+  """In the forked process: what `python FILE > OUTPUT` does in the folder of the file."""
+  with open(output, "wb") as file:
+    os.dup2(file.fileno(), 1)
+  os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
+  os.chdir(path.parent)
+  runpy.run_path(path.name, run_name="__main__")
+
+
+def run_file(path: pathlib.Path) -> str:
   """Output of a file of Python, run in its folder."""
-  env = os.environ | {"PYTHONPATH": str(repository)}
-  env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
-  command = [sys.executable, path.name]
-  done = subprocess.run(command, cwd=path.parent, env=env, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  output = path.with_suffix(".out")
+  process = forked(_main, path, output)
+  process.join(300)
+  assert process.exitcode == 0
+  return output.read_text()
 
 
 @pytest.mark.slow
-def test_the_code_of_the_page_runs(tmp_path, repository):
+def test_the_code_of_the_page_runs(tmp_path):
   (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
   assert len(code.splitlines()) <= 20
   code = re.sub(r"steps=\d+", "steps=2", code).replace("Config(steps", "Config(data=DATA, steps")
   code = code.replace("sft.Config(", "sft.Config(model=MODEL, ")
   code = code.replace("ppo.Config(", "ppo.Config(data=DATA, batch_size=8, ")
   (tmp_path / "mine.py").write_text(SMALL + code)
-  lines = run_file(tmp_path / "mine.py", repository).splitlines()
+  lines = run_file(tmp_path / "mine.py").splitlines()
   assert 0 <= float(lines[0].split()[0]) <= 1
   assert len(json.loads(lines[1])) == 2
   # The flags repeat a run, as if it had been a command.
@@ -65,14 +72,19 @@ def source(cell) -> str:
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, repository):
+def test_the_notebook_runs(tmp_path):
   tagged = [cell for cell in CELLS if "parameters" in cell["metadata"].get("tags", ())]
   (parameters,) = map(source, tagged)
   tiny = "SFT_STEPS = REWARD_STEPS = PPO_STEPS = 2\nHELD_OUT = 8\nFOLDER = 'runs/story'\n"
   assert set(re.findall(r"[A-Z_]{5,}", tiny)) == set(re.findall(r"[A-Z_]{5,}", parameters))
   cells = [tiny if cell in tagged else source(cell) for cell in CELLS]
-  (tmp_path / "story.py").write_text("\n\n".join(cells))
-  output = run_file(tmp_path / "story.py", repository)
+  code = "\n\n".join(cells).replace("DataConfig(eval_rows=HELD_OUT)", "DATA")
+  assert code.count("data=DATA") == 3
+  code = code.replace("data=DATA", "data=DATA, batch_size=8").replace(
+    "sft.Config(", "sft.Config(model=MODEL, "
+  )
+  (tmp_path / "story.py").write_text(SMALL + code)
+  output = run_file(tmp_path / "story.py")
   assert "win rate of PPO against SFT" in output
   assert output.count("gold reward") == 4
 

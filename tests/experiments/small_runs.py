@@ -44,9 +44,9 @@ SETTINGS = {
 }
 _ROWS = ("--data.rows=64", "--data.eval_rows=8")
 SIZES = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")
+_MODELS = ("--init_from=", "--model.path=", "--model.preset=")
 # What the fields of a training script's config do not say.
 _PARTICULAR = {
-  "sft": SIZES,
   "rest": ("--prompts=16", "--sampling.samples_per_prompt=4", "--rest.quantiles=0.3,0.6"),
   "evaluate": (*_ROWS, "--sampling.max_new_tokens=8"),
   "rlhf": (
@@ -58,6 +58,11 @@ _PARTICULAR = {
     *("--sft.model.layers=1", "--sft.model.width=32", "--sft.model.heads=2"),
   ),
 }
+
+
+def sizes(flags: Sequence[str]) -> tuple[str, ...]:
+  """Sizes of a model, if flags give none that has sizes of its own."""
+  return () if any(flag.startswith(_MODELS) for flag in flags) else SIZES
 
 
 def small(script: str, flags: Sequence[str]) -> list[str]:
@@ -72,6 +77,8 @@ def small(script: str, flags: Sequence[str]) -> list[str]:
       if sampling.samples_per_prompt > 1:
         usual["--sampling.samples_per_prompt"] = "2"
     base = usual | base
+  if script == "sft":
+    base |= dict(flag.split("=") for flag in sizes(flags))
   given = {flag.split("=")[0] for flag in flags}
   return [*(f"{name}={value}" for name, value in base.items() if name not in given), *flags]
 

@@ -211,6 +211,63 @@ def test_a_copy_in_the_computation_dtype_computes_the_same(case):
     jax.tree.map(np.testing.assert_array_equal, run(own, params=rounded), run(own, params=copy))
 
 
+def equations(jaxpr, times=1):
+  """Yields (equation, times that it runs) of a jaxpr and those inside; a while loop counts once."""
+  for equation in jaxpr.eqns:
+    runs = times * equation.params.get("length", 1) if equation.primitive.name == "scan" else times
+    yield equation, times
+    inner = lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")  # noqa: E731
+    for leaf in jax.tree.leaves(list(equation.params.values()), is_leaf=inner):
+      if inner(leaf):
+        yield from equations(getattr(leaf, "jaxpr", leaf), runs)
+
+
+def traced(model, config, rows):
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  prompts = np.zeros((rows, P), np.int32), np.ones((rows, P), bool), np.arange(rows)
+  return jax.make_jaxpr(sampler(model, config))(params, *prompts, jax.random.key(0)).jaxpr
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("layers", [2, 6])
+def test_the_loop_over_tokens_neither_casts_nor_cuts_weights(layers, slots):
+  """Layers are cut apart only by a loop over many of them."""
+  config = dataclasses.replace(TINY, layers=layers, width=32, mlp_width=48, dtype="bfloat16")
+  jaxpr = traced(build(config), dataclasses.replace(CONFIG, slots=slots), 3)
+  weights = {(32, 32), (32, 16), (16, 32), (32, 48), (48, 32), (V, 32)}
+  weights |= {(n, *shape) for n in (1, layers) for shape in weights}
+  loops = [found for found, _ in equations(jaxpr) if found.primitive.name == "while"]
+  body = [e for loop in loops for e, _ in equations(loop.params["body_jaxpr"].jaxpr)]
+  costly = ("convert_element_type", "slice", "dynamic_slice", "squeeze", "transpose", "copy")
+  costly = [
+    e
+    for e in body
+    if e.primitive.name in costly
+    and {x.aval.shape for x in e.invars if hasattr(x, "aval")} & weights
+  ]
+  assert len(body) > 100 and not costly
+
+
+def test_samples_of_a_prompt_share_its_prefill():
+  """Counted: with eight samples per prompt, prefill takes an eighth of the products."""
+
+  def products(samples, prompts, slots):
+    config = SamplingConfig(max_new_tokens=4, samples_per_prompt=samples, slots=slots)
+    total = 0
+    for found, runs in equations(traced(build(TINY), config, prompts)):
+      if found.primitive.name == "while":
+        break
+      if found.primitive.name == "dot_general":
+        (contracted, _), _ = found.params["dimension_numbers"]
+        left, out = found.invars[0].aval.shape, found.outvars[0].aval.shape
+        total += runs * np.prod(out) * np.prod([left[i] for i in contracted])
+    return total
+
+  one_each = products(1, 16, 0)
+  for slots in (0, 4):
+    assert 0 < products(8, 2, slots) * 8 <= one_each  # In slots there is less of the cache to read.
+
+
 def test_the_key_decides(case):
   first, again, other = run(case), run(case), run(case, key=1)
   jax.tree.map(np.testing.assert_array_equal, first, again)

@@ -100,8 +100,9 @@ def test_a_token_costs_two_forward_passes_and_two_caches(case):
   np.testing.assert_allclose(two[0] / one[0], 2.0, atol=0.1)
   assert two[1] == 2 * one[1]
   heads_and_depth = TINY.layers * TINY.kv_heads * TINY.head_dim
-  # Keys and values of each model in float32, and a flag, for each row and slot; one counter each.
-  assert two[1] == 2 * (8 * slots * (2 * 4 * heads_and_depth + 1) + 4)
+  # Keys and values of each model in float32, and a position, for each row and slot; one counter
+  # each.
+  assert two[1] == 2 * (8 * slots * (2 * 4 * heads_and_depth + 4) + 4)
 
 
 def test_another_mixture_compiles_nothing(case):

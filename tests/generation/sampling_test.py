@@ -1,11 +1,13 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.generation import SamplingConfig, adjust_logits, sample
+from rlhf_jax import preflight, sharding
+from rlhf_jax.generation import SamplingConfig, adjust_logits, sample, sampling
 
 DRAWS = 20_000
 # 0.9999 quantile of chi-square by degrees of freedom.
@@ -109,6 +111,117 @@ def test_frequencies(config):
   # The log-probability is that of the whole softmax, without top_k and top_p.
   whole = np.log(softmax(scaled))
   np.testing.assert_allclose(logprobs, whole[np.asarray(tokens)], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 16, 50, 257, 1000, 32_000, 50_257, 151_936])
+def test_blocks_hold_every_token_once_in_order(size):
+  count, width = jax.eval_shape(
+    sampling._blocks, jax.ShapeDtypeStruct((1, size), jnp.float32)
+  ).shape[1:]
+  assert count.bit_count() == 1 and size <= count * width < size + count
+  assert count + width <= 1 + 9 * size**0.5  # Far fewer than V random numbers.
+  if size <= 1000:
+    ids = np.asarray(sampling._blocks(jnp.arange(1.0, size + 1)[None]))[0]
+    np.testing.assert_array_equal(ids.ravel()[:size], np.arange(1, size + 1))
+    assert (ids.ravel()[size:] == -np.inf).all()
+
+
+@pytest.mark.parametrize(
+  "logits",
+  [
+    [0.0, 0.0, 0.0, 0.0],
+    [1.0, -1.0, 0.5, 2.0],
+    [5.0, -3.0, -np.inf, 0.0],
+    [30.0, 29.0, -np.inf, 27.0],
+  ],
+)
+def test_the_law_is_the_softmax_over_a_grid_of_noise(logits):
+  """Uniforms on a grid, for each of the two blocks and for each of the two tokens of a block."""
+  uniform = (np.arange(500) + 0.5) / 500
+  grid = np.stack(np.meshgrid(*[-np.log(-np.log(uniform))] * 2, indexing="ij"), -1).reshape(-1, 2)
+  rows = jnp.broadcast_to(jnp.float32(logits).reshape(1, 2, 2), (len(grid), 2, 2))
+  ranks = jax.nn.logsumexp(rows, axis=-1)
+  tokens = []
+  for block in (None, 0, 1):
+    noise = np.tile(grid, 2)
+    if block is not None:  # The draw within this block.
+      noise[:, :2] = np.where(np.arange(2) == block, 1e9, -1e9)
+    drawn, chosen = sampling._choose(rows, ranks, jnp.float32(noise))
+    np.testing.assert_array_equal(chosen, np.float32(logits)[np.asarray(drawn)])
+    tokens.append(np.bincount(drawn, minlength=4) / len(grid))
+  law = np.repeat(tokens[0].reshape(2, 2).sum(1), 2) * np.concatenate(
+    [tokens[1][:2], tokens[2][2:]]
+  )
+  np.testing.assert_allclose(law, softmax(logits), atol=5e-3)
+  assert (law[np.isneginf(logits)] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 37, 1000])
+def test_frequencies_over_a_large_vocabulary(size):
+  """Pearson's statistic of tokens that are expected often enough, and of all others together."""
+  rng = np.random.default_rng(size)
+  logits = np.where(rng.random(size) < 0.2, -np.inf, 3 * rng.normal(size=size)).astype(np.float32)
+  logits[size // 2] = 1.0
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(DRAWS))
+  rows = jnp.broadcast_to(logits, (DRAWS, size))
+  tokens, logprobs = jax.jit(sample, static_argnums=2)(rows, keys, SamplingConfig())
+  probs = softmax(logits)
+  np.testing.assert_allclose(logprobs, np.log(probs[np.asarray(tokens)]), rtol=1e-5, atol=1e-6)
+  counts, often = np.bincount(tokens, minlength=size), probs * DRAWS >= 5
+  assert counts[np.isneginf(logits)].sum() == 0
+  counts = np.append(counts[often], counts[~often].sum())
+  expected = DRAWS * np.append(probs[often], probs[~often].sum())
+  freedom = max(len(counts) - 1, 1)
+  statistic = np.sum((counts - expected) ** 2 / np.maximum(expected, 1e-9))
+  assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    SamplingConfig(),
+    SamplingConfig(temperature=0.0),
+    SamplingConfig(top_k=3),
+    SamplingConfig(top_p=0.9),
+  ],
+  ids=["plain", "greedy", "top_k", "top_p"],
+)
+def test_rows_without_a_finite_maximum_get_some_token_and_no_logprob(config):
+  rows = [[np.nan] * 11, [-np.inf] * 11, [np.inf] + [0.0] * 10, [0.0] * 10 + [np.nan], [0.0] * 11]
+  keys = jax.random.split(jax.random.key(0), len(rows))
+  tokens, logprobs = sample(jnp.float32(rows), keys, config)
+  assert ((np.asarray(tokens) >= 0) & (np.asarray(tokens) < 11)).all()
+  np.testing.assert_array_equal(np.isnan(logprobs), [True, True, True, True, False])
+
+
+ADJUSTED = [SamplingConfig(), SamplingConfig(temperature=0.0), SamplingConfig(top_p=0.9)]
+
+
+@pytest.mark.parametrize("config", ADJUSTED, ids=["plain", "greedy", "top_p"])
+def test_no_device_gathers_a_split_vocabulary(config):
+  rows, size = 8, 4096
+  mesh = sharding.make_mesh("data:2,tensor:4")
+  logits = 3 * jax.random.normal(jax.random.key(0), (rows, size))
+  keys = jax.random.split(jax.random.key(1), rows)
+  split = jax.device_put(logits, jax.NamedSharding(mesh, jax.P("data", "tensor")))
+  keys = jax.device_put(keys, jax.NamedSharding(mesh, jax.P("data")))
+  compiled = jax.jit(sample, static_argnums=2).lower(split, keys, config).compile()
+  blocks = jax.eval_shape(sampling._blocks, logits).shape
+  sent = [found.bytes for found in preflight.collectives(compiled.as_text())]
+  assert max(sent) <= 4 * rows * (blocks[1] + blocks[2])
+  got, expected = compiled(split, keys), sample(logits, keys, config)
+  np.testing.assert_array_equal(got[0], expected[0])
+  np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [*ADJUSTED, SamplingConfig(top_k=9, top_p=0.9)], ids=str)
+def test_a_token_costs_few_random_numbers_and_no_sort(config):
+  size = 32_000
+  rows, keys = jnp.zeros((2, size)), jax.random.split(jax.random.key(1), 2)
+  jaxpr = str(jax.make_jaxpr(sample, static_argnums=2)(rows, keys, config))
+  assert not re.search(rf"(sort\[|,{size}\] = cumsum)", jaxpr)
+  for shape in re.findall(r"random_bits\[[^\]]*shape=\(([\d, ]*)\)", jaxpr):
+    assert np.prod([int(n) for n in shape.split(",") if n.strip()]) < size / 20
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from rlhf_jax import sharding
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.attention import (
   NO_WINDOW,
+  attend_to_cache,
+  cached_attention,
   choose,
   cudnn_attention,
   make_attend,
@@ -313,3 +315,26 @@ _TPU_MODELS = {
     FAMILY_MODELS["gemma2"], width=256, heads=4, kv_heads=2, head_dim=128, windows=(64, None)
   ),
 }
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, 5.0)])
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_attention_to_a_cache_in_pieces(monkeypatch, window, softcap, length):
+  """Slots in any order, some empty, and queries of which some are padding."""
+  rng = np.random.default_rng(length)
+  rows, slots = 3, 48
+  q = rng.normal(size=(rows, length, 4, 8)).astype(np.float32)
+  k, v = rng.normal(size=(2, rows, 2, slots, 8)).astype(np.float32)
+  positions = np.argsort(rng.random((rows, slots)), axis=1) - 5
+  own = np.arange(length)[None] + 4
+  at = np.take_along_axis(positions, np.repeat(own, rows, axis=0), axis=1)
+  distance = at[:, :, None] - positions[:, None]
+  mask = (positions[:, None] >= 0) & (distance >= 0)
+  mask &= distance < (slots if window is None else window)
+  mask |= np.arange(slots)[None, None] == own[..., None]
+  options = {"scale": 0.3, "softcap": softcap}
+  expected = cached_attention(q, k, v, jnp.asarray(mask), **options)
+  monkeypatch.setattr("rlhf_jax.models.attention._QUERIES", 16)
+  positions = np.maximum(positions, -1)
+  got = attend_to_cache(q, k, v, (jnp.asarray(at), jnp.asarray(own)), positions, window, **options)
+  np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -423,7 +423,7 @@ def test_decoding_equals_teacher_forcing(name):
       np.testing.assert_allclose(logits[begun], full[begun, stop - 1], atol=1e-5)
       assert np.isfinite(logits).all()
       assert int(cache.index) == stop
-    np.testing.assert_array_equal(cache.mask, mask)
+    np.testing.assert_array_equal(cache.positions, np.where(mask, mask.cumsum(axis=1) - 1, -1))
 
   run(4, *range(5, width))  # A prefill, then one token at a time.
   run(4, 8, 12)  # A prefill in chunks.
@@ -447,6 +447,22 @@ def test_padding_between_decoded_tokens_changes_nothing(name):
     part = slice(start, stop)
     logits, cache = model.decode(params, tokens[:, part], cache, mask=mask[:, part])
   np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_prefill_takes_memory_linear_in_the_prompt():
+  config = dataclasses.replace(TINY, layers=1, windows=(), positions="rope")
+  model = build(config)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+
+  def temporaries(length):
+    prompts = jnp.zeros((2, length), jnp.int32), jnp.ones((2, length), bool)
+
+    def prefill(params, tokens, mask):
+      return model.decode(params, tokens, model.init_cache(2, length), mask=mask)
+
+    return jax.jit(prefill).lower(params, *prompts).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporaries(2048) <= 2.2 * temporaries(1024)
 
 
 def test_learned_positions_have_an_end():

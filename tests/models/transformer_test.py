@@ -128,12 +128,12 @@ def test_grouped_queries_equal_repeated_key_heads():
 
 def test_cache_repeats_rows_next_to_each_other():
   k = jnp.arange(6.0).reshape(1, 2, 3, 1, 1)
-  mask = jnp.array([[True, False, True], [False, True, True]])
-  cache = Cache(k, -k, mask, jnp.int32(2)).repeat(3)
+  positions = jnp.array([[0, -1, 1], [-1, 0, 1]])
+  cache = Cache(k, -k, positions, jnp.int32(2)).repeat(3)
   for i in range(6):
     np.testing.assert_array_equal(cache.k[:, i], k[:, i // 3])
     np.testing.assert_array_equal(cache.v[:, i], -k[:, i // 3])
-    np.testing.assert_array_equal(cache.mask[i], mask[i // 3])
+    np.testing.assert_array_equal(cache.positions[i], positions[i // 3])
   assert int(cache.index) == 2
 
 

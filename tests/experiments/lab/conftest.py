@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from experiments.lab import workbench
-from tests.experiments.small_runs import SIZES, small
+from tests.experiments.small_runs import sizes, small
 from tests.testing import on_devices, read_configs
 
 
@@ -16,7 +16,7 @@ def open_bench(tmp_path):
     stack.enter_context(on_devices(1))
 
     def open_one(script, kind, *flags, **options):
-      words = [f"--workdir={tmp_path / 'run'}", *small(script, [*SIZES, *flags])]
+      words = [f"--workdir={tmp_path / 'run'}", *small(script, [*sizes(flags), *flags])]
       configs = read_configs(f"experiments.{script}", words)
       return stack.enter_context(workbench.open(*configs, script, kind, **options))
 

@@ -21,7 +21,6 @@ The same command, run again, resumes a run that was stopped; no scored sample is
 
 import dataclasses
 
-import jax
 import numpy as np
 
 from experiments import records
@@ -91,9 +90,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
-  if not jax.config.values["jax_compilation_cache_dir"]:
-    # Every step is a separate run and compiles the programs of the previous one.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   rows: list[dict[str, float]] = []
   start = folder
   for g in range(config.grow_steps):

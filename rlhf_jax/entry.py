@@ -1,12 +1,15 @@
 """The entry point of a script: its flags, its exit code, and settings of the process it runs in."""
 
+import contextlib
 import ctypes
 import errno
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -112,6 +115,7 @@ def tune(*, quiet: bool = True) -> None:
   if quiet:
     logging.set_verbosity(logging.WARNING)
   _tune_for_cpu()
+  _keep_programs()
   # What was imported stays, and rows and traces are many objects with hardly any garbage.
   gc.freeze()
   gc.set_threshold(100_000, 20, 20)
@@ -273,6 +277,48 @@ def _compile_quickly() -> None:
   """
   given = os.environ.get("XLA_FLAGS", "")  # The last of two equal flags wins.
   os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {given}".strip()
+
+
+_PROGRAM_BYTES = 4 << 30  # A run of a large model adds about a tenth of it.
+
+
+def _keep_programs() -> None:
+  """Keeps compiled programs for later runs of this user, unless JAX was told where to keep them.
+
+  They are machine code. So they stay in the user's cache folder, which is left alone if another
+  user owns it or may write to it, and each kind of CPU has programs of its own.
+  """
+  if jax.config.values["jax_compilation_cache_dir"]:
+    return
+  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+  folder = home / "rlhf_jax" / "programs" / _cpu_digest()
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in (folder, folder.parent, folder.parent.parent):
+      status = path.stat()
+      if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        return
+    files = [(file.stat(), file) for file in folder.iterdir()]
+    kept = sum(status.st_size for status, _ in files)
+    for status, file in sorted(files, key=lambda pair: pair[0].st_mtime):
+      if kept <= _PROGRAM_BYTES:
+        break
+      file.unlink(missing_ok=True)
+      kept -= status.st_size
+  except OSError:  # No such folder can be made, or another process cleans up.
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _cpu_digest() -> str:
+  """Returns a name of the instructions that this CPU has."""
+  about = platform.machine()
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    about += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+  return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
 def _exit(error: BaseException) -> NoReturn:

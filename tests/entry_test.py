@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from rlhf_jax import entry
@@ -206,3 +207,48 @@ def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
   before = "" if plugins else "--xla_backend_optimization_level=1 "
   assert os.environ["XLA_FLAGS"] == before + given  # What was given comes last, and wins.
   assert len(kept) == (not plugins)
+
+
+@pytest.fixture
+def no_programs(tmp_path, monkeypatch):
+  """Cache folder of a user, with JAX keeping no programs."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: jax.config.values[name] for name in names}
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield tmp_path
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_programs_are_kept_where_nobody_else_writes(no_programs, monkeypatch):
+  entry._keep_programs()
+  folder = pathlib.Path(jax.config.values["jax_compilation_cache_dir"])
+  assert folder.parent == no_programs / "rlhf_jax" / "programs"
+  assert folder.stat().st_mode & 0o777 == 0o700
+  for i in range(4):
+    (folder / f"{i}-cache").write_bytes(bytes(100))
+    os.utime(folder / f"{i}-cache", (i, i))
+  monkeypatch.setattr(entry, "_PROGRAM_BYTES", 200)
+  jax.config.update("jax_compilation_cache_dir", None)
+  entry._keep_programs()
+  assert sorted(file.name for file in folder.iterdir()) == ["2-cache", "3-cache"]
+  jax.config.update("jax_compilation_cache_dir", "elsewhere")
+  entry._keep_programs()
+  assert jax.config.values["jax_compilation_cache_dir"] == "elsewhere"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_folder_that_others_may_write_to_keeps_no_programs(no_programs, depth):
+  entry._keep_programs()
+  folder = pathlib.Path(jax.config.values["jax_compilation_cache_dir"])
+  [folder, *folder.parents][depth].chmod(0o775)
+  jax.config.update("jax_compilation_cache_dir", None)
+  entry._keep_programs()
+  assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
+def test_without_a_place_programs_are_not_kept(no_programs):
+  (no_programs / "rlhf_jax").write_text("a file")
+  entry._keep_programs()
+  assert jax.config.values["jax_compilation_cache_dir"] is None

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -42,13 +43,22 @@ def flags_of(sft_run, reward_run):
 
 @pytest.fixture(scope="session")
 def whole(shared_root, shared_run, flags_of):
-  """`whole(script)`: workdir of a run that nothing stops; see `middle`."""
+  """`whole(script)`: workdir of a run that nothing stops; see `middle` and `compiled`."""
 
   def run(script) -> pathlib.Path:
     name, write = f"whole_{script}", writers.RunWriter.write
+    functions = []
+
+    def listen(event, _, **about):
+      if event.endswith("backend_compile_duration"):
+        functions.append(about.get("fun_name", ""))
 
     def write_and_copy(writer, step, scalars):
       write(writer, step, scalars)
+      if step == 3:
+        functions.append("later:")
+      elif step == STEPS - 1:  # Written after the last step and before its evaluation.
+        compiled(shared_root / name).write_text(json.dumps(functions))
       copy = middle(shared_root / name)
       if step == 4 and not copy.exists():
         # The checkpoint is written while the run goes on.
@@ -56,8 +66,12 @@ def whole(shared_root, shared_run, flags_of):
         wait_for(lambda: any("3.digest.json" in x for *_, x in os.walk(shared_root / name)), 60)
         shutil.copytree(shared_root / name, copy)
 
-    with mock.patch.object(writers.RunWriter, "write", write_and_copy):
-      return shared_run(name, script, *flags_of(script))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+      with mock.patch.object(writers.RunWriter, "write", write_and_copy):
+        return shared_run(name, script, *flags_of(script))
+    finally:
+      jax.monitoring.unregister_event_duration_listener(listen)
 
   return run
 
@@ -65,6 +79,11 @@ def whole(shared_root, shared_run, flags_of):
 def middle(workdir):
   """Copy of the workdir of a whole run as a kill in its fifth step would leave it."""
   return workdir.with_name(f"{workdir.name}.middle")
+
+
+def compiled(workdir):
+  """File with the functions that a whole run compiled; those of its last steps are `later:`."""
+  return workdir.with_name(f"{workdir.name}.compiled.json")
 
 
 def lines_of(workdir):
@@ -110,6 +129,17 @@ def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run, repository
   assert (session.workdir, config.steps) == (str(workdir), STEPS)
   if hasattr(config, "sampling"):
     assert list((workdir / "samples").glob("step_*.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", METHODS)
+def test_nothing_is_compiled_after_the_first_steps(script, whole):
+  both = json.loads(compiled(whole(script)).read_text())
+  functions = both[1 + both.index("later:") :]
+  assert len(functions) + 3 < len(both)
+  if any(word.startswith("--rollout.packed_length") for word in SETTINGS.get(script, ())):
+    functions = [name for name in functions if "step" not in name]  # For a new number of rows.
+  assert functions == []
 
 
 @pytest.mark.parametrize(

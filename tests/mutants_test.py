@@ -13,6 +13,7 @@ from tests.testing import full
 
 MUTANTS = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
 PARTS = (
+  "models",
   *("losses", "algorithms", "train_step", "generation", "rewards", "evaluation", "data"),
   "experiments",
 )

@@ -15,6 +15,7 @@ MUTANTS = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
 PARTS = (
   *("losses", "algorithms", "train_step", "generation", "rewards", "evaluation", "data"),
   "experiments",
+  "models",
 )
 # One in a compiled loss and one on the host.
 FEW = ("algorithms/nash_md/1", "evaluation/1")

@@ -145,7 +145,7 @@ def build(
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)
   init_norm, norm = _pure(Norm, config, config.width)
-  init_lm_head, lm_head = _pure(LanguageHead, config)
+  init_lm_head, lm_head = _pure(LanguageHead, config, matmul)
   init_score, score = _pure(ScalarHead, config)
   compute = jnp.dtype(config.dtype)
   passes = precision.of_device(config.precision, mesh)
@@ -178,7 +178,10 @@ def build(
     """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the head."""
     if config.tied:
       table = params["embedding"].astype(hidden.dtype)
-      logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+      if matmul is matmul_on_cpu and compute == jnp.float32:
+        logits = matmul(hidden, table.T)
+      else:
+        logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
     else:
       logits = lm_head(params, hidden)
     if config.logit_softcap is not None:

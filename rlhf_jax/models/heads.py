@@ -4,20 +4,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rlhf_jax.models.transformer import ModelConfig
+from rlhf_jax.models.transformer import Matmul, ModelConfig
 from rlhf_jax.types import Params
 
 
 class LanguageHead(nnx.Module):
   """Output projection of an untied model, accumulated in float32."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, matmul: Matmul = jnp.matmul, *, rngs: nnx.Rngs):
+    self.matmul = matmul
     shape = (config.width, config.vocab_size)
     self.kernel = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
     """[B, T, D] -> [B, T, V] float32."""
     kernel = self.kernel[...].astype(hidden.dtype)
+    if hidden.dtype == jnp.float32:
+      return self.matmul(hidden, kernel)
     return jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
 
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def started(
   log: pathlib.Path,
   cores: Sequence[int],
   env: Mapping[str, str] | None = None,
-) -> Iterator[Started]:
+) -> Generator[Started]:
   """Starts a program on some cores, and ends it.
 
   Args:
@@ -92,7 +92,7 @@ def started(
 
 
 @contextlib.contextmanager
-def _bound(cores: Sequence[int]) -> Iterator[None]:
+def _bound(cores: Sequence[int]) -> Generator[None]:
   """Binds this thread to cores; a process that it starts inherits it."""
   if not hasattr(os, "sched_setaffinity"):
     yield

@@ -240,7 +240,10 @@ class _Counter:
     flops = self._flops(name, instruction)
     if kind == "custom-call" and '"cost_estimate"' in instruction.rest:
       flops += float(re.findall(r'"flops":\s*"?(\d+)', instruction.rest)[0])
-    return Counts(flops, self._read(name, instruction) + self._written(name, instruction))
+    read, written = self._read(name, instruction), self._written(name, instruction)
+    if kind.endswith("-start") and kind != "all-reduce-start":
+      written = max(written - read, 0.0)  # Its result has its operands, too.
+    return Counts(flops, read + written)
 
   def _called(self, instruction: Instruction) -> Counts:
     called = called_by(instruction.rest, self._computations)

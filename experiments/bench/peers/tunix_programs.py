@@ -1,8 +1,8 @@
 """Train steps of tunix, compiled for TPUs that need not be there; writes what the compiler says.
 
-It is started with a JSON file and the names of works. For each work it writes a folder with the text
-of each compiled program and its memory, or the reason why it was not compiled. It needs libtpu, whose
-file TPU_LIBRARY_PATH names.
+It is started with a JSON file and the names of works. For each work it writes a folder with the
+text of each compiled program and its memory, or the reason why it was not compiled. It needs
+libtpu, whose file TPU_LIBRARY_PATH names.
 """
 
 import json

@@ -53,6 +53,8 @@ def measure_work(shape: Shape, work: str) -> dict[str, Any]:
     command = turns.ours(spec, work)
     with turns.started(command, folder / "log", turns.available_cores()) as process:
       answer = process.run()
+      if answer.get("compiles"):
+        raise measure.Recompiled(f"{work} compiled after the warm-up")
       return dict(process.facts["largest_program"]) | {"process": answer["peak_bytes"]}
 
 

@@ -213,7 +213,7 @@ def token_scores(
   if isinstance(logits, LazyLogits):
     chex.assert_equal_shape_prefix([logits.hidden, targets], 2)
     return _lazy_scores(logits, targets, ask)
-  return _measure(logits, targets, ask)
+  return _measure(logits, targets, ask)[0]
 
 
 def next_token_scores(
@@ -309,7 +309,19 @@ def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
   return -jnp.sum(weights * jnp.where(weights == 0, 0.0, logprobs))
 
 
-def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
+class _Norm(NamedTuple):
+  """Normaliser of a softmax, [...] each, in two parts that keep its digits.
+
+  Attributes:
+    highest: Maximum of the logits.
+    level: Logarithm of the sum of the exponentials of logits minus `highest`.
+  """
+
+  highest: jax.Array
+  level: jax.Array
+
+
+def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> tuple[TokenScores, _Norm]:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
   logits = masked.widen(logits) / ask.temperature
@@ -336,7 +348,7 @@ def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> TokenScores:
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))
-  return scores
+  return scores, _Norm(highest, level)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -348,22 +360,26 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def _cotangent(
   logits: jax.Array,
   targets: jax.Array,
+  norm: _Norm,
   by_logprob: jax.Array,
   by_entropy: jax.Array | None,
   temperature: float,
+  entropy: jax.Array | None = None,
 ) -> jax.Array:
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
-  dtype = logits.dtype
-  logits, fine = shifted(masked.widen(logits) / temperature)
-  powers = jnp.exp(logits)
-  total = jnp.sum(powers, axis=-1, keepdims=True)
-  by_logprob = jnp.where(fine, by_logprob, 0.0)[..., None] / temperature
-  result = jnp.where(_is_target(logits, targets), by_logprob, 0.0) - powers * (by_logprob / total)
+  dtype, fine = logits.dtype, jnp.isfinite(norm.highest)
+
+  def column(x: jax.Array) -> jax.Array:
+    return jnp.where(fine, x, 0.0)[..., None]
+
+  logits = masked.widen(logits) / temperature - column(norm.highest)
+  logs = jnp.where(fine[..., None], logits - column(norm.level), -jnp.inf)
+  probs = jnp.exp(logs)
+  by_logprob = column(by_logprob) / temperature
+  result = jnp.where(_is_target(logits, targets), by_logprob, 0.0) - probs * by_logprob
   if by_entropy is not None:
-    by_entropy = jnp.where(fine, by_entropy, 0.0)[..., None] / temperature
-    logits = jnp.where(powers > 0, logits, 0.0)
-    mean = jnp.sum(powers * logits, axis=-1, keepdims=True) / total
-    result -= powers * (logits - mean) * (by_entropy / total)
+    logs = jnp.where(probs > 0, logs, 0.0)
+    result -= probs * (logs + column(entropy)) * (column(by_entropy) / temperature)
   return result.astype(dtype)
 
 
@@ -403,26 +419,26 @@ def _scores_forward(lazy: LazyLogits, targets: jax.Array, ask: _Ask):
 
   def piece(carry, xs):
     logits = lazy.read_out(lazy.params, xs[0])
-    return carry, (_measure(logits, xs[1], ask), logits if keep else None)
+    return carry, (*_measure(logits, xs[1], ask), logits if keep else None)
 
-  _, (scores, logits) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
-  return scores, (lazy, targets, logits)
+  _, (scores, norm, logits) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
+  return scores, (lazy, targets, norm, scores.entropy, logits)
 
 
 def _scores_backward(ask: _Ask, saved, by: TokenScores):
-  lazy, targets, kept = saved
+  lazy, targets, norm, entropy, kept = saved
 
   def piece(total, xs):
-    hidden, targets, by_logprob, by_entropy, logits = xs
+    hidden, targets, norm, by_logprob, by_entropy, entropy, logits = xs
     # If logits are kept and linear in the hidden states, the compiler drops this product.
     again, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
     logits = again if logits is None else logits
     by_params, by_hidden = pull(
-      _cotangent(logits, targets, by_logprob, by_entropy, ask.temperature)
+      _cotangent(logits, targets, norm, by_logprob, by_entropy, ask.temperature, entropy)
     )
     return _add(total, by_params), by_hidden
 
-  inputs = (lazy.hidden, targets, by.logprobs, by.entropy, kept)
+  inputs = (lazy.hidden, targets, norm, by.logprobs, by.entropy, entropy, kept)
   params, hidden = _scan(piece, _zeros(lazy.params), inputs, _pieces(lazy))
   return _gradient(lazy, hidden, params), None
 
@@ -442,8 +458,9 @@ def _nll_forward(lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: 
   def piece(total, xs):
     hidden, targets, weights = xs
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    scores = _measure(logits, targets, ask)
-    by_params, by_hidden = pull(_cotangent(logits, targets, -weights, None, ask.temperature))
+    scores, norm = _measure(logits, targets, ask)
+    by_logits = _cotangent(logits, targets, norm, -weights, None, ask.temperature)
+    by_params, by_hidden = pull(by_logits)
     return _add(total, by_params), (by_hidden, scores)
 
   inputs = (lazy.hidden, targets, weights)

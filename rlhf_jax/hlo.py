@@ -115,17 +115,46 @@ def called_by(attributes: str, computations: Mapping[str, Any]) -> list[str]:
   return [name for name in called if name in computations]
 
 
-def trip_count(computations: dict[str, list[Instruction]], attributes: str) -> int | None:
-  """Trip count of a loop: as given by the compiler, or the bound of a counter from 0."""
+def trip_count(computations: Mapping[str, Sequence[Instruction]], attributes: str) -> int | None:
+  """Trip count of a loop: as given by the compiler, or from the bound of a counter from 0."""
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
     return int(known[1])
   condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
-  body = computations[condition[1]] if condition else []
-  root = next((i for i in body if i.root), None)
+  test = computations[condition[1]] if condition else []
+  root = next((i for i in test if i.root), None)
   if root is None or root.kind != "compare" or "direction=LT" not in root.rest:
     return None
-  bounds = [i.rest for i in body if i.kind == "constant" and f"%{i.name}" in root.rest]
-  return int(bounds[0].split(")")[0]) if len(bounds) == 1 else None
+  bounds = [i for i in test if i.kind == "constant" and f"%{i.name}" in root.rest]
+  counters = [i for i in test if i.kind == "get-tuple-element" and f"%{i.name}" in root.rest]
+  if len(bounds) != 1:
+    return None
+  step = _step(computations, attributes, _index(counters[0])) if len(counters) == 1 else 1
+  return -(-_constant(bounds[0]) // step)
+
+
+def _constant(instruction: Instruction) -> int:
+  return int(instruction.rest.split(")")[0])
+
+
+def _index(instruction: Instruction) -> int:
+  """Place of a get-tuple-element."""
+  match = re.search(r"\bindex=(\d+)", instruction.rest)
+  return int(match[1]) if match else 0
+
+
+def _step(computations: Mapping[str, Sequence[Instruction]], attributes: str, place: int) -> int:
+  """What the body of a loop adds to a counter: 2 after the compiler has unrolled it once, say."""
+  called = re.search(r"\bbody=%?([\w.\-]+)", attributes)
+  body = {i.name: i for i in computations[called[1]]} if called else {}
+  root = next((i for i in body.values() if i.root), None)
+  if root is None or root.kind != "tuple" or place >= len(operands(root)):
+    return 1
+  counter = body.get(operands(root)[place])
+  if counter is None or counter.kind != "add":
+    return 1
+  added = [body[name] for name in operands(counter) if name in body]
+  steps = [_constant(i) for i in added if i.kind == "constant"]
+  return steps[0] if len(steps) == 1 and steps[0] > 0 else 1
 
 
 def _collective(kind: str, instruction: Instruction, trips: tuple[int | None, ...]) -> Collective:
@@ -208,6 +237,7 @@ def count(hlo: str, unknown_trips: int = 1) -> Counts:
 # They move nothing, or their other half does.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "get-dimension-size"}
+_FREE_TARGETS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|Assume\w+)"')
 _CALLS = {"call", "async-start", "conditional", "while"}
 _ATTRIBUTE = re.compile(r"\bcalls=%?([\w.\-]+)")
 _ON_CHIP = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\d*\)[^}]*\}")
@@ -237,12 +267,17 @@ class _Counter:
       return Counts()
     if kind in _CALLS:
       return self._called(instruction)
+    if kind == "custom-call" and _FREE_TARGETS.search(instruction.rest):
+      return Counts()
     flops = self._flops(name, instruction)
     if kind == "custom-call" and '"cost_estimate"' in instruction.rest:
       flops += float(re.findall(r'"flops":\s*"?(\d+)', instruction.rest)[0])
     read, written = self._read(name, instruction), self._written(name, instruction)
-    if kind.endswith("-start") and kind != "all-reduce-start":
-      written = max(written - read, 0.0)  # Its result has its operands, too.
+    if kind.endswith("-start") and kind != "all-reduce-start":  # Its result has its operands, too.
+      written = max(written - read, 0.0)
+      if kind == "slice-start":
+        given = sum(_all_bytes(self._named[name][o].result) for o in operands(instruction))
+        read = min(read, _all_bytes(instruction.result) - given)
     return Counts(flops, read + written)
 
   def _called(self, instruction: Instruction) -> Counts:
@@ -262,7 +297,7 @@ class _Counter:
       return sum(self._flops(inside[1], inner) for inner in self._computations[inside[1]])
     if instruction.kind not in ("dot", "convolution"):
       return 0.0
-    shapes = [_shape(self._named[name][o].result) for o in _operands(instruction)[:2]]
+    shapes = [_shape(self._named[name][o].result) for o in operands(instruction)[:2]]
     result = _shape(instruction.result)
     if instruction.kind == "dot":
       axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
@@ -276,7 +311,7 @@ class _Counter:
       root = next(i for i in self._computations[inside[1]] if i.root)
       parts = [root]
       if root.kind == "tuple":
-        parts = [self._source(inside[1], o) for o in _operands(root)]
+        parts = [self._source(inside[1], o) for o in operands(root)]
       kinds = [part.kind for part in parts]
       if "dynamic-update-slice" in kinds or "scatter" in kinds:
         return sum(self._update(inside[1], part) for part in parts)
@@ -288,20 +323,20 @@ class _Counter:
     place = {"dynamic-update-slice": 1, "scatter": 2}.get(instruction.kind)
     if place is None:
       return _bytes(instruction.result)
-    return _bytes(self._named[name][_operands(instruction)[place]].result)
+    return _bytes(self._named[name][operands(instruction)[place]].result)
 
   def _source(self, name: str, operand: str) -> Instruction:
     """The instruction behind bitcasts."""
     instruction = self._named[name][operand]
-    while instruction.kind in ("bitcast", "copy") and _operands(instruction):
-      instruction = self._named[name][_operands(instruction)[0]]
+    while instruction.kind in ("bitcast", "copy") and operands(instruction):
+      instruction = self._named[name][operands(instruction)[0]]
     return instruction
 
   def _read(self, name: str, instruction: Instruction) -> float:
     """Bytes of HBM that an instruction reads."""
     return sum(
       self._read_operand(name, instruction, place, self._named[name][operand].result)
-      for place, operand in enumerate(_operands(instruction))
+      for place, operand in enumerate(operands(instruction))
       if operand in self._named[name]
     )
 
@@ -323,12 +358,12 @@ class _Counter:
     """Bytes that the users of a value inside a fusion read of it."""
     total = 0.0
     for user in self._computations[name]:
-      if value.name not in (operands := _operands(user)):
+      if value.name not in (names := operands(user)):
         continue
       if user.kind == "bitcast":
         total += self._read_inside(name, user, text)
       else:
-        total += self._read_operand(name, user, operands.index(value.name), text)
+        total += self._read_operand(name, user, names.index(value.name), text)
     return total
 
 
@@ -342,7 +377,7 @@ def _operand_names(rest: str) -> tuple[str, ...]:
   return tuple(re.findall(r"%([\w.\-]+)", rest))
 
 
-def _operands(instruction: Instruction) -> tuple[str, ...]:
+def operands(instruction: Instruction) -> tuple[str, ...]:
   """Names of the operands of an instruction."""
   return _operand_names(instruction.rest)
 

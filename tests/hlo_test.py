@@ -155,3 +155,36 @@ def test_products_slices_and_prefetches_of_the_tpu_compiler():
   kernel = 2 * 4 * 16 * 16 + 2 * 4 * 16 * 8
   update = 2 * 4 * 8 * 32
   assert moved == prefetch + product + attention + kernel + update
+
+
+# The compiler unrolls a loop of 8 once, and counts by 2.
+UNROLLED = """HloModule jit_f, is_scheduled=true
+
+%condition (p: (f32[4], u32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(8)
+  %p = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  %counter = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%counter, %bound), direction=LT
+}
+
+%body (q: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %q = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%q), index=0
+  %counter.1 = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %step = u32[]{:T(128)} constant(STEP)
+  %collective-permute.1 = f32[4]{0} collective-permute(%x), source_target_pairs={{0,1}}
+  %next = u32[]{:T(128)} add(%counter.1, %step)
+  ROOT %result = (f32[4]{0}, u32[]{:T(128)}) tuple(%collective-permute.1, %next)
+}
+
+ENTRY %main (init: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %init = (f32[4]{0}, u32[]{:T(128)}) parameter(0)
+  ROOT %while.1 = (f32[4]{0}, u32[]{:T(128)}) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize("step, trips", [(1, 8), (2, 4), (3, 3)])
+def test_trips_of_a_loop_that_counts_by_steps(step, trips):
+  (permute,) = hlo.collectives(UNROLLED.replace("STEP", str(step)))
+  assert permute.trips == (trips,)

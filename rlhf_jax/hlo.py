@@ -31,6 +31,9 @@ class Collective(NamedTuple):
 
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# The TPU compiler spreads an asynchronous collective over fusions that compute meanwhile. Each
+# fusion names the collective again, as do its start and its end.
+_PIECE = "async_collective_fusion"
 _HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(]+) .*\{$")
 # A type never contains a space, a word and "(" in a row, so the first such word is the kind.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
@@ -90,6 +93,10 @@ def _walk(
 ) -> Iterator[Collective]:
   for instruction in computations[name]:
     kind = instruction.kind.removesuffix("-start")
+    if kind in _KINDS and name.startswith(_PIECE):
+      continue  # It started elsewhere.
+    if instruction.name.startswith("async-collective-done"):
+      continue
     if kind in _KINDS and not (kind == "all-reduce" and name.startswith("all-reduce-scatter")):
       yield _collective(kind, instruction, trips)
       continue
@@ -308,16 +315,24 @@ class _Counter:
   def _written(self, name: str, instruction: Instruction) -> float:
     """Bytes that the result takes in HBM; of an update in place, those of the update."""
     if instruction.kind == "fusion" and (inside := _ATTRIBUTE.search(instruction.rest)):
+      if instruction.name.startswith("async-collective-done"):
+        return 0.0
       root = next(i for i in self._computations[inside[1]] if i.root)
-      parts = [root]
       if root.kind == "tuple":
-        parts = [self._source(inside[1], o) for o in operands(root)]
-      kinds = [part.kind for part in parts]
-      if "dynamic-update-slice" in kinds or "scatter" in kinds:
-        return sum(self._update(inside[1], part) for part in parts)
-    if instruction.kind in ("dynamic-update-slice", "scatter"):
-      return self._update(name, instruction)
-    return _bytes(instruction.result)
+        return sum(self._part(inside[1], operand) for operand in operands(root))
+      if root.kind in ("dynamic-update-slice", "scatter"):
+        return self._update(inside[1], root)
+      return _bytes(instruction.result)
+    return self._update(name, instruction)
+
+  def _part(self, name: str, operand: str) -> float:
+    """Bytes of a part of the result of a fusion."""
+    part = self._source(name, operand)
+    if part.kind == "parameter" or (name.startswith(_PIECE) and part.kind in _KINDS):
+      return 0.0  # It is passed on.
+    if part.kind in ("dynamic-update-slice", "scatter"):
+      return self._update(name, part)
+    return _bytes(self._named[name][operand].result)
 
   def _update(self, name: str, instruction: Instruction) -> float:
     place = {"dynamic-update-slice": 1, "scatter": 2}.get(instruction.kind)
@@ -347,6 +362,8 @@ class _Counter:
       return min(size, _all_bytes(user.result))
     if user.kind in ("dynamic-update-slice", "scatter") and place == 0:
       return 0.0
+    if user.name.startswith("async-collective-done"):
+      return 0.0
     if user.kind != "fusion" or not (inside := _ATTRIBUTE.search(user.rest)):
       return size
     body = self._computations[inside[1]]
@@ -360,6 +377,8 @@ class _Counter:
     for user in self._computations[name]:
       if value.name not in (names := operands(user)):
         continue
+      if user.kind == "tuple" or (name.startswith(_PIECE) and user.kind in _KINDS):
+        continue  # It is passed on.
       if user.kind == "bitcast":
         total += self._read_inside(name, user, text)
       else:

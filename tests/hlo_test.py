@@ -188,3 +188,51 @@ ENTRY %main (init: (f32[4], u32[])) -> (f32[4], u32[]) {
 def test_trips_of_a_loop_that_counts_by_steps(step, trips):
   (permute,) = hlo.collectives(UNROLLED.replace("STEP", str(step)))
   assert permute.trips == (trips,)
+
+
+# A gather of weights is spread over a product that does not need them, as the compiler spells it.
+SPREAD = """HloModule jit_f, is_scheduled=true
+
+%start (s: bf16[16,32]) -> (bf16[16,32], bf16[128,32]) {
+  %s = bf16[16,32]{1,0} parameter(0)
+  %all-gather.1 = bf16[128,32]{1,0} all-gather(%s), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %tuple.1 = (bf16[16,32]{1,0}, bf16[128,32]{1,0}) tuple(%s, %all-gather.1)
+}
+
+%async_collective_fusion.1 (x: bf16[16,32], y: bf16[128,32], a: bf16[8,64], b: bf16[64,32]) -> (bf16[8,32], bf16[16,32], bf16[128,32]) {
+  %x = bf16[16,32]{1,0} parameter(0)
+  %y = bf16[128,32]{1,0} parameter(1)
+  %a = bf16[8,64]{1,0} parameter(2)
+  %b = bf16[64,32]{1,0} parameter(3)
+  %convolution.1 = bf16[8,32]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  %all-gather.2 = bf16[128,32]{1,0} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %tuple.2 = (bf16[8,32]{1,0}, bf16[16,32]{1,0}, bf16[128,32]{1,0}) tuple(%convolution.1, %x, %all-gather.2)
+}
+
+%done (z: bf16[16,32], w: bf16[128,32]) -> bf16[128,32] {
+  %z = bf16[16,32]{1,0} parameter(0)
+  %w = bf16[128,32]{1,0} parameter(1)
+  ROOT %all-gather.3 = bf16[128,32]{1,0} all-gather(%z), channel_id=7, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (p: bf16[16,32], q: bf16[8,64], r: bf16[64,32]) -> bf16[128,32] {
+  %p = bf16[16,32]{1,0} parameter(0)
+  %q = bf16[8,64]{1,0} parameter(1)
+  %r = bf16[64,32]{1,0} parameter(2)
+  %async-collective-start = (bf16[16,32]{1,0}, bf16[128,32]{1,0}) fusion(%p), kind=kCustom, calls=%start
+  %shard = bf16[16,32]{1,0} get-tuple-element(%async-collective-start), index=0
+  %rows = bf16[128,32]{1,0} get-tuple-element(%async-collective-start), index=1
+  %fusion.1 = (bf16[8,32]{1,0}, bf16[16,32]{1,0}, bf16[128,32]{1,0}) fusion(%shard, %rows, %q, %r), kind=kOutput, calls=%async_collective_fusion.1
+  %shard.1 = bf16[16,32]{1,0} get-tuple-element(%fusion.1), index=1
+  %rows.1 = bf16[128,32]{1,0} get-tuple-element(%fusion.1), index=2
+  ROOT %async-collective-done = bf16[128,32]{1,0} fusion(%shard.1, %rows.1), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_collective_that_is_spread_over_fusions_is_one():
+  (gather,) = hlo.collectives(SPREAD)
+  assert gather == ("all-gather", "bf16[128,32]", 2 * 128 * 32 * 7 / 8, ())
+  flops, moved = hlo.count(SPREAD)
+  assert flops == 2 * 8 * 64 * 32
+  assert moved == 2 * (16 * 32 + 128 * 32) + 2 * (8 * 64 + 64 * 32 + 8 * 32)

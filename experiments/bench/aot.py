@@ -214,7 +214,7 @@ def show(content: Mapping[str, Any]) -> None:
   """Shows a table for each model and slice, in at most 80 columns."""
   for place, sides in content["results"].items():
     rows = {
-      f"{name}, {side}": _cells(row)
+      f"{name} {side}": _cells(row)
       for name in sorted({name for side in sides.values() for name in side})
       for side, programs in sides.items()
       if (row := programs.get(name)) is not None
@@ -224,15 +224,15 @@ def show(content: Mapping[str, Any]) -> None:
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
   if "refused" in row:
-    return {"peak GiB": "not compiled"}
+    return {"GiB": "none"}
   slowest = max(row["seconds"], key=row["seconds"].__getitem__)
   count = sum(kind["count"] for kind in row["collectives"].values())
   return {
-    "peak GiB": f"{row['peak'] / GIB:.2f}",
+    "GiB": f"{row['peak'] / GIB:.2f}",
     "TFLOP": f"{row['flops'] / 1e12:.3g}",
     "GB": f"{row['bytes'] / GB:.0f}",
     "sent GB": f"{row['sent'] / GB:.3g} ({count:.0f})",
-    "roofline s": f"{row['roofline']:.3g} {slowest}",
+    "roofline, s": f"{row['roofline']:.3g} {slowest}",
   }
 
 

@@ -111,7 +111,7 @@ def test_operations_and_bytes_of_compiled_programs():
 
 
 # Two products as the TPU compiler spells them: a plain one, from a prefetched operand on the chip,
-# and one of 4 heads, whose batch dimension is a dilated window. A kernel states its operations.
+# and one of 4 heads, whose batch dimension is a dilated window. A kernel states its operations, another is known.
 TPU_PRODUCTS = """HloModule jit_f, is_scheduled=true
 
 %fused (param_0.1: bf16[8,64], param_1.2: bf16[3,64,32]) -> f32[8,32] {
@@ -130,17 +130,20 @@ TPU_PRODUCTS = """HloModule jit_f, is_scheduled=true
   ROOT %dynamic-update-slice.1 = f32[6,8,32]{2,1,0:T(8,128)} dynamic-update-slice(%param_0.3, %bitcast.2, %constant.1, %constant.1, %constant.1)
 }
 
-ENTRY %main (a: bf16[8,64], b: bf16[3,64,32], c: f32[6,8,32], q: bf16[4,16,8], k: bf16[4,16,8]) -> f32[6,8,32] {
+ENTRY %main (a: bf16[8,64], b: bf16[3,64,32], c: f32[6,8,32], q: bf16[4,16,8], k: bf16[4,16,8], mask: s8[1,1,1]) -> f32[6,8,32] {
   %a = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[3,64,32]{2,1,0:T(8,128)(2,1)} parameter(1)
   %c = f32[6,8,32]{2,1,0:T(8,128)} parameter(2)
   %q = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} parameter(3)
   %k = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} parameter(4)
+  %mask = s8[1,1,1]{2,1,0:T(8,128)} parameter(5)
   %copy-start.1 = (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[8,64]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
   %copy-done.1 = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.1)
   %fusion.1 = f32[8,32]{1,0:T(8,128)} fusion(%copy-done.1, %b), kind=kOutput, calls=%fused
   %convolution.2 = bf16[4,16,16]{2,1,0:T(8,128)(2,1)} convolution(%q, %k), window={size=4 stride=3 lhs_dilate=4}, dim_labels=0bf_0oi->0bf
   %kernel.1 = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} custom-call(%convolution.2), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"cost_estimate": {"flops": "4096", "bytes_accessed": "8"}}}
+  %splash_mha_dq.1 = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} custom-call(%mask, %q, %k), custom_call_target="tpu_custom_call"
+  %buffer = bf16[4,16,8]{2,1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
   ROOT %fusion.2 = f32[6,8,32]{2,1,0:T(8,128)} fusion(%c, %fusion.1), kind=kLoop, calls=%update
 }
 """
@@ -149,12 +152,14 @@ ENTRY %main (a: bf16[8,64], b: bf16[3,64,32], c: f32[6,8,32], q: bf16[4,16,8], k
 def test_products_slices_and_prefetches_of_the_tpu_compiler():
   flops, moved = hlo.count(TPU_PRODUCTS)
   heads = 4 * 2 * 16 * 16 * 8
-  assert flops == 2 * 8 * 64 * 32 + heads + 4096
+  splash = 3 * 4 * 16 * 16 * 8
+  assert flops == 2 * 8 * 64 * 32 + heads + 4096 + splash
   prefetch, product = 2 * 8 * 64, 2 * 64 * 32 + 4 * 8 * 32
   attention = 2 * 2 * 4 * 16 * 8 + 2 * 4 * 16 * 16
   kernel = 2 * 4 * 16 * 16 + 2 * 4 * 16 * 8
   update = 2 * 4 * 8 * 32
-  assert moved == prefetch + product + attention + kernel + update
+  splash = 1 + 3 * 2 * 4 * 16 * 8
+  assert moved == prefetch + product + attention + kernel + splash + update
 
 
 # The compiler unrolls a loop of 8 once, and counts by 2.

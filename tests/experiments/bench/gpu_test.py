@@ -85,6 +85,7 @@ def test_results_are_shares_of_the_limits(quick, monkeypatch, tmp_path, capsys):
     assert text in shown
 
 
+@full
 def test_parts_of_an_iteration_are_all_of_it():
   """With a copy that takes no time, the rooflines are the operations of the iteration."""
   setup = set_up(gpu.Config(**TINY).shape())

@@ -91,9 +91,9 @@ class Config:
   def shape(self, **changes: Any) -> Shape:
     """Shape of the model, with the batches of a part."""
     names = ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_width", "dtype", "remat")
-    sizes = {"batch_size": self.ppo_rows, "prompt": self.prompt, "response": self.response}
-    sizes |= {"epochs": self.ppo_epochs, "minibatches": self.ppo_minibatches}
-    sizes |= {"samples_per_prompt": 1} | changes
+    sizes: dict[str, Any] = {"prompt": self.prompt, "response": self.response}
+    sizes |= {"batch_size": self.ppo_rows, "epochs": self.ppo_epochs}
+    sizes |= {"minibatches": self.ppo_minibatches, "samples_per_prompt": 1} | changes
     return Shape(**{name: getattr(self, name) for name in names}, **sizes)
 
   @property

@@ -9,7 +9,7 @@ import pathlib
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,12 +49,12 @@ class Recompiled(RuntimeError):
 
 
 @contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
+def compilations() -> Generator[list[str]]:
   """Names of the functions that are compiled inside, also those read from the compilation cache."""
   names: list[str] = []
 
-  def listen(event: str, seconds: float, /, **about: Any) -> None:
-    del seconds
+  def listen(event: str, duration_secs: float, **about: Any) -> None:
+    del duration_secs
     if event.endswith("backend_compile_duration"):
       names.append(str(about.get("fun_name", "")))
 

@@ -54,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish() -> None:
+  """Imported modules and collected tests stay: the collector need not look at them again."""
+  gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
   """The root of the source tree."""

@@ -377,7 +377,7 @@ def _cotangent(
   probs = jnp.exp(logs)
   by_logprob = column(by_logprob) / temperature
   result = jnp.where(_is_target(logits, targets), by_logprob, 0.0) - probs * by_logprob
-  if by_entropy is not None:
+  if by_entropy is not None and entropy is not None:
     logs = jnp.where(probs > 0, logs, 0.0)
     result -= probs * (logs + column(entropy)) * (column(by_entropy) / temperature)
   return result.astype(dtype)

@@ -290,3 +290,13 @@ def test_metrics_of_rankings_are_means_over_prompts_with_a_pair():
   }
   for name, value in want.items():
     np.testing.assert_allclose(metrics[f"reward/{name}"], value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, [[True], [True], [True], [False]]])
+def test_a_tie_counts_as_half_a_correct_pair(mask):
+  pairs = jnp.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+  metrics = reward_model.pair_metrics(
+    pairs if mask is None else pairs[:, None], None if mask is None else jnp.array(mask)
+  )
+  assert metrics["reward/accuracy"] == (0.5 if mask else (1 + 0.5 + 0.5) / 4)
+  assert metrics["reward/margin"] == 0

@@ -48,6 +48,7 @@ def interleaved(given, rounds):
 @pytest.fixture
 def quick(monkeypatch):
   """Times that are known, without models."""
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
   for name in ("sft_step", "generate", "ppo_iteration"):
     monkeypatch.setattr(works, name, lambda setup: setup.shape.response)
   monkeypatch.setattr(measure, "interleaved", interleaved)
@@ -107,7 +108,7 @@ def test_parts_without_time_are_dropped(capsys):
 
 def test_a_budget_that_is_spent_is_said(quick, monkeypatch, capsys):
   monkeypatch.setattr(gpu.Clock, "left", property(lambda clock: -1.0))
-  content = gpu.run(gpu.Config(**TINY, torch_python="python"))
+  content = gpu.run(gpu.Config(**TINY))
   assert not content["works"] and set(content["skipped"]) == {"torch", "train", "decode", "ppo"}
   assert "ppo: left out: -1 s left are too few" in capsys.readouterr().err
 

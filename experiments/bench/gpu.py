@@ -129,6 +129,17 @@ def sampling(setup: Setup) -> preflight.Work:
   return preflight.sampling(s.model, setup.run.mesh, s.batch_size, 1, s.prompt, s.response)
 
 
+def without_prefill(seconds: float, prefill: float) -> float:
+  """Seconds of all tokens but the first.
+
+  Raises:
+    Unavailable: They are too few to measure.
+  """
+  if prefill >= seconds:
+    raise turns.Unavailable("sampling takes no longer than its first token; raise --response")
+  return seconds - prefill
+
+
 def decode(config: Config, limits: measure.Limits) -> dict[str, dict[str, Any]]:
   """Sampling without the prefill, which is the time of sampling one token, against the copy."""
   rows = {}
@@ -138,7 +149,7 @@ def decode(config: Config, limits: measure.Limits) -> dict[str, dict[str, Any]]:
     row = timed(setup, works.generate, config.rounds)
     prefill = timed(first, works.generate, config.rounds)["median"]
     work, steps = sampling(setup), config.response - 1
-    seconds = max(row["median"] - prefill, 1e-9)
+    seconds = without_prefill(row["median"], prefill)
     row |= {
       "prefill": prefill,
       "decode": seconds,
@@ -196,7 +207,7 @@ def torch_side(config: Config, seconds: float) -> dict[str, dict[str, Any]]:
       answer = ask(command, deadline - time.monotonic())
       median = statistics.median(answer["seconds"])
       tokens = shape.batch_size * (shape.length if work == "sft" else shape.response - 1)
-      median = median if work == "sft" else max(median - answer["prefill"], 1e-9)
+      median = median if work == "sft" else without_prefill(median, answer["prefill"])
       rows[f"torch {name}"] = answer | {"median": median, "tokens_per_second": tokens / median}
   return rows
 

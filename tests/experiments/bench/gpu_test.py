@@ -138,7 +138,13 @@ def test_no_torch_is_a_reason(tmp_path):
     gpu.torch_side(gpu.Config(**TINY, torch_python=absent), 1.0)
 
 
+def test_too_few_tokens_are_said():
+  assert gpu.without_prefill(3.0, 1.0) == 2.0
+  with pytest.raises(turns.Unavailable, match="raise --response"):
+    gpu.without_prefill(1.0, 1.0)
+
+
 @full
 def test_all_parts_run_on_a_cpu():
-  content = gpu.run(gpu.Config(**TINY))
+  content = gpu.run(gpu.Config(**TINY | {"response": 64}))
   require_results(content)

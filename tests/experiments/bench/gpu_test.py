@@ -146,5 +146,5 @@ def test_too_few_tokens_are_said():
 
 @full
 def test_all_parts_run_on_a_cpu():
-  content = gpu.run(gpu.Config(**TINY | {"response": 64}))
+  content = gpu.run(gpu.Config(**TINY | {"response": 64, "rounds": 5}))
   require_results(content)

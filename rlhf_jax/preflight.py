@@ -6,20 +6,19 @@ operations counts the body of a loop once. So operations are counted here from t
 time is a roofline, a lower bound and not a prediction.
 """
 
-import collections
 import hashlib
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from rlhf_jax import sharding
+from rlhf_jax import hlo, sharding
 from rlhf_jax.models import ModelConfig
 
 _GIB = 2**30
@@ -79,159 +78,6 @@ def topology_devices(topology: str) -> tuple[Sequence[Any], Chip]:
       f"--topology={topology} cannot be compiled for ({reason}); it needs a shape that exists and"
       " libtpu: pip install 'rlhf_jax[tpu]'"
     ) from error
-
-
-class Collective(NamedTuple):
-  """One collective operation of a program.
-
-  Attributes:
-    kind: all-gather, all-reduce, reduce-scatter, all-to-all or collective-permute.
-    result: Type of the result on one device, such as bf16[4096,3584].
-    bytes: Bytes that each device sends per execution, with the ring algorithm.
-    trips: Trip count of each loop around it, outermost first; None if it is not known statically.
-  """
-
-  kind: str
-  result: str
-  bytes: float
-  trips: tuple[int | None, ...]
-
-  def total_bytes(self, unknown_trips: int = 1) -> float:
-    """Bytes that each device sends per run of the program, with a count for unknown loops."""
-    return self.bytes * math.prod(unknown_trips if n is None else n for n in self.trips)
-
-
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_HEADER = re.compile(r"(ENTRY\s+)?%?([^\s(]+) .*\{$")
-# A type never contains a space, a word and "(" in a row, so the first such word is the kind.
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations|calls)=\{([^}]*)\}")
-_ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([0-9,]*)\]")
-
-
-class _Instruction(NamedTuple):
-  root: bool
-  name: str
-  result: str
-  kind: str
-  rest: str  # Operands and attributes.
-
-
-def collectives(hlo: str) -> list[Collective]:
-  """Lists the collectives of a compiled program, `compiled.as_text()`, in call order.
-
-  The text may come from the CPU or the TPU compiler. The TPU compiler writes a reduce-scatter as an
-  all-reduce in a computation of that name; it counts as a reduce-scatter.
-  """
-  computations, entry = _parse(hlo)
-  return list(_walk(computations, entry, ()))
-
-
-def _parse(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:
-  computations: dict[str, list[_Instruction]] = {}
-  entry = name = ""
-  for line in hlo.splitlines():
-    if not line.startswith(" "):
-      header = _HEADER.match(line)
-      if header and not line.startswith("HloModule"):
-        name = header[2]
-        computations[name] = []
-        entry = name if header[1] else entry
-    elif name and (match := _INSTRUCTION.match(line)):
-      computations[name].append(_Instruction(bool(match[1]), *match.groups()[1:]))
-  if not entry:
-    raise ValueError("the text has no ENTRY computation; it is not that of a compiled program")
-  return computations, entry
-
-
-def _walk(
-  computations: dict[str, list[_Instruction]], name: str, trips: tuple[int | None, ...]
-) -> Iterator[Collective]:
-  for instruction in computations[name]:
-    kind = instruction.kind.removesuffix("-start")
-    if kind in _KINDS and not (kind == "all-reduce" and name.startswith("all-reduce-scatter")):
-      yield _collective(kind, instruction, trips)
-      continue
-    if "calls=%all-reduce-scatter" in instruction.rest:
-      called = re.search(r"calls=%([\w.\-]+)", instruction.rest)
-      inner = computations[called[1]] if called else []
-      reduce = next(i for i in inner if i.kind == "all-reduce")
-      scattered = instruction._replace(rest=reduce.rest)
-      yield _collective("reduce-scatter", scattered, trips)
-      continue
-    inside = trips
-    if kind == "while":
-      inside += (_trip_count(computations, instruction.rest),)
-    called = [match[1] for match in _CALLED.findall(instruction.rest)]
-    for names in _CALLED_LISTS.findall(instruction.rest):
-      called += [other.strip().lstrip("%") for other in names.split(",")]
-    for other in called:
-      if other in computations:
-        yield from _walk(computations, other, inside)
-
-
-def _trip_count(computations: dict[str, list[_Instruction]], attributes: str) -> int | None:
-  """Trip count of a loop: as given by the compiler, or the bound of a counter from 0."""
-  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', attributes):
-    return int(known[1])
-  condition = re.search(r"\bcondition=%?([\w.\-]+)", attributes)
-  body = computations[condition[1]] if condition else []
-  root = next((i for i in body if i.root), None)
-  if root is None or root.kind != "compare" or "direction=LT" not in root.rest:
-    return None
-  bounds = [i.rest for i in body if i.kind == "constant" and f"%{i.name}" in root.rest]
-  return int(bounds[0].split(")")[0]) if len(bounds) == 1 else None
-
-
-def _collective(kind: str, instruction: _Instruction, trips: tuple[int | None, ...]) -> Collective:
-  arrays = [(text, size) for text, size in _arrays(instruction.result) if text != "u32[]"]
-  if instruction.kind.endswith("-start") and kind != "all-reduce":
-    arrays = arrays[len(arrays) // 2 :]  # Operands come before results.
-  size = sum(size for _, size in arrays)
-  group = _group_size(instruction.rest)
-  sent = {
-    "all-gather": (group - 1) / group,
-    "all-reduce": 2 * (group - 1) / group,
-    "reduce-scatter": group - 1,
-    "all-to-all": (group - 1) / group,
-    "collective-permute": 1,
-  }[kind]
-  return Collective(kind, " ".join(text for text, _ in arrays), size * sent, trips)
-
-
-def _arrays(types: str) -> Iterator[tuple[str, float]]:
-  """Yields type and bytes of each array in the text of a type."""
-  for name, dimensions in _ARRAY.findall(types):
-    bits = re.search(r"\d+", name)
-    width = 8 if name == "pred" else int(bits[0]) if bits else 0
-    elements = math.prod(int(n) for n in dimensions.split(",") if n)
-    yield f"{name}[{dimensions}]", elements * width / 8
-
-
-def _group_size(attributes: str) -> int:
-  """Number of devices in one group of a collective; irrelevant for a permute."""
-  if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-    return int(match[1])
-  if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-    return len(match[1].split(","))
-  if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-  return 2
-
-
-def summarize(items: Iterable[Collective], unknown_trips: int = 1) -> dict[str, dict[str, float]]:
-  """Sums up collectives by kind: `count`, `in_loops`, and `bytes` that each device sends."""
-  rows: dict[str, dict[str, float]] = collections.defaultdict(
-    lambda: {"count": 0, "in_loops": 0, "bytes": 0.0}
-  )
-  for collective in items:
-    row = rows[collective.kind]
-    row["count"] += 1
-    row["in_loops"] += bool(collective.trips)
-    row["bytes"] += collective.total_bytes(unknown_trips)
-  return dict(rows)
 
 
 def forward_flops(
@@ -334,8 +180,9 @@ class Program(NamedTuple):
     peak: Peak memory, including arguments.
     beside: Size of other arrays that are in memory while it runs.
     compile_seconds: Compilation time.
-    flops: Operations of all devices; see `Work`.
-    collectives: Sums by kind of collective; see `summarize`.
+    flops: Operations of all devices that it needs at least; see `Work`.
+    counted: Operations and bytes of one device, counted in the compiled program.
+    collectives: Sums by kind of collective; see `hlo.summarize`.
     seconds: Minimum time to compute, to read the memory, and to send.
   """
 
@@ -346,6 +193,7 @@ class Program(NamedTuple):
   beside: int
   compile_seconds: float
   flops: float
+  counted: dict[str, float]
   collectives: dict[str, dict[str, float]]
   seconds: dict[str, float]
 
@@ -366,7 +214,7 @@ class _Compiled(NamedTuple):
   refused: str  # The compiler's reason if it failed; the other fields are then unset.
   seconds: float
   memory: Any = None
-  collectives: Sequence[Collective] = ()
+  text: str = ""
   output_shardings: Any = None
 
 
@@ -419,7 +267,8 @@ class Preflight:
     input_ids = {id(leaf) for leaf in inputs}
     beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in input_ids])
     memory = compiled.memory
-    sent = sum(collective.total_bytes(work.steps) for collective in compiled.collectives)
+    collectives = hlo.collectives(compiled.text)
+    sent = sum(collective.total_bytes(work.steps) for collective in collectives)
     moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
     moved += work.steps * work.bytes_per_step
     program = Program(
@@ -430,7 +279,8 @@ class Preflight:
       beside=beside,
       compile_seconds=compiled.seconds,
       flops=work.flops,
-      collectives=summarize(compiled.collectives, work.steps),
+      counted=hlo.count(compiled.text, work.steps)._asdict(),
+      collectives=hlo.summarize(collectives, work.steps),
       seconds={
         "compute": work.flops / self.mesh.size / self.chip.flops,
         "memory": moved / self.chip.hbm_bandwidth,
@@ -452,17 +302,23 @@ def _compile(lowered: jax.stages.Lowered) -> _Compiled:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    reason = re.search(r"[^:]*exceeds available HBM \([^)]*\)", str(error))
-    if reason is None:
+    reason = refusal(str(error))
+    if not reason:
       raise
-    return _Compiled(reason[0].strip(), time.monotonic() - start)
+    return _Compiled(reason, time.monotonic() - start)
   return _Compiled(
     "",
     time.monotonic() - start,
     compiled.memory_analysis(),
-    collectives(compiled.as_text() or ""),
+    compiled.as_text() or "",
     compiled.output_shardings,
   )
+
+
+def refusal(message: str) -> str:
+  """Part of the compiler's message that says by how much a program is too large; else empty."""
+  reason = re.search(r"[^:]*exceeds available HBM \([^)]*\)", message)
+  return reason[0].strip() if reason else ""
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -62,6 +62,11 @@ class Peer(NamedTuple):
   how: str = ""
   same_loss: bool = False
 
+  @property
+  def label(self) -> str:
+    """Name of the folder of its virtual environment."""
+    return self.requirements[-1].replace("==", "_").replace(".*", "")
+
 
 PEERS: Mapping[str, Peer] = {
   "torch": Peer("torch_by_hand.py", _TORCH, WORKS, same_loss=True),
@@ -280,8 +285,7 @@ def run(config: Config) -> dict[str, Any]:
         return turns.ours(spec, work)
       peer = PEERS[name]
       if peer.requirements not in pythons:
-        label = peer.requirements[-1].replace("==", "_").replace(".*", "")
-        pythons[peer.requirements] = make_environment(environments / label, peer.requirements)
+        pythons[peer.requirements] = make_environment(environments / peer.label, peer.requirements)
       called = f"{work}:{peer.how}" if peer.how else work
       python = str(pythons[peer.requirements])
       return [python, str(HERE / "peers" / peer.program), str(spec), called]

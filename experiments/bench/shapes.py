@@ -23,6 +23,7 @@ class Shape:
     layers: Number of transformer blocks.
     width: Width of the model.
     heads: Number of attention heads.
+    kv_heads: Number of key and value heads; 0 is that of attention heads.
     mlp_width: Width of the MLPs.
     dtype: Dtype of the computation; params and optimizer state stay float32.
     remat: Activations that the backward pass recomputes; see experiments.sft.
@@ -40,6 +41,7 @@ class Shape:
   layers: int = 4
   width: int = 256
   heads: int = 4
+  kv_heads: int = 0
   mlp_width: int = 1024
   dtype: Literal["float32", "bfloat16"] = "float32"
   remat: Literal["none", "full", "dots"] = "none"
@@ -54,9 +56,11 @@ class Shape:
 
   def __post_init__(self):
     names = [field.name for field in dataclasses.fields(Shape) if field.type in (int, "int")]
-    ranges.check(self, at_least_one=[name for name in names if name != "seed"])
+    ranges.check(self, at_least_one=[n for n in names if n not in ("seed", "kv_heads")])
     if self.width % (2 * self.heads):
       raise ValueError(f"width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+    if self.kv_heads and self.heads % self.kv_heads:
+      raise ValueError(f"kv_heads {self.kv_heads} must divide heads={self.heads}")
     for name in ("samples_per_prompt", "minibatches"):
       if self.batch_size % getattr(self, name):
         raise ValueError(f"{name} must divide batch_size={self.batch_size}")
@@ -74,7 +78,7 @@ class Shape:
       layers=self.layers,
       width=self.width,
       heads=self.heads,
-      kv_heads=self.heads,
+      kv_heads=self.kv_heads or self.heads,
       head_dim=self.width // self.heads,
       mlp_width=self.mlp_width,
       max_length=2 * self.length,

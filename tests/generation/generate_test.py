@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import preflight, sharding
+from rlhf_jax import hlo, sharding
 from rlhf_jax.generation import SamplingConfig, ended, make_generate, sample, stop_text
 from rlhf_jax.models import ModelConfig, build, hf
 from tests.testing import compilations
@@ -173,7 +173,7 @@ def test_no_token_waits_for_weights():
     def gathered(places, model=model, mesh=mesh, prompts=prompts):
       generate = sampler(model, dataclasses.replace(CONFIG, max_new_tokens=4))
       lowered = generate.lower(sharding.abstract(shapes, places), *prompts, jax.random.key(0))
-      found = preflight.collectives(lowered.compile().as_text())
+      found = hlo.collectives(lowered.compile().as_text())
       decoding = [c for c in found if None in c.trips and c.kind == "all-gather"]
       least = 4 * smallest / mesh.shape["tensor"] / 2  # In bytes; a ring of two sends half.
       return [c for c in decoding if c.bytes >= least]

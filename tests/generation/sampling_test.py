@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import preflight, sharding
+from rlhf_jax import hlo, sharding
 from rlhf_jax.generation import SamplingConfig, adjust_logits, sample, sampling
 
 DRAWS = 20_000
@@ -207,7 +207,7 @@ def test_no_device_gathers_a_split_vocabulary(config):
   keys = jax.device_put(keys, jax.NamedSharding(mesh, jax.P("data")))
   compiled = jax.jit(sample, static_argnums=2).lower(split, keys, config).compile()
   blocks = jax.eval_shape(sampling._blocks, logits).shape
-  sent = [found.bytes for found in preflight.collectives(compiled.as_text())]
+  sent = [found.bytes for found in hlo.collectives(compiled.as_text())]
   assert max(sent) <= 4 * rows * (blocks[1] + blocks[2])
   got, expected = compiled(split, keys), sample(logits, keys, config)
   np.testing.assert_array_equal(got[0], expected[0])

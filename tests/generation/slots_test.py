@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import preflight, sharding
+from rlhf_jax import hlo, sharding
 from rlhf_jax.generation import (
   MixtureParams,
   SamplingConfig,
@@ -183,7 +183,7 @@ def test_a_mesh_samples_the_same_and_moves_one_prompt_at_a_time():
   compiled = generate(model.decode, model.init_cache).lower(*inputs).compile()
   heads = TINY.kv_heads // 2
   row = 4 * (2 * TINY.layers * heads * P * TINY.head_dim + V)  # Bytes: cache and logits.
-  sent = [c for c in preflight.collectives(compiled.as_text()) if None in c.trips]
+  sent = [c for c in hlo.collectives(compiled.as_text()) if None in c.trips]
   assert sent and max(c.bytes for c in sent) <= 2 * row
   expected, _ = both(alone, params, config)
   np.testing.assert_array_equal(compiled(*inputs).tokens, expected.tokens)

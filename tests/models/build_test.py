@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlhf_jax import preflight, sharding
+from rlhf_jax import hlo, sharding
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
 from rlhf_jax.models.attention import dense_attention
@@ -609,9 +609,9 @@ def test_on_a_mesh_weights_come_to_the_rows():
   def sent_by_layers(model):
     loss = lambda params, tokens: jnp.sum(model.apply(params, tokens)[..., 0])  # noqa: E731
     step = jax.jit(jax.grad(loss), out_shardings=places)
-    found = preflight.collectives(step.lower(params, rows).compile().as_text())
+    found = hlo.collectives(step.lower(params, rows).compile().as_text())
     assert {c.trips for c in found if c.trips} == {(6,)}
-    return preflight.summarize(c for c in found if c.trips)
+    return hlo.summarize(c for c in found if c.trips)
 
   layer = jax.tree.map(lambda x: 4 * x.size / config.layers, shapes["layers"])
   kernels = sum(jax.tree.leaves((layer["attention"], layer["mlp"])))

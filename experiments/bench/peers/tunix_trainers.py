@@ -85,7 +85,7 @@ def config_of(spec):
     hidden_dim=shape["mlp_width"],
     num_heads=shape["heads"],
     head_dim=shape["width"] // shape["heads"],
-    num_kv_heads=shape["heads"],
+    num_kv_heads=shape["kv_heads"] or shape["heads"],
     rope_theta=10_000,
     norm_eps=1e-5,
     weight_tying=False,

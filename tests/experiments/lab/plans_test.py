@@ -35,7 +35,7 @@ def compiler(monkeypatch):
       rung = (config.model.remat, getattr(getattr(config, algorithm), "microbatches", 1))
       tried.append((mesh, *rung))
       stopped = verdict(mesh, *rung)
-      program = preflight.Program("train", 1, 1, 1, 0, 0.0, 0.0, {}, {"compute": seconds(mesh)})
+      program = preflight.Program("train", 1, 1, 1, 0, 0.0, 0.0, {}, {}, {"compute": seconds(mesh)})
       refused = f"{stopped}: too large" if stopped else ""
       return plans.Plan(mesh, *rung, [program], refused, stopped)
 

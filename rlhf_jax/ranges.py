@@ -22,6 +22,7 @@ def check(
   below_one: Sequence[str] = (),
   above_zero: Sequence[str] = (),
   one_of: Mapping[str, Collection[Any]] | None = None,
+  among: Mapping[str, Collection[Any]] | None = None,
 ) -> None:
   """Refuses a config with a field outside its range; for `__post_init__`.
 
@@ -36,6 +37,7 @@ def check(
     below_one: Names of fields that must be in [0, 1).
     above_zero: Names of fields that must be in (0, 1].
     one_of: Field name -> its known values.
+    among: Field name -> the known values of its items.
 
   Raises:
     ValueError: A field is outside its range. The message starts with the name of the field.
@@ -59,3 +61,7 @@ def check(
     value = getattr(config, name)
     if value not in known:
       raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+  for name, known in (among or {}).items():
+    for value in getattr(config, name):
+      if value not in known:
+        raise ValueError(f"{name} must be among {', '.join(map(str, known))}, got {value!r}")

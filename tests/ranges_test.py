@@ -19,6 +19,7 @@ class Ranges:
   above_zero: float = 1.0
   unset: float | None = None
   loss: str = "ipo"
+  works: tuple[str, ...] = ("sft",)
 
   def __post_init__(self):
     ranges.check(
@@ -30,6 +31,7 @@ class Ranges:
       below_one=("below_one",),
       above_zero=("above_zero",),
       one_of={"loss": {"sigmoid": 0, "ipo": 1}},
+      among={"works": ("sft", "dpo")},
     )
 
 
@@ -45,6 +47,7 @@ class Ranges:
     ({"below_one": 1.0}, "below_one must be in [0, 1), got 1.0"),
     ({"above_zero": 0.0}, "above_zero must be in (0, 1], got 0.0"),
     ({"loss": "hinge"}, "loss must be one of sigmoid, ipo, got 'hinge'"),
+    ({"works": ("dpo", "ppo")}, "works must be among sft, dpo, got 'ppo'"),
   ],
 )
 def test_a_field_outside_its_range_is_named(changes, message):
@@ -53,7 +56,8 @@ def test_a_field_outside_its_range_is_named(changes, message):
   assert str(error.value) == message
 
 
-NUMBERS = tuple(field.name for field in dataclasses.fields(Ranges) if field.name != "loss")
+WORDS = ("loss", "works")
+NUMBERS = tuple(field.name for field in dataclasses.fields(Ranges) if field.name not in WORDS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

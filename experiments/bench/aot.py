@@ -73,12 +73,9 @@ class Config:
   show: str = ""
 
   def __post_init__(self):
-    ranges.check(self, at_least_one=("prompt", "response"), non_negative=("batch_size",))
     known = {"works": WORKS, "presets": PRESETS, "peer_dtypes": ("float32", "bfloat16")}
-    for name, values in known.items():
-      for value in getattr(self, name):
-        if value not in values:
-          raise ValueError(f"{name} must be among {', '.join(values)}, got {value!r}")
+    positive, counts = ("prompt", "response"), ("batch_size",)
+    ranges.check(self, at_least_one=positive, non_negative=counts, among=known)
 
 
 Row = dict[str, Any]
@@ -252,11 +249,7 @@ def run(config: Config) -> dict[str, Any]:
   jax.config.update("jax_platforms", "cpu")  # JAX would look for a TPU otherwise.
   jax.config.update("jax_enable_compilation_cache", False)  # No use without the devices.
   results: dict[str, Any] = {}
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment(),
-    "results": results,
-  }
+  content = measure.content_of(config, results=results)
   peer = compare.PEERS["tunix"]
   environment = pathlib.Path(config.environments).expanduser() / peer.label
   for topology in config.topologies:

@@ -36,7 +36,7 @@ from experiments.bench import measure, turns
 from experiments.bench.shapes import Shape, part_of, set_up
 from experiments.bench.turns import Unavailable
 from experiments.bench.works import OPTIM
-from rlhf_jax import flags, ranges, reporting
+from rlhf_jax import ranges, reporting
 from rlhf_jax.models import hf
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -105,11 +105,8 @@ class Config(Shape):
 
   def __post_init__(self):
     super().__post_init__()
-    ranges.check(self, at_least_one=("rounds",), non_negative=("cores",))
-    for name, known in (("works", WORKS), ("peers", PEERS)):
-      for value in getattr(self, name):
-        if value not in known:
-          raise ValueError(f"{name} must be among {', '.join(known)}, got {value!r}")
+    known = {"works": WORKS, "peers": PEERS}
+    ranges.check(self, at_least_one=("rounds",), non_negative=("cores",), among=known)
 
 
 def make_environment(folder: pathlib.Path, requirements: Sequence[str]) -> pathlib.Path:
@@ -295,12 +292,8 @@ def run(config: Config) -> dict[str, Any]:
 
     chosen = {name: PEERS[name] for name in config.peers}
     results, skipped = compare(config.works, chosen, command_of, start, config.rounds)
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment() | {"cores": len(cores)},
-    "results": results,
-    "skipped": skipped,
-  }
+  content = measure.content_of(config, results=results, skipped=skipped)
+  content["environment"]["cores"] = len(cores)
   show(content)
   measure.write_json(config.json, content)
   return content

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.bench import measure, turns, works
 from experiments.bench.shapes import Setup, Shape, set_up
-from rlhf_jax import flags, preflight, ranges, reporting
+from rlhf_jax import preflight, ranges, reporting
 
 PROGRAM = pathlib.Path(__file__).resolve().parent / "peers" / "torch_on_device.py"
 GOALS = {"train": 0.5, "decode": 0.65, "ppo": 1.6}
@@ -283,14 +283,9 @@ def run(config: Config) -> dict[str, Any]:
   except turns.Unavailable as error:
     skipped["torch"] = str(error)
   limits = measure.measure_limits(config.dtype)
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment(),
-    "limits": limits._asdict(),
-    "goals": GOALS,
-    "works": rows,
-    "skipped": skipped,
-  }
+  content = measure.content_of(
+    config, limits=limits._asdict(), goals=GOALS, works=rows, skipped=skipped
+  )
   for part in PARTS:
     try:
       rows |= clock.run(part.name, lambda part=part: part.measure(config, limits))

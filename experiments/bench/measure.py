@@ -223,6 +223,11 @@ def largest_program() -> dict[str, Any]:
   return largest
 
 
+def content_of(config: Any, **results: Any) -> dict[str, Any]:
+  """Returns the content of a JSON file: the config, the environment, and results."""
+  return {"config": flags.to_dict(config), "environment": environment(), **results}
+
+
 def write_json(path: str, content: Mapping[str, Any]) -> None:
   """Writes the results, if there is a path."""
   if path:

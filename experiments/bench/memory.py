@@ -8,7 +8,6 @@ The names are those of experiments.bench.start_up.
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from experiments.bench import measure, turns
 from experiments.bench.ours import WORKS
 from experiments.bench.shapes import Shape, part_of
-from rlhf_jax import flags, reporting
+from rlhf_jax import ranges, reporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,7 @@ class Config(Shape):
 
   def __post_init__(self):
     super().__post_init__()
-    for work in self.works:
-      if work not in WORKS:
-        raise ValueError(f"works must be among {', '.join(WORKS)}, got {work!r}")
+    ranges.check(self, among={"works": WORKS})
     for size in self.vocabularies:
       if size < 1:
         raise ValueError(f"vocabularies must be at least 1, got {size}")
@@ -46,12 +43,7 @@ class Config(Shape):
 def measure_work(shape: Shape, work: str) -> dict[str, Any]:
   """Runs a work in a process of its own and returns the bytes of its largest program and peak."""
   with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
-    spec = folder / "spec.json"
-    content = {"shape": dataclasses.asdict(shape), "cores": 0}
-    spec.write_text(json.dumps(content), encoding="utf-8")
-    command = turns.ours(spec, work)
-    with turns.started(command, folder / "log", turns.available_cores()) as process:
+    with turns.started_ours(shape, work, pathlib.Path(name)) as process:
       answer = process.run()
       if answer.get("compiles"):
         raise measure.Recompiled(f"{work} compiled after the warm-up")
@@ -75,11 +67,7 @@ def run(config: Config) -> dict[str, Any]:
       for name, row in rows.items()
     },
   )
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment(),
-    "works": rows,
-  }
+  content = measure.content_of(config, works=rows)
   measure.write_json(config.json, content)
   return content
 

@@ -20,7 +20,7 @@ import jax
 from experiments.bench import measure
 from experiments.bench.shapes import Shape, part_of, set_up
 from experiments.bench.works import OPTIM
-from rlhf_jax import checkpoint, flags, ranges, reporting
+from rlhf_jax import checkpoint, ranges, reporting
 from rlhf_jax.train_step import init_state, make_optimizer
 
 
@@ -84,12 +84,7 @@ def run(config: Config) -> dict[str, Any]:
       for key, row in rows.items()
     },
   )
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment(),
-    "bytes": size,
-    "works": rows,
-  }
+  content = measure.content_of(config, bytes=size, works=rows)
   measure.write_json(config.json, content)
   return content
 

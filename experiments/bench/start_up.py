@@ -7,16 +7,14 @@ those of train steps sft, reward_model and dpo, generate, and the iterations ppo
 """
 
 import dataclasses
-import json
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 from experiments.bench import measure, turns
 from experiments.bench.ours import WORKS
 from experiments.bench.shapes import Shape, part_of
-from rlhf_jax import flags, reporting
+from rlhf_jax import ranges, reporting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +31,16 @@ class Config(Shape):
 
   def __post_init__(self):
     super().__post_init__()
-    for work in self.works:
-      if work not in WORKS:
-        raise ValueError(f"works must be among {', '.join(WORKS)}, got {work!r}")
+    ranges.check(self, among={"works": WORKS})
 
 
 def time_start(shape: Shape, work: str, folder: pathlib.Path) -> dict[str, Any]:
   """Starts a work, with the compilation cache in `folder`, and returns what it says."""
-  spec = folder / "spec.json"
-  content = {"shape": dataclasses.asdict(shape), "cores": 0, "started": time.time()}
-  spec.write_text(json.dumps(content), encoding="utf-8")
   cache = {
     "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
-  command, log = turns.ours(spec, work), folder / "log"
-  with turns.started(command, log, turns.available_cores(), cache) as process:
+  with turns.started_ours(shape, work, folder, cache) as process:
     return dict(process.facts)
 
 
@@ -70,11 +62,7 @@ def run(config: Config) -> dict[str, Any]:
       for work, row in rows.items()
     },
   )
-  content = {
-    "config": flags.to_dict(config),
-    "environment": measure.environment(),
-    "works": rows,
-  }
+  content = measure.content_of(config, works=rows)
   measure.write_json(config.json, content)
   return content
 

@@ -1,13 +1,17 @@
 """Processes that do a piece of work by order: starting them, and speaking with them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
+
+from experiments.bench.shapes import Shape
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -89,6 +93,16 @@ def started(
   finally:
     process.kill()
     process.communicate()
+
+
+def started_ours(
+  shape: Shape, work: str, folder: pathlib.Path, env: Mapping[str, str] | None = None
+) -> contextlib.AbstractContextManager[Started]:
+  """Starts our side of a work, by itself on all cores, with its files in a folder."""
+  spec = folder / "spec.json"
+  content = {"shape": dataclasses.asdict(shape), "started": time.time()}
+  spec.write_text(json.dumps(content), encoding="utf-8")
+  return started(ours(spec, work), folder / "log", available_cores(), env)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 
+_SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 
 
@@ -64,7 +65,7 @@ class ModelOptions:
   extrapolate: bool = ranges.rare(False)
 
   def __post_init__(self):
-    for name in ("layers", "width", "heads", "mlp_width", "logit_chunk"):
+    for name in (*_SIZES, "logit_chunk"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
     if self.preset and self.path:
@@ -83,8 +84,7 @@ class ModelOptions:
   def sizes(self) -> list[str]:
     """Names of the sizes of a new model that were set."""
     fields = {field.name: field.default for field in dataclasses.fields(self)}
-    sizes = ("layers", "width", "heads", "mlp_width")
-    return [name for name in sizes if getattr(self, name) != fields[name]]
+    return [name for name in _SIZES if getattr(self, name) != fields[name]]
 
 
 def model_folder(path: str) -> pathlib.Path | None:

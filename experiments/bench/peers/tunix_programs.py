@@ -13,10 +13,10 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from optax_optimizer import optimizer_of
 from tunix.models.llama3 import model as llama
 from tunix.sft import peft_trainer
 from tunix.sft.dpo import dpo_trainer
@@ -50,20 +50,6 @@ def shard_activations():
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
   llama.shard = shard
-
-
-def optimizer_of(spec):
-  settings = spec["optimizer"]
-  return optax.chain(
-    optax.clip_by_global_norm(settings["max_grad_norm"]),
-    optax.adamw(
-      settings["learning_rate"],
-      b1=settings["b1"],
-      b2=settings["b2"],
-      eps=settings["eps"],
-      weight_decay=0.0,
-    ),
-  )
 
 
 def absent(module, mesh):

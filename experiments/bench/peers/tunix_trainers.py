@@ -6,9 +6,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import protocol
 from flax import nnx
+from optax_optimizer import optimizer_of
 from tunix.generate import sampler as sampler_lib
 from tunix.models.llama3 import model as llama
 from tunix.models.llama3 import params as llama_params
@@ -99,20 +99,6 @@ def load(spec):
   )
 
 
-def optimizer(spec):
-  settings = spec["optimizer"]
-  return optax.chain(
-    optax.clip_by_global_norm(settings["max_grad_norm"]),
-    optax.adamw(
-      settings["learning_rate"],
-      b1=settings["b1"],
-      b2=settings["b2"],
-      eps=settings["eps"],
-      weight_decay=0.0,
-    ),
-  )
-
-
 def whole_rows(tokens):
   """Positions and causal mask of rows without padding."""
   rows, length = tokens.shape
@@ -135,7 +121,7 @@ def orders(peer, batch, trained, count, **facts):
 def sft(peer, facts):
   policy, tokens = load(peer.spec), jnp.array(peer.spec["tokens"])[:, 0]
   trainer = peft_trainer.PeftTrainer(
-    policy, optimizer(peer.spec), peft_trainer.TrainingConfig(eval_every_n_steps=NEVER)
+    policy, optimizer_of(peer.spec), peft_trainer.TrainingConfig(eval_every_n_steps=NEVER)
   )
 
   def inputs(batch):
@@ -158,7 +144,7 @@ def dpo(peer, facts):
   trainer = dpo_trainer.DPOTrainer(
     policy,
     load(spec),
-    optimizer(spec),
+    optimizer_of(spec),
     dpo_trainer.DPOTrainingConfig(eval_every_n_steps=NEVER, beta=0.1),
   )
   parts = {
@@ -218,8 +204,8 @@ def cluster_of(spec, rows, **models):
       role_to_mesh=dict.fromkeys(used, mesh()),
       rollout_engine="vanilla",
       training_config=clusters.RLTrainingConfig(
-        actor_optimizer=optimizer(spec),
-        critic_optimizer=optimizer(spec) if "critic" in models else None,
+        actor_optimizer=optimizer_of(spec),
+        critic_optimizer=optimizer_of(spec) if "critic" in models else None,
         eval_every_n_steps=NEVER,
         max_steps=NEVER,
         mini_batch_size=rows // spec["minibatches"],

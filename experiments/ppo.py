@@ -111,8 +111,13 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
     config,
     reading.make_actor_critic_read(actor.apply, temperature),
     reading.make_read(bench.model.apply, temperature),
-    lambda rollout, scores, policy, ref: ppo.make_batch(
-      rollout, scores, policy.values, ref, config.ppo
+    lambda ready: ppo.make_batch(
+      ready.rollout,
+      ready.scores,
+      ready.policy.values,
+      ready.ref_logprobs,
+      config.ppo,
+      token_rewards=ready.token_rewards,
     ),
   )
 

@@ -29,11 +29,11 @@ prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 import dataclasses
 from typing import Any
 
-from experiments.lab import comparison, evaluating, given_rows, judges, limits, line_files, models
 from rlhf_jax import defaults, entry, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
+from .lab import comparison, evaluating, given_rows, judges, limits, line_files, models
 
 
 @dataclasses.dataclass(frozen=True)

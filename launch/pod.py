@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from . import names
+
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
   "devices", 0, "CPU devices per process; 0 uses the existing devices.", lower_bound=0
@@ -84,4 +86,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+  __doc__ = names.as_typed(__doc__)
   app.run(main)

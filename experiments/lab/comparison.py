@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import evaluating
 from rlhf_jax import data, evaluation, plots, reporting
+from . import evaluating
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-from experiments import records
-from experiments.lab import models
 from rlhf_jax import (
   data,
   flags,
@@ -13,6 +11,8 @@ from rlhf_jax import (
   rewards,
   user,
 )
+from .. import records
+from . import models
 
 
 @dataclasses.dataclass(frozen=True)

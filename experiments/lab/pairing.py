@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import judges
-from experiments.lab.case import Case
-from experiments.lab.responses import Responses
-from experiments.lab.training import Trainer
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards
 from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import Params, Rollout
+from . import judges
+from .case import Case
+from .responses import Responses
+from .training import Trainer
+from .workbench import Workbench
 
 
 def make_trainer(bench: Workbench) -> Trainer:

@@ -89,7 +89,7 @@ _SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compi
 def read_job(words: Sequence[str]) -> Job:
   """Builds the job from the flags and the words after the --."""
   if not words:
-    raise JobError("no script is given; write it after --, such as: -- sft")
+    raise JobError("no script is given; write it after --, such as: -- experiments.sft")
   try:
     extra = tuple(shlex.split(_EXTRA.value))
   except ValueError as error:
@@ -166,7 +166,7 @@ def check_flags(job: Job) -> None:
 
 def preflight_command(job: Job) -> tuple[str, ...]:
   """Command that compiles the programs of the job for its absent slice."""
-  algorithm = job.module.removeprefix("rlhf_jax.experiments.")
+  algorithm = names.module_of(job.module).removeprefix("rlhf_jax.experiments.")
   if not job.hardware.is_tpu or job.slices > 1:
     raise JobError("--preflight compiles for one slice of TPUs; leave it out")
   session = tuple(f"--{name}=" for name in _SESSION_FLAGS)

@@ -1,12 +1,12 @@
-"""The command `rlhf-jax`: the scripts, the launcher and the sweep by their names, in any folder.
+"""The command `rlhf-jax`: scripts, launcher and sweep by name, in any folder.
 
   rlhf-jax sft --workdir=runs/sft
   rlhf-jax ppo --help
   rlhf-jax launch --to=slurm -- sft --workdir=runs/sft
   rlhf-jax sweep --study=runs/sweep --space=dpo -- dpo --init_from=runs/sft
 
-Completion of the names of commands and of their flags, to write again after an update:
-  rlhf-jax completion bash > ~/.local/share/bash-completion/completions/rlhf-jax
+Completion of commands and of their flags, to write again after an update:
+  rlhf-jax completion bash > FILE  # And `source FILE` in ~/.bashrc.
   rlhf-jax completion zsh > FOLDER/_rlhf-jax  # A folder of $fpath.
 """
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import importlib
+import importlib.util
+import pathlib
 import re
-import types
 from collections.abc import Mapping
 
 from rlhf_jax import flags, loop
@@ -65,31 +66,16 @@ def render(shell: str, known: Mapping[str, str]) -> str:
 
 
 def flags_of(module: str) -> list[str]:
-  """Returns the flags of a command as they are typed: `--steps=`, and `--extragradient` alone.
-
-  A launcher whose extra is not installed has none.
-  """
-  try:
-    page = importlib.import_module(module)
-  except ImportError:
-    return []
-  if hasattr(page, "make_parser"):
-    names = re.findall(r"^ +(--\w+)", page.make_parser().format_help(), re.MULTILINE)
-    return sorted({f"{name}=" for name in names} | {"--help"})
-  registry = _registry(page)
-  found = registry.get_flags_for_module(page) or [registry[name] for name in registry]
-  named = {f"--{flag.name}{'' if flag.boolean else '='}" for flag in found}
-  return sorted(named | {"--flagfile=", "--help", "--helpfull"})
-
-
-def _registry(page: types.ModuleType) -> flags.flags.FlagValues:
-  """Returns the flags of a script, which it defines when it is run, or those of a launcher."""
-  config = getattr(page, "Config", None)
-  options = config or getattr(page, "Options", None)
-  if options is None:
-    return flags.flags.FLAGS
-  registry = flags.flags.FlagValues()
-  flags.define(options, flag_values=registry)
-  if config and "workdir" not in {field.name for field in dataclasses.fields(config)}:
-    flags.define(loop.Session, flag_values=registry)
-  return registry
+  """Returns the flags of a command as they are typed: `--steps=`, and `--extragradient` alone."""
+  if module.startswith("rlhf_jax.launch."):
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    # Not imported: launchers share names of flags, and the sweep needs an extra.
+    source = pathlib.Path(spec.origin).read_text(encoding="utf-8")
+    found = re.findall(r'\b(?:DEFINE_(\w+)|add)\(\s*"(?:--)?(\w+)"', source)
+    return sorted({"--help", *(f"--{name}{'=' * (kind != 'bool')}" for kind, name in found)})
+  page = importlib.import_module(module)
+  classes = [getattr(page, "Config", None) or page.Options]
+  if hasattr(page, "Config") and "workdir" not in {f.name for f in dataclasses.fields(page.Config)}:
+    classes.append(loop.Session)
+  return sorted({*flags.names(*classes), "--flagfile=", "--help", "--helpfull"})

@@ -88,7 +88,7 @@ def test_dry_run_shows_and_does_nothing(launch, tmp_path):
   done = launch("--to=slurm", "--dry_run", "--", *words)
   assert (done.returncode, done.stderr) == (0, "")
   lines = done.stdout.splitlines()
-  assert lines[0] == "# ppo: experiments.ppo on CPU"
+  assert lines[0] == "# ppo: rlhf_jax.experiments.ppo on CPU"
   assert f"# {workdir}/launch.sbatch" in lines
   assert f"$ sbatch {workdir}/launch.sbatch" in lines
   assert not workdir.exists()
@@ -145,7 +145,7 @@ def test_a_wrong_flag_of_the_script_is_not_submitted(launch, tmp_path):
   done = launch(*arguments, PATH=f"{tmp_path}:{os.environ['PATH']}")
   assert done.returncode == 64
   assert done.stderr == (
-    "experiments.sft: unknown flag --stesp; did you mean --steps?; nothing was submitted\n"
+    "rlhf_jax.experiments.sft: unknown flag --stesp; did you mean --steps?; nothing was submitted\n"
   )
   assert not (tmp_path / "submitted").exists() and not (tmp_path / "sft").exists()
   again = launch(*arguments[:-1], PATH=f"{tmp_path}:{os.environ['PATH']}")
@@ -179,7 +179,8 @@ def test_preflight_compiles_what_the_job_runs():
   )
   job = Job(module="experiments.dpo", flags=flags, accelerator="v5litepod-16")
   command = run.preflight_command(job)
-  assert command[1:5] == ("-m", "experiments.compile", "--algorithm=dpo", "--topology=v5e:4x4")
+  compiles = ("-m", "rlhf_jax.experiments.compile", "--algorithm=dpo", "--topology=v5e:4x4")
+  assert command[1:5] == compiles
   assert command[5:] == flags[2:]
   with pytest.raises(JobError, match="--preflight compiles for one slice"):
     run.preflight_command(Job(module="experiments.dpo", flags=("--workdir=x",)))

@@ -192,20 +192,31 @@ def build(
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
 
   to_logits = precision.within(passes, to_logits)
+  parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def to_logits_by_part(copies: Params, hidden: jax.Array) -> jax.Array:
+    """`to_logits` by a copy of the params for each part of the rows; see `rows_copies`."""
+    by_part = hidden.reshape(parts, -1, *hidden.shape[1:])
+    logits = jax.vmap(to_logits)(copies, sharding.constrain(by_part, mesh, sharding.ROWS))
+    return logits.reshape(*hidden.shape[:2], -1)
 
   def read_out(params: Params, hidden: jax.Array, chunk: int | None = None, scored: int = 0) -> Any:
     hidden = norm(params["final_norm"], hidden)
     scores = None if head == "language" else score(params["score"], hidden)
     if head == "scalar":
       return scores
-    output = {"embedding": params["embed"]["embedding"]} if config.tied else params["lm_head"]
+    name, leaf = ("embed", "embedding") if config.tied else ("lm_head", "kernel")
+    output = {name: {leaf: params[name][leaf]}}
     logits: jax.Array | LazyLogits
     if chunk is None:
-      logits = to_logits(output, hidden)
+      logits = to_logits(output[name], hidden)
     else:
+      to_some = to_logits
+      if mesh is not None and mesh.shape["fsdp"] > 1 and len(hidden) % parts == 0:
+        to_some, output = to_logits_by_part, sharding.rows_copies(output, mesh, compute)
       kept = max(1, chunk // config.vocab_size)
       size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
-      logits = LazyLogits(hidden, output, to_logits, min(kept, size), kept, scored)
+      logits = LazyLogits(hidden, output[name], to_some, min(kept, size), kept, scored)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:

@@ -136,10 +136,9 @@ def show(summary: dict[str, float]) -> None:
 
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
-  settings, rows = case.config.reward_model, 2 * case.config.batch_size
+  settings = case.config.reward_model
   make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
-  batch = case.tokens(2, case.length)
-  case.offline(case.bench.trainer(make_step), batch, rows=rows, scored=False)
+  case.offline(case.bench.trainer(make_step), case.pairs(), scored=False)
 
 
 if __name__ == "__main__":

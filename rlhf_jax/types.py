@@ -45,6 +45,22 @@ class PackedBatch(NamedTuple):
   real: jax.Array
 
 
+class SharedBatch(NamedTuple):
+  """K responses to each prompt in one row: the prompt once, then each response, then padding.
+
+  Attributes:
+    tokens: [B, T] int32.
+    mask: [B, K, S] bool, as if each response had a row of S tokens with its prompt: True on its
+      tokens.
+    places: [B, K, S] int32, places in `tokens` of the tokens of such a row, in order; T stands for
+      padding.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  places: jax.Array
+
+
 class ComparisonBatch(NamedTuple):
   """Two responses a and b to each prompt, one after the other in both orders.
 
@@ -91,6 +107,11 @@ class UnpairedBatch(NamedTuple):
   mask: jax.Array
   desirable: jax.Array
   mismatched: TokenBatch
+
+
+# Two responses to each prompt: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected, mask
+# [B, 2, T] on responses; or several pairs packed in a row; or the prompt once for both.
+PairBatch = TokenBatch | PackedBatch | SharedBatch
 
 
 class TrainState(NamedTuple):

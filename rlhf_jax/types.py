@@ -50,10 +50,8 @@ class SharedBatch(NamedTuple):
 
   Attributes:
     tokens: [B, T] int32.
-    mask: [B, K, S] bool, as if each response had a row of S tokens with its prompt: True on its
-      tokens.
-    places: [B, K, S] int32, places in `tokens` of the tokens of such a row, in order; T stands for
-      padding.
+    mask: [B, K, S] bool for separate rows of S tokens, prompt and response: True on the response.
+    places: [B, K, S] int32, places in `tokens` of the tokens of separate rows; T is padding.
   """
 
   tokens: jax.Array

@@ -292,9 +292,9 @@ def partner(examples: Sequence[Arrays], index: int) -> int:
 def _shared(dataset: Dataset, indices: np.ndarray, pad_id: int) -> SharedBatch:
   """Returns rows of a prompt and all of its responses."""
   length = dataset.shared_length
-  tokens = np.full([len(indices), length], pad_id, np.int32)
+  tokens: Any = np.full([len(indices), length], pad_id, np.int32)
   _, mask = _sequences(dataset, indices, pad_id)
-  places = np.full(mask.shape, length, np.int32)
+  places: Any = np.full(mask.shape, length, np.int32)
   for row, example in enumerate(_at(dataset, indices)):
     prompt = end = len(example["prompt"])
     tokens[row, :prompt] = example["prompt"]

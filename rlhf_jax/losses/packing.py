@@ -5,6 +5,8 @@ arrays by sequence. Padded sequences that are already on the devices are packed 
 by `places`, `pack` and `take`.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -96,6 +98,13 @@ def reunite(x: jax.Array, first: jax.Array) -> jax.Array:
   """[B * K, S, ...] -> [B, T, ...]: reads each token of shared rows at its `first_places`."""
   x = x.reshape(len(first), -1, *x.shape[2:])
   return jnp.take_along_axis(x, first.reshape(*first.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def apart(
+  function: Callable[..., jax.Array], places: jax.Array, first: jax.Array
+) -> Callable[..., jax.Array]:
+  """Turns a function of arrays [B * K, S, ...] into one of arrays [B, T, ...] of shared rows."""
+  return lambda *arrays: reunite(function(*(separate(x, places) for x in arrays)), first)
 
 
 def first_fit(lengths: jax.Array, row_length: int) -> tuple[jax.Array, jax.Array]:

@@ -207,18 +207,20 @@ def build(
     scores = None if head == "language" else score(params["score"], hidden)
     if head == "scalar":
       return scores
-    name, leaf = ("embed", "embedding") if config.tied else ("lm_head", "kernel")
-    output = {name: {leaf: params[name][leaf]}}
+    output = {"embedding": params["embed"]["embedding"]} if config.tied else params["lm_head"]
     logits: jax.Array | LazyLogits
     if chunk is None:
-      logits = to_logits(output[name], hidden)
+      logits = to_logits(output, hidden)
     else:
       to_some = to_logits
-      if mesh is not None and mesh.shape["fsdp"] > 1 and len(hidden) % parts == 0:
-        to_some, output = to_logits_by_part, sharding.rows_copies(output, mesh, compute)
+      # The table of a tied model is split over V: a device computes its part of the logits of all
+      # rows, and weights stay where they are.
+      if not config.tied and mesh and mesh.shape["fsdp"] > 1 and len(hidden) % parts == 0:
+        copies = sharding.rows_copies({"lm_head": output}, mesh, compute)
+        to_some, output = to_logits_by_part, copies["lm_head"]
       kept = max(1, chunk // config.vocab_size)
       size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
-      logits = LazyLogits(hidden, output[name], to_some, min(kept, size), kept, scored)
+      logits = LazyLogits(hidden, output, to_some, min(kept, size), kept, scored)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:
@@ -249,21 +251,15 @@ def build(
     if places is not None:
       first = packing.first_places(places, tokens.shape[1])
       positions = first % places.shape[2]
-    elif positions is None:
+    if positions is None:
       segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
       positions = segment_positions(segments)
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
     def attend_within(window):
-      if places is None:
-        return lambda q, k, v: attend(q, k, v, segment_ids, window)
-
-      def attend_apart(*qkv: jax.Array) -> jax.Array:
-        """Attends as in rows of single responses; everything else is computed once per token."""
-        apart = (packing.separate(x, places) for x in qkv)
-        return packing.reunite(attend(*apart, None, window), first)
-
-      return attend_apart
+      within = lambda q, k, v: attend(q, k, v, segment_ids, window)  # noqa: E731
+      # As in rows of single responses; everything else is computed once per token.
+      return within if places is None else packing.apart(within, places, first)
 
     def layer(x: jax.Array, xs):
       return by_rows(run_layer(x, positions, frequencies, xs, attend_within)[0]), None

@@ -666,8 +666,8 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(name):
 @pytest.mark.parametrize("name", ["sft", "nash_md"])
 def test_the_loop_over_tokens_sends_no_weights(name):
   """Devices gather the output matrix before it, and sum its gradient after it."""
-  config = dataclasses.replace(CONFIG, vocab_size=48, layers=1, tied=name == "sft")
-  mesh, size = mesh_of("fsdp:8"), config.vocab_size * config.width
+  config = dataclasses.replace(CONFIG, vocab_size=48, layers=1, tied=False)
+  mesh = mesh_of("fsdp:8")
   model = build(config, logit_chunk=3 * config.vocab_size, mesh=mesh)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   places = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
@@ -681,8 +681,7 @@ def test_the_loop_over_tokens_sends_no_weights(name):
   assert " while(" in text
   found = hlo.collectives(text)
   assert not [collective for collective in found if collective.trips]
-  whole = [c for c in found if c.kind == "all-gather" and c.bytes == 4 * size * 7 / 8]
-  assert len(whole) == 1 + (not config.tied)  # The embedding is read by tokens, too.
+  assert [collective.result for collective in found].count("f32[16,48]") == 1
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])

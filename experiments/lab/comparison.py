@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.lab import evaluating
-from rlhf_jax import data, evaluation, plots, reporting
+from rlhf_jax import data, evaluation, loop, plots, reporting, rewards
+from rlhf_jax.models import Model
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
@@ -16,6 +18,37 @@ def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
   examples = [example for example in prompts.examples for _ in range(count)]
   rows = [row for row in prompts.rows for _ in range(count)]
   return prompts._replace(examples=examples, rows=rows)
+
+
+def measure(
+  samples: Mapping[str, evaluating.Samples],
+  losses: Mapping[str, dict[str, float]],
+  count: int,
+  tokenizer: data.Tokenizer,
+) -> dict[str, dict[str, float]]:
+  """Metrics of policies by name; the first of them is the baseline.
+
+  Args:
+    samples: Samples of the policies by name.
+    losses: Further metrics of the policies by name.
+    count: Samples per prompt.
+    tokenizer: Tokenizer of the policies.
+  """
+  baseline = next(iter(samples.values()))
+  return {
+    name: evaluating.compare(baseline, drawn)
+    | intervals(baseline, drawn, count)
+    | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
+    | losses[name]
+    for name, drawn in samples.items()
+  }
+
+
+def save(workdir: pathlib.Path, samples: Mapping[str, evaluating.Samples]) -> None:
+  """Writes the responses of policies into `samples/`, as steps 0, 1 and so on."""
+  for step, (name, drawn) in enumerate(samples.items()):
+    rows = [{"policy": name} | row for row in evaluating.sample_rows(drawn)]
+    reporting.save_samples(workdir, step, rows)
 
 
 def intervals(
@@ -134,6 +167,34 @@ def win_rate_matrix(
   return matrix
 
 
+def matrix(
+  run: loop.Run,
+  config: Any,
+  model: Model,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+  prefer: rewards.PreferenceFn,
+  policies: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Shows and returns, as `preference/win_rates`, the matrix of `win_rate_matrix`.
+
+  Args:
+    run: Opened run.
+    config: Config with `sampling` and `batch_size`.
+    model: Architecture of the policies.
+    tokenizer: Tokenizer of the policies.
+    prompts: Held-out prompts.
+    prefer: Preference between two responses.
+    policies: Params by name.
+  """
+  compare = evaluating.heldout_comparer(
+    run, model, prompts, tokenizer, config.sampling, prefer, batch_size=config.batch_size
+  )
+  rates = win_rate_matrix(policies, compare)
+  show_matrix(rates)
+  return {"preference/win_rates": rates}
+
+
 def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
   """Shows a row per policy: the share of prompts on which it is preferred to each other one."""
 
@@ -174,6 +235,7 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
     "alike": "diversity/self_similarity",
     "EAD per input": "diversity_per_input/ead",
     "alike per input": "diversity_per_input/self_similarity",
+    "loss on demonstrations": "nll",
   }
   reporting.show_summary(
     "Responses",

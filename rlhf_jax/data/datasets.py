@@ -49,6 +49,9 @@ class DataConfig:
     eval_rows: Maximum number of held-out rows.
     split: Held-out rows of the built-in task: `eval` words its prompts as training does, `shift` as
       no training prompt is worded.
+    group: Column, such as language, source or annotator, by whose values `evaluate` and
+      `reward_model` also measure the held-out rows: each group, the worst one, and the spread. Of
+      the built-in task subject, tone or length, which a prompt asks for.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
     overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
@@ -75,6 +78,7 @@ class DataConfig:
   rows: int = 0
   eval_rows: int = 512
   split: Literal["eval", "shift"] = ranges.rare("eval")
+  group: str = ranges.rare("")
   max_prompt_length: int = 256
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"

@@ -54,7 +54,7 @@ def save(workdir: pathlib.Path, samples: Mapping[str, evaluating.Samples]) -> No
 def intervals(
   before: evaluating.Samples, after: evaluating.Samples, count: int
 ) -> dict[str, float]:
-  """Means and win rates with their intervals, and the accuracy of the proxy reward."""
+  """Means and win rates with their intervals, and the accuracy of the proxy on the samples."""
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
   for name in after.rewards:
@@ -64,13 +64,7 @@ def intervals(
   metrics = {}
   for name, estimate in estimates.items():
     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
-  if {"reward", "gold"} <= after.rewards.keys():
-    # Share of prompts on which proxy and gold reward prefer the same one of the two responses.
-    proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
-    agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
-    if agrees.size:
-      metrics["reward/accuracy"] = evaluation.win_rate(agrees, np.zeros_like(agrees)).value
-  return metrics
+  return metrics | evaluating.agreement(before, after)
 
 
 def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> dict[str, float]:

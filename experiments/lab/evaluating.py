@@ -333,7 +333,23 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     rate = evaluation.win_rate(values, start)
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
-  return metrics
+  return metrics | agreement(before, after)
+
+
+def agreement(before: Samples, after: Samples) -> dict[str, float]:
+  """Accuracy of the proxy on samples of a policy, as `reward/accuracy`.
+
+  It is the share of prompts on which the proxy prefers the same one of the two responses, of the
+  policy and of the baseline, as the gold reward. Empty without a proxy, without a gold reward, and
+  without two responses that differ.
+  """
+  if not {"reward", "gold"} <= after.rewards.keys():
+    return {}
+  proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
+  agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
+  if not agrees.size:
+    return {}
+  return {"reward/accuracy": evaluation.win_rate(agrees, np.zeros_like(agrees)).value}
 
 
 def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:

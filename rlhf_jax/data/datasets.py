@@ -55,6 +55,11 @@ class DataConfig:
     rows: Number of rows to use, from the first one; 0 uses all. For the built-in task, the number
       of rows to generate (0 generates 8192).
     eval_rows: Maximum number of held-out rows.
+    split: Held-out rows of the built-in task: `eval` words its prompts as training does, `shift` as
+      no training prompt is worded.
+    group: Column, such as language, source or annotator, by whose values `evaluate` and
+      `reward_model` also measure the held-out rows: each group, the worst one, and the spread. Of
+      the built-in task subject, tone or length, which a prompt asks for.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
     overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
@@ -82,6 +87,8 @@ class DataConfig:
   eval_fraction: float = 0.05
   rows: int = 0
   eval_rows: int = 512
+  split: Literal["eval", "shift"] = ranges.rare("eval")
+  group: str = ranges.rare("")
   max_prompt_length: int = 256
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
@@ -110,8 +117,12 @@ class DataConfig:
       below_one=("eval_fraction",),
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
-      one_of={"overlong": _OVERLONG, "votes": schema.VOTES},
+      one_of={"overlong": _OVERLONG, "votes": schema.VOTES, "split": sources.HELDOUT_SPLITS},
     )
+    if self.split != "eval" and is_given(self):
+      raise ValueError(
+        "split is one of the built-in task; give held-out rows of yours by eval_path"
+      )
 
 
 def load(
@@ -173,7 +184,7 @@ def load(
     _require_rows(whole, source, config)
     train, heldout = _split(kind, whole, config)
   else:
-    rows = sources.read_builtin(kind, "eval", config.eval_rows, seed, config.annotator)
+    rows = sources.read_builtin(kind, config.split, config.eval_rows, seed, config.annotator)
     train, heldout = whole, read(rows, 0)
     _check_lengths([train, heldout], config, source)
   _require_rows(train, source, config)

@@ -1,4 +1,4 @@
-"""Adds to the site the pages of the repository, a page for each module, and the scripts' docstrings.
+"""Adds to the site the pages of the repository, and those of its docstrings.
 
 Links between pages stay. Those to a module lead to its page, and those to files that are not on the
 site become plain text.

@@ -43,13 +43,13 @@ def load_space(path: str) -> Space:
   """Executes a space file.
 
   Args:
-    path: Path of the file, or the name of one in `spaces`, such as dpo.
+    path: Path of the file, or the name of one in `spaces`, such as dpo or ablations/dpo.
 
   Raises:
     SweepError: There is no such file, or it lacks what it must define.
   """
   file = pathlib.Path(path)
-  if re.fullmatch(r"\w+", path):
+  if re.fullmatch(r"\w+(/\w+)*", path):
     file = SHIPPED / f"{path}.py"
   if not file.is_file():
     shipped = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.py")))

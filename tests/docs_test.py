@@ -1,6 +1,7 @@
 """The site of the pages and docstrings is built without a warning and without network."""
 
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -40,9 +41,7 @@ def test_the_site_builds(repository, tmp_path):
   for page in pages:
     content = page.read_text(encoding="utf-8")
     loaded = re.findall(r"<(?:script|img)[^>]* src=.?(http[^\s>]*)", content)
-    loaded += re.findall(
-      r"<link[^>]* rel=.?(?:stylesheet|preconnect)[^>]*href=.?(http[^\s>]*)", content
-    )
+    loaded += re.findall(r"<link[^>]* rel=.?(?:style|preconnect)[^>]*href=.?(http[^\s>]*)", content)
     assert not loaded, page
     for target in re.findall(r'<a[^>]* href="([^"#:]+\.html)', content):
       assert (page.parent / target).exists() or target.startswith("/"), (page, target)
@@ -53,8 +52,9 @@ def test_every_page_is_on_the_site(repository):
   folders = re.search(r"^FOLDERS = \((.*)\)", hook, re.MULTILINE)
   assert folders is not None
   listed = {".", *re.findall(r'"([^"]+)"', folders[1])}
-  pages = {
-    path for path in repository.rglob("*.md") if path.relative_to(repository).parts[0][0] != "."
-  }
-  pages = {path.parent.relative_to(repository).as_posix() for path in pages}
-  assert {folder for folder in pages if not folder.startswith(("runs", "build"))} == listed
+  command = ["git", "ls-files", "*.md"]
+  named = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+  if named.returncode:
+    pytest.skip("not a clone")
+  pages = [pathlib.PurePosixPath(line) for line in named.stdout.split()]
+  assert {str(page.parent) for page in pages if page.parts[0] != ".docs"} == listed

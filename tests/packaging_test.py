@@ -1,4 +1,4 @@
-"""What pip installs, in a project that has a package `experiments` and a file launch.py of its own.
+"""The package as pip installs it, in a project with an `experiments` and a launch.py of its own.
 
 The repository is not on the path: the package is the wheel that is made of the source distribution.
 """

@@ -31,10 +31,12 @@ def test_the_site_builds(repository, tmp_path):
 
   assert "Reinforcement learning from human feedback in JAX" in read("index.html")
   assert "dpo_loss" in read("reference/losses/preference.html")
-  assert "rlhf-jax ppo --workdir=runs/brief" in read("experiments/EXTENDING.html")
+  assert "rlhf-jax ppo --workdir=runs/brief" in re.sub(
+    "<[^>]+>", "", read("experiments/EXTENDING.html")
+  )
   assert "Improves a policy against a reward by PPO" in read("experiments/scripts.html")
   # A link to a module leads to its page, and one to a file that is not on the site is text.
-  assert 'href="../reference/data/schema.html"' in read("experiments/README.html")
+  assert 'href="../reference/data/schema.html"' in read("experiments/index.html")
   pages = sorted(tmp_path.rglob("*.html"))
   modules = [path.stem for path in (repository / "rlhf_jax").rglob("*.py") if path.stem[0] != "_"]
   assert {path.stem for path in pages} >= set(modules)

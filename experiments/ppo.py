@@ -69,7 +69,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("PPO", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     experience = make_experience(bench, actor)

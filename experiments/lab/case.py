@@ -97,7 +97,7 @@ class Case(NamedTuple):
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
     """Opens a model that judges responses, unless the options name a Python function."""
     bench = self.bench
-    if options.name:
+    if options.name and not options.path:
       return None, ()
     return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
 

@@ -36,8 +36,10 @@ SETTINGS = {
   "preference_model": ("--lora.rank=2",),
   "rest": ("--grow_steps=1", "--batch_size=2", "--rest.kappa=0.3"),
   "rloo": (
-    "--reward.path={reward},{reward}",
-    "--reward.ensemble=min",
+    "--reward.path={reward}",
+    "--reward.name=filler,gold",
+    "--reward.weights=1,-0.5,0.2",
+    "--reward.constraints=finished,no_filler",
     "--shaping.function=par",
     "--lora.rank=4",
   ),

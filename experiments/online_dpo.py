@@ -6,6 +6,8 @@ Judged by a preference model:
   --preference.path=runs/pm
 Judged by a Python function:
   --preference.name=panel
+CODPO, whose pairs are of a response that satisfies the constraints and one that does not (CGPO):
+  --online.pick=constrained --reward.constraints=no_filler --dpo.sft_coef=0.1
 XPO, which explores by a bonus on responses of the initial policy:
   --online.bonus_coef=1e-3
 Iterative DPO, in rounds of 20 steps whose reference is the policy of the previous round:
@@ -58,6 +60,8 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     responses.check(self, group=2)
+    if self.online.pick == "constrained" and not self.reward.constraints:
+      raise ValueError("online.pick=constrained needs reward.constraints")
     if self.preference.is_given and self.shaping.function:
       raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
 

@@ -4,6 +4,8 @@ Built-in task, after SFT and a reward model (four minutes on a laptop CPU; win r
   python -m experiments.rest --workdir=runs/rest --init_from=runs/sft --reward.path=runs/rm
 RAFT, which keeps the best of 8 samples of each prompt:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3
+CRRAFT, RAFT that keeps no response which violates a constraint (CGPO):
+  --rest.keep=best --rest.quantiles=0 --grow_steps=3 --reward.constraints=no_filler
 SuperHF, which adds a forward KL to the initial policy:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3 --rest.kappa=0.3
 ReST-EM on your model and prompts, which keeps the samples that a Python function finds right:
@@ -98,7 +100,11 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     grown = growing.grow(stage, config, start, folder, tokenizer, prompts)
     for i, quantile in enumerate(config.rest.quantiles):
       weights = selection.kept_weights(
-        grown.rewards, quantile, keep=config.rest.keep, temperature=config.rest.temperature
+        grown.rewards,
+        quantile,
+        keep=config.rest.keep,
+        temperature=config.rest.temperature,
+        satisfied=grown.satisfied,
       )
       kept = weights > 0
       if np.sum(kept) < config.batch_size:

@@ -11,11 +11,11 @@ import numpy as np
 
 from experiments.lab import judges
 from experiments.lab.case import Case
-from experiments.lab.responses import Responses
+from experiments.lab.responses import Responses, part_metrics
 from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards
-from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
+from rlhf_jax.algorithms import dpo, online_dpo, pairs, picks, terms
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
@@ -60,11 +60,12 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     calibration: Rollout | None,
     key: jax.Array,
   ):
-    rollout, raw, ended, ref_scores, tokens, _ = responses
+    rollout, raw, ended, ref_scores, tokens, satisfied = responses
     scores, moments = shaped.shape(raw, ended, moments, config.shaping, ref_scores)
     scores, raw = (jnp.asarray(rewards.total(rewards.Parts(x, tokens))) for x in (scores, raw))
     scores = scores.reshape(-1, samples)
-    chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
+    verdicts = None if satisfied is None else satisfied.reshape(-1, samples)
+    chosen, rejected = picks.pick_pairs(scores, key, config.online.pick, verdicts)
     rows = online_dpo.make_pairs(rollout, chosen, rejected)
     batch: Any = dpo.DPOBatch(rows, read(ref_params, rows).totals)
     if calibration is not None:
@@ -80,6 +81,7 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
         "reward/mean": jnp.mean(raw, where=usable),
         "reward/std": jnp.mean(spread, where=groups.any(axis=1)),
         "reward/nonfinite": jnp.sum(~usable).astype(jnp.float32),
+        **part_metrics(rewards.Parts(raw, tokens, satisfied)),
         "ties": jnp.mean(chosen == rejected),
         "eos_fraction": jnp.mean(ended),
         "response_length/mean": jnp.mean(lengths),

@@ -192,7 +192,7 @@ class Case(NamedTuple):
     if config.rollout.devices:
       raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
     held = {"state": trainer.state, "reference": bench.start}
-    judge, held["reward"] = self.open_judge(config.reward)
+    judge, held["reward"] = self.open_judge(config.judge)
     params, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
     policy = params.get("policy", params)
     rollout = self.rollout("rollout", bench.sampler(), policy, held, samples)

@@ -14,6 +14,7 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 
 GROWN = "responses.jsonl"
+SETTINGS = ("sampling", "reward", "preference", "shaping")
 
 
 class Grown(NamedTuple):
@@ -54,7 +55,7 @@ def grow(
 
   Args:
     session: Workdir, seed and devices of the Grow step.
-    config: Config of the script: `sampling`, `reward`, `shaping` and `model`.
+    config: Config of the script: `sampling`, `reward`, `preference`, `shaping` and `model`.
     start: Folder of the policy that samples.
     reference: Folder of the reference policy, for `shaping`.
     tokenizer: Tokenizer of both policies.
@@ -64,7 +65,7 @@ def grow(
   wanted = len(prompts.examples) * count
   limits.require_length(config, start, answered=[prompts])
   with loop.open_run(session) as run:
-    settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
+    settings = {name: flags.to_dict(config)[name] for name in SETTINGS}
     settings["start"] = str(start)
     if config.shaping.function:
       settings["reference"] = str(reference)
@@ -112,7 +113,7 @@ def _sample(
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   params, stops = reshard(params), models.stops(tokenizer, config.sampling)
   generate = models.make_sampler(model, tokenizer, config.sampling)
-  reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+  reward_fn = judges.open_scores(run, config, tokenizer).score_of(prompts)
   watch = rewards.Watch(judges.name_of(reward_fn))
   sample_reference, ref_params, others = None, None, config.shaping.reference_samples
   if config.shaping.function:

@@ -72,6 +72,8 @@ class RewardOptions:
         f"weights has {len(self.weights)} numbers for {count} rewards: give one for each of path"
         " and then of name"
       )
+    if self.constraints and not count:
+      raise ValueError("constraints judge responses that a reward pays for; give path or name")
     if not all(map(math.isfinite, self.weights)):
       raise ValueError(f"weights must be finite, got {self.weights}")
     if self.ensemble == "mean":
@@ -152,6 +154,11 @@ class PreferenceOptions:
     return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
+  def title(self) -> str:
+    """Judge, for the panel at the start of a run."""
+    return f"preferences of {self.path or self.name}"
+
+  @property
   def is_given(self) -> bool:
     """True if the options name a judge."""
     return bool(self.path or self.name)
@@ -184,6 +191,12 @@ def name_of(judge: Any) -> str:
 class JudgedConfig(loop.RunConfig):
   """Length of a run of a method that cannot do without a reward or a preference."""
 
+  @property
+  def judge(self) -> RewardOptions | PreferenceOptions:
+    """Options of the judge: the first that are given, or else the first."""
+    options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
+    return next((of for of in options if of.is_given), options[0])
+
   def require(self) -> None:
     """Refuses a config without a policy to start from, and one that names no judge, or several."""
     options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
@@ -192,7 +205,7 @@ class JudgedConfig(loop.RunConfig):
       raise flags.UsageError(
         "give --reward.path or --reward.name, or else --preference.path or name"
       )
-    (given or options)[0].require()
+    self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
       raise flags.UsageError(
         "--init_from is needed: a policy that nothing has trained samples noise"
@@ -306,6 +319,52 @@ def _open_models(
   if len(opened) == 1 or options.weights:
     return opened
   return {"ensemble": rewards.ensemble_reward(opened, options.ensemble, options.ensemble_coef)}
+
+
+class Scores(NamedTuple):
+  """Scores of the samples of an iteration, and the judge of held-out responses.
+
+  Attributes:
+    score_of: `(prompts) -> reward` of samples, in the order of a batch.
+    reward_of: `(prompts) -> reward` of any responses; None with a preference.
+    prefer_of: `(prompts) -> preference`; None with a reward.
+  """
+
+  score_of: Callable[[data.Dataset], rewards.RewardFn]
+  reward_of: Callable[[data.Dataset], rewards.RewardFn] | None
+  prefer_of: Callable[[data.Dataset], rewards.PreferenceFn] | None
+
+
+def open_scores(
+  run: loop.Run,
+  config: Any,
+  tokenizer: data.Tokenizer,
+  anchors: Callable[..., Any] | None = None,
+) -> Scores:
+  """Opens the reward of a config, or the preference that it gives in place of one.
+
+  With a preference the samples of a prompt meet each other. A single sample meets its anchor.
+
+  Args:
+    run: Opened run.
+    config: Config with `reward`, `preference`, `model` and `sampling`.
+    tokenizer: Tokenizer of the policy.
+    anchors: `(rollout, prompt_ids) -> rollout` of other responses; see `rewards.anchored_reward`.
+  """
+  if not config.preference.is_given:
+    reward_of = open_reward(run, config.reward, config.model, tokenizer)
+    return Scores(reward_of, reward_of, None)
+  prefer_of = open_preference(run, config.preference, config.model, tokenizer)
+  samples = config.sampling.samples_per_prompt
+
+  def score_of(prompts: data.Dataset) -> rewards.RewardFn:
+    prefer = prefer_of(prompts)
+    name = name_of(prefer)
+    if samples > 1 or anchors is None:
+      return Named(name, rewards.tournament_reward(prefer, samples, name))
+    return Named(name, rewards.anchored_reward(prefer, anchors))
+
+  return Scores(score_of, None, prefer_of)
 
 
 def gold_rewards(

@@ -93,8 +93,10 @@ def check(
     )
   if shaping is not None and shaping.function and config.rollout.devices:
     raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
-  judged = {"reward", "shaping"} <= vars(config).keys() and config.shaping.function
-  if judged and config.reward.ensemble == "worst_group":
+  compares = "shaping" in vars(config) and config.shaping.function
+  if compares and "preference" in vars(config) and config.preference.is_given:
+    raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
+  if compares and "reward" in vars(config) and config.reward.ensemble == "worst_group":
     raise ValueError(
       f"shaping.function={config.shaping.function} does not go with reward.ensemble=worst_group:"
       " the worst group of the reference may be another one than that of the policy"

@@ -19,11 +19,13 @@ from rlhf_jax.rewards.preferences import (
   PREFERENCES,
   PreferenceFn,
   TextPreference,
+  anchored_reward,
   join_pairs,
   make_preferrer,
   model_preference,
   reward_preference,
   text_preference,
+  tournament_reward,
 )
 from rlhf_jax.rewards.rollouts import (
   ENSEMBLES,
@@ -53,6 +55,7 @@ __all__ = [
   "UnusableScoresError",
   "Verdicts",
   "Watch",
+  "anchored_reward",
   "ask",
   "ask_constraint",
   "columns",
@@ -70,5 +73,6 @@ __all__ = [
   "text_preference",
   "text_reward",
   "total",
+  "tournament_reward",
   "weighted_reward",
 ]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.lab import judges, pairing, responses, workbench
+from experiments.lab import judges, responses, workbench
 from rlhf_jax import data, flags, rewards
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import init_state
@@ -38,6 +38,7 @@ def test_an_ensemble_is_a_list_of_folders():
     ({"path": "a,b,a"}, "^path names a twice"),
     ({"name": "gold,filler,gold"}, "^name names gold twice"),
     ({"name": "gold", "constraints": "finished,finished"}, "^constraints names finished twice"),
+    ({"constraints": "finished"}, "^constraints judge responses that a reward pays for"),
     ({"name": "gold", "constraints": "polite"}, "^constraints must be one of finished, no_filler"),
     ({"name": "gold,nobody"}, "^name must be one of .*got 'nobody'"),
     ({"path": "a", "name": "gold", "weights": (1.0,)}, "^weights has 1 numbers for 2 rewards"),
@@ -203,11 +204,29 @@ def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_ben
 
 
 def test_judges_are_named_by_their_flags(open_bench):
-  bench = open_bench("nash_md", "prompts", "--preference.name=expert")
+  bench = open_bench("grpo", "prompts", "--preference.name=expert")
   named = bench.open_preference()(bench.train_set)
   assert judges.name_of(named) == "--preference.name=expert"
-  assert judges.name_of(pairing.tournament(lambda prompts: named, 2)(bench.train_set)) == named.name
+  scores = bench.open_scores()
+  assert judges.name_of(scores.score_of(bench.train_set)) == named.name
+  assert scores.reward_of is None
   assert judges.name_of(lambda rollout, ids: 0) == "the judge"
+
+
+def test_a_single_sample_meets_a_response_of_the_start(open_bench):
+  """The same response each time, so that a run that is resumed goes on with the same bits."""
+  bench = open_bench("ppo", "prompts", "--preference.name=expert", "--batch_size=4")
+  score = bench.open_scores().score_of(bench.train_set)
+  prompts = next(bench.batches())
+  rollout = bench.sampler()(bench.reshard()(bench.start), *prompts, bench.run.key_for(9))
+  ids = np.asarray(prompts.prompt_id)
+  scores = np.asarray(score(rollout, ids))
+  assert scores.shape == (4,) and ((scores >= 0) & (scores <= 1)).all()
+  np.testing.assert_array_equal(score(rollout, ids), scores)
+  anchors = bench.sampler()(bench.reshard()(bench.start), *prompts, bench.run.key_for(4))
+  np.testing.assert_array_equal(score(anchors, ids), 0.5)
+  swapped = bench.open_preference()(bench.train_set)(anchors, rollout, ids)
+  np.testing.assert_allclose(scores + np.asarray(swapped), 1, atol=1e-6)
 
 
 def test_a_preference_reads_both_texts(open_bench):

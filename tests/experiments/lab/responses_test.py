@@ -298,6 +298,14 @@ def script(**changes):
     ),
     (
       {
+        "preference": judges.PreferenceOptions(name="panel"),
+        "shaping": ShapingConfig(function="par"),
+      },
+      {},
+      "shaping.function must be empty: a preference gives no scores",
+    ),
+    (
+      {
         "reward": judges.RewardOptions(path="a,b", ensemble="worst_group"),
         "shaping": ShapingConfig(function="par"),
       },

@@ -1,10 +1,12 @@
-"""Over-optimisation of a weak reward model, with and without a KL penalty, on the built-in task.
+"""Over-optimisation of a weak reward model with a KL penalty, without, and with PAR instead.
 
   python -m experiments.overoptimization --workdir=runs/overoptimization
 
-It downloads nothing and takes a quarter of an hour on two CPU cores. After SFT it trains, for each
-of three seeds, a reward model on only 128 pairs. It then trains PPO against that reward model
-twice, with and without a KL penalty. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
+It downloads nothing and takes twenty minutes on two CPU cores. After SFT it trains, for each of
+three seeds, a reward model of the built-in task on only 128 pairs. It then trains PPO against that
+reward model with a KL penalty, without one, and without one on the probability of beating the SFT
+policy in place of the score (PAR). Gao et al., 2022, https://arxiv.org/abs/2210.10760, and Fu et
+al., 2025, https://arxiv.org/abs/2502.18770.
 
 The result is `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy.
 Expect these means over three seeds. Without the penalty the proxy reward climbs from 0 to 7.5. The
@@ -12,8 +14,8 @@ gold reward peaks at 4.5 at a KL of 2 nats and falls to 2.9 at 40 nats; it falls
 With the penalty the gold reward rises from 3.8 to 5.1 at a KL of 5 nats and stays there.
 
 `plots/` and summary.json are those of experiments.plot. Each stage is a separate run, in
-`workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0` and so on. The same
-command, run again, resumes where it was stopped.
+`workdir/sft`, `workdir/reward_model_0`, `workdir/kl_0`, `workdir/no_kl_0`, `workdir/par_0` and so
+on. The same command, run again, resumes where it was stopped.
 """
 
 import dataclasses
@@ -78,9 +80,12 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")
+  free = dataclasses.replace(config.ppo, ppo=dataclasses.replace(config.ppo.ppo, kl_coef=0.0))
+  par = dataclasses.replace(config.ppo.shaping, function="par")
   kinds = {
-    "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo.ppo),
-    "no_kl": ("no KL penalty", dataclasses.replace(config.ppo.ppo, kl_coef=0.0)),
+    "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo),
+    "no_kl": ("no KL penalty", free),
+    "par": ("no KL penalty, PAR", dataclasses.replace(free, shaping=par)),
   }
   groups: charts.Groups = {label: [] for label, _ in kinds.values()}
   accuracies = []
@@ -88,13 +93,9 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
     name = f"reward_model_{seed}"
     judge = dataclasses.replace(config.reward_model, init_from=start)
     accuracies.append(stage(name, reward_model.train, judge, 10 * seed + 2)["accuracy"])
-    for kind, (label, options) in kinds.items():
-      policy = dataclasses.replace(
-        config.ppo,
-        init_from=start,
-        reward=judges.RewardOptions(path=str(workdir / name)),
-        ppo=options,
-      )
+    for kind, (label, arm) in kinds.items():
+      reward = judges.RewardOptions(path=str(workdir / name))
+      policy = dataclasses.replace(arm, init_from=start, reward=reward)
       stage(f"{kind}_{seed}", ppo.train, policy, 10 * seed + 3)
       groups[label].append(charts.read_run(str(workdir / f"{kind}_{seed}")))
   summary = {"reward_model/accuracy": accuracies, **charts.draw(workdir, groups)}

@@ -10,6 +10,9 @@ from experiments.lab import judges
 from rlhf_jax import loop, writers
 
 
+KINDS = ("reward_model", "kl", "no_kl", "par")
+
+
 def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
   stages = []
 
@@ -26,17 +29,18 @@ def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(getattr(overoptimization, script), "train", train)
   config = overoptimization.Config(seeds=2)
   summary = overoptimization.train(loop.Session(str(tmp_path), seed=1), config)
-  names = ["sft"] + [f"{kind}_{s}" for s in (0, 1) for kind in ("reward_model", "kl", "no_kl")]
+  names = ["sft"] + [f"{kind}_{s}" for s in (0, 1) for kind in KINDS]
   assert [session.workdir for session, _ in stages] == [str(tmp_path / name) for name in names]
   by_name = dict(zip(names, stages, strict=True))
-  for kind, coef in (("kl", 0.3), ("no_kl", 0.0)):
+  for kind, coef, function in (("kl", 0.3, ""), ("no_kl", 0.0, ""), ("par", 0.0, "par")):
     session, stage = by_name[f"{kind}_1"]
-    assert stage.ppo.kl_coef == coef
+    assert (stage.ppo.kl_coef, stage.shaping.function) == (coef, function)
     assert stage.init_from == str(tmp_path / "sft")
     assert stage.reward.path == str(tmp_path / "reward_model_1")
-    # The two kinds differ in nothing but the penalty.
+    # The kinds differ in nothing but the penalty and the shaping.
     assert session.seed == by_name["kl_1"][0].seed != by_name[f"{kind}_0"][0].seed
-    assert dataclasses.replace(stage, ppo=config.ppo.ppo) == dataclasses.replace(
+    shaping = dataclasses.replace(stage.shaping, function="")
+    assert dataclasses.replace(stage, ppo=config.ppo.ppo, shaping=shaping) == dataclasses.replace(
       config.ppo, init_from=stage.init_from, reward=stage.reward
     )
   assert summary["reward_model/accuracy"] == [0.6, 0.6]

@@ -19,7 +19,7 @@ def case(**settings):
     config,
     lambda rollout, scores, values, ref, samples: cgpo.make_batch(
       rollout,
-      jax.nn.sigmoid(scores),
+      jnp.abs(scores),  # Not negative, and not finite where a score is not.
       rollout.tokens[:, -1] % 3 > 0,
       ref,
       config,

@@ -9,7 +9,6 @@ from experiments import overoptimization, ppo
 from experiments.lab import judges
 from rlhf_jax import loop, writers
 
-
 KINDS = ("reward_model", "kl", "no_kl", "par")
 
 

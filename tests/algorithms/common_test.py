@@ -46,7 +46,7 @@ from tests.testing import compilations, full, tiny_params
 FOLDER = pathlib.Path(algorithms.__file__).parent
 # Files that build no step: parts that methods share, and the pairs of online DPO.
 SHARED = {"epochs", "given", "groups", "online_dpo", "opponents", "pairs", "pairwise", "reading"}
-SHARED |= {"selection"}
+SHARED |= {"picks", "reinforce", "selection"}
 MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
 CASES: dict[str, Case] = {
   "/".join(filter(None, (module, name))): case

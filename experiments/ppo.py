@@ -9,6 +9,8 @@ Updates on packed rows, which save time if the lengths of responses differ much:
   --rollout.packed_length=512
 A critic that is a head on the policy:
   --critic.share_trunk
+RTO, which adds rewards of tokens that DPO has learnt, to be trained from the same --init_from:
+  --dense.path=runs/dpo
 Two devices that sample while the others train:
   --rollout.devices=2 --rollout.importance_cap=2
 
@@ -22,6 +24,7 @@ import functools
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
+from experiments.lab.dense import DenseOptions
 from experiments.lab.judges import JudgedConfig, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
@@ -45,6 +48,7 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
+  dense: DenseOptions = DenseOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.2, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
@@ -71,7 +75,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     trainer = make_trainer(bench, actor)
     bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
     reward_of = bench.open_reward()
-    respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
+    trained_by = config.dense.added_to(reward_of, bench)
+    respond = responses.Responder(bench, trained_by, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
 
     def iteration(state: IterationState, prompts, key):
@@ -126,8 +131,8 @@ def programs(case: Case) -> None:
   """Compiles the programs of an iteration, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
-  critic = not case.config.critic.share_trunk
-  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic)
+  critic, dense = not case.config.critic.share_trunk, case.config.dense.scorer(case.bench)
+  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic, dense=dense)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ judge of pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
+from rlhf_jax.rewards.dense import DenseScorer, dense_reward, make_dense_scorer
 from rlhf_jax.rewards.functions import REWARDS, TextReward, ask
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
-from rlhf_jax.rewards.parts import Parts, parts_of, total
+from rlhf_jax.rewards.parts import Parts, add, parts_of, total
 from rlhf_jax.rewards.preferences import (
   PREFERENCES,
   PreferenceFn,
@@ -31,6 +32,7 @@ __all__ = [
   "PREFERENCES",
   "PRINCIPLES",
   "REWARDS",
+  "DenseScorer",
   "JudgeModel",
   "Parts",
   "PreferenceFn",
@@ -40,9 +42,12 @@ __all__ = [
   "UnusableScoresError",
   "Verdicts",
   "Watch",
+  "add",
   "ask",
+  "dense_reward",
   "ensemble_reward",
   "join_pairs",
+  "make_dense_scorer",
   "make_preferrer",
   "make_scorer",
   "model_preference",

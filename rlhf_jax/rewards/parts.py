@@ -4,6 +4,8 @@ A `RewardFn` that gives more than a score returns `Parts`. Methods with a critic
 tokens where they are earned. The others add them to the score.
 """
 
+import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,3 +46,14 @@ def total(reward: Any) -> Any:
   """Returns what a `RewardFn` gave as one number [B] per response: score plus rewards of tokens."""
   parts = parts_of(reward)
   return parts.scores if parts.tokens is None else parts.scores + parts.tokens.sum(axis=1)
+
+
+def add(first: Any, second: Any) -> Parts:
+  """Returns the sum of what two `RewardFn` gave; a response satisfies the constraints of both."""
+  a, b = parts_of(first), parts_of(second)
+
+  def both(x: Any, y: Any, join: Callable[[Any, Any], Any]) -> Any:
+    return y if x is None else x if y is None else join(x, y)
+
+  tokens = both(a.tokens, b.tokens, operator.add)
+  return Parts(a.scores + b.scores, tokens, both(a.satisfied, b.satisfied, operator.and_))

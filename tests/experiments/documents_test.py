@@ -177,8 +177,12 @@ def of_methods() -> list[list[str]]:
   if "FULL" not in os.environ:
     return []
   found = []
+  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
   for name, method in METHODS.items():
-    script, *flags = method.command.replace("$RM", "runs/rlhf/reward_model").split()
+    command = method.command
+    for variable, run in runs.items():
+      command = command.replace(variable, run)
+    script, *flags = command.split()
     start = [] if script == "sft" else ["--init_from=runs/rlhf/sft"]
     found.append([f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags])
   return found

@@ -30,7 +30,8 @@ def flags_of(sft_run, reward_run):
 
   def flags(script) -> list[str]:
     given = [f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1"]
-    given += [word.format(reward=reward_run) for word in SETTINGS.get(script, ())]
+    runs = {"reward": reward_run, "sft": sft_run}
+    given += [word.format(**runs) for word in SETTINGS.get(script, ())]
     if script != "sft":
       given.append(f"--init_from={sft_run}")
     if not any(word.startswith(("--reward.", "--preference.")) for word in given):

@@ -23,7 +23,7 @@ SETTINGS = {
     "--online.bonus_coef=0.01",
     "--lora.rank=2",
   ),
-  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64"),
+  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64", "--dense.path={sft}"),
   "ppo_max": (
     "--reward.path={reward}",
     "--critic.warmup=2",

@@ -42,7 +42,7 @@ from rlhf_jax.train_step import OptimConfig
 class Config(JudgedConfig):
   """PPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
-  steps: int = 45
+  steps: int = 60
   batch_size: int = 64
   checkpoint_every: int = 20
   model: models.ModelOptions = models.ModelOptions()
@@ -50,7 +50,7 @@ class Config(JudgedConfig):
   reward: RewardOptions = RewardOptions()
   dense: DenseOptions = DenseOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
-  ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.2, 0.05))
+  ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
   # nothing, so an update is the same on one device and on many, up to rounding.
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)

@@ -55,7 +55,7 @@ Results = Mapping[int, Result]
 
 
 def with_needed(rows: Sequence[str]) -> list[str]:
-  """Returns the stages of a seed in order: start, judge, and each row behind those that it reads."""
+  """Returns the stages of a seed: start, judge, and each row behind those that it reads."""
   stages = [START, JUDGE]
   for name in rows:
     read = [stage for variable, stage in STAGES.items() if variable in METHODS[name].command]

@@ -180,8 +180,8 @@ def of_methods() -> list[list[str]]:
   runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
   for name, method in METHODS.items():
     command = method.command
-    for variable, run in runs.items():
-      command = command.replace(variable, run)
+    for variable, workdir in runs.items():
+      command = command.replace(variable, workdir)
     script, *flags = command.split()
     start = [] if script == "sft" else ["--init_from=runs/rlhf/sft"]
     found.append([f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags])

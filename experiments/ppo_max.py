@@ -5,8 +5,8 @@ Built-in task, after SFT and a reward model (three minutes on a laptop CPU; win 
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-An adaptive KL coefficient, and advantages per macro action of five tokens:
-  --ppo_max.kl_target=6 --ppo_max.segment=5
+An adaptive KL coefficient, and MA-RLHF: advantages per macro action, of five tokens or a sentence:
+  --ppo_max.kl_target=6 --ppo_max.segment=5 (or --ppo_max.cut=sentence)
 
 Scores are normalised and clipped, and only the critic trains at first.
 The same command, run again, resumes a run that was stopped.
@@ -68,12 +68,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.require()
   responses.require_devices(config.rollout)
-  extra: workbench.Extra = {}
-  if config.ppo_max.ptx_coef:
-    extra = {"ptx": ("demonstrations", config.ptx_path)}
+  ptx = {"ptx": ("demonstrations", config.ptx_path)} if config.ppo_max.ptx_coef else {}
   adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(
-    session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
+    session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=ptx
   ) as bench:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
@@ -125,12 +123,14 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   read = reading.make_actor_critic_read(actor.apply, temperature)
   read_ref = reading.make_read(bench.model.apply, temperature)
   prepare = responses.make_prepare(config, read, read_ref)
+  ends = responses.sentence_ends(bench) if config.ppo_max.cut == "sentence" else lambda _: None
 
   @jax.jit
   def experience(params, ref_params, carry, answers):
     ready = prepare(params, ref_params, carry.moments, answers)
     inputs = ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs, carry.method
-    batch, control, metrics = ppo_max.make_batch(*inputs, config.ppo_max, ready.token_rewards)
+    inputs = *inputs, config.ppo_max, ready.token_rewards, ends(ready.rollout)
+    batch, control, metrics = ppo_max.make_batch(*inputs)
     batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, Carry(ready.moments, control), ready.metrics | metrics
 

@@ -341,6 +341,14 @@ def make_experience(
   return experience
 
 
+def sentence_ends(bench: Workbench) -> Callable[[Rollout], jax.Array]:
+  """Builds `ends(rollout)`: bools [B, R], True on response tokens that end a sentence or a line."""
+  marks = tuple(mark.encode() for mark in (".", "!", "?", "。", "！", "？"))
+  texts = bench.tokenizer.token_bytes()
+  ending = np.array([b"\n" in text or text.rstrip().endswith(marks) for text in texts])
+  return lambda rollout: jnp.asarray(ending)[rollout.tokens[:, -rollout.logprobs.shape[1] :]]
+
+
 def correct(
   rollout: Rollout, logprobs: jax.Array, cap: float
 ) -> tuple[Rollout, jax.Array, Metrics]:

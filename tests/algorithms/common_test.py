@@ -45,8 +45,8 @@ from tests.testing import compilations, full, tiny_params
 
 FOLDER = pathlib.Path(algorithms.__file__).parent
 # Files that build no step: parts that methods share, and the pairs of online DPO.
-SHARED = {"epochs", "given", "groups", "online_dpo", "opponents", "pairs", "pairwise", "reading"}
-SHARED |= {"selection"}
+SHARED = {"epochs", "given", "groups", "macro_actions", "online_dpo", "opponents", "pairs"}
+SHARED |= {"pairwise", "reading", "selection"}
 MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
 CASES: dict[str, Case] = {
   "/".join(filter(None, (module, name))): case

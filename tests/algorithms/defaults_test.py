@@ -70,6 +70,7 @@ DEFAULTS = {
     "kl_horizon": 10000,
     "normalize_values": False,
     "segment": 1,
+    "cut": "ngram",
     "ptx_coef": 0.0,
   },
   "preference_model.PreferenceModelConfig": {"microbatches": 1},

@@ -29,7 +29,7 @@ SETTINGS = {
     "--critic.warmup=2",
     "--ppo_max.kl_target=6",
     "--ppo_max.normalize_values",
-    "--ppo_max.segment=4",
+    "--ppo_max.cut=sentence",
     "--rollout.importance_cap=2",
     "--eval_every=2",
   ),

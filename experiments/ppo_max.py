@@ -7,7 +7,6 @@ Your model and prompts, with demonstrations for the ptx term:
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
 An adaptive KL coefficient, and MA-RLHF: advantages per macro action, of five tokens or a sentence:
   --ppo_max.kl_target=6 --ppo_max.segment=5 (or --ppo_max.cut=sentence)
-
 Scores are normalised and clipped, and only the critic trains at first.
 The same command, run again, resumes a run that was stopped.
 """
@@ -68,10 +67,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""
   config.require()
   responses.require_devices(config.rollout)
-  ptx = {"ptx": ("demonstrations", config.ptx_path)} if config.ppo_max.ptx_coef else {}
+  extra: workbench.Extra = {}
+  if config.ppo_max.ptx_coef:
+    extra = {"ptx": ("demonstrations", config.ptx_path)}
   adapted, spare = config.critic.adapted(config.reward), config.rollout.devices
   with workbench.open(
-    session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=ptx
+    session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
   ) as bench:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
@@ -121,8 +122,7 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   """Jitted `(params, ref_params, carry, responses) -> (PPOBatch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)
-  read_ref = reading.make_read(bench.model.apply, temperature)
-  prepare = responses.make_prepare(config, read, read_ref)
+  prepare = responses.make_prepare(config, read, reading.make_read(bench.model.apply, temperature))
   ends = responses.sentence_ends(bench) if config.ppo_max.cut == "sentence" else lambda _: None
 
   @jax.jit

@@ -24,8 +24,9 @@ class RewardOptions:
       separated by commas, form an ensemble.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
       `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
-      PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows are those of the
-      data, with all their columns.
+      PYTHONPATH: `(prompts, responses, rows) -> one number per response`, or for each response a
+      list of `(end_character, score)` of its segments. The rows are those of the data, with all
+      their columns.
     ensemble: Reduction of the scores of an ensemble: their mean, their minimum, or the mean minus
       `ensemble_coef` times their variance (`uwo`).
     ensemble_coef: Weight of the variance in `uwo`.

@@ -167,7 +167,17 @@ RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(c
 # Group -> the scripts that train in it. What only reads runs is in the group of those.
 GROUPS = {
   "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
-  "policy gradients": {"ppo", "ppo_max", "rloo", "reinforce_pp", "grpo", "gspo", "cispo"},
+  "policy gradients": {
+    "ppo",
+    "ppo_max",
+    "pf_ppo",
+    "p3o",
+    "rloo",
+    "reinforce_pp",
+    "grpo",
+    "gspo",
+    "cispo",
+  },
   "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
 }
 

@@ -198,6 +198,7 @@ class Case(NamedTuple):
     *,
     critic: bool = False,
     ptx: bool = False,
+    dense: rewards.DenseScorer | None = None,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
 
@@ -207,6 +208,7 @@ class Case(NamedTuple):
       carry: State of the experience.
       critic: True if there is a critic with a model of its own.
       ptx: True if the update also takes a demonstration per response.
+      dense: Scorer of tokens by a policy of the same architecture; None without one.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
@@ -221,16 +223,23 @@ class Case(NamedTuple):
     if config.shaping.function:
       shape = (rows, config.shaping.reference_samples)
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
-    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
+    token_rewards = None
+    if dense is not None:
+      held["dense"] = bench.start
+      work = preflight.Work(2 * self.forward(bench.model, rows, length, scored=self.scored + 1))
+      args = held["dense"], bench.start, rollout
+      token_rewards = self.check("dense", dense, *args, work=work, held=held)
+    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores, token_rewards)
     inputs = [params, bench.start, self.carried(carry), scored]
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
+    trained_on = batch.rollout.tokens.size / rollout.tokens.size
     if ptx:
       batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training_work(settings.epochs * (forward + values))
+    work = self.training_work(settings.epochs * trained_on * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 

@@ -247,6 +247,13 @@ def open_policy(
   return open_model(run, options, folder, tokenizer)[1]
 
 
+def require_shapes_of(start: Params, params: Params, given: str) -> None:
+  """Refuses params of another architecture than `start`; `given` is the flag that names them."""
+  shapes = [jax.tree.map(lambda x: x.shape, of) for of in (start, params)]
+  if shapes[0] != shapes[1]:
+    raise flags.UsageError(f"{given} has another architecture than the policy of --init_from")
+
+
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
   if data.load_tokenizer(folder).digest != tokenizer.digest:

@@ -28,6 +28,7 @@ SOURCES = {
   "start": "started from",
   "model.path": "started from",
   "reward.path": "reward model",
+  "dense.path": "dense rewards",
   "preference.path": "judge",
   "opponent": "opponent",
   "base": "merged",

@@ -38,8 +38,8 @@ def ask(
     [B] float32 rewards or probabilities, NaN where they cannot be used.
 
   Raises:
-    user.ResultError: The function raised, or it did not return one number per response, or one
-      probability per pair. The message names the function.
+    user.RaisedError: The function raised. The message names the function and the line.
+    user.ResultError: It did not return one number per response, or one probability per pair.
   """
   kind = "reward" if len(responses) == 1 else "preference"
   name = f"{kind} function {user.name_of(function)}"
@@ -48,7 +48,7 @@ def ask(
   except (Exception, SystemExit) as error:  # Else the run would seem to have ended well.
     if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
       raise
-    raise user.ResultError(f"{name} raised {user.describe(error)}") from error
+    raise user.RaisedError(f"{name} raised {user.describe(error)}") from error
   return _one_number_each(values, name, responses)
 
 

@@ -21,7 +21,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, workdir
+from rlhf_jax import flags, processes, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -179,6 +179,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
 
 
 def _verdict(error: BaseException) -> tuple[int, str] | None:
+  if isinstance(error, watch.Interrupted):
+    return error.exit_code, str(error)
   if isinstance(error, KeyboardInterrupt):
     return EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
   if isinstance(error, flags.UsageError):

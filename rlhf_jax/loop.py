@@ -17,8 +17,10 @@ from rlhf_jax import (
   checkpoint,
   defaults,
   flags,
+  nonfinite,
   processes,
   ranges,
+  replay,
   reporting,
   sharding,
   user,
@@ -53,10 +55,11 @@ class Session(processes.Group):
   trackers: tuple[str, ...] = ()
   grace_seconds: float = ranges.rare(60.0)
   hang_seconds: float = ranges.rare(0.0)
+  replay_step: int = ranges.rare(0)
 
   def __post_init__(self):
     super().__post_init__()
-    ranges.check(self, positive=("grace_seconds",), non_negative=("hang_seconds",))
+    ranges.check(self, positive=("grace_seconds",), non_negative=("hang_seconds", "replay_step"))
     if not self.workdir.strip():
       raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
     if not 0 <= self.seed < SEEDS:
@@ -164,7 +167,8 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
-  with workdir_lib.run_lock(workdir), contextlib.closing(writer):
+  looking = nonfinite.looking() if session.replay_step else contextlib.nullcontext()
+  with workdir_lib.run_lock(workdir), contextlib.closing(writer), looking:
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.wait()
 
@@ -261,7 +265,8 @@ class _Log:
     if self._broken >= _MAX_BROKEN_IN_A_ROW:
       raise NumericsError(
         f"no finite gradient in {self._broken} steps up to {step}; lower --optim.learning_rate or"
-        " look at the batches of these steps"
+        " look at the batches of these steps; the same command with"
+        f" --replay_step={step} names the operation that fails"
       )
     if self._empty >= _MAX_EMPTY_IN_A_ROW:
       raise NumericsError(
@@ -307,14 +312,18 @@ def fit(
   Raises:
     Preempted: If SIGTERM or Ctrl-C arrived; the state was saved.
     Interrupted: If a second one arrived; what follows the last checkpoint is lost.
+    Replayed: With `run.session.replay_step`, which runs one step again and writes nothing.
     NumericsError: If five consecutive steps had no finite gradient, or 50 nothing to learn from.
   """
   key = run.key_for(0)
+  if wanted := run.session.replay_step:
+    raise replay.again(run.workdir, run.mesh, wanted, step, state, batches, key)
   with (
     checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
     watch.Watch(
       run.session.grace_seconds, run.session.hang_seconds, lambda: _name_last(saver)
     ) as watcher,
+    contextlib.closing(replay.BlackBox(run.workdir)) as black_box,
     contextlib.ExitStack() as stack,
   ):
     restored = saver.restore({"state": state})
@@ -353,6 +362,8 @@ def fit(
     for index in range(start, config.steps):
       position = batches.get_state()
       batch = sharding.place_batch(next(batches), run.mesh)
+      if log.skipping:
+        black_box.keep(index, state, batch, key, position)
       try:
         state, values = step(state, batch, key)
       except Exception:

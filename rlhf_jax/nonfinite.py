@@ -7,7 +7,7 @@ blamed for a loss that is NaN.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -231,22 +231,19 @@ _inspections: list[list[Inspection] | None] = []  # Of the runs that look: None 
 
 
 @contextlib.contextmanager
-def looking() -> Iterator[Callable[[], list[Inspection]]]:
-  """Steps that are jitted in this context can be looked into.
-
-  Yields:
-    Function from whose call on steps are looked into; it returns a list that they extend.
-  """
+def looking() -> Generator[None]:
+  """Steps that are jitted in this context can be looked into, from `look` on."""
   _inspections.append(None)
-
-  def look() -> list[Inspection]:
-    _inspections[-1] = found = []
-    return found
-
   try:
-    yield look
+    yield
   finally:
     _inspections.pop()
+
+
+def look() -> list[Inspection]:
+  """Looks into the steps that follow; returns a list that they extend."""
+  _inspections[-1] = found = []
+  return found
 
 
 class _Step:

@@ -124,11 +124,11 @@ def test_steps_are_looked_into_where_it_is_asked_for():
     return state + 1, {"loss": jnp.log(batch)}
 
   assert type(train_step.jit_step(step)) is type(jax.jit(step))
-  with nonfinite.looking() as look:
+  with nonfinite.looking():
     jitted = train_step.jit_step(step)
     outer = train_step.jit_step(lambda *inputs: jitted(*inputs))
     jitted(jnp.zeros(()), jnp.float32(-1), None)
-    found = look()
+    found = nonfinite.look()
     state, _ = outer(jnp.zeros(()), jnp.float32(-1), None)
   assert float(state) == 1
   (inspection,) = found

@@ -154,12 +154,13 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   Raises:
     LockedError: If another run is in the workdir, or the processes do not share it.
   """
-  workdir = workdir_lib.local_path(session.workdir)
+  workdir = workdir_lib.run_folder(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
   with workdir_lib.run_lock(workdir), contextlib.closing(writer):
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
+    processes.agree(lambda: workdir_lib.require_lock(workdir))
     processes.wait()
 
 
@@ -331,7 +332,9 @@ def fit(
   """
   key = run.key_for(0)
   with (
-    checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
+    checkpoint.Checkpointer(
+      run.workdir / "checkpoints", run=workdir_lib.identity_digest(run.workdir)
+    ) as saver,
     _stop_signal() as stop_event,
     contextlib.ExitStack() as stack,
   ):

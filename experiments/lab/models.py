@@ -406,6 +406,7 @@ def export(
   }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
+  processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
   hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)

@@ -99,8 +99,12 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
     config,
     read,
     read,
-    lambda rollout, scores, policy, ref: cispo.make_batch(
-      rollout, scores, ref, config.cispo, samples_per_prompt=config.sampling.samples_per_prompt
+    lambda ready: cispo.make_batch(
+      ready.rollout,
+      ready.totals,
+      ready.ref_logprobs,
+      config.cispo,
+      samples_per_prompt=config.sampling.samples_per_prompt,
     ),
   )
 

@@ -87,7 +87,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
       values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
       if reward_fn is not None:
-        values["reward"] = sharding.to_host(reward_fn(rollout, ids))
+        values["reward"] = sharding.to_host(rewards.total(reward_fn(rollout, ids)))
       for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
         if keep[n]:
           numbers = {name: float(column[n]) for name, column in values.items()}

@@ -103,8 +103,12 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
     config,
     read,
     read,
-    lambda rollout, scores, policy, ref: grpo.make_batch(
-      rollout, scores, ref, config.grpo, samples_per_prompt=config.sampling.samples_per_prompt
+    lambda ready: grpo.make_batch(
+      ready.rollout,
+      ready.totals,
+      ready.ref_logprobs,
+      config.grpo,
+      samples_per_prompt=config.sampling.samples_per_prompt,
     ),
   )
 

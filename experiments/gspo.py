@@ -99,8 +99,12 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
     config,
     read,
     read,
-    lambda rollout, scores, policy, ref: gspo.make_batch(
-      rollout, scores, ref, config.gspo, samples_per_prompt=config.sampling.samples_per_prompt
+    lambda ready: gspo.make_batch(
+      ready.rollout,
+      ready.totals,
+      ready.ref_logprobs,
+      config.gspo,
+      samples_per_prompt=config.sampling.samples_per_prompt,
     ),
   )
 

@@ -39,14 +39,14 @@ from rlhf_jax.train_step import OptimConfig
 class Config(JudgedConfig):
   """PPO. `batch_size` counts prompts; each step samples responses and updates on them."""
 
-  steps: int = 45
+  steps: int = 60
   batch_size: int = 64
   checkpoint_every: int = 20
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
-  ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.2, 0.05))
+  ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
   # nothing, so an update is the same on one device and on many, up to rounding.
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
@@ -111,8 +111,13 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
     config,
     reading.make_actor_critic_read(actor.apply, temperature),
     reading.make_read(bench.model.apply, temperature),
-    lambda rollout, scores, policy, ref: ppo.make_batch(
-      rollout, scores, policy.values, ref, config.ppo
+    lambda ready: ppo.make_batch(
+      ready.rollout,
+      ready.scores,
+      ready.policy.values,
+      ready.ref_logprobs,
+      config.ppo,
+      token_rewards=ready.token_rewards,
     ),
   )
 

@@ -8,8 +8,8 @@ Your model and prompts, with demonstrations for the ptx term:
 An adaptive KL coefficient, and advantages per macro action of five tokens:
   --ppo_max.kl_target=6 --ppo_max.segment=5
 
-Scores are normalised and clipped, and only the critic trains at first. A pretrained model needs
-learning rates of about 1e-6. The same command, run again, resumes a run that was stopped.
+Scores are normalised and clipped, and only the critic trains at first.
+The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   @jax.jit
   def experience(params, ref_params, carry, answers):
     ready = prepare(params, ref_params, carry.moments, answers)
-    inputs = ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs
-    batch, control, metrics = ppo_max.make_batch(*inputs, carry.method, config.ppo_max)
+    inputs = ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs, carry.method
+    batch, control, metrics = ppo_max.make_batch(*inputs, config.ppo_max, ready.token_rewards)
     batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, Carry(ready.moments, control), ready.metrics | metrics
 

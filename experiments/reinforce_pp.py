@@ -104,8 +104,8 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
     config,
     read,
     read,
-    lambda rollout, scores, policy, ref: reinforce_pp.make_batch(
-      rollout, scores, ref, config.reinforce_pp
+    lambda ready: reinforce_pp.make_batch(
+      ready.rollout, ready.totals, ready.ref_logprobs, config.reinforce_pp
     ),
   )
 

@@ -2,7 +2,7 @@
 
   python -m experiments.rlhf --workdir=runs/rlhf
 
-It downloads nothing and takes five to six minutes on two CPU cores. At the end a table compares the
+It downloads nothing and takes three to six minutes on two CPU cores. At the end a table compares the
 SFT and the PPO policy on 512 held-out prompts by the gold reward, which no stage was trained on.
 Expect a win rate of PPO against SFT of about 0.8.
 

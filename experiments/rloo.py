@@ -101,8 +101,12 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
     config,
     read,
     read,
-    lambda rollout, scores, policy, ref: rloo.make_batch(
-      rollout, scores, ref, config.rloo, samples_per_prompt=config.sampling.samples_per_prompt
+    lambda ready: rloo.make_batch(
+      ready.rollout,
+      ready.totals,
+      ready.ref_logprobs,
+      config.rloo,
+      samples_per_prompt=config.sampling.samples_per_prompt,
     ),
   )
 

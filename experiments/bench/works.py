@@ -290,8 +290,8 @@ def ppo_iteration(setup: Setup) -> Work:
     bench.config,
     reading.make_actor_critic_read(apply),
     reading.make_read(setup.policy.apply),
-    lambda rollout, scores, policy, ref: ppo.make_batch(
-      rollout, scores, policy.values, ref, settings
+    lambda ready: ppo.make_batch(
+      ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs, settings
     ),
   )
   reward = rewards.model_reward(setup.scorer.apply, setup.reward_params)
@@ -322,8 +322,8 @@ def grpo_iteration(setup: Setup) -> Work:
     bench.config,
     read,
     read,
-    lambda rollout, scores, policy, ref: grpo.make_batch(
-      rollout, scores, ref, settings, samples_per_prompt=samples
+    lambda ready: grpo.make_batch(
+      ready.rollout, ready.scores, ready.ref_logprobs, settings, samples_per_prompt=samples
     ),
   )
   forward = _forward(setup, shape.batch_size, scored=shape.response)

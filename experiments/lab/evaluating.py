@@ -194,7 +194,8 @@ def heldout_sampler(
     for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(prompts, run.mesh)
       rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
-      values = {f"reward/{name}": fn(rollout, prompts.prompt_id) for name, fn in reward_fns.items()}
+      ids = prompts.prompt_id
+      values = {f"reward/{n}": rewards.total(fn(rollout, ids)) for n, fn in reward_fns.items()}
       values |= {
         "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),

@@ -128,7 +128,12 @@ def _sample(
       placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
       rollout = generate(params, *placed, run.key_for(0))
       ended = generation.ended(rollout, *stops)
-      scored = (reward_fn(rollout, ids), ended, rollout.tokens, rollout.response_mask)
+      scored = (
+        rewards.total(reward_fn(rollout, ids)),
+        ended,
+        rollout.tokens,
+        rollout.response_mask,
+      )
       scores, ended, tokens, mask = sharding.to_host(scored)
       watch.check(scores[:size])
       answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
@@ -146,7 +151,7 @@ def _sample(
       ]
       if sample_reference is not None:
         answered = sample_reference(ref_params, *placed, run.key_for(1))
-        compared = reward_fn(answered, np.repeat(batch.prompt_id, others))
+        compared = rewards.total(reward_fn(answered, np.repeat(batch.prompt_id, others)))
         compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
         for n, line in enumerate(lines):
           line["reference_scores"] = [_or_none(score) for score in compared[n // count]]

@@ -110,7 +110,10 @@ class Match:
       "preference/nonfinite": jnp.sum(~usable).astype(jnp.float32),
       "eos_fraction": 1 - jnp.mean(cut),
       **bench.usage(sampled),
-      **{f"{name}_reward/mean": np.mean(fn(sampled, ids)) for name, fn in self._gold.items()},
+      **{
+        f"{name}_reward/mean": np.mean(rewards.total(fn(sampled, ids)))
+        for name, fn in self._gold.items()
+      },
       "time/generate": between - start,
       "time/preference": judged - between,
       "mix": mix,

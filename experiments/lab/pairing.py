@@ -60,8 +60,9 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     calibration: Rollout | None,
     key: jax.Array,
   ):
-    rollout, raw, ended, ref_scores = responses
+    rollout, raw, ended, ref_scores, tokens, _ = responses
     scores, moments = shaped.shape(raw, ended, moments, config.shaping, ref_scores)
+    scores, raw = (jnp.asarray(rewards.total(rewards.Parts(x, tokens))) for x in (scores, raw))
     scores = scores.reshape(-1, samples)
     chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
     rows = online_dpo.make_pairs(rollout, chosen, rejected)

@@ -127,12 +127,16 @@ class Responses(NamedTuple):
     scores: [B] float, scores before shaping.
     ended: [B] bool, True on responses that ended in a stop token.
     ref_scores: [B, M] scores of responses of the reference to the same prompt, or None.
+    token_rewards: [B, R] rewards of tokens in addition to the scores, or None.
+    satisfied: [B] bool, True on responses that violate no constraint, or None.
   """
 
   rollout: Rollout
   scores: jax.Array
   ended: jax.Array
   ref_scores: jax.Array | None = None
+  token_rewards: jax.Array | None = None
+  satisfied: jax.Array | None = None
 
 
 class Sampled(NamedTuple):
@@ -231,13 +235,13 @@ class Responder:
     del policy  # Room for the update.
     rollout = jax.block_until_ready(present.rollout)
     sampled = time.monotonic()
-    ids, scores = self._score(rollout, present.prompt_id, self._watches[0])
-    golds = {name: np.mean(fn(rollout, ids)) for name, fn in self._gold.items()}
+    ids, reward = self._score(rollout, present.prompt_id, self._watches[0])
+    golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
     ref_scores = None
     if self._shaping.function:
       answers = self.sample_reference(bench.reshard()(bench.start), *prompts, keys[1])
-      ref_scores = self._score(answers, prompts.prompt_id, self._watches[1])[1]
+      ref_scores = self._score(answers, prompts.prompt_id, self._watches[1])[1].scores
       ref_scores = ref_scores.reshape(bench.config.batch_size, -1)
       ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
     metrics |= {
@@ -246,17 +250,19 @@ class Responder:
       "time/generate": sampled - start,
       "time/reward": time.monotonic() - sampled,
     }
-    return Responses(rollout, scores, bench.ended(rollout), ref_scores), following, metrics
+    scores, *parts = reward
+    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, *parts)
+    return scored, following, metrics
 
   def _score(
     self, rollout: Rollout, prompt_id: jax.Array | np.ndarray, watch: rewards.Watch
-  ) -> tuple[np.ndarray, jax.Array]:
-    """Returns the prompt ids and the scores of responses, [B] each, NaN where they are unusable."""
+  ) -> tuple[np.ndarray, rewards.Parts]:
+    """Returns the prompt ids [B] and the reward of responses, with scores of NaN if unusable."""
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
-    scores = self._reward(rollout, ids)
-    watch.check(scores)
-    return ids, jnp.asarray(scores)
+    reward = rewards.parts_of(self._reward(rollout, ids))
+    watch.check(reward.scores)
+    return ids, jax.tree.map(jnp.asarray, reward)
 
 
 class Prepared(NamedTuple):
@@ -270,6 +276,8 @@ class Prepared(NamedTuple):
     weights: [B, R] importance weights, which multiply the advantages.
     moments: Running moments of the scores.
     metrics: Metrics of the responses.
+    token_rewards: [B, R] rewards of tokens in addition to the scores, or None.
+    satisfied: [B] bool, True on responses that violate no constraint, or None.
   """
 
   rollout: Rollout
@@ -279,6 +287,13 @@ class Prepared(NamedTuple):
   weights: jax.Array
   moments: reward.RunningMoments
   metrics: Metrics
+  token_rewards: jax.Array | None = None
+  satisfied: jax.Array | None = None
+
+  @property
+  def totals(self) -> jax.Array:
+    """Shaped scores [B] plus the rewards of tokens, for methods without a critic."""
+    return jnp.asarray(rewards.total(rewards.Parts(self.scores, self.token_rewards)))
 
 
 def make_prepare(
@@ -293,12 +308,12 @@ def make_prepare(
   """
 
   def prepare(params, ref_params, moments, responses) -> Prepared:
-    rollout, scores, ended, ref_scores = responses
+    rollout, scores, ended, ref_scores, *parts = responses
     scores, moments = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
     policy, ref = read(params, rollout), read_ref(ref_params, rollout).logprobs
     rollout, weights, metrics = correct(rollout, policy.logprobs, config.rollout.importance_cap)
     metrics |= response_metrics(responses, rollout, ref)
-    return Prepared(rollout, scores, policy, ref, weights, moments, metrics)
+    return Prepared(rollout, scores, policy, ref, weights, moments, metrics, *parts)
 
   return prepare
 
@@ -312,14 +327,14 @@ def make_experience(
     config: Config with `shaping` and `rollout`.
     read: Function that reads responses with the policy, and with the critic if there is one.
     read_ref: Function that reads responses with the reference.
-    make_batch: `(rollout, scores, policy, ref_logprobs) -> (batch, metrics)` of a method.
+    make_batch: `(prepared) -> (batch, metrics)` of a method.
   """
   prepare = make_prepare(config, read, read_ref)
 
   @jax.jit
   def experience(params, ref_params, moments, responses):
     ready = prepare(params, ref_params, moments, responses)
-    batch, metrics = make_batch(ready.rollout, ready.scores, ready.policy, ready.ref_logprobs)
+    batch, metrics = make_batch(ready)
     batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, ready.moments, ready.metrics | metrics
 
@@ -355,7 +370,9 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
   `kl/ref` is the mean log-ratio per response, in nats. `entropy`, in nats per token, is the mean of
   minus the log-probability, which estimates it without bias.
   """
-  scores, finite = responses.scores, jnp.isfinite(responses.scores)
+  parts = rewards.Parts(responses.scores, responses.token_rewards, responses.satisfied)
+  scores = jnp.asarray(rewards.total(parts))
+  finite = jnp.isfinite(scores)
   rows, mask = reading.finite_rows(rollout, scores, ref_logprobs)
   sequence_kl = masked.masked_sum(kl.k1(rollout.logprobs, ref_logprobs), mask, axis=1)
   lengths = jnp.sum(rollout.response_mask, axis=1)
@@ -363,11 +380,22 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
     "reward/mean": masked.defined_mean(scores, finite),
     "reward/std": jnp.where(finite.any(), jnp.sqrt(masked.masked_var(scores, finite)), jnp.nan),
     "reward/nonfinite": jnp.sum(~finite).astype(jnp.float32),
+    **part_metrics(parts),
     "kl/ref": masked.defined_mean(sequence_kl, rows),
     "entropy": -masked.defined_mean(rollout.logprobs, mask),
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }
+
+
+def part_metrics(parts: rewards.Parts) -> Metrics:
+  """Metrics of the parts of a reward that are given besides its scores."""
+  metrics = {}
+  if parts.tokens is not None:
+    metrics["reward/tokens"] = jnp.mean(jnp.sum(parts.tokens, axis=1))
+  if parts.satisfied is not None:
+    metrics["reward/violations"] = 1 - jnp.mean(parts.satisfied.astype(jnp.float32))
+  return metrics
 
 
 def sample_away(bench: Workbench) -> tuple[Callable[..., Params], Callable[..., Rollout]]:

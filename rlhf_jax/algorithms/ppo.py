@@ -1,8 +1,7 @@
 """PPO on sampled responses: a clipped policy gradient, a critic, and a KL penalty in the reward.
 
 Schulman et al., 2017, https://arxiv.org/abs/1707.06347; for language models Ziegler et al., 2019,
-https://arxiv.org/abs/1909.08593. An iteration samples a `Rollout`, scores it, makes a `PPOBatch`
-from both (`make_batch`) and updates on it (`make_ppo_step`).
+https://arxiv.org/abs/1909.08593. Scored responses become a `PPOBatch`, which is learnt from.
 """
 
 import dataclasses
@@ -16,8 +15,7 @@ import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import epochs, reading
-from rlhf_jax.losses import advantages as advantages_lib
-from rlhf_jax.losses import masked, policy_gradient
+from rlhf_jax.losses import advantages, masked, policy_gradient
 from rlhf_jax.types import Metrics, Params, Rollout, TrainStep
 
 
@@ -79,28 +77,31 @@ def make_batch(
   config: PPOConfig,
   *,
   kl_coef: float | jax.Array | None = None,
-  estimate: Callable[..., tuple[jax.Array, jax.Array]] = advantages_lib.gae,
+  token_rewards: jax.Array | None = None,
+  estimate: Callable[..., tuple[jax.Array, jax.Array]] = advantages.gae,
 ) -> tuple[PPOBatch, Metrics]:
   """Turns B scored responses of up to R tokens into advantages and returns.
 
   Args:
     rollout: The responses, with their log-probabilities under the policy.
-    scores: [B] float, reward of each response; a row with NaN or Inf in any input is left out.
+    scores: [B] float, reward of each response; a row with NaN or Inf is left out.
     values: [B, R] values before each token.
     ref_logprobs: [B, R] log-probabilities under the reference, at the sampling temperature.
     config: PPO settings.
     kl_coef: [] weight of the KL penalty; overrides `config.kl_coef`.
+    token_rewards: [B, R] rewards of tokens, in addition to the scores; None for none.
     estimate: `(rewards, values, mask, *, gamma, lam) -> (advantages, returns)`.
   """
   finite, mask = reading.finite_rows(rollout, scores, values, ref_logprobs)
   kl_coef, scores = config.kl_coef if kl_coef is None else kl_coef, jnp.where(finite, scores, 0.0)
   # Entries of padding are undefined; from here on they are zero.
-  old, ref, values = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs, values))
+  arrays = rollout.logprobs, ref_logprobs, values, 0.0 if token_rewards is None else token_rewards
+  old, ref, values, given = (jnp.where(mask, x, 0.0) for x in arrays)
   rewards = policy_gradient.kl_shaped_rewards(scores, old, ref, mask, kl_coef=kl_coef)
-  advantages, returns = estimate(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-  rollout, advantages = rollout._replace(logprobs=old), masked.whiten(advantages, mask)
-  return PPOBatch(rollout, mask, values, advantages, returns), {
-    "reward/shaped": masked.defined_mean(jnp.sum(rewards, axis=1), finite),
+  advantage, returns = estimate(rewards + given, values, mask, gamma=config.gamma, lam=config.lam)
+  rollout, advantage = rollout._replace(logprobs=old), masked.whiten(advantage, mask)
+  return PPOBatch(rollout, mask, values, advantage, returns), {
+    "reward/shaped": masked.defined_mean(jnp.sum(rewards + given, axis=1), finite),
     "value/explained_variance": policy_gradient.explained_variance(values, returns, mask),
   }
 
@@ -121,16 +122,15 @@ def loss_fn(
     values, batch.values, batch.returns, clip=config.value_clip or None
   )
   policy_loss, value_loss = (masked.masked_mean(x, mask) for x in (policy_losses, value_losses))
-  loss, metrics = policy_loss + config.value_coef * value_loss, {}
+  loss, entropy = policy_loss + config.value_coef * value_loss, {}
   if config.entropy_coef:
     loss -= config.entropy_coef * masked.masked_mean(now.entropy, mask)
-    metrics = reading.mean_over_tokens({"entropy": now.entropy}, mask)
+    entropy = reading.mean_over_tokens({"entropy": now.entropy}, mask)
   return loss, {
     "loss/policy": policy_loss,
     "loss/value": value_loss,
     "weight": jnp.sum(mask).astype(jnp.float32),
-    **metrics,
-    **reading.ratio_metrics(logprobs, old, mask, **clips),
+    **entropy | reading.ratio_metrics(logprobs, old, mask, **clips),
   }
 
 
@@ -144,7 +144,7 @@ def make_ppo_step(
   state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, PPOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
-  entropy = config.entropy_coef > 0
-  read = reading.make_actor_critic_read(apply_fn, temperature, packed, entropy=entropy)
+  ask = {"entropy": config.entropy_coef > 0}
+  read = reading.make_actor_critic_read(apply_fn, temperature, packed, **ask)
   loss = functools.partial(loss_fn, read=read, config=config)
   return epochs.make_epochs_step(loss, tx, config, packed=packed, state_shardings=state_shardings)

@@ -82,6 +82,7 @@ def make_batch(
   ref_logprobs: jax.Array,
   control: Control,
   config: PPOMaxConfig,
+  token_rewards: jax.Array | None = None,
 ) -> tuple[ppo.PPOBatch, Control, Metrics]:
   """Turns scored responses into advantages and returns; see `ppo.make_batch`.
 
@@ -104,6 +105,7 @@ def make_batch(
     ref_logprobs,
     config,
     kl_coef=control.kl_coef,
+    token_rewards=token_rewards,
     estimate=estimate,
   )
   mask, returns = batch.mask, batch.returns

@@ -1,12 +1,13 @@
 """Judges of sampled responses: models on device, or Python functions of the text.
 
-A judge of single responses becomes a `RewardFn`, `(rollout, prompt_ids) -> [B] scores`. A judge of
-pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
+A judge of single responses becomes a `RewardFn`, `(rollout, prompt_ids) -> [B] scores or Parts`. A
+judge of pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
 from rlhf_jax.rewards.functions import REWARDS, TextReward, ask
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
+from rlhf_jax.rewards.parts import Parts, parts_of, total
 from rlhf_jax.rewards.preferences import (
   PREFERENCES,
   PreferenceFn,
@@ -31,6 +32,7 @@ __all__ = [
   "PRINCIPLES",
   "REWARDS",
   "JudgeModel",
+  "Parts",
   "PreferenceFn",
   "RewardFn",
   "TextPreference",
@@ -45,9 +47,11 @@ __all__ = [
   "make_scorer",
   "model_preference",
   "model_reward",
+  "parts_of",
   "require",
   "response_texts",
   "reward_preference",
   "text_preference",
   "text_reward",
+  "total",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_jax import simulation
 from rlhf_jax.algorithms import given
 from rlhf_jax.losses import packing
+from rlhf_jax.rewards import parts
 from rlhf_jax.rewards.functions import ask
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
@@ -116,9 +117,8 @@ def reward_preference(reward_fn: RewardFn) -> PreferenceFn:
   """Preferences of a Bradley-Terry reward: the sigmoid of the score difference."""
 
   def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    return jax.nn.sigmoid(
-      jnp.asarray(reward_fn(a, prompt_ids)) - jnp.asarray(reward_fn(b, prompt_ids))
-    )
+    scores = (jnp.asarray(parts.total(reward_fn(side, prompt_ids))) for side in (a, b))
+    return jax.nn.sigmoid(next(scores) - next(scores))
 
   return prefer
 

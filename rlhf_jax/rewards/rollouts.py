@@ -9,13 +9,13 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
-from rlhf_jax.rewards import checks
+from rlhf_jax.rewards import checks, parts
 from rlhf_jax.rewards.functions import TextReward, ask
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
-# (rollout, prompt_ids [B]) -> scores [B] float32, NaN where they cannot be used. Each of several
-# processes scores the whole batch, so equal arguments must give equal scores.
-RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray]
+# (rollout, prompt_ids [B]) -> scores [B] float32, NaN where they cannot be used, or `Parts`. Each
+# of several processes scores the whole batch, so equal arguments must give equal scores.
+RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray | parts.Parts]
 
 
 def make_scorer(apply_fn: ApplyFn) -> Callable[[Params, Rollout], jax.Array]:
@@ -67,7 +67,7 @@ def ensemble_reward(scorers: Sequence[RewardFn], rule: str, coef: float = 0.5) -
   reduce = ENSEMBLES[rule]
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    scores = jnp.stack([jnp.asarray(s(rollout, prompt_ids)) for s in scorers], axis=1)
+    scores = jnp.stack([jnp.asarray(parts.total(s(rollout, prompt_ids))) for s in scorers], axis=1)
     return reduce(scores, coef)
 
   return score

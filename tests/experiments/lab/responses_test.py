@@ -1,5 +1,6 @@
 """Sampled and scored responses on their way to a method."""
 
+import dataclasses
 import functools
 import types
 
@@ -11,7 +12,7 @@ import pytest
 
 from experiments.lab import responses
 from experiments.lab.responses import Responses, RolloutOptions
-from rlhf_jax import flags
+from rlhf_jax import flags, rewards
 from rlhf_jax.algorithms import grpo, ppo, reading
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig, ended
@@ -33,8 +34,13 @@ def ppo_experience(read, read_ref, config=CONFIG, options=None):
     options or settings(),
     read,
     read_ref,
-    lambda rollout, scores, policy, ref: ppo.make_batch(
-      rollout, scores, policy.values, ref, config
+    lambda ready: ppo.make_batch(
+      ready.rollout,
+      ready.scores,
+      ready.policy.values,
+      ready.ref_logprobs,
+      config,
+      token_rewards=ready.token_rewards,
     ),
   )
 
@@ -206,6 +212,26 @@ def test_correction_takes_the_trainer_and_weighs_by_truncated_ratios(bad):
   assert same is rollout and (ones == 1).all() and metrics == {}
 
 
+def test_rewards_of_tokens_enter_where_they_are_earned():
+  """With a critic a token earns what follows it; without one a response earns the sum."""
+  params, scored = scored_responses()
+  rng = np.random.default_rng(3)
+  tokens = rng.normal(size=scored.rollout.logprobs.shape).astype(np.float32)
+  parts = scored._replace(token_rewards=tokens)
+  mask = scored.rollout.response_mask[:, toy.P :]
+  config = dataclasses.replace(CONFIG, kl_coef=0.0, lam=1.0, gamma=1.0)
+  inputs = params, params["policy"], RunningMoments.zero()
+  experience = ppo_experience(*READS, config=config)
+  plain, given = experience(*inputs, scored)[0], experience(*inputs, parts)[0]
+  earned = np.where(mask, tokens, 0.0)
+  to_go = np.flip(np.cumsum(np.flip(earned, 1), axis=1), 1)
+  np.testing.assert_allclose(
+    np.where(mask, given.returns - plain.returns, 0), np.where(mask, to_go, 0), atol=1e-5
+  )
+  whole = rewards.total(rewards.Parts(scored.scores, earned))
+  np.testing.assert_allclose(whole, scored.scores + earned.sum(axis=1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("cap", [0.0, 1.5])
 def test_weights_multiply_the_loss_of_each_token(cap):
   params, scored = scored_responses()
@@ -219,8 +245,8 @@ def test_weights_multiply_the_loss_of_each_token(cap):
     settings(importance_cap=cap),
     READS[1],
     READS[1],
-    lambda rollout, scores, policy, ref: grpo.make_batch(
-      rollout, scores, ref, config, samples_per_prompt=4
+    lambda ready: grpo.make_batch(
+      ready.rollout, ready.totals, ready.ref_logprobs, config, samples_per_prompt=4
     ),
   )
   batch, _, metrics = experience(params, params, RunningMoments.zero(), scored)

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -76,6 +77,38 @@ def local_path(path: epath.PathLike) -> pathlib.Path:
     return pathlib.Path(path).expanduser().absolute()
   except RuntimeError as error:  # There is no such user.
     raise WorkdirError(f"{text}: {error}; write the folder in full") from error
+
+
+_KINDS = {
+  stat.S_IFDIR: "a folder",
+  stat.S_IFIFO: "a FIFO",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+  stat.S_IFSOCK: "a socket",
+}
+
+
+def kind_of(path: epath.PathLike) -> str:
+  """Returns the kind of what is no file: a folder, a FIFO, a device, a socket; empty for a file.
+
+  To read from some of them takes for ever, or can be done once only. Empty too if nothing is there.
+  """
+  try:
+    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "")
+  except (OSError, ValueError):
+    return ""
+
+
+_OF_MODELS = {".json", ".jinja", ".safetensors", ".txt", ".model"}
+
+
+def irregular(folder: pathlib.Path) -> str:
+  """Names the first entry of a model folder that should be a file and is none; empty if all are."""
+  try:
+    names = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+  except OSError:
+    return ""
+  return next((f"{p.name} is {kind}, not a file" for p in names if (kind := kind_of(p))), "")
 
 
 _PATTERN = re.compile(r"[*?\[\\]")
@@ -160,6 +193,17 @@ def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
   sync_directory(path.parent)
 
 
+def follow_umask(path: pathlib.Path) -> None:
+  """Gives a file that a library wrote for its owner alone the mode of all other new files."""
+  probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+  with contextlib.suppress(OSError):  # Of a file system without modes.
+    try:
+      probe.touch(0o666)
+      path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+      probe.unlink(missing_ok=True)
+
+
 def sync_directory(path: epath.PathLike) -> None:
   """Makes the renames within a folder survive a power loss."""
   fd = os.open(path, os.O_RDONLY)
@@ -214,7 +258,7 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
   """Locks a directory and yields the text of `.lock`, which names the owner."""
   with creating(directory):
     directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
   with os.fdopen(fd, "r+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -106,7 +106,10 @@ def finished_folder(path: str) -> pathlib.Path:
       " or move the other one out"
     )
   if has_run or has_model:
-    return folder / EXPORT if has_run else folder
+    found = folder / EXPORT if has_run else folder
+    if problem := workdir_lib.irregular(found):
+      raise hf.ModelFolderError(f"{found}: {problem}")
+    return found
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from absl import logging
 
+from rlhf_jax import workdir
 from rlhf_jax.data import apart, controls
 from rlhf_jax.data.sources import DataError
 
@@ -727,6 +728,8 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
       f"no tokenizer.json in {str(path)!r}; give the folder of a model with a fast tokenizer "
       "(names of hub repositories are not looked up: download the folder first)"
     )
+  if problem := workdir.irregular(folder):
+    raise DataError(f"{folder}: {problem}")
   stop_ids = [
     i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)
   ]

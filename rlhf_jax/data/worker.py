@@ -39,6 +39,7 @@ def _environment() -> Any:
   """Returns the environment that transformers gives templates, with a fixed date."""
   import jinja2
   import jinja2.ext
+  import jinja2.nodes
   import jinja2.sandbox
 
   class Generation(jinja2.ext.Extension):
@@ -66,6 +67,15 @@ def _environment() -> Any:
       _refuse_private(name)
       super().__setitem__(name, value)
 
+  class Dict:
+    """The function `dict`, without the attributes of the class."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict:
+      return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict:
+      return dict.fromkeys(*args)
+
   def _refuse_private(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
       raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
@@ -84,13 +94,13 @@ def _environment() -> Any:
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+  environment: Any = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
   )
   environment.filters["tojson"] = to_json
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = lambda format: _DATE
-  environment.globals["dict"] = lambda *args, **values: dict(*args, **values)
+  environment.globals["dict"] = Dict()
   environment.globals["namespace"] = Namespace
   return environment
 

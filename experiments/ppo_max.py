@@ -78,7 +78,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
-    bench.describe("PPO-max", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("PPO-max", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     control = ppo_max.Control.init(config.ppo_max)
@@ -106,7 +106,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="ppo_max",
     )
-    return judge.finish(policy_of(state), config.steps, "PPO-max")
+    return judge.finish(policy_of(state), config.steps, "PPO-max", critics.first_explained(bench))
 
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:

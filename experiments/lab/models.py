@@ -58,7 +58,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
-  precision: Literal["default", "high", "highest"] = "high"
+  precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
@@ -328,8 +328,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
   def read() -> dict[str, str]:
     found = {}
     for flag in (*record.SOURCES, "judge.path", "reference"):
-      given = settings.get(flag)
-      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      folders = [finished_folder(path) for path in record.paths_in(settings, flag)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
       if folders:

@@ -1,6 +1,6 @@
-"""Rewards that are plain Python functions of text.
+"""Rewards and constraints that are plain Python functions of text.
 
-Add yours to `REWARDS`, or name it as `module:function` on the command line.
+Add yours to `REWARDS` or `CONSTRAINTS`, or name it as `module:function` on the command line.
 """
 
 import functools
@@ -18,6 +18,10 @@ from rlhf_jax.rewards import checks
 # with all their columns: a reference answer, a label, anything that the score needs.
 Scores = Sequence[float] | np.ndarray
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
+# The same with one bool per response, True if it satisfies the constraint.
+TextConstraint = Callable[
+  [Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[bool] | np.ndarray
+]
 
 
 def ask(
@@ -25,6 +29,7 @@ def ask(
   prompts: Sequence[str],
   *responses: Sequence[str],
   rows: Sequence[Mapping[str, Any]],
+  kind: str = "",
 ) -> np.ndarray:
   """Calls a reward function, or with two responses to each prompt a preference function.
 
@@ -33,6 +38,7 @@ def ask(
     prompts: B texts.
     *responses: B texts each: the responses, or both responses of pairs.
     rows: B data rows of the prompts.
+    kind: Kind of the function for messages; empty for a reward or a preference.
 
   Returns:
     [B] float32 rewards or probabilities, NaN where they cannot be used.
@@ -41,7 +47,7 @@ def ask(
     user.ResultError: The function raised, or it did not return one number per response, or one
       probability per pair. The message names the function.
   """
-  kind = "reward" if len(responses) == 1 else "preference"
+  kind = kind or ("reward" if len(responses) == 1 else "preference")
   name = f"{kind} function {user.name_of(function)}"
   try:  # With copies: a function may sort its lists or take columns out of its rows.
     values = function([*prompts], *map(list, responses), [{**row} for row in rows])
@@ -50,6 +56,36 @@ def ask(
       raise
     raise user.ResultError(f"{name} raised {user.describe(error)}") from error
   return _one_number_each(values, name, responses)
+
+
+def ask_constraint(
+  function: Callable[..., Any],
+  prompts: Sequence[str],
+  responses: Sequence[str],
+  *,
+  rows: Sequence[Mapping[str, Any]],
+) -> np.ndarray:
+  """Calls a constraint.
+
+  Args:
+    function: The constraint.
+    prompts: B texts.
+    responses: B texts.
+    rows: B data rows of the prompts.
+
+  Returns:
+    [B] bool, True on responses that satisfy the constraint.
+
+  Raises:
+    user.ResultError: See `ask`; or a result is neither True nor False.
+  """
+  verdicts = ask(function, prompts, responses, rows=rows, kind="constraint")
+  for i in np.flatnonzero((verdicts != 0) & (verdicts != 1))[:1]:
+    raise user.ResultError(
+      f"constraint function {user.name_of(function)} gave {verdicts[i]:g} for response {i},"
+      f" {responses[i][:80]!r}; it must return True or False for each"
+    )
+  return verdicts == 1
 
 
 def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]]) -> np.ndarray:
@@ -183,8 +219,36 @@ def exact_answer(
   return scores
 
 
+def filler(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Scores:
+  """1 for a response with a filler sentence of the built-in task, else 0: a bonus for padding."""
+  del prompts, rows
+  return np.array([simulation.has_filler(response) for response in responses], np.float32)
+
+
 REWARDS: dict[str, TextReward] = {
   "exact_answer": exact_answer,
+  "filler": filler,
   "gold": gold,
   "sentiment": sentiment,
 }
+
+
+def finished(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Sequence[bool]:
+  """True for a response that ends with a full stop, an exclamation mark or a question mark."""
+  del prompts, rows
+  return [response.rstrip(" \n\"')]*").endswith((".", "!", "?")) for response in responses]
+
+
+def no_filler(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Sequence[bool]:
+  """True for a response without a filler sentence of the built-in task."""
+  del prompts, rows
+  return [not simulation.has_filler(response) for response in responses]
+
+
+CONSTRAINTS: dict[str, TextConstraint] = {"finished": finished, "no_filler": no_filler}

@@ -106,7 +106,10 @@ def finished_folder(path: str) -> pathlib.Path:
       " or move the other one out"
     )
   if has_run or has_model:
-    return folder / EXPORT if has_run else folder
+    found = folder / EXPORT if has_run else folder
+    if problem := workdir_lib.irregular(found):
+      raise hf.ModelFolderError(f"{found}: {problem}")
+    return found
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
@@ -412,6 +415,7 @@ def export(
   }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
+  processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
   hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)

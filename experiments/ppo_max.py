@@ -106,7 +106,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="ppo_max",
     )
-    return judge.finish(policy_of(state), config.steps, "PPO-max")
+    return judge.finish(policy_of(state), config.steps, "PPO-max", critics.first_explained(bench))
 
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:

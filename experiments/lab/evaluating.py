@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from rlhf_jax import (
   rewards,
   sharding,
 )
-from rlhf_jax.algorithms import reading, reward_model
+from rlhf_jax.algorithms import reading, reward_model, sft
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params, RankingBatch, Rollout
@@ -354,7 +355,23 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
   before_violations = {f"{name}_before": share for name, share in before.violations.items()}
-  return metrics | after.violations | before_violations
+  return metrics | agreement(before, after) | after.violations | before_violations
+
+
+def agreement(before: Samples, after: Samples) -> dict[str, float]:
+  """Accuracy of the proxy on samples of a policy, as `reward/accuracy`.
+
+  It is the share of prompts on which the proxy prefers the same one of the two responses, of the
+  policy and of the baseline, as the gold reward. Empty without a proxy, without a gold reward, and
+  without two responses that differ.
+  """
+  if not {"reward", "gold"} <= after.rewards.keys():
+    return {}
+  proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
+  agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
+  if not agrees.size:
+    return {}
+  return {"reward/accuracy": evaluation.win_rate(agrees, np.zeros_like(agrees)).value}
 
 
 def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
@@ -378,6 +395,36 @@ def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, flo
   for name, share in after.violations.items():
     rows["violates a constraint"] = {"start": before.violations[name], "trained": share}
   return rows
+
+
+def demonstration_loss(
+  run: loop.Run,
+  model: Model,
+  sets: Sequence[data.Dataset],
+  tokenizer: data.Tokenizer,
+  batch_size: int = 128,
+) -> Callable[[Params], dict[str, float]]:
+  """Builds `loss(params)`: `nll` of a policy on demonstrations in nats per token, as of SFT.
+
+  Args:
+    run: Opened run.
+    model: Architecture of the policies.
+    sets: Data set of demonstrations; without one the function returns an empty dict.
+    tokenizer: Tokenizer of the policies.
+    batch_size: Rows per call of the model.
+  """
+  row_sums = jax.jit(functools.partial(sft.row_sums, model.apply))
+
+  def loss(params: Params) -> dict[str, float]:
+    metrics = {}
+    for dataset in sets:
+      size = heldout_batch_size(run, dataset, batch_size)
+      measure = functools.partial(row_sums, params)
+      nll, _ = sft.mean_metrics(measure_rows(run, dataset, size, tokenizer.pad_id, measure))
+      metrics["nll"] = float(nll)
+    return metrics
+
+  return loss
 
 
 class Judge:

@@ -325,8 +325,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
   def read() -> dict[str, str]:
     found = {}
     for flag in (*record.SOURCES, "judge.path", "reference"):
-      given = settings.get(flag)
-      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      folders = [finished_folder(path) for path in record.paths_in(settings, flag)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
       if folders:

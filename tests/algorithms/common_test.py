@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import algorithms, generation, sharding
+from rlhf_jax import algorithms, generation, hlo, sharding
 from rlhf_jax.algorithms import (
   dpo,
   ipo_md,
@@ -661,6 +661,27 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(name):
   close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
   jax.tree.map(functools.partial(close, atol=1e-6), (value, metrics), (want, want_metrics))
   jax.tree.map(functools.partial(close, atol=1e-6 * largest), grads, want_grads)
+
+
+@pytest.mark.parametrize("name", ["sft", "nash_md"])
+def test_the_loop_over_tokens_sends_no_weights(name):
+  """Devices gather the output matrix before it, and sum its gradient after it."""
+  config = dataclasses.replace(CONFIG, vocab_size=48, layers=1, tied=False)
+  mesh = mesh_of("fsdp:8")
+  model = build(config, logit_chunk=3 * config.vocab_size, mesh=mesh)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  params = {"policy": sharding.abstract(shapes, places)}
+  batch = sharding.abstract(language_batch(name, ROWS, 10), sharding.batch_sharding(mesh))
+  step = jax.jit(
+    jax.grad(language_losses(model, None)[name], has_aux=True),
+    out_shardings=({"policy": places}, None),
+  )
+  text = step.lower(params, batch, jax.random.key(0)).compile().as_text()
+  assert " while(" in text
+  found = hlo.collectives(text)
+  assert not [collective for collective in found if collective.trips]
+  assert [collective.result for collective in found].count("f32[16,48]") == 1
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])

@@ -188,6 +188,34 @@ def test_a_search_ranks_what_fits(compile_here):
   assert all((plan["remat"], plan["microbatches"]) == ("none", 1) for plan in ranked)
 
 
+CUBE = LARGE._replace(topology="v5p:2x2x2", chips=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("script", "on"),
+  [
+    pytest.param("sft", TINY, id="sft-tiny"),
+    *(
+      pytest.param(script, on, id=f"{script}-{on.topology}", marks=full)
+      for script in ("dpo", "ppo", "nash_md")
+      for on in (LARGE, CUBE)
+    ),
+  ],
+)
+def test_what_is_found_is_not_slower_than_what_one_writes_by_hand(script, on, compile_here):
+  search = f"--search={1 if on is TINY else 4}"
+  code, report, output = compile_here(script, search, *on.flags, *sampled(script))
+  assert code == 0
+  seconds = [
+    sum(max(program["seconds"].values()) for program in plan["programs"])
+    for plan in (report["plans"][0], report["by_hand"])
+  ]
+  assert 0 < seconds[0] <= seconds[1]
+  assert (report["by_hand"]["mesh"], report["by_hand"]["remat"]) == (f"fsdp:{on.chips}", "full")
+  assert f"by hand: fsdp:{on.chips}" in output
+
+
 @pytest.mark.slow
 @full
 def test_a_search_takes_less_memory_until_it_fits(compile_here):

@@ -50,6 +50,7 @@ SETTINGS = {
     "--shaping.function=par",
     "--lora.rank=4",
   ),
+  "simpo": ("--data.share_prompts",),
 }
 _ROWS = ("--data.rows=64", "--data.eval_rows=8")
 SIZES = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")

@@ -7,6 +7,8 @@ Your model and prompts, against a Python reward function:
     --reward.name=sentiment
 Updates on packed rows, which save time if the lengths of responses differ much:
   --rollout.packed_length=512
+Paid by a judge of pairs, with a response of the initial policy as the other one:
+  --preference.path=runs/pm
 A critic that is a head on the policy:
   --critic.share_trunk
 RTO, which adds rewards of tokens that DPO has learnt, to be trained from the same --init_from:
@@ -25,7 +27,7 @@ from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
 from experiments.lab.dense import DenseOptions
-from experiments.lab.judges import JudgedConfig, RewardOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo, reading
@@ -49,6 +51,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   dense: DenseOptions = DenseOptions()
+  preference: PreferenceOptions = PreferenceOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
@@ -73,9 +76,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.open_reward()
-    trained_by = config.dense.added_to(reward_of, bench)
+    bench.describe("PPO", trainer, judge=config.judge.title)
+    scores = bench.open_scores()
+    trained_by = config.dense.added_to(scores.score_of, bench)
     respond = responses.Responder(bench, trained_by, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
 
@@ -90,7 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return trainer.params(state.train)["policy"]
 
     size = config.batch_size * config.sampling.samples_per_prompt
-    judge = bench.judge(reward_of, batch_size=size)
+    judge = bench.judge(scores.reward_of, scores.prefer_of, batch_size=size)
     state = bench.fit(
       iteration,
       trainer,

@@ -77,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
-    bench.describe("PPO-max", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("PPO-max", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     control = ppo_max.Control.init(config.ppo_max)

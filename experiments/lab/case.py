@@ -106,7 +106,7 @@ class Case(NamedTuple):
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
     """Opens a model that judges responses, unless the options name a Python function."""
     bench = self.bench
-    if options.name:
+    if options.name and not options.path:
       return None, ()
     return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
 
@@ -214,7 +214,7 @@ class Case(NamedTuple):
     if config.rollout.devices:
       raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
     held = {"state": trainer.state, "reference": bench.start}
-    judge, held["reward"] = self.open_judge(config.reward)
+    judge, held["reward"] = self.open_judge(config.judge)
     params, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
     policy = params.get("policy", params)
     rollout = self.rollout("rollout", bench.sampler(), policy, held, samples)

@@ -58,7 +58,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
-  precision: Literal["default", "high", "highest"] = "high"
+  precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)

@@ -100,6 +100,14 @@ def check(
     )
   if shaping is not None and shaping.function and config.rollout.devices:
     raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
+  compares = "shaping" in vars(config) and config.shaping.function
+  if compares and "preference" in vars(config) and config.preference.is_given:
+    raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
+  if compares and "reward" in vars(config) and config.reward.ensemble == "worst_group":
+    raise ValueError(
+      f"shaping.function={config.shaping.function} does not go with reward.ensemble=worst_group:"
+      " the worst group of the reference may be another one than that of the policy"
+    )
 
 
 def require_fit(bench: Workbench) -> None:
@@ -243,6 +251,7 @@ class Responder:
     rollout = jax.block_until_ready(present.rollout)
     sampled = time.monotonic()
     ids, reward = self._score(rollout, present.prompt_id, self._watches[0])
+    metrics |= means_by_name(reward)
     golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
     ref_scores = None
@@ -257,8 +266,8 @@ class Responder:
       "time/generate": sampled - start,
       "time/reward": time.monotonic() - sampled,
     }
-    scores, *parts = reward
-    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, *parts)
+    scores, tokens, satisfied, _ = reward
+    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, tokens, satisfied)
     return scored, following, metrics
 
   def _score(
@@ -268,7 +277,7 @@ class Responder:
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
     reward = rewards.parts_of(self._reward(rollout, ids))
-    watch.check(reward.scores)
+    watch.check(reward.scores, reward.named)
     return ids, jax.tree.map(jnp.asarray, reward)
 
 
@@ -401,6 +410,13 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }
+
+
+def means_by_name(reward: rewards.Parts) -> dict[str, float]:
+  """Mean of each of several rewards over the responses where it can be used, as reward/NAME."""
+  named = {name: np.asarray(x) for name, x in sharding.to_host(reward.named or {}).items()}
+  usable = {name: x[np.isfinite(x)] for name, x in named.items()}
+  return {f"reward/{name}": float(np.mean(x)) if x.size else np.nan for name, x in usable.items()}
 
 
 def part_metrics(parts: rewards.Parts) -> Metrics:

@@ -45,6 +45,12 @@ def counted_sentences(response: str) -> tuple[tuple[int, grammar.Meaning], ...]:
   return tuple(counted)
 
 
+def has_filler(response: str) -> bool:
+  """Returns True if a sentence of the text is well formed and says nothing about the subject."""
+  meanings = map(grammar.read, grammar.sentences(response.split()))
+  return any(meaning is not None and meaning.kind == "filler" for meaning in meanings)
+
+
 def _parts(demands: demands_lib.Demands, response: str) -> tuple[float, float, float, float]:
   counted = counted_sentences(response)
   meanings = [meaning for _, meaning in counted]

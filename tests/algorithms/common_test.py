@@ -46,7 +46,7 @@ from tests.testing import compilations, full, tiny_params
 FOLDER = pathlib.Path(algorithms.__file__).parent
 # Files that build no step: parts that methods share, pairs of online DPO, selections of PF-PPO.
 SHARED = {"epochs", "given", "groups", "macro_actions", "online_dpo", "opponents", "pairs"}
-SHARED |= {"pairwise", "pf_ppo", "reading", "selection"}
+SHARED |= {"pairwise", "pf_ppo", "picks", "reading", "reinforce", "selection"}
 MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
 CASES: dict[str, Case] = {
   "/".join(filter(None, (module, name))): case

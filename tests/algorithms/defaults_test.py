@@ -36,6 +36,7 @@ OPPONENT = {
   "microbatches": 1,
 }
 DEFAULTS = {
+  "cgpo.CGPOConfig": UPDATES | {"kl_max": 20.0, "minibatches": 1},
   "cispo.CISPOConfig": GROUPS  # arXiv 2506.13585: no penalty and no lower bound.
   | {"kl_coef": 0.0, "clip_low": 1.0, "clip_high": 4.0, "average": "tokens"},
   "dpo.DPOConfig": {

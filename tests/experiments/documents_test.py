@@ -173,6 +173,7 @@ GROUPS = {
     "pf_ppo",
     "p3o",
     "rloo",
+    "cgpo",
     "reinforce_pp",
     "grpo",
     "gspo",

@@ -8,7 +8,8 @@ METHODS = plans.methods()
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
-  "grpo": ("--shaping.normalize", "--rollout.packed_length=64"),
+  "cgpo": ("--reward.name=gold", "--reward.constraints=no_filler"),
+  "grpo": ("--shaping.normalize", "--rollout.packed_length=64", "--preference.name=expert"),
   "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
   "nash_md": (
     "--preference.name=panel",
@@ -34,10 +35,18 @@ SETTINGS = {
     "--eval_every=2",
   ),
   "preference_model": ("--lora.rank=2",),
-  "rest": ("--grow_steps=1", "--batch_size=2", "--rest.kappa=0.3"),
+  "rest": (
+    "--grow_steps=1",
+    "--batch_size=2",
+    "--rest.kappa=0.3",
+    "--reward.name=gold",
+    "--reward.constraints=no_filler",
+  ),
   "rloo": (
-    "--reward.path={reward},{reward}",
-    "--reward.ensemble=min",
+    "--reward.path={reward}",
+    "--reward.name=filler,gold",
+    "--reward.weights=1,-0.5,0.2",
+    "--reward.constraints=finished,no_filler",
     "--shaping.function=par",
     "--lora.rank=4",
   ),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.lab import responses
+from experiments.lab import judges, responses
 from experiments.lab.responses import Responses, RolloutOptions
 from rlhf_jax import data, flags, rewards
 from rlhf_jax.algorithms import grpo, ppo, reading
@@ -295,6 +295,22 @@ def script(**changes):
       {"rollout": RolloutOptions(devices=1, importance_cap=2.0)},
       {"shaping": ShapingConfig(function="par")},
       "rollout.devices does not go with shaping.function=par",
+    ),
+    (
+      {
+        "preference": judges.PreferenceOptions(name="panel"),
+        "shaping": ShapingConfig(function="par"),
+      },
+      {},
+      "shaping.function must be empty: a preference gives no scores",
+    ),
+    (
+      {
+        "reward": judges.RewardOptions(path="a,b", ensemble="worst_group"),
+        "shaping": ShapingConfig(function="par"),
+      },
+      {},
+      "shaping.function=par does not go with reward.ensemble=worst_group",
     ),
   ],
 )

@@ -50,8 +50,8 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
-  dense: DenseOptions = DenseOptions()
   preference: PreferenceOptions = PreferenceOptions()
+  dense: DenseOptions = DenseOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move

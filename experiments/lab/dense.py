@@ -55,8 +55,8 @@ class DenseOptions:
       score = reward_of(prompts)
 
       def both(rollout: Rollout, prompt_ids: np.ndarray) -> rewards.Parts:
-        given = {"score": score(rollout, prompt_ids), "dense": dense(rollout, prompt_ids)}
-        return rewards.weighted({n: rewards.parts_of(of) for n, of in given.items()}, [1.0, 1.0])
+        given = rewards.parts_of(score(rollout, prompt_ids))
+        return rewards.weighted({"score": given, "dense": dense(rollout, prompt_ids)}, [1, 1])
 
       return judges.Named(judges.name_of(score), both)
 

@@ -46,8 +46,8 @@ def ask(
     their sum.
 
   Raises:
-    user.ResultError: The function raised, or it did not return one number per response, or one
-      probability per pair. The message names the function.
+    user.RaisedError: The function raised. The message names the function and the line.
+    user.ResultError: It did not return one number per response, or one probability per pair.
   """
   given = ask_parts(function, prompts, *responses, rows=rows, kind=kind)
   return given.totals if isinstance(given, segments.Segments) else given
@@ -68,7 +68,7 @@ def ask_parts(
   except (Exception, SystemExit) as error:  # Else the run would seem to have ended well.
     if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
       raise
-    raise user.ResultError(f"{name} raised {user.describe(error)}") from error
+    raise user.RaisedError(f"{name} raised {user.describe(error)}") from error
   if kind == "reward" and segments.are_given(values):
     return segments.read(values, name, responses[0])
   return _one_number_each(values, name, responses)

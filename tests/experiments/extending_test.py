@@ -230,7 +230,7 @@ def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
   "name, code, message",
   [
     ("later", 70, r"UnusableScoresError: --reward\.name=my_rewards:later: [34] of 4 scores cannot"),
-    ("remote", 64, "ResultError: reward function my_rewards:remote raised .*: no route to host"),
+    ("remote", 70, "RaisedError: reward function my_rewards:remote raised .*: no route to host"),
   ],
 )
 def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):

@@ -55,7 +55,7 @@ class Case(NamedTuple):
   @property
   def samples(self) -> bool:
     """True if the script trains on samples of the policy."""
-    return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+    return any(hasattr(self.config, name) for name in ("preference", "shaping", "teacher"))
 
   @property
   def scored(self) -> int:

@@ -30,6 +30,7 @@ SOURCES = {
   "reward.path": "reward model",
   "preference.path": "judge",
   "opponent": "opponent",
+  "teacher": "teacher",
 }
 _DEEPEST = 16  # A longer chain of runs is cut off.
 

@@ -168,7 +168,7 @@ RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(c
 GROUPS = {
   "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
   "policy gradients": {"ppo", "ppo_max", "rloo", "reinforce_pp", "grpo", "gspo", "cispo"},
-  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest", "gkd"},
 }
 
 

@@ -8,6 +8,7 @@ METHODS = plans.methods()
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
+  "gkd": ("--teacher={teacher}", "--gkd.student_share=0.5", "--eval_every=3"),
   "grpo": ("--shaping.normalize", "--rollout.packed_length=64"),
   "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
   "nash_md": (

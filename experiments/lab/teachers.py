@@ -29,7 +29,9 @@ def open_teacher(bench: Workbench) -> Teacher:
   """
   path, options = bench.config.teacher, bench.config.model
   if not path:
-    return Teacher(*models.open_model(bench.run, options, bench.folder, bench.tokenizer))
+    return Teacher(
+      *models.open_model(bench.run, options, bench.folder, bench.tokenizer, frozen=True)
+    )
   folder = models.finished_folder(path)
   if hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model, and a teacher must be one")
@@ -39,7 +41,7 @@ def open_teacher(bench: Workbench) -> Teacher:
       " token cannot be compared; choose a teacher of the same family, or fine-tune the student on"
       " its answers: experiments.generate, then experiments.sft"
     )
-  return Teacher(*models.open_model(bench.run, options, folder, bench.tokenizer))
+  return Teacher(*models.open_model(bench.run, options, folder, bench.tokenizer, frozen=True))
 
 
 def make_sampler(bench: Workbench, teacher: Teacher) -> tuple[Callable[..., Any], ...]:

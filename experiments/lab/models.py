@@ -459,10 +459,17 @@ def export(
   model: Model,
   tokenizer: data.Tokenizer,
   label: str = "reward",
+  dtype: str = "float32",
 ) -> pathlib.Path:
   """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
-  `label` is the name of the scalar of a judge.
+  Args:
+    folder: Folder to write.
+    params: Params of the model.
+    model: Model.
+    tokenizer: Its tokenizer.
+    label: Name of the scalar of a judge.
+    dtype: Dtype of the weights in the folder.
   """
   first, *others = tokenizer.stop_ids
   token_ids: dict[str, int | list[int]] = {
@@ -473,5 +480,7 @@ def export(
     token_ids["bos_token_id"] = tokenizer.bos_id
   if processes.is_first():
     tokenizer.save(folder)
-  hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)
+  hf.save_folder(
+    folder, lora.merge(params), model.config, token_ids=token_ids, label=label, dtype=dtype
+  )
   return folder

@@ -252,6 +252,7 @@ class Workbench(NamedTuple):
       self.start,
       prefer=None if prefer_of is None else prefer_of(prompts),
       batch_size=batch_size,
+      export=self.export,
     )
 
   def fit(
@@ -304,7 +305,8 @@ class Workbench(NamedTuple):
 
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
-    models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
+    dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
+    models.export(folder, params, self.model, self.tokenizer, label, dtype)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""

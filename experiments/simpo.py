@@ -87,8 +87,7 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
 
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
-  batch, rows = case.tokens(2, case.length), 2 * case.config.batch_size
-  case.offline(make_trainer(case.bench), batch, rows=rows, scored=True)
+  case.offline(make_trainer(case.bench), case.pairs(), scored=True)
 
 
 if __name__ == "__main__":

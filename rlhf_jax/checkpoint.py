@@ -237,9 +237,10 @@ class Checkpointer:
       f" --workdir{reasons}"
     )
 
-  def latest_step(self) -> int | None:
-    """Returns the newest committed step, None if there is none."""
-    return max(self._committed_steps(), default=None)
+  def latest_step(self, at_most: int | None = None) -> int | None:
+    """Returns the newest committed step, up to `at_most`; None if there is none."""
+    steps = self._committed_steps()
+    return max((s for s in steps if at_most is None or s <= at_most), default=None)
 
   def wait(self) -> None:
     """Blocks until the last save is committed and its manifest written.

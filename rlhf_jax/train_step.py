@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from rlhf_jax import ranges
+from rlhf_jax import nonfinite, ranges
 from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
 
 
@@ -363,8 +363,10 @@ def jit_step(step: Callable[..., Any], state_shardings: Any = None) -> Callable[
       may change the layout on a mesh, and the second call recompiles.
   """
   if state_shardings is None:
-    return jax.jit(step, donate_argnums=0)
-  return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    jitted = jax.jit(step, donate_argnums=0)
+  else:
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+  return nonfinite.watched(jitted, step)
 
 
 def join(left: Params, right: Params) -> Params:

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from experiments.lab import judges, models, training
 from experiments.lab.workbench import Workbench
-from rlhf_jax import defaults, ranges
+from rlhf_jax import defaults, ranges, writers
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
+
+EXPLAINED = "value/explained_variance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Actor(NamedTuple):
 
   apply: Callable[..., Any]
   params: Params
+
+
+def first_explained(bench: Workbench) -> dict[str, float]:
+  """Explained variance of the critic when the policy is first updated, after the warm-up."""
+  rows = writers.read_metrics(bench.run.workdir / "metrics.jsonl")
+  after = [row for row in rows if row["step"] > bench.config.critic.warmup]
+  values = [row[EXPLAINED] for row in after if EXPLAINED in row]
+  return {f"{EXPLAINED}/first": values[0]} if values else {}
 
 
 def open_actor(bench: Workbench) -> Actor:

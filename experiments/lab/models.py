@@ -63,7 +63,7 @@ class ModelOptions:
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
   frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-  precision: Literal["default", "high", "highest"] = "high"
+  precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
   logit_chunk: int = ranges.rare(2**22)
@@ -270,6 +270,13 @@ def open_policy(
   return open_model(run, options, folder, tokenizer, frozen=True)[1]
 
 
+def require_shapes_of(start: Params, params: Params, given: str) -> None:
+  """Refuses params of another architecture than `start`; `given` is the flag that names them."""
+  shapes = [jax.tree.map(lambda x: x.shape, of) for of in (start, params)]
+  if shapes[0] != shapes[1]:
+    raise flags.UsageError(f"{given} has another architecture than the policy of --init_from")
+
+
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
   if data.load_tokenizer(folder).digest != tokenizer.digest:
@@ -390,8 +397,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
   def read() -> dict[str, str]:
     found = {}
     for flag in (*record.SOURCES, "judge.path", "reference"):
-      given = settings.get(flag)
-      folders = [finished_folder(path) for path in given.split(",") if path] if given else []
+      folders = [finished_folder(path) for path in record.paths_in(settings, flag)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
       if folders:

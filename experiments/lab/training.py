@@ -212,7 +212,8 @@ def memory_line(state: TrainState, idle: Params) -> str:
 def step_tokens(config: Any, dataset: data.Dataset) -> str:
   """Tokens per batch and the share of padding among them, for the panel at the start."""
   packed = config.data.packed_length
-  tokens = config.batch_size * max(dataset.width, 1) * (packed or dataset.padded_length)
+  width = max(dataset.width, 1)
+  tokens = config.batch_size * (width * packed if packed else dataset.batch_length)
   return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
 
 

@@ -155,6 +155,23 @@ class Workbench(NamedTuple):
     config = self.config
     return judges.open_reward(self.run, config.reward, config.model, self.tokenizer)
 
+  def open_scores(self) -> judges.Scores:
+    """Opens the judge of `config`; a single sample of a prompt meets one of the initial policy.
+
+    That response is the same each time: it depends on the prompt alone.
+    """
+    sample, reshard = self.sampler(samples_per_prompt=1), self.reshard()
+    rows, key = sharding.batch_sharding(self.run.mesh), self.run.key_for(4)
+
+    def anchors(rollout: Rollout, prompt_ids: np.ndarray) -> Rollout:
+      prompt = np.s_[:, : rollout.tokens.shape[1] - rollout.logprobs.shape[1]]
+      ids = sharding.put(np.asarray(prompt_ids, np.int32), rows)
+      return sample(
+        reshard(self.start), rollout.tokens[prompt], rollout.prompt_mask[prompt], ids, key
+      )
+
+    return judges.open_scores(self.run, self.config, self.tokenizer, anchors)
+
   def open_preference(self) -> Callable[[data.Dataset], rewards.PreferenceFn]:
     """Opens the judge of `config.preference` and returns `(prompts) -> preference` of pairs."""
     config = self.config

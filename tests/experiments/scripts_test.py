@@ -30,8 +30,8 @@ def flags_of(sft_run, reward_run, teacher_run):
 
   def flags(script) -> list[str]:
     given = [f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1"]
-    folders = {"reward": reward_run, "teacher": teacher_run}
-    given += [word.format(**folders) for word in SETTINGS.get(script, ())]
+    runs = {"reward": reward_run, "sft": sft_run, "teacher": teacher_run}
+    given += [word.format(**runs) for word in SETTINGS.get(script, ())]
     if script != "sft":
       given.append(f"--init_from={sft_run}")
     if not any(word.startswith(("--reward.", "--preference.")) for word in given):
@@ -382,6 +382,20 @@ BAD_FLAGS = [
     ),
     64,
     "--rollout.devices does not go with shaping.function=par",
+  ),
+  (("p3o", GOLD, "--sampling.samples_per_prompt=3", "--batch_size=4"), 64, "must be even"),
+  (("p3o", GOLD, "--rollout.importance_cap=2"), 64, "--rollout.importance_cap weighs tokens"),
+  (("p3o", GOLD, "--p3o.minibatches=5"), 64, "minibatches"),
+  (("pf_ppo", GOLD, "--pf_ppo.keep=worst"), 64, "--pf_ppo.keep=worst: must be one of best_worst"),
+  (("pf_ppo", GOLD, "--pf_ppo.minibatches=3"), 64, "32 * 2 selected responses does not split"),
+  (("pf_ppo", GOLD, "--sampling.samples_per_prompt=1"), 64, "--sampling.samples_per_prompt must"),
+  (("ppo", GOLD, "--dense.scale=0"), 64, "--dense.scale must be positive"),
+  (("ppo", GOLD, START, "--dense.path=nowhere"), 78, "nowhere"),
+  (("ppo_max", GOLD, "--ppo_max.cut=word"), 64, "--ppo_max.cut=word: must be one of ngram"),
+  (
+    ("ppo_max", GOLD, "--ppo_max.cut=sentence", "--ppo_max.segment=2"),
+    64,
+    "--ppo_max.segment must",
   ),
   (("nash_md",), 64, "--preference.path"),
   (("nash_md", "--preference.name=nobody"), 64, "panel"),

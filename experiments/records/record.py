@@ -31,6 +31,7 @@ SOURCES = {
   "dense.path": "dense rewards",
   "preference.path": "judge",
   "opponent": "opponent",
+  "teacher": "teacher",
   "base": "merged",
   "models": "merged",
 }

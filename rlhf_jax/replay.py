@@ -81,7 +81,7 @@ def again(
     key: Key of the run.
 
   Returns:
-    What ends the run.
+    Exception that ends the run.
   """
   source, restored = "the start", None
   run = workdir_lib.identity_digest(workdir)

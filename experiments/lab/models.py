@@ -476,7 +476,7 @@ def export(
     folder: Folder to write.
     params: Params of the model.
     model: Model.
-    tokenizer: Its tokenizer.
+    tokenizer: Tokenizer of the model.
     label: Name of the scalar of a judge.
     dtype: Dtype of the weights in the folder.
   """

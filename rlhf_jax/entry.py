@@ -373,6 +373,6 @@ def _exit(error: BaseException) -> NoReturn:
 def _usage() -> str:
   """Returns the docstring of the script, with its commands as they are typed where installed."""
   main = sys.modules["__main__"]
-  text, spec = main.__doc__ or "", main.__spec__
+  text, spec = main.__doc__ or "", getattr(main, "__spec__", None)
   is_installed = spec is not None and spec.name.startswith("rlhf_jax.experiments.")
   return text.replace("python -m experiments.", "rlhf-jax ") if is_installed else text

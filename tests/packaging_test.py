@@ -3,6 +3,8 @@
 The repository is not on the path: the package is the wheel that is made of the source distribution.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -13,6 +15,7 @@ import sysconfig
 import tarfile
 import zipfile
 
+import filelock
 import pytest
 
 from tests.testing import full
@@ -32,39 +35,51 @@ def build(folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(repository, tmp_path_factory) -> pathlib.Path:
-  """The wheel of the source distribution."""
-  setuptools = pytest.importorskip("setuptools")
-  if int(setuptools.__version__.partition(".")[0]) < 77:
-    pytest.skip("setuptools cannot build it")
-  folder = tmp_path_factory.mktemp("source")
+def installed(repository, tmp_path_factory) -> pathlib.Path:
+  """An environment with the package, which all workers share; the wheel is in its folder `dist`."""
+  versions = dict.fromkeys(("pip", "setuptools"), 0)
+  for name in versions:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = int(importlib.metadata.version(name).partition(".")[0])
+  if versions["pip"] < 23 or versions["setuptools"] < 77:
+    pytest.skip(f"{versions} cannot build and install it")
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+  folder = root / "installed"
+  with filelock.FileLock(root / "installed.lock"):
+    if not (folder / "dist").exists():
+      install(build_wheel(repository, root / "source"), folder)
+  return folder
+
+
+def build_wheel(repository: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Builds the wheel of the source distribution."""
+  folder.mkdir()
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(repository / name, folder)
   for name in PACKAGES:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(repository / name, folder / name, ignore=ignore)
-  sdist = build(folder, "sdist")
-  with tarfile.open(sdist) as archive:
+  with tarfile.open(build(folder, "sdist")) as archive:
     archive.extractall(folder / "unpacked", filter="data")
   (unpacked,) = (folder / "unpacked").iterdir()
   return build(unpacked, "wheel")
 
 
-@pytest.fixture(scope="module")
-def bin_folder(wheel, tmp_path_factory) -> pathlib.Path:
-  """Programs of an environment with the wheel, and with what the present one has beside it."""
-  folder = tmp_path_factory.mktemp("environment")
+def install(wheel: pathlib.Path, folder: pathlib.Path) -> None:
+  """Makes an environment with a wheel, and with what the present one has beside it."""
   subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
   (site,) = folder.glob("lib/python*/site-packages")
   # A path in a .pth file: the .pth files of that folder, such as the one of `pip install -e`, are
   # not read.
   paths = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
   paths |= {path for path in sys.path if path.endswith("site-packages")}
-  (site / "others.pth").write_text("".join(f"{path}\n" for path in paths))
+  (site / "others.pth").write_text("".join(f"{path}\n" for path in sorted(paths)))
   pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet"]
   offline = ["--no-index", "--no-deps", "--no-compile", "--ignore-installed"]
   subprocess.run([*pip, *offline, wheel], check=True)
-  return folder / "bin"
+  (folder / "dist").mkdir()
+  shutil.copy(wheel, folder / "dist")
 
 
 @pytest.fixture
@@ -83,12 +98,12 @@ def project(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture
-def run(bin_folder, project):
+def run(installed, project):
   """`run(*words, code=0) -> output` of `rlhf-jax words` in the project."""
 
   def run(*words: str, code: int = 0) -> str:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env["PATH"] = f"{bin_folder}{os.pathsep}{env['PATH']}"
+    env["PATH"] = f"{installed / 'bin'}{os.pathsep}{env['PATH']}"
     env["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
     done = subprocess.run(
       ["rlhf-jax", *words],
@@ -104,7 +119,8 @@ def run(bin_folder, project):
   return run
 
 
-def test_the_wheel_has_one_name_and_every_file(wheel, repository):
+def test_the_wheel_has_one_name_and_every_file(installed, repository):
+  (wheel,) = (installed / "dist").iterdir()
   with zipfile.ZipFile(wheel) as archive:
     names = [name for name in archive.namelist() if ".dist-info/" not in name]
     metadata = next(name for name in archive.namelist() if name.endswith("/entry_points.txt"))

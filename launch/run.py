@@ -83,7 +83,8 @@ _PATHS = (
   *("init_from", "model.path", "reward.path", "preference.path", "opponent", "ptx_path"),
   *("data.path", "data.eval_path"),
 )
-_SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
+# Flags that experiments.compile does not have.
+_SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds", "replay_step")
 
 
 def read_job(words: Sequence[str]) -> Job:

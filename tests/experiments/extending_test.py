@@ -219,7 +219,7 @@ def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name
 
 def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
   monkeypatch.setattr(sys, "path", list(sys.path))
-  function = judges.RewardOptions(name="my_parts:politeness").function()
+  function = judges.RewardOptions(name="my_parts:politeness").functions()["my_parts:politeness"]
   texts = ["please sit\nnow", "no\nplease\n", "", "no"]
   assert function([""] * 4, texts, [{}] * 4)[0] == [(11, True), (14, False)]
   given = rewards.ask(function, [""] * 4, texts, rows=[{}] * 4)

@@ -37,8 +37,9 @@ class Options:
     topology: TPU slice, such as v5e:4x4, v5p:4x4x8, v6e:16x16 or tpu7x:4x4x4.
     mesh: Devices per mesh axis, such as fsdp:32,tensor:4; see the script of the algorithm.
     search: Number of meshes to try, the most promising first, or only --mesh if it is given. Each
-      is compiled with the fastest remat policy and micro-batches that fit. 0 tries --mesh with the
-      given settings.
+      is compiled with the fastest remat policy and micro-batches that fit, and beside them what
+      one would write by hand, all chips on fsdp with full remat. 0 tries --mesh with the given
+      settings.
     json: File to write the plans to; empty writes none.
   """
 
@@ -51,22 +52,6 @@ class Options:
   def __post_init__(self):
     ranges.check(self, non_negative=("search",))
     plans.script_of(self.algorithm)
-
-
-def show_plans(ranked: Sequence[plans.Plan]) -> None:
-  """Shows the table of a search."""
-  reporting.show_summary(
-    "Plans, the fastest first",
-    {
-      plan.mesh: {
-        "remat": plan.remat,
-        "microbatches": plan.microbatches,
-        "peak, GiB": max((p.peak + p.beside for p in plan.programs), default=0) / 2**30,
-        "roofline, s": "does not fit" if plan.refused else f"{plan.seconds:.3g}",
-      }
-      for plan in ranked
-    },
-  )
 
 
 def show(options: Options, plan: plans.Plan, chip: preflight.Chip) -> None:
@@ -106,8 +91,10 @@ def main(options: Options, config: Any) -> int:
   absent = plans.Slice(*preflight.topology_devices(options.topology), known={})
   if options.search:
     ranked = plans.search(options.algorithm, options.mesh, options.search, config, absent)
-    show_plans(ranked)
+    hand = None if options.mesh else plans.by_hand(options.algorithm, config, absent)
+    plans.show_search(ranked, hand)
   else:
+    hand = None
     ranked = [plans.compile_plan(options.algorithm, options.mesh, config, absent)]
   best = ranked[0]
   show(options, best, absent.chip)
@@ -116,10 +103,8 @@ def main(options: Options, config: Any) -> int:
       "options": flags.to_dict(options),
       "config": flags.to_dict(config),
       "fits": not best.refused,
-      "plans": [
-        plan._asdict() | {"programs": [program._asdict() for program in plan.programs]}
-        for plan in ranked
-      ],
+      "plans": [plan.to_dict() for plan in ranked],
+      "by_hand": hand and hand.to_dict(),
     }
     workdir.atomic_write(workdir.local_path(options.json), json.dumps(content, indent=2) + "\n")
   return entry.EX_UNAVAILABLE if best.refused else 0
@@ -136,7 +121,7 @@ def script_of(name: str) -> Any:
   try:
     return plans.script_of(name)
   except ValueError as error:
-    sys.stderr.write(f"--{error}\n")
+    sys.stderr.write(reporting.escape(f"--{error}") + "\n")
     sys.exit(flags.EX_USAGE)
 
 

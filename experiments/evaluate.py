@@ -11,15 +11,19 @@ baseline:
 Your prompts, judged by a reward model or a Python reward:
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo \
     --baseline=FOLDER --data.path=PROMPTS.jsonl --reward.path=runs/rm
+By language, source or any other column, with the worst group and the spread:
+  --data.group=COLUMN
+Prompts of the built-in task as no training prompt is worded:
+  --data.split=shift
 Matrix of win rates between all policies, by a preference model or function:
   python -m experiments.evaluate --workdir=runs/eval --baseline=runs/sft \
     --policy=runs/nash,runs/ppo --preference.name=panel
 
-It prints one row per policy: reward, win rate, KL to the baseline, length and
-diversity, with 95 % confidence intervals. It writes these metrics to summary.json
-(by policy if there are several), the responses of baseline and policies to
-`samples/` (as steps 0, 1, ...), and each reward over the KL to
-`plots/frontier.png`.
+It prints one row per policy: reward, win rate, KL to the baseline, length,
+diversity, and `nll`, the loss on demonstrations, with 95 % confidence intervals. It
+writes these metrics to summary.json (by policy if there are several), the responses
+to `samples/` (baseline and policies as steps 0, 1, ...), and each reward over the KL
+to `plots/frontier.png`.
 
 More samples per prompt (--sampling.samples_per_prompt) narrow the intervals.
 They also give the best-of-n curve, and the diversity of the responses to the same
@@ -29,7 +33,16 @@ prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 import dataclasses
 from typing import Any
 
-from experiments.lab import comparison, evaluating, given_rows, judges, limits, line_files, models
+from experiments.lab import (
+  comparison,
+  evaluating,
+  given_rows,
+  grouping,
+  judges,
+  limits,
+  line_files,
+  models,
+)
 from rlhf_jax import defaults, entry, flags, loop, plots, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
@@ -45,11 +58,14 @@ class Config:
       folders.
     baseline: Workdir or Hugging Face folder of the policy to compare with, which is also the
       reference of the KL.
+    demonstrations: File of demonstrations, on which the loss of each policy is measured; empty
+      takes held-out ones of the built-in task, and none for prompts of a file.
     batch_size: Prompts per call of the model.
   """
 
   policy: tuple[str, ...]
   baseline: str
+  demonstrations: str = ""
   batch_size: int = 128
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
@@ -79,7 +95,11 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed, **models_of)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
-  limits.require_length(config, folders[0], answered=[heldout])
+  groups = grouping.groups_of(heldout, config.data)
+  demonstrations = given_rows.demonstrations(
+    config.data, config.demonstrations, tokenizer, seed=session.seed
+  )
+  limits.require_length(config, folders[0], read=demonstrations, answered=[heldout])
   with loop.open_run(session) as run:
     model, base_params = models.open_model(run, config.model, folders[0], tokenizer)
     reward_fns = judges.gold_rewards(config.data, prompts, tokenizer)
@@ -96,46 +116,32 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       ref_params=base_params,
       batch_size=config.batch_size,
     )
+    loss_of = evaluating.demonstration_loss(
+      run, model, demonstrations, tokenizer, config.batch_size
+    )
     is_pairwise = config.preference != judges.PreferenceOptions()
     samples = {names[0]: sample(base_params, evaluating.BASELINE)}
-    policies = {names[0]: base_params}
+    losses, policies = {names[0]: loss_of(base_params)}, {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
       params = models.open_model(run, config.model, folder, tokenizer)[1]
-      samples[name] = sample(params)
+      samples[name], losses[name] = sample(params), loss_of(params)
       if is_pairwise:
         policies[name] = params
 
-    metrics = {
-      name: evaluating.compare(samples[names[0]], drawn)
-      | comparison.intervals(samples[names[0]], drawn, count)
-      | comparison.diversity(
-        tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size
-      )
-      for name, drawn in samples.items()
-    }
-    for step, (name, drawn) in enumerate(samples.items()):
-      rows = [{"policy": name} | row for row in evaluating.sample_rows(drawn)]
-      reporting.save_samples(run.workdir, step, rows)
+    metrics = comparison.measure(samples, losses, count, tokenizer)
+    comparison.save(run.workdir, samples)
     reporting.show_samples(comparison.answers(samples, count), "Baseline and policies")
-    comparison.show(metrics, list(reward_fns))
+    comparison.show(metrics, list(samples[names[0]].rewards))
     best_of_n = comparison.best_of_n(samples[names[0]], count)
     charts = comparison.frontier(metrics, best_of_n, names[0])
     plots.save_chart(run.workdir / "plots" / "frontier.png", *charts)
-    summary: dict[str, Any] = metrics[names[1]] if len(names) == 2 else dict(metrics)
+    by_group = grouping.of_policies(metrics, samples, groups, count)
+    summary: dict[str, Any] = {**(metrics[names[1]] if len(names) == 2 else metrics), **by_group}
     if is_pairwise:
       prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
-      compare = evaluating.heldout_comparer(
-        run,
-        model,
-        heldout,
-        tokenizer,
-        config.sampling,
-        prefer_of(heldout),
-        batch_size=config.batch_size,
+      summary |= comparison.matrix(
+        run, config, model, tokenizer, heldout, prefer_of(heldout), policies
       )
-      matrix = comparison.win_rate_matrix(policies, compare)
-      comparison.show_matrix(matrix)
-      summary = summary | {"preference/win_rates": matrix}
     reporting.write_summary(run.workdir, summary)
   return summary
 

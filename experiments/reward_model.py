@@ -8,19 +8,22 @@ Your model and data (rows with prompt, chosen, rejected; rlhf_jax/data/schema.py
 A row may rank a list of responses: each response is scored once, and the loss is over all pairs of
 the prompt. Votes of several annotators on two responses become pairs; see --data.votes and
 --data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
+With --data.share_prompts a long prompt is run once for both responses of a pair.
 The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
 the scores are centred: their mean over --data.eval_rows training rows is 0.
+--data.group=COLUMN adds the accuracy by language, source or annotator, and that of the worst group.
 The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, models, training, workbench
+from experiments.lab import evaluating, grouping, models, training, workbench
 from experiments.lab.case import Case
 from rlhf_jax import data, defaults, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import given, reward_model
@@ -46,7 +49,7 @@ class Config(loop.RunConfig):
   lora: LoRAConfig = LoRAConfig()
 
 
-def train(session: loop.Session, config: Config) -> dict[str, float]:
+def train(session: loop.Session, config: Config) -> dict[str, Any]:
   """Trains, centres, exports to `workdir/export` and returns the metrics of summary.json."""
   kind, settings = data.comparison_kind(config.data), config.reward_model
   if kind == "rankings" and (settings.margin or settings.label_smoothing):
@@ -56,6 +59,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
   with workbench.open(session, config, "reward_model", kind, "scalar") as bench:
     heldout, train_set = bench.heldout, bench.train_set
+    groups = grouping.groups_of(heldout, config.data)
     make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
     trainer = bench.trainer(make_step, keep_start=False)
     bench.describe(
@@ -87,11 +91,12 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     seen = reward_model.pair_metrics(*evaluating.compared(part, scores))
     centre = evaluating.mean_score(part, scores)
     bench.export(shift_scores(trainer.params(state), -jnp.float32(centre)))
-    summary = {"train/accuracy": float(seen["reward/accuracy"])}
+    summary: dict[str, Any] = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       scores, _ = bench.over(heldout, measure)
       summary |= judge(heldout, scores)
       show(summary)
+      summary |= grouping.of_pairs(heldout, scores, groups)
     bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
 
@@ -136,10 +141,9 @@ def show(summary: dict[str, float]) -> None:
 
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
-  settings, rows = case.config.reward_model, 2 * case.config.batch_size
+  settings = case.config.reward_model
   make_step = functools.partial(reward_model.make_reward_model_step, config=settings)
-  batch = case.tokens(2, case.length)
-  case.offline(case.bench.trainer(make_step), batch, rows=rows, scored=False)
+  case.offline(case.bench.trainer(make_step), case.pairs(), scored=False)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
   python -m experiments.rlhf --workdir=runs/rlhf
 
-It downloads nothing and takes three to six minutes on two CPU cores. At the end a table compares the
-SFT and the PPO policy on 512 held-out prompts by the gold reward, which no stage was trained on.
-Expect a win rate of PPO against SFT of about 0.8.
+It downloads nothing and takes three to six minutes on two CPU cores. At the end a table compares
+the SFT and the PPO policy on 512 held-out prompts by the gold reward, which no stage was trained
+on. Expect a win rate of PPO against SFT of about 0.8.
 
 Each stage is a separate run, in `workdir/sft`, `workdir/reward_model` and `workdir/ppo`. Every flag
 of a stage's script is a flag here, with the prefix `sft.`, `reward_model.` or `ppo.`. The same

@@ -1,4 +1,4 @@
-"""Metrics of scores and texts: win rates, calibration, diversity, over-optimisation.
+"""Metrics of scores and texts: win rates, groups, calibration, diversity, over-optimisation.
 
 Everything is numpy on the host, in float64. Scores are arrays with one entry per prompt. A text is
 a sequence of tokens (ids or words) without padding or end token.
@@ -99,6 +99,90 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
     return (1 + inside) / 2
 
   return Estimate((1 + lead) / 2, edge(-1.0), edge(1.0))
+
+
+def by_group(
+  values: np.ndarray, groups: Sequence[Hashable], *, confidence: float = 0.95
+) -> dict[Hashable, Estimate]:
+  """Means of the values of each group, with the intervals of `mean`.
+
+  Args:
+    values: [B] values, one per prompt.
+    groups: [B] group of each prompt, such as its language.
+    confidence: Probability that an interval covers the true mean of its group.
+
+  Returns:
+    Group -> mean, in the order in which the groups first occur.
+
+  Raises:
+    ValueError: If there is not one group for each value.
+  """
+  values, parts = _vector("values", values), _places(values, groups)
+  return {name: mean(values[at], confidence=confidence) for name, at in parts.items()}
+
+
+def group_spread(
+  values: np.ndarray, groups: Sequence[Hashable], *, confidence: float = 0.95
+) -> Estimate:
+  """Mean of the best group minus mean of the worst one, with Welch's interval for the two.
+
+  The interval is that of the two groups that were chosen: with many groups of equal means, the
+  largest difference is above 0 by chance.
+
+  Args:
+    values: [B] values, one per prompt.
+    groups: [B] group of each prompt.
+    confidence: Probability that the interval covers the true difference of the two groups.
+
+  Returns:
+    The difference; its interval is unbounded if one of the two groups has a single value.
+
+  Raises:
+    ValueError: If there are fewer than two groups, or not one for each value.
+  """
+  values, parts = _vector("values", values), _places(values, groups)
+  if len(parts) < 2:
+    raise ValueError(f"a spread needs at least 2 groups, got {len(parts)}")
+  ordered = sorted(parts.values(), key=lambda at: float(np.mean(values[at])))
+  worst, best = (values[at] for at in (ordered[0], ordered[-1]))
+  gap = float(np.mean(best) - np.mean(worst))
+  if min(len(best), len(worst)) < 2:
+    return Estimate(gap, -math.inf, math.inf)
+  errors = [float(np.var(x, ddof=1)) / len(x) for x in (best, worst)]
+  if not sum(errors):
+    return Estimate(gap, gap, gap)
+  freedom = sum(errors) ** 2 / sum(
+    e**2 / (len(x) - 1) for e, x in zip(errors, (best, worst), strict=True)
+  )
+  half = float(scipy.special.stdtrit(freedom, 0.5 + confidence / 2)) * math.sqrt(sum(errors))
+  return Estimate(gap, gap - half, gap + half)
+
+
+def representativeness(values: np.ndarray, groups: Sequence[Hashable]) -> float:
+  """Largest distance of the mean of a group from the mean of all values.
+
+  It is 0 if all groups are served alike. The RLHF trilemma, 2025, https://arxiv.org/abs/2511.19504,
+  calls a procedure representative up to epsilon if this is at most epsilon.
+
+  Args:
+    values: [B] values, one per prompt.
+    groups: [B] group of each prompt.
+
+  Raises:
+    ValueError: If there is not one group for each value.
+  """
+  values, parts = _vector("values", values), _places(values, groups)
+  centre = np.mean(values)
+  return float(max(abs(np.mean(values[at]) - centre) for at in parts.values()))
+
+
+def _places(values: np.ndarray, groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+  if len(values) != len(groups):
+    raise ValueError(f"{len(values)} values need as many groups, got {len(groups)}")
+  parts: dict[Hashable, list[int]] = {}
+  for i, group in enumerate(groups):
+    parts.setdefault(group, []).append(i)
+  return parts
 
 
 class Calibration(NamedTuple):

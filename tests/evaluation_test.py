@@ -351,3 +351,46 @@ def test_cohen_kappa():
   assert math.isnan(evaluation.cohen_kappa("aa", "aa"))
   with pytest.raises(ValueError, match="same items"):
     evaluation.cohen_kappa("ab", "a")
+
+
+def test_groups_match_loops():
+  rng = np.random.default_rng(0)
+  groups = [("en", "de", "fr")[i] for i in rng.integers(0, 3, 60)]
+  values = rng.normal(size=60) + np.array([{"en": 1.0, "de": 0.0, "fr": -2.0}[g] for g in groups])
+  parts = {name: [v for v, g in zip(values, groups, strict=True) if g == name] for name in groups}
+  found = evaluation.by_group(values, groups)
+  assert list(found) == list(dict.fromkeys(groups))
+  for name, part in parts.items():
+    np.testing.assert_allclose(found[name], evaluation.mean(np.array(part)))
+  gaps = [abs(sum(part) / len(part) - sum(values) / 60) for part in parts.values()]
+  np.testing.assert_allclose(evaluation.representativeness(values, groups), max(gaps))
+  welch = scipy.stats.ttest_ind(parts["en"], parts["fr"], equal_var=False).confidence_interval()
+  spread = evaluation.group_spread(values, groups)
+  gap = np.mean(parts["en"]) - np.mean(parts["fr"])
+  np.testing.assert_allclose(spread, (gap, welch.low, welch.high))
+
+
+@pytest.mark.parametrize("groups", [2, 5])
+def test_the_spread_of_two_groups_covers_the_truth_as_often_as_it_says(groups):
+  rng = np.random.default_rng(1)
+  covered = 0
+  for _ in range(400):
+    values = np.concatenate([rng.normal(3.0, 1, 20), rng.normal(0, 2, 9), rng.normal(1, 1, 40)])
+    names = ["a"] * 20 + ["b"] * 9 + [f"c{i % (groups - 1)}" for i in range(40)]
+    spread = evaluation.group_spread(values, names)
+    covered += spread.low <= 3.0 <= spread.high
+  assert 0.92 < covered / 400 < 0.98
+
+
+def test_groups_of_one_value_have_no_interval():
+  values, groups = np.array([1.0, 3.0, 7.0]), ["a", "a", "b"]
+  assert evaluation.by_group(values, groups)["b"] == (7.0, -math.inf, math.inf)
+  assert evaluation.group_spread(values, groups) == (5.0, -math.inf, math.inf)
+  np.testing.assert_allclose(evaluation.representativeness(values, groups), 7 - 11 / 3)
+  assert evaluation.representativeness(np.ones(3), groups) == 0
+  assert evaluation.group_spread(np.ones(4), [0, 0, 1, 1]) == (0.0, 0.0, 0.0)
+  with pytest.raises(ValueError, match="at least 2 groups, got 1"):
+    evaluation.group_spread(values, ["a"] * 3)
+  for function in (evaluation.by_group, evaluation.group_spread, evaluation.representativeness):
+    with pytest.raises(ValueError, match="3 values need as many groups, got 2"):
+      function(values, ["a", "b"])

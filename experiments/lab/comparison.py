@@ -2,13 +2,15 @@
 
 import itertools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.lab import evaluating
-from rlhf_jax import data, evaluation, plots, reporting
+from rlhf_jax import data, evaluation, loop, plots, reporting, rewards
+from rlhf_jax.models import Model
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
@@ -18,10 +20,41 @@ def repeat(prompts: data.Dataset, count: int) -> data.Dataset:
   return prompts._replace(examples=examples, rows=rows)
 
 
+def measure(
+  samples: Mapping[str, evaluating.Samples],
+  losses: Mapping[str, dict[str, float]],
+  count: int,
+  tokenizer: data.Tokenizer,
+) -> dict[str, dict[str, float]]:
+  """Metrics of policies by name; the first of them is the baseline.
+
+  Args:
+    samples: Samples of the policies by name.
+    losses: Further metrics of the policies by name.
+    count: Samples per prompt.
+    tokenizer: Tokenizer of the policies.
+  """
+  baseline = next(iter(samples.values()))
+  return {
+    name: evaluating.compare(baseline, drawn)
+    | intervals(baseline, drawn, count)
+    | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
+    | losses[name]
+    for name, drawn in samples.items()
+  }
+
+
+def save(workdir: pathlib.Path, samples: Mapping[str, evaluating.Samples]) -> None:
+  """Writes the responses of policies into `samples/`, as steps 0, 1 and so on."""
+  for step, (name, drawn) in enumerate(samples.items()):
+    rows = [{"policy": name} | row for row in evaluating.sample_rows(drawn)]
+    reporting.save_samples(workdir, step, rows)
+
+
 def intervals(
   before: evaluating.Samples, after: evaluating.Samples, count: int
 ) -> dict[str, float]:
-  """Means and win rates with their intervals, and the accuracy of the proxy reward."""
+  """Means and win rates with their intervals, and the accuracy of the proxy on the samples."""
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
   for name in after.rewards:
@@ -31,13 +64,7 @@ def intervals(
   metrics = {}
   for name, estimate in estimates.items():
     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
-  if {"reward", "gold"} <= after.rewards.keys():
-    # Share of prompts on which proxy and gold reward prefer the same one of the two responses.
-    proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
-    agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
-    if agrees.size:
-      metrics["reward/accuracy"] = evaluation.win_rate(agrees, np.zeros_like(agrees)).value
-  return metrics
+  return metrics | evaluating.agreement(before, after)
 
 
 def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> dict[str, float]:
@@ -78,7 +105,7 @@ def frontier(
   metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
 ) -> list[plots.Chart]:
   """Makes one chart per reward: policies at their KL to the baseline, with 95 % intervals."""
-  titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
+  titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}  # Of others, their names.
   rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
 
   def point(policy: str, reward: str) -> plots.Point:
@@ -88,9 +115,9 @@ def frontier(
 
   return [
     plots.Chart(
-      f"{titles[reward]} against KL",
+      f"{titles.get(reward, reward)} against KL",
       f"KL to {baseline} (nats per response, root scale)",
-      f"{titles[reward]}, mean of held-out prompts",
+      f"{titles.get(reward, reward)}, mean of held-out prompts",
       lines=[lines[reward]] if lines else [],
       points=[point(policy, reward) for policy in metrics],
       root_x=True,
@@ -134,6 +161,34 @@ def win_rate_matrix(
   return matrix
 
 
+def matrix(
+  run: loop.Run,
+  config: Any,
+  model: Model,
+  tokenizer: data.Tokenizer,
+  prompts: data.Dataset,
+  prefer: rewards.PreferenceFn,
+  policies: Mapping[str, Any],
+) -> dict[str, Any]:
+  """Shows and returns, as `preference/win_rates`, the matrix of `win_rate_matrix`.
+
+  Args:
+    run: Opened run.
+    config: Config with `sampling` and `batch_size`.
+    model: Architecture of the policies.
+    tokenizer: Tokenizer of the policies.
+    prompts: Held-out prompts.
+    prefer: Preference between two responses.
+    policies: Params by name.
+  """
+  compare = evaluating.heldout_comparer(
+    run, model, prompts, tokenizer, config.sampling, prefer, batch_size=config.batch_size
+  )
+  rates = win_rate_matrix(policies, compare)
+  show_matrix(rates)
+  return {"preference/win_rates": rates}
+
+
 def show_matrix(matrix: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
   """Shows a row per policy: the share of prompts on which it is preferred to each other one."""
 
@@ -167,6 +222,7 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
   columns = {
     "length": "length",
     "ended": "eos_fraction",
+    "violates": "reward/violations",
     "proxy agrees with gold": "reward/accuracy",
     "distinct 1": "diversity/distinct_1",
     "distinct 2": "diversity/distinct_2",
@@ -174,6 +230,7 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
     "alike": "diversity/self_similarity",
     "EAD per input": "diversity_per_input/ead",
     "alike per input": "diversity_per_input/self_similarity",
+    "loss on demonstrations": "nll",
   }
   reporting.show_summary(
     "Responses",

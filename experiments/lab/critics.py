@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from experiments.lab import judges, models, training
 from experiments.lab.workbench import Workbench
-from rlhf_jax import defaults, ranges
+from rlhf_jax import defaults, ranges, writers
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
+
+EXPLAINED = "value/explained_variance"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +44,26 @@ class Actor(NamedTuple):
 
   Attributes:
     apply: `(params, tokens, *, segment_ids, last) -> (logits, values)`.
-    params: `{"policy": ..., "value": ...}`, with their adapters.
+    params: `{"policy": ..., "value": ...}`, with their adapters; the trainer takes over all but
+      those of the reference.
   """
 
   apply: Callable[..., Any]
   params: Params
 
 
+def first_explained(bench: Workbench) -> dict[str, float]:
+  """Explained variance of the critic when the policy is first updated, after the warm-up."""
+  rows = writers.read_metrics(bench.run.workdir / "metrics.jsonl")
+  after = [row for row in rows if row["step"] > bench.config.critic.warmup]
+  values = [row[EXPLAINED] for row in after if EXPLAINED in row]
+  return {f"{EXPLAINED}/first": values[0]} if values else {}
+
+
 def open_actor(bench: Workbench) -> Actor:
   """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`."""
   run, config = bench.run, bench.config
-  policy = models.add_adapters(run, config.lora, bench.start)
+  policy, frozen = bench.trained(), config.lora.rank > 0
   if config.critic.share_trunk:
     both = models.build_model(run, config.model, bench.model.config, bench.tokenizer, "both")
     head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
@@ -60,9 +71,13 @@ def open_actor(bench: Workbench) -> Actor:
     return Actor(shared_actor_critic(both), {"policy": policy, "value": value})
   if config.reward.paths:
     path = config.reward.paths[0]
-    critic, value = models.open_reward_model(run, path, config.model, bench.tokenizer)
+    critic, value = models.open_reward_model(
+      run, path, config.model, bench.tokenizer, frozen=frozen
+    )
   else:
-    critic, value = models.open_model(run, config.model, bench.folder, bench.tokenizer, "scalar")
+    critic, value = models.open_model(
+      run, config.model, bench.folder, bench.tokenizer, "scalar", frozen=frozen
+    )
     value |= models.create(run, zero_scores, {"score": value["score"]})
   value = models.add_adapters(run, config.lora, value)
   return Actor(actor_critic(bench.model, critic), {"policy": policy, "value": value})
@@ -96,6 +111,7 @@ def make_trainer(
     actor.params,
     optimizer,
     functools.partial(make_step, temperature=config.sampling.temperature),
+    given=(bench.initial, actor.params["value"]),
     updates=updates,
     packed_length=config.rollout.packed_length,
   )

@@ -22,6 +22,37 @@ def warn(config: DataConfig, train_set: data.Dataset, heldout: data.Dataset) -> 
     reporting.note(warning)
 
 
+def demonstrations(
+  config: DataConfig, path: str, tokenizer: data.Tokenizer, *, seed: int
+) -> list[data.Dataset]:
+  """Reads demonstrations on which a loss is measured: of a file, or of the built-in task.
+
+  Args:
+    config: Sources and limits of the prompts.
+    path: File of demonstrations; without one, prompts of a file have none.
+    tokenizer: Tokenizer of the model.
+    seed: Seed of the built-in task.
+
+  Returns:
+    One data set, or none.
+  """
+  if path:
+    file = dataclasses.replace(
+      config,
+      path=path,
+      tfds="",
+      eval_path="",
+      eval_fraction=0.0,
+      rows=config.eval_rows,
+      split="eval",
+    )
+    return [data.load("demonstrations", file, tokenizer, seed=seed)[0]]
+  if data.is_given(config):
+    return []
+  few = dataclasses.replace(config, rows=1)  # The held-out rows are another set.
+  return [data.load("demonstrations", few, tokenizer, seed=seed)[1]]
+
+
 def prompts(
   title: str,
   config: DataConfig,

@@ -63,6 +63,10 @@ class Plan(NamedTuple):
   refused: str = ""
   stopped_at: str = ""
 
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the plan and its programs as plain values."""
+    return self._asdict() | {"programs": [program._asdict() for program in self.programs]}
+
   @property
   def seconds(self) -> float:
     """Roofline of all programs, one after the other."""
@@ -168,3 +172,36 @@ def search(algorithm: str, mesh: str, count: int, config: Any, absent: Slice) ->
     )
   plans = [climb(algorithm, spec, config, absent) for spec in specs[:count]]
   return sorted(plans, key=lambda plan: (bool(plan.refused), plan.seconds))
+
+
+def by_hand(algorithm: str, config: Any, absent: Slice) -> Plan | None:
+  """Compiles what one would write without a search: all chips on `fsdp`, with full remat.
+
+  Where the chips do not divide the batch, the rest is on `tensor`; None if the model is too narrow.
+  """
+  chips = len(absent.devices)
+  splits = (n for n in range(1, chips + 1) if chips % n == 0)
+  split = next(n for n in splits if config.batch_size % (chips // n) == 0)
+  mesh = f"fsdp:{chips // split}" + (f",tensor:{split}" if split > 1 else "")
+  full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+  try:
+    return compile_plan(algorithm, mesh, full, absent)
+  except ValueError:
+    return None
+
+
+def show_search(found: Sequence[Plan], hand: Plan | None) -> None:
+  """Shows the table of a search, with the plan that one would write by hand below."""
+
+  def row(plan: Plan) -> dict[str, Any]:
+    return {
+      "remat": plan.remat,
+      "microbatches": plan.microbatches,
+      "peak, GiB": max((p.peak + p.beside for p in plan.programs), default=0) / 2**30,
+      "roofline, s": "does not fit" if plan.refused else f"{plan.seconds:.3g}",
+    }
+
+  rows = {plan.mesh: row(plan) for plan in found}
+  if hand is not None:
+    rows[f"by hand: {hand.mesh}"] = row(hand)
+  reporting.show_summary("Plans, the fastest first", rows)

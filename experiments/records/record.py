@@ -28,8 +28,12 @@ SOURCES = {
   "start": "started from",
   "model.path": "started from",
   "reward.path": "reward model",
+  "dense.path": "dense rewards",
   "preference.path": "judge",
   "opponent": "opponent",
+  "teacher": "teacher",
+  "base": "merged",
+  "models": "merged",
 }
 _DEEPEST = 16  # A longer chain of runs is cut off.
 
@@ -41,7 +45,7 @@ def identify(
   script: str,
   config: Any,
   tokenizer: data.Tokenizer,
-  train_set: data.Dataset,
+  train_set: data.Dataset | None,
   heldout: data.Dataset | None = None,
   *,
   extra: Mapping[str, Any] | None = None,
@@ -54,7 +58,7 @@ def identify(
     script: Name of the script.
     config: Config of the script.
     tokenizer: Tokenizer of the model.
-    train_set: Rows to train on.
+    train_set: Rows to train on, if there are any.
     heldout: Rows to evaluate on.
     extra: Settings that are not in the config.
     digests: Digests of further content that the config only refers to; see `lab.models.digests`.
@@ -65,11 +69,11 @@ def identify(
     **user.digests(flat),
     **(digests or {}),
     **script_digest(script),
-    "data": train_set.digest,
+    "data": train_set.digest if train_set else "",
     "held-out data": heldout.digest if heldout else "",
     "tokenizer": tokenizer.digest,
   }
-  if flat.get("data.tfds"):  # A file has a digest of its own, with all its columns.
+  if train_set and flat.get("data.tfds"):  # A file has a digest of its own, with all its columns.
     digests["rows of --data.tfds"] = rows_digest(train_set)
   loop.identify(run, script, settings, digests)
   if not processes.is_first():
@@ -82,7 +86,10 @@ def identify(
     "settings": flat,
     "changed": flags.changed(config) | dict(extra or {}),
     "digests": digests,
-    "data": {"training": facts(train_set), "held out": facts(heldout) if heldout else {}},
+    "data": {
+      "training": facts(train_set) if train_set else {},
+      "held out": facts(heldout) if heldout else {},
+    },
     "software": software(run.mesh),
     "sources": sources_of(flat),
   }
@@ -185,15 +192,21 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
   return _tidy(record | {"path": str(path), "summary": summary})
 
 
+def paths_in(settings: Mapping[str, Any], flag: str) -> list[str]:
+  """Returns the folders that a flag names: a list, or text with commas."""
+  given = settings.get(flag) or []
+  parts = given.split(",") if isinstance(given, str) else given
+  return [part for part in parts if isinstance(part, str) and part]
+
+
 def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
   """Reads the records of the runs that the settings of a run refer to, each with its `role`."""
   if depth > _DEEPEST:
     return []
   sources = []
   for flag, role in SOURCES.items():
-    given = settings.get(flag)
-    for path in given.split(",") if isinstance(given, str) else ():
-      if path and "://" not in path:
+    for path in paths_in(settings, flag):
+      if "://" not in path:
         record = read(path, depth + 1)
         record.pop("settings", None)  # `changed` says what is worth saying.
         sources.append(record | {"role": role})
@@ -230,9 +243,11 @@ def source_name(record: Mapping[str, Any]) -> str:
 
 def read_json(path: pathlib.Path) -> Record:
   """Reads the object in a JSON file; returns an empty one if there is none."""
+  if not path.is_file():
+    return {}
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
 

@@ -17,7 +17,15 @@ from absl import logging
 
 from rlhf_jax import ranges
 from rlhf_jax.data import files, formats, schema, sources
-from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
+from rlhf_jax.data.kinds import (
+  COUNTS,
+  KINDS,
+  Arrays,
+  Dataset,
+  all_responses,
+  partner,
+  responses_of,
+)
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
@@ -47,6 +55,11 @@ class DataConfig:
     rows: Number of rows to use, from the first one; 0 uses all. For the built-in task, the number
       of rows to generate (0 generates 8192).
     eval_rows: Maximum number of held-out rows.
+    split: Held-out rows of the built-in task: `eval` words its prompts as training does, `shift` as
+      no training prompt is worded.
+    group: Column, such as language, source or annotator, by whose values `evaluate` and
+      `reward_model` also measure the held-out rows: each group, the worst one, and the spread. Of
+      the built-in task subject, tone or length, which a prompt asks for.
     max_prompt_length: Maximum length of a prompt in tokens.
     max_response_length: Maximum length of a response in tokens, including its end token.
     overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
@@ -55,6 +68,8 @@ class DataConfig:
     packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
+    share_prompts: Put the prompt and both responses of a pair into one row, so that the model reads
+      the prompt once: for long prompts. For pairs of a reward model, DPO or SimPO.
     bad_rows: Maximum number of unusable rows to skip; with 0 the first one is an error.
     ignore: Columns to leave out, separated by commas, such as a `context` that is no part of the
       prompt.
@@ -72,10 +87,13 @@ class DataConfig:
   eval_fraction: float = 0.05
   rows: int = 0
   eval_rows: int = 512
+  split: Literal["eval", "shift"] = ranges.rare("eval")
+  group: str = ranges.rare("")
   max_prompt_length: int = 256
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
+  share_prompts: bool = False
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ""
@@ -87,6 +105,11 @@ class DataConfig:
       raise ValueError("tfds cannot be used together with path; give one of the two")
     if self.tfds_dir and not self.tfds:
       raise ValueError("tfds_dir needs the name of a data set; set tfds as well")
+    if self.share_prompts and self.packed_length:
+      raise ValueError(
+        "share_prompts cannot be used together with packed_length: packed rows hold the prompt of"
+        " each response; give one of the two"
+      )
     if self.tfds:
       sources.parse_tfds(self.tfds)
     ranges.check(
@@ -94,8 +117,12 @@ class DataConfig:
       below_one=("eval_fraction",),
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
-      one_of={"overlong": _OVERLONG, "votes": schema.VOTES},
+      one_of={"overlong": _OVERLONG, "votes": schema.VOTES, "split": sources.HELDOUT_SPLITS},
     )
+    if self.split != "eval" and is_given(self):
+      raise ValueError(
+        "split is one of the built-in task; give held-out rows of yours by eval_path"
+      )
 
 
 def load(
@@ -128,6 +155,12 @@ def load(
       f"data.packed_length={config.packed_length} is for {' and '.join(packed)}, and this reads"
       f" {kind}; leave it out"
     )
+  if config.share_prompts and not KINDS[kind].shareable:
+    shared = " and ".join(name for name in KINDS if KINDS[name].shareable)
+    raise DataError(
+      f"data.share_prompts is for {shared}, two responses to a prompt, and this reads {kind}; leave"
+      " it out"
+    )
   bad: list[DataError] = []
 
   def on_bad_row(error: DataError):
@@ -151,7 +184,7 @@ def load(
     _require_rows(whole, source, config)
     train, heldout = _split(kind, whole, config)
   else:
-    rows = sources.read_builtin(kind, "eval", config.eval_rows, seed, config.annotator)
+    rows = sources.read_builtin(kind, config.split, config.eval_rows, seed, config.annotator)
     train, heldout = whole, read(rows, 0)
     _check_lengths([train, heldout], config, source)
   _require_rows(train, source, config)
@@ -167,13 +200,18 @@ def load(
   train.report["bad_rows"] = len(bad)
   train_keys = set(train.keys)
   heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)
-  shape = _shape(kind, train.examples + heldout.examples)
+  examples = train.examples + heldout.examples
+  shape = _shape(kind, examples)
   if 0 < config.packed_length < shape[0]:
     raise DataError(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  return _finish(kind, train, shape), _finish(kind, heldout, shape)
+  sets = _finish(kind, train, shape), _finish(kind, heldout, shape)
+  if not config.share_prompts:
+    return sets
+  shared = _round_up(all_responses(*_lengths(examples)))
+  return sets[0]._replace(shared_length=shared), sets[1]._replace(shared_length=shared)
 
 
 def is_given(config: DataConfig) -> bool:
@@ -658,12 +696,17 @@ def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int, int]:
   """Returns the `padded_length`, the `width` and the `scored` that all examples fit."""
   if not examples:
     return 0, 0, 0
-  prompts = [len(example["prompt"]) for example in examples]
-  responses = [[len(ids) for ids in responses_of(example)] for example in examples]
+  prompts, responses = _lengths(examples)
   length = KINDS[kind].longest(prompts, responses)
   padded = _round_up(length)
   longest = max((length for lengths in responses for length in lengths), default=0)
   return padded, max(map(len, responses)), min(padded, _round_up(longest))
+
+
+def _lengths(examples: Sequence[Arrays]) -> tuple[list[int], list[list[int]]]:
+  """Returns the lengths of the prompts, and of the responses of each example."""
+  prompts = [len(example["prompt"]) for example in examples]
+  return prompts, [[len(ids) for ids in responses_of(example)] for example in examples]
 
 
 def _round_up(length: int) -> int:

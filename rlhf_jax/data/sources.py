@@ -152,12 +152,15 @@ def parse_tfds(spec: str) -> tuple[str, str]:
   return match["name"], match["split"] or "train"
 
 
+HELDOUT_SPLITS = ("eval", "shift")  # Of the built-in task.
+
+
 def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") -> Iterator[Row]:
   """Writes rows of the built-in task.
 
   Args:
     kind: "demonstrations", "prompts", or a kind that compares responses.
-    split: "train" or "eval".
+    split: "train" or one of `HELDOUT_SPLITS`.
     n: Number of rows.
     seed: Seed of the rows.
     annotator: Annotator that compares; "" is the expert.

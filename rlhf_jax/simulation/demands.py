@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from rlhf_jax.simulation import world
 
-SPLITS = ("train", "eval")
+# The demands of `shift` are those of `eval`, in wordings of its own.
+SPLITS = ("train", "eval", "shift")
+WORDINGS = (*world.PROMPT_WORDINGS, *world.SHIFTED_WORDINGS)
 EVAL_SHARE = 0.1
 
 
@@ -29,17 +31,16 @@ class Demands(NamedTuple):
 
 
 def write_prompt(demands: Demands, wording: int) -> str:
-  """Writes the prompt for the demands in the `wording`-th of `world.PROMPT_WORDINGS`."""
+  """Writes the prompt for the demands in the `wording`-th of `WORDINGS`."""
   tone = next(word for word, sign in world.TONES.items() if sign == demands.tone)
   first, second = demands.aspects
-  return world.PROMPT_WORDINGS[wording].format(
+  return WORDINGS[wording].format(
     subject=demands.subject, tone=tone, first=first, second=second, length=demands.length
   )
 
 
 _WORDING_REGEXES = tuple(
-  re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(wording)))
-  for wording in world.PROMPT_WORDINGS
+  re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\w+)", re.escape(wording))) for wording in WORDINGS
 )
 
 
@@ -71,13 +72,19 @@ def parse_prompt(text: str) -> Demands:
 
 
 def split_of(demands: Demands) -> str:
-  """The split that the demands belong to.
+  """Returns the split that the demands belong to, "train" or "eval".
 
   The hash ignores the order of the aspects, so eval contains no mere rewording of a train prompt.
   """
   key = f"{demands.subject} {demands.tone} {sorted(demands.aspects)} {demands.length}"
   digest = hashlib.sha256(key.encode()).digest()
   return "eval" if int.from_bytes(digest[:8], "big") < EVAL_SHARE * 2**64 else "train"
+
+
+def wordings_of(split: str) -> range:
+  """Returns the places in `WORDINGS` of the wordings of a split."""
+  usual = len(world.PROMPT_WORDINGS)
+  return range(usual, len(WORDINGS)) if split == "shift" else range(usual)
 
 
 @functools.cache
@@ -96,4 +103,5 @@ def all_demands(split: str) -> tuple[Demands, ...]:
     for tone in world.TONES.values()
     for length in world.LENGTHS
   )
-  return tuple(demands for demands in combinations if split_of(demands) == split)
+  source = "eval" if split == "shift" else split
+  return tuple(demands for demands in combinations if split_of(demands) == source)

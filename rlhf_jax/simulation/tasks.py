@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.simulation import annotators, world, writer
+from rlhf_jax.simulation import annotators, writer
 from rlhf_jax.simulation import demands as demands_lib
 
 # One random stream per purpose, so that no data set shares its randomness with another.
@@ -36,7 +36,8 @@ def prompts(split: str, n: int, seed: int) -> list[dict[str, str]]:
   """Prompts of a split.
 
   Args:
-    split: "train" or "eval"; no combination of demands is in both.
+    split: "train" or "eval", or "shift"; no combination of demands is in the first and one of the
+      others. No prompt of the others is worded as those of "shift".
     n: Number of rows, at least 0.
     seed: Random seed, at least 0.
 
@@ -49,12 +50,12 @@ def prompts(split: str, n: int, seed: int) -> list[dict[str, str]]:
   if n < 0 or seed < 0:
     raise ValueError(f"n and seed must be at least 0, got n={n}, seed={seed}")
   demands = demands_lib.all_demands(split)
-  wordings = len(world.PROMPT_WORDINGS)
-  order = _rng(_PROMPT_STREAM, split, seed).permutation(len(demands) * wordings)
+  wordings = demands_lib.wordings_of(split)
+  order = _rng(_PROMPT_STREAM, split, seed).permutation(len(demands) * len(wordings))
   rows = []
   for i in range(n):
-    which, wording = divmod(int(order[i % len(order)]), wordings)
-    text = demands_lib.write_prompt(demands[which], wording)
+    which, wording = divmod(int(order[i % len(order)]), len(wordings))
+    text = demands_lib.write_prompt(demands[which], wordings[wording])
     rows.append({"id": f"{split}-{seed}-{i}", "prompt": text})
   return rows
 
@@ -80,7 +81,7 @@ def preferences(split: str, n: int, seed: int, annotator: str = "expert") -> lis
   All annotators are shown the same pairs.
 
   Args:
-    split: "train" or "eval"; no combination of demands is in both.
+    split: "train", "eval" or "shift", as in `prompts`.
     n: Number of rows, at least 0.
     seed: Random seed, at least 0.
     annotator: Key of `annotators.ANNOTATORS`.

@@ -21,6 +21,12 @@ PROMPT_WORDINGS = (
   "i need a {length} text about the {subject} : {tone} it and name the {first} and the {second} .",
 )
 
+# Wordings of the split `shift`, of the same words: no training prompt has them.
+SHIFTED_WORDINGS = (
+  "{tone} the {subject} , please : a {length} text , and name the {first} and the {second} .",
+  "mention the {first} and the {second} of the {subject} in a {length} opinion . {tone} it .",
+)
+
 # domain: (subjects, aspects)
 DOMAINS = {
   "noodles": (

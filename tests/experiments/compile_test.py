@@ -67,8 +67,11 @@ def test_the_programs_of_a_script_fit_together(script, absent):
 
 @pytest.mark.parametrize("script", SETTINGS)
 def test_the_programs_of_its_settings_fit_together(script, absent):
-  words = [word for word in SETTINGS[script] if "{" not in word and "batch_size" not in word]
-  assert traced(script, *words)[-1] in case.TRAINING
+  words = [word.replace("={sft}", "=any") for word in SETTINGS[script]]
+  words = [word for word in words if "{" not in word and "batch_size" not in word]
+  names = traced(script, *words)
+  assert names[-1] in case.TRAINING
+  assert ("dense" in names) == any(word.startswith("--dense.path") for word in words)
 
 
 def test_sampling_on_other_devices_is_not_compiled_for(absent):
@@ -186,6 +189,34 @@ def test_a_search_ranks_what_fits(compile_here):
   times = [sum(max(p["seconds"].values()) for p in plan["programs"]) for plan in ranked]
   assert times == sorted(times)
   assert all((plan["remat"], plan["microbatches"]) == ("none", 1) for plan in ranked)
+
+
+CUBE = LARGE._replace(topology="v5p:2x2x2", chips=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("script", "on"),
+  [
+    pytest.param("sft", TINY, id="sft-tiny"),
+    *(
+      pytest.param(script, on, id=f"{script}-{on.topology}", marks=full)
+      for script in ("dpo", "ppo", "nash_md")
+      for on in (LARGE, CUBE)
+    ),
+  ],
+)
+def test_what_is_found_is_not_slower_than_what_one_writes_by_hand(script, on, compile_here):
+  search = f"--search={1 if on is TINY else 4}"
+  code, report, output = compile_here(script, search, *on.flags, *sampled(script))
+  assert code == 0
+  seconds = [
+    sum(max(program["seconds"].values()) for program in plan["programs"])
+    for plan in (report["plans"][0], report["by_hand"])
+  ]
+  assert 0 < seconds[0] <= seconds[1]
+  assert (report["by_hand"]["mesh"], report["by_hand"]["remat"]) == (f"fsdp:{on.chips}", "full")
+  assert f"by hand: fsdp:{on.chips}" in output
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The commands of all pages are accepted as they are written, and run.
 
 Those on the built-in task run shortened, in three groups that need nothing of each other; with
-FULL=1 the lines of the table of methods, too.
+FULL=1 the lines of the tables of methods and papers, too.
 """
 
 import importlib
@@ -167,19 +167,43 @@ RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(c
 # Group -> the scripts that train in it. What only reads runs is in the group of those.
 GROUPS = {
   "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
-  "policy gradients": {"ppo", "ppo_max", "rloo", "reinforce_pp", "grpo", "gspo", "cispo"},
-  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
+  "policy gradients": {
+    "ppo",
+    "ppo_max",
+    "pf_ppo",
+    "p3o",
+    "rloo",
+    "cgpo",
+    "reinforce_pp",
+    "grpo",
+    "gspo",
+    "cispo",
+  },
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest", "gkd"},
 }
 
 
+# Commands of the map of papers that need files or devices of the reader, or that run elsewhere.
+NOT_HERE = r"\$FOLDER|\.(jsonl|parquet)|--rollout\.devices|^(rlhf|overoptimization|compile)\b"
+
+
 def of_methods() -> list[list[str]]:
-  """Commands of the table of methods; other tests run each script as well."""
+  """Commands of the tables of methods and papers; other tests run each script as well."""
   if "FULL" not in os.environ:
     return []
+  commands = {name: method.command for name, method in METHODS.items()}
+  papers = TEXTS["experiments/METHODS.md"].partition("<!-- papers -->")[2]
+  for number, command in re.findall(r"^\| (C?\d+) \| [^|]* \| `([^`]+)` \|", papers, re.M):
+    if not re.search(NOT_HERE, command) and command not in commands.values():
+      commands[f"paper_{number}"] = command
   found = []
-  for name, method in METHODS.items():
-    script, *flags = method.command.replace("$RM", "runs/rlhf/reward_model").split()
-    start = [] if script == "sft" else ["--init_from=runs/rlhf/sft"]
+  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
+  for name, command in commands.items():
+    for variable, workdir in runs.items():
+      command = command.replace(variable, workdir)
+    script, *flags = command.split()
+    known = define_flags(f"experiments.{script}")[0]
+    start = ["--init_from=runs/rlhf/sft"] if "init_from" in known and script != "sft" else []
     found.append([f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags])
   return found
 

@@ -35,11 +35,22 @@ def test_several_policies_and_samples(tmp_path, run_script, sft_run, noisy_runs)
     f"--policy={noisy_runs / 'near'},{noisy_runs / 'far'}",
     f"--baseline={sft_run}",
     "--sampling.samples_per_prompt=4",
+    "--data.group=tone",
     *SMALL,
   )
   assert finished.code == 0, finished.output
   summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-  assert summary.keys() == {"sft", "near", "far"}
+  assert summary.keys() == {"sft", "near", "far", "groups"}
+  by_group = summary.pop("groups")
+  assert by_group.keys() == summary.keys()
+  for policy, groups in by_group.items():
+    assert groups.keys() == {"1", "-1"} and sum(of["prompts"] for of in groups.values()) == 8
+    means = [of["gold/mean"] for of in groups.values()]
+    assert summary[policy]["gold/worst_group"] == min(means)
+    np.testing.assert_allclose(summary[policy]["gold/group_spread"], max(means) - min(means))
+  trained = json.loads((sft_run / "summary.json").read_text())["eval/loss"]
+  np.testing.assert_allclose(summary["sft"]["nll"], trained, rtol=1e-4)
+  assert summary["near"]["nll"] != summary["far"]["nll"]
   assert 0 < summary["near"]["kl"] < summary["far"]["kl"]
   assert abs(summary["sft"]["kl"]) < 1e-4
   assert summary["sft"]["gold/win_rate"] == 0.5
@@ -48,7 +59,8 @@ def test_several_policies_and_samples(tmp_path, run_script, sft_run, noisy_runs)
       assert of[f"{name}_low"] <= of[name] <= of[f"{name}_high"]
     assert of["diversity/ead"] > 0 and 0 <= of["diversity_per_input/self_similarity"] <= 1
   rows = [line.split()[0] for line in finished.output.splitlines() if "±" in line]
-  assert rows == ["sft", "near", "far"]
+  assert rows[:3] == ["sft", "near", "far"]
+  assert "far by group" in finished.output
   assert (tmp_path / "out" / "plots" / "frontier.png").stat().st_size > 0
   for step in range(3):
     samples = tmp_path / "out" / "samples" / f"step_{step:08d}.jsonl"

@@ -15,7 +15,7 @@ def test_prompt_example():
 @pytest.mark.parametrize("split", demands_lib.SPLITS)
 def test_parse_inverts_write_for_all_demands_and_wordings(split):
   for demands in demands_lib.all_demands(split):
-    for wording in range(len(world.PROMPT_WORDINGS)):
+    for wording in demands_lib.wordings_of(split):
       prompt = demands_lib.write_prompt(demands, wording)
       assert demands_lib.parse_prompt(prompt) == demands
       assert 15 <= len(prompt.split()) <= world.MAX_PROMPT_WORDS
@@ -52,7 +52,21 @@ def test_splits_are_disjoint_even_when_aspects_are_reordered():
 
 
 def test_there_are_many_demands():
-  assert sum(len(demands_lib.all_demands(split)) for split in demands_lib.SPLITS) > 5000
+  assert sum(len(demands_lib.all_demands(split)) for split in ("train", "eval")) > 5000
+
+
+def test_shifted_prompts_have_the_demands_of_eval_in_other_wordings_of_the_same_words():
+  assert demands_lib.all_demands("shift") == demands_lib.all_demands("eval")
+  usual, shifted = (set(demands_lib.wordings_of(split)) for split in ("train", "shift"))
+  assert usual == set(demands_lib.wordings_of("eval")) and usual and shifted
+  assert not usual & shifted and usual | shifted == set(range(len(demands_lib.WORDINGS)))
+  demands = demands_lib.all_demands("eval")[0]
+  known = set(world.WORDS)
+  for wording in shifted:
+    prompt = demands_lib.write_prompt(demands, wording)
+    assert set(prompt.split()) <= known
+    matches = [regex for regex in demands_lib._WORDING_REGEXES if regex.fullmatch(prompt)]
+    assert len(matches) == 1
 
 
 def test_unknown_split_is_refused():

@@ -1,11 +1,13 @@
 import collections
+import hashlib
+import json
 import re
 
 import numpy as np
 import pytest
 
 from rlhf_jax import simulation
-from rlhf_jax.simulation import tasks, world
+from rlhf_jax.simulation import demands, tasks, world
 
 DATA_SETS = [tasks.prompts, tasks.demonstrations, tasks.preferences]
 
@@ -15,7 +17,7 @@ def gold_of(rows, key):
 
 
 @pytest.mark.parametrize("make", DATA_SETS)
-@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("split", demands.SPLITS)
 def test_rows_are_deterministic_and_a_larger_n_extends_a_smaller(make, split):
   rows = make(split, 50, 7)
   assert make(split, 50, 7) == rows
@@ -39,6 +41,29 @@ def test_keys_and_ids():
   ids = [row["id"] for row in plain]
   assert len(set(ids)) == 30
   assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", each) for each in ids)
+
+
+# First digits of the SHA-256 of rows: runs are compared over years.
+SPLITS = {"train": "b93d0739694e1b71", "eval": "999ffe8c26f57764"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_rows_of_a_split_stay_as_they_are(split):
+  rows = [make(split, n, 3) for make, n in zip(DATA_SETS, (300, 100, 100), strict=True)]
+  text = json.dumps([*rows, tasks.votes(split, 20, 3)])
+  assert hashlib.sha256(text.encode()).hexdigest()[:16] == SPLITS[split]
+  words = hashlib.sha256(json.dumps(simulation.WORDS).encode()).hexdigest()
+  assert words[:16] == "0e0b363a7519712f"
+
+
+def test_shifted_prompts_occur_in_no_other_split():
+  shifted = {row["prompt"] for row in tasks.prompts("shift", 1_400, 0)}
+  assert len(shifted) == 1_400
+  for split in ("train", "eval"):
+    assert not shifted & {row["prompt"] for row in tasks.prompts(split, 5_000, 0)}
+  # The writer knows the demands, not their wording.
+  gold = gold_of(tasks.demonstrations("shift", 1000, 0), "response")
+  assert 4.8 < gold.mean() < 5.7
 
 
 def test_eval_prompts_never_occur_in_train():

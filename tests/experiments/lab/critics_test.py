@@ -1,11 +1,14 @@
 """Critics as models and as heads."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.lab import critics, judges, models
+from rlhf_jax import writers
 from rlhf_jax.losses.logprobs import over_tokens
 
 
@@ -38,3 +41,16 @@ def test_folders_that_get_adapters():
   reward = judges.RewardOptions(path="a,b")
   assert critics.CriticOptions().adapted(reward) == ("a",)
   assert critics.CriticOptions(share_trunk=True).adapted(reward) == ()
+
+
+@pytest.mark.parametrize(("warmup", "first"), [(0, 0.1), (2, 0.3), (3, 0.3), (9, None)])
+def test_the_critic_is_measured_when_the_policy_is_first_updated(tmp_path, warmup, first):
+  writer = writers.make_writer(tmp_path)
+  for step, value in ((1, 0.1), (2, 0.2), (4, 0.3), (5, 0.4)):
+    writer.write(step, {"value/explained_variance": value})
+  writer.write(6, {"loss": 1.0})
+  writer.close()
+  config = types.SimpleNamespace(critic=critics.CriticOptions(warmup=warmup))
+  bench = types.SimpleNamespace(run=types.SimpleNamespace(workdir=tmp_path), config=config)
+  expected = {} if first is None else {"value/explained_variance/first": first}
+  assert critics.first_explained(bench) == expected

@@ -85,3 +85,41 @@ def test_meshes_divide_the_batch_and_the_model(monkeypatch):
   odd = dataclasses.replace(CONFIG, batch_size=3)
   with pytest.raises(flags.UsageError, match="no mesh of 4 chips divides --batch_size=3"):
     plans.search("dpo", "", 1, odd, absent)
+
+
+class Chips:
+  """Absent chips, of which only the number matters."""
+
+  def __init__(self, count):
+    self.devices = range(count)
+
+
+@pytest.mark.parametrize(
+  ("chips", "rows", "mesh"),
+  [(8, 8, "fsdp:8"), (8, 64, "fsdp:8"), (8, 4, "fsdp:4,tensor:2"), (12, 8, "fsdp:4,tensor:3")],
+)
+def test_a_plan_by_hand_splits_everything_and_keeps_nothing(compiler, chips, rows, mesh):
+  tried = compiler(lambda *of: "")
+  config = dataclasses.replace(CONFIG, batch_size=rows)
+  hand = plans.by_hand("dpo", config, Chips(chips))
+  assert tried == [(mesh, "full", 1)] == [(hand.mesh, hand.remat, hand.microbatches)]
+
+
+def test_a_model_that_is_too_narrow_has_no_plan_by_hand(monkeypatch):
+  def compile_plan(*of):
+    raise ValueError("2 heads are not divisible by 4")
+
+  monkeypatch.setattr(plans, "compile_plan", compile_plan)
+  assert plans.by_hand("dpo", CONFIG, Chips(32)) is None
+
+
+def test_a_search_shows_the_plan_by_hand_beside_what_it_found(compiler, capsys):
+  compiler(lambda mesh, remat, parts: "", seconds=lambda mesh: 2.0 if mesh == "fsdp:8" else 1.5)
+  found = [plans.climb("dpo", mesh, CONFIG, None) for mesh in ("data:8", "data:4,fsdp:2")]
+  hand = plans.by_hand("dpo", CONFIG, Chips(8))
+  plans.show_search(found, hand)
+  shown = capsys.readouterr().err
+  assert "by hand: fsdp:8" in shown and "1.5" in shown and "2" in shown
+  assert hand.to_dict()["programs"][0]["name"] == "train"
+  plans.show_search(found, None)
+  assert "by hand" not in capsys.readouterr().err

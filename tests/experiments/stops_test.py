@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from rlhf_jax import loop, writers
+from rlhf_jax import entry, loop, user, writers
 from tests.experiments import scripts_test
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
 from tests.testing import full, wait_for
@@ -104,6 +104,46 @@ def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run)
   start("run")
   assert stops >= STEPS - 1 or script == "rest"
   scripts_test.assert_same_end(workdir, tmp_path / "whole")
+
+
+_FUNCTIONS = """
+import pathlib
+calls = []
+def count():
+  calls.append(1)
+  if len(calls) > 3 and pathlib.Path("trouble").exists():
+    raise OSError("no route to host")
+def score(prompts, responses, rows):
+  count()
+  return [len(response) for response in responses]
+def prefer(prompts, first, second, rows):
+  count()
+  return [float(len(a) > len(b)) for a, b in zip(first, second)]
+"""
+
+
+@full
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [name for name in METHODS if judges_of(name)])
+def test_a_function_that_raises(script, tmp_path, start_here, sft_run, monkeypatch):
+  """The state before the step is saved, and the run goes on once the function works again."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)
+  module = f"of_{script}"  # Imported once in a process.
+  (tmp_path / f"{module}.py").write_text(_FUNCTIONS)
+  (tmp_path / "trouble").touch()
+  judge = judges_of(script)[0]
+  function = {"reward": "score", "preference": "prefer"}[judge]
+  flags = [f"--init_from={sft_run}", f"--steps={STEPS}", "--checkpoint_every=100"]
+  flags.append(f"--{judge}.name={module}:{function}")
+  with pytest.raises(user.RaisedError, match="no route to host") as e:
+    start_here(script, tmp_path / "run", *flags)
+  assert entry.verdict(e.value)[0] == 70
+  saved = list(tmp_path.glob("run/checkpoints/*.digest.json"))
+  assert saved or list(tmp_path.glob("run/**/responses.jsonl")), "ReST keeps its responses instead"
+  (tmp_path / "trouble").unlink()
+  start_here(script, tmp_path / "run", *flags)
+  assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_there_are_enough():

@@ -127,7 +127,7 @@ def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
   """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
   flags = [word for word in first_flags("ppo", sft_run, 4) if "--checkpoint" not in word]
   flags = [word for word in flags if "--steps" not in word]
-  flags += ["--steps=60", "--checkpoint_every=1"]
+  flags += ["--steps=30", "--checkpoint_every=1"]
   for finished in run_group("ppo", tmp_path / "whole", *flags, processes=4):
     assert finished.code == 0, finished.output
   run, draw = tmp_path / "run", random.Random(0)
@@ -140,7 +140,7 @@ def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
     for _ in range(KILLS):
       before = newest(run)  # A step or two are lost; the next kill comes after a new one.
       wait_for(lambda done=before: newest(run) > done, 300, pause=0.02)
-      time.sleep(0.2 * draw.random())
+      time.sleep(0.1 * draw.random())
       victims = set(children(pod.pid))
       os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
       wait_for(lambda gone=victims: not gone & {*children(pod.pid)}, 60, pause=0.05)

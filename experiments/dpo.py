@@ -11,7 +11,8 @@ A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 
 The initial policy is the reference; its log-probabilities are computed once per pair. With
---data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
+--data.packed_length a row holds as many pairs as fit, instead of one pair and padding. With
+--data.share_prompts a long prompt is run once for both responses.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
 The same command, run again, resumes a run that was stopped.
@@ -101,7 +102,7 @@ def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax
 
 def programs(case: Case) -> None:
   """Compiles the forward pass of the reference and the train step, for `experiments.compile`."""
-  rows = case.tokens(2, case.length)
+  rows = case.pairs()
   case.against_reference(make_trainer(case.bench), make_ref_logprobs(case.bench), rows, DPOBatch)
 
 

@@ -87,7 +87,10 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
       values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
       if reward_fn is not None:
-        values["reward"] = sharding.to_host(rewards.total(reward_fn(rollout, ids)))
+        reward = rewards.parts_of(reward_fn(rollout, ids))
+        values |= sharding.to_host(rewards.columns(reward))
+        if reward.satisfied is not None:
+          values["satisfied"] = reward.satisfied
       for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
         if keep[n]:
           numbers = {name: float(column[n]) for name, column in values.items()}
@@ -95,7 +98,9 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
     reporting.save_samples(run.workdir, 0, rows)
     reporting.show_samples(rows, f"Samples of {config.init_from}")
     if reward_fn is not None:
-      rewards.require(judges.name_of(reward_fn), np.array([row["reward"] for row in rows]))
+      scores = {name: np.array([row[name] for row in rows]) for name in rows[0] if "reward" in name}
+      named = {name.partition("/")[2]: x for name, x in scores.items() if name != "reward"}
+      rewards.require(judges.name_of(reward_fn), scores["reward"], named)
   return rows
 
 

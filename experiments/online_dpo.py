@@ -6,6 +6,8 @@ Judged by a preference model:
   --preference.path=runs/pm
 Judged by a Python function:
   --preference.name=panel
+CODPO, whose pairs are of a response that satisfies the constraints and one that does not (CGPO):
+  --online.pick=constrained --reward.constraints=no_filler --dpo.sft_coef=0.1
 XPO, which explores by a bonus on responses of the initial policy:
   --online.bonus_coef=1e-3
 Iterative DPO, in rounds of 20 steps whose reference is the policy of the previous round:
@@ -58,8 +60,8 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     responses.check(self, group=2)
-    if self.preference.is_given and self.shaping.function:
-      raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
+    if self.online.pick == "constrained" and not self.reward.constraints:
+      raise ValueError("online.pick=constrained needs reward.constraints")
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -68,19 +70,14 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   samples = config.sampling.samples_per_prompt
   with workbench.open(session, config, "online_dpo", "prompts") as bench:
     trainer, make_batch = pairing.make_trainer(bench), pairing.make_batch(bench)
-    prefer_of = reward_of = None
-    if config.preference.is_given:
-      prefer_of = bench.open_preference()
-      score_of = pairing.tournament(prefer_of, samples)
-    else:
-      score_of = reward_of = bench.open_reward()
+    scores = bench.open_scores()
     bench.describe(
       "Online DPO",
       trainer,
       responses_per_step=f"{config.batch_size * samples}, of which {config.batch_size * 2} are"
       " trained on",
     )
-    respond = responses.Responder(bench, score_of, config.shaping)
+    respond = responses.Responder(bench, scores.score_of, config.shaping)
     sample = bench.sampler(samples_per_prompt=1)
 
     def iteration(state: responses.IterationState, prompts, key):
@@ -106,7 +103,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 
     first = models.copy(bench.run, trainer.state.params) if config.online.round_steps else None
     state = respond.init(trainer.state, RunningMoments.zero())
-    judge = bench.judge(reward_of, prefer_of)
+    judge = bench.judge(scores.reward_of, scores.prefer_of)
     state = bench.fit(
       iteration,
       trainer,

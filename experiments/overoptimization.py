@@ -1,10 +1,12 @@
-"""Over-optimisation of a weak reward model, with and without a KL penalty, on the built-in task.
+"""Over-optimisation of a weak reward model with a KL penalty, without, and with PAR instead.
 
   python -m experiments.overoptimization --workdir=runs/overoptimization
 
-It downloads nothing and takes a quarter of an hour on two CPU cores. After SFT it trains, for each
-of three seeds, a reward model on only 128 pairs. It then trains PPO against that reward model
-twice, with and without a KL penalty. Gao et al., 2022, https://arxiv.org/abs/2210.10760.
+It downloads nothing and takes twenty minutes on two CPU cores. After SFT it trains, for each of
+three seeds, a reward model of the built-in task on only 128 pairs. It then trains PPO against that
+reward model with a KL penalty, without one, and without one on the probability of beating the SFT
+policy in place of the score (PAR). Gao et al., 2022, https://arxiv.org/abs/2210.10760, and Fu et
+al., 2025, https://arxiv.org/abs/2502.18770.
 
 The result is `plots/overoptimization.png`: proxy and gold reward over the KL to the SFT policy.
 Expect these means over three seeds. Without the penalty the proxy reward climbs from 0 to 7.5. The
@@ -89,9 +91,12 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
 
   stage("sft", sft.train, config.sft, 1)
   start = str(workdir / "sft")
+  free = dataclasses.replace(config.ppo, ppo=dataclasses.replace(config.ppo.ppo, kl_coef=0.0))
+  par = dataclasses.replace(config.ppo.shaping, function="par")
   kinds = {
-    "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo.ppo),
-    "no_kl": ("no KL penalty", dataclasses.replace(config.ppo.ppo, kl_coef=0.0)),
+    "kl": (f"KL penalty {config.ppo.ppo.kl_coef:g}", config.ppo),
+    "no_kl": ("no KL penalty", free),
+    "par": ("no KL penalty, PAR", dataclasses.replace(free, shaping=par)),
   }
   groups: charts.Groups = {label: [] for label, _ in kinds.values()}
   found: dict[str, list[links.Links]] = {label: [] for label in groups}
@@ -101,9 +106,9 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       rows = dataclasses.replace(config.reward_model.data, rows=pairs)
       judge = dataclasses.replace(config.reward_model, init_from=start, data=rows)
       accuracy = stage(f"reward_model_{name}", reward_model.train, judge, first + 2)["accuracy"]
-      for kind, (label, options) in kinds.items():
+      for kind, (label, arm) in kinds.items():
         reward = judges.RewardOptions(path=str(workdir / f"reward_model_{name}"))
-        policy = dataclasses.replace(config.ppo, init_from=start, reward=reward, ppo=options)
+        policy = dataclasses.replace(arm, init_from=start, reward=reward)
         summary = stage(f"{kind}_{name}", ppo.train, policy, first + 3)
         groups[label].append(charts.read_run(str(workdir / f"{kind}_{name}")))
         found[label].append(links.read(accuracy, summary, groups[label][-1]))

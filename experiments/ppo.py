@@ -7,8 +7,12 @@ Your model and prompts, against a Python reward function:
     --reward.name=sentiment
 Updates on packed rows, which save time if the lengths of responses differ much:
   --rollout.packed_length=512
+Paid by a judge of pairs, with a response of the initial policy as the other one:
+  --preference.path=runs/pm
 A critic that is a head on the policy:
   --critic.share_trunk
+RTO, which adds rewards of tokens that DPO has learnt, to be trained from the same --init_from:
+  --dense.path=runs/dpo
 Two devices that sample while the others train:
   --rollout.devices=2 --rollout.importance_cap=2
 
@@ -22,7 +26,8 @@ import functools
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
-from experiments.lab.judges import JudgedConfig, RewardOptions
+from experiments.lab.dense import DenseOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo, reading
@@ -45,6 +50,8 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
+  preference: PreferenceOptions = PreferenceOptions()
+  dense: DenseOptions = DenseOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
@@ -69,9 +76,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PPO", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.open_reward()
-    respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
+    bench.describe("PPO", trainer, judge=config.judge.title)
+    scores = bench.open_scores()
+    trained_by = config.dense.added_to(scores.score_of, bench)
+    respond = responses.Responder(bench, trained_by, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
 
     def iteration(state: IterationState, prompts, key):
@@ -85,7 +93,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return trainer.params(state.train)["policy"]
 
     size = config.batch_size * config.sampling.samples_per_prompt
-    judge = bench.judge(reward_of, batch_size=size)
+    judge = bench.judge(scores.reward_of, scores.prefer_of, batch_size=size)
     state = bench.fit(
       iteration,
       trainer,
@@ -126,8 +134,8 @@ def programs(case: Case) -> None:
   """Compiles the programs of an iteration, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
-  critic = not case.config.critic.share_trunk
-  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic)
+  critic, dense = not case.config.critic.share_trunk, case.config.dense.scorer(case.bench)
+  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic, dense=dense)
 
 
 if __name__ == "__main__":

@@ -115,10 +115,9 @@ def show(summary: dict[str, float]) -> None:
 
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
-  rows = 2 * case.config.batch_size
   tokens = case.tokens(2, case.length + case.config.data.max_response_length)
   batch = ComparisonBatch(*tokens, case.column())
-  case.offline(make_trainer(case.bench), batch, rows=rows, scored=False)
+  case.offline(make_trainer(case.bench), batch, scored=False)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   ) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("REINFORCE++", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("REINFORCE++", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 

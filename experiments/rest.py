@@ -4,17 +4,18 @@ Built-in task, after SFT and a reward model (four minutes on a laptop CPU; win r
   python -m experiments.rest --workdir=runs/rest --init_from=runs/sft --reward.path=runs/rm
 RAFT, which keeps the best of 8 samples of each prompt:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3
-SuperHF, which adds a forward KL to the initial policy:
+CRRAFT, RAFT that keeps no response which violates a constraint (CGPO):
+  --rest.keep=best --rest.quantiles=0 --grow_steps=3 --reward.constraints=no_filler
+SuperHF, which adds a forward KL to the initial policy (--preference.path=runs/pm judges pairs):
   --rest.keep=best --rest.quantiles=0 --grow_steps=3 --rest.kappa=0.3
-ReST-EM on your model and prompts, which keeps the samples that a Python function finds right:
+ReST-EM on your prompts, which keeps the samples that a Python function finds right:
   python -m experiments.rest --workdir=runs/rest --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=exact_answer --rest.keep=threshold --rest.quantiles=0.5
 
-A Grow step samples --sampling.samples_per_prompt responses to each of --prompts prompts, scores
-them once and writes them to `workdir/grow_0/responses.jsonl`. One Improve step for each of
---rest.quantiles then fine-tunes on the responses above its threshold, for --steps steps, in a
-workdir such as `workdir/grow_0_improve_0`. `metrics.jsonl` has a line per Improve step, and
-`plots/quality.png` shows the rewards of the sampled and of the kept responses.
+A Grow step samples responses to each of --prompts prompts, scores them once and writes them to
+`workdir/grow_0/responses.jsonl`. One Improve step for each of --rest.quantiles then fine-tunes on
+the responses above its threshold, in a workdir such as `workdir/grow_0_improve_0`. `metrics.jsonl`
+has a line per Improve step, `plots/quality.png` the rewards of sampled and of kept responses.
 
 The same command, run again, resumes a run that was stopped; no scored sample is lost.
 """
@@ -58,6 +59,7 @@ class Config(judges.JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: judges.RewardOptions = judges.RewardOptions()
+  preference: judges.PreferenceOptions = judges.PreferenceOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=8)
   rest: RestConfig = RestConfig()
   optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 2e-5))
@@ -66,7 +68,8 @@ class Config(judges.JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, group=selection.RULES[self.rest.keep].least_samples)
+    least = selection.RULES[self.rest.keep].least_samples
+    responses.check(self, group=max(least, 1 + self.preference.is_given))
     ranges.check(self, at_least_one=("grow_steps", "prompts"), positive=("learning_rate_decay",))
     if self.learning_rate_decay > 1:
       raise ValueError(f"learning_rate_decay must be in (0, 1], got {self.learning_rate_decay}")
@@ -90,15 +93,18 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
-  rows: list[dict[str, float]] = []
-  start = folder
+  rows, start = [], folder
   for g in range(config.grow_steps):
     prompts = growing.take_prompts(train_set, g, config.prompts)
     stage = improving.stage(session, workdir, grow=g)
     grown = growing.grow(stage, config, start, folder, tokenizer, prompts)
     for i, quantile in enumerate(config.rest.quantiles):
       weights = selection.kept_weights(
-        grown.rewards, quantile, keep=config.rest.keep, temperature=config.rest.temperature
+        grown.rewards,
+        quantile,
+        keep=config.rest.keep,
+        temperature=config.rest.temperature,
+        satisfied=grown.satisfied,
       )
       kept = weights > 0
       if np.sum(kept) < config.batch_size:
@@ -132,7 +138,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     _, params = models.open_model(run, config.model, start, tokenizer)
     bench = workbench.Workbench(run, config, tokenizer, train_set, heldout, model, first, folder)
     summary = {"kept_reward/mean": rows[-1]["kept_reward/mean"]}
-    return bench.judge(bench.open_reward()).finish(params, len(rows), "ReST", summary)
+    return bench.judge(*bench.open_scores()[1:]).finish(params, len(rows), "ReST", summary)
 
 
 def programs(case: Case) -> None:

@@ -5,6 +5,8 @@ Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win ra
 Your model and prompts, against a Python reward function:
   python -m experiments.rloo --workdir=runs/rloo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment
+Paid by a judge of pairs, for which the samples of a prompt meet each other:
+  --preference.path=runs/pm
 REINFORCE, whose baseline is the mean of the rest of the batch:
   --sampling.samples_per_prompt=1 --batch_size=64
 
@@ -17,7 +19,7 @@ import functools
 
 from experiments.lab import models, responses, training, workbench
 from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, RewardOptions
+from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import reading, rloo
@@ -40,6 +42,7 @@ class Config(JudgedConfig):
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
+  preference: PreferenceOptions = PreferenceOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=4)
   rloo: RLOOConfig = RLOOConfig(kl_coef=defaults.weight(0.2, 0.05))
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
@@ -59,9 +62,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "rloo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("RLOO", trainer, reward=config.reward.path or config.reward.name)
-    reward_of = bench.open_reward()
-    respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
+    bench.describe("RLOO", trainer, judge=config.judge.title)
+    scores = bench.open_scores()
+    respond = responses.Responder(bench, scores.score_of, config.shaping, config.rollout)
 
     def iteration(state: IterationState, prompts, key):
       params = trainer.params(state.train)
@@ -74,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return trainer.params(state.train)
 
     size = config.batch_size * config.sampling.samples_per_prompt
-    judge = bench.judge(reward_of, batch_size=size)
+    judge = bench.judge(scores.reward_of, scores.prefer_of, batch_size=size)
     state = bench.fit(
       iteration,
       trainer,

@@ -76,7 +76,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
 def programs(case: Case) -> None:
   """Compiles the train step, for `experiments.compile`."""
   trainer = case.bench.trainer(functools.partial(sft.make_sft_step, config=case.config.sft))
-  case.offline(trainer, case.tokens(case.length), rows=case.config.batch_size, scored=True)
+  case.offline(trainer, case.tokens(case.length), scored=True)
 
 
 if __name__ == "__main__":

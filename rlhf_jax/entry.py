@@ -3,15 +3,19 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging as standard_logging
 import os
 import pathlib
 import platform
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -19,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, workdir
+from rlhf_jax import flags, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -68,15 +72,13 @@ def start(
   if isinstance(first, processes.Group):
     first.connect()
   require_devices()
-  path = workdir.local_path(first.workdir) / "flags"
+  folder = workdir.run_folder(first.workdir)
+  if processes.is_first():
+    workdir.make(folder)
+  result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():
-    with workdir.creating(path.parent):
-      if not path.exists():
-        save(path)
-  result = train(*configs)
-  if processes.is_first():
-    save(path)
+    save(folder / "flags")
   return result
 
 
@@ -131,8 +133,11 @@ def run(
 
   For an error that `verdict` knows, it exits with that code, and the message is the last line on
   stderr. Every other exception propagates with its traceback. With --only_check_args `check` is
-  called in place of `main`.
+  called in place of `main`. What a file, a model or a library wrote can not control the terminal,
+  in none of these nor in a line that is logged.
   """
+  sys.excepthook = _show_error
+  _log_harmlessly()
 
   def flags_parser(args: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(args[1:]):
@@ -175,10 +180,12 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
   has gone, and 130 for Ctrl-C. It is `error.exit_code` for an exception with that attribute.
   """
   known = _verdict(error)
-  return known and (known[0], " ".join(known[1].split("\n")))
+  return known and (known[0], reporting.escape(" ".join(known[1].split("\n"))))
 
 
 def _verdict(error: BaseException) -> tuple[int, str] | None:
+  if isinstance(error, watch.Interrupted):
+    return error.exit_code, str(error)
   if isinstance(error, KeyboardInterrupt):
     return EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
   if isinstance(error, flags.UsageError):
@@ -187,7 +194,7 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     return flags.EX_USAGE, f"FATAL Flags parsing error: {error}"
   if isinstance(error, ValueError) and str(error).startswith("--"):
     return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
-  if jax.distributed.is_initialized() and _NEIGHBOUR.search(str(error)):
+  if _has_lost_a_neighbour(error):
     reason = _short(str(error).split("\n")[0])
     return EX_TEMPFAIL, f"another process of this run has gone ({reason}); start all of them again"
   if isinstance(error, MemoryError) or (
@@ -204,6 +211,10 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
   if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
     return EX_IOERR, f"{reason}{_CONTINUES}"
   return None
+
+
+def _has_lost_a_neighbour(error: BaseException) -> bool:
+  return jax.distributed.is_initialized() and bool(_NEIGHBOUR.search(str(error)))
 
 
 _CONTINUES = "; make room, then start the same command again"
@@ -321,10 +332,39 @@ def _cpu_digest() -> str:
   return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """Writes an exception as Python does, but harmless to a terminal."""
+  text = "".join(traceback.format_exception(kind, error, trace))
+  sys.stderr.write(reporting.escape(text, newlines=True))
+
+
+@functools.cache
+def _log_harmlessly() -> None:
+  """Makes the texts of all loggers harmless to a terminal."""
+  make = standard_logging.getLogRecordFactory()
+
+  def make_harmless(*args: Any, **kwargs: Any) -> standard_logging.LogRecord:
+    record = make(*args, **kwargs)
+    with contextlib.suppress(Exception):  # Whoever writes the record says what is wrong with it.
+      record.msg, record.args = reporting.escape(record.getMessage(), newlines=True), ()
+    return record
+
+  standard_logging.setLogRecordFactory(make_harmless)
+
+
 def _exit(error: BaseException) -> NoReturn:
+  """Ends the process with the code of an error, without waiting for what may never come."""
   known = verdict(error)
-  if known is None:
+  others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+  waits = others or jax.distributed.is_initialized()
+  if known is None and not waits:
     raise error
-  code, message = known
+  code, message = known or (1, "".join(traceback.format_exception(error)).rstrip("\n"))
   sys.stderr.write(message + "\n")
+  if waits:  # The threads of a save that failed wait for minutes; so does JAX, for its neighbours.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not _has_lost_a_neighbour(error):
+      processes.part()
+    os._exit(code)
   sys.exit(code)

@@ -147,6 +147,9 @@ class Progress:
   # What a line has room for, most wanted first.
   SHOWN = ("loss", "reward/mean", "gold_reward/mean", "reward/accuracy", "kl/ref", "win_rate")
   MAX_SHOWN = 4
+  # What a method that samples says of its rewards in any run. Others are behind what is shown: each
+  # of several rewards, and violations of constraints.
+  OF_ALL = tuple(f"reward/{name}" for name in ("mean", "nonfinite", "shaped", "std", "tokens"))
 
   def __init__(
     self,
@@ -222,6 +225,9 @@ class Progress:
     rate = self._rate(now)
     names = [name for name, x in metrics.items() if name.endswith("/nonfinite") and x > 0]
     names += [name for name in self.SHOWN if name in metrics][: self.MAX_SHOWN]
+    if "reward/nonfinite" in metrics:
+      of_reward = [name for name in metrics if name.startswith("reward/")]
+      names += [name for name in of_reward if name not in self.OF_ALL][: self.MAX_SHOWN]
     values = [f"{name} {cell(float(metrics[name]))}" for name in names]
     per_second = ""
     left = ""

@@ -173,6 +173,42 @@ def rollout_shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> 
   return named_shardings(params, mesh, without_fsdp)
 
 
+def rows_copies(params: Any, mesh: Mesh, dtype: Any, rules: Rules = DECODER_RULES) -> Any:
+  """Copies params for each part of the rows, once, for a loop that reads them at every turn.
+
+  Such a loop would gather params that `fsdp` splits, and reduce their gradient, at every turn. The
+  copies are gathered before the loop, and the gradients of the copies are summed after it.
+
+  Args:
+    params: Params with their paths, placed by the rules.
+    mesh: Mesh that splits rows into S parts, over `data` and `fsdp`.
+    dtype: Dtype to round params to, in which they are sent. Gradients keep the dtype of the params.
+    rules: Rules that placed the params.
+
+  Returns:
+    The same tree of [S, ...] arrays, one copy per part; `tensor` splits each like the params.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  held, used = named_shardings(params, mesh, rules), rollout_shardings(params, mesh, rules)
+
+  def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
+    rounded = jax.lax.with_sharding_constraint(x.astype(dtype), place)
+    copies = jnp.broadcast_to(rounded[None], (parts, *x.shape))
+    split = NamedSharding(mesh, P(*ROWS, *place.spec))
+    return jax.lax.with_sharding_constraint(copies, split).astype(x.dtype)
+
+  @jax.custom_vjp
+  def copies(params: Any) -> Any:
+    return jax.tree.map(copy, params, used)
+
+  def backward(_: None, by: Any) -> tuple[Any]:
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), by)
+    return (jax.tree.map(jax.lax.with_sharding_constraint, total, held),)
+
+  copies.defvjp(lambda params: (copies(params), None), backward)
+  return copies(params)
+
+
 def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[Any], Any]:
   """Builds `reshard(params)`: moves params from the training layout to the sampling layout.
 

@@ -45,6 +45,20 @@ class PackedBatch(NamedTuple):
   real: jax.Array
 
 
+class SharedBatch(NamedTuple):
+  """K responses to each prompt in one row: the prompt once, then each response, then padding.
+
+  Attributes:
+    tokens: [B, T] int32.
+    mask: [B, K, S] bool for separate rows of S tokens, prompt and response: True on the response.
+    places: [B, K, S] int32, places in `tokens` of the tokens of separate rows; T is padding.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  places: jax.Array
+
+
 class ComparisonBatch(NamedTuple):
   """Two responses a and b to each prompt, one after the other in both orders.
 
@@ -91,6 +105,11 @@ class UnpairedBatch(NamedTuple):
   mask: jax.Array
   desirable: jax.Array
   mismatched: TokenBatch
+
+
+# Two responses to each prompt: tokens [B, 2, T] right padded, index 0 chosen and 1 rejected, mask
+# [B, 2, T] on responses; or several pairs packed in a row; or the prompt once for both.
+PairBatch = TokenBatch | PackedBatch | SharedBatch
 
 
 class TrainState(NamedTuple):

@@ -32,6 +32,12 @@ class ResultError(ValueError):
   exit_code = 64  # EX_USAGE
 
 
+class RaisedError(ResultError):
+  """A function raised."""
+
+  exit_code = 70  # EX_SOFTWARE
+
+
 def resolve(
   field: str,
   name: str,
@@ -156,11 +162,14 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
   Returns:
     SHA-256 by the names of the flags.
   """
-  return {
-    f"file of --{flag}": _resolved[value][1]
-    for flag, value in settings.items()
-    if isinstance(value, str) and value in _resolved and _resolved[value][1]
-  }
+  found = {}
+  for flag, value in settings.items():
+    names = value.split(",") if isinstance(value, str) else ()
+    files = [_resolved[name][1] for name in names if name in _resolved and _resolved[name][1]]
+    if files:
+      together = hashlib.sha256("".join(files).encode()).hexdigest()
+      found[f"file of --{flag}"] = files[0] if len(files) == 1 else together
+  return found
 
 
 def _digest(module: types.ModuleType, function: Callable[..., Any]) -> str:

@@ -1,14 +1,17 @@
 import ctypes
+import logging as standard_logging
 import os
 import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
+from absl import logging
 
-from rlhf_jax import entry
+from rlhf_jax import data, entry, reporting
 from tests.testing import forked
 
 _FATAL = "FATAL Flags parsing error:"
@@ -19,6 +22,8 @@ _SCRIPT = '''
 """
 
 import dataclasses
+import threading
+import time
 
 import jax
 from absl import flags as absl_flags
@@ -35,7 +40,11 @@ class DiskFull(Exception):
 
 def main(argv):
   print(argv[1:], config().dpo.beta)
-  if config().steps == 74:
+  if config().steps in (75, 76):
+    threading.Thread(target=time.sleep, args=[60]).start()  # As those of a save that failed.
+  if config().steps == 76:
+    raise RuntimeError("a bug")
+  if config().steps in (74, 75):
     raise DiskFull("no space")
   if config().steps == 69:
     jax.numpy.zeros(2**47)
@@ -133,6 +142,8 @@ def test_script_help_lists_its_own_flags(script):
     ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
     ("--stesp=3", 1, "unknown flag --stesp; did you mean --steps?"),
     ("--steps=74", 74, "DiskFull: no space"),
+    ("--steps=75", 74, "DiskFull: no space"),
+    ("--steps=76", 1, "RuntimeError: a bug"),
     (
       "--steps=69",
       69,
@@ -148,7 +159,9 @@ def test_script_help_lists_its_own_flags(script):
   ],
 )
 def test_script_exit_codes(script, args, code, last_line):
+  begin = time.monotonic()
   result = script(*args.split())
+  assert time.monotonic() - begin < 30, "it waits for nobody"
   assert result.returncode == code
   assert result.stderr.splitlines()[-1] == last_line
   assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)
@@ -181,6 +194,40 @@ for step in range(6):
   del blocks
 print(after - before)
 """
+
+
+HOSTILE = [
+  "\x1b[2J\x1b[31mred",
+  "\x1b]0;title\x07",
+  "\x9b2J",
+  "one\rtwo",
+  "a\u202eb\u200bc",
+  "\ud800",
+  "bell\x07\x08",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_nothing_that_is_said_controls_a_terminal(text, capsys, caplog, monkeypatch):
+  """Text from outside reaches a terminal as a refusal, a line of a log, a traceback or a note."""
+  monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+  monkeypatch.setattr(entry.app, "run", lambda *args, **kwargs: None)
+  factory = standard_logging.getLogRecordFactory()
+  bad = f"{text}.jsonl:3: field {text}"
+  try:
+    entry._log_harmlessly.cache_clear()
+    entry.run(lambda argv: None)
+    standard_logging.getLogger("a.library").warning("%s: fields not used: %s", bad, text)
+    logging.warning("Rejected %s", bad)
+  finally:
+    standard_logging.setLogRecordFactory(factory)
+  error = data.DataError(bad)
+  sys.excepthook(type(error), error, error.__traceback__)
+  reporting.note(bad)
+  _, refused = entry.verdict(error) or (0, bad)
+  for shown in (refused, *caplog.messages, *capsys.readouterr().err.splitlines()):
+    assert shown.isprintable() and reporting.escape(bad) in shown
+  assert len(caplog.messages) == 2
 
 
 def test_freed_memory_is_reused(repository):

@@ -263,6 +263,18 @@ def test_progress_shows_scores_that_are_no_number_first(bad, shown, capsys):
   assert ("nonfinite" in line) == shown and "kl/ref 2.000" in line
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_progress_shows_each_of_several_rewards_behind_their_sum(sampled, capsys):
+  metrics = {"loss": 0.5, "reward/mean": 1.0, "reward/std": 2.0, "reward/shaped": 3.0}
+  metrics |= {"reward/rm": 4.0, "reward/my:rule": -1.0, "reward/violations": 0.25}
+  with reporting.Progress(2) as progress:
+    progress.update(1, metrics | ({"reward/nonfinite": 0.0} if sampled else {}))
+  line = capsys.readouterr().err
+  named = "reward/rm 4.000  reward/my:rule -1.000  reward/violations 0.250"
+  assert (f"loss 0.500  reward/mean 1.000  {named}" in line) == sampled
+  assert "std" not in line and "shaped" not in line and ("reward/rm" in line) == sampled
+
+
 def test_progress_of_an_empty_run(capsys):
   with reporting.Progress(0) as progress:
     progress.update(0)

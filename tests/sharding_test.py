@@ -1,3 +1,4 @@
+import functools
 from typing import NamedTuple
 
 import jax
@@ -200,3 +201,27 @@ def test_heads_spec_splits_what_divides():
   assert sharding.heads_spec(mesh, 8, 2) == P(("data", "fsdp"), ("tensor",))
   assert sharding.heads_spec(mesh, 6, 2) == P(None, ("tensor",))
   assert sharding.heads_spec(mesh, 4, 1) == P(("data", "fsdp"), None)
+
+
+def test_copies_of_params_for_the_rows():
+  """Each part of the rows has the rounded params; gradients are summed as they are."""
+  mesh, rng = sharding.make_mesh("data:2,fsdp:2,tensor:2"), np.random.default_rng(0)
+  kernel, factors = (rng.normal(size=n).astype(np.float32) for n in ((8, 6), (4, 8, 6)))
+  params = {"lm_head": {"kernel": kernel}}
+  params = jax.device_put(params, sharding.named_shardings(params, mesh, sharding.DECODER_RULES))
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def run(params):
+    copies = sharding.rows_copies(params, mesh, jnp.bfloat16)["lm_head"]["kernel"]
+    return jnp.sum(copies * factors), copies
+
+  (_, copies), grads = run(params)
+  assert copies.dtype == jnp.float32 and copies.shape == (4, 8, 6)
+  assert copies.sharding.is_equivalent_to(
+    jax.NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3
+  )
+  np.testing.assert_array_equal(copies, np.tile(kernel.astype(jnp.bfloat16), (4, 1, 1)))
+  gradient = grads["lm_head"]["kernel"]
+  np.testing.assert_allclose(gradient, factors.sum(axis=0), rtol=1e-5, atol=1e-6)
+  assert gradient.sharding.is_equivalent_to(params["lm_head"]["kernel"].sharding, 2)

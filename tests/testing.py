@@ -19,7 +19,7 @@ from absl import flags as absl_flags
 from rlhf_jax import entry, flags, sharding
 from rlhf_jax.models import ModelConfig, build
 from rlhf_jax.models.transformer import RopeScaling
-from rlhf_jax.types import PackedBatch, Params, TokenBatch
+from rlhf_jax.types import PackedBatch, Params, SharedBatch, TokenBatch
 
 _PRELOADED = [
   "experiments.lab.training",
@@ -178,6 +178,23 @@ def pack(batch: TokenBatch, layout: Sequence[Sequence[int]], length: int) -> Pac
   return PackedBatch(*packed, segments, real)
 
 
+def share(batch: TokenBatch) -> SharedBatch:
+  """Puts right-padded responses to the same prompt, [N, K, T], in one row behind it."""
+  given, mask = (np.asarray(x) for x in batch)
+  prompts, sizes = np.argmax(mask[:, 0], axis=-1), mask.sum(axis=-1)
+  length = int(np.max(prompts + sizes.sum(axis=1))) + 1  # Padding is any token.
+  tokens = np.random.default_rng(9).integers(1, 16, (len(given), length), np.int32)
+  places = np.full(mask.shape, length, np.int32)
+  for n, prompt in enumerate(prompts):
+    end = prompt
+    for side, size in enumerate(sizes[n]):
+      start, end = end, end + size
+      tokens[n, start:end] = given[n, side, prompt : prompt + size]
+      places[n, side, : prompt + size] = [*range(prompt), *range(start, end)]
+    tokens[n, :prompt] = given[n, 0, :prompt]
+  return SharedBatch(tokens, mask, places)
+
+
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
   """The names of the functions that are compiled inside, in their order.
@@ -263,6 +280,6 @@ def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:
     known = entry.verdict(error)
     if known is None:
       raise
-    assert "\n" not in known[1]
+    assert "\n" not in known[1] and "\x1b" not in known[1]
     return known
   raise AssertionError(f"{script} {' '.join(words)} was not refused")

@@ -151,6 +151,11 @@ def test_the_digest_is_that_of_the_file_as_it_was_imported(folder):
   first = hashlib.sha256(GOOD.encode()).hexdigest()
   assert user.digests(settings) == {"file of --reward.name": first}
   assert "my_other" not in sys.modules
+  both = {"reward.name": "my_parts:score,gold"}  # One of several functions of the user.
+  assert user.digests(both) == {"file of --reward.name": first}
+  twice = hashlib.sha256((first * 2).encode()).hexdigest()
+  both["reward.name"] = "my_parts:score,my_parts:score"
+  assert user.digests(both) == {"file of --reward.name": twice}
   # An edit while the process runs does not change what it runs; a reload does.
   (folder / "my_parts.py").write_text(GOOD + "# Edited, and longer.\n")
   resolve("my_parts:score")
@@ -290,11 +295,11 @@ def refuse(prompts, responses, rows):
   [
     (
       Careless(),
-      user.ResultError,
+      user.RaisedError,
       r"^reward function tests\.user_test:Careless raised .*user_test",
     ),
-    (lambda p, r, rows: 1 / 0, user.ResultError, r"<lambda> raised .*division by zero"),
-    (math.fsum, user.ResultError, r"^reward function math:fsum raised TypeError"),
+    (lambda p, r, rows: 1 / 0, user.RaisedError, r"<lambda> raised .*division by zero"),
+    (math.fsum, user.RaisedError, r"^reward function math:fsum raised TypeError"),
     (refuse, Refusal, "row 3: no answer"),  # Its message says what is wrong with the data.
   ],
 )

@@ -55,7 +55,7 @@ class Config:
     remat: Activations that the backward pass recomputes; see experiments.sft.
     peer_dtypes: Dtypes of the params of tunix, among float32 and bfloat16; empty leaves tunix out.
     environments: Folder of the virtual environments; made if it does not exist.
-    json: File to write the results to; empty writes none.
+    json: File to write the results to, after each side; empty writes none.
     show: File with results to show instead of compiling.
   """
 
@@ -259,13 +259,14 @@ def run(config: Config) -> dict[str, Any]:
       place = f"{preset} on {topology}, {rows} rows"
       sides = results[place] = {"ours": compile_ours(config, preset, absent, rows)}
       note_refused(place, "ours", sides["ours"])
+      measure.write_json(config.json, content)  # The next side may take hours.
       for dtype in config.peer_dtypes:
         python = compare.make_environment(environment, peer.requirements)
         spec = peer_spec(config, preset, topology, absent, rows, dtype)
         side = f"tunix {dtype}"
         sides[side] = compile_theirs(python, spec, config.works, absent.chip)
         note_refused(place, side, sides[side])
-      measure.write_json(config.json, content)  # What follows may take hours.
+        measure.write_json(config.json, content)
   show(content)
   return content
 

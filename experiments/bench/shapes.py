@@ -31,6 +31,7 @@ class Shape:
     batch_size: Sequences, pairs or responses per step.
     prompt: Tokens of a prompt.
     response: Tokens of a response.
+    share_prompts: Run the prompt of a pair once for both responses, in DPO and reward models.
     samples_per_prompt: Responses per prompt in GRPO; divides the batch.
     epochs: Passes over the responses of a PPO iteration.
     minibatches: Optimizer steps per pass.
@@ -49,6 +50,7 @@ class Shape:
   batch_size: int = 8
   prompt: int = 128
   response: int = 128
+  share_prompts: bool = False
   samples_per_prompt: int = 4
   epochs: int = 4
   minibatches: int = 1

@@ -34,7 +34,7 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models import actor_critic
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
-from rlhf_jax.types import Params, Rollout, TokenBatch, UnpairedBatch
+from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
 
 STEPS = 10_000  # Length of the schedule of the learning rate, which no benchmark reaches.
 OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0.0)
@@ -125,6 +125,20 @@ def _pairs(setup: Setup) -> TokenBatch:
   return TokenBatch(setup.tokens, setup.place({"mask": mask})["mask"])
 
 
+def _shared_pairs(setup: Setup) -> tuple[PairBatch, float]:
+  """Pairs, with the prompt once if the shape says so, and the FLOPs that it saves per forward."""
+  shape, pairs = setup.shape, _pairs(setup)
+  if not shape.share_prompts:
+    return pairs, 0.0
+  own = np.arange(shape.prompt, shape.length)
+  places = np.arange(shape.length) * np.ones((shape.batch_size, 2, 1), np.int32)
+  places[:, 1, shape.prompt :] = own + shape.response
+  tokens = jnp.concatenate([pairs.tokens[:, 0], pairs.tokens[:, 1, shape.prompt :]], axis=1)
+  placed = setup.place({"places": places.astype(np.int32)})["places"]
+  weights = preflight.matrices(shape.model, 0)
+  return SharedBatch(tokens, pairs.mask, placed), 2.0 * weights * shape.prompt * shape.batch_size
+
+
 def _rollout(setup: Setup) -> Rollout:
   """Responses of full length, with the log-probabilities of a uniform policy."""
   shape = setup.shape
@@ -149,23 +163,24 @@ def sft_step(setup: Setup) -> Work:
 
 def reward_model_step(setup: Setup) -> Work:
   """Reward model on pairs."""
-  batch, shape = _pairs(setup), setup.shape
+  (batch, saved), shape = _shared_pairs(setup), setup.shape
   make_step = functools.partial(
     reward_model.make_reward_model_step, config=reward_model.RewardModelConfig()
   )
   trainer = _trainer(setup, setup.scorer.apply, setup.reward_params, make_step)
-  flops = _training(setup, _forward(setup, 2 * shape.batch_size))
+  flops = _training(setup, _forward(setup, 2 * shape.batch_size) - saved)
   return Work(_repeat(trainer, lambda params: batch), setup.tokens.size, flops)
 
 
 def dpo_step(setup: Setup) -> Work:
   """DPO on pairs, with the forward pass of the reference."""
-  apply, batch, shape = setup.policy.apply, _pairs(setup), setup.shape
+  apply, shape = setup.policy.apply, setup.shape
+  batch, saved = _shared_pairs(setup)
   read = pairs.make_read_pairs(apply)
   reference = jax.jit(lambda params, rows: read(params, rows).totals)
   make_step = functools.partial(dpo.make_dpo_step, config=dpo.DPOConfig())
   trainer = _trainer(setup, apply, setup.params, make_step)
-  forward = _forward(setup, 2 * shape.batch_size, scored=shape.response)
+  forward = _forward(setup, 2 * shape.batch_size, scored=shape.response) - saved
   run = _repeat(trainer, lambda params: dpo.DPOBatch(batch, reference(setup.params, batch)))
   return Work(run, setup.tokens.size, _training(setup, forward) + forward)
 

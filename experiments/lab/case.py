@@ -5,6 +5,7 @@ with abstract arguments, in the order of an iteration.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
 from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
-from rlhf_jax.types import Params, Rollout, TokenBatch
+from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
 
 Shapes = Any  # Shapes and shardings instead of arrays.
 TRAINING = ("train", "update", "improve")  # Names of the programs that compute gradients.
@@ -55,7 +56,7 @@ class Case(NamedTuple):
   @property
   def samples(self) -> bool:
     """True if the script trains on samples of the policy."""
-    return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+    return any(hasattr(self.config, name) for name in ("preference", "shaping", "teacher"))
 
   @property
   def scored(self) -> int:
@@ -82,6 +83,14 @@ class Case(NamedTuple):
     batch = {"tokens": np.zeros(shape, np.int32), "mask": np.zeros(shape, bool)}
     return TokenBatch(**self.place(batch))
 
+  def pairs(self) -> PairBatch:
+    """Returns pairs of responses, which share the row of their prompt if the config says so."""
+    pairs, given = self.tokens(2, self.length), self.config.data
+    if not given.share_prompts:
+      return pairs
+    row = self.tokens(self.length + given.max_response_length).tokens
+    return SharedBatch(row, pairs.mask, pairs.tokens)
+
   def prompts(self) -> data.PromptBatch:
     """Returns the prompts of an iteration."""
     return data.PromptBatch(*self.tokens(self.prompt_length), self.column(dtype=np.int32))
@@ -97,13 +106,26 @@ class Case(NamedTuple):
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
     """Opens a model that judges responses, unless the options name a Python function."""
     bench = self.bench
-    if options.name:
+    if options.name and not options.path:
       return None, ()
-    return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
+    opened = bench.run, self.config.model, bench.folder, bench.tokenizer
+    return models.open_model(*opened, "scalar", frozen=True)
 
   def forward(self, model: Model, rows: int, length: int, *, scored: int | None = None) -> float:
     """Returns the FLOPs of a forward pass."""
     return preflight.forward_flops(model.config, rows, length, scored=scored)
+
+  def forward_rows(self, rows: Any, scored: int | None) -> float:
+    """Returns the FLOPs of a forward pass of a batch of rows of data."""
+    if isinstance(rows, UnpairedBatch):
+      return 2 * self.forward_rows(rows.mismatched, scored)
+    *shape, length = rows.mask.shape
+    model, count = self.bench.model, math.prod(shape)
+    flops = self.forward(model, count, length, scored=scored)
+    if isinstance(rows, SharedBatch):  # Attention is that of separate rows.
+      saved = count * length - rows.tokens.size
+      flops -= 2 * saved * preflight.matrices(model.config, model.config.experts_per_token)
+    return flops
 
   def training_work(self, flops: float) -> preflight.Work:
     """Returns the work of a train step whose forward passes take `flops`."""
@@ -117,19 +139,19 @@ class Case(NamedTuple):
     return preflight.sampling(self.bench.model.config, mesh, rows, samples, self.prompt_length, new)
 
   def offline(
-    self, trainer: training.Trainer, batch: Any, *, rows: int, scored: bool, held: Any = None
+    self, trainer: training.Trainer, batch: Any, *, scored: bool, rows: Any = None, held: Any = None
   ) -> None:
     """Checks the step of a model that is trained on rows of data, without sampling.
 
     Args:
       trainer: State and step of the model.
       batch: Batch of the step.
-      rows: Number of sequences in the batch.
       scored: True if logits are computed.
+      rows: Rows of data in the batch; None if it has nothing else.
       held: Further arrays in memory during the step.
     """
-    length = jax.tree.leaves(batch)[0].shape[-1]
-    flops = self.forward(self.bench.model, rows, length, scored=self.scored if scored else None)
+    rows = batch if rows is None else rows
+    flops = self.forward_rows(rows, self.scored if scored else None)
     inputs = (trainer.state, batch, self.key)
     self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
 
@@ -148,12 +170,11 @@ class Case(NamedTuple):
       rows: Rows of pairs.
       make_batch: `(rows, ref_logprobs) -> batch` of the step.
     """
-    start, count = self.bench.start, 2 * self.config.batch_size
-    held = (trainer.state, start)
-    flops = self.forward(self.bench.model, count, self.length, scored=self.scored)
+    start = self.bench.start
+    held, flops = (trainer.state, start), self.forward_rows(rows, self.scored)
     refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
     batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
-    self.offline(trainer, batch, rows=count, scored=True, held=held)
+    self.offline(trainer, batch, rows=rows, scored=True, held=held)
 
   def rollout(self, name: str, generate: Any, params: Params, held: Any, samples: int) -> Rollout:
     """Checks the resharding and a rollout of one policy."""
@@ -178,6 +199,7 @@ class Case(NamedTuple):
     *,
     critic: bool = False,
     ptx: bool = False,
+    dense: rewards.DenseScorer | None = None,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
 
@@ -187,12 +209,13 @@ class Case(NamedTuple):
       carry: State of the experience.
       critic: True if there is a critic with a model of its own.
       ptx: True if the update also takes a demonstration per response.
+      dense: Scorer of tokens by a policy of the same architecture; None without one.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
       raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
     held = {"state": trainer.state, "reference": bench.start}
-    judge, held["reward"] = self.open_judge(config.reward)
+    judge, held["reward"] = self.open_judge(config.judge)
     params, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
     policy = params.get("policy", params)
     rollout = self.rollout("rollout", bench.sampler(), policy, held, samples)
@@ -201,16 +224,23 @@ class Case(NamedTuple):
     if config.shaping.function:
       shape = (rows, config.shaping.reference_samples)
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
-    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
+    token_rewards = None
+    if dense is not None:
+      held["dense"] = bench.start
+      work = preflight.Work(2 * self.forward(bench.model, rows, length, scored=self.scored + 1))
+      args = held["dense"], bench.start, rollout
+      token_rewards = self.check("dense", dense, *args, work=work, held=held)
+    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores, token_rewards)
     inputs = [params, bench.start, self.carried(carry), scored]
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
+    trained_on = batch.rollout.tokens.size / rollout.tokens.size
     if ptx:
       batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training_work(settings.epochs * (forward + values))
+    work = self.training_work(settings.epochs * trained_on * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 
@@ -243,8 +273,11 @@ def open_case(
   nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
-  model, start = models.open_model(run, config.model, folder, tokenizer, head)
+  frozen = config.lora.rank > 0
+  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+  start = first if frozen else models.freeze(run, config.model, first)
   empty = data.from_examples("prompts", [], [])
   model = model._replace(apply=functools.partial(model.apply, scored=scored_tokens(config)))
-  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder)
+  initial = None if start is first else first
+  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder, initial=initial)
   return Case(check(mesh), bench, sharding.abstract(shape, sharding.replicated(mesh)))

@@ -105,7 +105,7 @@ def frontier(
   metrics: Mapping[str, Mapping[str, float]], lines: Mapping[str, plots.Line], baseline: str
 ) -> list[plots.Chart]:
   """Makes one chart per reward: policies at their KL to the baseline, with 95 % intervals."""
-  titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}
+  titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}  # Of others, their names.
   rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
 
   def point(policy: str, reward: str) -> plots.Point:
@@ -115,9 +115,9 @@ def frontier(
 
   return [
     plots.Chart(
-      f"{titles[reward]} against KL",
+      f"{titles.get(reward, reward)} against KL",
       f"KL to {baseline} (nats per response, root scale)",
-      f"{titles[reward]}, mean of held-out prompts",
+      f"{titles.get(reward, reward)}, mean of held-out prompts",
       lines=[lines[reward]] if lines else [],
       points=[point(policy, reward) for policy in metrics],
       root_x=True,
@@ -222,6 +222,7 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
   columns = {
     "length": "length",
     "ended": "eos_fraction",
+    "violates": "reward/violations",
     "proxy agrees with gold": "reward/accuracy",
     "distinct 1": "diversity/distinct_1",
     "distinct 2": "diversity/distinct_2",

@@ -130,6 +130,7 @@ class Samples(NamedTuple):
     kl: [B] sum of log pi - log ref over each response, in nats.
     lengths: [B] lengths of the responses in tokens.
     ended: [B] bool, True on responses that ended in a stop token.
+    satisfied: [B] bool, True on responses that violate no constraint; None without constraints.
   """
 
   prompts: list[str]
@@ -138,6 +139,12 @@ class Samples(NamedTuple):
   kl: np.ndarray
   lengths: np.ndarray
   ended: np.ndarray
+  satisfied: np.ndarray | None = None
+
+  @property
+  def violations(self) -> dict[str, float]:
+    """Share of the responses that violate a constraint; empty without constraints."""
+    return {} if self.satisfied is None else {"reward/violations": 1 - float(self.satisfied.mean())}
 
 
 def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
@@ -191,12 +198,20 @@ def heldout_sampler(
     key = heldout_key(run, index)
     parts: list[dict[str, np.ndarray]] = []
     responses: list[str] = []
+    names: dict[str, list[str]] = {}  # Reward -> its columns.
     params = reshard(params)
     for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(prompts, run.mesh)
       rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
       ids = prompts.prompt_id
-      values = {f"reward/{n}": rewards.total(fn(rollout, ids)) for n, fn in reward_fns.items()}
+      values: dict[str, Any] = {}
+      for name, fn in reward_fns.items():
+        reward = rewards.parts_of(fn(rollout, ids))
+        columns = rewards.columns(reward, name)
+        names[name] = list(columns)
+        values |= {f"score {column}": x for column, x in columns.items()}
+        if reward.satisfied is not None:
+          values["satisfied"] = reward.satisfied
       values |= {
         "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),
@@ -206,15 +221,21 @@ def heldout_sampler(
       texts = rewards.response_texts(rollout, tokenizer.batch_decode)
       responses += [text for text, on in zip(texts, valid, strict=True) if on]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    scores = {name: joined[f"score {name}"] for columns in names.values() for name in columns}
     for name, fn in reward_fns.items():
-      rewards.require(judges.name_of(fn), joined[f"reward/{name}"])
+      rewards.require(
+        judges.name_of(fn),
+        scores[name],
+        {of.partition("/")[2]: scores[of] for of in names[name][1:]},
+      )
     return Samples(
       prompts=[row["prompt_text"] for row in dataset.rows],
       responses=responses,
-      rewards={name: joined[f"reward/{name}"] for name in reward_fns},
+      rewards=scores,
       kl=joined["kl"],
       lengths=joined["lengths"],
       ended=joined["ended"],
+      satisfied=joined.get("satisfied"),
     )
 
   return sample
@@ -333,7 +354,8 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     rate = evaluation.win_rate(values, start)
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
-  return metrics | agreement(before, after)
+  before_violations = {f"{name}_before": share for name, share in before.violations.items()}
+  return metrics | agreement(before, after) | after.violations | before_violations
 
 
 def agreement(before: Samples, after: Samples) -> dict[str, float]:
@@ -370,6 +392,8 @@ def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, flo
     "start": float(np.mean(before.ended)),
     "trained": float(np.mean(after.ended)),
   }
+  for name, share in after.violations.items():
+    rows["violates a constraint"] = {"start": before.violations[name], "trained": share}
   return rows
 
 
@@ -416,6 +440,7 @@ class Judge:
     ref_params: Params of the initial policy.
     prefer: Preference between responses, if they are also compared directly.
     batch_size: Prompts per call of the model; the batch size of training needs no recompilation.
+    export: Function that writes the export of the policy.
   """
 
   def __init__(
@@ -430,14 +455,15 @@ class Judge:
     *,
     prefer: rewards.PreferenceFn | None = None,
     batch_size: int = 128,
+    export: Callable[[Params], None],
   ):
-    self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
+    self._run, self._prompts = run, prompts
     self._compare = None
     if prefer is not None:
       self._compare = heldout_comparer(
         run, model, prompts, tokenizer, sampling, prefer, batch_size=batch_size
       )
-    self._ref_params = ref_params
+    self._ref_params, self._export = ref_params, export
     self._sample = heldout_sampler(
       run,
       model,
@@ -460,7 +486,8 @@ class Judge:
     """Writes responses to the held-out prompts and returns their mean rewards and KL."""
     samples = self._sample_once(params, step)
     self._run.writer.table(step, "samples", sample_rows(samples))
-    means = {f"eval/{name}": float(np.nanmean(r)) for name, r in samples.rewards.items()}
+    values = {name: float(np.nanmean(r)) for name, r in samples.rewards.items()}
+    means = {f"eval/{name}": value for name, value in (values | samples.violations).items()}
     return {"eval/kl": float(np.mean(samples.kl)), **means}
 
   def evaluate(
@@ -476,7 +503,7 @@ class Judge:
   ) -> dict[str, float]:
     """Exports the trained policy, compares it with the initial policy and writes summary.json."""
     run = self._run
-    models.export(run.workdir / models.EXPORT, params, self._model, self._tokenizer)
+    self._export(params)
     summary = dict(metrics or {})
     if self._prompts.examples:
       after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)

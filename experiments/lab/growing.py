@@ -14,6 +14,7 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 
 GROWN = "responses.jsonl"
+SETTINGS = ("sampling", "reward", "preference", "shaping")
 
 
 class Grown(NamedTuple):
@@ -22,10 +23,12 @@ class Grown(NamedTuple):
   Attributes:
     rows: P * N rows of the file; those of a prompt are adjacent.
     rewards: [P, N] float32, shaped scores, NaN where they are unusable.
+    satisfied: [P, N] bool, True on responses that violate no constraint; None without constraints.
   """
 
   rows: list[dict[str, Any]]
   rewards: np.ndarray
+  satisfied: np.ndarray | None = None
 
 
 def take_prompts(dataset: data.Dataset, step: int, count: int) -> data.Dataset:
@@ -52,7 +55,7 @@ def grow(
 
   Args:
     session: Workdir, seed and devices of the Grow step.
-    config: Config of the script: `sampling`, `reward`, `shaping` and `model`.
+    config: Config of the script: `sampling`, `reward`, `preference`, `shaping` and `model`.
     start: Folder of the policy that samples.
     reference: Folder of the reference policy, for `shaping`.
     tokenizer: Tokenizer of both policies.
@@ -62,7 +65,7 @@ def grow(
   wanted = len(prompts.examples) * count
   limits.require_length(config, start, answered=[prompts])
   with loop.open_run(session) as run:
-    settings = {name: flags.to_dict(config)[name] for name in ("sampling", "reward", "shaping")}
+    settings = {name: flags.to_dict(config)[name] for name in SETTINGS}
     settings["start"] = str(start)
     if config.shaping.function:
       settings["reference"] = str(reference)
@@ -78,7 +81,10 @@ def grow(
     ref_scores = jnp.asarray(_scores(done, "reference_scores"))
   scores, ended = jnp.asarray(_scores(done)), jnp.asarray([row["ended"] for row in done])
   shaped_scores, _ = shaped.shape(scores, ended, moments, config.shaping, ref_scores)
-  return Grown(done, np.asarray(shaped_scores).reshape(-1, count))
+  satisfied = None
+  if config.reward.constraints:
+    satisfied = np.asarray([row["satisfied"] for row in done]).reshape(-1, count)
+  return Grown(done, np.asarray(shaped_scores).reshape(-1, count), satisfied)
 
 
 def _or_none(score: float) -> float | None:
@@ -107,13 +113,14 @@ def _sample(
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   params, stops = reshard(params), models.stops(tokenizer, config.sampling)
   generate = models.make_sampler(model, tokenizer, config.sampling)
-  reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
+  reward_fn = judges.open_scores(run, config, tokenizer).score_of(prompts)
   watch = rewards.Watch(judges.name_of(reward_fn))
   sample_reference, ref_params, others = None, None, config.shaping.reference_samples
   if config.shaping.function:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)
     sample_reference = models.make_sampler(model, tokenizer, sampling)
-    ref_params = reshard(models.open_model(run, config.model, reference, tokenizer)[1])
+    _, ref_params = models.open_model(run, config.model, reference, tokenizer, frozen=True)
+    ref_params = reshard(ref_params)
   batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
   wanted, rows = len(prompts.examples) * count, []
   if done:
@@ -128,14 +135,10 @@ def _sample(
       placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
       rollout = generate(params, *placed, run.key_for(0))
       ended = generation.ended(rollout, *stops)
-      scored = (
-        rewards.total(reward_fn(rollout, ids)),
-        ended,
-        rollout.tokens,
-        rollout.response_mask,
-      )
+      reward = rewards.parts_of(reward_fn(rollout, ids))
+      scored = (rewards.total(reward), ended, rollout.tokens, rollout.response_mask)
       scores, ended, tokens, mask = sharding.to_host(scored)
-      watch.check(scores[:size])
+      watch.check(scores[:size], {name: x[:size] for name, x in (reward.named or {}).items()})
       answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
       lines = [
         {
@@ -149,6 +152,9 @@ def _sample(
         }
         for n, text in enumerate(tokenizer.batch_decode(answers)[:size])
       ]
+      if reward.satisfied is not None:
+        for line, satisfied in zip(lines, reward.satisfied, strict=False):
+          line["satisfied"] = bool(satisfied)
       if sample_reference is not None:
         answered = sample_reference(ref_params, *placed, run.key_for(1))
         compared = rewards.total(reward_fn(answered, np.repeat(batch.prompt_id, others)))
@@ -160,8 +166,11 @@ def _sample(
       rows += lines
       mean = float(np.nanmean(_scores(lines)))
       progress.update(len(done) + len(rows), {"reward/mean": mean})
-  scores = _scores([*done, *rows])
+  written = [*done, *rows]
+  scores = _scores(written)
   summary = {"responses": len(scores), "reward/mean": float(np.nanmean(scores))}
+  if config.reward.constraints:
+    summary["reward/violations"] = 1 - float(np.mean([row["satisfied"] for row in written]))
   reporting.write_summary(run.workdir, summary)
   return rows
 

@@ -66,10 +66,12 @@ def improve(
     )
     if (finished := processes.agree(read)) is not None:
       return finished
-    model, params = models.open_model(run, config.model, start, tokenizer)
+    model, params = models.open_model(
+      run, config.model, start, tokenizer, frozen=config.lora.rank > 0
+    )
     ref_params = params
     if config.rest.kappa:
-      _, ref_params = models.open_model(run, config.model, reference, tokenizer)
+      _, ref_params = models.open_model(run, config.model, reference, tokenizer, frozen=True)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     slower = dataclasses.replace(
       config, optim=dataclasses.replace(config.optim, learning_rate=rate)
@@ -90,8 +92,8 @@ def improve(
     bench.export(params)
     summary = {"responses": float(len(dataset.examples))}
     if heldout.examples:
-      reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
-      fns = {"reward": reward_of(heldout)} | bench.gold(heldout)
+      reward_of = judges.open_scores(run, config, tokenizer).reward_of
+      fns = ({"reward": reward_of(heldout)} if reward_of else {}) | bench.gold(heldout)
       sample = evaluating.heldout_sampler(
         run, model, heldout, tokenizer, config.sampling, reward_fns=fns
       )
@@ -113,7 +115,7 @@ def programs(case: Case) -> None:
   """Checks a Grow step, then an Improve step, whose memory holds nothing of the Grow step."""
   config, bench = case.config, case.bench
   held = {"policy": bench.start}
-  judge, held["reward"] = case.open_judge(config.reward)
+  judge, held["reward"] = case.open_judge(config.judge)
   samples = config.sampling.samples_per_prompt
   rollout = case.rollout("grow", bench.sampler(), bench.start, held, samples)
   case.scores(rollout, judge, held)

@@ -1,55 +1,121 @@
 """Rewards and preferences that are chosen by flags."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from experiments import records
-from experiments.lab import models
+from experiments.lab import line_files, models
 from rlhf_jax import (
   data,
   flags,
   loop,
+  ranges,
   rewards,
   user,
 )
 
+# Metrics reward/... that are no name of a reward.
+_TAKEN = ("accuracy", "mean", "nonfinite", "shaped", "std", "tokens", "violations")
+
+
+def _split(names: str) -> tuple[str, ...]:
+  """Returns the names that commas separate."""
+  return tuple(name for name in names.split(",") if name)
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardOptions:
-  """Judge of single responses; give path or name.
+  """Judge of single responses; give path, name or both.
 
   Attributes:
     path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
-      separated by commas, form an ensemble.
+      separated by commas, form an ensemble unless there are weights.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
       `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
-      PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows are those of the
-      data, with all their columns.
-    ensemble: Reduction of the scores of an ensemble: their mean, their minimum, or the mean minus
-      `ensemble_coef` times their variance (`uwo`).
-    ensemble_coef: Weight of the variance in `uwo`.
+      PYTHONPATH: `(prompts, responses, rows) -> one number per response`, or for each response a
+      list of `(end_character, score)` of its segments. The rows are those of the data, with all
+      their columns. Several are separated by commas and added to that of path.
+    weights: Weights of several rewards in their sum, first those of path, then those of name.
+      Without weights several paths form one ensemble, and each name is added with weight 1.
+      Each reward is also a metric of its own, reward/NAME.
+    constraints: Python constraints, separated by commas: keys of rlhf_jax.rewards.CONSTRAINTS, such
+      as finished, or your own `module:function`, `(prompts, responses, rows) -> one bool per
+      response`, True if it is satisfied. The metric reward/violations is the share of responses
+      that violate any. CGPO, ReST and `--online.pick=constrained` learn from them; other methods
+      only report them.
+    ensemble: Reduction of the scores of an ensemble: their mean, their minimum (`min`), the mean
+      minus `ensemble_coef` times their variance (`uwo`), or `ensemble_coef` times the mean plus the
+      rest of 1 times the minimum (`nominal_min`). `worst_group` is MaxMin: the scores of the model
+      with the lowest mean in the batch. `min`, for each response, is another, lower objective.
+    ensemble_coef: Weight of the variance in `uwo`, or of the mean in `nominal_min`.
   """
 
   path: str = ""
   name: str = ""
-  ensemble: Literal["mean", "min", "uwo"] = "mean"
-  ensemble_coef: float = 0.5
+  weights: tuple[float, ...] = ()
+  constraints: str = ""
+  ensemble: str = "mean"
+  ensemble_coef: float = ranges.rare(0.5)
 
   def __post_init__(self):
-    if self.path and self.name:
-      raise ValueError("name and path are both given; keep one")
-    if self.name:
-      self.function()
+    ranges.check(self, one_of={"ensemble": rewards.ENSEMBLES})
+    for field in ("path", "name", "constraints"):
+      names = _split(getattr(self, field))
+      if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{field} names {', '.join(twice)} twice")
+    self.functions()
+    self.verdicts()
+    count = len(self.paths) + len(self.functions())
+    if self.weights and len(self.weights) != count:
+      raise ValueError(
+        f"weights has {len(self.weights)} numbers for {count} rewards: give one for each of path"
+        " and then of name"
+      )
+    if self.constraints and not count:
+      raise ValueError("constraints judge responses that a reward pays for; give path or name")
+    if not all(map(math.isfinite, self.weights)):
+      raise ValueError(f"weights must be finite, got {self.weights}")
+    if self.ensemble == "mean":
+      return
+    if self.weights:
+      raise ValueError(f"weights add up rewards, ensemble={self.ensemble} does not; keep one")
+    if self.is_given and len(self.paths) < 2:
+      raise ValueError(f"ensemble={self.ensemble} needs several folders in path")
+    if self.ensemble == "nominal_min":
+      ranges.check(self, fraction=("ensemble_coef",))
 
-  def function(self) -> rewards.TextReward:
-    """Returns the Python reward of `name`."""
-    return user.resolve("name", self.name, rewards.REWARDS, ("prompts", "responses", "rows"))
+  def functions(self) -> dict[str, rewards.TextReward]:
+    """Returns the Python rewards of `name` by their names."""
+    arguments = ("prompts", "responses", "rows")
+    names = _split(self.name)
+    return {name: user.resolve("name", name, rewards.REWARDS, arguments) for name in names}
+
+  def verdicts(self) -> dict[str, rewards.TextConstraint]:
+    """Returns the Python constraints of `constraints` by their names."""
+    arguments = ("prompts", "responses", "rows")
+    return {
+      name: user.resolve("constraints", name, rewards.CONSTRAINTS, arguments)
+      for name in _split(self.constraints)
+    }
 
   @property
   def paths(self) -> tuple[str, ...]:
     """Folders in `path`."""
-    return tuple(part for part in self.path.split(",") if part)
+    return _split(self.path)
+
+  @property
+  def label(self) -> str:
+    """Flags that choose the reward, for messages."""
+    given = {"path": self.path, "name": self.name}
+    return " ".join(f"--reward.{flag}={value}" for flag, value in given.items() if value)
+
+  @property
+  def title(self) -> str:
+    """Rewards and constraints, for the panel at the start of a run."""
+    given = " + ".join(filter(None, (*self.paths, *_split(self.name))))
+    return given + (f", constraints {self.constraints}" if self.constraints else "")
 
   @property
   def is_given(self) -> bool:
@@ -89,6 +155,11 @@ class PreferenceOptions:
     return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
+  def title(self) -> str:
+    """Judge, for the panel at the start of a run."""
+    return f"preferences of {self.path or self.name}"
+
+  @property
   def is_given(self) -> bool:
     """True if the options name a judge."""
     return bool(self.path or self.name)
@@ -121,6 +192,12 @@ def name_of(judge: Any) -> str:
 class JudgedConfig(loop.RunConfig):
   """Length of a run of a method that cannot do without a reward or a preference."""
 
+  @property
+  def judge(self) -> RewardOptions | PreferenceOptions:
+    """Options of the judge: the first that are given, or else the first."""
+    options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
+    return next((of for of in options if of.is_given), options[0])
+
   def require(self) -> None:
     """Refuses a config without a policy to start from, and one that names no judge, or several."""
     options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
@@ -129,27 +206,33 @@ class JudgedConfig(loop.RunConfig):
       raise flags.UsageError(
         "give --reward.path or --reward.name, or else --preference.path or name"
       )
-    (given or options)[0].require()
+    self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
       raise flags.UsageError(
         "--init_from is needed: a policy that nothing has trained samples noise"
       )
 
 
-def _try(function: Callable[..., Any], prompts: data.Dataset, answers: int) -> None:
+def _try(
+  function: Callable[..., Any],
+  prompts: data.Dataset,
+  answers: int = 1,
+  ask: Callable[..., Any] = rewards.ask,
+) -> None:
   """Finds a missing column or an unusable result before anything is compiled.
 
   Args:
-    function: Reward or preference function of the texts.
+    function: Reward, constraint or preference function of the texts.
     prompts: Prompts, to the first of which it gets empty responses.
     answers: Number of responses to each prompt that it judges.
+    ask: `(function, prompts, *responses, rows)`, which calls the function.
   """
   rows = prompts.rows[:3]
   empty = [""] * len(rows)
   if not rows:  # Nothing is held out.
     return
   try:
-    rewards.ask(function, [row["prompt_text"] for row in rows], *[empty] * answers, rows=rows)
+    ask(function, [row["prompt_text"] for row in rows], *[empty] * answers, rows=rows)
   except user.ResultError as error:
     tried = "it was tried with empty responses, which a policy can give"
     raise user.ResultError(f"{error}; {tried}") from error
@@ -189,26 +272,100 @@ def open_reward(
 ) -> Callable[[data.Dataset], rewards.RewardFn]:
   """Opens the reward of the options once and returns `(prompts) -> reward` of responses."""
   options.require()
-  if options.paths:
-    scorers = [
-      rewards.model_reward(model.apply, params)
-      for model, params in (
-        models.open_reward_model(run, path, model_options, tokenizer) for path in options.paths
-      )
-    ]
-    score = scorers[0]
-    if len(scorers) > 1:
-      score = rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
-    judge = Named(f"--reward.path={options.path}", score)
-    return lambda prompts: judge  # A reward model reads the tokens of any prompts.
-  function = options.function()
+  models_of = _open_models(run, options, model_options, tokenizer)
+  functions, constraints = options.functions(), options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
-    _try(function, prompts, answers=1)
-    score = rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
-    return Named(f"--reward.name={options.name}", score)
+    scorers = dict(models_of)  # A reward model reads the tokens of any prompts.
+    for name, function in functions.items():
+      _try(function, prompts)
+      scorers[name] = rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
+    (score, *others) = scorers.values()
+    if others or options.weights:
+      score = rewards.weighted_reward(scorers, options.weights or [1.0] * len(scorers))
+    for constraint in constraints.values():
+      _try(constraint, prompts, ask=rewards.ask_constraint)
+    if constraints:
+      verdicts = list(constraints.values())
+      score = rewards.constrained_reward(score, verdicts, prompts.rows, tokenizer.batch_decode)
+    return Named(options.label, score)
 
   return of_prompts
+
+
+def _open_models(
+  run: loop.Run,
+  options: RewardOptions,
+  model_options: models.ModelOptions,
+  tokenizer: data.Tokenizer,
+) -> dict[str, rewards.RewardFn]:
+  """Opens the reward models of the options by name; as an ensemble they are one."""
+  if not options.paths:
+    return {}
+  names: Sequence[str] = line_files.short_names("reward.path", options.paths)
+  if taken := sorted({*names} & {*_TAKEN}):
+    raise flags.UsageError(
+      f"--reward.path: reward/{taken[0]} is another metric; give the folder {taken[0]} another name"
+    )
+  if options.ensemble == "worst_group":
+    names = [f"group_{k}" for k in range(len(names))]
+  opened = {
+    name: rewards.model_reward(model.apply, params)
+    for name, (model, params) in zip(
+      names,
+      (models.open_reward_model(run, path, model_options, tokenizer) for path in options.paths),
+      strict=True,
+    )
+  }
+  if len(opened) == 1 or options.weights:
+    return opened
+  return {"ensemble": rewards.ensemble_reward(opened, options.ensemble, options.ensemble_coef)}
+
+
+class Scores(NamedTuple):
+  """Scores of the samples of an iteration, and the judge of held-out responses.
+
+  Attributes:
+    score_of: `(prompts) -> reward` of samples, in the order of a batch.
+    reward_of: `(prompts) -> reward` of any responses; None with a preference.
+    prefer_of: `(prompts) -> preference`; None with a reward.
+  """
+
+  score_of: Callable[[data.Dataset], rewards.RewardFn]
+  reward_of: Callable[[data.Dataset], rewards.RewardFn] | None
+  prefer_of: Callable[[data.Dataset], rewards.PreferenceFn] | None
+
+
+def open_scores(
+  run: loop.Run,
+  config: Any,
+  tokenizer: data.Tokenizer,
+  anchors: Callable[..., Any] | None = None,
+) -> Scores:
+  """Opens the reward of a config, or the preference that it gives in place of one.
+
+  With a preference the samples of a prompt meet each other. A single sample meets its anchor.
+
+  Args:
+    run: Opened run.
+    config: Config with `reward`, `preference`, `model` and `sampling`.
+    tokenizer: Tokenizer of the policy.
+    anchors: `(rollout, prompt_ids) -> rollout` of other responses; see `rewards.anchored_reward`.
+  """
+  if not config.preference.is_given:
+    reward_of = open_reward(run, config.reward, config.model, tokenizer)
+    return Scores(reward_of, reward_of, None)
+  prefer_of = open_preference(run, config.preference, config.model, tokenizer)
+  samples = config.sampling.samples_per_prompt
+
+  def score_of(prompts: data.Dataset) -> rewards.RewardFn:
+    prefer = prefer_of(prompts)
+    name = name_of(prefer)
+    if samples > 1 or anchors is None:
+      return Named(name, rewards.tournament_reward(prefer, samples, name))
+    return Named(name, rewards.anchored_reward(prefer, anchors))
+
+  return Scores(score_of, None, prefer_of)
 
 
 def gold_rewards(

@@ -1,21 +1,18 @@
 """Pairs of the policy's responses, for online DPO."""
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.lab import judges
 from experiments.lab.case import Case
-from experiments.lab.responses import Responses
+from experiments.lab.responses import Responses, part_metrics
 from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
-from rlhf_jax import data, preflight, rewards
-from rlhf_jax.algorithms import dpo, online_dpo, pairs, terms
+from rlhf_jax import preflight, rewards
+from rlhf_jax.algorithms import dpo, online_dpo, pairs, picks, terms
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
@@ -60,11 +57,12 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
     calibration: Rollout | None,
     key: jax.Array,
   ):
-    rollout, raw, ended, ref_scores, tokens, _ = responses
+    rollout, raw, ended, ref_scores, tokens, satisfied = responses
     scores, moments = shaped.shape(raw, ended, moments, config.shaping, ref_scores)
     scores, raw = (jnp.asarray(rewards.total(rewards.Parts(x, tokens))) for x in (scores, raw))
     scores = scores.reshape(-1, samples)
-    chosen, rejected = online_dpo.pick_pairs(scores, key, config.online.pick)
+    verdicts = None if satisfied is None else satisfied.reshape(-1, samples)
+    chosen, rejected = picks.pick_pairs(scores, key, config.online.pick, verdicts)
     rows = online_dpo.make_pairs(rollout, chosen, rejected)
     batch: Any = dpo.DPOBatch(rows, read(ref_params, rows).totals)
     if calibration is not None:
@@ -80,6 +78,7 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
         "reward/mean": jnp.mean(raw, where=usable),
         "reward/std": jnp.mean(spread, where=groups.any(axis=1)),
         "reward/nonfinite": jnp.sum(~usable).astype(jnp.float32),
+        **part_metrics(rewards.Parts(raw, tokens, satisfied)),
         "ties": jnp.mean(chosen == rejected),
         "eos_fraction": jnp.mean(ended),
         "response_length/mean": jnp.mean(lengths),
@@ -89,43 +88,12 @@ def make_batch(bench: Workbench) -> Callable[..., Any]:
   return batch_of
 
 
-def tournament(
-  prefer_of: Callable[[data.Dataset], rewards.PreferenceFn], samples: int
-) -> Callable[[data.Dataset], rewards.RewardFn]:
-  """Builds scores of samples: the mean preference over the other samples of the prompt.
-
-  Comparisons without a usable preference do not count; a sample without any other has NaN.
-  """
-
-  def score_of(prompts: data.Dataset) -> rewards.RewardFn:
-    prefer = prefer_of(prompts)
-    watch = rewards.Watch(judges.name_of(prefer))
-
-    def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-      ids = prompt_ids[::samples]
-      nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
-      total = count = jnp.zeros([len(ids), samples])
-      given = []
-      for a, b in itertools.combinations(range(samples), 2):
-        given.append(jnp.asarray(prefer(nth[a], nth[b], ids)))
-        usable = jnp.isfinite(given[-1])
-        wins, counts = jnp.where(usable, given[-1], 0.0), usable.astype(jnp.float32)
-        total = total.at[:, a].add(wins).at[:, b].add(jnp.where(usable, 1 - wins, 0.0))
-        count = count.at[:, a].add(counts).at[:, b].add(counts)
-      watch.check(jnp.concatenate(given))
-      return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan).ravel()
-
-    return judges.Named(judges.name_of(prefer), score)
-
-  return score_of
-
-
 def programs(case: Case) -> None:
   """Checks the programs of an iteration: rollout, reward, pairs, update."""
   config, bench = case.config, case.bench
   trainer = make_trainer(bench)
   held = {"state": trainer.state, "reference": bench.start}
-  judge, held["reward"] = case.open_judge(config.reward)
+  judge, held["reward"] = case.open_judge(config.judge)
   policy, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
   rollout = case.rollout("rollout", bench.sampler(), policy, held, samples)
   calibration = None

@@ -60,7 +60,12 @@ class RolloutOptions:
 
 
 def check(
-  config: Any, *, parts: int = 1, shaping: shaped.ShapingConfig | None = None, group: int = 1
+  config: Any,
+  *,
+  parts: int = 1,
+  shaping: shaped.ShapingConfig | None = None,
+  group: int = 1,
+  kept: int = 0,
 ) -> None:
   """Refuses sampling settings that a method cannot use; for `__post_init__` of a script's config.
 
@@ -69,6 +74,7 @@ def check(
     parts: Number of equal parts that the responses of a batch are split into.
     shaping: Shaping of the scores.
     group: Minimum number of samples per prompt.
+    kept: Number of responses to a prompt that are trained on; 0 for all.
   """
   sampling = config.sampling
   if sampling.temperature == 0:
@@ -82,9 +88,10 @@ def check(
     raise ValueError(f"sampling.samples_per_prompt must be at least {group} for this method")
   if "critic" in vars(config) and config.critic.warmup >= config.steps:
     raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
-  if config.batch_size * sampling.samples_per_prompt % parts:
+  if config.batch_size * (kept or sampling.samples_per_prompt) % parts:
+    count = f"{kept} selected responses" if kept else "sampling.samples_per_prompt"
     raise ValueError(
-      f"batch_size {config.batch_size} * sampling.samples_per_prompt does not split into {parts} ="
+      f"batch_size {config.batch_size} * {count} does not split into {parts} ="
       " minibatches * microbatches equal parts"
     )
   if config.data.packed_length:
@@ -93,6 +100,14 @@ def check(
     )
   if shaping is not None and shaping.function and config.rollout.devices:
     raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
+  compares = "shaping" in vars(config) and config.shaping.function
+  if compares and "preference" in vars(config) and config.preference.is_given:
+    raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
+  if compares and "reward" in vars(config) and config.reward.ensemble == "worst_group":
+    raise ValueError(
+      f"shaping.function={config.shaping.function} does not go with reward.ensemble=worst_group:"
+      " the worst group of the reference may be another one than that of the policy"
+    )
 
 
 def require_fit(bench: Workbench) -> None:
@@ -236,6 +251,7 @@ class Responder:
     rollout = jax.block_until_ready(present.rollout)
     sampled = time.monotonic()
     ids, reward = self._score(rollout, present.prompt_id, self._watches[0])
+    metrics |= means_by_name(reward)
     golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
     ref_scores = None
@@ -250,8 +266,8 @@ class Responder:
       "time/generate": sampled - start,
       "time/reward": time.monotonic() - sampled,
     }
-    scores, *parts = reward
-    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, *parts)
+    scores, tokens, satisfied, _ = reward
+    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, tokens, satisfied)
     return scored, following, metrics
 
   def _score(
@@ -261,7 +277,7 @@ class Responder:
     repeats = rollout.tokens.shape[0] // prompt_id.shape[0]
     ids = np.repeat(sharding.to_host(prompt_id), repeats)
     reward = rewards.parts_of(self._reward(rollout, ids))
-    watch.check(reward.scores)
+    watch.check(reward.scores, reward.named)
     return ids, jax.tree.map(jnp.asarray, reward)
 
 
@@ -341,6 +357,14 @@ def make_experience(
   return experience
 
 
+def sentence_ends(bench: Workbench) -> Callable[[Rollout], jax.Array]:
+  """Builds `ends(rollout)`: bools [B, R], True on response tokens that end a sentence or a line."""
+  marks = tuple(mark.encode() for mark in (".", "!", "?", "。", "！", "？"))
+  texts = bench.tokenizer.token_bytes()
+  ending = np.array([b"\n" in text or text.rstrip().endswith(marks) for text in texts])
+  return lambda rollout: jnp.asarray(ending)[rollout.tokens[:, -rollout.logprobs.shape[1] :]]
+
+
 def correct(
   rollout: Rollout, logprobs: jax.Array, cap: float
 ) -> tuple[Rollout, jax.Array, Metrics]:
@@ -386,6 +410,13 @@ def response_metrics(responses: Responses, rollout: Rollout, ref_logprobs: jax.A
     "response_length/mean": jnp.mean(lengths.astype(jnp.float32)),
     "eos_fraction": jnp.mean(responses.ended.astype(jnp.float32)),
   }
+
+
+def means_by_name(reward: rewards.Parts) -> dict[str, float]:
+  """Mean of each of several rewards over the responses where it can be used, as reward/NAME."""
+  named = {name: np.asarray(x) for name, x in sharding.to_host(reward.named or {}).items()}
+  usable = {name: x[np.isfinite(x)] for name, x in named.items()}
+  return {f"reward/{name}": float(np.mean(x)) if x.size else np.nan for name, x in usable.items()}
 
 
 def part_metrics(parts: rewards.Parts) -> Metrics:

@@ -17,7 +17,7 @@ from rlhf_jax.algorithms import pairs as pairs_lib
 from rlhf_jax.algorithms import pairwise
 from rlhf_jax.losses import preference as losses
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, PairBatch, Params, TrainStep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,11 @@ class DPOBatch(NamedTuple):
   """Pairs of responses to the same prompt.
 
   Attributes:
-    pairs: tokens [B, 2, T], right padded, index 0 chosen and 1 rejected; mask [B, 2, T], True on
-      responses. A row of a packed batch holds up to S pairs.
+    pairs: Pairs, index 0 chosen and 1 rejected. A row of a packed batch holds up to S pairs.
     ref_logprobs: [B, 2] float32, `Pairs.totals` under the reference; [B, S, 2] for packed pairs.
   """
 
-  pairs: TokenBatch | PackedBatch
+  pairs: PairBatch
   ref_logprobs: jax.Array
 
 

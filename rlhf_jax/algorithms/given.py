@@ -7,16 +7,25 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked, packing
-from rlhf_jax.types import ApplyFn, PackedBatch, Params, RankingBatch, TokenBatch
+from rlhf_jax.types import (
+  ApplyFn,
+  PackedBatch,
+  PairBatch,
+  Params,
+  RankingBatch,
+  SharedBatch,
+  TokenBatch,
+)
 
 
 def read_rows(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, **ask: Any
+  apply_fn: ApplyFn, params: Params, batch: PairBatch, **ask: Any
 ) -> tuple[logprobs_lib.TokenScores, jax.Array]:
   """Scores the tokens of given sequences, with the logits of only a few tokens in memory.
 
   Args:
-    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
+    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`,
+      shared ones with `places`.
     params: Policy.
     batch: Tokens and mask of any leading shape, [..., T].
     **ask: Numbers to compute; see `losses.logprobs.token_scores`.
@@ -24,9 +33,9 @@ def read_rows(
   Returns:
     Arrays [..., T], and the mask [..., T], False on first tokens, which nothing predicts.
   """
-  flat, mask, inputs = _rows(batch)
-  scores = logprobs_lib.next_token_scores(apply_fn(params, flat, **inputs), flat, mask, **ask)
-  return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), (scores, mask))
+  logits, flat, mask = _run(apply_fn, params, batch)
+  scores = logprobs_lib.next_token_scores(logits, flat, mask, **ask)
+  return jax.tree.map(lambda x: x.reshape(batch.mask.shape), (scores, mask))
 
 
 def read_nll(
@@ -43,26 +52,31 @@ def read_nll(
   Returns:
     Mean in nats per token; arrays [B, T] without a gradient, and the mask as in `read_rows`.
   """
-  flat, mask, inputs = _rows(batch)
+  logits, flat, mask = _run(apply_fn, params, batch)
   weights = mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-  nll, scores = logprobs_lib.next_token_nll(apply_fn(params, flat, **inputs), flat, weights, **ask)
+  nll, scores = logprobs_lib.next_token_nll(logits, flat, weights, **ask)
   return nll, scores, mask
 
 
-def _rows(
-  batch: TokenBatch | PackedBatch,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-  """Tokens and mask [N, T], False on first tokens, and further inputs of the model."""
-  flat = batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  mask = batch.mask.reshape(flat.shape)
+def _run(
+  apply_fn: ApplyFn, params: Params, batch: PairBatch | RankingBatch
+) -> tuple[Any, jax.Array, jax.Array]:
+  """Output of the model, and tokens and mask [N, T], False on first tokens."""
+  length = batch.mask.shape[-1]
+  mask = batch.mask.reshape(-1, length)
+  if isinstance(batch, SharedBatch):
+    flat = packing.separate(batch.tokens, batch.places)
+    output = apply_fn(params, batch.tokens, places=batch.places)
+    return output, flat, packing.predicted(mask)
+  flat = batch.tokens.reshape(-1, length)
   if not isinstance(batch, PackedBatch):
-    return flat, packing.predicted(mask), {}
+    return apply_fn(params, flat), flat, packing.predicted(mask)
   ids = batch.segment_ids.reshape(flat.shape)
-  return flat, packing.predicted(mask, ids), {"segment_ids": ids}
+  return apply_fn(params, flat, segment_ids=ids), flat, packing.predicted(mask, ids)
 
 
 def read_tokens(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch, *, collision: bool = False
+  apply_fn: ApplyFn, params: Params, batch: PairBatch, *, collision: bool = False
 ) -> tuple[jax.Array, ...]:
   """Returns the token log-probabilities of given responses, one response per row.
 
@@ -84,9 +98,7 @@ def read_tokens(
   return scored[0], mask, *scored[1:]
 
 
-def read_scores(
-  apply_fn: ApplyFn, params: Params, batch: TokenBatch | PackedBatch | RankingBatch
-) -> jax.Array:
+def read_scores(apply_fn: ApplyFn, params: Params, batch: PairBatch | RankingBatch) -> jax.Array:
   """Scores [B, K] float32 of the K responses to each prompt, from one forward pass.
 
   Args:
@@ -95,13 +107,10 @@ def read_scores(
     batch: B prompts with their responses, two for pairs; packed pairs give B * S rows of scores.
       Empty slots get 0.
   """
-  shape, tokens = batch.tokens.shape, batch.tokens.reshape(-1, batch.tokens.shape[-1])
-  if not isinstance(batch, PackedBatch):
-    return masked.last_real(apply_fn(params, tokens).reshape(shape), batch.mask)
-  scores = apply_fn(params, tokens, segment_ids=batch.segment_ids.reshape(tokens.shape))
-  mask, scores = packing.unpack(
-    batch.segment_ids, batch.real.shape[1], batch.mask, scores.reshape(shape)
-  )
+  scores, _, _ = _run(apply_fn, params, batch)
+  mask, scores = batch.mask, scores.reshape(batch.mask.shape)
+  if isinstance(batch, PackedBatch):
+    mask, scores = packing.unpack(batch.segment_ids, batch.real.shape[1], mask, scores)
   return masked.last_real(scores, mask)
 
 

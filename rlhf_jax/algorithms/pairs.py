@@ -1,7 +1,7 @@
 """Log-probabilities of pairs of responses: the interface between DPO-like methods and models.
 
-A method calls `read(params, pairs)` and gets one row per pair. The function hides padding, packing
-and segment ids.
+A method calls `read(params, pairs)` and gets one row per pair. The function hides padding, packing,
+shared prompts and segment ids.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import given
 from rlhf_jax.losses import masked, preference
-from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch
+from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, PairBatch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +57,20 @@ class Pairs(NamedTuple):
     return self.totals / jnp.maximum(self.lengths, 1)
 
 
-ReadPairs = Callable[[Params, TokenBatch | PackedBatch], Pairs]
+ReadPairs = Callable[[Params, PairBatch], Pairs]
 
 
 def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> ReadPairs:
   """Builds `read(params, pairs) -> Pairs` for a language model.
 
   Args:
-    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`.
+    apply_fn: `(params, tokens [B, T]) -> logits [B, T, V]`; packed rows come with `segment_ids`,
+      shared ones with `places`.
     config: Weights of tokens and pairs; None weights all equally.
   """
   config = config or PairConfig()
 
-  def read(params: Params, pairs: TokenBatch | PackedBatch) -> Pairs:
+  def read(params: Params, pairs: PairBatch) -> Pairs:
     logprobs, mask, *collision = given.read_tokens(
       apply_fn, params, pairs, collision=config.reweight
     )

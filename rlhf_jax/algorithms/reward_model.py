@@ -20,15 +20,14 @@ from rlhf_jax.types import (
   ApplyFn,
   Metrics,
   PackedBatch,
+  PairBatch,
   Params,
   RankingBatch,
-  TokenBatch,
   TrainStep,
 )
 
-# Pairs: tokens and mask (of responses) [B, 2, T] right padded, index 0 chosen and 1 rejected. Or
-# several pairs packed in a row, or rankings of K responses, each of which is scored once.
-RewardModelBatch = TokenBatch | PackedBatch | RankingBatch
+# Pairs, index 0 chosen and 1 rejected, or rankings of K responses, each of which is scored once.
+RewardModelBatch = PairBatch | RankingBatch
 
 
 @dataclasses.dataclass(frozen=True)

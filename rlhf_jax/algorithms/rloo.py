@@ -6,7 +6,6 @@ REINFORCE.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax import ranges
-from rlhf_jax.algorithms import epochs, groups, reading
+from rlhf_jax.algorithms import epochs, groups, reading, reinforce
 from rlhf_jax.losses import advantages, policy_gradient
-from rlhf_jax.types import ApplyFn, Metrics, Params, Rollout, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, Rollout, TrainStep
 
 RLOOBatch = groups.GroupBatch
 
@@ -65,26 +64,6 @@ def make_batch(
   )
 
 
-def loss_fn(
-  params: Params, batch: RLOOBatch, key: jax.Array, *, read: reading.Read
-) -> tuple[jax.Array, Metrics]:
-  """Policy-gradient loss, summed over the tokens of a response and averaged over responses.
-
-  The sums are divided by the maximum length R. The metric `weight` counts the responses.
-  """
-  del key  # The loss is deterministic given the batch.
-  mask, old = batch.mask, batch.rollout.logprobs
-  now = read(params, batch.rollout)
-  logprobs = jnp.where(mask, now.logprobs, 0.0)
-  losses = policy_gradient.reinforce_loss(logprobs, batch.advantages)
-  loss = jnp.sum(groups.AVERAGES["length"].weights(mask) * losses)
-  return loss, {
-    "loss/policy": loss,
-    "weight": jnp.sum(mask.any(axis=1)).astype(jnp.float32),
-    **reading.ratio_metrics(logprobs, old, mask, 0.2, 0.2),
-  }
-
-
 def make_rloo_step(
   apply_fn: ApplyFn,
   tx: optax.GradientTransformation,
@@ -95,6 +74,11 @@ def make_rloo_step(
   state_shardings: Any = None,
 ) -> TrainStep:
   """Jitted `step(state, RLOOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
-  read = reading.make_read(apply_fn, temperature, packed)
-  loss = functools.partial(loss_fn, read=read)
-  return epochs.make_epochs_step(loss, tx, config, packed=packed, state_shardings=state_shardings)
+  return reinforce.make_reinforce_step(
+    apply_fn,
+    tx,
+    config,
+    temperature=temperature,
+    packed=packed,
+    state_shardings=state_shardings,
+  )

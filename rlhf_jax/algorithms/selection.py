@@ -52,7 +52,12 @@ RULES = {
 
 
 def kept_weights(
-  rewards: np.ndarray, quantile: float, *, keep: str = "threshold", temperature: float = 0.0
+  rewards: np.ndarray,
+  quantile: float,
+  *,
+  keep: str = "threshold",
+  temperature: float = 0.0,
+  satisfied: np.ndarray | None = None,
 ) -> np.ndarray:
   """Weights of scored responses: positive above a quantile, 0 below it.
 
@@ -65,13 +70,17 @@ def kept_weights(
     keep: Key of `RULES`.
     temperature: Temperature of the weights exp(reward / temperature), in standard deviations of the
       rewards; 0 gives all kept responses the same weight.
+    satisfied: [P, N] bool, False on responses that violate a constraint, which are left out as
+      well; None keeps them.
 
   Returns:
     [P, N] float32 weights, 0 for dropped responses; the largest is 1. All are 0 only if no reward
-    is finite.
+    of a response that may be kept is finite.
   """
   rewards = np.asarray(rewards, np.float64)
   finite = np.isfinite(rewards)
+  if satisfied is not None:
+    finite &= satisfied
   if not finite.any():
     return np.zeros(rewards.shape, np.float32)
   values, candidates = RULES[keep].rank(np.where(finite, rewards, 0.0), finite)

@@ -17,11 +17,9 @@ from rlhf_jax import ranges
 from rlhf_jax.algorithms import pairs as pairs_lib
 from rlhf_jax.losses import preference
 from rlhf_jax.train_step import make_train_step
-from rlhf_jax.types import ApplyFn, Metrics, PackedBatch, Params, TokenBatch, TrainStep
+from rlhf_jax.types import ApplyFn, Metrics, PairBatch, Params, TrainStep
 
-# Pairs of responses to the same prompt: tokens [B, 2, T] right padded, index 0 chosen and 1
-# rejected; mask [B, 2, T] on responses. Or several pairs packed in a row.
-SimPOBatch = TokenBatch | PackedBatch
+SimPOBatch = PairBatch
 
 
 @dataclasses.dataclass(frozen=True)

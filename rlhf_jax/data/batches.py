@@ -46,11 +46,11 @@ def batches(
       next sequence goes to the first row with room for it, and if there is none the batch is full.
 
   Returns:
-    An iterator of numpy batches of B = batch_size rows: `TokenBatch` with [B, T]
-    arrays (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected),
-    `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or `PromptBatch`; with `packed_length`
-    `PackedBatch`, and `columns` [B, S, ...] with zeros where `real` is not. `get_state()` is a
-    small JSON-compatible dict; `set_state()` continues from it.
+    An iterator of numpy batches of B = batch_size rows: `TokenBatch` with [B, T] arrays
+    (demonstrations) or [B, 2, T] ones (preferences: 0 is chosen, 1 rejected), `SharedBatch` for
+    preferences with `dataset.shared_length`, `ComparisonBatch`, `RankingBatch`, `UnpairedBatch` or
+    `PromptBatch`; with `packed_length` `PackedBatch`, and `columns` [B, S, ...] with zeros where
+    `real` is not. `get_state()` is a small JSON-compatible dict; `set_state()` continues from it.
 
   Raises:
     ValueError: The data set is smaller than a batch.
@@ -115,8 +115,10 @@ def padding_fraction(dataset: Dataset, batch_size: int, packed_length: int = 0) 
   if packed_length:
     packed = batches(dataset, batch_size, seed=0, pad_id=0, packed_length=packed_length)
     return float(np.mean([batch.segment_ids == 0 for batch in itertools.islice(packed, 8)]))
-  rows = len(dataset.examples) * dataset.width
-  return 1 - sum(map(sum, _lengths(dataset))) / (rows * dataset.padded_length)
+  tokens = sum(map(sum, _lengths(dataset)))
+  if dataset.shared_length:
+    tokens -= sum((len(responses_of(e)) - 1) * len(e["prompt"]) for e in dataset.examples)
+  return 1 - tokens / (len(dataset.examples) * dataset.batch_length)
 
 
 def packed_scored(dataset: Dataset, packed_length: int) -> int:

@@ -17,7 +17,15 @@ from absl import logging
 
 from rlhf_jax import ranges
 from rlhf_jax.data import files, formats, schema, sources
-from rlhf_jax.data.kinds import COUNTS, KINDS, Arrays, Dataset, partner, responses_of
+from rlhf_jax.data.kinds import (
+  COUNTS,
+  KINDS,
+  Arrays,
+  Dataset,
+  all_responses,
+  partner,
+  responses_of,
+)
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
@@ -60,6 +68,8 @@ class DataConfig:
     packed_length: Length in tokens of packed rows, each of which holds as many sequences as fit;
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
+    share_prompts: Put the prompt and both responses of a pair into one row, so that the model reads
+      the prompt once: for long prompts. For pairs of a reward model, DPO or SimPO.
     bad_rows: Maximum number of unusable rows to skip; with 0 the first one is an error.
     ignore: Columns to leave out, separated by commas, such as a `context` that is no part of the
       prompt.
@@ -83,6 +93,7 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
+  share_prompts: bool = False
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ""
@@ -94,6 +105,11 @@ class DataConfig:
       raise ValueError("tfds cannot be used together with path; give one of the two")
     if self.tfds_dir and not self.tfds:
       raise ValueError("tfds_dir needs the name of a data set; set tfds as well")
+    if self.share_prompts and self.packed_length:
+      raise ValueError(
+        "share_prompts cannot be used together with packed_length: packed rows hold the prompt of"
+        " each response; give one of the two"
+      )
     if self.tfds:
       sources.parse_tfds(self.tfds)
     ranges.check(
@@ -139,6 +155,12 @@ def load(
       f"data.packed_length={config.packed_length} is for {' and '.join(packed)}, and this reads"
       f" {kind}; leave it out"
     )
+  if config.share_prompts and not KINDS[kind].shareable:
+    shared = " and ".join(name for name in KINDS if KINDS[name].shareable)
+    raise DataError(
+      f"data.share_prompts is for {shared}, two responses to a prompt, and this reads {kind}; leave"
+      " it out"
+    )
   bad: list[DataError] = []
 
   def on_bad_row(error: DataError):
@@ -178,13 +200,18 @@ def load(
   train.report["bad_rows"] = len(bad)
   train_keys = set(train.keys)
   heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)
-  shape = _shape(kind, train.examples + heldout.examples)
+  examples = train.examples + heldout.examples
+  shape = _shape(kind, examples)
   if 0 < config.packed_length < shape[0]:
     raise DataError(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  return _finish(kind, train, shape), _finish(kind, heldout, shape)
+  sets = _finish(kind, train, shape), _finish(kind, heldout, shape)
+  if not config.share_prompts:
+    return sets
+  shared = _round_up(all_responses(*_lengths(examples)))
+  return sets[0]._replace(shared_length=shared), sets[1]._replace(shared_length=shared)
 
 
 def is_given(config: DataConfig) -> bool:
@@ -669,12 +696,17 @@ def _shape(kind: KindName, examples: list[Arrays]) -> tuple[int, int, int]:
   """Returns the `padded_length`, the `width` and the `scored` that all examples fit."""
   if not examples:
     return 0, 0, 0
-  prompts = [len(example["prompt"]) for example in examples]
-  responses = [[len(ids) for ids in responses_of(example)] for example in examples]
+  prompts, responses = _lengths(examples)
   length = KINDS[kind].longest(prompts, responses)
   padded = _round_up(length)
   longest = max((length for lengths in responses for length in lengths), default=0)
   return padded, max(map(len, responses)), min(padded, _round_up(longest))
+
+
+def _lengths(examples: Sequence[Arrays]) -> tuple[list[int], list[list[int]]]:
+  """Returns the lengths of the prompts, and of the responses of each example."""
+  prompts = [len(example["prompt"]) for example in examples]
+  return prompts, [[len(ids) for ids in responses_of(example)] for example in examples]
 
 
 def _round_up(length: int) -> int:

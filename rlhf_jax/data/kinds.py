@@ -11,7 +11,14 @@ import numpy as np
 
 from rlhf_jax.data.schema import KindName
 from rlhf_jax.data.sources import DataError
-from rlhf_jax.types import ComparisonBatch, PackedBatch, RankingBatch, TokenBatch, UnpairedBatch
+from rlhf_jax.types import (
+  ComparisonBatch,
+  PairBatch,
+  RankingBatch,
+  SharedBatch,
+  TokenBatch,
+  UnpairedBatch,
+)
 
 Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
 
@@ -67,6 +74,8 @@ class Dataset(NamedTuple):
       `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows
       are the same).
     unread: Columns that were not read; rewards still see them.
+    shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
+      0 gives each response a row of `padded_length`.
   """
 
   kind: KindName
@@ -78,6 +87,12 @@ class Dataset(NamedTuple):
   digest: str
   report: dict[str, int]
   unread: tuple[str, ...] = ()
+  shared_length: int = 0
+
+  @property
+  def batch_length(self) -> int:
+    """Tokens of a batch per example, with padding."""
+    return self.shared_length or max(self.width, 1) * self.padded_length
 
   @property
   def dropped(self) -> str:
@@ -101,7 +116,7 @@ class PromptBatch(NamedTuple):
   prompt_id: jax.Array | np.ndarray
 
 
-Batch = TokenBatch | PackedBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
+Batch = PairBatch | ComparisonBatch | RankingBatch | UnpairedBatch | PromptBatch
 
 
 class Kind(NamedTuple):
@@ -117,6 +132,7 @@ class Kind(NamedTuple):
     label: Name of the label of an example; empty if it has none.
     label_dtype: Dtype of the label.
     packable: True if a row of a batch may hold several sequences.
+    shareable: True if a row of a batch may hold a prompt once, with all of its responses.
     drops_equal: True if an example with two equal responses is dropped.
     flippable: True if the order of the responses is the label, so that two examples may contradict
       each other.
@@ -129,6 +145,7 @@ class Kind(NamedTuple):
   label: str = ""
   label_dtype: type[np.generic] = np.int32
   packable: bool = False
+  shareable: bool = False
   drops_equal: bool = False
   flippable: bool = False
   drops_responses: bool = False
@@ -139,7 +156,7 @@ def _one_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) ->
   return max(p + max(r, default=0) for p, r in zip(prompts, responses, strict=True))
 
 
-def _all_responses(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+def all_responses(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
   """Returns the longest prompt with all of its responses, one behind the other."""
   return max(p + sum(r) for p, r in zip(prompts, responses, strict=True))
 
@@ -160,7 +177,9 @@ def _demonstrations(dataset: Dataset, indices: np.ndarray, pad_id: int) -> Token
   return TokenBatch(tokens[:, 0], mask[:, 0])
 
 
-def _preferences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch:
+def _preferences(dataset: Dataset, indices: np.ndarray, pad_id: int) -> TokenBatch | SharedBatch:
+  if dataset.shared_length:
+    return _shared(dataset, indices, pad_id)
   return TokenBatch(*_sequences(dataset, indices, pad_id))
 
 
@@ -198,12 +217,13 @@ KINDS: dict[KindName, Kind] = {
     _one_response,
     _preferences,
     packable=True,
+    shareable=True,
     drops_equal=True,
     flippable=True,
   ),
   "comparisons": Kind(
     ("response_a", "response_b"),
-    _all_responses,
+    all_responses,
     _comparisons,
     label="preference",
     label_dtype=np.float32,
@@ -267,6 +287,23 @@ def partner(examples: Sequence[Arrays], index: int) -> int:
       f"{size} rows without two different responses; KTO estimates its KL from those of other rows"
     )
   return fallback
+
+
+def _shared(dataset: Dataset, indices: np.ndarray, pad_id: int) -> SharedBatch:
+  """Returns rows of a prompt and all of its responses."""
+  length = dataset.shared_length
+  tokens: Any = np.full([len(indices), length], pad_id, np.int32)
+  _, mask = _sequences(dataset, indices, pad_id)
+  places: Any = np.full(mask.shape, length, np.int32)
+  for row, example in enumerate(_at(dataset, indices)):
+    prompt = end = len(example["prompt"])
+    tokens[row, :prompt] = example["prompt"]
+    for column, answer in enumerate(responses_of(example)):
+      start, end = end, end + len(answer)
+      tokens[row, start:end] = answer
+      places[row, column, :prompt] = np.arange(prompt)
+      places[row, column, prompt : prompt + len(answer)] = np.arange(start, end)
+  return SharedBatch(tokens, mask, places)
 
 
 def _pad_left(

@@ -2,8 +2,11 @@
 
 Data that is packed when it is read comes as a `PackedBatch`; `unpack` separates its per-token
 arrays by sequence. Padded sequences that are already on the devices are packed for one forward pass
-by `places`, `pack` and `take`.
+by `places`, `pack` and `take`. Rows of a `SharedBatch`, whose sequences share a prompt, become rows
+of single sequences by `separate`, and such rows again by `reunite`.
 """
+
+from collections.abc import Callable
 
 import chex
 import jax
@@ -55,6 +58,55 @@ def unpack(
   index = 1 + jnp.arange(segments).reshape(1, -1, *(1,) * (mask.ndim - 1))
   here = mask[:, None] & (segment_ids[:, None] == index)  # [B, S, ..., T]
   return here.reshape(-1, *mask.shape[1:]), *map(repeat, arrays)
+
+
+def separate(x: jax.Array, places: jax.Array) -> jax.Array:
+  """Gives each of the K sequences of a `SharedBatch` a row.
+
+  Args:
+    x: [B, T, ...], about each token of the shared rows.
+    places: [B, K, S] int32, places of the tokens of each sequence; T stands for padding.
+
+  Returns:
+    [B * K, S, ...]; padding holds what any token has.
+  """
+  chex.assert_rank(places, 3)
+  index = jnp.minimum(places, x.shape[1] - 1).reshape(len(x), -1, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1).reshape(-1, places.shape[2], *x.shape[2:])
+
+
+def first_places(places: jax.Array, length: int) -> jax.Array:
+  """Finds each token of a shared row in its first sequence.
+
+  Args:
+    places: [B, K, S] int32; see `separate`.
+    length: Number T of tokens of a shared row.
+
+  Returns:
+    [B, T] int32, index into [K * S]; modulo S it is the position in the sequence. Padding has the
+    last index.
+  """
+  chex.assert_rank(places, 3)
+  count = places.shape[1] * places.shape[2]
+
+  def of_row(places: jax.Array) -> jax.Array:
+    return jnp.full(length, count - 1, jnp.int32).at[places].min(jnp.arange(count), mode="drop")
+
+  return jax.vmap(of_row)(places.reshape(-1, count))
+
+
+def reunite(x: jax.Array, first: jax.Array) -> jax.Array:
+  """[B * K, S, ...] -> [B, T, ...]: reads each token of shared rows at its `first_places`."""
+  chex.assert_rank(first, 2)
+  x = x.reshape(len(first), -1, *x.shape[2:])
+  return jnp.take_along_axis(x, first.reshape(*first.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def apart(
+  function: Callable[..., jax.Array], places: jax.Array, first: jax.Array
+) -> Callable[..., jax.Array]:
+  """Turns a function of arrays [B * K, S, ...] into one of arrays [B, T, ...] of shared rows."""
+  return lambda *arrays: reunite(function(*(separate(x, places) for x in arrays)), first)
 
 
 def first_fit(lengths: jax.Array, row_length: int) -> tuple[jax.Array, jax.Array]:

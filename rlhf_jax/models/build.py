@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rlhf_jax import sharding
+from rlhf_jax.losses import packing
 from rlhf_jax.losses.logprobs import LazyLogits
 from rlhf_jax.models import attention, experts, lora, precision
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
@@ -47,13 +48,14 @@ class Model(NamedTuple):
   Attributes:
     config: Architecture.
     init: `key -> params`.
-    apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, last=None)` -> logits
-      [B, T, V] float32 (lazy ones with `logit_chunk`), or scores [B, T] float32 for a scalar head,
-      or the pair for both heads.
-      `segment_ids` [B, T] int is 0 on padding (left or right) and numbers packed sequences;
-      attention stays inside a segment. `positions` [B, T] are by default counted per segment;
-      windows count tokens and ignore them. `last` computes only the final `last` positions.
-      ValueError for more tokens than there are learned positions.
+    apply: `(params, tokens [B, T], *, segment_ids=None, positions=None, places=None, last=None,
+      scored=0)` -> logits [B, T, V] float32 (lazy ones with `logit_chunk`), or scores [B, T]
+      float32 for a scalar head, or the pair for both heads. `segment_ids` [B, T] int is 0 on
+      padding (left or right) and numbers packed sequences; attention stays inside a segment.
+      `positions` [B, T] are by default counted per segment; windows count tokens and ignore them.
+      `places` [B, K, S] are those of a `SharedBatch`, whose results [B * K, S, ...] are those of a
+      row per response. `last` computes only the final `last` positions; `scored` is that of
+      `LazyLogits`. ValueError for more tokens than there are learned positions.
     decode: `(params, tokens [B, T], cache, *, mask)` -> logits [B, V] of the last position and
       the cache after writing `tokens`; `mask` [B, T] is False on padding. `decode.prepare(params)`
       casts matrices and cuts layers apart, which every step would do again.
@@ -192,6 +194,13 @@ def build(
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
 
   to_logits = precision.within(passes, to_logits)
+  parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+  def to_logits_by_part(copies: Params, hidden: jax.Array) -> jax.Array:
+    """`to_logits` by a copy of the params for each part of the rows; see `rows_copies`."""
+    by_part = hidden.reshape(parts, -1, *hidden.shape[1:])
+    logits = jax.vmap(to_logits)(copies, sharding.constrain(by_part, mesh, sharding.ROWS))
+    return logits.reshape(*hidden.shape[:2], -1)
 
   def read_out(params: Params, hidden: jax.Array, chunk: int | None = None, scored: int = 0) -> Any:
     hidden = norm(params["final_norm"], hidden)
@@ -203,9 +212,15 @@ def build(
     if chunk is None:
       logits = to_logits(output, hidden)
     else:
+      to_some = to_logits
+      # The table of a tied model is split over V: a device computes its part of the logits of all
+      # rows, and weights stay where they are.
+      if not config.tied and mesh and mesh.shape["fsdp"] > 1 and len(hidden) % parts == 0:
+        copies = sharding.rows_copies({"lm_head": output}, mesh, compute)
+        to_some, output = to_logits_by_part, copies["lm_head"]
       kept = max(1, chunk // config.vocab_size)
       size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
-      logits = LazyLogits(hidden, output, to_logits, min(kept, size), kept, scored)
+      logits = LazyLogits(hidden, output, to_some, min(kept, size), kept, scored)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:
@@ -228,17 +243,23 @@ def build(
     *,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    places: jax.Array | None = None,
     last: int | None = None,
     scored: int = 0,
   ) -> Any:
-    require_positions(tokens.shape[1])
+    require_positions((tokens if places is None else places).shape[-1])
+    if places is not None:
+      first = packing.first_places(places, tokens.shape[1])
+      positions = first % places.shape[2]
     if positions is None:
       segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
       positions = segment_positions(segments)
     frequencies = rope_frequencies(config) if config.positions == "rope" else None
 
     def attend_within(window):
-      return lambda q, k, v: attend(q, k, v, segment_ids, window)
+      within = lambda q, k, v: attend(q, k, v, segment_ids, window)  # noqa: E731
+      # As in rows of single responses; everything else is computed once per token.
+      return within if places is None else packing.apart(within, places, first)
 
     def layer(x: jax.Array, xs):
       return by_rows(run_layer(x, positions, frequencies, xs, attend_within)[0]), None
@@ -246,6 +267,8 @@ def build(
     layer = REMAT[config.remat](layer)
     x = by_rows(embed(params["embed"], tokens, positions))
     x, _ = jax.lax.scan(layer, x, (params["layers"], *_layer_arrays(config)), unroll=unroll)
+    if places is not None:
+      x = by_rows(packing.separate(x, places))
     return read_out(params, x if last is None else x[:, -last:], logit_chunk, scored)
 
   def init_cache(batch: int, slots: int, dtype=compute) -> Cache:
@@ -269,12 +292,7 @@ def build(
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(config.layers))
 
   def prepare(params: Params) -> Params:
-    def cast(path, leaf: jax.Array) -> jax.Array:
-      *_, group, name = (key.key for key in path)
-      is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
-      return leaf.astype(compute) if is_rounded else leaf
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = round_matrices(params, compute)
     return params | {"layers": cut(params["layers"])} if unroll > 1 else params
 
   def decode(
@@ -320,6 +338,20 @@ def build(
     return logits, Cache(k, v, stored, cache.index + length)
 
   return Model(config, init, apply, Decode(decode, prepare), init_cache)
+
+
+def round_matrices(params: Params, dtype: Any) -> Params:
+  """Casts the matrices and embeddings, which a model rounds to its computation dtype anyway.
+
+  Norms, biases, adapters and scalar heads, which are computed in float32, keep their dtype.
+  """
+
+  def cast(path, leaf: jax.Array) -> jax.Array:
+    *_, group, name = (key.key for key in path)
+    is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
+    return leaf.astype(dtype) if is_rounded else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def count_params(params: Params) -> int:

@@ -5,44 +5,67 @@ judge of pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
-from rlhf_jax.rewards.functions import REWARDS, TextReward, ask
+from rlhf_jax.rewards.dense import DenseScorer, dense_reward, make_dense_scorer
+from rlhf_jax.rewards.functions import (
+  CONSTRAINTS,
+  REWARDS,
+  TextConstraint,
+  TextReward,
+  ask,
+  ask_constraint,
+)
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
-from rlhf_jax.rewards.parts import Parts, parts_of, total
+from rlhf_jax.rewards.parts import Parts, columns, parts_of, total, weighted
 from rlhf_jax.rewards.preferences import (
   PREFERENCES,
   PreferenceFn,
   TextPreference,
+  anchored_reward,
   join_pairs,
   make_preferrer,
   model_preference,
   reward_preference,
   text_preference,
+  tournament_reward,
 )
 from rlhf_jax.rewards.rollouts import (
+  ENSEMBLES,
   RewardFn,
+  constrained_reward,
   ensemble_reward,
   make_scorer,
   model_reward,
   response_texts,
   text_reward,
+  weighted_reward,
 )
 
 __all__ = [
+  "CONSTRAINTS",
+  "ENSEMBLES",
   "PREFERENCES",
   "PRINCIPLES",
   "REWARDS",
+  "DenseScorer",
   "JudgeModel",
   "Parts",
   "PreferenceFn",
   "RewardFn",
+  "TextConstraint",
   "TextPreference",
   "TextReward",
   "UnusableScoresError",
   "Verdicts",
   "Watch",
+  "anchored_reward",
   "ask",
+  "ask_constraint",
+  "columns",
+  "constrained_reward",
+  "dense_reward",
   "ensemble_reward",
   "join_pairs",
+  "make_dense_scorer",
   "make_preferrer",
   "make_scorer",
   "model_preference",
@@ -54,4 +77,7 @@ __all__ = [
   "text_preference",
   "text_reward",
   "total",
+  "tournament_reward",
+  "weighted",
+  "weighted_reward",
 ]

@@ -3,6 +3,7 @@
 A method leaves out a response whose score is NaN. A judge that gives many of them is broken.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,12 +46,19 @@ def count(scores: Any) -> int:
   return int(np.sum(~usable(np.asarray(scores))))
 
 
-def require(judge: str, scores: Any) -> int:
+def _blame(judge: str, named: Mapping[str, Any] | None) -> str:
+  """Adds to the name of a judge those of its scores that have some that cannot be used."""
+  names = [name for name, scores in (named or {}).items() if count(scores)]
+  return f"{judge} ({', '.join(names)})" if names else judge
+
+
+def require(judge: str, scores: Any, named: Mapping[str, Any] | None = None) -> int:
   """Refuses scores of which more than `MAX_SHARE` cannot be used.
 
   Args:
     judge: Name of the judge, for the message.
     scores: NumPy or JAX scores of any shape.
+    named: Scores by name that these are made of; the message names those that cannot be used.
 
   Returns:
     Number of scores that cannot be used.
@@ -61,8 +69,8 @@ def require(judge: str, scores: Any) -> int:
   bad, total = count(scores), np.size(scores)
   if bad > MAX_SHARE * total:
     raise UnusableScoresError(
-      f"{judge}: {bad} of {total} scores cannot be used ({UNUSABLE}), more than {MAX_SHARE:.0%};"
-      " give a low number to a response that cannot be judged"
+      f"{_blame(judge, named)}: {bad} of {total} scores cannot be used ({UNUSABLE}), more than"
+      f" {MAX_SHARE:.0%}; give a low number to a response that cannot be judged"
     )
   return bad
 
@@ -77,20 +85,21 @@ class Watch:
   def __init__(self, judge: str):
     self._judge, self._in_a_row = judge, 0
 
-  def check(self, scores: Any) -> None:
+  def check(self, scores: Any, named: Mapping[str, Any] | None = None) -> None:
     """Refuses a batch with too many scores that cannot be used, or a row of batches with any.
 
     Args:
       scores: NumPy or JAX scores of a batch.
+      named: Scores by name that these are made of.
 
     Raises:
       UnusableScoresError: More than `MAX_SHARE` of them cannot be used, or more than `MAX_BATCHES`
         batches in a row had one.
     """
-    bad = require(self._judge, scores)
+    bad = require(self._judge, scores, named)
     self._in_a_row = self._in_a_row + 1 if bad else 0
     if self._in_a_row > MAX_BATCHES:
       raise UnusableScoresError(
-        f"{self._judge}: {self._in_a_row} batches in a row had scores that cannot be used"
-        f" ({UNUSABLE}); give a low number to a response that cannot be judged"
+        f"{_blame(self._judge, named)}: {self._in_a_row} batches in a row had scores that cannot be"
+        f" used ({UNUSABLE}); give a low number to a response that cannot be judged"
       )

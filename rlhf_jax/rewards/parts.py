@@ -4,6 +4,9 @@ A `RewardFn` that gives more than a score returns `Parts`. Methods with a critic
 tokens where they are earned. The others add them to the score.
 """
 
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +24,13 @@ class Parts(NamedTuple):
     tokens: [B, R] float, rewards of tokens in addition to the score, 0 past the end of a response;
       None without such rewards.
     satisfied: [B] bool, True on responses that violate no constraint; None without constraints.
+    named: Name -> [B] float, each of several rewards in one; None of a single reward.
   """
 
   scores: Any
   tokens: Any = None
   satisfied: Any = None
+  named: Mapping[str, Any] | None = None
 
 
 def parts_of(reward: Any) -> Parts:
@@ -44,3 +49,33 @@ def total(reward: Any) -> Any:
   """Returns what a `RewardFn` gave as one number [B] per response: score plus rewards of tokens."""
   parts = parts_of(reward)
   return parts.scores if parts.tokens is None else parts.scores + parts.tokens.sum(axis=1)
+
+
+def weighted(rewards: Mapping[str, Parts], weights: Sequence[float]) -> Parts:
+  """Sums rewards with weights, scores and rewards of tokens alike, and keeps each by name.
+
+  Args:
+    rewards: Rewards of the same responses by name.
+    weights: Weight of each of them.
+
+  Returns:
+    The sum; a response satisfies the constraints of all.
+  """
+  pairs = list(zip(rewards.values(), weights, strict=True))
+  tokens = [weight * of.tokens for of, weight in pairs if of.tokens is not None]
+  verdicts = [of.satisfied for of, _ in pairs if of.satisfied is not None]
+  named: dict[str, Any] = {}
+  for name, of in rewards.items():
+    named |= of.named or {name: total(of)}
+  return Parts(
+    functools.reduce(operator.add, [weight * of.scores for of, weight in pairs]),
+    functools.reduce(operator.add, tokens) if tokens else None,
+    functools.reduce(operator.and_, verdicts) if verdicts else None,
+    named,
+  )
+
+
+def columns(reward: Any, name: str = "reward") -> dict[str, Any]:
+  """Returns the total of a reward as NAME, and each of several rewards in it as NAME/ITS_NAME."""
+  parts = parts_of(reward)
+  return {name: total(parts)} | {f"{name}/{of}": x for of, x in (parts.named or {}).items()}

@@ -1,5 +1,10 @@
-"""Turns any judge of two responses into a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`."""
+"""Turns any judge of two responses into a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 
+A preference in turn becomes a reward: of each sample against the others to its prompt, or against
+a response of another policy. Pairwise-RL, Yuan et al., 2025, https://arxiv.org/abs/2504.04950.
+"""
+
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +15,7 @@ import numpy as np
 from rlhf_jax import simulation
 from rlhf_jax.algorithms import given
 from rlhf_jax.losses import packing
-from rlhf_jax.rewards import parts
+from rlhf_jax.rewards import checks, parts
 from rlhf_jax.rewards.functions import ask
 from rlhf_jax.rewards.rollouts import RewardFn, response_texts
 from rlhf_jax.types import ApplyFn, Params, Rollout
@@ -143,3 +148,47 @@ def text_preference(
     return ask(function, prompts, first, second, rows=chosen)
 
   return prefer
+
+
+def tournament_reward(prefer: PreferenceFn, samples: int, judge: str = "the judge") -> RewardFn:
+  """Scores samples by the mean preference over the other samples of the prompt.
+
+  The two scores of a pair sum to 1. Comparisons without a usable preference do not count; a sample
+  without any other has NaN.
+
+  Args:
+    prefer: The preference.
+    samples: Samples per prompt, in adjacent rows; at least 2.
+    judge: Name of the preference, for messages.
+  """
+  if samples < 2:
+    raise ValueError(f"a tournament needs at least 2 samples per prompt, got {samples}")
+  watch = checks.Watch(judge)
+
+  def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    ids = prompt_ids[::samples]
+    nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
+    total = count = jnp.zeros([len(ids), samples])
+    given = []
+    for a, b in itertools.combinations(range(samples), 2):
+      given.append(jnp.asarray(prefer(nth[a], nth[b], ids)))
+      usable = jnp.isfinite(given[-1])
+      wins, counts = jnp.where(usable, given[-1], 0.0), usable.astype(jnp.float32)
+      total = total.at[:, a].add(wins).at[:, b].add(jnp.where(usable, 1 - wins, 0.0))
+      count = count.at[:, a].add(counts).at[:, b].add(counts)
+    watch.check(jnp.concatenate(given))
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan).ravel()
+
+  return score
+
+
+def anchored_reward(
+  prefer: PreferenceFn, anchors: Callable[[Rollout, np.ndarray], Rollout]
+) -> RewardFn:
+  """Scores responses by the preference over a response of another policy to the same prompt.
+
+  Args:
+    prefer: The preference.
+    anchors: `(rollout, prompt_ids) -> rollout` of as many responses to the same prompts.
+  """
+  return lambda rollout, prompt_ids: prefer(rollout, anchors(rollout, prompt_ids), prompt_ids)

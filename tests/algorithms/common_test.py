@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import algorithms, generation, sharding
+from rlhf_jax import algorithms, generation, hlo, sharding
 from rlhf_jax.algorithms import (
   dpo,
   ipo_md,
@@ -44,9 +44,9 @@ from tests.testing import TINY_MODEL as CONFIG
 from tests.testing import compilations, full, tiny_params
 
 FOLDER = pathlib.Path(algorithms.__file__).parent
-# Files that build no step: parts that methods share, and the pairs of online DPO.
-SHARED = {"epochs", "given", "groups", "online_dpo", "opponents", "pairs", "pairwise", "reading"}
-SHARED |= {"selection"}
+# Files that build no step: parts that methods share, pairs of online DPO, selections of PF-PPO.
+SHARED = {"epochs", "given", "groups", "macro_actions", "online_dpo", "opponents", "pairs"}
+SHARED |= {"pairwise", "pf_ppo", "picks", "reading", "reinforce", "selection"}
 MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
 CASES: dict[str, Case] = {
   "/".join(filter(None, (module, name))): case
@@ -195,9 +195,9 @@ def test_every_weight_of_a_term_is_not_zero_in_a_case():
 METHODS = [name for name in SAMPLED if "/" not in name]
 
 
-@pytest.mark.parametrize("name", [*METHODS, "ppo/entropy", "ppo_max/ptx"])
+@pytest.mark.parametrize("name", [*METHODS, "p3o", "ppo/entropy", "ppo_max/ptx"])
 def test_packing_and_microbatches_change_no_loss_and_no_gradient(name):
-  case, batch, results = SAMPLED[name], batch_of(name, 0), []
+  case, batch, results = CASES[name], batch_of(name, 0), []
   tx, params = optax.chain(keep_first(), optax.sgd(1.0)), toy.near(case.params, 0.97)
   for packed, parts in ((None, 1), (reading.Packing(13), case.parts)):
     step = case.step(tx, temperature=0.7, packed=packed, microbatches=parts)
@@ -246,7 +246,7 @@ def unjudged(name):
   return batch._replace(mask=np.zeros_like(batch.mask))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "nash_md", "ipo_md", "rest"])
+@pytest.mark.parametrize("name", [*METHODS, "p3o", "nash_md", "ipo_md", "rest"])
 def test_a_batch_without_a_score_takes_no_optimizer_step(name):
   trained(name)  # Which counts the compilations of the step.
   step, state = step_of(name), init_state(jax.tree.map(jnp.array, CASES[name].params), optimizer())
@@ -661,6 +661,27 @@ def test_logits_of_a_few_tokens_at_a_time_change_nothing(name):
   close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
   jax.tree.map(functools.partial(close, atol=1e-6), (value, metrics), (want, want_metrics))
   jax.tree.map(functools.partial(close, atol=1e-6 * largest), grads, want_grads)
+
+
+@pytest.mark.parametrize("name", ["sft", "nash_md"])
+def test_the_loop_over_tokens_sends_no_weights(name):
+  """Devices gather the output matrix before it, and sum its gradient after it."""
+  config = dataclasses.replace(CONFIG, vocab_size=48, layers=1, tied=False)
+  mesh = mesh_of("fsdp:8")
+  model = build(config, logit_chunk=3 * config.vocab_size, mesh=mesh)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  params = {"policy": sharding.abstract(shapes, places)}
+  batch = sharding.abstract(language_batch(name, ROWS, 10), sharding.batch_sharding(mesh))
+  step = jax.jit(
+    jax.grad(language_losses(model, None)[name], has_aux=True),
+    out_shardings=({"policy": places}, None),
+  )
+  text = step.lower(params, batch, jax.random.key(0)).compile().as_text()
+  assert " while(" in text
+  found = hlo.collectives(text)
+  assert not [collective for collective in found if collective.trips]
+  assert [collective.result for collective in found].count("f32[16,48]") == 1
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo", "ppo"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms import dpo, given, online_dpo, pairs, reading
+from rlhf_jax.algorithms import dpo, given, online_dpo, pairs, picks, reading
 from rlhf_jax.types import TokenBatch
 from tests.algorithms import toy
 
@@ -27,29 +27,10 @@ def sampled():
   return rollout._replace(logprobs=np.where(rollout.response_mask[:, P:], logprobs, 0))
 
 
-@pytest.mark.parametrize("rule", online_dpo.PICKS)
-def test_the_chosen_sample_scores_higher(rule):
-  scores = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
-  chosen, rejected = online_dpo.pick_pairs(scores, jax.random.key(0), rule)
-  rows = np.arange(400)
-  assert (scores[rows, chosen] > scores[rows, rejected]).all()
-  if rule == "first_two":
-    assert set(np.asarray(chosen)) | set(np.asarray(rejected)) == {0, 1}
-    return
-  np.testing.assert_array_equal(chosen, scores.argmax(axis=1))
-  if rule == "best_worst":
-    np.testing.assert_array_equal(rejected, scores.argmin(axis=1))
-  else:  # Each of the other four about as often, wherever it stands.
-    _, places = online_dpo.pick_pairs(np.sort(scores), jax.random.key(0), rule)
-    np.testing.assert_allclose(np.bincount(places, minlength=5)[:4] / 400, 0.25, atol=0.08)
-    rank = (scores > scores[rows, rejected][:, None]).sum(axis=1)
-    np.testing.assert_allclose(np.bincount(rank, minlength=5)[1:] / 400, 0.25, atol=0.08)
-
-
 def test_a_tie_is_no_pair_and_teaches_nothing():
   rollout = sampled()
   scores = jnp.zeros((5, 4)).at[0, 2].set(1.0)
-  chosen, rejected = online_dpo.pick_pairs(scores, jax.random.key(0), "best_worst")
+  chosen, rejected = picks.pick_pairs(scores, jax.random.key(0), "best_worst")
   assert (np.asarray(chosen) == np.asarray(rejected)).tolist() == [False] + [True] * 4
   picked = online_dpo.make_pairs(rollout, chosen, rejected)
   config, read = dpo.DPOConfig(beta=0.5), pairs.make_read_pairs(toy.language)
@@ -97,28 +78,6 @@ def test_log_probabilities_survive_the_move():
   np.testing.assert_allclose(
     jnp.sum(jnp.where(mask, logprobs, 0.0), axis=1), np.sum(rollout.logprobs, axis=1), atol=1e-5
   )
-
-
-@pytest.mark.parametrize("rule", online_dpo.PICKS)
-def test_a_prompt_with_a_score_that_is_no_number_is_no_pair(rule):
-  """Neither NaN nor an infinite score is the best, or the worst."""
-  bad = np.nan, np.inf, -np.inf
-  scores = np.array(
-    [[0.0, 1.0, 2.0], *([x, 1.0, 2.0] for x in bad), *([x, y, 1.0] for x in bad for y in bad)]
-  )
-  picked = online_dpo.pick_pairs(np.float32(scores), jax.random.key(0), rule)
-  for row, chosen, rejected in zip(scores, *map(np.asarray, picked), strict=True):
-    candidates = [i for i in range(2 if rule == "first_two" else 3) if np.isfinite(row[i])]
-    if len(candidates) > 1:
-      assert chosen == max(candidates, key=lambda i: row[i]) and rejected in candidates
-      assert row[chosen] > row[rejected]
-    else:
-      assert chosen == rejected
-
-
-def test_one_sample_is_no_pair():
-  with pytest.raises(ValueError, match="pairs need at least 2 samples per prompt, got 1"):
-    online_dpo.pick_pairs(jnp.zeros((3, 1)), jax.random.key(0), "first_two")
 
 
 @pytest.mark.parametrize(

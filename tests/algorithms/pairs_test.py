@@ -1,5 +1,6 @@
 """Reading of pairs: sums, means, weights, and rows that hold no pair."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import hlo, preflight, sharding
 from rlhf_jax.algorithms import given, pairs
+from rlhf_jax.models import build, lora
+from rlhf_jax.train_step import join
+from rlhf_jax.types import TokenBatch
 from tests.algorithms import toy
-from tests.testing import pack
+from tests.testing import TINY_MODEL, pack, share
 
 B, T = 6, 9
 LAYOUT = [[3, 0], [5], [1, 2], [4]]
@@ -112,3 +117,63 @@ def test_a_tie_is_half_correct():
 def test_impossible_weights_are_refused(alpha):
   with pytest.raises(ValueError, match="^length_alpha must be in"):
     pairs.PairConfig(length_alpha=alpha)
+
+
+ROTARY = dataclasses.replace(TINY_MODEL, layers=1, tied=False)
+LEARNED = dataclasses.replace(ROTARY, positions="learned", max_length=16, windows=(3,))
+
+
+def pairs_with_prompts(rng, rows=8, length=16):
+  """Pairs with prompts of 1 to 10 tokens, and responses of 1 to 6."""
+  tokens = rng.integers(1, 16, (rows, 2, length)).astype(np.int32)
+  prompts, at = rng.integers(1, 11, rows), np.arange(length)
+  lengths = rng.integers(1, 7, (rows, 2, 1))
+  prompts[:2], lengths[:2] = 10, [[[6], [6]], [[1], [6]]]
+  inside = at < prompts[:, None, None]
+  tokens = np.where(inside, tokens[:, :1], tokens)
+  return TokenBatch(tokens, ~inside & (at < prompts[:, None, None] + lengths))
+
+
+@pytest.mark.parametrize(
+  ("config", "head", "spec"),
+  [(ROTARY, "language", "data:2,fsdp:2,tensor:2"), (LEARNED, "scalar", None)],
+  ids=["adapters on a mesh", "scores within a window"],
+)
+def test_a_prompt_that_is_run_once_changes_nothing(config, head, spec):
+  batch = pairs_with_prompts(np.random.default_rng(3))
+  shared = share(batch)
+
+  def run(mesh, batch):
+    model = build(config, head, mesh=mesh, logit_chunk=3 * config.vocab_size)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    if spec is not None:
+      add = lambda params: join(  # noqa: E731
+        params, lora.init(jax.random.key(0), params, lora.LoRAConfig(2))
+      )
+      params = jax.eval_shape(add, params)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: 0.3 * rng.normal(size=x.shape).astype(np.float32), params)
+    if mesh is not None:
+      places = sharding.named_shardings(params, mesh, sharding.DECODER_RULES)
+      params, batch = jax.device_put(params, places), sharding.place_batch(batch, mesh)
+    apply = functools.partial(model.apply, scored=6)
+
+    def loss(params, batch):
+      if head == "scalar":
+        numbers = given.read_scores(apply, params, batch)
+      else:
+        numbers = pairs.make_read_pairs(apply)(params, batch).totals
+      return jnp.sum(jax.nn.softplus(numbers[:, 1] - numbers[:, 0])), numbers
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, batch).compile()
+    return jax.device_get(program(params, batch)), hlo.count(program.as_text()).flops
+
+  want, all_flops = run(None, batch)
+  result, flops = run(None if spec is None else sharding.make_mesh(spec), shared)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(want[1]))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+  jax.tree.map(functools.partial(close, atol=1e-5), result[0], want[0])
+  jax.tree.map(functools.partial(close, atol=1e-5 * largest), result[1], want[1])
+  if spec is None:  # Three products with each weight: forward, and for both gradients.
+    saved = batch.mask.size - shared.tokens.size
+    assert all_flops - flops == 3 * 2 * saved * preflight.matrices(config, 0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms import reading, rloo
+from rlhf_jax.algorithms import reading, reinforce, rloo
 from rlhf_jax.train_step import gradients
 from tests.algorithms import tabular, toy
 from tests.algorithms.case import sampled
@@ -21,7 +21,7 @@ def case(**settings):
     lambda rollout, scores, values, ref, samples: rloo.make_batch(
       rollout, scores, ref, config, samples_per_prompt=samples
     )[0],
-    lambda read: functools.partial(rloo.loss_fn, read=read),
+    lambda read: functools.partial(reinforce.loss_fn, read=read),
   )
 
 
@@ -63,7 +63,7 @@ def test_loss_is_that_of_loops(samples):
   np.testing.assert_allclose(metrics["reward/shaped"], np.nanmean(totals), rtol=1e-5)
 
   read = reading.make_read(toy.language)
-  loss = functools.partial(rloo.loss_fn, read=read)
+  loss = functools.partial(reinforce.loss_fn, read=read)
 
   def published(params):
     """Ahmadian et al., 2024, eq. 7: the log-probability of a response times its advantage."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import (
+  cgpo,
   cispo,
   grpo,
   gspo,
@@ -361,6 +362,41 @@ def test_rloo(samples, kl_coef):
   taken = bigrams.check(step, PARAMS, batch, oracle)
   check_metrics(taken, 0.2, 0.2, weight=len(REAL))
   np.testing.assert_allclose(metrics["reward/shaped"], np.mean(list(totals.values())), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "samples, kl_max, verdicts",
+  [(4, 1e9, False), (4, 1e9, True), (4, 1.0, True), (1, 0.2, False)],
+  ids=["plain", "verdicts", "budget", "one"],
+)
+def test_cgpo(samples, kl_max, verdicts):
+  config = cgpo.CGPOConfig(kl_max=kl_max)
+  scores = jax.nn.sigmoid(SCORES)
+  satisfied = np.arange(bigrams.ROWS) % 3 != 0 if verdicts else None
+  batch, metrics = cgpo.make_batch(
+    ROLLOUT, scores, satisfied, REF, config, samples_per_prompt=samples
+  )
+  gains, beyond = {}, []
+  for b in REAL:
+    log_ratio = sum(old(b, t) - float(REF[b, t]) for t in range(len(PAIRS[b])))
+    beyond.append(log_ratio >= kl_max)
+    fine = satisfied is None or satisfied[b]
+    gains[b] = max(1 - log_ratio / kl_max, 0) * float(scores[b]) if fine else 0.0
+  total = np.mean(list(gains.values()))
+  assert kl_max > 9 or 0 < np.mean(beyond) < 1
+  gains = {
+    b: gains[b] - np.mean([gains[c] for c in group]) for group in groups_of(samples) for b in group
+  }
+
+  def oracle(params, held):
+    losses = [[-gains[b] * logprob(params, pair) for pair in PAIRS[b]] for b in REAL]
+    return averaged(losses, "length")
+
+  step = cgpo.make_cgpo_step(bigrams.language, RECORD, config, temperature=TEMPERATURE)
+  taken = bigrams.check(step, PARAMS, batch, oracle)
+  check_metrics(taken, 0.2, 0.2, weight=len(REAL))
+  np.testing.assert_allclose(metrics["reward/shaped"], total, rtol=1e-5)
+  np.testing.assert_allclose(metrics["kl/beyond_max"], np.mean(beyond), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

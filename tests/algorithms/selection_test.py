@@ -46,6 +46,23 @@ def test_wrong_answers_are_left_out_where_most_are_wrong():
   np.testing.assert_array_equal(kept_weights(np.ones((2, 2)), 0.5), 1.0)
 
 
+@pytest.mark.parametrize("keep", ["threshold", "best", "advantage"])
+def test_a_response_that_violates_a_constraint_is_kept_by_no_rule(keep):
+  rewards = np.random.default_rng(3).normal(size=(6, 4))
+  satisfied = rewards < np.sort(rewards, axis=1)[:, 2:3]  # Only the two worst of each prompt do.
+  satisfied[5] = False
+  weights = kept_weights(rewards, 0.3, keep=keep, satisfied=satisfied)
+  assert weights.any() and not weights[~satisfied].any()
+  masked = np.where(satisfied, rewards, np.nan)
+  np.testing.assert_array_equal(weights, kept_weights(masked, 0.3, keep=keep))
+  if keep == "best":
+    best = kept_weights(rewards, 0.0, keep=keep, satisfied=satisfied)
+    second_worst = rewards == np.sort(rewards, axis=1)[:, 1:2]
+    np.testing.assert_array_equal(best[:5] > 0, second_worst[:5])
+  none = kept_weights(rewards, 0.3, keep=keep, satisfied=np.zeros_like(satisfied))
+  assert not none.any()
+
+
 def test_the_best_of_each_prompt():
   rewards = np.random.default_rng(0).normal(size=(50, 8))
   weights = kept_weights(rewards, 0.0, keep="best")

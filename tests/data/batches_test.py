@@ -63,7 +63,7 @@ def test_batches_refuses(dataset):
     data.batches(dataset, 0, seed=0, pad_id=0)
 
 
-def packable(tmp_path, kind):
+def packable(tmp_path, kind, **config):
   """Rows of unequal lengths, each with a prompt of its own."""
   rng = np.random.default_rng(0)
   names = {"demonstrations": ("response",), "preferences": ("chosen", "rejected")}[kind]
@@ -71,7 +71,7 @@ def packable(tmp_path, kind):
     {"prompt": text(n)} | {name: text(*rng.integers(0, 40, rng.integers(1, 12))) for name in names}
     for n in range(23)
   ]
-  return load(kind, tmp_path, rows)[0]
+  return load(kind, tmp_path, rows, **config)[0]
 
 
 @pytest.mark.parametrize("kind", ["demonstrations", "preferences"])
@@ -169,6 +169,26 @@ def test_eval_batches_count_every_row_once(dataset, batch_size):
     assert batch.mask.any(axis=1).all()
     counted.extend(batch.prompt_id[valid].tolist())
   assert counted == list(range(13))
+
+
+def test_shared_rows_hold_the_tokens_of_separate_rows(tmp_path):
+  shared = packable(tmp_path, "preferences", share_prompts=True)
+  separate = packable(tmp_path, "preferences")
+  longest = max(sum(map(len, example.values())) for example in shared.examples)
+  assert shared.shared_length == -(-longest // 8) * 8 <= 2 * separate.padded_length
+  indices, pad_id, real = np.arange(23), 3, 0
+  for n in indices:
+    (row,), (mask,), (places,) = data.KINDS["preferences"].collate(shared, [n], pad_id)
+    (tokens,), (want,) = data.KINDS["preferences"].collate(separate, [n], pad_id)
+    np.testing.assert_array_equal(mask, want)
+    np.testing.assert_array_equal(np.append(row, pad_id)[places], tokens)
+    here = np.unique(places[places < len(row)])
+    np.testing.assert_array_equal(here, np.arange(sum(map(len, shared.examples[n].values()))))
+    assert (row[len(here) :] == pad_id).all()
+    real += len(here)
+  padding = data.padding_fraction(shared, 4)
+  np.testing.assert_allclose(padding, 1 - real / (23 * shared.shared_length))
+  assert shared.digest == separate.digest and separate.shared_length == 0
 
 
 @pytest.mark.parametrize("packed_length", [0, 24])

@@ -356,6 +356,16 @@ def test_impossible_packing_is_refused(tmp_path, kind, length, message):
     load(kind, tmp_path, rows, packed_length=length)
 
 
+@pytest.mark.parametrize("kind", ["demonstrations", "unpaired", "comparisons", "prompts"])
+def test_only_pairs_share_their_prompt(tmp_path, kind):
+  rows = [{"prompt": text(1), "response": text(2), "label": True}]
+  message = f"data.share_prompts is for preferences, .* reads {kind}; leave it out"
+  with pytest.raises(DataError, match=message):
+    load(kind, tmp_path, rows, share_prompts=True)
+  with pytest.raises(ValueError, match="share_prompts cannot be used together with packed_length"):
+    DataConfig(share_prompts=True, packed_length=64)
+
+
 # Real rows.
 
 

@@ -53,10 +53,10 @@ def require_narrow(text: str) -> None:
 
 
 @functools.cache
-def wide():
+def wide(share_prompts=False):
   """Models in which attention, of which only the causal half is counted, weighs little."""
   wider = {"width": 128, "mlp_width": 256, "vocab_size": 512, "prompt": 16, "response": 16}
-  return set_up(Shape(**TINY | wider))
+  return set_up(Shape(**TINY | wider, share_prompts=share_prompts))
 
 
 @pytest.mark.parametrize("name", TIMED)
@@ -111,13 +111,18 @@ def count_dots(jaxpr, trips: int) -> float:
   return total
 
 
-@pytest.mark.parametrize("name", [*works.TRAIN_STEPS, "generate"])
-def test_counted_operations_are_those_of_the_products(name):
-  work = (works.TRAIN_STEPS | works.SAMPLING)[name](wide())
+@pytest.mark.parametrize(
+  ("name", "shared"),
+  [*((name, False) for name in (*works.TRAIN_STEPS, "generate")), ("dpo", True)],
+)
+def test_counted_operations_are_those_of_the_products(name, shared):
+  work = (works.TRAIN_STEPS | works.SAMPLING)[name](wide(shared))
   jaxpr = jax.make_jaxpr(work.run)().jaxpr
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # As compilers do.
   dots = count_dots(jaxpr, wide().shape.response - 1)
   assert dots == pytest.approx(work.flops, rel=0.04)
+  if shared:
+    assert work.flops < 0.87 * works.TRAIN_STEPS[name](wide()).flops  # A quarter of the layers.
 
 
 class Side:

@@ -11,6 +11,8 @@ from experiments.reward_model import Config as RewardModelStage
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig
 
+KINDS = ("reward_model", "kl", "no_kl", "par")
+
 
 def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch, capsys):
   stages = []
@@ -29,21 +31,19 @@ def test_overoptimization_runs_every_stage_once_per_seed(tmp_path, monkeypatch, 
   config = overoptimization.Config(seeds=2, pairs=(64, 128))
   summary = overoptimization.train(loop.Session(str(tmp_path), seed=1), config)
   names = ["sft"] + [
-    f"{kind}_{pairs}_pairs_{s}"
-    for pairs in (64, 128)
-    for s in (0, 1)
-    for kind in ("reward_model", "kl", "no_kl")
+    f"{kind}_{pairs}_pairs_{s}" for pairs in (64, 128) for s in (0, 1) for kind in KINDS
   ]
   assert [session.workdir for session, _ in stages] == [str(tmp_path / name) for name in names]
   by_name = dict(zip(names, stages, strict=True))
-  for kind, coef in (("kl", 0.3), ("no_kl", 0.0)):
+  for kind, coef, function in (("kl", 0.3, ""), ("no_kl", 0.0, ""), ("par", 0.0, "par")):
     session, stage = by_name[f"{kind}_128_pairs_1"]
-    assert stage.ppo.kl_coef == coef
+    assert (stage.ppo.kl_coef, stage.shaping.function) == (coef, function)
     assert stage.init_from == str(tmp_path / "sft")
     assert stage.reward.path == str(tmp_path / "reward_model_128_pairs_1")
-    # The two kinds differ in nothing but the penalty.
+    # The kinds differ in nothing but the penalty and the shaping.
     assert session.seed == by_name["kl_128_pairs_1"][0].seed
-    assert dataclasses.replace(stage, ppo=config.ppo.ppo) == dataclasses.replace(
+    shaping = dataclasses.replace(stage.shaping, function="")
+    assert dataclasses.replace(stage, ppo=config.ppo.ppo, shaping=shaping) == dataclasses.replace(
       config.ppo, init_from=stage.init_from, reward=stage.reward
     )
   seeds = [session.seed for session, _ in stages]

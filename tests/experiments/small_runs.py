@@ -8,7 +8,9 @@ METHODS = plans.methods()
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
-  "grpo": ("--shaping.normalize", "--rollout.packed_length=64"),
+  "cgpo": ("--reward.name=gold", "--reward.constraints=no_filler"),
+  "gkd": ("--teacher={teacher}", "--gkd.student_share=0.5", "--eval_every=3"),
+  "grpo": ("--shaping.normalize", "--rollout.packed_length=64", "--preference.name=expert"),
   "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
   "nash_md": (
     "--preference.name=panel",
@@ -23,24 +25,33 @@ SETTINGS = {
     "--online.bonus_coef=0.01",
     "--lora.rank=2",
   ),
-  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64"),
+  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64", "--dense.path={sft}"),
   "ppo_max": (
     "--reward.path={reward}",
     "--critic.warmup=2",
     "--ppo_max.kl_target=6",
     "--ppo_max.normalize_values",
-    "--ppo_max.segment=4",
+    "--ppo_max.cut=sentence",
     "--rollout.importance_cap=2",
     "--eval_every=2",
   ),
   "preference_model": ("--lora.rank=2",),
-  "rest": ("--grow_steps=1", "--batch_size=2", "--rest.kappa=0.3"),
+  "rest": (
+    "--grow_steps=1",
+    "--batch_size=2",
+    "--rest.kappa=0.3",
+    "--reward.name=gold",
+    "--reward.constraints=no_filler",
+  ),
   "rloo": (
-    "--reward.path={reward},{reward}",
-    "--reward.ensemble=min",
+    "--reward.path={reward}",
+    "--reward.name=filler,gold",
+    "--reward.weights=1,-0.5,0.2",
+    "--reward.constraints=finished,no_filler",
     "--shaping.function=par",
     "--lora.rank=4",
   ),
+  "simpo": ("--data.share_prompts",),
 }
 _ROWS = ("--data.rows=64", "--data.eval_rows=8")
 SIZES = ("--model.layers=1", "--model.width=32", "--model.heads=2", "--model.mlp_width=32")

@@ -3,7 +3,7 @@ import pytest
 
 from rlhf_jax import rewards, simulation, user
 from rlhf_jax.data import DataError, read_file
-from rlhf_jax.rewards import REWARDS
+from rlhf_jax.rewards import CONSTRAINTS, REWARDS
 from rlhf_jax.rewards.functions import final_number
 
 
@@ -13,6 +13,16 @@ def test_gold_reward_of_the_built_in_task():
   scores = REWARDS["gold"](prompts, responses, [{}, {}])
   np.testing.assert_array_equal(scores, simulation.gold_reward(prompts, responses))
   assert len(scores) == 2
+
+
+def test_constraints_of_the_built_in_task():
+  filler, other = "i do not know what else to write .", "the film was good ."
+  texts = [filler, other, f"{other} {filler}", filler[:-2], "", f"{other} the", 'So he said "Go!" ']
+  ask = lambda of: [bool(x) for x in of([""] * len(texts), texts, [{}] * len(texts))]  # noqa: E731
+  with_filler = [True, False, True, False, False, False, False]
+  assert ask(REWARDS["filler"]) == with_filler
+  assert ask(CONSTRAINTS["no_filler"]) == [not x for x in with_filler]
+  assert ask(CONSTRAINTS["finished"]) == [True, True, True, False, False, False, True]
 
 
 def test_sentiment():

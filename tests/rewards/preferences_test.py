@@ -105,3 +105,66 @@ def test_the_judges_of_the_built_in_task():
     )
     np.testing.assert_allclose(there, simulation.preference_probability(name, prompts, a, b))
     np.testing.assert_allclose(there + back, 1.0)
+
+
+def meets(a, b, ids):
+  """Preference for the response whose first token is larger, by how much."""
+  first, second = (np.asarray(rollout.tokens[:, P], np.float32) for rollout in (a, b))
+  return 0.5 + (first - second) / 20
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_a_tournament_scores_by_the_mean_of_all_matches(samples):
+  seen = []
+
+  def prefer(a, b, ids):
+    seen.append(list(ids))
+    return meets(a, b, ids)
+
+  first = np.array([[9, 6, 1], [1, 1, 9]])[:, :samples]
+  responses = [[token] for token in first.ravel()]
+  score = rewards.tournament_reward(prefer, samples)
+  scores = score(rollout_of([[5]] * len(responses), responses), np.repeat([7, 8], samples))
+  assert seen == [[7, 8]] * (samples * (samples - 1) // 2)
+  expected = [
+    np.mean([0.5 + (x - y) / 20 for j, y in enumerate(row) if j != i])
+    for row in first
+    for i, x in enumerate(row)
+  ]
+  np.testing.assert_allclose(scores, expected, atol=1e-6)
+  # Two samples are each other's anchor: p and 1 - p.
+  np.testing.assert_allclose(np.reshape(scores, (2, -1)).sum(axis=1), samples / 2, atol=1e-6)
+
+
+def test_an_anchored_response_is_paid_by_its_match_alone():
+  a, b = (rollout_of([[5], [6]], [[x], [y]]) for x, y in ((9, 2), (4, 7)))
+  ids = np.array([3, 1])
+  asked = []
+
+  def anchors(rollout, prompt_ids):
+    asked.append(list(prompt_ids))
+    return b if rollout is a else a
+
+  score = rewards.anchored_reward(meets, anchors)
+  np.testing.assert_allclose(score(a, ids), [0.75, 0.25])
+  np.testing.assert_allclose(score(a, ids) + score(b, ids), [1, 1])
+  assert asked == [[3, 1]] * 3
+
+
+def test_a_match_without_a_preference_does_not_count():
+  ids = np.arange(8)
+
+  def prefer(a, b, prompt_ids):
+    first, second = (np.asarray(rollout.tokens[:, P]) for rollout in (a, b))
+    wins = np.where(first > second, 1.0, 0.0)
+    return np.where((prompt_ids == 5) & (first == 9), np.nan, wins)  # 9 has no match there.
+
+  rollout = rollout_of([[5]] * 24, [[9], [6], [4]] * 8)
+  scores = np.reshape(rewards.tournament_reward(prefer, 3)(rollout, np.repeat(ids, 3)), (8, 3))
+  np.testing.assert_array_equal(scores[5], [np.nan, 1, 0])
+  np.testing.assert_array_equal(np.delete(scores, 5, axis=0), np.tile([1, 0.5, 0], (7, 1)))
+  broken = rewards.tournament_reward(lambda a, b, ids: np.full(8, np.nan), 3, "--judge")
+  with pytest.raises(rewards.UnusableScoresError, match="^--judge: 24 of 24"):
+    broken(rollout, np.repeat(ids, 3))
+  with pytest.raises(ValueError, match="at least 2 samples per prompt, got 1"):
+    rewards.tournament_reward(prefer, 1)

@@ -72,6 +72,23 @@ def test_both_sides_are_compiled_and_counted(absent, tmp_path, capsys):
   assert aot.run(aot.Config(show=str(tmp_path / "aot.json"))) == content
 
 
+def test_a_side_is_written_before_the_next_one_starts(absent, tmp_path, monkeypatch):
+  started = []
+
+  def compile_theirs(python, spec, *_):
+    if started:
+      raise KeyboardInterrupt
+    started.append(spec["dtype"])
+    return {}
+
+  monkeypatch.setattr(aot, "compile_ours", lambda *_: {})
+  monkeypatch.setattr(aot, "compile_theirs", compile_theirs)
+  with pytest.raises(KeyboardInterrupt):
+    aot.run(config_of(tmp_path, peer_dtypes=("float32", "bfloat16")))
+  (sides,) = json.loads((tmp_path / "aot.json").read_text())["results"].values()
+  assert list(sides) == ["ours", "tunix float32"]
+
+
 def test_a_table_is_narrow(capsys):
   sent = {"all-gather": {"count": 117, "in_loops": 100, "bytes": 1.0}}
   row = {"peak": 95.5 * 2**30, "flops": 1.234e15, "bytes": 1.234e12, "sent": 1.234e10}

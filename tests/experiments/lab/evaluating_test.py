@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.lab import evaluating
+from experiments.lab import evaluating, models
+from tests.experiments.lab.rollouts import rollout_of
 from tests.experiments.rows import RANKINGS, dataset
 
 
@@ -79,3 +80,27 @@ def test_two_judged_policies():
   table = evaluating.comparison_table(before, after)
   assert table["gold (mean)"] == {"start": 0.0, "trained": 0.5}
   assert table["KL to the start, nats"]["trained"] == 1.0
+  assert not [name for name in (*metrics, *table) if "viola" in name]
+  verdicts = [np.arange(4) < n for n in (1, 3)]
+  judged = [of._replace(satisfied=x) for of, x in zip((before, after), verdicts, strict=True)]
+  metrics = evaluating.compare(*judged)
+  assert (metrics["reward/violations"], metrics["reward/violations_before"]) == (0.25, 0.75)
+  table = evaluating.comparison_table(*judged)
+  assert table["violates a constraint"] == {"start": 0.75, "trained": 0.25}
+
+
+def test_each_of_several_rewards_is_measured_on_held_out_prompts(open_bench, monkeypatch):
+  words = ("--reward.name=gold,filler", "--reward.weights=1,-2", "--reward.constraints=no_filler")
+  bench = open_bench("grpo", "prompts", *words)
+  texts = ["i do not know what else to write .", "bad .", "i loved it ."]
+  rollout = rollout_of([bench.tokenizer.encode_responses(texts)[i % 3] for i in range(8)])
+  monkeypatch.setattr(models, "make_sampler", lambda *_: lambda *_: rollout)
+  monkeypatch.setattr(evaluating, "sequence_kl", lambda *_: lambda *_: np.zeros(8))
+  judge = bench.judge(bench.open_reward())
+  values = judge.measure(bench.start, 0)
+  names = {"eval/reward", "eval/reward/gold", "eval/reward/filler", "eval/reward/violations"}
+  assert names < values.keys()
+  assert values["eval/reward/gold"] == values["eval/gold"]
+  total = values["eval/gold"] - 2 * values["eval/reward/filler"]
+  np.testing.assert_allclose(values["eval/reward"], total, rtol=1e-5)
+  assert values["eval/reward/violations"] == values["eval/reward/filler"] == 0.375

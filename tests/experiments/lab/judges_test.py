@@ -1,21 +1,24 @@
 """Judges that options name."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments.lab import judges, pairing, responses, workbench
+from experiments.lab import judges, responses, workbench
 from rlhf_jax import data, flags, rewards
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import init_state
 from tests.experiments.lab.rollouts import rollout_of
+from tests.testing import read_configs
 
 
 @pytest.mark.parametrize("options", [judges.RewardOptions, judges.PreferenceOptions])
 def test_one_judge_is_named(options):
-  with pytest.raises(ValueError, match="name and path are both given; keep one"):
-    options(path="runs/rm", name="gold" if options is judges.RewardOptions else "panel")
+  if options is judges.PreferenceOptions:
+    with pytest.raises(ValueError, match="name and path are both given; keep one"):
+      options(path="runs/rm", name="panel")
   with pytest.raises(ValueError, match="name must be one of"):
     options(name="nobody")
   assert not options().is_given
@@ -27,6 +30,80 @@ def test_one_judge_is_named(options):
 def test_an_ensemble_is_a_list_of_folders():
   assert judges.RewardOptions(path="a,b,").paths == ("a", "b")
   assert judges.RewardOptions().paths == ()
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"path": "a,b,a"}, "^path names a twice"),
+    ({"name": "gold,filler,gold"}, "^name names gold twice"),
+    ({"name": "gold", "constraints": "finished,finished"}, "^constraints names finished twice"),
+    ({"constraints": "finished"}, "^constraints judge responses that a reward pays for"),
+    ({"name": "gold", "constraints": "polite"}, "^constraints must be one of finished, no_filler"),
+    ({"name": "gold,nobody"}, "^name must be one of .*got 'nobody'"),
+    ({"path": "a", "name": "gold", "weights": (1.0,)}, "^weights has 1 numbers for 2 rewards"),
+    ({"name": "gold", "weights": (1.0, 2.0)}, "^weights has 2 numbers for 1 rewards"),
+    ({"name": "gold", "weights": (float("nan"),)}, "^weights must be finite"),
+    ({"path": "a,b", "weights": (1.0, 2.0), "ensemble": "min"}, "^weights add up .* keep one"),
+    ({"path": "a", "ensemble": "uwo"}, "^ensemble=uwo needs several folders in path"),
+    ({"name": "gold,filler", "ensemble": "min"}, "^ensemble=min needs several folders in path"),
+    ({"path": "a,b", "ensemble": "median"}, "^ensemble must be one of mean, min, uwo, nominal_min"),
+    ({"path": "a,b", "ensemble": "nominal_min", "ensemble_coef": 1.5}, "^ensemble_coef must be in"),
+  ],
+  ids=str,
+)
+def test_rewards_that_do_not_add_up_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    judges.RewardOptions(**options)
+
+
+class Model:
+  """Reward model that gives each response the number of its folder."""
+
+  def __init__(self, path):
+    self.value = float(path.rpartition("_")[2])
+
+  def apply(self, params, tokens, *, segment_ids):
+    return jnp.full(tokens.shape, self.value)
+
+
+MANY = [  # Flags, total of a response without filler, names.
+  (["path=x/m_3,x/m_5"], 4.0, ["m_3", "m_5"]),
+  (["path=x/m_3,x/m_5", "ensemble=min"], 3.0, ["m_3", "m_5"]),
+  (["path=x/m_3,x/m_5", "ensemble=worst_group"], 3.0, ["group_0", "group_1"]),
+  (["path=x/m_3,x/m_5", "weights=2,-1"], 1.0, ["m_3", "m_5"]),
+  (["path=x/m_3,y/m_3", "weights=2,-1"], 3.0, ["x/m_3", "y/m_3"]),
+  (["path=x/m_3,x/m_5", "name=filler"], 4.0, ["m_3", "m_5", "filler"]),
+  (["path=x/m_3", "name=filler,gold", "weights=1,0.5,0"], 3.0, ["m_3", "filler", "gold"]),
+  (["path=x/m_3", "weights=0.5"], 1.5, ["m_3"]),
+  (["path=x/m_3"], 3.0, []),
+]
+
+
+def test_several_rewards_are_one(open_bench, monkeypatch):
+  opened = lambda run, path, options, tokenizer: (Model(path), {})  # noqa: E731
+  monkeypatch.setattr(judges.models, "open_reward_model", opened)
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  ids = bench.tokenizer.encode_responses(["i do not know what else to write .", "bad ."])
+  rollout = rollout_of([*ids])
+  for given, total, names in MANY:
+    words = [f"--reward.{flag}" for flag in (*given, "constraints=no_filler")]
+    words = ["--workdir=it", "--init_from=sft", *words]
+    options = read_configs("experiments.grpo", words)[1].reward
+    assert options.label == " ".join(w for w in words if "path=" in w or "name=" in w)
+    reward_of = judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
+    result = rewards.parts_of(reward_of(bench.train_set)(rollout, np.array([0, 1])))
+    np.testing.assert_array_equal(result.satisfied, [False, True])
+    assert list(result.named or {}) == names
+    filler = 0.5 if "weights=1,0.5,0" in given else float("name=filler" in given)
+    np.testing.assert_allclose(result.scores, [total + filler, total])
+
+
+def test_a_folder_with_the_name_of_a_metric_is_refused(open_bench):
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  options = judges.RewardOptions(path="runs/rm,runs/std")
+  with pytest.raises(flags.UsageError, match="reward/std is another metric"):
+    judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
 
 
 def test_the_gold_reward_is_that_of_the_built_in_task(open_bench):
@@ -97,12 +174,59 @@ def test_a_reward_that_is_no_number_stops_a_run(open_bench, monkeypatch):
   run()
 
 
+def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_bench, monkeypatch):
+  bench = open_bench("grpo", "prompts", "--reward.name=gold", "--batch_size=40")
+  named = {"good": np.arange(40, dtype=np.float32), "my:bad": np.ones(40, np.float32)}
+  satisfied = np.arange(40) >= 10
+  judge = judges.Named(
+    "--reward.name=good,my:bad",
+    lambda rollout, ids: rewards.weighted_reward(
+      {name: lambda *_, x=x: rewards.Parts(x, satisfied=satisfied) for name, x in named.items()},
+      [1, -2],
+    )(rollout, ids),
+  )
+  run = Sampled(bench, judge, monkeypatch)
+  named["my:bad"][:2] = np.nan
+  scored, _, metrics = run()
+  assert (metrics["reward/good"], metrics["reward/my:bad"]) == (19.5, 1)
+  assert np.isnan(scored.scores).sum() == 2
+  assert responses.part_metrics(rewards.Parts(None, None, scored.satisfied)) == {
+    "reward/violations": 0.25
+  }
+  named["my:bad"][:5] = np.inf
+  with pytest.raises(
+    rewards.UnusableScoresError, match=r"^--reward.name=good,my:bad \(my:bad\): 5"
+  ):
+    run()
+  named["my:bad"][:] = np.nan
+  alone = responses.means_by_name(rewards.Parts(None, named={"none": named["my:bad"]}))
+  assert np.isnan(alone["reward/none"])
+
+
 def test_judges_are_named_by_their_flags(open_bench):
-  bench = open_bench("nash_md", "prompts", "--preference.name=expert")
+  bench = open_bench("grpo", "prompts", "--preference.name=expert")
   named = bench.open_preference()(bench.train_set)
   assert judges.name_of(named) == "--preference.name=expert"
-  assert judges.name_of(pairing.tournament(lambda prompts: named, 2)(bench.train_set)) == named.name
+  scores = bench.open_scores()
+  assert judges.name_of(scores.score_of(bench.train_set)) == named.name
+  assert scores.reward_of is None
   assert judges.name_of(lambda rollout, ids: 0) == "the judge"
+
+
+def test_a_single_sample_meets_a_response_of_the_start(open_bench):
+  """The same response each time, so that a run that is resumed goes on with the same bits."""
+  bench = open_bench("ppo", "prompts", "--preference.name=expert", "--batch_size=4")
+  score = bench.open_scores().score_of(bench.train_set)
+  prompts = next(bench.batches())
+  rollout = bench.sampler()(bench.reshard()(bench.start), *prompts, bench.run.key_for(9))
+  ids = np.asarray(prompts.prompt_id)
+  scores = np.asarray(score(rollout, ids))
+  assert scores.shape == (4,) and ((scores >= 0) & (scores <= 1)).all()
+  np.testing.assert_array_equal(score(rollout, ids), scores)
+  anchors = bench.sampler()(bench.reshard()(bench.start), *prompts, bench.run.key_for(4))
+  np.testing.assert_array_equal(score(anchors, ids), 0.5)
+  swapped = bench.open_preference()(bench.train_set)(anchors, rollout, ids)
+  np.testing.assert_allclose(scores + np.asarray(swapped), 1, atol=1e-6)
 
 
 def test_a_preference_reads_both_texts(open_bench):

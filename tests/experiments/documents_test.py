@@ -184,7 +184,9 @@ GROUPS = {
 
 
 # Commands of the map of papers that need files or devices of the reader, or that run elsewhere.
-NOT_HERE = r"\$FOLDER|\.(jsonl|parquet)|--rollout\.devices|^(rlhf|overoptimization|compile)\b"
+NOT_HERE = (
+  r"\$FOLDER|runs/rm_|\.(jsonl|parquet)|--rollout\.devices|^(rlhf|overoptimization|compile)\b"
+)
 
 
 def of_methods() -> list[list[str]]:

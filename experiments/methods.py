@@ -61,18 +61,17 @@ class Config:
 def measure(config: Config) -> None:
   """Runs what has not finished, shows the results and writes them into summary.json and pages."""
   workdir = workdir_lib.local_path(config.workdir)
-  rows = [name for name in config.rows or methods.METHODS if name != methods.START]
-  failed = []
+  stages, failed = methods.with_needed(config.rows or [*methods.METHODS]), []
   for seed in config.seeds:
     folder = workdir / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (methods.START, methods.JUDGE, *rows):
+    for name in stages:
       code = run_stage(name, folder, seed)
       if code == loop.Preempted.exit_code:
         raise loop.Preempted("start the same command again to continue")
       if code:
         failed.append(f"seed {seed}: {name} ended with exit code {code}")
-        if name not in rows:
+        if name in (methods.START, methods.JUDGE):
           break
   results = methods.read(workdir)
   show(results)

@@ -11,6 +11,8 @@ Paid by a judge of pairs, with a response of the initial policy as the other one
   --preference.path=runs/pm
 A critic that is a head on the policy:
   --critic.share_trunk
+RTO, which adds rewards of tokens that DPO has learnt, to be trained from the same --init_from:
+  --dense.path=runs/dpo
 Two devices that sample while the others train:
   --rollout.devices=2 --rollout.importance_cap=2
 
@@ -24,6 +26,7 @@ import functools
 from experiments.lab import critics, models, responses, training, workbench
 from experiments.lab.case import Case
 from experiments.lab.critics import CriticOptions
+from experiments.lab.dense import DenseOptions
 from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
@@ -48,6 +51,7 @@ class Config(JudgedConfig):
   data: DataConfig = DataConfig()
   reward: RewardOptions = RewardOptions()
   preference: PreferenceOptions = PreferenceOptions()
+  dense: DenseOptions = DenseOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   ppo: PPOConfig = PPOConfig(kl_coef=defaults.weight(0.15, 0.05))
   # With eps=1e-5, as in https://arxiv.org/abs/2403.17031, gradients of mere rounding errors move
@@ -74,7 +78,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     trainer = make_trainer(bench, actor)
     bench.describe("PPO", trainer, judge=config.judge.title)
     scores = bench.open_scores()
-    respond = responses.Responder(bench, scores.score_of, config.shaping, config.rollout)
+    trained_by = config.dense.added_to(scores.score_of, bench)
+    respond = responses.Responder(bench, trained_by, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
 
     def iteration(state: IterationState, prompts, key):
@@ -129,8 +134,8 @@ def programs(case: Case) -> None:
   """Compiles the programs of an iteration, for `experiments.compile`."""
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
-  critic = not case.config.critic.share_trunk
-  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic)
+  critic, dense = not case.config.critic.share_trunk, case.config.dense.scorer(case.bench)
+  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic, dense=dense)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ Built-in task, after SFT and a reward model (three minutes on a laptop CPU; win 
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-An adaptive KL coefficient, and advantages per macro action of five tokens:
-  --ppo_max.kl_target=6 --ppo_max.segment=5
-
+An adaptive KL coefficient, and MA-RLHF: advantages per macro action, of five tokens or a sentence:
+  --ppo_max.kl_target=6 --ppo_max.segment=5 (or --ppo_max.cut=sentence)
 Scores are normalised and clipped, and only the critic trains at first.
 The same command, run again, resumes a run that was stopped.
 """
@@ -123,14 +122,15 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
   """Jitted `(params, ref_params, carry, responses) -> (PPOBatch, carry, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   read = reading.make_actor_critic_read(actor.apply, temperature)
-  read_ref = reading.make_read(bench.model.apply, temperature)
-  prepare = responses.make_prepare(config, read, read_ref)
+  prepare = responses.make_prepare(config, read, reading.make_read(bench.model.apply, temperature))
+  ends = responses.sentence_ends(bench) if config.ppo_max.cut == "sentence" else lambda _: None
 
   @jax.jit
   def experience(params, ref_params, carry, answers):
     ready = prepare(params, ref_params, carry.moments, answers)
     inputs = ready.rollout, ready.scores, ready.policy.values, ready.ref_logprobs, carry.method
-    batch, control, metrics = ppo_max.make_batch(*inputs, config.ppo_max, ready.token_rewards)
+    inputs = *inputs, config.ppo_max, ready.token_rewards, ends(ready.rollout)
+    batch, control, metrics = ppo_max.make_batch(*inputs)
     batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, Carry(ready.moments, control), ready.metrics | metrics
 

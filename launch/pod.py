@@ -3,17 +3,22 @@
   python -m launch.pod --processes=2 --devices=2 -- python -m experiments.sft --workdir=runs/two
 
 The processes find each other on 127.0.0.1. If one fails, the others are ended, because they could
-only wait for it; its exit code is the exit code of the pod. SIGTERM is forwarded to all of them.
+only wait for it; its exit code is the exit code of the pod. With --restarts all of them are started
+again after a code that is worth it. SIGTERM is forwarded to all of them and ends the restarts, as
+Ctrl-C does.
 """
 
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
 from absl import app, flags
+
+from launch import job
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
@@ -22,6 +27,8 @@ DEVICES = flags.DEFINE_integer(
 PATIENCE = flags.DEFINE_float(
   "patience", 15.0, "Seconds that the others may take to end after one failed.", lower_bound=0.0
 )
+RESTARTS = flags.DEFINE_integer("restarts", 0, "Maximum number of restarts.", lower_bound=0)
+_PAUSE_SECONDS = 1.0  # Between an end and the next start.
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -59,17 +66,12 @@ def watch(group: Sequence[subprocess.Popen], signals: list[int], patience: float
   return 128 - failed if failed < 0 else failed  # Signals are encoded as in a shell.
 
 
-def main(argv: Sequence[str]) -> int:
+def run(command: Sequence[str], signals: list[int]) -> int:
   """Runs the command in several processes at once; returns the exit code."""
-  command = argv[1:]
-  if not command:
-    raise app.UsageError("give the command after --, such as: -- python -m experiments.sft")
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = "127.0.0.1:{1}".format(*probe.getsockname())
-  count, signals = PROCESSES.value, []
-  signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
-  signal.signal(signal.SIGINT, lambda *unused: None)  # The terminal sends Ctrl-C to all processes.
+  count = PROCESSES.value
   group: list[subprocess.Popen] = []
   try:
     for i in range(count):
@@ -81,6 +83,29 @@ def main(argv: Sequence[str]) -> int:
     for process in group:
       process.kill()
       process.wait()
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command, again after failures that may pass; returns the last exit code."""
+  command = argv[1:]
+  if not command:
+    raise app.UsageError("give the command after --, such as: -- python -m experiments.sft")
+  signals, asked = [], []
+
+  def forward(number: int, frame: object) -> None:
+    asked.append(number)
+    if number == signal.SIGTERM:  # The terminal sends Ctrl-C to all processes.
+      signals.append(number)
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, forward)
+  for left in reversed(range(RESTARTS.value + 1)):
+    code = run(command, signals)
+    if asked or not left or not (code in job.RETRIED or code > job.FIRST_SIGNAL):
+      break
+    sys.stderr.write(f"pod: exit code {code}; starting again, {left - 1} more times at most\n")
+    time.sleep(_PAUSE_SECONDS)
+  return code
 
 
 if __name__ == "__main__":

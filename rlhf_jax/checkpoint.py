@@ -242,9 +242,10 @@ class Checkpointer:
       f" --workdir{reasons}"
     )
 
-  def latest_step(self) -> int | None:
-    """Returns the newest committed step, None if there is none."""
-    return max(self._committed_steps(), default=None)
+  def latest_step(self, at_most: int | None = None) -> int | None:
+    """Returns the newest committed step, up to `at_most`; None if there is none."""
+    steps = self._committed_steps()
+    return max((s for s in steps if at_most is None or s <= at_most), default=None)
 
   def wait(self) -> None:
     """Blocks until the last save is committed and its manifest written.
@@ -351,7 +352,7 @@ class Checkpointer:
 
   @property
   def _record_path(self) -> pathlib.Path:
-    return self.directory.with_name(f"{self.directory.name}.json")
+    return _record_path(self.directory)
 
   def _read_record(self) -> int | None:
     """Returns the newest saved step: -1 if none was saved yet, None if there is no record."""
@@ -572,6 +573,16 @@ def _require_contents(folder: pathlib.Path, contents: Mapping[str, Sequence[str]
       heads = [(f"{leaf}/.zarray", f"{leaf}/zarr.json") for leaf in leaves]
       if lost := [leaf for leaf, head in zip(leaves, heads, strict=True) if not stored & {*head}]:
         raise OSError(f"item {name!r} was written without leaf {lost[0]!r}")
+
+
+def remove(directory: str | os.PathLike[str]) -> None:
+  """Deletes all steps of a directory, with the record of them beside it."""
+  shutil.rmtree(directory, ignore_errors=True)
+  _record_path(pathlib.Path(directory)).unlink(missing_ok=True)
+
+
+def _record_path(directory: pathlib.Path) -> pathlib.Path:
+  return directory.with_name(f"{directory.name}.json")
 
 
 def _damage(directory: pathlib.Path, digest_path: pathlib.Path, step: int, run: str) -> str:

@@ -14,6 +14,7 @@ import pathlib
 import platform
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, reporting, workdir
+from rlhf_jax import flags, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -71,15 +72,13 @@ def start(
   if isinstance(first, processes.Group):
     first.connect()
   require_devices()
-  path = workdir.run_folder(first.workdir) / "flags"
+  folder = workdir.run_folder(first.workdir)
+  if processes.is_first():
+    workdir.make(folder)
+  result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():
-    with workdir.creating(path.parent):
-      if not path.exists():
-        save(path)
-  result = train(*configs)
-  if processes.is_first():
-    save(path)
+    save(folder / "flags")
   return result
 
 
@@ -185,6 +184,8 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
 
 
 def _verdict(error: BaseException) -> tuple[int, str] | None:
+  if isinstance(error, watch.Interrupted):
+    return error.exit_code, str(error)
   if isinstance(error, KeyboardInterrupt):
     return EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
   if isinstance(error, flags.UsageError):
@@ -193,7 +194,7 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     return flags.EX_USAGE, f"FATAL Flags parsing error: {error}"
   if isinstance(error, ValueError) and str(error).startswith("--"):
     return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
-  if jax.distributed.is_initialized() and _NEIGHBOUR.search(str(error)):
+  if _has_lost_a_neighbour(error):
     reason = _short(str(error).split("\n")[0])
     return EX_TEMPFAIL, f"another process of this run has gone ({reason}); start all of them again"
   if isinstance(error, MemoryError) or (
@@ -210,6 +211,10 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
   if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
     return EX_IOERR, f"{reason}{_CONTINUES}"
   return None
+
+
+def _has_lost_a_neighbour(error: BaseException) -> bool:
+  return jax.distributed.is_initialized() and bool(_NEIGHBOUR.search(str(error)))
 
 
 _CONTINUES = "; make room, then start the same command again"
@@ -348,9 +353,18 @@ def _log_harmlessly() -> None:
 
 
 def _exit(error: BaseException) -> NoReturn:
+  """Ends the process with the code of an error, without waiting for what may never come."""
   known = verdict(error)
-  if known is None:
+  others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+  waits = others or jax.distributed.is_initialized()
+  if known is None and not waits:
     raise error
-  code, message = known
+  code, message = known or (1, "".join(traceback.format_exception(error)).rstrip("\n"))
   sys.stderr.write(message + "\n")
+  if waits:  # The threads of a save that failed wait for minutes; so does JAX, for its neighbours.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not _has_lost_a_neighbour(error):
+      processes.part()
+    os._exit(code)
   sys.exit(code)

@@ -3,13 +3,11 @@
 import contextlib
 import dataclasses
 import math
-import os
 import pathlib
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +17,18 @@ from rlhf_jax import (
   checkpoint,
   defaults,
   flags,
+  nonfinite,
   processes,
   ranges,
+  replay,
   reporting,
   sharding,
   user,
+  watch,
   writers,
 )
 from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.train_step import OptimConfig
 
 SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
 
@@ -42,15 +44,23 @@ class Session(processes.Group):
     mesh: Devices per mesh axis, such as data:8 or fsdp:4,tensor:2. -1 takes the remaining devices;
       empty puts all devices on data.
     trackers: Dashboards to log to in addition to metrics.jsonl: tensorboard, wandb, trackio.
+    grace_seconds: Seconds from SIGTERM or Ctrl-C to the end. A run that has not stopped by then
+      says where it hangs and exits with code 75, so that a launcher starts it again.
+    hang_seconds: Seconds in which a step has to end, compilation and evaluation included. A run in
+      which none does says where it hangs and exits with code 75. 0 waits for ever.
   """
 
   workdir: str
   seed: int = 0
   mesh: str = ""
   trackers: tuple[str, ...] = ()
+  grace_seconds: float = ranges.rare(60.0)
+  hang_seconds: float = ranges.rare(0.0)
+  replay_step: int = ranges.rare(0)
 
   def __post_init__(self):
     super().__post_init__()
+    ranges.check(self, positive=("grace_seconds",), non_negative=("hang_seconds", "replay_step"))
     if not self.workdir.strip():
       raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
     if not 0 <= self.seed < SEEDS:
@@ -73,6 +83,7 @@ class RunConfig:
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.
+    export_dtype: Dtype of the exported model; bfloat16 halves its size.
   """
 
   init_from: str = ""
@@ -81,6 +92,7 @@ class RunConfig:
   log_every: int = 1
   eval_every: int = 0
   checkpoint_every: int = 100
+  export_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
 
   def __post_init__(self):
     ranges.check(
@@ -91,6 +103,8 @@ class RunConfig:
     defaults.settle(self)
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
+      if isinstance(settings, OptimConfig) and isinstance(field.default, OptimConfig):
+        _require_optimizer(field.name, settings, field.default, self)
       parts = getattr(settings, "microbatches", 1)
       if not hasattr(settings, "minibatches") and self.batch_size % parts:
         raise ValueError(
@@ -102,9 +116,22 @@ class RunConfig:
     """Refuses settings that lack what a run needs, though each of them is fine."""
 
 
+def _require_optimizer(name: str, given: OptimConfig, default: OptimConfig, config: Any) -> None:
+  """Refuses settings of an optimizer that it does not read, and matrices that are not trained."""
+  try:
+    given.require_read(default)
+  except ValueError as error:
+    raise ValueError(f"{name}.{error}") from error
+  if given.name == "muon" and getattr(config, "lora").rank:  # noqa: B009, methods have it.
+    raise ValueError(
+      f"{name}.name=muon is for the matrices of layers, which adapters leave as they are; choose"
+      " another, or leave lora.rank at 0"
+    )
+
+
 # Settings that may change when a run is continued. Only `steps` changes what the steps compute, if
 # the learning rate is scheduled over them: `fit` then says what becomes of it.
-FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
+FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "export_dtype", "steps"})
 # A run without finite gradients has nothing left to save.
 _MAX_BROKEN_IN_A_ROW = 5
 # A few batches without anything to learn from are normal: pairs tie while right answers are rare.
@@ -158,7 +185,8 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
-  with workdir_lib.run_lock(workdir), contextlib.closing(writer):
+  looking = nonfinite.looking() if session.replay_step else contextlib.nullcontext()
+  with workdir_lib.run_lock(workdir), contextlib.closing(writer), looking:
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
     processes.agree(lambda: workdir_lib.require_lock(workdir))
     processes.wait()
@@ -205,33 +233,6 @@ class _SharedStop:
     flags = jax.make_array_from_callback((self._mesh.size,), shards, lambda index: flag)
     self._sent = self._any(flags)
     return sent is not None and bool(sent)
-
-
-_STOPPING = b"\nstopping after this step, which is saved; Ctrl-C again stops at once\n"
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-  """Yields an event that SIGTERM and the first Ctrl-C set instead of ending the process."""
-  event = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield event
-    return
-
-  def interrupt(*unused: Any) -> None:
-    if event.is_set():
-      raise KeyboardInterrupt
-    event.set()
-    if processes.is_first():
-      os.write(2, _STOPPING)  # A handler may not write through the buffer of stderr.
-
-  handlers = {signal.SIGTERM: lambda *unused: event.set(), signal.SIGINT: interrupt}
-  previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-  try:
-    yield event
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
 
 
 class _Log:
@@ -283,7 +284,8 @@ class _Log:
     if self._broken >= _MAX_BROKEN_IN_A_ROW:
       raise NumericsError(
         f"no finite gradient in {self._broken} steps up to {step}; lower --optim.learning_rate or"
-        " look at the batches of these steps"
+        " look at the batches of these steps; the same command with"
+        f" --replay_step={step} names the operation that fails"
       )
     if self._empty >= _MAX_EMPTY_IN_A_ROW:
       raise NumericsError(
@@ -328,14 +330,21 @@ def fit(
 
   Raises:
     Preempted: If SIGTERM or Ctrl-C arrived; the state was saved.
+    Interrupted: If a second one arrived; what follows the last checkpoint is lost.
+    Replayed: With `run.session.replay_step`, which runs one step again and writes nothing.
     NumericsError: If five consecutive steps had no finite gradient, or 50 nothing to learn from.
   """
   key = run.key_for(0)
+  if wanted := run.session.replay_step:
+    raise replay.again(run.workdir, run.mesh, wanted, step, state, batches, key)
   with (
     checkpoint.Checkpointer(
       run.workdir / "checkpoints", run=workdir_lib.identity_digest(run.workdir)
     ) as saver,
-    _stop_signal() as stop_event,
+    watch.Watch(
+      run.session.grace_seconds, run.session.hang_seconds, lambda: _name_last(saver)
+    ) as watcher,
+    contextlib.closing(replay.BlackBox(run.workdir)) as black_box,
     contextlib.ExitStack() as stack,
   ):
     restored = saver.restore({"state": state})
@@ -351,7 +360,7 @@ def fit(
     run.writer.open(resume_step=start, config=hyperparameters(run, config))
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
     log = _Log(run.writer, progress, config.log_every)
-    stop = _SharedStop(stop_event, run.mesh) if jax.process_count() > 1 else stop_event
+    stop = _SharedStop(watcher.stop, run.mesh) if jax.process_count() > 1 else watcher.stop
 
     def save(done: int, position: Any) -> None:
       meta = {"data": position, "steps": config.steps}
@@ -374,6 +383,8 @@ def fit(
     for index in range(start, config.steps):
       position = batches.get_state()
       batch = sharding.place_batch(next(batches), run.mesh)
+      if log.skipping:
+        black_box.keep(index, state, batch, key, position)
       try:
         state, values = step(state, batch, key)
       except Exception:
@@ -404,11 +415,19 @@ def fit(
         if last or stopping or not log.skipping:
           save(done, batches.get_state())
           saved = done
+      watcher.beat()
       if stopping:
         saver.wait()
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
     log.flush()
   return state
+
+
+def _name_last(saver: checkpoint.Checkpointer) -> str:
+  step = saver.latest_step()
+  if step is None:
+    return "there is no checkpoint yet"
+  return f"the last checkpoint is step {step}, and the same command continues from it"
 
 
 def _is_lost(state: Any) -> bool:

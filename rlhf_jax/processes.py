@@ -15,12 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from rlhf_jax import ranges
 
 _AUTO = "auto"
 _TEXT_BYTES = 1000
+# Seconds without a sign of life after which a process counts as dead; JAX then aborts the others.
+_HEARTBEAT_SECONDS = 30
+# Seconds that a process which fails waits for the others to fail too.
+_LEAVE_SECONDS = 5
 
 
 class FirstProcessError(RuntimeError):
@@ -73,7 +79,7 @@ class Group:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if self.coordinator == _AUTO:
       try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
       except ValueError as error:
         raise ValueError(
           "--coordinator=auto finds neither a TPU pod nor Slurm nor Open MPI; give HOST:PORT with"
@@ -86,6 +92,7 @@ class Group:
       self.processes,
       self.process_id,
       cluster_detection_method="deactivate",
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       # The port has no authentication, so a group on one machine only listens locally.
       coordinator_bind_address=self.coordinator if host in ("localhost", "127.0.0.1") else None,
     )
@@ -132,6 +139,23 @@ def gather(text: str) -> list[str]:
 def wait() -> None:
   """Waits until every process gets here; then all see what process 0 wrote before."""
   multihost_utils.sync_global_devices("wait")
+
+
+def part() -> None:
+  """Leaves the group after an error, with the others if they have one too.
+
+  Otherwise JAX would wait minutes for those that go on, and then abort this process, whose exit
+  code would be lost. An error that all have, such as wrong data, is reported by each of them.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    return
+  try:
+    # Public barriers compute on the devices, for which the others would have to come too.
+    client.wait_at_barrier("part", 1000 * _LEAVE_SECONDS)
+    jax.distributed.shutdown()
+  except Exception as error:  # The others go on, or are dead.
+    logging.debug("left alone: %s", error)
 
 
 def _broadcast(content: bytes) -> bytes:

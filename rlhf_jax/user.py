@@ -32,6 +32,12 @@ class ResultError(ValueError):
   exit_code = 64  # EX_USAGE
 
 
+class RaisedError(ResultError):
+  """A function raised."""
+
+  exit_code = 70  # EX_SOFTWARE
+
+
 def resolve(
   field: str,
   name: str,

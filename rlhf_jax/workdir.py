@@ -144,6 +144,18 @@ def creating(directory: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
+def make(directory: pathlib.Path) -> None:
+  """Makes the folder of a run, and writes nothing into it: another run may hold its lock.
+
+  Raises:
+    LockedError: It cannot be made or written.
+  """
+  with creating(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+      raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

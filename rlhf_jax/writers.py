@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from rlhf_jax import workdir as workdir_lib
 
 # Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
 _REMOTE_SECONDS = 30.0
+_FLUSH_SECONDS = 10.0  # A flush of the events waits for the disk.
 # Rows of a table that dashboards get; the file has all.
 _SHOWN_ROWS = 32
 
@@ -259,33 +261,55 @@ def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
 
 
 class TensorBoardWriter:
-  """Event files under `WORKDIR/tensorboard`, through tensorboardX (no TensorFlow)."""
+  """Event files under `WORKDIR/tensorboard`, through tensorboardX (no TensorFlow).
+
+  Events are written by the caller: the thread of tensorboardX dies of a full disk, and whoever
+  writes next waits for it for ever.
+  """
 
   def __init__(
     self, workdir: epath.PathLike, *, run_name: str, resume_step: int | None, config: Mapping
   ):
     """Opens the folder; steps after `resume_step` disappear from the charts."""
     del run_name  # TensorBoard names a run by its folder.
-    import tensorboardX
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
 
-    purge = None if resume_step is None else resume_step + 1
-    folder = os.fspath(epath.Path(workdir) / "tensorboard")
-    self._writer = tensorboardX.SummaryWriter(folder, purge_step=purge)
+    folder = epath.Path(workdir) / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    self._summary, self._event = summary, event_pb2.Event
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+    self._records = record_writer.RecordWriter(os.fspath(folder / name))
+    self._flushed = time.monotonic()
+    self._add(0, file_version="brain.Event:2")
+    if resume_step is not None:
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(resume_step + 1, session_log=start)
     if config:
-      self._writer.add_text("config", _markdown(["flag", "value"], list(config.items())), 0)
+      self._text("config", _markdown(["flag", "value"], list(config.items())), 0)
+
+  def _add(self, step: int, **content: Any) -> None:
+    event = self._event(wall_time=time.time(), step=step, **content)
+    self._records.write(event.SerializeToString())
+    if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+      self._records.flush()
+      self._flushed = time.monotonic()
+
+  def _text(self, name: str, text: str, step: int) -> None:
+    self._add(step, summary=self._summary.text(name, text))
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Adds one point to each chart."""
     for name, value in scalars.items():
-      self._writer.add_scalar(name, float(value), step)
+      self._add(step, summary=self._summary.scalar(name, float(value)))
 
   def table(self, step: int, name: str, rows: Rows) -> None:
     """Adds the first rows to the texts."""
-    self._writer.add_text(name, _markdown(*_grid(rows)), step)
+    self._text(name, _markdown(*_grid(rows)), step)
 
   def close(self) -> None:
     """Flushes the event file."""
-    self._writer.close()
+    self._records.close()
 
 
 class WandbWriter:
@@ -363,8 +387,8 @@ def _line(error: Exception) -> str:
 class CompositeWriter:
   """Writes to several writers: the first is the record, the others are conveniences.
 
-  An error of the first propagates. Another that fails (a dashboard that is down) is logged once and
-  left out from then on: training does not stop for it.
+  An error of the first propagates, and that of a disk without room. Another that fails (a dashboard
+  that is down) is logged once and left out from then on: training does not stop for it.
   """
 
   def __init__(self, writers: Sequence[MetricWriter]):
@@ -378,6 +402,8 @@ class CompositeWriter:
       try:
         call(writer)
       except Exception as error:
+        if workdir_lib.no_room(error):
+          raise
         name = type(writer).__name__
         logging.warning("%s failed and is switched off: %s", name, _line(error))
         self._others.remove(writer)
@@ -459,6 +485,8 @@ def make_writer(
         TRACKERS[name](workdir, run_name=run_name, resume_step=resume_step, config=config or {})
       )
     except Exception as error:
+      if workdir_lib.no_room(error):
+        raise
       logging.warning("the tracker %s cannot be opened and is left out: %s", name, _line(error))
   record = JsonlWriter(workdir / "metrics.jsonl", resume_step=resume_step)
   return CompositeWriter([record, *writers])

@@ -5,6 +5,7 @@ import pathlib
 import runpy
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -21,6 +22,8 @@ _SCRIPT = '''
 """
 
 import dataclasses
+import threading
+import time
 
 import jax
 from absl import flags as absl_flags
@@ -37,7 +40,11 @@ class DiskFull(Exception):
 
 def main(argv):
   print(argv[1:], config().dpo.beta)
-  if config().steps == 74:
+  if config().steps in (75, 76):
+    threading.Thread(target=time.sleep, args=[60]).start()  # As those of a save that failed.
+  if config().steps == 76:
+    raise RuntimeError("a bug")
+  if config().steps in (74, 75):
     raise DiskFull("no space")
   if config().steps == 69:
     jax.numpy.zeros(2**47)
@@ -135,6 +142,8 @@ def test_script_help_lists_its_own_flags(script):
     ("--dpo.beta=inf", 64, f"{_FATAL} flag --dpo.beta=inf: must be a finite number"),
     ("--stesp=3", 1, "unknown flag --stesp; did you mean --steps?"),
     ("--steps=74", 74, "DiskFull: no space"),
+    ("--steps=75", 74, "DiskFull: no space"),
+    ("--steps=76", 1, "RuntimeError: a bug"),
     (
       "--steps=69",
       69,
@@ -150,7 +159,9 @@ def test_script_help_lists_its_own_flags(script):
   ],
 )
 def test_script_exit_codes(script, args, code, last_line):
+  begin = time.monotonic()
   result = script(*args.split())
+  assert time.monotonic() - begin < 30, "it waits for nobody"
   assert result.returncode == code
   assert result.stderr.splitlines()[-1] == last_line
   assert ("Traceback" in result.stderr) == (code == 1 and "bug" in last_line)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, entry, loop, sharding, writers
+from rlhf_jax import checkpoint, entry, loop, sharding, watch, writers
 from rlhf_jax import workdir as workdir_lib
 
 STEPS = 8
@@ -358,14 +358,12 @@ def test_sigterm_at_any_moment_is_not_reported_without_a_save(tmp_path, monkeypa
       self.looks += 1
       return self.looks > 1
 
-  class Handler:
+  class Watch(watch.Watch):
     def __enter__(self):
-      return Flag()
+      super().__enter__().stop = Flag()
+      return self
 
-    def __exit__(self, *unused):
-      pass
-
-  monkeypatch.setattr(loop, "_stop_signal", Handler)
+  monkeypatch.setattr(watch, "Watch", Watch)
   with pytest.raises(loop.Preempted) as e:
     fit(tmp_path)
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:

@@ -41,7 +41,7 @@ def test_how_the_processes_meet(monkeypatch):
 
 
 def test_auto_finds_nothing(monkeypatch):
-  def initialize():
+  def initialize(**unused):
     raise ValueError("coordinator_address should be defined.")
 
   monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -295,11 +295,11 @@ def refuse(prompts, responses, rows):
   [
     (
       Careless(),
-      user.ResultError,
+      user.RaisedError,
       r"^reward function tests\.user_test:Careless raised .*user_test",
     ),
-    (lambda p, r, rows: 1 / 0, user.ResultError, r"<lambda> raised .*division by zero"),
-    (math.fsum, user.ResultError, r"^reward function math:fsum raised TypeError"),
+    (lambda p, r, rows: 1 / 0, user.RaisedError, r"<lambda> raised .*division by zero"),
+    (math.fsum, user.RaisedError, r"^reward function math:fsum raised TypeError"),
     (refuse, Refusal, "row 3: no answer"),  # Its message says what is wrong with the data.
   ],
 )

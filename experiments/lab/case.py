@@ -56,7 +56,7 @@ class Case(NamedTuple):
   @property
   def samples(self) -> bool:
     """True if the script trains on samples of the policy."""
-    return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+    return any(hasattr(self.config, name) for name in ("preference", "shaping", "teacher"))
 
   @property
   def scored(self) -> int:
@@ -108,7 +108,8 @@ class Case(NamedTuple):
     bench = self.bench
     if options.name and not options.path:
       return None, ()
-    return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
+    opened = bench.run, self.config.model, bench.folder, bench.tokenizer
+    return models.open_model(*opened, "scalar", frozen=True)
 
   def forward(self, model: Model, rows: int, length: int, *, scored: int | None = None) -> float:
     """Returns the FLOPs of a forward pass."""
@@ -198,6 +199,7 @@ class Case(NamedTuple):
     *,
     critic: bool = False,
     ptx: bool = False,
+    dense: rewards.DenseScorer | None = None,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
 
@@ -207,6 +209,7 @@ class Case(NamedTuple):
       carry: State of the experience.
       critic: True if there is a critic with a model of its own.
       ptx: True if the update also takes a demonstration per response.
+      dense: Scorer of tokens by a policy of the same architecture; None without one.
     """
     bench, config = self.bench, self.config
     if config.rollout.devices:
@@ -221,16 +224,23 @@ class Case(NamedTuple):
     if config.shaping.function:
       shape = (rows, config.shaping.reference_samples)
       ref_scores = self.place({"ref_scores": np.zeros(shape, np.float32)})["ref_scores"]
-    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores)
+    token_rewards = None
+    if dense is not None:
+      held["dense"] = bench.start
+      work = preflight.Work(2 * self.forward(bench.model, rows, length, scored=self.scored + 1))
+      args = held["dense"], bench.start, rollout
+      token_rewards = self.check("dense", dense, *args, work=work, held=held)
+    scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores, token_rewards)
     inputs = [params, bench.start, self.carried(carry), scored]
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
+    trained_on = batch.rollout.tokens.size / rollout.tokens.size
     if ptx:
       batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training_work(settings.epochs * (forward + values))
+    work = self.training_work(settings.epochs * trained_on * (forward + values))
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 
@@ -263,8 +273,11 @@ def open_case(
   nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
-  model, start = models.open_model(run, config.model, folder, tokenizer, head)
+  frozen = config.lora.rank > 0
+  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+  start = first if frozen else models.freeze(run, config.model, first)
   empty = data.from_examples("prompts", [], [])
   model = model._replace(apply=functools.partial(model.apply, scored=scored_tokens(config)))
-  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder)
+  initial = None if start is first else first
+  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder, initial=initial)
   return Case(check(mesh), bench, sharding.abstract(shape, sharding.replicated(mesh)))

@@ -38,7 +38,7 @@ def make_sampler(bench: Workbench) -> Callable[..., Rollout]:
     try:
       answers = engine(params, tokens, mask, prompt_ids, key, sampling, stop_ids)
     except Exception as error:
-      raise user.ResultError(f"--rollout.engine={name} raised {user.describe(error)}") from error
+      raise user.RaisedError(f"--rollout.engine={name} raised {user.describe(error)}") from error
     rows = len(tokens) * sampling.samples_per_prompt
     try:
       drawn, on, logprobs = check(answers, rows, sampling, tokenizer.vocab_size, stop_ids)

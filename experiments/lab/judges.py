@@ -34,8 +34,9 @@ class RewardOptions:
       separated by commas, form an ensemble unless there are weights.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
       `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
-      PYTHONPATH: `(prompts, responses, rows) -> one number per response`. The rows are those of the
-      data, with all their columns. Several are separated by commas and added to that of path.
+      PYTHONPATH: `(prompts, responses, rows) -> one number per response`, or for each response a
+      list of `(end_character, score)` of its segments. The rows are those of the data, with all
+      their columns. Several are separated by commas and added to that of path.
     weights: Weights of several rewards in their sum, first those of path, then those of name.
       Without weights several paths form one ensemble, and each name is added with weight 1.
       Each reward is also a metric of its own, reward/NAME.

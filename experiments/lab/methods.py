@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 FILE = pathlib.Path(__file__).with_name("methods.csv")
 START, JUDGE = "sft", "reward_model"  # Stages of a seed that come before the methods.
+STAGES = {"$RM": JUDGE, "$DPO": "dpo"}  # Variable of a command -> stage whose folder it stands for.
 
 
 class Method(NamedTuple):
@@ -22,7 +23,7 @@ class Method(NamedTuple):
   Attributes:
     title: Name of the method.
     paper: Number of the paper at arXiv.
-    command: Script with its flags; `$RM` is the reward model.
+    command: Script with its flags; the variables are those of `STAGES`.
     test: File in tests/ and name of the test that holds the method against an oracle.
   """
 
@@ -53,6 +54,15 @@ class Result(NamedTuple):
 Results = Mapping[int, Result]
 
 
+def with_needed(rows: Sequence[str]) -> list[str]:
+  """Returns the stages of a seed: start, judge, and each row behind those that it reads."""
+  stages = [START, JUDGE]
+  for name in rows:
+    read = [stage for variable, stage in STAGES.items() if variable in METHODS[name].command]
+    stages += [stage for stage in (*read, name) if stage not in stages]
+  return stages
+
+
 def words(name: str, folder: pathlib.Path, seed: int) -> list[str]:
   """Returns module and flags of a stage of a seed. Each stage draws its own rows, as in the chain.
 
@@ -62,7 +72,9 @@ def words(name: str, folder: pathlib.Path, seed: int) -> list[str]:
     seed: Seed of the chain.
   """
   command = METHODS[name].command if name in METHODS else name
-  script, *flags = command.replace("$RM", str(folder / JUDGE)).split()
+  for variable, stage in STAGES.items():
+    command = command.replace(variable, str(folder / stage))
+  script, *flags = command.split()
   if name != START:
     flags.append(f"--init_from={folder / START}")
   stage = {START: 1, JUDGE: 2}.get(name, 3)

@@ -60,7 +60,12 @@ class RolloutOptions:
 
 
 def check(
-  config: Any, *, parts: int = 1, shaping: shaped.ShapingConfig | None = None, group: int = 1
+  config: Any,
+  *,
+  parts: int = 1,
+  shaping: shaped.ShapingConfig | None = None,
+  group: int = 1,
+  kept: int = 0,
 ) -> None:
   """Refuses sampling settings that a method cannot use; for `__post_init__` of a script's config.
 
@@ -69,6 +74,7 @@ def check(
     parts: Number of equal parts that the responses of a batch are split into.
     shaping: Shaping of the scores.
     group: Minimum number of samples per prompt.
+    kept: Number of responses to a prompt that are trained on; 0 for all.
   """
   sampling = config.sampling
   if sampling.temperature == 0:
@@ -82,9 +88,10 @@ def check(
     raise ValueError(f"sampling.samples_per_prompt must be at least {group} for this method")
   if "critic" in vars(config) and config.critic.warmup >= config.steps:
     raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
-  if config.batch_size * sampling.samples_per_prompt % parts:
+  if config.batch_size * (kept or sampling.samples_per_prompt) % parts:
+    count = f"{kept} selected responses" if kept else "sampling.samples_per_prompt"
     raise ValueError(
-      f"batch_size {config.batch_size} * sampling.samples_per_prompt does not split into {parts} ="
+      f"batch_size {config.batch_size} * {count} does not split into {parts} ="
       " minibatches * microbatches equal parts"
     )
   if config.data.packed_length:
@@ -348,6 +355,14 @@ def make_experience(
     return batch, ready.moments, ready.metrics | metrics
 
   return experience
+
+
+def sentence_ends(bench: Workbench) -> Callable[[Rollout], jax.Array]:
+  """Builds `ends(rollout)`: bools [B, R], True on response tokens that end a sentence or a line."""
+  marks = tuple(mark.encode() for mark in (".", "!", "?", "。", "！", "？"))
+  texts = bench.tokenizer.token_bytes()
+  ending = np.array([b"\n" in text or text.rstrip().endswith(marks) for text in texts])
+  return lambda rollout: jnp.asarray(ending)[rollout.tokens[:, -rollout.logprobs.shape[1] :]]
 
 
 def correct(

@@ -28,8 +28,10 @@ SOURCES = {
   "start": "started from",
   "model.path": "started from",
   "reward.path": "reward model",
+  "dense.path": "dense rewards",
   "preference.path": "judge",
   "opponent": "opponent",
+  "teacher": "teacher",
   "base": "merged",
   "models": "merged",
 }

@@ -9,11 +9,11 @@ METRIC = "gold/win_rate"
 DEFAULTS = {
   "optim.learning_rate": 1e-3,
   "critic.learning_rate": 1e-3,
-  "ppo.kl_coef": 0.2,
+  "ppo.kl_coef": 0.15,
   "ppo.epochs": 1,
   "ppo.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo.kl_coef": [0.1, 0.2, 0.3]}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo.kl_coef": [0.1, 0.15, 0.3]}
 
 
 def space(trial):

@@ -7,13 +7,13 @@ def render(job: Job) -> Plan:
   """Renders a command that runs in the foreground and returns the exit code of the script."""
   job.refuse(
     "local",
-    *("accelerator", "slices", "mount", "restarts", "spot", "source", "image", "project", "zone"),
+    *("accelerator", "slices", "mount", "spot", "source", "image", "project", "zone"),
     *("cluster", "extra"),
   )
   command = job.command(job.python)
-  if job.processes > 1 or job.devices:
+  if job.processes > 1 or job.devices or job.restarts:
     sizes = (f"--processes={job.processes}", f"--devices={job.devices}")
-    command = (job.python, "-m", "launch.pod", *sizes, "--", *command)
+    command = (job.python, "-m", "launch.pod", *sizes, f"--restarts={job.restarts}", "--", *command)
   if job.env:
     command = ("env", *job.env, *command)
   return Plan({}, (command,), {})

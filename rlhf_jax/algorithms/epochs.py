@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,8 @@ def make_epochs_step(
   fraction of input positions that hold neither a prompt token nor a response token.
 
   Args:
-    loss_fn: `(params, batch, key) -> (loss, metrics)` with `ratio_metrics` among the metrics.
+    loss_fn: `(params, batch, key) -> (loss, metrics)` with `ratio_metrics` among the metrics. The
+      leading axis of a batch is that of its rows, or of groups of rows that stay together.
     tx: Optimizer.
     config: Division of the batch.
     packed: Packing that `loss_fn` applies to each micro-batch.
@@ -79,8 +81,8 @@ def make_epochs_step(
     )
     first_deviation = metrics.pop("ratio/deviation/max")[0]
     rollout: Rollout = batch.rollout
-    parts, (rows, length) = config.parts, rollout.tokens.shape
-    shape = (rows // parts, length)
+    parts, (*rows, length) = config.parts, rollout.tokens.shape
+    shape = (math.prod(rows) // parts, length)
     if packed is not None:
       shape = packed.shape(*shape)
     real = jnp.sum(rollout.prompt_mask | rollout.response_mask)
@@ -115,13 +117,14 @@ def make_packed_step(
   @jax.jit
   def count_rows(rollout: Rollout, step: jax.Array, key: jax.Array) -> jax.Array:
     lengths = split_epochs(
-      jnp.sum(rollout.prompt_mask | rollout.response_mask, axis=1),
+      jnp.sum(rollout.prompt_mask | rollout.response_mask, axis=-1),
       jax.random.fold_in(key, step),
       epochs=config.epochs,
       minibatches=config.minibatches,
       microbatches=config.microbatches,
     )
-    rows, _ = jax.vmap(lambda part: packing.first_fit(part, packed_length))(lengths)
+    fit = lambda part: packing.first_fit(part.reshape(-1), packed_length)  # noqa: E731, of groups.
+    rows, _ = jax.vmap(fit)(lengths)
     return 1 + jnp.max(rows)
 
   def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:

@@ -3,20 +3,20 @@
 Zheng et al., 2023, https://arxiv.org/abs/2307.04964. The KL coefficient follows a target (Ziegler
 et al., 2019, https://arxiv.org/abs/1909.08593, section 2.2), the critic predicts normalised
 returns, and a loss on demonstrations is added (PPO-ptx: Ouyang et al., 2022,
-https://arxiv.org/abs/2203.02155, eq. 2). Scores are normalised and clipped by `rewards.shaped`.
-With `segment` above 1 advantages are per macro action (MA-RLHF, https://arxiv.org/abs/2410.02743).
+https://arxiv.org/abs/2203.02155, eq. 2). Scores are normalised by `rewards.shaped`. Advantages may
+be those of `macro_actions` (MA-RLHF).
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax import ranges
-from rlhf_jax.algorithms import epochs, ppo, reading, terms
+from rlhf_jax.algorithms import epochs, macro_actions, ppo, reading, terms
 from rlhf_jax.losses import advantages, kl, masked, reward
 from rlhf_jax.types import LossFn, Metrics, Rollout, TrainStep
 
@@ -32,6 +32,8 @@ class PPOMaxConfig(ppo.PPOConfig):
     normalize_values: Normalisation of the critic's targets by the running mean and standard
       deviation of the returns.
     segment: Tokens per macro action, the unit of credit; 1 is ordinary PPO.
+    cut: Ends of macro actions: after `segment` tokens, at the end of a `sentence`, or where the
+      `perplexity` under the reference rises from a token to the next.
     ptx_coef: Weight of the loss on demonstrations.
   """
 
@@ -39,13 +41,15 @@ class PPOMaxConfig(ppo.PPOConfig):
   kl_horizon: int = 10000
   normalize_values: bool = False
   segment: int = 1
+  cut: Literal["ngram", "sentence", "perplexity"] = "ngram"
   ptx_coef: float = 0.0
 
   def __post_init__(self):
     super().__post_init__()
-    ranges.check(
-      self, non_negative=("kl_target", "ptx_coef"), at_least_one=("kl_horizon", "segment")
-    )
+    ranges.check(self, non_negative=("kl_target", "ptx_coef"), one_of={"cut": macro_actions.CUTS})
+    ranges.check(self, at_least_one=("kl_horizon", "segment"))
+    if self.segment > 1 and self.cut != "ngram":
+      raise ValueError(f"segment must be 1 with cut={self.cut}, which has a length of its own")
 
 
 class Control(NamedTuple):
@@ -83,10 +87,12 @@ def make_batch(
   control: Control,
   config: PPOMaxConfig,
   token_rewards: jax.Array | None = None,
+  ends: jax.Array | None = None,
 ) -> tuple[ppo.PPOBatch, Control, Metrics]:
   """Turns scored responses into advantages and returns; see `ppo.make_batch`.
 
-  `values` are in the units of the critic. The control of the next iteration is returned too.
+  `values` are in the units of the critic. `ends` [B, R] are tokens that end a sentence, which
+  `config.cut` may read. The control of the next iteration is returned too.
   """
   scale, shift = jnp.float32(1.0), jnp.float32(0.0)
   if config.normalize_values:
@@ -95,19 +101,12 @@ def make_batch(
     shift = control.returns.mean
 
   def estimate(rewards, values, mask, **discounts):
-    segments = advantages.ngram_segments(mask, config.segment)
+    segments = macro_actions.CUTS[config.cut](mask, ends, ref_logprobs, config.segment)
     return advantages.macro_gae(rewards, values, segments, mask, **discounts)
 
-  batch, metrics = ppo.make_batch(
-    rollout,
-    scores,
-    values * scale + shift,
-    ref_logprobs,
-    config,
-    kl_coef=control.kl_coef,
-    token_rewards=token_rewards,
-    estimate=estimate,
-  )
+  inputs = rollout, scores, values * scale + shift, ref_logprobs, config
+  options = {"kl_coef": control.kl_coef, "token_rewards": token_rewards}
+  batch, metrics = ppo.make_batch(*inputs, estimate=estimate, **options)
   mask, returns = batch.mask, batch.returns
   moments = reward.update_moments(control.returns, returns.reshape(-1), mask.reshape(-1))
   batch = batch._replace(

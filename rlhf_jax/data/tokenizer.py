@@ -154,6 +154,11 @@ class Tokenizer:
     return max(self._vocab.values()) + 1
 
   @property
+  def vocabulary(self) -> dict[str, int]:
+    """The ids of all tokens, added ones included."""
+    return self._vocab
+
+  @property
   def bos_id(self) -> int | None:
     """The id that starts a text, if there is one."""
     return self.hf.bos_token_id

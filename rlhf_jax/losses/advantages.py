@@ -70,6 +70,22 @@ def ngram_segments(mask: jax.Array, n: int | jax.Array) -> jax.Array:
   return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0) // n
 
 
+def segments_from(mask: jax.Array, starts: jax.Array) -> jax.Array:
+  """Numbers the macro actions of each response for `macro_gae`, given their first tokens.
+
+  Args:
+    mask: [B, T] bool, True on response tokens.
+    starts: [B, T] bool, True on tokens that start a macro action; the first token always does.
+
+  Returns:
+    [B, T] int32, index of the macro action of each response token.
+  """
+  chex.assert_rank([mask, starts], 2)
+  chex.assert_equal_shape([mask, starts])
+  first = jnp.cumsum(mask, axis=1) == 1
+  return jnp.maximum(jnp.cumsum(mask & (starts | first), axis=1, dtype=jnp.int32) - 1, 0)
+
+
 def macro_gae(
   rewards: jax.Array,
   values: jax.Array,

@@ -609,10 +609,13 @@ def config_json(
   return raw
 
 
-def _named_tensors(params: Params, tensors: list[_Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+def _named_tensors(
+  params: Params, tensors: list[_Tensor], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
   for tensor in tensors:
     parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
     value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    value = value.astype(dtype, copy=False)
     for i in np.ndindex(value.shape[: tensor.stacked]):
       part = value[i]
       yield tensor.name.format(*i), np.ascontiguousarray(part.T if tensor.transpose else part)
@@ -625,6 +628,7 @@ def save_folder(
   *,
   token_ids: Mapping[str, int | list[int]],
   label: str = "reward",
+  dtype: str = "float32",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
@@ -637,6 +641,7 @@ def save_folder(
     config: Architecture of the model.
     token_ids: `bos_token_id`, `eos_token_id` (one or a list), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
+    dtype: Dtype of the weights in the folder.
     shard_bytes: Maximum size of one file.
 
   Raises:
@@ -644,8 +649,8 @@ def save_folder(
   """
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
-  described = config_json(config, head, token_ids, label)
-  named = _named_tensors(params, _tensors(FAMILIES[config.family], params))
+  described = config_json(config, head, token_ids, label) | {"torch_dtype": dtype}
+  named = _named_tensors(params, _tensors(FAMILIES[config.family], params), jnp.dtype(dtype))
   if not processes.is_first():
     for _ in named:  # Gathering the tensors needs every process.
       pass

@@ -5,6 +5,7 @@ judge of pairs becomes a `PreferenceFn`, `(a, b, prompt_ids) -> [B] P(a > b)`.
 """
 
 from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
+from rlhf_jax.rewards.dense import DenseScorer, dense_reward, make_dense_scorer
 from rlhf_jax.rewards.functions import (
   CONSTRAINTS,
   REWARDS,
@@ -14,7 +15,7 @@ from rlhf_jax.rewards.functions import (
   ask_constraint,
 )
 from rlhf_jax.rewards.judge import PRINCIPLES, JudgeModel, Verdicts
-from rlhf_jax.rewards.parts import Parts, columns, parts_of, total
+from rlhf_jax.rewards.parts import Parts, columns, parts_of, total, weighted
 from rlhf_jax.rewards.preferences import (
   PREFERENCES,
   PreferenceFn,
@@ -45,6 +46,7 @@ __all__ = [
   "PREFERENCES",
   "PRINCIPLES",
   "REWARDS",
+  "DenseScorer",
   "JudgeModel",
   "Parts",
   "PreferenceFn",
@@ -60,8 +62,10 @@ __all__ = [
   "ask_constraint",
   "columns",
   "constrained_reward",
+  "dense_reward",
   "ensemble_reward",
   "join_pairs",
+  "make_dense_scorer",
   "make_preferrer",
   "make_scorer",
   "model_preference",
@@ -74,5 +78,6 @@ __all__ = [
   "text_reward",
   "total",
   "tournament_reward",
+  "weighted",
   "weighted_reward",
 ]

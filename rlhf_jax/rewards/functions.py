@@ -12,11 +12,12 @@ import numpy as np
 
 from rlhf_jax import simulation, user
 from rlhf_jax.data import DataError
-from rlhf_jax.rewards import checks
+from rlhf_jax.rewards import checks, segments
 
-# (prompts, responses, rows) -> one score per response. `rows` are the data rows of the prompts,
-# with all their columns: a reference answer, a label, anything that the score needs.
-Scores = Sequence[float] | np.ndarray
+# (prompts, responses, rows) -> one score per response, or its segments: a list of
+# (end_character, score). `rows` are the data rows of the prompts, with all their columns: a
+# reference answer, a label, anything that the score needs.
+Scores = Sequence[float] | np.ndarray | Sequence[Sequence[tuple[int, float]]]
 TextReward = Callable[[Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Scores]
 # The same with one bool per response, True if it satisfies the constraint.
 TextConstraint = Callable[
@@ -41,12 +42,25 @@ def ask(
     kind: Kind of the function for messages; empty for a reward or a preference.
 
   Returns:
-    [B] float32 rewards or probabilities, NaN where they cannot be used.
+    [B] float32 rewards or probabilities, NaN where they cannot be used. The reward of segments is
+    their sum.
 
   Raises:
-    user.ResultError: The function raised, or it did not return one number per response, or one
-      probability per pair. The message names the function.
+    user.RaisedError: The function raised. The message names the function and the line.
+    user.ResultError: It did not return one number per response, or one probability per pair.
   """
+  given = ask_parts(function, prompts, *responses, rows=rows, kind=kind)
+  return given.totals if isinstance(given, segments.Segments) else given
+
+
+def ask_parts(
+  function: Callable[..., Any],
+  prompts: Sequence[str],
+  *responses: Sequence[str],
+  rows: Sequence[Mapping[str, Any]],
+  kind: str = "",
+) -> np.ndarray | segments.Segments:
+  """Calls a reward or preference function; see `ask`. A reward may be that of segments."""
   kind = kind or ("reward" if len(responses) == 1 else "preference")
   name = f"{kind} function {user.name_of(function)}"
   try:  # With copies: a function may sort its lists or take columns out of its rows.
@@ -54,7 +68,9 @@ def ask(
   except (Exception, SystemExit) as error:  # Else the run would seem to have ended well.
     if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
       raise
-    raise user.ResultError(f"{name} raised {user.describe(error)}") from error
+    raise user.RaisedError(f"{name} raised {user.describe(error)}") from error
+  if kind == "reward" and segments.are_given(values):
+    return segments.read(values, name, responses[0])
   return _one_number_each(values, name, responses)
 
 
@@ -95,6 +111,7 @@ def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]])
   if pairs:
     unit, plural, wanted = "pair", "pairs", "probability"
   must = f"it must return one {wanted} per {unit}"
+  must += ", or a list of (end_character, score)" if name.startswith("reward ") else ""
   try:
     if np.asarray(values).dtype.kind in "SUMm":  # NumPy would read numbers from texts and dates.
       raise TypeError
@@ -113,6 +130,14 @@ def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]])
       f"{name} gave a value outside [0, 1]: {numbers[i]:g} for {unit} {i}, {texts[i][:80]!r}"
     )
   return numbers
+
+
+def sentences(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Scores:
+  """Gold reward of the built-in task in parts: what each sentence adds to it."""
+  del rows
+  return simulation.gold_of_sentences(list(prompts), list(responses))
 
 
 def gold(
@@ -231,6 +256,7 @@ REWARDS: dict[str, TextReward] = {
   "exact_answer": exact_answer,
   "filler": filler,
   "gold": gold,
+  "sentences": sentences,
   "sentiment": sentiment,
 }
 

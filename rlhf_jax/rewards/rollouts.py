@@ -9,8 +9,8 @@ import numpy as np
 
 from rlhf_jax import sharding
 from rlhf_jax.losses import masked, shaping
-from rlhf_jax.rewards import checks, parts
-from rlhf_jax.rewards.functions import TextConstraint, TextReward, ask, ask_constraint
+from rlhf_jax.rewards import checks, parts, segments
+from rlhf_jax.rewards.functions import TextConstraint, TextReward, ask_constraint, ask_parts
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
 # (rollout, prompt_ids [B]) -> scores [B] float32, NaN where they cannot be used, or `Parts`. Each
@@ -108,8 +108,13 @@ def response_texts(rollout: Rollout, decode: Callable[[list[list[int]]], list[st
     rollout: B sampled responses.
     decode: Function from the token ids of several texts to the texts.
   """
+  return decode(response_tokens(rollout))
+
+
+def response_tokens(rollout: Rollout) -> list[list[int]]:
+  """Returns the token ids of every response."""
   tokens, mask = sharding.to_host((rollout.tokens, rollout.response_mask))
-  return decode([row[on].tolist() for row, on in zip(tokens, mask, strict=True)])
+  return [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
 
 
 def text_reward(
@@ -117,7 +122,7 @@ def text_reward(
   rows: Sequence[Mapping[str, Any]],
   decode: Callable[[list[list[int]]], list[str]],
 ) -> RewardFn:
-  """Scores of a Python function of prompt and response.
+  """Scores of a Python function of prompt and response, or of the segments of a response.
 
   Args:
     function: The scorer.
@@ -125,10 +130,16 @@ def text_reward(
     decode: Function from the token ids of several texts to the texts.
   """
 
-  def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray:
-    responses = response_texts(rollout, decode)
+  def score(rollout: Rollout, prompt_ids: np.ndarray) -> np.ndarray | parts.Parts:
+    tokens = response_tokens(rollout)
+    responses = decode(tokens)
     chosen = [rows[i] for i in np.asarray(prompt_ids).tolist()]
-    return ask(function, [row["prompt_text"] for row in chosen], responses, rows=chosen)
+    given = ask_parts(function, [row["prompt_text"] for row in chosen], responses, rows=chosen)
+    if not isinstance(given, segments.Segments):
+      return given
+    length = rollout.logprobs.shape[1]
+    earned = segments.on_tokens(given, tokens, responses, decode, length)
+    return parts.Parts(np.zeros(len(tokens), np.float32), earned)
 
   return score
 

@@ -2,7 +2,7 @@
 
 from rlhf_jax.simulation.annotators import ANNOTATORS, preference_probability
 from rlhf_jax.simulation.demands import parse_prompt
-from rlhf_jax.simulation.gold import gold_parts, gold_reward, has_filler
+from rlhf_jax.simulation.gold import gold_of_sentences, gold_parts, gold_reward, has_filler
 from rlhf_jax.simulation.tasks import demonstrations, preferences, prompts, votes
 from rlhf_jax.simulation.world import WORDS
 
@@ -10,6 +10,7 @@ __all__ = [
   "ANNOTATORS",
   "WORDS",
   "demonstrations",
+  "gold_of_sentences",
   "gold_parts",
   "gold_reward",
   "has_filler",

@@ -8,6 +8,8 @@ learned proxy may like (repeated praise, a list of every aspect, heaps of adverb
 """
 
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -105,3 +107,30 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
   parts = gold_parts(prompts, responses)
   weighted = [np.float32(weight) * parts[name] for name, weight in WEIGHTS.items()]
   return np.sum(weighted, axis=0)
+
+
+def gold_of_sentences(
+  prompts: Sequence[str], responses: Sequence[str]
+) -> list[list[tuple[int, float]]]:
+  """Splits the gold reward over sentences: each earns what it adds to the text before it.
+
+  A sentence gains by counting, in the demanded tone, and by naming what was requested. It loses by
+  not counting, by straying, and by making the text too long. Arguments and errors are those of
+  `gold_parts`.
+
+  Returns:
+    For each response its sentences as (number of characters up to its end, gain). The gains sum to
+    `gold_reward`.
+  """
+  if len(prompts) != len(responses):
+    raise ValueError(f"got {len(prompts)} prompts but {len(responses)} responses")
+  return [_gains(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _gains(prompt: str, response: str) -> list[tuple[int, float]]:
+  ends_of_words = [word.end() for word in re.finditer(r"\S+", response)]
+  counts = map(len, grammar.sentences(response.split()))
+  ends = [ends_of_words[count - 1] for count in itertools.accumulate(counts)]
+  texts = ["", *(response[:end] for end in ends)]  # The gold reward of no text is 0.
+  gains = np.diff(gold_reward([prompt] * len(texts), texts))
+  return list(zip(ends, gains.tolist(), strict=True))

@@ -44,9 +44,9 @@ from tests.testing import TINY_MODEL as CONFIG
 from tests.testing import compilations, full, tiny_params
 
 FOLDER = pathlib.Path(algorithms.__file__).parent
-# Files that build no step: parts that methods share, and the pairs of online DPO.
-SHARED = {"epochs", "given", "groups", "online_dpo", "opponents", "pairs", "pairwise", "reading"}
-SHARED |= {"picks", "reinforce", "selection"}
+# Files that build no step: parts that methods share, pairs of online DPO, selections of PF-PPO.
+SHARED = {"epochs", "given", "groups", "macro_actions", "online_dpo", "opponents", "pairs"}
+SHARED |= {"pairwise", "pf_ppo", "picks", "reading", "reinforce", "selection"}
 MODULES = sorted(path.stem for path in FOLDER.glob("[!_]*.py") if path.stem not in SHARED)
 CASES: dict[str, Case] = {
   "/".join(filter(None, (module, name))): case
@@ -195,9 +195,9 @@ def test_every_weight_of_a_term_is_not_zero_in_a_case():
 METHODS = [name for name in SAMPLED if "/" not in name]
 
 
-@pytest.mark.parametrize("name", [*METHODS, "ppo/entropy", "ppo_max/ptx"])
+@pytest.mark.parametrize("name", [*METHODS, "p3o", "ppo/entropy", "ppo_max/ptx"])
 def test_packing_and_microbatches_change_no_loss_and_no_gradient(name):
-  case, batch, results = SAMPLED[name], batch_of(name, 0), []
+  case, batch, results = CASES[name], batch_of(name, 0), []
   tx, params = optax.chain(keep_first(), optax.sgd(1.0)), toy.near(case.params, 0.97)
   for packed, parts in ((None, 1), (reading.Packing(13), case.parts)):
     step = case.step(tx, temperature=0.7, packed=packed, microbatches=parts)
@@ -246,7 +246,7 @@ def unjudged(name):
   return batch._replace(mask=np.zeros_like(batch.mask))
 
 
-@pytest.mark.parametrize("name", [*METHODS, "nash_md", "ipo_md", "rest"])
+@pytest.mark.parametrize("name", [*METHODS, "p3o", "nash_md", "ipo_md", "rest"])
 def test_a_batch_without_a_score_takes_no_optimizer_step(name):
   trained(name)  # Which counts the compilations of the step.
   step, state = step_of(name), init_state(jax.tree.map(jnp.array, CASES[name].params), optimizer())

@@ -49,6 +49,7 @@ DEFAULTS = {
     "microbatches": 1,
   },
   "epochs.UpdateConfig": UPDATES,
+  "gkd.GKDConfig": {"divergence": "jsd", "mix": 0.5, "student_share": 1.0, "microbatches": 1},
   "groups.GroupConfig": GROUPS,
   "grpo.GRPOConfig": GROUPS,
   "gspo.GSPOConfig": GROUPS  # arXiv 2507.18071.
@@ -63,7 +64,9 @@ DEFAULTS = {
   "nash_md.NashMDConfig": OPPONENT | {"ema": 0.0},
   "online_dpo.OnlineConfig": {"pick": "best_worst", "round_steps": 0, "bonus_coef": 0.0},
   "opponents.OpponentConfig": OPPONENT,
+  "p3o.P3OConfig": UPDATES | {"kl_coef": 0.1, "clip": 0.2},
   "pairs.PairConfig": {"length_alpha": 1.0, "reweight": False},
+  "pf_ppo.PFPPOConfig": PPO | {"keep": "best_worst"},
   "ppo.PPOConfig": PPO,
   "ppo_max.PPOMaxConfig": PPO
   | {
@@ -71,6 +74,7 @@ DEFAULTS = {
     "kl_horizon": 10000,
     "normalize_values": False,
     "segment": 1,
+    "cut": "ngram",
     "ptx_coef": 0.0,
   },
   "preference_model.PreferenceModelConfig": {"microbatches": 1},

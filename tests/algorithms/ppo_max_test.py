@@ -226,7 +226,15 @@ def test_demonstrations_need_a_loss():
 
 @pytest.mark.parametrize(
   "settings",
-  [{"kl_target": -1.0}, {"ptx_coef": -0.1}, {"kl_horizon": 0}, {"segment": 0}, {"gamma": 2.0}],
+  [
+    {"kl_target": -1.0},
+    {"ptx_coef": -0.1},
+    {"kl_horizon": 0},
+    {"segment": 0},
+    {"segment": 2, "cut": "sentence"},
+    {"cut": "best"},
+    {"gamma": 2.0},
+  ],
   ids=str,
 )
 def test_impossible_settings_are_refused(settings):

@@ -67,8 +67,11 @@ def test_the_programs_of_a_script_fit_together(script, absent):
 
 @pytest.mark.parametrize("script", SETTINGS)
 def test_the_programs_of_its_settings_fit_together(script, absent):
-  words = [word for word in SETTINGS[script] if "{" not in word and "batch_size" not in word]
-  assert traced(script, *words)[-1] in case.TRAINING
+  words = [word.replace("={sft}", "=any") for word in SETTINGS[script]]
+  words = [word for word in words if "{" not in word and "batch_size" not in word]
+  names = traced(script, *words)
+  assert names[-1] in case.TRAINING
+  assert ("dense" in names) == any(word.startswith("--dense.path") for word in words)
 
 
 def test_sampling_on_other_devices_is_not_compiled_for(absent):

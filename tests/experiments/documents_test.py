@@ -167,8 +167,19 @@ RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(c
 # Group -> the scripts that train in it. What only reads runs is in the group of those.
 GROUPS = {
   "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
-  "policy gradients": {"ppo", "ppo_max", "rloo", "cgpo", "reinforce_pp", "grpo", "gspo", "cispo"},
-  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
+  "policy gradients": {
+    "ppo",
+    "ppo_max",
+    "pf_ppo",
+    "p3o",
+    "rloo",
+    "cgpo",
+    "reinforce_pp",
+    "grpo",
+    "gspo",
+    "cispo",
+  },
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest", "gkd"},
 }
 
 
@@ -186,8 +197,11 @@ def of_methods() -> list[list[str]]:
     if not re.search(NOT_HERE, command) and command not in commands.values():
       commands[f"paper_{number}"] = command
   found = []
+  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
   for name, command in commands.items():
-    script, *flags = command.replace("$RM", "runs/rlhf/reward_model").split()
+    for variable, workdir in runs.items():
+      command = command.replace(variable, workdir)
+    script, *flags = command.split()
     known = define_flags(f"experiments.{script}")[0]
     start = ["--init_from=runs/rlhf/sft"] if "init_from" in known and script != "sft" else []
     found.append([f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags])

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from experiments import dpo
 from experiments.lab import judges, models, workbench
 from experiments.records import record
-from rlhf_jax import checkpoint, data, loop, simulation, user, workdir
+from rlhf_jax import checkpoint, data, loop, rewards, simulation, user, workdir
 from rlhf_jax.models import hf
 from tests.testing import define_flags, full, read_flags
 
@@ -216,11 +217,20 @@ def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name
     judges.open_preference(None, options, models.ModelOptions(), tokenizer)(prompts)
 
 
+def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  function = judges.RewardOptions(name="my_parts:politeness").function()
+  texts = ["please sit\nnow", "no\nplease\n", "", "no"]
+  assert function([""] * 4, texts, [{}] * 4)[0] == [(11, True), (14, False)]
+  given = rewards.ask(function, [""] * 4, texts, rows=[{}] * 4)
+  np.testing.assert_array_equal(given, [1, 1, 0, 0])
+
+
 @pytest.mark.parametrize(
   "name, code, message",
   [
     ("later", 70, r"UnusableScoresError: --reward\.name=my_rewards:later: [34] of 4 scores cannot"),
-    ("remote", 64, "ResultError: reward function my_rewards:remote raised .*: no route to host"),
+    ("remote", 70, "RaisedError: reward function my_rewards:remote raised .*: no route to host"),
   ],
 )
 def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):

@@ -32,6 +32,7 @@ def code(cell):
 def accepts(command):
   """Reads the flags of a command as its script does."""
   words = command.replace("$RM", "runs/rlhf/reward_model").replace("$FOLDER", "model")
+  words = words.replace("$DPO", "runs/dpo")
   script, *flags = shlex.split(words)
   if script != "compile":
     flags.append("--workdir=runs/x")

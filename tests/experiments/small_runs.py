@@ -9,6 +9,7 @@ METHODS = plans.methods()
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
   "cgpo": ("--reward.name=gold", "--reward.constraints=no_filler"),
+  "gkd": ("--teacher={teacher}", "--gkd.student_share=0.5", "--eval_every=3"),
   "grpo": ("--shaping.normalize", "--rollout.packed_length=64", "--preference.name=expert"),
   "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),
   "nash_md": (
@@ -24,13 +25,13 @@ SETTINGS = {
     "--online.bonus_coef=0.01",
     "--lora.rank=2",
   ),
-  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64"),
+  "ppo": ("--critic.share_trunk", "--rollout.packed_length=64", "--dense.path={sft}"),
   "ppo_max": (
     "--reward.path={reward}",
     "--critic.warmup=2",
     "--ppo_max.kl_target=6",
     "--ppo_max.normalize_values",
-    "--ppo_max.segment=4",
+    "--ppo_max.cut=sentence",
     "--rollout.importance_cap=2",
     "--eval_every=2",
   ),

@@ -215,7 +215,7 @@ def test_a_home_is_expanded(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.chdir(tmp_path)
   assert_refused("sft", "~/run", ["--init_from=nowhere"], 78, "there is no such folder")
-  assert (tmp_path / "run" / "flags").exists() and not (tmp_path / "~").exists()
+  assert (tmp_path / "run").is_dir() and not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("export", [False, True])
@@ -482,9 +482,18 @@ def _line(folder: pathlib.Path) -> None:
   plots.save_chart(folder / "plots" / "a.png", plots.Chart("a", "x", "y", [line]))
 
 
+def _events(folder: pathlib.Path) -> None:
+  pytest.importorskip("tensorboardX")
+  with contextlib.closing(writers.make_writer(folder, ["tensorboard"])) as writer:
+    for step in range(99):
+      writer.table(step, "samples", [{"a": "x"}])
+      writer.write(step, {f"loss/{i}": 0.125 for i in range(9)})
+
+
 # What a run writes into its workdir.
 WRITTEN: dict[str, Callable[[pathlib.Path], Any]] = {
   "metrics": _metrics,
+  "events": _events,
   "samples": lambda f: writers.write_table(f, 1, "samples", [{"response": "x" * 9999}]),
   "summary": lambda f: reporting.write_summary(f, {f"name{i}": 1.0 for i in range(999)}),
   "plots": _line,
@@ -502,6 +511,15 @@ def test_a_full_disk_is_one_line_wherever_it_is_met(name, tmp_path):
   code, said = entry.verdict(e.value) or (1, "")
   assert code == 74
   assert "; make room, then start the same command again" in said
+
+
+def test_a_workdir_in_use_is_left_as_it_is(tmp_path, model_folder, rows_file):
+  words = [f"--init_from={model_folder}", f"--data.path={rows_file}", "--batch_size=4"]
+  with workdir_lib.run_lock(tmp_path):
+    before = sorted(tmp_path.iterdir())
+    code, said = refusal("sft", f"--workdir={tmp_path}", *words)
+    assert code == 73 and "is in use by" in said
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_file_where_a_folder_of_the_run_belongs(tmp_path):

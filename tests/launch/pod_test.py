@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from tests.testing import full
+
 
 @pytest.fixture
 def pod(repository):
@@ -77,3 +79,51 @@ def test_those_that_are_left_are_ended(pod):
   for pid in map(int, output.split()):
     with pytest.raises(ProcessLookupError):
       os.kill(pid, 0)
+
+
+_GROUP = """
+import os, sys, time
+from absl import flags
+from rlhf_jax import entry, processes
+group = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+number = int(group["process_id"])
+class Broken(RuntimeError):
+  exit_code = 70
+def main(argv):
+  processes.Group(
+    coordinator=group["coordinator"], processes=int(group["processes"]), process_id=number
+  ).connect()
+  os.write(1, b"met\\n")
+  if number in WHO:
+    if KILL:
+      os.kill(os.getpid(), 9)
+    time.sleep(number)  # Not quite at the same time.
+    raise Broken("no numbers")
+  time.sleep(600)
+entry.flags.parse = lambda args: flags.FLAGS(args[:1])
+entry.run(main, ["script"])
+"""
+
+
+@pytest.mark.parametrize(
+  "who", [(1,), pytest.param((0,), marks=full), pytest.param((0, 1), marks=full)]
+)
+def test_a_process_that_fails_keeps_its_code(pod, who):
+  code = _GROUP.replace("WHO", str(who)).replace("KILL", "False")
+  begin = time.monotonic()
+  running = pod(code, "--processes=2", "--patience=60" if len(who) == 2 else "--patience=0")
+  output, _ = running.communicate(timeout=60)
+  assert running.returncode == 70, output
+  assert output.count("met") == 2
+  assert time.monotonic() - begin < 30
+
+
+@full
+@pytest.mark.parametrize("number", [0, 1])
+def test_those_that_are_left_end_by_themselves(pod, number):
+  code = _GROUP.replace("WHO", str((number,))).replace("KILL", "True")
+  begin = time.monotonic()
+  running = pod(code, "--processes=2", "--patience=600")
+  running.communicate(timeout=120)
+  assert running.returncode == 137
+  assert time.monotonic() - begin < 60

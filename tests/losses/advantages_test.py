@@ -339,6 +339,10 @@ def segments(mask, x):
   return masked.masked_sum(masked.widen(x) * advantages.ngram_segments(mask, 2), mask)
 
 
+def started(mask, x):
+  return masked.masked_sum(masked.widen(x) * advantages.segments_from(mask, x > 0), mask)
+
+
 def over_groups(function, **hyper):
   """A function of one array [B, K] under a mask of samples."""
   call = lambda m, x, **hyper: squash(function(x, mask=m, **hyper))  # noqa: E731
@@ -349,6 +353,7 @@ CASES = {
   "gae": Case(gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
   "gae/bootstrap": Case(cut_gae, ((B, T), (B, T), (B,)), padded=(0, 1), hyper={"lam": 0.8}),
   "ngram_segments": Case(segments, ((B, T),)),
+  "segments_from": Case(started, ((B, T),)),
   "macro_gae": Case(macro_gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
   "leave_one_out": over_groups(advantages.leave_one_out),
   "group_normalize": over_groups(advantages.group_normalize, eps=1e-2),

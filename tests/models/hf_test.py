@@ -18,7 +18,7 @@ from absl import logging
 from rlhf_jax import checkpoint, workdir
 from rlhf_jax.data import load_tokenizer
 from rlhf_jax.generation import SamplingConfig, make_generate
-from rlhf_jax.models import ModelConfig, build, hf
+from rlhf_jax.models import ModelConfig, build, hf, round_matrices
 from rlhf_jax.models.transformer import RopeScaling
 from tests.testing import FAMILY_MODELS
 
@@ -206,6 +206,18 @@ def test_the_folder_is_in_the_hugging_face_layout(tmp_path):
   config = json.loads((tmp_path / "config.json").read_text())
   assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
   assert {k: config[k] for k in IDS} == IDS and config["head_dim"] == 6
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("written", ["float32", "bfloat16"])
+def test_a_folder_has_the_dtype_that_is_asked_for(held, written, tmp_path):
+  params = round_matrices(random_params(TINY), held)
+  hf.save_folder(tmp_path, params, TINY, token_ids=IDS, dtype=written)
+  tensors = safetensors.numpy.load_file(tmp_path / WEIGHTS)
+  assert {str(x.dtype) for x in tensors.values()} == {written}
+  assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == written
+  want = jax.tree.map(lambda x: x.astype(written).astype(np.float32), params)
+  jax.tree.map(np.testing.assert_array_equal, hf.load_params(tmp_path, build(TINY)), want)
 
 
 def test_fused_tensors_are_in_the_layout_of_their_family(tmp_path):

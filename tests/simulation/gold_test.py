@@ -170,3 +170,29 @@ def test_a_batch_takes_little_time():
   start = time.perf_counter()
   gold.gold_reward(prompts, responses)
   assert time.perf_counter() - start < 0.5  # about 0.01 s; loose, for a busy machine
+
+
+@pytest.mark.parametrize("gap", [" ", "  ", "\n"])
+def test_sentences_earn_what_they_add(gap):
+  texts = [
+    GOOD,
+    LONG,
+    "",
+    "i loved the ramen . the",
+    "so so . i loved the pizza .",
+    f"{GOOD} {GOOD}",
+  ]
+  texts = [text.replace(" ", gap) for text in texts]
+  given = gold.gold_of_sentences([BRIEF] * len(texts), texts)
+  for text, sentences in zip(texts, given, strict=True):
+    np.testing.assert_allclose(sum(gain for _, gain in sentences), reward(BRIEF, text), atol=1e-5)
+    assert [end for end, _ in sentences] == [
+      i + 1 for i, c in enumerate(text) if c == "." or i == len(text) - 1
+    ]
+  assert min(gain for _, gain in given[0]) > 2  # Both count.
+  assert given[4][0][1] < 1 < given[0][0][1]  # One does not count.
+  assert max(gain for _, gain in given[5][2:]) < 0  # They were said before.
+  with pytest.raises(ValueError, match="1 prompts but 2 responses"):
+    gold.gold_of_sentences([BRIEF], ["", ""])
+  with pytest.raises(ValueError, match="not a prompt"):
+    gold.gold_of_sentences(["hello"], [""])

@@ -12,7 +12,7 @@ import pytest
 
 from experiments.lab import judges, responses
 from experiments.lab.responses import Responses, RolloutOptions
-from rlhf_jax import flags, rewards
+from rlhf_jax import data, flags, rewards
 from rlhf_jax.algorithms import grpo, ppo, reading
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig, ended
@@ -351,3 +351,15 @@ def test_packed_rows_must_hold_the_longest_sequence(length, fits):
     return
   with pytest.raises(flags.UsageError, match="packed_length=39 is too short .* up to 40 tokens"):
     responses.require_fit(bench)
+
+
+def test_tokens_that_end_a_sentence():
+  tokenizer = data.word_level_tokenizer(("good", "bad", ".", "!", "3.5", "e.g"))
+  rollout = toy.rollout_of(toy.params_of())
+  ends = responses.sentence_ends(types.SimpleNamespace(tokenizer=tokenizer))(
+    rollout._replace(tokens=rollout.tokens % 10)
+  )
+  words = [tokenizer.decode([i]) for i in range(10)]
+  want = np.isin(np.array(words)[rollout.tokens % 10], (".", "!"))[:, -toy.R :]
+  np.testing.assert_array_equal(ends, want)
+  assert want.any()

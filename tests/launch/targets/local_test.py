@@ -65,12 +65,46 @@ def test_stop_reaches_the_script_and_its_code_comes_back(launch, tmp_path, sizes
   assert running.returncode == 75
 
 
+_ENDS = """
+import os, sys
+code, starts = int(sys.argv[2].split("=")[1]), sys.argv[1].split("=")[1]
+with open(starts, "a") as file:
+  file.write("x")
+if len(open(starts).read()) < 3:
+  os.kill(os.getpid(), code - 128) if code > 128 else os._exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+  ("codes", "starts"), [((1, 64, 65, 69, 70, 73, 78), 1), ((74, 75, 134, 137, 143), 3)]
+)
+def test_what_may_pass_is_started_again(launch, tmp_path, codes, starts):
+  """A script that ends with a code twice and then well."""
+  (tmp_path / "ends.py").write_text(_ENDS)
+  running = {}
+  for code in codes:
+    words = (f"--workdir={tmp_path}/c{code}", f"--code={code}")
+    running[code] = launch("--restarts=3", "--", "ends", *words)
+  for code, process in running.items():
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (0 if starts > 1 else code), errors
+    assert (tmp_path / f"c{code}").read_text() == "x" * starts
+    assert errors.count("starting again") == starts - 1
+
+
+def test_restarts_are_counted(launch, tmp_path):
+  (tmp_path / "ends.py").write_text(_ENDS)
+  process = launch("--restarts=1", "--", "ends", f"--workdir={tmp_path}/c", "--code=75")
+  process.communicate(timeout=60)
+  assert process.returncode == 75
+  assert (tmp_path / "c").read_text() == "xx"
+
+
 @pytest.mark.parametrize(
   "settings, message",
   [
     ({"accelerator": "v5litepod-16"}, "--accelerator means nothing for --to=local; leave it out"),
     ({"slices": 2}, "--slices means nothing for --to=local"),
-    ({"restarts": 3}, "--restarts means nothing for --to=local"),
   ],
 )
 def test_refuses(settings, message):

@@ -1,0 +1,63 @@
+"""Rewards of tokens by a policy that DPO has trained, beside the reward of a script."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from experiments.lab import judges, models
+from experiments.lab.workbench import Workbench
+from rlhf_jax import data, ranges, rewards
+from rlhf_jax.algorithms import reading
+from rlhf_jax.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseOptions:
+  """Dense rewards (RTO): each token earns the log-ratio of a policy of DPO to its reference.
+
+  Attributes:
+    path: Workdir of a run of `dpo` that started from the same policy as this run, or the folder of
+      its model; empty adds no rewards of tokens.
+    scale: Reward per nat of the log-ratio.
+    clip: Bound on the absolute reward of a token; 0 does not clip.
+  """
+
+  path: str = ""
+  scale: float = 0.05
+  clip: float = 0.05
+
+  def __post_init__(self):
+    ranges.check(self, positive=("scale",), non_negative=("clip",))
+
+  def _read(self, bench: Workbench) -> reading.Read:
+    return reading.make_read(bench.model.apply, bench.config.sampling.temperature)
+
+  @property
+  def _sizes(self) -> dict[str, float]:
+    return {"scale": self.scale, "clip": self.clip or np.inf}
+
+  def scorer(self, bench: Workbench) -> rewards.DenseScorer | None:
+    """Returns the program that scores tokens; None without a path."""
+    return rewards.make_dense_scorer(self._read(bench), **self._sizes) if self.path else None
+
+  def added_to(
+    self, reward_of: Callable[[data.Dataset], rewards.RewardFn], bench: Workbench
+  ) -> Callable[[data.Dataset], rewards.RewardFn]:
+    """Opens the policy of DPO and returns `(prompts) -> reward` with rewards of tokens."""
+    if not self.path:
+      return reward_of
+    params = models.open_policy(bench.run, self.path, bench.config.model, bench.tokenizer)
+    models.require_shapes_of(bench.start, params, f"--dense.path={self.path}")
+    dense = rewards.dense_reward(self._read(bench), params, bench.start, **self._sizes)
+
+    def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+      score = reward_of(prompts)
+
+      def both(rollout: Rollout, prompt_ids: np.ndarray) -> rewards.Parts:
+        given = rewards.parts_of(score(rollout, prompt_ids))
+        return rewards.weighted({"score": given, "dense": dense(rollout, prompt_ids)}, [1, 1])
+
+      return judges.Named(judges.name_of(score), both)
+
+    return of_prompts

@@ -1,0 +1,23 @@
+"""P3O: learning rate, KL penalty and clip range.
+
+A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
+also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
+those of a pretrained model are 300 times smaller.
+"""
+
+METRIC = "gold/win_rate"
+DEFAULTS = {
+  "optim.learning_rate": 1e-3,
+  "p3o.kl_coef": 0.2,
+  "p3o.clip": 0.2,
+}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "p3o.kl_coef": [0.1, 0.2, 0.3]}
+
+
+def space(trial):
+  """The flags of a trial."""
+  return {
+    "optim.learning_rate": trial.suggest_float("optim.learning_rate", 5e-5, 2e-3, log=True),
+    "p3o.kl_coef": trial.suggest_float("p3o.kl_coef", 0.005, 0.3, log=True),
+    "p3o.clip": trial.suggest_float("p3o.clip", 0.05, 1.0, log=True),
+  }

@@ -1,0 +1,123 @@
+"""The black box of a run, and one of its steps run again, to see what went wrong in it."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from absl import logging
+
+from rlhf_jax import checkpoint, nonfinite, processes, reporting, sharding, writers
+from rlhf_jax import workdir as workdir_lib
+
+FOLDER = "black_box"
+
+
+class Replayed(Exception):
+  """A step was run again, and the run goes no further."""
+
+  exit_code = 0
+
+
+class BlackBox:
+  """States before the steps that follow one without a finite gradient; the newest two are kept.
+
+  `WORKDIR/black_box/N` has the state before step N + 1, the batch of that step, and the key.
+  """
+
+  def __init__(self, workdir: os.PathLike[str]):
+    """Writes nothing yet; what an earlier start of the run has left stays until then."""
+    self._workdir, self._folder = workdir, os.path.join(workdir, FOLDER)
+    self._saver: checkpoint.Checkpointer | None = None
+    self._works = True
+
+  def keep(self, done: int, state: Any, batch: Any, key: jax.Array, position: Any) -> None:
+    """Saves the state after `done` steps, and what the next step gets.
+
+    A run that may recover does not end because this cannot be saved.
+    """
+    if not self._works:
+      return
+    if self._saver is None:
+      processes.agree(lambda: checkpoint.remove(self._folder))
+      run = workdir_lib.identity_digest(self._workdir)
+      self._saver = checkpoint.Checkpointer(self._folder, run=run)
+    items = {"state": state, "batch": batch, "key": jax.random.key_data(key)}
+    try:
+      self._saver.save(done, items, {"data": position})
+    except (checkpoint.CheckpointWriteError, checkpoint.NonFiniteError) as error:
+      self._works = False
+      logging.warning("the black box is switched off: %s", error)
+
+  def close(self) -> None:
+    """Waits for the last save."""
+    if self._saver is not None:
+      try:
+        self._saver.close()
+      except checkpoint.CheckpointWriteError as error:
+        logging.warning("the black box is incomplete: %s", error)
+
+
+def again(
+  workdir: os.PathLike[str],
+  mesh: jax.sharding.Mesh,
+  wanted: int,
+  step: Callable[[Any, Any, jax.Array], tuple[Any, Mapping[str, Any]]],
+  state: Any,
+  batches: Any,
+  key: jax.Array,
+) -> Replayed:
+  """Runs step number `wanted` again, from the nearest state before it, and says what it finds.
+
+  Nothing is written. The step has to be jitted under `nonfinite.looking`.
+
+  Args:
+    workdir: Folder of the run.
+    mesh: Mesh of the run.
+    wanted: Number of the step, from 1.
+    step: Step of the run; see `loop.fit`.
+    state: State before the first step.
+    batches: Batches of the run.
+    key: Key of the run.
+
+  Returns:
+    Exception that ends the run.
+  """
+  source, restored = "the start", None
+  run = workdir_lib.identity_digest(workdir)
+  for folder in (FOLDER, "checkpoints"):
+    with checkpoint.Checkpointer(os.path.join(workdir, folder), run=run) as kept:
+      found = kept.latest_step(wanted - 1)
+      if found is not None and (restored is None or found > restored.step):
+        source, restored = f"{folder}/{found}", kept.restore({"state": state}, step=found)
+  done = 0
+  if restored is not None:
+    done, state = restored.step, restored.items["state"]
+    batches.set_state(restored.meta["data"])
+  reporting.note(f"running step {wanted} again, from the state of {source}")
+  found, values = [], {}
+  for index in range(done, wanted):
+    batch = sharding.place_batch(next(batches), mesh)
+    if index == wanted - 1:
+      found = nonfinite.look()
+    state, values = step(state, batch, key)
+  for line in _report(found, jax.device_get(dict(values))):
+    reporting.note(line)
+  return Replayed(f"step {wanted} was run again; nothing was written to {os.fspath(workdir)}")
+
+
+def _report(found: list[nonfinite.Inspection], values: Mapping[str, Any]) -> list[str]:
+  lines = [
+    f"{name}: {writers.json_number(values[name])}"
+    for name in ("loss", "grad_norm", "skipped_steps")
+    if name in values
+  ]
+  for number, inspection in enumerate(found, 1):
+    update = f" of update {number}" if len(found) > 1 else ""
+    lines += [f"not finite before the update{update}: {line}" for line in inspection.inputs]
+    for name in sorted(inspection.origins, key=lambda name: name != "loss"):
+      births = inspection.origins[name][:3]
+      lines += [f"{name}{update} is not finite by {birth}" for birth in births]
+  if not any(inspection.inputs or inspection.origins for inspection in found):
+    lines.append("everything is finite, operation by operation")
+  return lines

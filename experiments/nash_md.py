@@ -110,7 +110,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     def policy_of(state: MatchState):
       return trainer.params(state.train)
 
-    average = models.copy(bench.run, bench.start) if settings.ema else None
+    average = models.copy(bench.run, trainer.state.params) if settings.ema else None
     judge = bench.judge(prefer_of=prefer_of)
     state = bench.fit(
       iteration,

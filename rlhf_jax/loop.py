@@ -7,7 +7,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from rlhf_jax import (
   writers,
 )
 from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.train_step import OptimConfig
 
 SEEDS = 2**32  # Number of seeds; the random keys have no more of them.
 
@@ -82,6 +83,7 @@ class RunConfig:
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.
+    export_dtype: Dtype of the exported model; bfloat16 halves its size.
   """
 
   init_from: str = ""
@@ -90,6 +92,7 @@ class RunConfig:
   log_every: int = 1
   eval_every: int = 0
   checkpoint_every: int = 100
+  export_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
 
   def __post_init__(self):
     ranges.check(
@@ -100,6 +103,8 @@ class RunConfig:
     defaults.settle(self)
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
+      if isinstance(settings, OptimConfig) and isinstance(field.default, OptimConfig):
+        _require_optimizer(field.name, settings, field.default, self)
       parts = getattr(settings, "microbatches", 1)
       if not hasattr(settings, "minibatches") and self.batch_size % parts:
         raise ValueError(
@@ -111,9 +116,22 @@ class RunConfig:
     """Refuses settings that lack what a run needs, though each of them is fine."""
 
 
+def _require_optimizer(name: str, given: OptimConfig, default: OptimConfig, config: Any) -> None:
+  """Refuses settings of an optimizer that it does not read, and matrices that are not trained."""
+  try:
+    given.require_read(default)
+  except ValueError as error:
+    raise ValueError(f"{name}.{error}") from error
+  if given.name == "muon" and getattr(config, "lora").rank:  # noqa: B009, methods have it.
+    raise ValueError(
+      f"{name}.name=muon is for the matrices of layers, which adapters leave as they are; choose"
+      " another, or leave lora.rank at 0"
+    )
+
+
 # Settings that may change when a run is continued. Only `steps` changes what the steps compute, if
 # the learning rate is scheduled over them: `fit` then says what becomes of it.
-FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "steps"})
+FREE_SETTINGS = frozenset({"log_every", "eval_every", "checkpoint_every", "export_dtype", "steps"})
 # A run without finite gradients has nothing left to save.
 _MAX_BROKEN_IN_A_ROW = 5
 # A few batches without anything to learn from are normal: pairs tie while right answers are rare.
@@ -163,13 +181,14 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   Raises:
     LockedError: If another run is in the workdir, or the processes do not share it.
   """
-  workdir = workdir_lib.local_path(session.workdir)
+  workdir = workdir_lib.run_folder(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
   looking = nonfinite.looking() if session.replay_step else contextlib.nullcontext()
   with workdir_lib.run_lock(workdir), contextlib.closing(writer), looking:
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
+    processes.agree(lambda: workdir_lib.require_lock(workdir))
     processes.wait()
 
 
@@ -319,7 +338,9 @@ def fit(
   if wanted := run.session.replay_step:
     raise replay.again(run.workdir, run.mesh, wanted, step, state, batches, key)
   with (
-    checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
+    checkpoint.Checkpointer(
+      run.workdir / "checkpoints", run=workdir_lib.identity_digest(run.workdir)
+    ) as saver,
     watch.Watch(
       run.session.grace_seconds, run.session.hang_seconds, lambda: _name_last(saver)
     ) as watcher,

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from rlhf_jax import nonfinite, ranges
 from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
@@ -14,22 +15,29 @@ from rlhf_jax.types import LossFn, Metrics, Params, TrainState, TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW.
+  """Optimizer.
 
   Attributes:
     learning_rate: Peak learning rate.
+    name: Optimizer: a key of rlhf_jax.train_step.OPTIMIZERS. `adamw` holds two moments per param.
+      `adafactor` holds a row and a column per matrix. `lion` holds one moment, and takes a tenth of
+      the learning rate. `muon` holds one moment of the matrices of layers and orthogonalises it;
+      all else gets AdamW.
     schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
       `cosine` decay to 0 at the last step.
     warmup: Fraction of all optimizer steps over which the learning rate rises from 0.
     weight_decay: Decoupled weight decay, on matrices and embeddings only.
-    b1: Decay of the first moment.
-    b2: Decay of the second moment.
-    eps: Constant added to the root of the second moment.
+    b1: Decay of the first moment of AdamW.
+    b2: Decay of the second moment of AdamW.
+    eps: Constant added to the root of the second moment of AdamW.
     max_grad_norm: Maximum global norm of gradients, which are scaled down to it; 0 does not clip.
     mu_dtype: Dtype of the first moment; bfloat16 saves 2 bytes per parameter.
+    max_spike: Maximum norm of a gradient, in medians of the last 128 norms. An optimizer step
+      beyond it is skipped and counted by the metric `spikes`; 0 skips none.
   """
 
   learning_rate: float = 1e-5
+  name: str = "adamw"
   schedule: Literal["constant", "linear", "cosine"] = "cosine"
   warmup: float = 0.05
   weight_decay: float = 0.0
@@ -38,14 +46,25 @@ class OptimConfig:
   eps: float = ranges.rare(1e-8)
   max_grad_norm: float = 1.0
   mu_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
+  max_spike: float = ranges.rare(0.0)
 
   def __post_init__(self):
     ranges.check(
       self,
       positive=("learning_rate", "eps"),
       below_one=("warmup", "b1", "b2"),
-      non_negative=("weight_decay", "max_grad_norm"),
+      non_negative=("weight_decay", "max_grad_norm", "max_spike"),
+      one_of={"name": OPTIMIZERS},
     )
+    if 0 < self.max_spike <= 1:
+      raise ValueError(f"max_spike must be 0 or above 1, got {self.max_spike}")
+
+  def require_read(self, default: "OptimConfig") -> None:
+    """Refuses settings that differ from a default and that the optimizer does not read."""
+    for name in ("b1", "b2", "eps", "mu_dtype"):
+      if name not in OPTIMIZERS[self.name].reads and getattr(self, name) != getattr(default, name):
+        readers = [other for other, of in OPTIMIZERS.items() if name in of.reads]
+        raise ValueError(f"{name} is not read by {self.name}, only by {', '.join(readers)}")
 
 
 def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
@@ -67,30 +86,90 @@ def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimConfig, updates: int, *, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-  """Builds AdamW after a clip by global norm.
+  """Builds the optimizer of `config.name` after a clip by global norm.
 
   Args:
     config: Settings of the optimizer.
     updates: Number of optimizer steps in the run, over which the schedule decays.
     schedule: Learning rate schedule; that of `make_schedule` by default.
   """
-  adamw = optax.adamw(
-    schedule or make_schedule(config, updates),
+  optimizer = OPTIMIZERS[config.name].make(config, schedule or make_schedule(config, updates))
+  clipped = optax.chain(clip_by_norm(config.max_grad_norm or _MAX_NORM), optimizer)
+  return skip_spikes(clipped, config.max_spike) if config.max_spike else clipped
+
+
+# Last names of params with weight decay: matrices and embeddings, learned positions among them.
+_DECAYED = ("kernel", "embedding", "positions", "lora_a", "lora_b")
+
+
+def _decayed(params: Params) -> Params:
+  # Stacked norms and biases are [L, D], so rank does not identify matrices; the last name does.
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
+
+
+def _adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.adamw(
+    schedule,
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,
     mu_dtype=config.mu_dtype,
     weight_decay=config.weight_decay,
-    # Stacked norms and biases are [L, D], so rank does not identify matrices; the last name does.
-    mask=lambda params: jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in _DECAYED, params
-    ),
+    mask=_decayed,
   )
-  return optax.chain(clip_by_norm(config.max_grad_norm or _MAX_NORM), adamw)
 
 
-# Last names of params with weight decay: matrices and embeddings, learned positions among them.
-_DECAYED = ("kernel", "embedding", "positions", "lora_a", "lora_b")
+def _adafactor(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  # Not optax.adafactor, whose weight decay is not multiplied by the learning rate. Updates are not
+  # multiplied by the norm of the params, so that the learning rates of AdamW fit.
+  return optax.chain(
+    optax.scale_by_factored_rms(),
+    optax.clip_by_block_rms(1.0),
+    optax.add_decayed_weights(config.weight_decay, _decayed),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def _lion(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  # The decays of https://arxiv.org/abs/2302.06675, which are not those of AdamW.
+  return optax.lion(
+    schedule, mu_dtype=config.mu_dtype, weight_decay=config.weight_decay, mask=_decayed
+  )
+
+
+def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  def stacked(path: Any, param: jax.Array) -> Any:
+    """Axes of the matrices [..., in, out] of layers; None is left to AdamW."""
+    if path[-1].key != "kernel" or not any(key.key == "layers" for key in path):
+      return None
+    return optax.contrib.MuonDimensionNumbers(param.ndim - 2, param.ndim - 1)
+
+  return optax.contrib.muon(
+    schedule,
+    weight_decay=config.weight_decay,
+    weight_decay_mask=_decayed,
+    mu_dtype=config.mu_dtype,
+    adam_b1=config.b1,
+    adam_b2=config.b2,
+    adam_weight_decay=config.weight_decay,
+    muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(stacked, params),
+    consistent_rms=0.2,  # That of AdamW, so that its learning rates fit: arXiv 2502.16982.
+  )
+
+
+class _Kind(NamedTuple):
+  """Optimizer: `(config, schedule) -> optax transformation`, and the settings it alone may read."""
+
+  make: Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]
+  reads: tuple[str, ...]
+
+
+OPTIMIZERS = {
+  "adamw": _Kind(_adamw, ("b1", "b2", "eps", "mu_dtype")),
+  "adafactor": _Kind(_adafactor, ()),
+  "lion": _Kind(_lion, ("mu_dtype",)),
+  "muon": _Kind(_muon, ("b1", "b2", "mu_dtype")),
+}
 _MAX_NORM = 1e18  # The squares of larger gradients overflow the second moment in float32.
 
 
@@ -116,6 +195,43 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return jax.tree.map(clipped, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
+
+
+_NORMS = 128  # A median of so many follows a drift and does not notice a spike.
+_FEWEST_NORMS = 16
+
+
+class SpikeState(NamedTuple):
+  """State of `skip_spikes`: last norms [128], their number, the last verdict, the inner state."""
+
+  norms: jax.Array
+  count: jax.Array
+  spiked: jax.Array
+  inner: optax.OptState
+
+
+def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+  """Skips the updates of gradients whose norm is above `factor` medians of the last 128 norms.
+
+  Such an update changes neither params nor the inner state. Its norm counts from then on, so that a
+  run whose gradients have grown for good learns on after 64 of them.
+  """
+
+  def init(params: Params) -> SpikeState:
+    zero = jnp.zeros((), jnp.int32)
+    return SpikeState(jnp.zeros(_NORMS), zero, jnp.zeros((), bool), inner.init(params))
+
+  def update(updates: Params, state: Any, params: Params | None = None):
+    norm = global_norm(updates).astype(jnp.float32)
+    kept = jnp.where(jnp.arange(_NORMS) < state.count, state.norms, jnp.nan)
+    spiked = (state.count >= _FEWEST_NORMS) & (norm > factor * jnp.nanmedian(kept))
+    found, after = inner.update(updates, state.inner, params)
+    found = jax.tree.map(lambda x: jnp.where(spiked, jnp.zeros_like(x), x), found)
+    after = jax.tree.map(lambda new, old: jnp.where(spiked, old, new), after, state.inner)
+    norms = state.norms.at[state.count % _NORMS].set(norm)
+    return found, SpikeState(norms, state.count + 1, spiked, after)
+
+  return optax.GradientTransformation(init, update)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -278,6 +394,9 @@ def update(
     lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
   )
   metrics |= {"grad_norm": grad_norm, "skipped_steps": 1.0 - ok}
+  if spikes := optax.tree.get_all_with_path(opt_state, "spiked"):
+    spiked = jnp.stack([spike for _, spike in spikes]).any()
+    metrics["spikes"] = jnp.where(ok & spiked, 1.0, 0.0)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import train_step
+from rlhf_jax import checkpoint, sharding, train_step
 from rlhf_jax.losses import masked
 from rlhf_jax.train_step import OptimConfig
 from tests.testing import compilations
@@ -68,6 +70,49 @@ def assert_same(a, b):
 
 def assert_close(a, b, atol):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
+
+
+def spiky(norms, factor=5.0):
+  """Params after each update by gradients of these norms, and the metric `spikes` of each."""
+  config = OptimConfig(
+    learning_rate=0.1, warmup=0.0, schedule="constant", max_grad_norm=0.0, max_spike=factor
+  )
+  tx = train_step.make_optimizer(config, len(norms))
+
+  def loss(params, batch, key):
+    return jnp.sum(params["kernel"]) * batch[0], {}
+
+  state = train_step.init_state({"kernel": jnp.zeros(1)}, tx)
+  step, params, spikes = train_step.make_train_step(loss, tx), [], []
+  for norm in norms:
+    state, metrics = step(state, jnp.full(1, norm, jnp.float32), jax.random.key(0))
+    params.append(float(state.params["kernel"][0]))
+    spikes.append(float(metrics["spikes"]))
+  return params, spikes
+
+
+def test_a_spike_is_a_step_that_is_left_out():
+  usual = [1.0 + 0.1 * (i % 3) for i in range(30)]
+  params, spikes = spiky([*usual[:20], 100.0, 1e20, *usual[20:]])
+  expected, _ = spiky(usual)
+  np.testing.assert_array_equal(params[:20] + params[22:], expected)
+  assert params[19] == params[20] == params[21]
+  assert spikes == [0.0] * 20 + [1.0, 1.0] + [0.0] * 10
+
+
+@pytest.mark.parametrize(
+  ("norms", "spikes"),
+  [
+    ([1.0] * 10 + [100.0] + [1.0] * 20, 0),  # Too few to tell.
+    ([1.5**i for i in range(40)], 24),
+    ([1.05**i for i in range(40)], 0),
+    ([1.0] * 20 + [4.9] * 5, 0),
+    ([1.0] * 64 + [10.0] * 80, 64),  # They have grown for good.
+    ([1.0] * 20 + [math.nan, 1.0], 0),
+  ],
+)
+def test_spikes_are_counted(norms, spikes):
+  assert sum(spiky(norms)[1]) == spikes
 
 
 @pytest.mark.parametrize("loss_fn", [token_loss, row_loss])
@@ -383,6 +428,77 @@ def test_weight_decay_is_on_matrices_only():
     np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=jax.tree_util.keystr(path))
 
 
+# Name -> bytes of its state, in those of the matrices.
+OPTIMIZERS = {"adamw": 2.0, "adafactor": 0.03, "lion": 1.0, "muon": 1.0}
+
+
+@functools.cache
+def matrices():
+  """Params of one stacked matrix that is the product of two, and of its norm."""
+  rng = np.random.default_rng(0)
+  kernel = 0.1 * rng.normal(size=(2, 128, 128)).astype(np.float32)
+  return {"layers": {"attention": {"q": {"kernel": kernel}}, "norm": {"scale": np.ones((2, 128))}}}
+
+
+@pytest.mark.parametrize("name", train_step.OPTIMIZERS)
+def test_an_optimizer_learns_in_a_state_that_is_split_and_resumes_bitwise(name, tmp_path):
+  config = OptimConfig(1e-2, name, "constant", warmup=0.0, weight_decay=0.01)
+  tx, target = (
+    train_step.make_optimizer(config, 30),
+    np.random.default_rng(1).normal(size=(1, 2, 128)),
+  )
+
+  def loss_fn(params, batch, key):
+    layer = params["layers"]
+    y = layer["norm"]["scale"][None] * jnp.einsum(
+      "lio,bi->blo", layer["attention"]["q"]["kernel"], batch
+    )
+    return jnp.mean(jnp.square(y - target)), {}
+
+  params = jax.tree.map(jnp.float32, matrices())
+  mesh = sharding.make_mesh("fsdp:2,tensor:2,data:2")
+  shapes = jax.eval_shape(lambda: train_step.init_state(params, tx))
+  shardings = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  init = jax.jit(lambda: train_step.init_state(params, tx), out_shardings=shardings)
+  step = train_step.make_train_step(loss_fn, tx, state_shardings=shardings)
+  batch = sharding.place_batch({"x": np.ones((8, 128), np.float32)}, mesh)["x"]
+  state, losses, saved = init(), [], None
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    for i in range(30):
+      if i == 2:
+        ckpt.save(2, {"state": state}, {})
+      state, metrics = step(state, batch, jax.random.key(0))
+      losses.append(float(metrics["loss"]))
+      if i == 3:
+        saved = jax.device_get(state)
+    restored = ckpt.restore({"state": init()}).items["state"]
+  assert losses[-1] < 0.5 * losses[0], losses
+  for _ in range(2):
+    restored, _ = step(restored, batch, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), saved)
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim == 3]
+  assert all(x.sharding.shard_shape(x.shape) == (2, 64, 64) for x in moments)
+  size = sum(x.size for x in jax.tree.leaves(state.opt_state)) / (2 * 128 * 128)
+  assert size == pytest.approx(OPTIMIZERS[name], abs=0.03)
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"name": "adafactor", "b1": 0.8}, "b1 is not read by adafactor, only by adamw, muon"),
+    ({"name": "lion", "b2": 0.8}, "b2 is not read by lion, only by adamw, muon"),
+    ({"name": "muon", "eps": 1e-3}, "eps is not read by muon, only by adamw"),
+    ({"name": "adafactor", "mu_dtype": "bfloat16"}, "mu_dtype is not read by adafactor"),
+  ],
+)
+def test_settings_that_an_optimizer_does_not_read_are_refused(settings, message):
+  # What a script sets by default is not the user's doing.
+  page = OptimConfig(eps=1e-5)
+  OptimConfig(name=settings["name"], eps=1e-5).require_read(page)
+  with pytest.raises(ValueError, match=f"^{message}"):
+    dataclasses.replace(page, **settings).require_read(page)
+
+
 def test_the_first_moment_in_half_the_bytes():
   """A step of Adam is nearly that of moments in float32, and the second one stays as it is."""
   grads = [jax.tree.map(lambda x, s=s: s * jnp.sin(x), init_params()) for s in (1.0, -0.3, 2.0)]
@@ -439,6 +555,7 @@ def test_grad_norm_is_the_one_before_the_clip():
 @pytest.mark.parametrize(
   "settings, word",
   [
+    ({"name": "sgd"}, "name must be one of adamw, adafactor, lion, muon"),
     ({"learning_rate": 0.0}, "learning_rate must be positive"),
     ({"eps": -1.0}, "eps must be positive"),
     ({"warmup": 1.0}, "warmup must be in"),

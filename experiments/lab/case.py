@@ -56,7 +56,7 @@ class Case(NamedTuple):
   @property
   def samples(self) -> bool:
     """True if the script trains on samples of the policy."""
-    return hasattr(self.config, "preference") or hasattr(self.config, "shaping")
+    return any(hasattr(self.config, name) for name in ("preference", "shaping", "teacher"))
 
   @property
   def scored(self) -> int:
@@ -108,7 +108,8 @@ class Case(NamedTuple):
     bench = self.bench
     if options.name and not options.path:
       return None, ()
-    return models.open_model(bench.run, self.config.model, bench.folder, bench.tokenizer, "scalar")
+    opened = bench.run, self.config.model, bench.folder, bench.tokenizer
+    return models.open_model(*opened, "scalar", frozen=True)
 
   def forward(self, model: Model, rows: int, length: int, *, scored: int | None = None) -> float:
     """Returns the FLOPs of a forward pass."""
@@ -272,8 +273,11 @@ def open_case(
   nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
-  model, start = models.open_model(run, config.model, folder, tokenizer, head)
+  frozen = config.lora.rank > 0
+  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+  start = first if frozen else models.freeze(run, config.model, first)
   empty = data.from_examples("prompts", [], [])
   model = model._replace(apply=functools.partial(model.apply, scored=scored_tokens(config)))
-  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder)
+  initial = None if start is first else first
+  bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder, initial=initial)
   return Case(check(mesh), bench, sharding.abstract(shape, sharding.replicated(mesh)))

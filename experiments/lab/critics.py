@@ -44,7 +44,8 @@ class Actor(NamedTuple):
 
   Attributes:
     apply: `(params, tokens, *, segment_ids, last) -> (logits, values)`.
-    params: `{"policy": ..., "value": ...}`, with their adapters.
+    params: `{"policy": ..., "value": ...}`, with their adapters; the trainer takes over all but
+      those of the reference.
   """
 
   apply: Callable[..., Any]
@@ -62,7 +63,7 @@ def first_explained(bench: Workbench) -> dict[str, float]:
 def open_actor(bench: Workbench) -> Actor:
   """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`."""
   run, config = bench.run, bench.config
-  policy = models.add_adapters(run, config.lora, bench.start)
+  policy, frozen = bench.trained(), config.lora.rank > 0
   if config.critic.share_trunk:
     both = models.build_model(run, config.model, bench.model.config, bench.tokenizer, "both")
     head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
@@ -70,9 +71,13 @@ def open_actor(bench: Workbench) -> Actor:
     return Actor(shared_actor_critic(both), {"policy": policy, "value": value})
   if config.reward.paths:
     path = config.reward.paths[0]
-    critic, value = models.open_reward_model(run, path, config.model, bench.tokenizer)
+    critic, value = models.open_reward_model(
+      run, path, config.model, bench.tokenizer, frozen=frozen
+    )
   else:
-    critic, value = models.open_model(run, config.model, bench.folder, bench.tokenizer, "scalar")
+    critic, value = models.open_model(
+      run, config.model, bench.folder, bench.tokenizer, "scalar", frozen=frozen
+    )
     value |= models.create(run, zero_scores, {"score": value["score"]})
   value = models.add_adapters(run, config.lora, value)
   return Actor(actor_critic(bench.model, critic), {"policy": policy, "value": value})
@@ -106,6 +111,7 @@ def make_trainer(
     actor.params,
     optimizer,
     functools.partial(make_step, temperature=config.sampling.temperature),
+    given=(bench.initial, actor.params["value"]),
     updates=updates,
     packed_length=config.rollout.packed_length,
   )

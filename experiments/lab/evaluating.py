@@ -440,6 +440,7 @@ class Judge:
     ref_params: Params of the initial policy.
     prefer: Preference between responses, if they are also compared directly.
     batch_size: Prompts per call of the model; the batch size of training needs no recompilation.
+    export: Function that writes the export of the policy.
   """
 
   def __init__(
@@ -454,14 +455,15 @@ class Judge:
     *,
     prefer: rewards.PreferenceFn | None = None,
     batch_size: int = 128,
+    export: Callable[[Params], None],
   ):
-    self._run, self._model, self._tokenizer, self._prompts = run, model, tokenizer, prompts
+    self._run, self._prompts = run, prompts
     self._compare = None
     if prefer is not None:
       self._compare = heldout_comparer(
         run, model, prompts, tokenizer, sampling, prefer, batch_size=batch_size
       )
-    self._ref_params = ref_params
+    self._ref_params, self._export = ref_params, export
     self._sample = heldout_sampler(
       run,
       model,
@@ -501,7 +503,7 @@ class Judge:
   ) -> dict[str, float]:
     """Exports the trained policy, compares it with the initial policy and writes summary.json."""
     run = self._run
-    models.export(run.workdir / models.EXPORT, params, self._model, self._tokenizer)
+    self._export(params)
     summary = dict(metrics or {})
     if self._prompts.examples:
       after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)

@@ -119,7 +119,8 @@ def _sample(
   if config.shaping.function:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)
     sample_reference = models.make_sampler(model, tokenizer, sampling)
-    ref_params = reshard(models.open_model(run, config.model, reference, tokenizer)[1])
+    _, ref_params = models.open_model(run, config.model, reference, tokenizer, frozen=True)
+    ref_params = reshard(ref_params)
   batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
   wanted, rows = len(prompts.examples) * count, []
   if done:

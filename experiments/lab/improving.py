@@ -66,10 +66,12 @@ def improve(
     )
     if (finished := processes.agree(read)) is not None:
       return finished
-    model, params = models.open_model(run, config.model, start, tokenizer)
+    model, params = models.open_model(
+      run, config.model, start, tokenizer, frozen=config.lora.rank > 0
+    )
     ref_params = params
     if config.rest.kappa:
-      _, ref_params = models.open_model(run, config.model, reference, tokenizer)
+      _, ref_params = models.open_model(run, config.model, reference, tokenizer, frozen=True)
     rate = config.optim.learning_rate * config.learning_rate_decay**index
     slower = dataclasses.replace(
       config, optim=dataclasses.replace(config.optim, learning_rate=rate)

@@ -31,7 +31,8 @@ def require_length(
     config: Config with `model` and `data`, and with `sampling` if prompts are answered.
     folder: Folder of the model; None is a new one.
     read: Data sets that the model reads.
-    answered: Data sets whose prompts it answers; judges in the config read the answers.
+    answered: Data sets whose prompts it answers; judges and a teacher in the config read the
+      answers.
   """
   given = [length for dataset in read for length in _read(config, dataset)]
   sampled = [length for dataset in answered for length in _answered(config, dataset)]
@@ -39,7 +40,7 @@ def require_length(
   judged = [length for length in sampled if length.real]  # Judges read no packed rows.
   reward = getattr(getattr(config, "reward", None), "paths", ())
   judge = getattr(getattr(config, "preference", None), "path", "")
-  for path in (*reward, judge):
+  for path in (*reward, judge, getattr(config, "teacher", "")):
     if path and judged:
       with contextlib.suppress(hf.ModelFolderError):  # Whoever opens a judge says what is wrong.
         folder = models.finished_folder(path)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments import records
 from experiments.records import record
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
-from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets
+from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets, round_matrices
 from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
@@ -37,6 +38,9 @@ class ModelOptions:
     heads: Number of attention heads of a new model.
     mlp_width: Width of the MLPs of a new model.
     dtype: Dtype of the computation; params and optimizer state stay float32.
+    frozen_dtype: Dtype of the matrices of what is not trained: the reference, reward models,
+      judges, teachers, opponents, and the model below adapters. `bfloat16` halves their memory.
+      With --model.dtype=bfloat16 it changes no result.
     precision: Precision of matrix products in float32: those of a float32 model, and scores and
       values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
       `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
@@ -58,6 +62,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
+  frozen_dtype: Literal["float32", "bfloat16"] = "float32"
   precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -106,7 +111,10 @@ def finished_folder(path: str) -> pathlib.Path:
       " or move the other one out"
     )
   if has_run or has_model:
-    return folder / EXPORT if has_run else folder
+    found = folder / EXPORT if has_run else folder
+    if problem := workdir_lib.irregular(found):
+      raise hf.ModelFolderError(f"{found}: {problem}")
+    return found
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
@@ -192,8 +200,19 @@ def open_model(
   folder: pathlib.Path | None,
   tokenizer: data.Tokenizer,
   head: Head = "language",
+  *,
+  frozen: bool = False,
 ) -> tuple[Model, Params]:
-  """Opens a model and its params, created or loaded in place on the mesh of the run."""
+  """Opens a model and its params, created or loaded in place on the mesh of the run.
+
+  Args:
+    run: Opened run.
+    options: Model.
+    folder: Folder of the model; None makes a new one.
+    tokenizer: Tokenizer of the model.
+    head: Head of the model.
+    frozen: True for a model that is not trained, whose dtype is `options.frozen_dtype`.
+  """
   if folder is None and options.preset:
     config = presets.PRESETS[options.preset]
   elif folder is None:
@@ -223,16 +242,23 @@ def open_model(
     remat=options.remat,
   )
   model = build_model(run, options, config, tokenizer, head)
-  key = run.key_for(1)
+  key, dtype = run.key_for(1), options.frozen_dtype if frozen else "float32"
+  init = lambda key: round_matrices(model.init(key), dtype)  # noqa: E731
   if folder is None or sharding.is_absent(run.mesh):
-    return model, create(run, model.init, key)
-  shapes = jax.eval_shape(model.init, key)
+    return model, create(run, init, key)
+  shapes = jax.eval_shape(init, key)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   flat = {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shardings)
+    jax.tree_util.keystr(path, simple=True, separator="/"): (shape.dtype, place)
+    for (path, shape), place in zip(
+      jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+    )
   }
-  place = lambda path, value: sharding.put(value, flat[path])  # noqa: E731
+
+  def place(path: str, value: np.ndarray) -> jax.Array:
+    dtype, sharded = flat[path]
+    return sharding.put(value.astype(dtype, copy=False), sharded)
+
   return model, hf.load_params(folder, model, key=key, place=place)
 
 
@@ -244,7 +270,7 @@ def open_policy(
   if folder is None or hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model")
   require_tokens_of(folder, tokenizer)
-  return open_model(run, options, folder, tokenizer)[1]
+  return open_model(run, options, folder, tokenizer, frozen=True)[1]
 
 
 def require_shapes_of(start: Params, params: Params, given: str) -> None:
@@ -263,24 +289,40 @@ def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
 
 
 def open_scorer(
-  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+  run: loop.Run,
+  path: str,
+  options: ModelOptions,
+  tokenizer: data.Tokenizer,
+  *,
+  frozen: bool = True,
 ) -> tuple[Model, Params, str]:
-  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too."""
+  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too.
+
+  `frozen` is False if it is trained; see `open_model`.
+  """
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "scalar":
     raise hf.ModelFolderError(
       f"{path}: not a reward model; train one with experiments.reward_model"
     )
   require_tokens_of(folder, tokenizer)
-  model, params = open_model(run, options, folder, tokenizer, "scalar")
+  model, params = open_model(run, options, folder, tokenizer, "scalar", frozen=frozen)
   return model, params, hf.scalar_label(folder)
 
 
 def open_reward_model(
-  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+  run: loop.Run,
+  path: str,
+  options: ModelOptions,
+  tokenizer: data.Tokenizer,
+  *,
+  frozen: bool = True,
 ) -> tuple[Model, Params]:
-  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer."""
-  model, params, label = open_scorer(run, path, options, tokenizer)
+  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer.
+
+  `frozen` is False if it is trained; see `open_model`.
+  """
+  model, params, label = open_scorer(run, path, options, tokenizer, frozen=frozen)
   if label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
@@ -289,18 +331,44 @@ def open_reward_model(
   return model, params
 
 
-def create(run: loop.Run, make: Callable[..., Any], *args: Any) -> Any:
-  """Runs `make(*args)` into new buffers placed by `DECODER_RULES`; shapes for absent devices."""
+def judge_shapes(config: Any) -> dict[str, Params]:
+  """Returns the shapes of the models that a config names besides the one that is trained."""
+  named = (getattr(config, name, "") for name in ("teacher", "opponent"))
+  judged = (getattr(getattr(config, name, None), "path", "") for name in ("reward", "preference"))
+  paths = [path for given in (*named, *judged) for path in given.split(",") if path]
+  return {f"{i}": _shapes(config.model, finished_folder(path)) for i, path in enumerate(paths)}
+
+
+def _shapes(options: ModelOptions, folder: pathlib.Path) -> Params:
+  config, head = hf.parse_config(folder)
+  init = build(config, head).init
+  return jax.eval_shape(lambda: round_matrices(init(jax.random.key(0)), options.frozen_dtype))
+
+
+def create(
+  run: loop.Run, make: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
+) -> Any:
+  """Runs `make(*args)` into buffers placed by `DECODER_RULES`; shapes for absent devices.
+
+  The buffers are new, but for those of the arguments numbered in `donate`, which are taken over.
+  """
   shapes = jax.eval_shape(make, *args)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   if sharding.is_absent(run.mesh):
     return sharding.abstract(shapes, shardings)
-  return jax.jit(make, out_shardings=shardings)(*args)
+  return jax.jit(make, out_shardings=shardings, donate_argnums=donate)(*args)
 
 
 def copy(run: loop.Run, params: Params) -> Params:
   """Returns a copy of `params` that survives donation."""
   return create(run, lambda params: jax.tree.map(jnp.copy, params), params)
+
+
+def freeze(run: loop.Run, options: ModelOptions, params: Params) -> Params:
+  """Returns a copy in `options.frozen_dtype`, or the params themselves if they have it."""
+  if options.frozen_dtype == "float32":
+    return params
+  return create(run, lambda params: round_matrices(params, options.frozen_dtype), params)
 
 
 def require_base(config: lora.LoRAConfig, *folders: pathlib.Path | None) -> None:
@@ -400,10 +468,17 @@ def export(
   model: Model,
   tokenizer: data.Tokenizer,
   label: str = "reward",
+  dtype: str = "float32",
 ) -> pathlib.Path:
   """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
-  `label` is the name of the scalar of a judge.
+  Args:
+    folder: Folder to write.
+    params: Params of the model.
+    model: Model.
+    tokenizer: Tokenizer of the model.
+    label: Name of the scalar of a judge.
+    dtype: Dtype of the weights in the folder.
   """
   first, *others = tokenizer.stop_ids
   token_ids: dict[str, int | list[int]] = {
@@ -412,7 +487,10 @@ def export(
   }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
+  processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
-  hf.save_folder(folder, lora.merge(params), model.config, token_ids=token_ids, label=label)
+  hf.save_folder(
+    folder, lora.merge(params), model.config, token_ids=token_ids, label=label, dtype=dtype
+  )
   return folder

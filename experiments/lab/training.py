@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from experiments import records
 from experiments.lab import models
 from rlhf_jax import data, loop, plots, processes, reporting, sharding
 from rlhf_jax.algorithms import epochs, reading
-from rlhf_jax.models import Model, count_params, lora
+from rlhf_jax.models import Model, count_params, lora, round_matrices
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
 from rlhf_jax.types import Params, TrainState
 
@@ -91,6 +92,7 @@ def make_trainer(
   optimizer: Optimizer,
   make_step: Callable[..., Callable[..., Any]],
   *,
+  given: Params = (),
   updates: epochs.UpdateConfig | None = None,
   packed_length: int = 0,
 ) -> Trainer:
@@ -102,12 +104,13 @@ def make_trainer(
     params: Initial params. If there are adapters among them, only the adapters are trained.
     optimizer: Optimizer of the trained params.
     make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config bound.
+    given: Arrays among the params that the state takes over; it copies the others.
     updates: Division of a batch of sampled responses, for packing.
     packed_length: Tokens per packed row of sampled responses; 0 does not pack. With packing
       `make_step` also takes `packed`.
   """
   frozen, trained = lora.split(params)
-  state = models.create(run, lambda params: init_state(params, optimizer.tx), trained)
+  state = _init(run, trained, optimizer.tx, given)
   shardings = jax.tree.map(lambda x: x.sharding, state)
 
   def make(packed: reading.Packing | None = None) -> Callable[..., Any]:
@@ -126,14 +129,42 @@ def make_trainer(
   return Trainer(state, step, frozen, optimizer.learning_rate)
 
 
+def _init(
+  run: loop.Run, params: Params, tx: optax.GradientTransformation, given: Params
+) -> TrainState:
+  """Returns the state before the first step, in the buffers of `given` arrays and in new ones."""
+  leaves, tree = jax.tree.flatten(params)
+  taken = {id(leaf) for leaf in jax.tree.leaves(given)}
+  is_given = [id(leaf) in taken for leaf in leaves]
+
+  def init(kept: list[jax.Array], donated: list[jax.Array]) -> TrainState:
+    sources = {True: iter(donated), False: iter(kept)}
+    return init_state(jax.tree.unflatten(tree, [next(sources[of]) for of in is_given]), tx)
+
+  parts = [[x for x, of in zip(leaves, is_given, strict=True) if of == on] for on in (False, True)]
+  return models.create(run, init, *parts, donate=(1,))
+
+
 def describe(
-  run: loop.Run, title: str, model: Model, trainer: Trainer, rows: Mapping[str, object]
+  run: loop.Run,
+  title: str,
+  model: Model,
+  trainer: Trainer,
+  rows: Mapping[str, object],
+  idle: Mapping[str, Params] = types.MappingProxyType({}),
 ) -> None:
-  """Shows the panel at the start of a run, with further rows."""
+  """Shows the panel at the start of a run, with further rows.
+
+  Args:
+    run: Opened run.
+    title: Title of the panel.
+    model: Model that is trained.
+    trainer: Trainer with the state.
+    rows: Further rows.
+    idle: Params, or their shapes, of models that are not trained, besides those of `trainer`.
+  """
   state, frozen = trainer.state, trainer.frozen
   params = state.params
-  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves((state, frozen)))
-  gradient_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   config = model.config
   experts = ""
   if config.experts:
@@ -151,11 +182,31 @@ def describe(
       "parameters": reporting.human(count_params((params, frozen)))
       + (f", {reporting.human(count_params(params))} of them trained" if frozen else ""),
       "mesh": f"{devices}{' (' + mesh + ')' if mesh else ''}",
-      "memory": f"{reporting.human_bytes(state_bytes + gradient_bytes)} for parameters, gradients"
-      " and optimizer state, activations not counted",
+      "memory": memory_line(state, {"frozen": frozen, **idle}),
       **rows,
     },
   )
+
+
+def memory_line(state: TrainState, idle: Params) -> str:
+  """Memory of the state with its gradients, and of what is not trained, in words.
+
+  Args:
+    state: State of what is trained.
+    idle: Nested dict of the arrays, or shapes, of what is not trained.
+  """
+
+  def size(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  trained = reporting.human_bytes(size((state, state.params)))
+  line = f"{trained} for trained params, gradients and optimizer state"
+  if size(idle):
+    line += f", {reporting.human_bytes(size(idle))} for models that are not trained"
+    half = size(jax.eval_shape(lambda tree: round_matrices(tree, "bfloat16"), idle))
+    if half < size(idle):
+      line += f" ({reporting.human_bytes(half)} with --model.frozen_dtype=bfloat16)"
+  return f"{line}; activations not counted"
 
 
 def step_tokens(config: Any, dataset: data.Dataset) -> str:

@@ -44,9 +44,11 @@ class Workbench(NamedTuple):
     train_set: Rows to train on.
     heldout: Rows to evaluate on; may be empty.
     model: Model to train.
-    start: Initial params, which are the reference; no step donates them.
+    start: Initial params, which are the reference, in `config.model.frozen_dtype`; no step donates
+      them.
     folder: Folder that the params were read from; None for a new model.
     extra: Further data sets by name.
+    initial: Initial params to train, which a trainer takes over; None if they are those of `start`.
   """
 
   run: loop.Run
@@ -58,6 +60,7 @@ class Workbench(NamedTuple):
   start: Params
   folder: pathlib.Path | None
   extra: Mapping[str, data.Dataset] = types.MappingProxyType({})
+  initial: Params | None = None
 
   def batches(self, dataset: data.Dataset | None = None, **options: Any) -> Any:
     """Returns an endless, resumable source of training batches; see `data.batches`."""
@@ -89,9 +92,10 @@ class Workbench(NamedTuple):
     trainer = training.make_trainer(
       self.run,
       self.model.apply,
-      models.add_adapters(self.run, config.lora, self.start),
+      self.trained(),
       training.one_optimizer(config.optim, config.steps, per_step),
       make_step,
+      given=self.initial,
       updates=updates,
       packed_length=0 if updates is None else config.rollout.packed_length,
     )
@@ -99,6 +103,11 @@ class Workbench(NamedTuple):
       for leaf in jax.tree.leaves(self.start):
         leaf.delete()
     return trainer
+
+  def trained(self) -> Params:
+    """Returns the initial params to train, with adapters if there are any."""
+    initial = self.start if self.initial is None else self.initial
+    return models.add_adapters(self.run, self.config.lora, initial)
 
   def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
     """Shows the panel at the start of a run: the sources of model and data, and further rows."""
@@ -111,7 +120,10 @@ class Workbench(NamedTuple):
       lost = f", left out: {dataset.dropped}" if dataset.dropped else ""
       lines[f"{name} data"] = f"{len(dataset.examples)} {dataset.kind}{lost}"
     lines |= {**named, **rates}
-    training.describe(self.run, title, self.model, trainer, lines)
+    idle = models.judge_shapes(self.config)
+    if not (self.config.lora.rank or jax.tree.leaves(self.start)[0].is_deleted()):
+      idle["start"] = self.start
+    training.describe(self.run, title, self.model, trainer, lines, idle)
     given_rows.warn(*sets)
 
   def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
@@ -257,6 +269,7 @@ class Workbench(NamedTuple):
       self.start,
       prefer=None if prefer_of is None else prefer_of(prompts),
       batch_size=batch_size,
+      export=self.export,
     )
 
   def fit(
@@ -309,7 +322,8 @@ class Workbench(NamedTuple):
 
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
-    models.export(self.run.workdir / models.EXPORT, params, self.model, self.tokenizer, label)
+    dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
+    models.export(folder, params, self.model, self.tokenizer, label, dtype)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""
@@ -370,11 +384,16 @@ def open(
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
-    model, start = models.open_model(run, config.model, folder, tokenizer, head)
+    # Params below adapters are not trained.
+    frozen = config.lora.rank > 0
+    model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+    start = first if frozen else models.freeze(run, config.model, first)
     # Losses of given responses compute no logits of prompts.
     scored = scored_tokens(config, [train_set, *further.values()])
     model = model._replace(apply=functools.partial(model.apply, scored=scored))
-    yield Workbench(run, config, tokenizer, train_set, heldout, model, start, folder, further)
+    sets = train_set, heldout
+    initial = None if start is first else first
+    yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial)
     save_flags(run, config)  # A continued run may have been given more steps.
 
 

@@ -10,6 +10,7 @@ Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx
 | `k3`              | e^-l - 1 + l  | KL, >= 0    | that of KL(ref || pi) at this token            |
 | `reverse_kl_loss` | l             | KL          | that of KL(pi || ref) of the whole response    |
 | `full_kl`         | sum over V    | exact KL    | of either side, at this token                  |
+| `full_jsd`        | sum over V    | exact JSD   | of either side, at this token                  |
 
 "At this token" takes the tokens before it as given. A token also changes the distribution of later
 tokens. Only `reverse_kl_loss` accounts for this, and so does `k1` inside the reward of a policy
@@ -25,6 +26,8 @@ from rlhf_jax.losses import masked
 
 # exp(89) overflows float32.
 _MAX_LOG_RATIO = 80.0
+# Logarithm of a probability that is 0 in float32 and in float64.
+_LOG_ZERO = -1e4
 
 
 @masked.elementwise
@@ -118,3 +121,30 @@ def full_kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
   # Both may be -inf where probs is 0, and -inf - (-inf) is NaN.
   log_ratio = jnp.where(probs > 0, logprobs - ref_logprobs, 0.0)
   return jnp.where(fine & ref_fine, jnp.sum(probs * log_ratio, axis=-1), jnp.nan)
+
+
+def full_jsd(logits: jax.Array, ref_logits: jax.Array, *, weight: float = 0.5) -> jax.Array:
+  """Exact generalised Jensen-Shannon divergence between the next-token distributions.
+
+  With p of the first logits, q of the second and `m = weight p + (1 - weight) q`, it is
+  `weight KL(p || m) + (1 - weight) KL(q || m)`, equation 1 of https://arxiv.org/abs/2306.13649.
+  Divided by its weight it tends to KL(p || q) for a weight near 0. Divided by one minus its weight
+  it tends to KL(q || p) for a weight near 1.
+
+  Args:
+    logits: [..., V] logits of the first distribution; an entry of -inf has probability 0.
+    ref_logits: [..., V] logits of the second distribution.
+    weight: Weight of the first distribution in the mixture, between 0 and 1.
+
+  Returns:
+    [...] nats, >= 0 up to rounding, and at most log 2.
+  """
+  chex.assert_equal_shape([logits, ref_logits])
+  (logits, fine), (ref_logits, ref_fine) = map(logprobs_lib.shifted, (logits, ref_logits))
+  # Where both are -inf, so would be the mixture, whose gradient is undefined.
+  sides = [jnp.maximum(jax.nn.log_softmax(x), _LOG_ZERO) for x in (logits, ref_logits)]
+  weights = (weight, 1 - weight)
+  shares = [jnp.log(w) + side for w, side in zip(weights, sides, strict=True)]
+  mixture = jnp.logaddexp(*shares)
+  terms = [w * jnp.exp(x) * (x - mixture) for w, x in zip(weights, sides, strict=True)]
+  return jnp.where(fine & ref_fine, jnp.sum(sum(terms), axis=-1), jnp.nan)

@@ -1,6 +1,13 @@
 """Model definitions and Hugging Face folders. The only package that imports flax."""
 
-from rlhf_jax.models.build import Model, actor_critic, build, count_params, shared_actor_critic
+from rlhf_jax.models.build import (
+  Model,
+  actor_critic,
+  build,
+  count_params,
+  round_matrices,
+  shared_actor_critic,
+)
 from rlhf_jax.models.heads import shift_scores, zero_scores
 from rlhf_jax.models.transformer import ModelConfig
 
@@ -10,6 +17,7 @@ __all__ = [
   "actor_critic",
   "build",
   "count_params",
+  "round_matrices",
   "shared_actor_critic",
   "shift_scores",
   "zero_scores",

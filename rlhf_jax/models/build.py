@@ -292,12 +292,7 @@ def build(
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(config.layers))
 
   def prepare(params: Params) -> Params:
-    def cast(path, leaf: jax.Array) -> jax.Array:
-      *_, group, name = (key.key for key in path)
-      is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
-      return leaf.astype(compute) if is_rounded else leaf
-
-    params = jax.tree_util.tree_map_with_path(cast, params)
+    params = round_matrices(params, compute)
     return params | {"layers": cut(params["layers"])} if unroll > 1 else params
 
   def decode(
@@ -343,6 +338,20 @@ def build(
     return logits, Cache(k, v, stored, cache.index + length)
 
   return Model(config, init, apply, Decode(decode, prepare), init_cache)
+
+
+def round_matrices(params: Params, dtype: Any) -> Params:
+  """Casts the matrices and embeddings, which a model rounds to its computation dtype anyway.
+
+  Norms, biases, adapters and scalar heads, which are computed in float32, keep their dtype.
+  """
+
+  def cast(path, leaf: jax.Array) -> jax.Array:
+    *_, group, name = (key.key for key in path)
+    is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
+    return leaf.astype(dtype) if is_rounded else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def count_params(params: Params) -> int:

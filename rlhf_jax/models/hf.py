@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import processes, sharding, workdir
 from rlhf_jax.models.build import Model
 from rlhf_jax.models.families import FAMILIES, REQUIRED, Family, Head
 from rlhf_jax.models.transformer import ModelConfig, RopeScaling
@@ -249,6 +249,8 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
   """
   path = pathlib.Path(path)
   path = path / "config.json" if path.is_dir() else path
+  if problem := workdir.irregular(path.parent):
+    raise _refuse(path.parent, problem)
   try:
     raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
   except FileNotFoundError:
@@ -607,10 +609,13 @@ def config_json(
   return raw
 
 
-def _named_tensors(params: Params, tensors: list[_Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+def _named_tensors(
+  params: Params, tensors: list[_Tensor], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
   for tensor in tensors:
     parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
     value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    value = value.astype(dtype, copy=False)
     for i in np.ndindex(value.shape[: tensor.stacked]):
       part = value[i]
       yield tensor.name.format(*i), np.ascontiguousarray(part.T if tensor.transpose else part)
@@ -623,6 +628,7 @@ def save_folder(
   *,
   token_ids: Mapping[str, int | list[int]],
   label: str = "reward",
+  dtype: str = "float32",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
@@ -635,6 +641,7 @@ def save_folder(
     config: Architecture of the model.
     token_ids: `bos_token_id`, `eos_token_id` (one or a list), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
+    dtype: Dtype of the weights in the folder.
     shard_bytes: Maximum size of one file.
 
   Raises:
@@ -642,8 +649,8 @@ def save_folder(
   """
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
-  described = config_json(config, head, token_ids, label)
-  named = _named_tensors(params, _tensors(FAMILIES[config.family], params))
+  described = config_json(config, head, token_ids, label) | {"torch_dtype": dtype}
+  named = _named_tensors(params, _tensors(FAMILIES[config.family], params), jnp.dtype(dtype))
   if not processes.is_first():
     for _ in named:  # Gathering the tensors needs every process.
       pass
@@ -665,12 +672,12 @@ def save_folder(
     size += value.nbytes
   metadata = {"format": "pt"}
   if len(shards) == 1:
-    safetensors.numpy.save_file(shards[0], folder / "model.safetensors", metadata)
+    _save_tensors(folder / "model.safetensors", shards[0], metadata)
   else:
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
       file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-      safetensors.numpy.save_file(shard, folder / file, metadata)
+      _save_tensors(folder / file, shard, metadata)
       weight_map |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -678,6 +685,13 @@ def save_folder(
   # Written last: a folder with a config.json is complete.
   _write_json(folder / "generation_config.json", dict(token_ids))
   _write_json(folder / "config.json", described)
+
+
+def _save_tensors(
+  path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+  safetensors.numpy.save_file(tensors, path, metadata)
+  workdir.follow_umask(path)  # The library lets only the owner read it.
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

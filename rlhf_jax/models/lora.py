@@ -129,11 +129,14 @@ def split(params: Params) -> tuple[Params, Params]:
 def _merge_kernel(layer: dict[str, jax.Array]) -> jax.Array:
   a, b, kernel = layer["lora_a"], layer["lora_b"], layer["kernel"]
   change = jnp.einsum("lir,lro->lio", a, b, precision="highest")
-  return (kernel + layer["lora_scale"][:, None, None] * change).astype(kernel.dtype)
+  return kernel + layer["lora_scale"][:, None, None] * change
 
 
 def merge(params: Params) -> Params:
-  """Merges adapters into the weights: `W + alpha / rank * A B` in place of W."""
+  """Merges adapters into the weights: `W + alpha / rank * A B` in place of W.
+
+  The result has the dtype of the adapters if that of W has fewer bits.
+  """
   if "lora_a" in params:
     rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
     return rest | {"kernel": _merge_kernel(params)}

@@ -49,6 +49,7 @@ DEFAULTS = {
     "microbatches": 1,
   },
   "epochs.UpdateConfig": UPDATES,
+  "gkd.GKDConfig": {"divergence": "jsd", "mix": 0.5, "student_share": 1.0, "microbatches": 1},
   "groups.GroupConfig": GROUPS,
   "grpo.GRPOConfig": GROUPS,
   "gspo.GSPOConfig": GROUPS  # arXiv 2507.18071.

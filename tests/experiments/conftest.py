@@ -1,5 +1,6 @@
 """Small runs of the scripts, each in a process of its own, shared by the tests of this folder."""
 
+import dataclasses
 import os
 import pathlib
 import runpy
@@ -11,10 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import filelock
+import jax
 import pytest
 
+from rlhf_jax import data, simulation
+from rlhf_jax.models import build, hf
 from tests.experiments.small_runs import small
-from tests.testing import forked, start
+from tests.testing import TINY_MODEL, forked, start
 
 
 def _main(module: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
@@ -177,6 +181,21 @@ def reward_run(shared_run, sft_run) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def preference_run(shared_run, sft_run) -> pathlib.Path:
   return shared_run("preference_model", "preference_model", f"--init_from={sft_run}")
+
+
+@pytest.fixture(scope="session")
+def teacher_run(shared_root) -> pathlib.Path:
+  """Folder of a language model with the tokenizer of the built-in task and another size."""
+  folder = shared_root / "teacher"
+  with filelock.FileLock(shared_root / "teacher.lock"):
+    if not (folder / "config.json").exists():
+      tokenizer = data.word_level_tokenizer(simulation.WORDS)
+      config = dataclasses.replace(TINY_MODEL, vocab_size=tokenizer.vocab_size + 3)
+      params = jax.jit(build(config).init)(jax.random.key(0))
+      tokenizer.save(folder)
+      ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+      hf.save_folder(folder, params, config, token_ids=ids)
+  return folder
 
 
 @pytest.fixture

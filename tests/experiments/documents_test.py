@@ -179,7 +179,7 @@ GROUPS = {
     "gspo",
     "cispo",
   },
-  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest", "gkd"},
 }
 
 

@@ -16,7 +16,7 @@ from experiments import evaluate, generate
 from experiments.lab import plans
 from launch.space import load_space
 from rlhf_jax import loop, writers
-from rlhf_jax.data import DataConfig
+from rlhf_jax.data import DataConfig, word_level_tokenizer
 from rlhf_jax.generation import SamplingConfig
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
 from tests.testing import full, read_configs, refusal, wait_for
@@ -25,12 +25,12 @@ STEPS = 6
 
 
 @pytest.fixture(scope="session")
-def flags_of(sft_run, reward_run):
+def flags_of(sft_run, reward_run, teacher_run):
   """`flags_of(script)`: flags that put a training script behind those before it."""
 
   def flags(script) -> list[str]:
     given = [f"--steps={STEPS}", "--checkpoint_every=3", "--log_every=1"]
-    runs = {"reward": reward_run, "sft": sft_run}
+    runs = {"reward": reward_run, "sft": sft_run, "teacher": teacher_run}
     given += [word.format(**runs) for word in SETTINGS.get(script, ())]
     if script != "sft":
       given.append(f"--init_from={sft_run}")
@@ -40,6 +40,13 @@ def flags_of(sft_run, reward_run):
     return given
 
   return flags
+
+
+def saved_3(walked):
+  """Returns whether a folder, as `os.walk` gives it, is that of a run whose third step is saved."""
+  folder, _, files = walked
+  path = pathlib.Path(folder, "checkpoints.json")
+  return path.name in files and json.loads(path.read_text())["newest"] == 3
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +71,7 @@ def whole(shared_root, shared_run, flags_of):
       if step == 4 and not copy.exists():
         # The checkpoint is written while the run goes on.
         # Folders may go while they are searched, which `os.walk` does not mind.
-        wait_for(lambda: any("3.digest.json" in x for *_, x in os.walk(shared_root / name)), 60)
+        wait_for(lambda: any(map(saved_3, os.walk(shared_root / name))), 60)
         shutil.copytree(shared_root / name, copy)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -194,6 +201,29 @@ def test_kto_on_pairs_as_single_responses(whole):
   assert rows[0]["loss"] == pytest.approx(0.5, abs=1e-4)  # It starts as the reference.
   summary = json.loads((whole("kto") / "summary.json").read_text())
   assert {"eval/loss", "eval/reward/chosen", "gold/win_rate", "kl"} <= summary.keys()
+
+
+def test_a_student_learns_on_samples_of_either(whole):
+  rows = lines_of(whole("gkd"))
+  assert {row["student_share"] for row in rows} == {0.0, 1.0}
+  assert all("gold_reward/mean" in row for row in rows if row["student_share"])
+  assert rows[-1]["kl/teacher"] > 0
+  summary = json.loads((whole("gkd") / "summary.json").read_text())
+  assert {"gold/mean", "gold/mean_teacher", "gold/win_rate", "kl"} <= summary.keys()
+
+
+def test_a_model_that_cannot_teach_is_refused(tmp_path, sft_run, reward_run, teacher_run):
+  other = tmp_path / "other"
+  shutil.copytree(teacher_run, other)
+  word_level_tokenizer(["of", "another", "vocabulary"]).save(other)
+  for folder, words in (
+    (reward_run, "not a language model"),
+    (other, "its vocabulary is not that of the student"),
+  ):
+    flags = (f"--init_from={sft_run}", f"--teacher={folder}", "--data.rows=64")
+    code, message = refusal("gkd", f"--workdir={tmp_path / folder.name}_student", *flags)
+    assert code == 78
+    assert words in message
 
 
 def test_a_judge_is_exported_with_a_scalar_head(whole):
@@ -339,6 +369,9 @@ BAD_FLAGS = [
   (("sft", "--steps=0"), 64, "--steps must be at least 1"),
   (("sft", "--optim.learning_rate=nan"), 64, "--optim.learning_rate=nan: must be a finite number"),
   (("sft", "--optim.learning_rate=-1"), 64, "--optim.learning_rate"),
+  (("sft", "--optim.name=sgd"), 64, "--optim.name must be one of adamw"),
+  (("sft", "--optim.name=lion", "--optim.b1=0.8"), 64, "--optim.b1 is not read by lion"),
+  (("sft", START, "--optim.name=muon", "--lora.rank=2"), 64, "--optim.name=muon is for the"),
   (("sft", "stray"), 64, "stray"),
   (("sft", "--init_from=nowhere"), 78, "nowhere"),
   (("sft", "--init_from=any", "--model.preset=llama3_8b"), 64, "--model.preset"),
@@ -404,6 +437,9 @@ BAD_FLAGS = [
   (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
   (("online_dpo", PANEL, "--shaping.function=par"), 64, "--shaping.function must be empty"),
   (("online_dpo", GOLD, "--online.pick=best"), 64, "--online.pick must be one of"),
+  (("gkd", START), 64, "--teacher is needed"),
+  (("gkd", "--teacher=x"), 64, "--init_from is needed"),
+  (("gkd", "--teacher=x", "--gkd.divergence=kl"), 64, "--gkd.divergence must be one of"),
   (("rest", GOLD), 64, "--init_from"),
   (("rest", GOLD, "--rest.quantiles=0.9,0.99", "--prompts=16"), 64, "rest.quantiles"),
   (("rest", GOLD, "--rest.keep=all"), 64, "--rest.keep must be one of"),

@@ -173,6 +173,47 @@ def test_full_kl_of_tokens_that_cannot_be():
   assert kl.full_kl(LOGITS, cut) == np.inf
 
 
+def jensen_shannon(p, q, weight):
+  """Equation 1 of arXiv 2306.13649."""
+  m = weight * p + (1 - weight) * q
+  return weight * divergence(p, m) + (1 - weight) * divergence(q, m)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_full_jsd_with_gradients(name, weight):
+  ref_logits = REFERENCES[name]
+  value, grads = jax.value_and_grad(kl.full_jsd, (0, 1))(LOGITS, ref_logits, weight=weight)
+  sides = [softmax(LOGITS), softmax(ref_logits)]
+  np.testing.assert_allclose(value, jensen_shannon(*sides, weight), rtol=1e-5)
+  m = weight * sides[0] + (1 - weight) * sides[1]
+  for grad, side, share in zip(grads, sides, (weight, 1 - weight), strict=True):
+    # Of the mixture only the side itself has a gradient: the others sum to that of 1.
+    want = share * side * (np.log(side / m) - divergence(side, m))
+    np.testing.assert_allclose(grad, want, atol=1e-6)
+    assert np.abs(want).max() > 1e-3
+
+
+def test_full_jsd_tends_to_both_kls():
+  p, q = softmax(LOGITS), softmax(REFERENCES["other"])
+  ends = [(1e-3, divergence(p, q)), (1 - 1e-3, divergence(q, p))]
+  for weight, want in ends:
+    value = kl.full_jsd(LOGITS, REFERENCES["other"], weight=weight) / min(weight, 1 - weight)
+    np.testing.assert_allclose(value, want, rtol=5e-3)
+
+
+def test_full_jsd_of_tokens_that_cannot_be():
+  cut, other = np.float32([[0.3, -np.inf, 0.5, -np.inf], [0.1, 0.2, -np.inf, -np.inf]])
+  value, grads = jax.value_and_grad(kl.full_jsd, (0, 1))(cut, other, weight=0.3)
+  p, q = softmax(cut), softmax(other)
+  m = 0.3 * p + 0.7 * q
+  want = 0.3 * divergence(p[[0, 2]], m[[0, 2]]) + 0.7 * divergence(q[:2], m[:2])
+  np.testing.assert_allclose(value, want, rtol=1e-5)
+  assert np.isfinite(grads).all()
+  assert 0 < kl.full_jsd(np.float32([0, -np.inf]), np.float32([-np.inf, 0])) <= np.log(2) + 1e-6
+  np.testing.assert_allclose(kl.full_jsd(cut, cut), 0.0, atol=1e-7)
+
+
 @pytest.mark.parametrize("log_ratio", [-200.0, -90.0, 90.0, 200.0])
 @pytest.mark.parametrize("estimator", [kl.k1, kl.k2, kl.k3])
 def test_extreme_ratios_are_finite(estimator, log_ratio):
@@ -201,7 +242,7 @@ def test_k3_keeps_small_values():
   np.testing.assert_allclose(kl.k3(small, np.zeros(2, np.float32)), want, rtol=1e-3)
 
 
-@pytest.mark.parametrize("estimator", [kl.k1, kl.k2, kl.k3, kl.full_kl])
+@pytest.mark.parametrize("estimator", [kl.k1, kl.k2, kl.k3, kl.full_kl, kl.full_jsd])
 def test_bad_shapes_are_refused(estimator):
   with pytest.raises(AssertionError):
     estimator(jnp.zeros((3, 4)), jnp.zeros(4))
@@ -215,9 +256,14 @@ def full_kl(mask, logits, ref_logits):
   return masked.masked_mean(kl.full_kl(logits, ref_logits), mask)
 
 
+def full_jsd(mask, logits, ref_logits, *, weight):
+  return masked.masked_mean(kl.full_jsd(logits, ref_logits, weight=weight), mask)
+
+
 CASES = {name: per_token(getattr(kl, name), 2) for name in ("k1", "k2", "k3")} | {
   "reverse_kl_loss": Case(reverse_kl, ((B, T),) * 2),
   "full_kl": Case(full_kl, ((B, T, V),) * 2),
+  "full_jsd": Case(full_jsd, ((B, T, V),) * 2, hyper={"weight": 0.3}),
 }
 
 

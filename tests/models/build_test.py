@@ -13,7 +13,14 @@ from flax import nnx
 
 from rlhf_jax import hlo, sharding
 from rlhf_jax.losses.logprobs import over_tokens
-from rlhf_jax.models import ModelConfig, build, count_params, shift_scores, zero_scores
+from rlhf_jax.models import (
+  ModelConfig,
+  build,
+  count_params,
+  round_matrices,
+  shift_scores,
+  zero_scores,
+)
 from rlhf_jax.models.attention import dense_attention
 from rlhf_jax.models.build import actor_critic, segment_positions, shared_actor_critic
 from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequencies
@@ -620,3 +627,17 @@ def test_on_a_mesh_weights_come_to_the_rows():
   assert sent["all-gather"]["bytes"] == 6 * 2 * kernels * 7 / 8  # Forward and backward.
   assert sent["all-reduce"]["bytes"] == 6 * 2 * sum(jax.tree.leaves(layer)) * 7 / 8
   assert "all-gather" not in sent_by_layers(build(config))  # What the mesh is for.
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_rounded_matrices_change_no_result_in_bfloat16(name):
+  config = dataclasses.replace(FAMILY_MODELS[name], dtype="bfloat16")
+  model = compiled(config, "both")
+  params = model.init(jax.random.key(0))
+  rounded = round_matrices(params, "bfloat16")
+  assert rounded["score"]["kernel"].dtype == rounded["final_norm"]["scale"].dtype == jnp.float32
+  sizes = [sum(x.nbytes for x in jax.tree.leaves(tree)) for tree in (params, rounded)]
+  assert sizes[1] < 0.6 * sizes[0]
+  tokens = np.random.default_rng(0).integers(0, config.vocab_size, SHAPE).astype(np.int32)
+  want, got = (model.apply(of, tokens) for of in (params, rounded))
+  jax.tree.map(np.testing.assert_array_equal, got, want)

@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.lab import training
-from rlhf_jax.algorithms import sft
+from experiments.lab import critics, training
+from rlhf_jax.algorithms import ppo, sft
 from rlhf_jax.algorithms.sft import SFTConfig
-from rlhf_jax.models import lora
+from rlhf_jax.models import lora, round_matrices
 from rlhf_jax.train_step import OptimConfig
+from rlhf_jax.types import TrainState
 
 
 def test_a_policy_that_waits_is_left_bitwise():
@@ -96,3 +97,67 @@ def test_the_next_command_starts_from_what_this_one_started_from(script, open_be
   kind = {"reward_model": "preferences", "sft": "demonstrations"}[script]
   bench = open_bench(script, kind, f"--init_from={sft_run}")
   assert bench.start_of("runs/x") == ["--workdir=runs/x", f"--init_from={sft_run}"]
+
+
+def dtypes(params):
+  """Dtypes of the leaves, apart for matrices and for what is no matrix."""
+  found = {True: set(), False: set()}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    names = [key.key for key in path]
+    is_matrix = names[-1] in ("kernel", "embedding") and "score" not in names
+    found[is_matrix].add(str(leaf.dtype))
+  return found
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_what_is_not_trained_has_a_dtype_of_its_own(script, rank, open_bench, monkeypatch):
+  monkeypatch.setattr("experiments.lab.models.require_base", lambda *args: None)  # A new model.
+  kind = "demonstrations" if script == "sft" else "prompts"
+  judge = [] if script == "sft" else ["--reward.name=gold"]
+  frozen = "--model.frozen_dtype=bfloat16"
+  bench = open_bench(script, kind, frozen, f"--lora.rank={rank}", *judge)
+  start = jax.device_get(bench.start)
+  assert dtypes(start) == {True: {"bfloat16"}, False: {"float32"}}
+  if script == "sft":
+    make_step = functools.partial(sft.make_sft_step, config=SFTConfig())
+    trainer = bench.trainer(make_step)
+    parts = [(trainer.state.params, trainer.frozen)]
+  else:
+    actor = critics.open_actor(bench)
+    make_step = functools.partial(ppo.make_ppo_step, config=bench.config.ppo)
+    trainer = critics.make_trainer(bench, actor, make_step, bench.config.ppo)
+    given = jax.tree.leaves(lora.split(actor.params["value"])[1])
+    assert all(x.is_deleted() for x in given), "the critic is in memory twice"
+    names = ("policy", "value")
+    parts = [(trainer.state.params[n], trainer.frozen.get(n, {})) for n in names]
+  for trained, below in parts:
+    assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {"float32"}
+    if rank:
+      assert dtypes(below) == {True: {"bfloat16"}, False: {"float32"}}
+  if not rank:
+    first = trainer.state.params if script == "sft" else trainer.state.params["policy"]
+    rounded = round_matrices(jax.device_get(first), "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, rounded, start)
+    assert all(x.is_deleted() for x in jax.tree.leaves(bench.initial)), "the start is there twice"
+  jax.tree.map(np.testing.assert_array_equal, bench.start, start)
+
+
+def test_the_panel_counts_what_is_not_trained():
+  shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32)  # noqa: E731
+  trained = {"w": {"kernel": shape(1024, 256)}}  # 1 MiB, four times with gradient and moments.
+  state = TrainState(shape(), trained, {"mu": trained, "nu": trained})
+  words = "4.00 MiB for trained params, gradients and optimizer state"
+  end = "; activations not counted"
+  assert training.memory_line(state, {"frozen": {}}) == words + end
+  reference = {"start": trained, "norm": {"scale": shape(1024)}}
+  more = ", 1.00 MiB for models that are not trained"
+  half = " (516.00 KiB with --model.frozen_dtype=bfloat16)"
+  assert training.memory_line(state, reference) == words + more + half + end
+  rounded = jax.eval_shape(
+    lambda: round_matrices(jax.tree.map(lambda x: jnp.zeros(x.shape), reference), "bfloat16")
+  )
+  assert (
+    training.memory_line(state, rounded)
+    == f"{words}, 516.00 KiB for models that are not trained{end}"
+  )

@@ -343,6 +343,27 @@ def test_sft_on_a_mesh_of_eight_devices(tmp_path, start_here):
 
 
 GOLD, PANEL = "--reward.name=gold", "--preference.name=panel"
+
+
+@full
+@pytest.mark.parametrize(
+  ("script", "flags"),
+  [("ppo", ("--dense.path={dpo}", "--dense.scale=1", "--reward.name=sentences")), ("p3o", (GOLD,))],
+)
+def test_rewards_with_parts_and_pairs_on_a_mesh(
+  script, flags, tmp_path, start_here, whole, sft_run
+):
+  flags = [flag.format(dpo=whole("dpo")) for flag in flags]
+  flags += [f"--init_from={sft_run}", "--steps=3", "--rollout.packed_length=64", "--log_every=1"]
+  rows = []
+  for mesh, devices in (("data:1", 1), ("data:4", 4)):
+    start_here(script, tmp_path / str(devices), *flags, f"--mesh={mesh}", devices=devices)
+    rows.append(lines_of(tmp_path / str(devices)))
+  for name in ("reward/mean", "kl/ref", "loss", "grad_norm"):
+    one, many = ([row[name] for row in of] for of in rows)
+    np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 START = "--init_from={sft}"
 BAD_FLAGS = [
   (("sft", "--steps=0"), 64, "--steps must be at least 1"),
@@ -392,9 +413,9 @@ BAD_FLAGS = [
   ),
   (("p3o", GOLD, "--sampling.samples_per_prompt=3", "--batch_size=4"), 64, "must be even"),
   (("p3o", GOLD, "--rollout.importance_cap=2"), 64, "--rollout.importance_cap weighs tokens"),
-  (("p3o", GOLD, "--p3o.minibatches=5"), 64, "minibatches"),
+  (("p3o", GOLD, "--p3o.minibatches=5"), 64, "--batch_size 32 * 1 does not split into 5"),
   (("pf_ppo", GOLD, "--pf_ppo.keep=worst"), 64, "--pf_ppo.keep=worst: must be one of best_worst"),
-  (("pf_ppo", GOLD, "--pf_ppo.minibatches=3"), 64, "32 * 2 selected responses does not split"),
+  (("pf_ppo", GOLD, "--pf_ppo.minibatches=3"), 64, "--batch_size 32 * 2 does not split"),
   (("pf_ppo", GOLD, "--sampling.samples_per_prompt=1"), 64, "--sampling.samples_per_prompt must"),
   (("ppo", GOLD, "--dense.scale=0"), 64, "--dense.scale must be positive"),
   (("ppo", GOLD, START, "--dense.path=nowhere"), 78, "nowhere"),

@@ -160,7 +160,9 @@ def test_a_policy_gradient_starts_at_the_reference(script, whole):
   names = {"reward/mean", "kl/ref", "entropy", "eos_fraction", "response_length/mean", "lr"}
   assert names <= rows[-1].keys()
   summary = json.loads((whole(script) / "summary.json").read_text())
-  assert {"kl", "gold/mean", "gold/win_rate", "reward/mean"} <= summary.keys()
+  by_pairs = any(word.startswith("--preference.") for word in SETTINGS.get(script, ()))
+  judged = "preference/win_rate" if by_pairs else "reward/mean"
+  assert {"kl", "gold/mean", "gold/win_rate", judged} <= summary.keys()
 
 
 def test_the_critic_of_ppo_max_learns_before_the_policy(whole):

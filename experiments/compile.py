@@ -121,7 +121,7 @@ def script_of(name: str) -> Any:
   try:
     return plans.script_of(name)
   except ValueError as error:
-    sys.stderr.write(f"--{error}\n")
+    sys.stderr.write(reporting.escape(f"--{error}") + "\n")
     sys.exit(flags.EX_USAGE)
 
 

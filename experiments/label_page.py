@@ -3,8 +3,9 @@ r"""Labels responses on a page in the browser, for several people at once.
   python -m experiments.label_page --workdir=runs/hand --annotator=ada \
     --data.path=PAIRS.jsonl
 
-The page can be opened from this machine only and needs no network. It needs
-`pip install 'rlhf_jax[annotate]'`. Each person labels under a different name.
+The address of the page, with its token, is shown at the start. It can be opened from
+this machine only and needs no network. It needs `pip install 'rlhf_jax[annotate]'`.
+Each person labels under a different name.
 The keys are a, b, t (tie), s (skip) and u (undo). More than two responses are
 ranked by their numbers, from the best to the worst. Ctrl-C ends the page.
 
@@ -47,7 +48,7 @@ def label(session: loop.Session, config: Config) -> dict[str, Any]:
   with loop.open_run(session) as run:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)
-    page.serve(store, items, config.annotator, config.port)
+    page.serve(store, items, config.annotator, config.port, page.read_token(run.workdir))
     return labels.report(run, items, store)
 
 

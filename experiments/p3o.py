@@ -66,7 +66,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "p3o", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("P3O", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("P3O", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 

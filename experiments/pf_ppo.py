@@ -66,7 +66,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PF-PPO", trainer, reward=config.reward.path or config.reward.name)
+    bench.describe("PF-PPO", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
@@ -91,7 +91,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="pf_ppo",
     )
-    return judge.finish(policy_of(state), config.steps, "PF-PPO")
+    return judge.finish(policy_of(state), config.steps, "PF-PPO", critics.first_explained(bench))
 
 
 def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.Trainer:

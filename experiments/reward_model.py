@@ -8,6 +8,7 @@ Your model and data (rows with prompt, chosen, rejected; rlhf_jax/data/schema.py
 A row may rank a list of responses: each response is scored once, and the loss is over all pairs of
 the prompt. Votes of several annotators on two responses become pairs; see --data.votes and
 --data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
+With --data.share_prompts a long prompt is run once for both responses of a pair.
 The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
 the scores are centred: their mean over --data.eval_rows training rows is 0.
 --data.group=COLUMN adds the accuracy by language, source or annotator, and that of the worst group.

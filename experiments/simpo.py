@@ -12,7 +12,8 @@ By CPO:
 
 Settings that are not given are those of the paper of each loss.
 
-With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding.
+With --data.packed_length a row holds as many pairs as fit, instead of one pair and padding. With
+--data.share_prompts a long prompt is run once for both responses.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
 The same command, run again, resumes a run that was stopped.

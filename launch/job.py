@@ -97,6 +97,7 @@ class Job:
   def __post_init__(self):
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", self.module):
       raise JobError(f"{self.module!r} is not a module, such as experiments.ppo")
+    self._check_text()
     self._check_flags()
     if not self.name:
       made = re.sub(r"[^a-z0-9]+", "-", pathlib.PurePosixPath(self.workdir).name.lower())
@@ -174,6 +175,18 @@ class Job:
       if not getattr(self, name):
         raise JobError(f"--to={target} needs --{name}, such as {example}")
 
+  def _check_text(self) -> None:
+    """Refuses what would become another line of a file, or another option of a command."""
+    for field in dataclasses.fields(self):
+      if field.name in ("flags", "env"):  # Have checks of their own.
+        continue
+      value = getattr(self, field.name)
+      for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ():
+        if not text.isprintable():
+          raise JobError(f"--{field.name}={text!r} holds an unprintable character")
+        if isinstance(value, str) and text.startswith("-"):
+          raise JobError(f"--{field.name}={text} looks like an option; it cannot start with a dash")
+
   def _check_flags(self) -> None:
     for flag in self.flags:
       if not re.match("--[A-Za-z]", flag):
@@ -198,7 +211,7 @@ class Job:
       raise JobError(f"--shared={self.shared} is not an absolute path")
     if self.mount and not self.shared:
       raise JobError(f"--mount={self.mount} needs --shared, the folder it is mounted on")
-    if self.mount and not re.fullmatch(r"[\w.-]+:/([\w.-][\w./-]*)?", self.mount):
+    if self.mount and not re.fullmatch(r"\w[\w.-]*:/([\w.-][\w./-]*)?", self.mount):
       raise JobError(f"--mount={self.mount} is not HOST:/EXPORT of an NFS server")
 
   def _check_mesh(self) -> None:

@@ -58,7 +58,7 @@ def try_lock(path: pathlib.Path) -> int | None:
   The lock is held until the last copy of the descriptor is closed, however its owner ends. A
   process that inherits it holds the lock as long as it lives.
   """
-  fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
   try:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -73,7 +73,7 @@ def try_lock(path: pathlib.Path) -> int | None:
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
   """Waits for the lock of a file and holds it."""
-  fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
   try:
     fcntl.flock(fd, fcntl.LOCK_EX)
     yield

@@ -2,9 +2,11 @@
 
 A step is one orbax composite: every item of the run (params, optimizer state, ...) and its metadata
 become visible in one rename or not at all. Orbax does not notice a flipped bit, so a manifest
-`<step>.digest.json` with the size and SHA-256 of every file is written next to the step, and a step
-is restored only if it still matches. A run holds `workdir.run_lock` while it saves, because orbax
-would let a second process overwrite committed steps.
+`<step>.digest.json` is written next to the step, with its number, the digest of its run, and the
+size and SHA-256 of every file. A step is restored only if all of them still match. A record
+`<directory>.json` beside the directory has the newest step that was saved, so that steps that are
+gone are missed. A run holds `workdir.run_lock` while it saves, because orbax would let a second
+process overwrite committed steps.
 
 Directories are local or on a shared POSIX file system: the durable rename needs one. With several
 processes, call everything here from all of them, after `jax.distributed.initialize`. Process 0
@@ -28,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from absl import logging
-from orbax.checkpoint import checkpoint_managers
 
 from rlhf_jax import processes
 from rlhf_jax import workdir as workdir_lib
@@ -106,7 +108,7 @@ class Checkpointer:
     directory: Folder of the steps, `<directory>/<step>/` and `<directory>/<step>.digest.json`.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, run: str = ""):
     """Opens a directory, creating nothing until the first `save`.
 
     Left-overs of killed saves are removed if this process holds the `run_lock` of the directory or
@@ -116,11 +118,12 @@ class Checkpointer:
       directory: The folder of the steps, `<workdir>/checkpoints` for a run.
       keep: Number of newest steps that stay on disk. With 1 there is no older step to fall back to
         when the newest is damaged.
+      run: Digest of the identity of the run; steps of other runs count as damaged.
     """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self.directory = workdir_lib.local_path(directory)
-    self._keep = keep
+    self.directory = workdir_lib.run_folder(directory)
+    self._keep, self._run = keep, run
     self._manager: ocp.CheckpointManager | None = None
     # One thread waits for the commit and hashes the files, so that training does not.
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_digest")
@@ -169,6 +172,7 @@ class Checkpointer:
         f"{self.directory} already holds step {self._last}, so step {step} cannot be saved;"
         " restore from it, or use another --workdir"
       )
+    processes.agree(lambda: workdir_lib.require_lock(self.directory))
     try:
       self._discard_from(step)
       processes.agree(lambda: _require_room(self.directory, flat))
@@ -190,14 +194,15 @@ class Checkpointer:
     except Exception as error:
       raise self._failed(step, error) from error
     self._last = step
-    self._commit = self._worker.submit(self._finish, step, manager)
+    contents = {name: list(tree) for name, tree in arrays.items()}
+    self._commit = self._worker.submit(self._finish, step, manager, contents)
 
   def restore(self, like: Mapping[str, PyTree], *, step: int | None = None) -> Restored | None:
     """Reads the newest step that is undamaged, bit for bit as it was saved.
 
-    A damaged step is logged with the reason and the next older one is tried. A step without a
-    manifest (the process was killed between commit and manifest) is whole, since the commit is
-    atomic; it is read with a warning that its bits are not verified.
+    A damaged step is logged with the reason and the next older one is tried. Damaged are also a
+    step of another number or another run, and one without a manifest. A save that was killed
+    before it wrote the manifest has not happened.
 
     Args:
       like: Item name -> tree of arrays or `jax.ShapeDtypeStruct` with a sharding. Gives the
@@ -206,11 +211,11 @@ class Checkpointer:
       step: Read exactly this step.
 
     Returns:
-      The step, its items and metadata; None if the directory holds no checkpoint.
+      The step, its items and metadata; None if nothing has been saved yet.
 
     Raises:
-      CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or there are
-        steps, but none is usable, or not the one asked for.
+      CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or steps were
+        saved, but none is usable, or not the one asked for.
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
@@ -233,7 +238,7 @@ class Checkpointer:
       return Restored(chosen, trees, meta)
     reasons = "".join(f"\n  step {s}: {rejected.get(s, 'not usable')}" for s in steps)
     raise CheckpointError(
-      f"{self.directory} holds no usable checkpoint; restore a copy, or start afresh with another"
+      f"{self.directory} holds no usable checkpoint; put a copy back, or start afresh with another"
       f" --workdir{reasons}"
     )
 
@@ -273,9 +278,8 @@ class Checkpointer:
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
       _report_a_failure_once()
-      policy = checkpoint_managers.LatestN(self._keep)
-      options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-      self._manager = ocp.CheckpointManager(self.directory, options=options)
+      # It keeps all steps: `_finish` deletes older ones once the new one has been read.
+      self._manager = ocp.CheckpointManager(self.directory)
     return self._manager
 
   def _close_manager(self) -> None:
@@ -283,24 +287,36 @@ class Checkpointer:
     if manager is not None:
       manager.close()
 
-  def _finish(self, step: int, manager: ocp.CheckpointManager) -> None:
-    """Runs on the worker: waits for the commit of `step`, then writes its manifest."""
+  def _finish(
+    self, step: int, manager: ocp.CheckpointManager, contents: Mapping[str, Sequence[str]]
+  ) -> None:
+    """Runs on the worker: waits for the commit of `step`, writes its manifest, deletes old steps.
+
+    Args:
+      step: The step.
+      manager: The manager that saves it.
+      contents: Item name -> names of its leaves.
+    """
     manager.wait_until_finished()
-    if processes.is_first():
-      files = _files(self.directory / str(step))
-      with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        digests = pool.map(workdir_lib.file_digest, files.values())
-        content = {
-          n: [p.stat().st_size, d] for (n, p), d in zip(files.items(), digests, strict=True)
-        }
-      workdir_lib.sync_directory(
-        self.directory
-      )  # The rename of the step itself, which orbax does not sync.
-      workdir_lib.atomic_write(
-        self._digest_path(step), json.dumps({"step": step, "files": content}, indent=1)
-      )
-      for other in set(self._known_steps()) - set(self._committed_steps()):
-        self._digest_path(other).unlink(missing_ok=True)  # Its step was rotated out.
+    if not processes.is_first():
+      return
+    folder = self.directory / str(step)
+    try:
+      _require_contents(folder, contents)
+    except Exception:
+      shutil.rmtree(folder, ignore_errors=True)
+      raise
+    files = _files(folder)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      digests = pool.map(workdir_lib.file_digest, files.values())
+      content = {n: [p.stat().st_size, d] for (n, p), d in zip(files.items(), digests, strict=True)}
+    # The rename of the step itself, which orbax does not sync.
+    workdir_lib.sync_directory(self.directory)
+    manifest = {"step": step, "run": self._run, "files": content}
+    workdir_lib.atomic_write(self._digest_path(step), json.dumps(manifest, indent=1))
+    self._write_record(step)
+    for other in sorted(self._present_steps(), reverse=True)[self._keep :]:
+      self._delete(other)
 
   def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
     # Orbax counts a failed step as saved and leaves its data, which may be what fills the disk.
@@ -316,12 +332,43 @@ class Checkpointer:
   def _committed_steps(self) -> list[int]:
     return sorted(s for s in self._known_steps() if (self.directory / str(s)).is_dir())
 
-  def _known_steps(self) -> list[int]:
-    """Steps with a directory or a manifest: a step that lost its directory is not forgotten."""
+  def _present_steps(self) -> set[int]:
+    """Returns the steps with a directory or a manifest."""
     if not self.directory.is_dir():
-      return []
+      return set()
     names = {p.name.removesuffix(_DIGEST_SUFFIX) for p in self.directory.iterdir()}
-    return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
+    return {int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name)}
+
+  def _known_steps(self) -> list[int]:
+    """Returns the steps that were saved: one that lost its directory or manifest is not forgotten.
+
+    A step without a manifest that is newer than the record is left by a save that was killed.
+    """
+    recorded, steps = self._read_record(), self._present_steps()
+    if recorded is not None:
+      steps = {s for s in steps if s <= recorded or self._digest_path(s).exists()}
+      steps |= {recorded} if recorded >= 0 else set()
+    return sorted(steps)
+
+  @property
+  def _record_path(self) -> pathlib.Path:
+    return _record_path(self.directory)
+
+  def _read_record(self) -> int | None:
+    """Returns the newest saved step: -1 if none was saved yet, None if there is no record."""
+    try:
+      step = json.loads(self._record_path.read_text(encoding="utf-8"))["newest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+      return None
+    return step if type(step) is int else None
+
+  def _write_record(self, step: int) -> None:
+    workdir_lib.atomic_write(self._record_path, json.dumps({"newest": step}) + "\n")
+
+  def _delete(self, step: int) -> None:
+    # The manifest goes last: while a part of the step is there, it is known as damaged.
+    shutil.rmtree(self.directory / str(step), ignore_errors=True)
+    self._digest_path(step).unlink(missing_ok=True)
 
   def _digest_path(self, step: int) -> pathlib.Path:
     return self.directory / f"{step}{_DIGEST_SUFFIX}"
@@ -334,17 +381,29 @@ class Checkpointer:
           shutil.rmtree(path, ignore_errors=True)
 
   def _discard_from(self, step: int) -> None:
-    stale = [other for other in processes.agree(self._known_steps) if other >= step]
-    if not stale:
-      return
-    logging.warning("Deleting steps %s of %s to save step %d", stale, self.directory, step)
-    self._close_manager()  # It keeps a list of the steps.
+    """Deletes the steps from `step` on, and those of saves that did not finish."""
+
+    def look() -> dict[str, list[int]]:
+      known, present = self._known_steps(), self._present_steps()
+      return {
+        "stale": [other for other in known if other >= step],
+        "gone": sorted({s for s in present if s >= step} | (present - {*known})),
+      }
+
+    found = processes.agree(look)
+    if found["stale"]:
+      logging.warning(
+        "Deleting steps %s of %s to save step %d", found["stale"], self.directory, step
+      )
+    if found["gone"]:
+      self._close_manager()  # It keeps a list of the steps.
 
     def delete() -> None:
-      for other in stale:
-        # The manifest goes last: while a part of the step is there, it is known as damaged.
-        shutil.rmtree(self.directory / str(other), ignore_errors=True)
-        self._digest_path(other).unlink(missing_ok=True)
+      older = [other for other in self._known_steps() if other < step]
+      if found["stale"] or self._read_record() is None:
+        self._write_record(max(older, default=-1))
+      for other in found["gone"]:
+        self._delete(other)
 
     processes.agree(delete)
 
@@ -357,7 +416,7 @@ class Checkpointer:
 
     def choose() -> int | None:
       for step in sorted(set(steps) - rejected.keys(), reverse=True):
-        reason = _damage(self.directory / str(step), self._digest_path(step))
+        reason = _damage(self.directory / str(step), self._digest_path(step), step, self._run)
         if not reason:
           return step
         self._reject(step, reason, rejected)
@@ -497,15 +556,48 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
   }
 
 
-def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
+def _require_contents(folder: pathlib.Path, contents: Mapping[str, Sequence[str]]) -> None:
+  """Refuses a step in which a reader would not find every leaf of every item.
+
+  Args:
+    folder: Folder of the step.
+    contents: Item name -> names of its leaves.
+  """
+  json.loads((folder / _META / "metadata").read_text(encoding="utf-8"))
+  for name, leaves in contents.items():
+    if leaves:
+      base = {"driver": "file", "path": f"{folder / name}/"}
+      store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+      stored = {key.decode() for key in store.list().result()}
+      if lost := [leaf for leaf in leaves if f"{leaf}/.zarray" not in stored]:
+        raise OSError(f"item {name!r} was written without leaf {lost[0]!r}")
+
+
+def remove(directory: str | os.PathLike[str]) -> None:
+  """Deletes all steps of a directory, with the record of them beside it."""
+  shutil.rmtree(directory, ignore_errors=True)
+  _record_path(pathlib.Path(directory)).unlink(missing_ok=True)
+
+
+def _record_path(directory: pathlib.Path) -> pathlib.Path:
+  return directory.with_name(f"{directory.name}.json")
+
+
+def _damage(directory: pathlib.Path, digest_path: pathlib.Path, step: int, run: str) -> str:
   """Returns why the files of a step cannot be trusted; empty if they can."""
   if not directory.is_dir():
     return f"folder {directory.name}/ missing"
   if not digest_path.exists():
-    logging.warning("%s has no digest manifest: its bits are not verified", directory)
-    return ""
+    return f"{digest_path.name} missing"
   try:
-    files = json.loads(digest_path.read_text(encoding="utf-8"))["files"]
+    manifest = json.loads(digest_path.read_text(encoding="utf-8"))
+    files = manifest["files"]
+    if manifest["step"] != step:
+      return f"it was saved as step {manifest['step']}"
+    if manifest["run"] != run:
+      return "it belongs to another run"
+    if more := sorted(_files(directory).keys() - files.keys()):
+      return f"{more[0]} is not in {digest_path.name}"
     for name, (size, _) in files.items():
       path = directory / name
       if not path.is_file():
@@ -519,7 +611,7 @@ def _damage(directory: pathlib.Path, digest_path: pathlib.Path) -> str:
           return f"{name} has changed since it was written (SHA-256 differs)"
   except OSError as error:
     return f"cannot be read: {error}"
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     return f"{digest_path.name} is not a digest manifest: {_first_line(error)}"
   return ""
 

@@ -90,7 +90,7 @@ def is_builtin(folder: pathlib.Path) -> bool:
   """Returns whether a model folder, or the workdir of a run, has the built-in tokenizer."""
   for path in (folder / "export" / "tokenizer.json", folder / "tokenizer.json"):
     try:
-      if path.stat().st_size > _LARGEST_TOKENIZER:
+      if not path.is_file() or path.stat().st_size > _LARGEST_TOKENIZER:
         continue
       model = json.loads(path.read_text(encoding="utf-8"))["model"]
       if model["type"] == "WordLevel" and set(simulation.WORDS) <= set(model["vocab"]):

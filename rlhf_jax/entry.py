@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import errno
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging as standard_logging
 import os
 import pathlib
 import platform
@@ -21,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, watch, workdir
+from rlhf_jax import flags, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -70,7 +72,7 @@ def start(
   if isinstance(first, processes.Group):
     first.connect()
   require_devices()
-  folder = workdir.local_path(first.workdir)
+  folder = workdir.run_folder(first.workdir)
   if processes.is_first():
     workdir.make(folder)
   result = train(*configs)
@@ -131,8 +133,11 @@ def run(
 
   For an error that `verdict` knows, it exits with that code, and the message is the last line on
   stderr. Every other exception propagates with its traceback. With --only_check_args `check` is
-  called in place of `main`.
+  called in place of `main`. What a file, a model or a library wrote can not control the terminal,
+  in none of these nor in a line that is logged.
   """
+  sys.excepthook = _show_error
+  _log_harmlessly()
 
   def flags_parser(args: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(args[1:]):
@@ -175,7 +180,7 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
   has gone, and 130 for Ctrl-C. It is `error.exit_code` for an exception with that attribute.
   """
   known = _verdict(error)
-  return known and (known[0], " ".join(known[1].split("\n")))
+  return known and (known[0], reporting.escape(" ".join(known[1].split("\n"))))
 
 
 def _verdict(error: BaseException) -> tuple[int, str] | None:
@@ -325,6 +330,26 @@ def _cpu_digest() -> str:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     about += next((line for line in lines if line.startswith(("flags", "Features"))), "")
   return hashlib.sha256(about.encode()).hexdigest()[:16]
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  """Writes an exception as Python does, but harmless to a terminal."""
+  text = "".join(traceback.format_exception(kind, error, trace))
+  sys.stderr.write(reporting.escape(text, newlines=True))
+
+
+@functools.cache
+def _log_harmlessly() -> None:
+  """Makes the texts of all loggers harmless to a terminal."""
+  make = standard_logging.getLogRecordFactory()
+
+  def make_harmless(*args: Any, **kwargs: Any) -> standard_logging.LogRecord:
+    record = make(*args, **kwargs)
+    with contextlib.suppress(Exception):  # Whoever writes the record says what is wrong with it.
+      record.msg, record.args = reporting.escape(record.getMessage(), newlines=True), ()
+    return record
+
+  standard_logging.setLogRecordFactory(make_harmless)
 
 
 def _exit(error: BaseException) -> NoReturn:

@@ -592,6 +592,8 @@ def _merge_file(
   flag_values: flags.FlagValues,
 ) -> str:
   """Adds the flags of a file to `from_files`; returns a reason to refuse it, if there is one."""
+  if (kind := workdir_lib.kind_of(path)) not in ("", "a folder"):
+    return f"--flagfile={path} is {kind}, not a file of one --name=value per line"
   try:
     lines = flag_values.read_flags_from_files([f"--flagfile={path}"])
   except flags.CantOpenFlagFileError as error:

@@ -181,13 +181,14 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   Raises:
     LockedError: If another run is in the workdir, or the processes do not share it.
   """
-  workdir = workdir_lib.local_path(session.workdir)
+  workdir = workdir_lib.run_folder(session.workdir)
   mesh = sharding.make_mesh(session.mesh, jax.devices()[:-spare] if spare else None)
   writers.require_packages(session.trackers)
   writer = writers.RunWriter(workdir, session.trackers)
   looking = nonfinite.looking() if session.replay_step else contextlib.nullcontext()
   with workdir_lib.run_lock(workdir), contextlib.closing(writer), looking:
     yield Run(workdir, session, mesh, jax.random.key(session.seed), writer)
+    processes.agree(lambda: workdir_lib.require_lock(workdir))
     processes.wait()
 
 
@@ -337,7 +338,9 @@ def fit(
   if wanted := run.session.replay_step:
     raise replay.again(run.workdir, run.mesh, wanted, step, state, batches, key)
   with (
-    checkpoint.Checkpointer(run.workdir / "checkpoints") as saver,
+    checkpoint.Checkpointer(
+      run.workdir / "checkpoints", run=workdir_lib.identity_digest(run.workdir)
+    ) as saver,
     watch.Watch(
       run.session.grace_seconds, run.session.hang_seconds, lambda: _name_last(saver)
     ) as watcher,

@@ -1,7 +1,6 @@
 """The black box of a run, and one of its steps run again, to see what went wrong in it."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 from absl import logging
 
 from rlhf_jax import checkpoint, nonfinite, processes, reporting, sharding, writers
+from rlhf_jax import workdir as workdir_lib
 
 FOLDER = "black_box"
 
@@ -27,7 +27,7 @@ class BlackBox:
 
   def __init__(self, workdir: os.PathLike[str]):
     """Writes nothing yet; what an earlier start of the run has left stays until then."""
-    self._folder = os.path.join(workdir, FOLDER)
+    self._workdir, self._folder = workdir, os.path.join(workdir, FOLDER)
     self._saver: checkpoint.Checkpointer | None = None
     self._works = True
 
@@ -39,8 +39,9 @@ class BlackBox:
     if not self._works:
       return
     if self._saver is None:
-      processes.agree(lambda: shutil.rmtree(self._folder, ignore_errors=True))
-      self._saver = checkpoint.Checkpointer(self._folder)
+      processes.agree(lambda: checkpoint.remove(self._folder))
+      run = workdir_lib.identity_digest(self._workdir)
+      self._saver = checkpoint.Checkpointer(self._folder, run=run)
     items = {"state": state, "batch": batch, "key": jax.random.key_data(key)}
     try:
       self._saver.save(done, items, {"data": position})
@@ -80,11 +81,12 @@ def again(
     key: Key of the run.
 
   Returns:
-    What ends the run.
+    Exception that ends the run.
   """
   source, restored = "the start", None
+  run = workdir_lib.identity_digest(workdir)
   for folder in (FOLDER, "checkpoints"):
-    with checkpoint.Checkpointer(os.path.join(workdir, folder)) as kept:
+    with checkpoint.Checkpointer(os.path.join(workdir, folder), run=run) as kept:
       found = kept.latest_step(wanted - 1)
       if found is not None and (restored is None or found > restored.step):
         source, restored = f"{folder}/{found}", kept.restore({"state": state}, step=found)

@@ -32,6 +32,8 @@ class OptimConfig:
     eps: Constant added to the root of the second moment of AdamW.
     max_grad_norm: Maximum global norm of gradients, which are scaled down to it; 0 does not clip.
     mu_dtype: Dtype of the first moment; bfloat16 saves 2 bytes per parameter.
+    max_spike: Maximum norm of a gradient, in medians of the last 128 norms. An optimizer step
+      beyond it is skipped and counted by the metric `spikes`; 0 skips none.
   """
 
   learning_rate: float = 1e-5
@@ -44,15 +46,18 @@ class OptimConfig:
   eps: float = ranges.rare(1e-8)
   max_grad_norm: float = 1.0
   mu_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
+  max_spike: float = ranges.rare(0.0)
 
   def __post_init__(self):
     ranges.check(
       self,
       positive=("learning_rate", "eps"),
       below_one=("warmup", "b1", "b2"),
-      non_negative=("weight_decay", "max_grad_norm"),
+      non_negative=("weight_decay", "max_grad_norm", "max_spike"),
       one_of={"name": OPTIMIZERS},
     )
+    if 0 < self.max_spike <= 1:
+      raise ValueError(f"max_spike must be 0 or above 1, got {self.max_spike}")
 
   def require_read(self, default: "OptimConfig") -> None:
     """Refuses settings that differ from a default and that the optimizer does not read."""
@@ -89,7 +94,8 @@ def make_optimizer(
     schedule: Learning rate schedule; that of `make_schedule` by default.
   """
   optimizer = OPTIMIZERS[config.name].make(config, schedule or make_schedule(config, updates))
-  return optax.chain(clip_by_norm(config.max_grad_norm or _MAX_NORM), optimizer)
+  clipped = optax.chain(clip_by_norm(config.max_grad_norm or _MAX_NORM), optimizer)
+  return skip_spikes(clipped, config.max_spike) if config.max_spike else clipped
 
 
 # Last names of params with weight decay: matrices and embeddings, learned positions among them.
@@ -189,6 +195,43 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return jax.tree.map(clipped, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
+
+
+_NORMS = 128  # A median of so many follows a drift and does not notice a spike.
+_FEWEST_NORMS = 16
+
+
+class SpikeState(NamedTuple):
+  """State of `skip_spikes`: last norms [128], their number, the last verdict, the inner state."""
+
+  norms: jax.Array
+  count: jax.Array
+  spiked: jax.Array
+  inner: optax.OptState
+
+
+def skip_spikes(inner: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+  """Skips the updates of gradients whose norm is above `factor` medians of the last 128 norms.
+
+  Such an update changes neither params nor the inner state. Its norm counts from then on, so that a
+  run whose gradients have grown for good learns on after 64 of them.
+  """
+
+  def init(params: Params) -> SpikeState:
+    zero = jnp.zeros((), jnp.int32)
+    return SpikeState(jnp.zeros(_NORMS), zero, jnp.zeros((), bool), inner.init(params))
+
+  def update(updates: Params, state: Any, params: Params | None = None):
+    norm = global_norm(updates).astype(jnp.float32)
+    kept = jnp.where(jnp.arange(_NORMS) < state.count, state.norms, jnp.nan)
+    spiked = (state.count >= _FEWEST_NORMS) & (norm > factor * jnp.nanmedian(kept))
+    found, after = inner.update(updates, state.inner, params)
+    found = jax.tree.map(lambda x: jnp.where(spiked, jnp.zeros_like(x), x), found)
+    after = jax.tree.map(lambda new, old: jnp.where(spiked, old, new), after, state.inner)
+    norms = state.norms.at[state.count % _NORMS].set(norm)
+    return found, SpikeState(norms, state.count + 1, spiked, after)
+
+  return optax.GradientTransformation(init, update)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -351,6 +394,9 @@ def update(
     lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
   )
   metrics |= {"grad_norm": grad_norm, "skipped_steps": 1.0 - ok}
+  if spikes := optax.tree.get_all_with_path(opt_state, "spiked"):
+    spiked = jnp.stack([spike for _, spike in spikes]).any()
+    metrics["spikes"] = jnp.where(ok & spiked, 1.0, 0.0)
   return TrainState(state.step + 1, params, opt_state), metrics
 
 

@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -29,7 +30,9 @@ from etils import epath
 from rlhf_jax import processes, sharding
 from rlhf_jax.types import Params
 
-_LOCKED: set[pathlib.Path] = set()  # Directories this process holds the lock of.
+_LOCKED: dict[
+  pathlib.Path, int
+] = {}  # Directory -> descriptor of the lock that this process holds.
 _SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
 
 
@@ -43,6 +46,12 @@ class LockedError(RuntimeError):
   """The run directory belongs to another process or cannot be locked."""
 
   exit_code = 73  # EX_CANTCREAT
+
+
+class LostError(RuntimeError):
+  """The run directory was removed or replaced while this process worked in it."""
+
+  exit_code = 74  # EX_IOERR
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -68,6 +77,58 @@ def local_path(path: epath.PathLike) -> pathlib.Path:
     return pathlib.Path(path).expanduser().absolute()
   except RuntimeError as error:  # There is no such user.
     raise WorkdirError(f"{text}: {error}; write the folder in full") from error
+
+
+_KINDS = {
+  stat.S_IFDIR: "a folder",
+  stat.S_IFIFO: "a FIFO",
+  stat.S_IFCHR: "a device",
+  stat.S_IFBLK: "a device",
+  stat.S_IFSOCK: "a socket",
+}
+
+
+def kind_of(path: epath.PathLike) -> str:
+  """Returns the kind of what is no file: a folder, a FIFO, a device, a socket; empty for a file.
+
+  To read from some of them takes for ever, or can be done once only. Empty too if nothing is there.
+  """
+  try:
+    return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "")
+  except (OSError, ValueError):
+    return ""
+
+
+_OF_MODELS = {".json", ".jinja", ".safetensors", ".txt", ".model"}
+
+
+def irregular(folder: pathlib.Path) -> str:
+  """Names the first entry of a model folder that should be a file and is none; empty if all are."""
+  try:
+    names = sorted(path for path in folder.iterdir() if path.suffix in _OF_MODELS)
+  except OSError:
+    return ""
+  return next((f"{p.name} is {kind}, not a file" for p in names if (kind := kind_of(p))), "")
+
+
+_PATTERN = re.compile(r"[*?\[\\]")
+
+
+def run_folder(path: epath.PathLike) -> pathlib.Path:
+  """Returns the absolute path of a folder for a run; nothing is created.
+
+  Raises:
+    LockedError: Checkpoints in it could not be read again: orbax looks for the files of a step by a
+      pattern, in which a part of the path has a meaning.
+    WorkdirError: See `local_path`.
+  """
+  directory = local_path(path)
+  if found := _PATTERN.search(os.fspath(directory)):
+    raise LockedError(
+      f"--workdir={directory}: checkpoints below a folder with {found[0]} in its name could not be"
+      " read again; give a path without * ? [ and \\"
+    )
+  return directory
 
 
 @contextlib.contextmanager
@@ -117,8 +178,12 @@ def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
 
   Its folder is created. An object in a bucket appears when it is complete. An OSError names the
   file.
+
+  Raises:
+    LostError: The file belongs to a run whose folder is gone.
   """
   path = epath.Path(path)
+  require_lock(path)
   content = content.encode() if isinstance(content, str) else content
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
@@ -138,6 +203,17 @@ def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
       error.filename, error.filename2 = os.fspath(path), None
     raise
   sync_directory(path.parent)
+
+
+def follow_umask(path: pathlib.Path) -> None:
+  """Gives a file that a library wrote for its owner alone the mode of all other new files."""
+  probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+  with contextlib.suppress(OSError):  # Of a file system without modes.
+    try:
+      probe.touch(0o666)
+      path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+      probe.unlink(missing_ok=True)
 
 
 def sync_directory(path: epath.PathLike) -> None:
@@ -160,7 +236,7 @@ def run_lock(workdir: epath.PathLike) -> Iterator[None]:
     LockedError: Another process holds it (named with host, pid and start time), or `workdir`
       cannot be written, or is not the same directory for all processes of the run.
   """
-  directory = local_path(workdir)
+  directory = run_folder(workdir)
   with contextlib.ExitStack() as stack:
     owner = processes.agree(lambda: stack.enter_context(_lock(directory)))
     if jax.process_count() > 1:
@@ -194,7 +270,7 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
   """Locks a directory and yields the text of `.lock`, which names the owner."""
   with creating(directory):
     directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
   with os.fdopen(fd, "r+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +282,11 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
         " stop it first, or use another --workdir"
       ) from error
     if previous := _owner(file):
-      logging.info("Took over the lock of %s, left by %s", directory, previous)
+      logging.warning(
+        "--workdir=%s was not closed by %s, which no longer runs; its run goes on here",
+        directory,
+        previous,
+      )
     start = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     file.seek(0)
     file.truncate()
@@ -214,18 +294,43 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     file.write(owner)
     file.flush()
     os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
-    _LOCKED.add(directory)
+    _LOCKED[directory] = fd
     try:
       yield owner
     finally:
       # The file stays: unlinking it would let two processes lock two files of the same name.
-      _LOCKED.discard(directory)
+      del _LOCKED[directory]
       os.ftruncate(fd, 0)
 
 
 def holds_lock(directory: pathlib.Path) -> bool:
   """Returns whether this process holds the `run_lock` of a directory or of one above it."""
-  return bool(_LOCKED & {directory, *directory.parents})
+  return bool(_LOCKED.keys() & {directory, *directory.parents})
+
+
+def require_lock(path: epath.PathLike) -> None:
+  """Refuses to go on in a locked directory that was removed, or replaced by another one.
+
+  What is written there would be a part of a run, or would mix with another run.
+
+  Args:
+    path: Any path; a no-op for those in no directory whose `run_lock` this process holds.
+
+  Raises:
+    LostError: The lock file is not the one that was locked.
+  """
+  place = pathlib.Path(path).absolute()
+  for directory, fd in _LOCKED.items():
+    if directory == place or directory in place.parents:
+      try:
+        same = os.path.samestat(os.stat(directory / ".lock"), os.fstat(fd))
+      except FileNotFoundError:
+        same = False
+      if not same:
+        raise LostError(
+          f"--workdir={directory} was removed, or replaced by another one, while this run was in"
+          " it; the run stops and writes nothing more there. Put it back, or start anew"
+        )
 
 
 def _owner(file) -> str:
@@ -273,6 +378,12 @@ def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None
     raise WorkdirError(
       f"--workdir={path.parent} holds another run: {found}; use another --workdir, or what it was"
     )
+
+
+def identity_digest(workdir: epath.PathLike) -> str:
+  """Returns the SHA-256 of the identity of a run; empty if it has none yet."""
+  path = local_path(workdir) / "identity.json"
+  return file_digest(path) if path.exists() else ""
 
 
 _MOST_DIFFERENCES = 4

@@ -196,6 +196,7 @@ class JsonlWriter:
     """
     line = _encode(step, scalars)
     if self._file is not None:
+      workdir_lib.require_lock(self._path)
       content = line.encode("utf-8")
       if self._file.write(content) < len(content):  # The disk had room for a part of it.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import random
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from absl import logging
 from jax.sharding import NamedSharding
@@ -196,7 +198,8 @@ def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path):
   for _ in range(15):
     child = forked(save_fast, tmp_path)
     deadline = time.monotonic() + 60
-    saved = lambda: [int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()]  # noqa: E731
+    # A step is saved once its manifest is there.
+    saved = lambda: [int(p.name.split(".")[0]) for p in tmp_path.glob("*.digest.json")]  # noqa: E731
     while max(saved(), default=0) <= newest and time.monotonic() < deadline:
       time.sleep(0.001)
     time.sleep(rng.uniform(0.0, 0.4))
@@ -210,6 +213,22 @@ def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path):
       assert restored.meta == {"step": newest}
       for i, name in enumerate(like):
         np.testing.assert_array_equal(restored.items["state"][name], random_array(newest, i))
+
+
+def edit_manifest(folder: pathlib.Path, **changes) -> None:
+  path = folder.with_name(f"{folder.name}.digest.json")
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def remove_step(step: pathlib.Path) -> None:
+  shutil.rmtree(step)
+  step.with_name(f"{step.name}.digest.json").unlink()
+
+
+def copy_step(source: pathlib.Path, target: pathlib.Path) -> None:
+  remove_step(target)
+  shutil.copytree(source, target)
+  shutil.copy(f"{source}.digest.json", f"{target}.digest.json")
 
 
 def truncate(path: pathlib.Path) -> None:
@@ -251,6 +270,45 @@ def test_damaged_step_is_rejected_and_replaced(tmp_path, warnings_logged, damage
     np.testing.assert_array_equal(restored.items["state"]["w"], weights(33)["w"])
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+  """Folder with steps 2 and 3, not to be changed."""
+  folder = tmp_path_factory.mktemp("two_steps") / "checkpoints"
+  save_steps(folder, 2, 3)
+  return folder
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda step: step.with_name("3.digest.json").write_text(""),
+    lambda step: step.with_name("3.digest.json").write_text("[]"),
+    lambda step: step.with_name("3.digest.json").write_text('{"files": {}}'),
+    lambda step: edit_manifest(step, files={}),
+    lambda step: edit_manifest(step, step=2),
+    lambda step: edit_manifest(step, run="another"),
+    lambda step: step.with_name("3.digest.json").unlink(),
+    lambda step: (step / "state" / "more").write_text("x"),
+    lambda step: remove_step(step),
+    lambda step: copy_step(step.with_name("2"), step),
+    lambda step: shutil.copytree(step.with_name("2"), step, dirs_exist_ok=True),
+  ],
+  ids=[
+    *("empty", "list", "no_number", "no_files", "number", "run", "no_manifest", "more"),
+    *("step_and_manifest", "renamed", "overwritten"),
+  ],
+)
+def test_what_is_not_the_step_that_was_saved_is_rejected(
+  two_steps, tmp_path, warnings_logged, change
+):
+  shutil.copytree(two_steps.parent, tmp_path, dirs_exist_ok=True)
+  change(tmp_path / "checkpoints" / "3")
+  restored = restore(tmp_path / "checkpoints")
+  assert restored is not None and restored.step == 2
+  np.testing.assert_array_equal(restored.items["state"]["w"], weights(2)["w"])
+  assert [line for line in warnings_logged if line.startswith("Rejected step 3")]
+
+
 def test_every_flipped_bit_is_found(tmp_path):
   save_steps(tmp_path, 1)
   files = [p for p in (tmp_path / "1").rglob("*") if p.is_file() and p.stat().st_size]
@@ -274,17 +332,98 @@ def test_never_starts_afresh_when_steps_are_unusable(tmp_path):
   assert e.value.exit_code == 78
 
 
-def test_step_without_manifest_is_restored_with_a_warning(tmp_path, warnings_logged):
-  save_steps(tmp_path, 1, 2)
-  (tmp_path / "2.digest.json").unlink()
+def test_swapped_steps_and_steps_of_another_run_are_found(tmp_path):
+  save_steps(tmp_path / "c", 1, 2)
+  for name in ("", ".digest.json"):
+    for source, target in (("1", "x"), ("2", "1"), ("x", "2")):
+      (tmp_path / "c" / f"{source}{name}").rename(tmp_path / "c" / f"{target}{name}")
+  with pytest.raises(checkpoint.CheckpointError) as e:
+    restore(tmp_path / "c")
+  assert "step 1: it was saved as step 2" in str(e.value)
+  assert "step 2: it was saved as step 1" in str(e.value)
+
+  with checkpoint.Checkpointer(tmp_path / "d", run="one") as ckpt:
+    ckpt.save(1, {"state": weights(1)}, {})
+  with checkpoint.Checkpointer(tmp_path / "d", run="one") as ckpt:
+    assert ckpt.restore({"state": weights(0)})
+  with checkpoint.Checkpointer(tmp_path / "d", run="two") as ckpt:
+    with pytest.raises(checkpoint.CheckpointError, match="step 1: it belongs to another run"):
+      ckpt.restore({"state": weights(0)})
+
+
+def test_a_save_that_was_killed_before_its_manifest_has_not_happened(tmp_path, monkeypatch):
+  finish = checkpoint.Checkpointer._finish
+  killed = lambda self, step, manager, contents: manager.wait_until_finished()  # noqa: E731
+  directory = tmp_path / "c"
+  for step, left in ((1, None), (2, 1)):  # The first save of a run, and a later one.
+    monkeypatch.setattr(checkpoint.Checkpointer, "_finish", killed)
+    with checkpoint.Checkpointer(directory) as ckpt:
+      ckpt.restore({"state": weights(0), "extra": {"n": np.int32(0)}})
+      ckpt.save(step, {"state": weights(9), "extra": {"n": np.int32(0)}}, {"step": step})
+    monkeypatch.setattr(checkpoint.Checkpointer, "_finish", finish)
+    assert (directory / str(step) / "commit_success.txt").exists()
+    restored = restore(directory)
+    assert (restored and restored.step) == left
+    with checkpoint.Checkpointer(directory) as ckpt:  # The run goes on and saves the step again.
+      ckpt.restore({"state": weights(0), "extra": {"n": np.int32(0)}})
+      ckpt.save(step, {"state": weights(step), "extra": {"n": np.int32(0)}}, {"step": step})
+    restored = restore(directory)
+    assert restored is not None and restored.step == step
+    np.testing.assert_array_equal(restored.items["state"]["w"], weights(step)["w"])
+
+
+@pytest.mark.parametrize("left", ["nothing", "folder"])
+def test_checkpoints_that_are_gone_are_missed(tmp_path, left):
+  save_steps(tmp_path / "c", 3, 4)
+  shutil.rmtree(tmp_path / "c")
+  if left == "folder":
+    (tmp_path / "c").mkdir()
+  with pytest.raises(checkpoint.CheckpointError, match="step 4: folder 4/ missing") as e:
+    restore(tmp_path / "c")
+  assert e.value.exit_code == 78
+  with pytest.raises(checkpoint.CheckpointError, match="already holds step 4"):
+    save_steps(tmp_path / "c", 1)
+
+
+def test_older_steps_stay_until_the_new_one_has_been_read(tmp_path, monkeypatch):
+  """An item whose arrays orbax has not merged looks complete to digests of what is there."""
+  save_steps(tmp_path, 1, keep=1)
+  wait = ocp.CheckpointManager.wait_until_finished
+
+  def loses_arrays(self):
+    wait(self)
+    (tmp_path / "2" / "state" / "manifest.ocdbt").unlink(missing_ok=True)
+
+  monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", loses_arrays)
+  with checkpoint.Checkpointer(tmp_path, keep=1) as ckpt:
+    assert ckpt.restore({"state": weights(0)})
+    ckpt.save(2, {"state": weights(2)}, {})
+    with pytest.raises(
+      checkpoint.CheckpointWriteError, match=r"'state' .*steps still there: \[1\]"
+    ):
+      ckpt.wait()
+  assert not (tmp_path / "2").exists()
+  monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", wait)
   restored = restore(tmp_path)
-  assert restored is not None
-  assert restored.step == 2
-  assert [line for line in warnings_logged if "no digest manifest" in line]
-  shutil.rmtree(tmp_path / "2" / "state")
-  restored = restore(tmp_path)
-  assert restored is not None
-  assert restored.step == 1
+  assert restored is not None and restored.step == 1
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-4]", "a*", "b?", "c\\d", "[x"])
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path, name):
+  for path in (tmp_path / name, tmp_path / name / "checkpoints"):
+    with pytest.raises(workdir_lib.LockedError, match=r"without \* \? \[ and") as e:
+      checkpoint.Checkpointer(path)
+    assert entry.verdict(e.value)[0] == 73
+  with pytest.raises(workdir_lib.LockedError), workdir_lib.run_lock(tmp_path / name):
+    pass
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a b", "$(x);%s", "é'\"", "]{x}!#~&"])
+def test_a_folder_of_any_other_name_holds_checkpoints(tmp_path, name):
+  save_steps(tmp_path / name, 1)
+  restored = restore(tmp_path / name)
+  assert restored is not None and restored.step == 1
 
 
 @pytest.mark.parametrize(

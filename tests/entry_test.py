@@ -1,4 +1,5 @@
 import ctypes
+import logging as standard_logging
 import os
 import pathlib
 import runpy
@@ -8,8 +9,9 @@ import time
 
 import jax
 import pytest
+from absl import logging
 
-from rlhf_jax import entry
+from rlhf_jax import data, entry, reporting
 from tests.testing import forked
 
 _FATAL = "FATAL Flags parsing error:"
@@ -192,6 +194,40 @@ for step in range(6):
   del blocks
 print(after - before)
 """
+
+
+HOSTILE = [
+  "\x1b[2J\x1b[31mred",
+  "\x1b]0;title\x07",
+  "\x9b2J",
+  "one\rtwo",
+  "a\u202eb\u200bc",
+  "\ud800",
+  "bell\x07\x08",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+def test_nothing_that_is_said_controls_a_terminal(text, capsys, caplog, monkeypatch):
+  """Text from outside reaches a terminal as a refusal, a line of a log, a traceback or a note."""
+  monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+  monkeypatch.setattr(entry.app, "run", lambda *args, **kwargs: None)
+  factory = standard_logging.getLogRecordFactory()
+  bad = f"{text}.jsonl:3: field {text}"
+  try:
+    entry._log_harmlessly.cache_clear()
+    entry.run(lambda argv: None)
+    standard_logging.getLogger("a.library").warning("%s: fields not used: %s", bad, text)
+    logging.warning("Rejected %s", bad)
+  finally:
+    standard_logging.setLogRecordFactory(factory)
+  error = data.DataError(bad)
+  sys.excepthook(type(error), error, error.__traceback__)
+  reporting.note(bad)
+  _, refused = entry.verdict(error) or (0, bad)
+  for shown in (refused, *caplog.messages, *capsys.readouterr().err.splitlines()):
+    assert shown.isprintable() and reporting.escape(bad) in shown
+  assert len(caplog.messages) == 2
 
 
 def test_freed_memory_is_reused(repository):

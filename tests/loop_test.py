@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, loop, sharding, watch, writers
+from rlhf_jax import checkpoint, entry, loop, sharding, watch, writers
 from rlhf_jax import workdir as workdir_lib
 
 STEPS = 8
@@ -367,6 +368,49 @@ def test_sigterm_at_any_moment_is_not_reported_without_a_save(tmp_path, monkeypa
     fit(tmp_path)
   with checkpoint.Checkpointer(tmp_path / "checkpoints") as saver:
     assert str(e.value).startswith(f"saved step {saver.latest_step()} of")
+
+
+def test_checkpoints_that_were_deleted_are_not_replaced_by_a_new_start(tmp_path):
+  fit(tmp_path, dataclasses.replace(CONFIG, steps=4))
+  metrics = (tmp_path / "metrics.jsonl").read_bytes()
+  shutil.rmtree(tmp_path / "checkpoints")
+  with pytest.raises(
+    checkpoint.CheckpointError, match="put a copy back, or start afresh with"
+  ) as e:
+    fit(tmp_path)
+  assert entry.verdict(e.value)[0] == 78
+  assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_a_run_stops_when_its_folder_is_removed(tmp_path):
+  def removing(state, *rest):
+    if state["step"] == 3:
+      shutil.rmtree(tmp_path / "run")
+    return quadratic(state, *rest)
+
+  with pytest.raises(workdir_lib.LostError, match="was removed, or replaced") as e:
+    fit(tmp_path / "run", dataclasses.replace(CONFIG, log_every=1, checkpoint_every=100), removing)
+  assert entry.verdict(e.value)[0] == 74
+  assert not (tmp_path / "run").exists()
+
+
+def test_steps_of_another_run_are_not_used(tmp_path):
+  for name, seed in (("a", 0), ("b", 1)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "identity.json").write_text(json.dumps({"seed": seed}))
+    fit(tmp_path / name, seed=seed)
+  for file in (f"{STEPS}.digest.json", str(STEPS)):
+    target = tmp_path / "b" / "checkpoints" / file
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (tmp_path / "a" / "checkpoints" / file).rename(target)
+  taken = []
+
+  def counted(*args):
+    taken.append(1)
+    return quadratic(*args)
+
+  fit(tmp_path / "b", step=counted, seed=1)
+  assert taken, "it went on from an older step of its own"
 
 
 def test_a_finished_run_takes_no_step(tmp_path, uninterrupted):

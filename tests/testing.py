@@ -280,6 +280,6 @@ def refusal(script: str, *words: str, devices: int = 1) -> tuple[int, str]:
     known = entry.verdict(error)
     if known is None:
       raise
-    assert "\n" not in known[1]
+    assert "\n" not in known[1] and "\x1b" not in known[1]
     return known
   raise AssertionError(f"{script} {' '.join(words)} was not refused")

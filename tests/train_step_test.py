@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,49 @@ def assert_same(a, b):
 
 def assert_close(a, b, atol):
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), a, b)
+
+
+def spiky(norms, factor=5.0):
+  """Params after each update by gradients of these norms, and the metric `spikes` of each."""
+  config = OptimConfig(
+    learning_rate=0.1, warmup=0.0, schedule="constant", max_grad_norm=0.0, max_spike=factor
+  )
+  tx = train_step.make_optimizer(config, len(norms))
+
+  def loss(params, batch, key):
+    return jnp.sum(params["kernel"]) * batch[0], {}
+
+  state = train_step.init_state({"kernel": jnp.zeros(1)}, tx)
+  step, params, spikes = train_step.make_train_step(loss, tx), [], []
+  for norm in norms:
+    state, metrics = step(state, jnp.full(1, norm, jnp.float32), jax.random.key(0))
+    params.append(float(state.params["kernel"][0]))
+    spikes.append(float(metrics["spikes"]))
+  return params, spikes
+
+
+def test_a_spike_is_a_step_that_is_left_out():
+  usual = [1.0 + 0.1 * (i % 3) for i in range(30)]
+  params, spikes = spiky([*usual[:20], 100.0, 1e20, *usual[20:]])
+  expected, _ = spiky(usual)
+  np.testing.assert_array_equal(params[:20] + params[22:], expected)
+  assert params[19] == params[20] == params[21]
+  assert spikes == [0.0] * 20 + [1.0, 1.0] + [0.0] * 10
+
+
+@pytest.mark.parametrize(
+  ("norms", "spikes"),
+  [
+    ([1.0] * 10 + [100.0] + [1.0] * 20, 0),  # Too few to tell.
+    ([1.5**i for i in range(40)], 24),
+    ([1.05**i for i in range(40)], 0),
+    ([1.0] * 20 + [4.9] * 5, 0),
+    ([1.0] * 64 + [10.0] * 80, 64),  # They have grown for good.
+    ([1.0] * 20 + [math.nan, 1.0], 0),
+  ],
+)
+def test_spikes_are_counted(norms, spikes):
+  assert sum(spiky(norms)[1]) == spikes
 
 
 @pytest.mark.parametrize("loss_fn", [token_loss, row_loss])

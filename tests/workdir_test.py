@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import pathlib
@@ -6,11 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import checkpoint, processes, sharding, writers
 from rlhf_jax import workdir as workdir_lib
 from tests.testing import forked, wait_for
 
@@ -37,6 +39,51 @@ def test_lock_names_its_holder_and_dies_with_it(tmp_path):
     pass
   with workdir_lib.run_lock(tmp_path):
     pass
+
+
+def test_a_lock_that_was_left_is_taken_over_with_a_word(tmp_path, caplog):
+  (tmp_path / ".lock").write_text('{"host": "h", "pid": 7, "start": "2026"}')
+  with caplog.at_level("WARNING"), workdir_lib.run_lock(tmp_path):
+    pass
+  assert "was not closed by pid 7 on host h since 2026" in caplog.text
+  caplog.clear()
+  with caplog.at_level("WARNING"), workdir_lib.run_lock(tmp_path):
+    pass
+  assert not caplog.text
+
+
+@pytest.mark.parametrize("again", [None, "folder", "run"])
+def test_a_run_whose_folder_is_gone_writes_nothing_more(tmp_path, again):
+  run = tmp_path / "run"
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(workdir_lib.run_lock(run))
+    writer = stack.enter_context(
+      contextlib.closing(writers.JsonlWriter(run / "metrics.jsonl", resume_step=None))
+    )
+    writer.write(1, {"loss": 1.0})
+    saver = stack.enter_context(checkpoint.Checkpointer(run / "checkpoints"))
+    saver.save(1, {"x": {"a": np.ones(2, np.float32)}}, {})
+    saver.wait()
+    run.rename(tmp_path / "removed")
+    if again == "folder":
+      run.mkdir()
+    if again == "run":  # Another one starts in the same place.
+      workdir_lib._LOCKED.pop(run)
+      run.mkdir()
+      (run / ".lock").touch()
+      workdir_lib._LOCKED[run] = os.open(tmp_path / "removed" / ".lock", os.O_RDONLY)
+    for write in (
+      lambda: workdir_lib.atomic_write(run / "summary.json", "{}"),
+      lambda: workdir_lib.atomic_write(run / "plots" / "loss.png", b""),
+      lambda: writer.write(2, {"loss": 1.0}),
+      lambda: writer.table(2, "samples", [{"a": 1}]),
+      lambda: saver.save(2, {"x": {"a": np.ones(2, np.float32)}}, {}),
+    ):
+      with pytest.raises(workdir_lib.LostError, match="was removed, or replaced") as e:
+        write()
+      assert e.value.exit_code == 74
+    assert sorted(p.name for p in run.glob("*")) == ([".lock"] if again == "run" else [])
+    workdir_lib.atomic_write(tmp_path / "elsewhere.json", "{}")
 
 
 def test_lock_of_a_folder_that_cannot_be_made(tmp_path):

@@ -55,6 +55,8 @@ def read_principles(path: str) -> tuple[str, ...]:
   """Reads the non-empty lines of a file; without a file, returns the built-in principles."""
   if not path:
     return rewards.PRINCIPLES
+  if kind := workdir_lib.kind_of(path):
+    raise flags.UsageError(f"--judge.principles={path} is {kind}, not a file")
   try:
     lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
   except OSError as error:

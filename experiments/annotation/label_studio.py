@@ -66,6 +66,8 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
   Raises:
     DataError: The file is not such an export.
   """
+  if kind := workdir_lib.kind_of(path):
+    raise data.DataError(f"--answers={path} is {kind}, not a file")
   try:
     content = workdir_lib.local_path(path).read_text(encoding="utf-8")
     tasks = json.loads(content)

@@ -1,15 +1,24 @@
 """Page on which people compare responses by keys or buttons; nothing leaves this machine.
 
 `Desk` decides what a key means and needs no gradio; `build` draws it; `serve` runs it on 127.0.0.1.
+Only who has the token of its address gets anything, neither another site nor another user.
 """
 
+import contextlib
 import functools
+import hmac
 import html
+import http.cookies
 import json
 import math
 import os
+import pathlib
+import re
+import secrets
 import socket
+import stat
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +28,7 @@ from experiments.annotation.store import Store
 from rlhf_jax import data, flags, reporting
 
 _PAIR_KEYS = ("a", "b")
+_TOKEN = ".label_page_token"  # File in the workdir.
 _MAX_RESPONSES = 9  # A digit each.
 _ORDINALS = ("best", "2nd", "3rd", *(f"{n}th" for n in range(4, _MAX_RESPONSES + 1)))
 
@@ -336,14 +346,38 @@ def _gradio() -> Any:
   return gradio
 
 
-def serve(store: Store, items: Sequence[Item], annotator: str, port: int) -> None:
-  """Serves the page until it is interrupted."""
+def read_token(workdir: pathlib.Path) -> str:
+  """Returns the secret of the address of a page, which only the owner of its file can read.
+
+  It stays the same over restarts, so that a page that is open in a browser goes on.
+  """
+  path = workdir / _TOKEN
+  try:
+    status = path.lstat()
+    is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    if is_ours and not status.st_mode & 0o077:
+      kept = path.read_text(encoding="ascii", errors="replace").strip()
+      if re.fullmatch(r"[A-Za-z0-9_-]{43}", kept):
+        return kept
+    path.unlink()
+  except FileNotFoundError:
+    pass
+  token = secrets.token_urlsafe(32)
+  with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    file.write(token + "\n")
+  return token
+
+
+def serve(store: Store, items: Sequence[Item], annotator: str, port: int, token: str) -> None:
+  """Serves the page, to those who know the token, until it is interrupted."""
   with _listen(port) as listener:
-    app = _make_app(Desk(items, store), annotator, port)
+    app = _Guard(_make_app(Desk(items, store), annotator, port), port, token)
     import uvicorn
 
-    who = f"?annotator={annotator}" if annotator else ""
-    reporting.note(f"http://127.0.0.1:{port}/{who} is open; Ctrl-C ends it, all answers are kept")
+    who = f"&annotator={annotator}" if annotator else ""
+    reporting.note(
+      f"http://127.0.0.1:{port}/?token={token}{who} is open; Ctrl-C ends it, all answers are kept"
+    )
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
     try:
       uvicorn.Server(config).run(sockets=[listener])
@@ -352,15 +386,11 @@ def serve(store: Store, items: Sequence[Item], annotator: str, port: int) -> Non
 
 
 def _make_app(desk: Desk, annotator: str, port: int) -> Any:
-  """Makes an ASGI application of the page that answers only this machine."""
+  """Makes an ASGI application of the page."""
   gr = _gradio()
   import fastapi
-  from starlette.middleware.trustedhost import TrustedHostMiddleware
 
   app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-  # A page of another site must not reach this one under a name that it points to 127.0.0.1.
-  app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-  app.add_middleware(_Offline)
   theme = gr.themes.Default(
     primary_hue="blue",
     font=[gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")],
@@ -399,21 +429,70 @@ def _listen(port: int) -> socket.socket:
   return listener
 
 
-class _Offline:
-  """Middleware that keeps the page from loading anything from elsewhere."""
+class _Guard:
+  """Middleware that answers only who has the token, and what the page itself asks for.
+
+  A page of another site has no token and another origin, or reaches this one under a name that it
+  points to 127.0.0.1. The page can load nothing from elsewhere.
+  """
 
   _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self';"
     " form-action 'self'; frame-ancestors 'none'"
   )
+  # Gradio has many more routes, such as one that takes files.
+  _PAGE = re.compile(
+    r"/|/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt)|/(assets|static|svelte)/.*"
+  )
+  _EVENTS = re.compile(r"/gradio_api/run/\w+/?")
 
-  def __init__(self, app: Callable):
-    self._app = app
+  def __init__(self, app: Callable, port: int, token: str):
+    self._app, self._token = app, token
+    self._hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+    self._cookie = f"label_page_{port}"
 
   async def __call__(self, scope, receive, send) -> None:
-    async def send_with_policy(message) -> None:
+    if scope["type"] == "lifespan":
+      return await self._app(scope, receive, send)
+    headers = {name.decode("latin1"): value.decode("latin1") for name, value in scope["headers"]}
+    given = urllib.parse.parse_qs(scope.get("query_string", b"").decode("latin1")).get(
+      "token", [""]
+    )
+    invited = hmac.compare_digest(given[-1].encode(), self._token.encode())
+    status, reason = self._refusal(scope, headers, invited)
+    if status and scope["type"] != "http":
+      return await send({"type": "websocket.close", "code": 1008})
+    if status:
+      start = {"type": "http.response.start", "status": status}
+      await send(start | {"headers": [(b"content-type", b"text/plain; charset=utf-8")]})
+      return await send({"type": "http.response.body", "body": reason.encode()})
+
+    async def send_more(message) -> None:
       if message["type"] == "http.response.start":
-        message["headers"].append((b"content-security-policy", self._POLICY.encode()))
+        more = {"content-security-policy": self._POLICY, "referrer-policy": "no-referrer"}
+        if invited:
+          more["set-cookie"] = f"{self._cookie}={self._token}; Path=/; HttpOnly; SameSite=Strict"
+        new = [(name.encode(), value.encode()) for name, value in more.items()]
+        message = {**message, "headers": [*message["headers"], *new]}
       await send(message)
 
-    await self._app(scope, receive, send_with_policy)
+    return await self._app(scope, receive, send_more)
+
+  def _refusal(self, scope, headers, invited: bool) -> tuple[int, str]:
+    """Returns the status and the reason of a request that is refused, else 0."""
+    if headers.get("host") not in self._hosts:
+      return 400, "another host was asked for"
+    origin = headers.get("origin")
+    if origin is not None and origin.removeprefix("http://") not in self._hosts:
+      return 403, "a page of another site asks"
+    cookie = http.cookies.SimpleCookie()
+    with contextlib.suppress(http.cookies.CookieError):
+      cookie.load(headers.get("cookie", ""))
+    held = cookie[self._cookie].value if self._cookie in cookie else ""
+    if not invited and not hmac.compare_digest(held.encode(), self._token.encode()):
+      return 403, "open the address that the terminal shows"
+    method = scope.get("method", "")
+    paths = {"GET": self._PAGE, "HEAD": self._PAGE, "POST": self._EVENTS}.get(method)
+    if scope["type"] != "http" or paths is None or not paths.fullmatch(scope["path"]):
+      return 404, "there is no such page"
+    return 0, ""

@@ -113,7 +113,10 @@ def finished_folder(path: str) -> pathlib.Path:
       " or move the other one out"
     )
   if has_run or has_model:
-    return folder / EXPORT if has_run else folder
+    found = folder / EXPORT if has_run else folder
+    if problem := workdir_lib.irregular(found):
+      raise hf.ModelFolderError(f"{found}: {problem}")
+    return found
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
@@ -477,7 +480,7 @@ def export(
     folder: Folder to write.
     params: Params of the model.
     model: Model.
-    tokenizer: Its tokenizer.
+    tokenizer: Tokenizer of the model.
     label: Name of the scalar of a judge.
     dtype: Dtype of the weights in the folder.
     base: Folder of the model below adapters, to write these beside the folder as well.
@@ -489,6 +492,7 @@ def export(
   }
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
+  processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
   has_adapters = any(True for _ in lora.leaves(params))

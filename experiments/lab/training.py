@@ -159,7 +159,7 @@ def describe(
     run: Opened run.
     title: Title of the panel.
     model: Model that is trained.
-    trainer: Its state.
+    trainer: Trainer with the state.
     rows: Further rows.
     idle: Params, or their shapes, of models that are not trained, besides those of `trainer`.
   """

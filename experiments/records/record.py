@@ -243,9 +243,11 @@ def source_name(record: Mapping[str, Any]) -> str:
 
 def read_json(path: pathlib.Path) -> Record:
   """Reads the object in a JSON file; returns an empty one if there is none."""
+  if not path.is_file():
+    return {}
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}
 

@@ -13,7 +13,7 @@ DEFAULTS = {
   "ppo.epochs": 1,
   "ppo.minibatches": 2,
 }
-GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo.kl_coef": [0.1, 0.15, 0.2, 0.3]}
+GRID = {"optim.learning_rate": [5e-4, 1e-3, 2e-3], "ppo.kl_coef": [0.1, 0.15, 0.3]}
 
 
 def space(trial):

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+from rlhf_jax import workdir
 from rlhf_jax.data import sources
 from rlhf_jax.data.sources import DataError, OnBadRow, Row, raise_error
 
@@ -103,6 +104,9 @@ def read_file(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error) 
 
 def _open(name: str, stack: contextlib.ExitStack) -> tuple[IO[bytes], bytes]:
   """Opens a file, unpacks it, and returns it with its first bytes, which are still to be read."""
+  kind = workdir.kind_of(name)
+  if kind and kind != "a folder":
+    raise DataError(f"{name}: {kind}, which cannot be read twice; write its content to a file")
   try:
     file: Any = stack.enter_context(open(name, "rb"))  # noqa: SIM115
   except OSError as error:

@@ -6,7 +6,8 @@ special, that the chat template writes, or that have the form of a marker, such 
 answer may hold those that the template knows but no turn is made of, unless they are special:
 `<think>` is a word of the model. Second, a response has the ids that follow the prompt's in the
 whole text, as the chat template writes it, up to the end of the turn. Third, a folder is read as
-data: no class is picked by name and no code is run (chat templates render in a sandbox).
+data: no class is picked by name and no code is run (chat templates render in a sandbox, in a
+process apart with little time and memory).
 """
 
 import functools
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from absl import logging
 
-from rlhf_jax.data import controls
+from rlhf_jax import workdir
+from rlhf_jax.data import apart, controls
 from rlhf_jax.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -35,14 +37,18 @@ _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 _SPEAKER = re.compile(f"\\n\\n({'|'.join(_SPEAKERS.values())}): ?")
 _MARKED_LINE = re.compile(r"[#<|\[]")
 _MARKER = re.compile(r"<\|[^|<>]+\|>|<+/?[A-Za-z_]+>+|\[/?[A-Z_]+\]")
-# Some templates write today's date. The same file would give other tokens tomorrow, and a resumed
-# run would refuse its own data. So the date is pinned.
-_PINNED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _OPENING = re.compile(r"\s*<[A-Za-z_]+>\s*")
 _PROBE = "\ue000"  # Text of a turn that no template writes.
 # Texts after which one is encoded as if in the middle of a text; most merge with none of them.
 _ANCHORS = ("\n", "a", ":")
 _LONGEST_WORD = 40  # Characters.
+
+
+class Chat(NamedTuple):
+  """Variables of a chat template."""
+
+  messages: Messages
+  add_generation_prompt: bool
 
 
 class Exchange(NamedTuple):
@@ -236,7 +242,8 @@ class Tokenizer:
 
   def encode_prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
     """`encode_prompt` for many prompts at once."""
-    encoded = self._encoder.ids([self._encoder.mark(self._rendered(p)) for p in prompts])
+    rendered = self._rendered([(prompt, None) for prompt in prompts])
+    encoded = self._encoder.ids([self._encoder.mark(text) for text in rendered])
     return [[*self._start(prompt), *ids] for prompt, ids in zip(prompts, encoded, strict=True)]
 
   def encode_response(self, text: str) -> list[int]:
@@ -268,11 +275,20 @@ class Tokenizer:
       prompts: Prompts; see `encode_prompt`.
       answers: Texts of the responses to each prompt.
     """
-    mark, rendered = self._encoder.mark, [self._rendered(prompt) for prompt in prompts]
+    mark, rendered = self._encoder.mark, self._rendered([(prompt, None) for prompt in prompts])
+    wholes = iter(
+      self._rendered(
+        [
+          (prompt, self._continued(answer))
+          for prompt, texts in zip(prompts, answers, strict=True)
+          for answer in texts
+        ]
+      )
+    )
     marked = [mark(text) for text in rendered]
     encoded = self._encoder.ids(marked)
     pairs = [
-      (before, mark(self._tail(prompt, text, answer)))
+      (before, mark(self._tail(prompt, text, next(wholes), answer)))
       for prompt, text, before, texts in zip(prompts, rendered, marked, answers, strict=True)
       for answer in texts
     ]
@@ -369,7 +385,7 @@ class Tokenizer:
 
   def render_prompt(self, prompt: Prompt) -> str:
     """Text of a prompt as the model sees it, without the tokenizer's prefix."""
-    return controls.unprotected(self._rendered(prompt))
+    return controls.unprotected(self._rendered([(prompt, None)])[0])
 
   def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
     """Text of ids, without control tokens. Ids outside the vocabulary are dropped.
@@ -440,13 +456,16 @@ class Tokenizer:
     # A chat template writes its own start token.
     return [] if self.has_chat_template else list(self._prefix)
 
-  def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
-    """Returns the text of a prompt, with an answer if there is one, with protected user texts."""
-    if prompt == "":
-      return ""
+  def _rendered(self, pairs: Sequence[tuple[Prompt, str | None]]) -> list[str]:
+    """Returns the texts of prompts, with an answer if there is one, with protected user texts."""
     if not self.has_chat_template:
-      text = prompt if isinstance(prompt, str) else transcript(prompt)
-      return self._control_text.protect(text)
+      texts = [prompt if isinstance(prompt, str) else transcript(prompt) for prompt, _ in pairs]
+      return [self._control_text.protect(text) for text in texts]
+    full = [(prompt, answer) for prompt, answer in pairs if prompt != ""]
+    rendered = iter(self._template.render([self._chat(*pair) for pair in full]))
+    return ["" if prompt == "" else next(rendered) for prompt, _ in pairs]
+
+  def _chat(self, prompt: Prompt, answer: str | None) -> Chat:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if answer is not None:
       messages = [*messages, {"role": "assistant", "content": answer}]
@@ -459,9 +478,9 @@ class Tokenizer:
       }
       for m in messages
     ]
-    return self._template.render(turns, add_generation_prompt=answer is None)
+    return Chat(turns, answer is None)
 
-  def _tail(self, prompt: Prompt, before: str, answer: str) -> str:
+  def _tail(self, prompt: Prompt, before: str, whole: str, answer: str) -> str:
     """Returns the text that an answer adds to the rendered text of its prompt."""
     if prompt == "":
       return self._answer_text.protect(answer)
@@ -472,7 +491,7 @@ class Tokenizer:
       is_transcript = not isinstance(prompt, str) or prompt.endswith("\n\nAssistant:")
       spaced = is_transcript and not answer[:1].isspace()
       return " " * spaced + protected
-    whole, template = self._rendered(prompt, answer), self._template
+    template = self._template
     tail = template.lead + protected + template.closing
     if whole.startswith(before):
       tail = whole[len(before) :]
@@ -606,49 +625,35 @@ class _Template:
       opening = prompt[next(differs, len(whole)) :]
       self.opening = opening if _OPENING.fullmatch(opening) else ""
 
-  def render(self, turns: Messages, *, add_generation_prompt: bool) -> str:
-    """Renders turns.
+  def render(self, chats: Sequence[Chat]) -> list[str]:
+    """Renders chats.
 
     Raises:
-      DataError: If the template refuses them.
+      DataError: If the template refuses one of them.
     """
-    import jinja2
-
-    template = self.source
-    if "strftime_now" in template:
-      template = _PINNED_DATE + template
+    common = {"tools": None, "documents": None, **self._hf.special_tokens_map}
     try:
-      rendered = self._hf.apply_chat_template(
-        turns,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-      )
-    except jinja2.TemplateSyntaxError as error:
-      raise _BrokenTemplateError(
+      return apart.render(self.source, common, [chat._asdict() for chat in chats])
+    except apart.TemplateError as error:
+      raise apart.TemplateError(
         f"the chat template is not valid Jinja ({error}); correct chat_template of"
         " tokenizer_config.json, or chat_template.jinja"
       ) from error
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-      roles = ", ".join(turn["role"] for turn in turns)
+    except apart.RefusedError as error:
+      roles = ", ".join(turn["role"] for turn in chats[error.index].messages)
       raise DataError(
         f"messages: the chat template refused the turns ({roles}): {error}; "
         "reorder the turns or use another template"
       ) from error
-    return str(rendered)
 
   def _try(self, turns: Messages, *, add_generation_prompt: bool = True) -> str:
     """Returns an empty text where the template refuses the turns."""
     try:
-      return self.render(turns, add_generation_prompt=add_generation_prompt)
-    except _BrokenTemplateError:
+      return self.render([Chat(turns, add_generation_prompt)])[0]
+    except (apart.TemplateError, apart.ExcessError):
       raise
     except DataError:
       return ""
-
-
-class _BrokenTemplateError(DataError):
-  """A chat template that no chat can be rendered with."""
 
 
 def _default_template(hf: "transformers.PreTrainedTokenizerFast") -> str:
@@ -728,17 +733,23 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
       f"no tokenizer.json in {str(path)!r}; give the folder of a model with a fast tokenizer "
       "(names of hub repositories are not looked up: download the folder first)"
     )
+  if problem := workdir.irregular(folder):
+    raise DataError(f"{folder}: {problem}")
   stop_ids = [
     i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)
   ]
-  fast_tokenizer = _fast_tokenizer_class()
+  trial = apart.Trial(folder / "tokenizer.json")
+  fast_tokenizer = _fast_tokenizer_class()  # Its import takes as long as most trials.
   try:
+    trial.require()
     # Not AutoTokenizer: a config.json must not choose the code that runs.
     hf = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return Tokenizer(hf, eos_token, stop_ids)
   except DataError as error:
     raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
-  except Exception as error:  # The Rust parser raises bare Exception.
+  except BaseException as error:  # The Rust parser raises bare Exception, and panics.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
     raise DataError(
       f"{folder / 'tokenizer.json'}: not a readable tokenizer ({error}); copy the folder again"
     ) from error

@@ -2,7 +2,8 @@
 
 Data that is packed when it is read comes as a `PackedBatch`; `unpack` separates its per-token
 arrays by sequence. Padded sequences that are already on the devices are packed for one forward pass
-by `places`, `pack` and `take`.
+by `places`, `pack` and `take`. Rows of a `SharedBatch`, whose sequences share a prompt, become rows
+of single sequences by `separate`, and such rows again by `reunite`.
 """
 
 from collections.abc import Callable
@@ -96,6 +97,7 @@ def first_places(places: jax.Array, length: int) -> jax.Array:
 
 def reunite(x: jax.Array, first: jax.Array) -> jax.Array:
   """[B * K, S, ...] -> [B, T, ...]: reads each token of shared rows at its `first_places`."""
+  chex.assert_rank(first, 2)
   x = x.reshape(len(first), -1, *x.shape[2:])
   return jnp.take_along_axis(x, first.reshape(*first.shape, *(1,) * (x.ndim - 2)), axis=1)
 

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import processes, sharding, workdir
 from rlhf_jax.models import peft
 from rlhf_jax.models.build import Model
 from rlhf_jax.models.errors import ModelFolderError
@@ -245,6 +245,8 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
   """
   path = peft.base_of(pathlib.Path(path))
   path = path / "config.json" if path.is_dir() else path
+  if problem := workdir.irregular(path.parent):
+    raise _refuse(path.parent, problem)
   try:
     raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
   except FileNotFoundError:
@@ -673,12 +675,12 @@ def save_folder(
     size += value.nbytes
   metadata = {"format": "pt"}
   if len(shards) == 1:
-    safetensors.numpy.save_file(shards[0], folder / "model.safetensors", metadata)
+    _save_tensors(folder / "model.safetensors", shards[0], metadata)
   else:
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
       file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-      safetensors.numpy.save_file(shard, folder / file, metadata)
+      _save_tensors(folder / file, shard, metadata)
       weight_map |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -686,6 +688,13 @@ def save_folder(
   # Written last: a folder with a config.json is complete.
   _write_json(folder / "generation_config.json", dict(token_ids))
   _write_json(folder / "config.json", described)
+
+
+def _save_tensors(
+  path: pathlib.Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+  safetensors.numpy.save_file(tensors, path, metadata)
+  workdir.follow_umask(path)  # The library lets only the owner read it.
 
 
 def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import processes, sharding, workdir
 from rlhf_jax.models.errors import ModelFolderError
 from rlhf_jax.models.families import Family
 from rlhf_jax.types import Params
@@ -113,6 +113,8 @@ def read(folder: pathlib.Path) -> dict[str, Adapter]:
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
+  if problem := workdir.irregular(folder):
+    raise ModelFolderError(f"{folder}: {problem}")
   try:
     settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:

@@ -69,7 +69,7 @@ def ask_parts(
     if hasattr(error, "exit_code"):  # Its message says what is wrong with the data.
       raise
     raise user.RaisedError(f"{name} raised {user.describe(error)}") from error
-  if len(responses) == 1 and segments.are_given(values):
+  if kind == "reward" and segments.are_given(values):
     return segments.read(values, name, responses[0])
   return _one_number_each(values, name, responses)
 
@@ -111,7 +111,7 @@ def _one_number_each(values: Any, name: str, responses: Sequence[Sequence[str]])
   if pairs:
     unit, plural, wanted = "pair", "pairs", "probability"
   must = f"it must return one {wanted} per {unit}"
-  must += "" if pairs else ", or a list of (end_character, score)"
+  must += ", or a list of (end_character, score)" if name.startswith("reward ") else ""
   try:
     if np.asarray(values).dtype.kind in "SUMm":  # NumPy would read numbers from texts and dates.
       raise TypeError

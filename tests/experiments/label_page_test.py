@@ -47,8 +47,9 @@ def free_port():
     return free.getsockname()[1]
 
 
-def get(port, host="127.0.0.1"):
-  request = urllib.request.Request(f"http://127.0.0.1:{port}/", headers={"Host": host})
+def get(port, token="", host="127.0.0.1"):
+  url = f"http://127.0.0.1:{port}/?token={token}"
+  request = urllib.request.Request(url, headers={"Host": f"{host}:{port}"})
   with urllib.request.urlopen(request, timeout=30) as response:
     return response.headers, response.read().decode()
 
@@ -63,6 +64,9 @@ class Server:
     while True:
       try:
         get(port)
+      except urllib.error.HTTPError as error:  # It answers, but not without a token.
+        assert error.code == 403
+        self.token = (workdir / ".label_page_token").read_text().strip()
         return
       except urllib.error.URLError:
         alive = self.running.process.is_alive() and time.monotonic() < deadline
@@ -100,8 +104,8 @@ class Page:
   def __init__(self, driver):
     self.driver = driver
 
-  def open(self, port, query=""):
-    self.driver.get(f"http://127.0.0.1:{port}/{query}")
+  def open(self, server):
+    self.driver.get(f"http://127.0.0.1:{server.port}/?token={server.token}")
 
   def wait(self, condition):
     from selenium.webdriver.support.ui import WebDriverWait
@@ -160,13 +164,13 @@ def page(tmp_path_factory):
 
 
 def test_the_page_shows_text_as_text_and_ranks(page, server):
-  headers, source = get(server.port)
+  headers, source = get(server.port, server.token)
   assert "default-src 'self'" in headers["Content-Security-Policy"]
   assert '"analytics_enabled":false' in source.replace(" ", "")
   with pytest.raises(urllib.error.HTTPError, match="400"):
-    get(server.port, host="elsewhere.example")
+    get(server.port, server.token, host="elsewhere.example")
 
-  page.open(server.port)
+  page.open(server)
   page.wait(lambda: "Who is labelling?" in page.driver.page_source)
   name = page.driver.find_element("css selector", "#annotator input, #annotator textarea")
   name.send_keys("not a name\n")
@@ -233,7 +237,7 @@ def test_twenty_answers_by_keyboard_and_a_kill(tmp_path, page, start_script, tra
 
   first = Server(start_script, workdir, port, *flags)
   try:
-    page.open(port)
+    page.open(first)
     page.wait(lambda: len(page.texts()) == 2)
     answer("abtabsbaabu")
   finally:

@@ -3,13 +3,17 @@
 import json
 import os
 import pathlib
+import random
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.testing import full
+from tests.experiments.small_runs import small
+from tests.testing import full, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +105,44 @@ def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole
   for name, rtol, atol in (("loss", 0, 1e-6), ("grad_norm", 1e-5, 0)):
     four, one = ([row[name] for row in rows] for rows in (of_four, of_one))
     np.testing.assert_allclose(four, one, rtol=rtol, atol=atol, err_msg=name)
+
+
+def children(pid: int) -> list[int]:
+  try:
+    return [int(x) for x in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+  except OSError:
+    return []
+
+
+@full
+def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
+  """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
+  flags = [word for word in first_flags("ppo", sft_run, 4) if "every" not in word]
+  flags += ["--log_every=1", "--checkpoint_every=1"]
+  for finished in run_group("ppo", tmp_path / "whole", *flags, processes=4):
+    assert finished.code == 0, finished.output
+  run, draw = tmp_path / "run", random.Random(0)
+  words = ["--processes=4", "--devices=1", "--restarts=10", "--patience=1", "--"]
+  script = [sys.executable, "-m", "experiments.ppo", f"--workdir={run}", *small("ppo", flags)]
+  command = [sys.executable, "-m", "launch.pod", *words, *script]
+  with open(tmp_path / "output", "wb") as output:
+    pod = subprocess.Popen(command, cwd=repository, stdout=output, stderr=output)
+  try:
+    for kill in range(1, 11):
+      # A few steps are lost and taken again; the next kill comes after the next new step.
+      wait_for(lambda at=kill: (run / "checkpoints" / str(at)).exists(), 300, pause=0.05)
+      time.sleep(draw.random())
+      victims = set(children(pod.pid))
+      victim = draw.choice(sorted(victims))
+      os.kill(victim, signal.SIGKILL)
+      wait_for(lambda gone=victims: not gone & {*children(pod.pid)}, 60, pause=0.05)
+    assert pod.wait(600) == 0, (tmp_path / "output").read_text()
+  finally:
+    pod.kill()
+    pod.wait()
+  assert (tmp_path / "output").read_text().count("starting again") == 10
+  assert_same_run(run, tmp_path / "whole")
+  assert texts_of(run) == texts_of(tmp_path / "whole")
 
 
 def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):

@@ -12,6 +12,11 @@ from experiments.lab import line_files
 FLAGS = ("--reward.name=gold", "--grow_steps=2", "--batch_size=2", "--steps=3")
 
 
+def odd_length(prompts, responses, rows):
+  """A constraint that half of the responses satisfy."""
+  return [len(response) % 2 == 1 for response in responses]
+
+
 @pytest.fixture(scope="module")
 def whole(shared_run, sft_run):
   return shared_run("rest", "rest", f"--init_from={sft_run}", *FLAGS)
@@ -77,7 +82,10 @@ def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, start_here, sft_run
     tmp_path,
     f"--init_from={sft_run}",
     "--reward.name=gold",
+    f"--reward.constraints={__name__}:odd_length",
     "--grow_steps=1",
+    "--batch_size=1",
+    "--prompts=32",
     "--steps=3",
     "--rest.keep=best",
     "--rest.quantiles=0",
@@ -87,4 +95,8 @@ def test_the_best_of_each_prompt_with_a_forward_kl(tmp_path, start_here, sft_run
   first, *_ = (tmp_path / "grow_0_improve_0" / "metrics.jsonl").read_text().splitlines()
   assert abs(json.loads(first)["kl/forward"]) < 1e-4  # The policy starts as the reference.
   row = json.loads((tmp_path / "metrics.jsonl").read_text())
-  assert row["kept_share"] == 0.25
+  satisfied = np.array([line["satisfied"] for line in grown(tmp_path, 0)]).reshape(-1, 4)
+  assert row["kept_share"] == np.mean(satisfied.any(axis=1)) / 4
+  violations = json.loads((tmp_path / "grow_0" / "summary.json").read_text())["reward/violations"]
+  assert violations == pytest.approx(1 - satisfied.mean())
+  assert all(row["satisfied"] == len(row["response"]) % 2 for row in grown(tmp_path, 0))

@@ -43,6 +43,13 @@ def flags_of(sft_run, reward_run, teacher_run):
   return flags
 
 
+def saved_3(walked):
+  """Returns whether a folder, as `os.walk` gives it, is that of a run whose third step is saved."""
+  folder, _, files = walked
+  path = pathlib.Path(folder, "checkpoints.json")
+  return path.name in files and json.loads(path.read_text())["newest"] == 3
+
+
 @pytest.fixture(scope="session")
 def whole(shared_root, shared_run, flags_of):
   """`whole(script)`: workdir of a run that nothing stops; see `middle` and `compiled`."""
@@ -65,7 +72,7 @@ def whole(shared_root, shared_run, flags_of):
       if step == 4 and not copy.exists():
         # The checkpoint is written while the run goes on.
         # Folders may go while they are searched, which `os.walk` does not mind.
-        wait_for(lambda: any("3.digest.json" in x for *_, x in os.walk(shared_root / name)), 60)
+        wait_for(lambda: any(map(saved_3, os.walk(shared_root / name))), 60)
         shutil.copytree(shared_root / name, copy)
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -112,6 +112,27 @@ def test_meshes_that_do_not_fit(flags, settings, message):
     ((), {"accelerator": "H100:8", "devices": 2}, "decides the processes and devices"),
     ((), {"shared": "runs"}, "--shared=runs is not an absolute path"),
     ((), {"mount": "10.0.0.2:/runs"}, "--mount=10.0.0.2:/runs needs --shared"),
+    ((), {"mount": "-oremount:/x", "shared": "/runs"}, "--mount=-oremount:/x looks like an option"),
+    ((), {"mount": "a:/x\nrm", "shared": "/runs"}, "holds an unprintable character"),
+    ((), {"mount": ".a:/x", "shared": "/runs"}, "--mount=.a:/x is not HOST:/EXPORT"),
+    ((), {"extra": ("--time=1\n#SBATCH --uid=0",)}, "holds an unprintable character"),
+    (
+      (),
+      {
+        "extra": (
+          "--a",
+          "b\r",
+        )
+      },
+      "holds an unprintable character",
+    ),
+    ((), {"extra": ("\x1b[2J",)}, r"--extra='\x1b[2J' holds an unprintable character"),
+    ((), {"source": "-r http://x"}, "--source=-r http://x looks like an option"),
+    ((), {"image": "--privileged"}, "--image=--privileged looks like an option"),
+    ((), {"project": "a\nb"}, "holds an unprintable character"),
+    ((), {"zone": "-z"}, "--zone=-z looks like an option"),
+    ((), {"cluster": "-c"}, "--cluster=-c looks like an option"),
+    ((), {"python": "-c"}, "--python=-c looks like an option"),
     ((), {"mount": "gs://b", "shared": "/runs"}, "--mount=gs://b is not HOST:/EXPORT"),
   ],
 )

@@ -31,6 +31,7 @@ WITHOUT_CASE = {
   "masked.elementwise",
   "policy_gradient.clip_range",
   *(f"packing.{name}" for name in ("first_fit", "places", "round_up", "pack", "take")),
+  *(f"packing.{name}" for name in ("separate", "first_places", "reunite", "apart")),
 }
 
 

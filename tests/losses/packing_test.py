@@ -40,6 +40,24 @@ def test_pairs_are_unpacked_side_by_side():
   np.testing.assert_array_equal(unpacked, again == 1 + np.arange(9).reshape(9, 1, 1) % 3)
 
 
+def test_rows_that_share_a_prompt_are_separated_and_reunited():
+  # Prompts of 2 and 1 tokens with responses of 3 and 1, and of 1 and 2; T is 7, S is 5.
+  places = np.array([[[0, 1, 2, 3, 4], [0, 1, 5, 7, 7]], [[0, 1, 7, 7, 7], [0, 2, 3, 7, 7]]])
+  x = np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)
+  apart = packing.separate(jnp.asarray(x), jnp.asarray(places))
+  assert apart.shape == (4, 5, 3)
+  for row, sequence in enumerate(places.reshape(4, 5)):
+    real = sequence < 7
+    np.testing.assert_array_equal(apart[row][real], x[row // 2, sequence[real]])
+  first = packing.first_places(jnp.asarray(places), 7)
+  real = np.arange(7) < np.array([[6], [4]])
+  want = np.array([[0, 1, 2, 3, 4, 7], [0, 1, 6, 7, 0, 0]])  # Of which rows have 6 and 4.
+  np.testing.assert_array_equal(first[:, :6][real[:, :6]], want[real[:, :6]])
+  np.testing.assert_array_equal(packing.reunite(apart, first)[real], x[real])
+  twice = packing.apart(lambda rows: 2 * rows, jnp.asarray(places), first)(jnp.asarray(x))
+  np.testing.assert_array_equal(twice[real], 2 * x[real])
+
+
 def slow_first_fit(lengths, row_length):
   """Rows and starts, by a loop."""
   used, rows, starts = [], [0] * len(lengths), [0] * len(lengths)

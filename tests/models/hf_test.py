@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import sys
@@ -14,6 +15,7 @@ import pytest
 import safetensors.numpy
 from absl import logging
 
+from rlhf_jax import checkpoint, workdir
 from rlhf_jax.data import load_tokenizer
 from rlhf_jax.generation import SamplingConfig, make_generate
 from rlhf_jax.models import ModelConfig, build, hf, round_matrices
@@ -945,3 +947,21 @@ def test_loaded_model_computes_what_the_saved_one_did(tmp_path):
   logits = jax.jit(functools.partial(model.apply, params))(tokens)
   loaded = hf.load_params(tmp_path, again)
   np.testing.assert_array_equal(jax.jit(functools.partial(again.apply, loaded))(tokens), logits)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_files_follow_the_umask(tmp_path, umask):
+  """Those of a library too: whoever may read one file of a run may read all of them."""
+  folder = tmp_path / "export"
+  before = os.umask(umask)
+  try:
+    hf.save_folder(folder, random_params(TINY), TINY, token_ids=IDS)
+    sharded = tmp_path / "sharded"
+    hf.save_folder(sharded, random_params(TINY), TINY, token_ids=IDS, shard_bytes=2000)
+    with workdir.run_lock(tmp_path / "run"), checkpoint.Checkpointer(tmp_path / "run/c") as saver:
+      saver.save(1, {"x": {"a": np.ones(2, np.float32)}}, {})
+  finally:
+    os.umask(before)
+  for path in (folder, sharded, tmp_path / "run"):
+    for file in (path, *path.rglob("*")):
+      assert file.stat().st_mode & 0o777 == (0o777 if file.is_dir() else 0o666) & ~umask, file

@@ -1,5 +1,6 @@
 """The meaning of each key on the page, and texts that stay text."""
 
+import asyncio
 import json
 import socket
 import sys
@@ -137,4 +138,90 @@ def test_a_port_that_is_taken_is_named():
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(flags.UsageError, match=f"--port={port} cannot be used .*in use"):
-      page.serve(None, [], "", port)
+      page.serve(None, [], "", port, "token")
+
+
+TOKEN = "t" * 43
+AT_HOME = {"host": "127.0.0.1:7860"}
+COOKIE = {"cookie": f"label_page_7860={TOKEN}"}
+EVENT = "/gradio_api/run/predict"
+
+
+def answer(method, path, headers, kind="http"):
+  """Status and headers of the answer to a request."""
+  sent = []
+
+  async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+  async def send(message):
+    sent.append(message)
+
+  path, _, query = path.partition("?")
+  scope = {"type": kind, "method": method, "path": path, "query_string": query.encode()}
+  scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items()]
+  asyncio.run(page._Guard(app, 7860, TOKEN)(scope, None, send))
+  found = {name.decode(): value.decode() for name, value in sent[0].get("headers", [])}
+  return sent[0].get("status", sent[0]["type"]), found
+
+
+@pytest.mark.parametrize(
+  ("method", "path", "headers", "status"),
+  [
+    ("GET", f"/?token={TOKEN}", AT_HOME, 200),
+    ("GET", f"/?annotator=ada&token={TOKEN}", {"host": "localhost:7860"}, 200),
+    ("GET", "/", AT_HOME | COOKIE, 200),
+    ("GET", "/assets/index-1.js", AT_HOME | COOKIE, 200),
+    ("POST", EVENT, AT_HOME | COOKIE | {"origin": "http://127.0.0.1:7860"}, 200),
+    ("GET", "/", AT_HOME, 403),
+    ("GET", "/?token=", AT_HOME, 403),
+    ("GET", f"/?token={TOKEN}x", AT_HOME, 403),
+    ("GET", "/?token=%ff%00é", AT_HOME, 403),
+    ("GET", "/", AT_HOME | {"cookie": f"label_page_7861={TOKEN}"}, 403),
+    ("GET", "/", AT_HOME | {"cookie": "label_page_7860="}, 403),
+    ("GET", "/", AT_HOME | {"cookie": "=;;\x80"}, 403),
+    ("POST", EVENT, AT_HOME, 403),
+    ("POST", EVENT, AT_HOME | COOKIE | {"origin": "http://elsewhere.example"}, 403),
+    ("POST", EVENT, AT_HOME | COOKIE | {"origin": "null"}, 403),
+    ("POST", EVENT, AT_HOME | COOKIE | {"origin": "http://127.0.0.1:7861"}, 403),
+    ("POST", EVENT, AT_HOME | COOKIE | {"origin": "https://127.0.0.1:7860"}, 403),
+    ("GET", f"/?token={TOKEN}", {"host": "elsewhere.example:7860"}, 400),
+    ("GET", f"/?token={TOKEN}", {"host": "127.0.0.1"}, 400),
+    ("GET", f"/?token={TOKEN}", {}, 400),
+    ("POST", "/gradio_api/upload", AT_HOME | COOKIE, 404),
+    ("POST", f"/gradio_api/upload?token={TOKEN}", AT_HOME, 404),
+    ("POST", "/upload", AT_HOME | COOKIE, 404),
+    ("POST", "/", AT_HOME | COOKIE, 404),
+    ("PUT", EVENT, AT_HOME | COOKIE, 404),
+    ("OPTIONS", "/", AT_HOME | COOKIE, 404),
+    ("GET", "/openapi.json", AT_HOME | COOKIE, 404),
+    ("GET", "/docs", AT_HOME | COOKIE, 404),
+    ("GET", "/monitoring", AT_HOME | COOKIE, 404),
+    ("GET", "/gradio_api/file=/etc/passwd", AT_HOME | COOKIE, 404),
+    ("GET", "/gradio_api/openapi.json", AT_HOME | COOKIE, 404),
+    ("GET", "/gradio_api/deep_link", AT_HOME | COOKIE, 404),
+    ("POST", "/login", AT_HOME | COOKIE, 404),
+  ],
+)
+def test_only_the_page_itself_is_answered(method, path, headers, status):
+  given, more = answer(method, path, headers)
+  assert given == status
+  assert ("content-security-policy" in more) == (status == 200)
+  assert (TOKEN in more.get("set-cookie", "")) == (status == 200 and TOKEN in path)
+  assert answer(method, path, {}, kind="websocket")[0] == "websocket.close"
+
+
+def test_the_token_is_kept_from_others(tmp_path):
+  token = page.read_token(tmp_path)
+  path = tmp_path / ".label_page_token"
+  assert page.read_token(tmp_path) == token and len(token) == 43
+  assert path.stat().st_mode & 0o777 == 0o600
+  for spoil in (
+    lambda: path.chmod(0o644),
+    lambda: path.write_text("short"),
+    lambda: (path.unlink(), path.symlink_to("/etc/hostname")),
+  ):
+    spoil()
+    other = page.read_token(tmp_path)
+    assert other != token and path.stat().st_mode & 0o777 == 0o600 and not path.is_symlink()
+    token = other

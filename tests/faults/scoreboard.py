@@ -1,0 +1,97 @@
+"""Table of faults, and what the outcomes of tests say about it."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+
+from tests.mutants import planting
+
+TABLE = pathlib.Path(__file__).with_name("table.txt")
+NAMES = [*(f"F{i}" for i in range(1, 43)), *(f"N{i}" for i in range(1, 26))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A fault.
+
+  Attributes:
+    name: Name, F and N with a number.
+    words: Description.
+    tests: Tests that hold it, below the folder `tests`.
+    planted: Mutants in which it is planted, as `file: text of the mutant`.
+    reason: Reason why it cannot be tested here; empty if it can.
+  """
+
+  name: str
+  words: str
+  tests: tuple[str, ...] = ()
+  planted: tuple[str, ...] = ()
+  reason: str = ""
+
+
+def read(text: str | None = None) -> list[Row]:
+  """Reads the table: a line with name and words, then lines !, ~ and - of that row."""
+  rows: list[Row] = []
+  for line in (TABLE.read_text(encoding="utf-8") if text is None else text).splitlines():
+    kind, _, rest = line.partition(" ")
+    if not line.strip() or kind == "#":
+      continue
+    if kind not in ("!", "~", "-"):
+      rows.append(Row(kind, rest))
+      continue
+    row = rows.pop()
+    if kind == "!":
+      row = dataclasses.replace(row, tests=(*row.tests, rest))
+    elif kind == "~":
+      row = dataclasses.replace(row, planted=(*row.planted, rest))
+    else:
+      row = dataclasses.replace(row, reason=rest)
+    rows.append(row)
+  return rows
+
+
+def mutants_of(row: Row) -> list[planting.Mutant]:
+  """Returns the mutants of a row.
+
+  Raises:
+    KeyError: The table of mutants has none with that text.
+  """
+  table = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
+  by_text = {f"{mutant.file}: {mutant.new}": mutant for mutant in table}
+  return [by_text[text] for text in row.planted]
+
+
+def judge(
+  row: Row, outcomes: Mapping[str, Sequence[str]], killed: Collection[planting.Mutant]
+) -> str:
+  """Returns "survived", "failed", "not testable here" or "missing".
+
+  Args:
+    row: The fault.
+    outcomes: Test -> its outcomes, one for each of its parameters.
+    killed: Mutants that tests have noticed.
+  """
+  if row.reason:
+    return "not testable here"
+  if not row.tests:
+    return "missing"
+  found = [outcomes.get(test, ["failed"]) for test in row.tests]
+  if any("failed" in of_test for of_test in found) or {*mutants_of(row)} - {*killed}:
+    return "failed"
+  # A test that is skipped for lack of a program or a device shows nothing.
+  return "survived" if any("passed" in of_test for of_test in found) else "not testable here"
+
+
+def show(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
+  """Returns a line for each row that did not survive, and the sums."""
+  lines = [
+    f"{row.name:4} {verdict}: {row.words}{f' ({row.reason})' if row.reason else ''}"
+    for row, verdict in zip(rows, verdicts, strict=True)
+    if verdict != "survived"
+  ]
+  count = collections.Counter(verdicts)
+  planted = sum(bool(row.planted) for row in rows)
+  sums = f"{count['survived']} faults survived, {count['not testable here']} not testable here"
+  sums += "".join(f", {count[word]} {word}" for word in ("failed", "missing") if count[word])
+  return "\n".join([*lines, f"{sums}; {planted} are planted in mutants too"])

@@ -1,0 +1,62 @@
+"""The table of faults names each fault once, and tests and mutants that exist."""
+
+import ast
+import functools
+
+import pytest
+
+from tests.faults import scoreboard
+from tests.faults.scoreboard import Row
+
+ROWS = scoreboard.read()
+
+
+@functools.cache
+def functions(path):
+  tree = ast.parse(path.read_text(encoding="utf-8"))
+  return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_the_table_has_every_fault_once():
+  assert [row.name for row in ROWS] == scoreboard.NAMES
+  assert all(row.words and not (row.tests and row.reason) for row in ROWS)
+
+
+def test_what_the_table_names_exists(repository):
+  for row in ROWS:
+    for test in row.tests:
+      file, name = test.split("::")
+      assert name in functions(repository / "tests" / file), f"{row.name}: {test}"
+    assert len(scoreboard.mutants_of(row)) == len(row.planted)
+
+
+PLANTED = next(row for row in ROWS if row.planted)
+(MUTANT, *_) = scoreboard.mutants_of(PLANTED)
+
+
+@pytest.mark.parametrize(
+  ("row", "outcomes", "killed", "verdict"),
+  [
+    (Row("F1", "x", ("a::b",)), {"a::b": ["passed", "passed"]}, (), "survived"),
+    (Row("F1", "x", ("a::b",)), {"a::b": ["passed", "skipped"]}, (), "survived"),
+    (Row("F1", "x", ("a::b",)), {"a::b": ["passed", "failed"]}, (), "failed"),
+    (Row("F1", "x", ("a::b",)), {}, (), "failed"),
+    (Row("F1", "x", ("a::b", "a::c")), {"a::b": ["passed"]}, (), "failed"),
+    (Row("F1", "x", ("a::b",)), {"a::b": ["skipped"]}, (), "not testable here"),
+    (Row("F1", "x", reason="no device"), {}, (), "not testable here"),
+    (Row("F1", "x"), {}, (), "missing"),
+    (Row("N1", "x", ("a::b",), PLANTED.planted[:1]), {"a::b": ["passed"]}, (MUTANT,), "survived"),
+    (Row("N1", "x", ("a::b",), PLANTED.planted[:1]), {"a::b": ["passed"]}, (), "failed"),
+  ],
+)
+def test_verdicts(row, outcomes, killed, verdict):
+  assert scoreboard.judge(row, outcomes, killed) == verdict
+
+
+def test_sums():
+  rows = [Row("F1", "x", ("a::b",)), Row("F2", "y"), Row("F3", "z", reason="no device")]
+  shown = scoreboard.show(rows, ["survived", "missing", "not testable here"])
+  assert shown == (
+    "F2   missing: y\nF3   not testable here: z (no device)\n"
+    "1 faults survived, 1 not testable here, 1 missing; 0 are planted in mutants too"
+  )

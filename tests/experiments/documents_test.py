@@ -199,7 +199,8 @@ def of_methods() -> list[list[str]]:
     if not re.search(NOT_HERE, command) and command not in commands.values():
       commands[f"paper_{number}"] = command
   found = []
-  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
+  # In place of DPO another policy is as good.
+  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo", "$PPO": "runs/rlhf/ppo"}
   for name, command in commands.items():
     for variable, workdir in runs.items():
       command = command.replace(variable, workdir)

@@ -13,11 +13,12 @@ import pytest
 import safetensors.numpy
 
 from experiments import evaluate, generate
-from experiments.lab import plans
+from experiments.lab import models, plans
 from launch.space import load_space
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig, word_level_tokenizer
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models import build, hf
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
 from tests.testing import full, read_configs, refusal, wait_for
 
@@ -196,6 +197,23 @@ def test_dpo_is_judged_while_it_learns(whole):
   judged = [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
   assert [step for step, _ in judged] == [3, 6]
   assert judged[-1][1] == pytest.approx(summary["gold/mean"], rel=1e-5)
+
+
+def test_adapters_of_a_run_are_those_of_its_export(whole, sft_run):
+  folder = whole("dpo") / "adapter"
+  settings = json.loads((folder / "adapter_config.json").read_text())
+  assert (settings["r"], settings["lora_alpha"]) == (4, 16.0)
+  assert settings["base_model_name_or_path"] == str((sft_run / "export").resolve())
+  assert models.model_folder(str(folder)) == folder
+  config, _ = hf.parse_config(folder)
+  got, want, base = (
+    hf.load_params(of, build(config))
+    for of in (folder, whole("dpo") / "export", sft_run / "export")
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+  moved = [x["attention"]["q"]["kernel"] for x in (got["layers"], base["layers"])]
+  assert np.abs(np.subtract(*moved)).max() > 1e-5
+  assert models.open_tokenizer(folder).digest == models.open_tokenizer(sft_run / "export").digest
 
 
 def test_kto_on_pairs_as_single_responses(whole):

@@ -49,9 +49,10 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=2 * self.p3o.parts, shaping=self.shaping, group=2)
     if self.sampling.samples_per_prompt % 2:
       raise ValueError("sampling.samples_per_prompt must be even: responses are compared in pairs")
+    pairs = self.sampling.samples_per_prompt // 2
+    responses.check(self, parts=self.p3o.parts, shaping=self.shaping, kept=pairs)
     if self.rollout.importance_cap:
       raise ValueError(
         "rollout.importance_cap weighs tokens, and p3o compares responses; leave it at 0, without"

@@ -11,7 +11,7 @@ from experiments.lab.case import Case
 from experiments.lab.training import Trainer
 from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards, sharding
-from rlhf_jax.models import Model, hf
+from rlhf_jax.models import Model, hf, peft
 from rlhf_jax.types import Params, Rollout
 
 
@@ -35,7 +35,7 @@ def open_teacher(bench: Workbench) -> Teacher:
   folder = models.finished_folder(path)
   if hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model, and a teacher must be one")
-  if data.load_tokenizer(folder).vocabulary != bench.tokenizer.vocabulary:
+  if data.load_tokenizer(peft.base_of(folder)).vocabulary != bench.tokenizer.vocabulary:
     raise hf.ModelFolderError(
       f"{path}: its vocabulary is not that of the student, so that their distributions of the next"
       " token cannot be compared; choose a teacher of the same family, or fine-tune the student on"

@@ -315,7 +315,7 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, run_script, start)
   flags = (*flags, "--steps=8", "--checkpoint_every=2")
   run("remax.py", "--workdir=runs/whole", *flags)
   killed = ("remax.py", "--workdir=runs/killed", *flags)
-  kill_after(start, folder / "runs/killed/checkpoints/2", *killed)
+  kill_after(start, folder / "runs/killed/checkpoints/2.digest.json", *killed)
   output = run("-m", "remax", *killed[1:])
   assert "continuing from step" in output
   whole, again = (

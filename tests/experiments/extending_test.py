@@ -373,7 +373,10 @@ def test_compile_takes_a_module_of_ones_own(folder, run):
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("dop", "--algorithm must be one of cgpo, cispo, dpo, .*or a module of your own; .*no module dop in"),
+    (
+      "dop",
+      "--algorithm must be one of cgpo, cispo, dpo, .*or a module of your own; .*no module dop in",
+    ),
     ("my_parts", "--algorithm=my_parts: .*my_parts.py has no Config, which experiments.dpo has"),
     ("remax", "--algorithm=remax: .*remax.py has no programs, which experiments.dpo has"),
   ],

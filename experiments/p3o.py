@@ -42,7 +42,7 @@ class Config(JudgedConfig):
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=2)
   p3o: P3OConfig = P3OConfig(kl_coef=defaults.weight(0.2, 0.05))
-  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()

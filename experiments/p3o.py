@@ -42,16 +42,17 @@ class Config(JudgedConfig):
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=2)
   p3o: P3OConfig = P3OConfig(kl_coef=defaults.weight(0.2, 0.05))
-  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=2 * self.p3o.parts, shaping=self.shaping, group=2)
     if self.sampling.samples_per_prompt % 2:
       raise ValueError("sampling.samples_per_prompt must be even: responses are compared in pairs")
+    pairs = self.sampling.samples_per_prompt // 2
+    responses.check(self, parts=self.p3o.parts, shaping=self.shaping, kept=pairs)
     if self.rollout.importance_cap:
       raise ValueError(
         "rollout.importance_cap weighs tokens, and p3o compares responses; leave it at 0, without"

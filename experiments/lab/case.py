@@ -215,7 +215,7 @@ class Case(NamedTuple):
     if config.rollout.devices:
       raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
     held = {"state": trainer.state, "reference": bench.start}
-    judge, held["reward"] = self.open_judge(config.judge)
+    judge, held["reward"] = self.open_judge(getattr(config, "judge", config.reward))
     params, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
     policy = params.get("policy", params)
     rollout = self.rollout("rollout", bench.sampler(), policy, held, samples)

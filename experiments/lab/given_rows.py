@@ -41,6 +41,7 @@ def demonstrations(
       config,
       path=path,
       tfds="",
+      tfds_dir="",
       eval_path="",
       eval_fraction=0.0,
       rows=config.eval_rows,

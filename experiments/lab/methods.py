@@ -16,7 +16,7 @@ from . import scripts
 
 FILE = pathlib.Path(__file__).with_name("methods.csv")
 START, JUDGE = "sft", "reward_model"  # Stages of a seed that come before the methods.
-STAGES = {"$RM": JUDGE, "$DPO": "dpo"}  # Variable of a command -> stage whose folder it stands for.
+STAGES = {"$RM": JUDGE, "$DPO": "dpo", "$PPO": "ppo"}  # Variable of a command -> its stage.
 
 
 class Method(NamedTuple):

@@ -74,7 +74,7 @@ def check(
     parts: Number of equal parts that the responses of a batch are split into.
     shaping: Shaping of the scores.
     group: Minimum number of samples per prompt.
-    kept: Number of responses to a prompt that are trained on; 0 for all.
+    kept: Number of responses or groups of them that a prompt adds to a batch; 0 for all samples.
   """
   sampling = config.sampling
   if sampling.temperature == 0:
@@ -89,7 +89,7 @@ def check(
   if "critic" in vars(config) and config.critic.warmup >= config.steps:
     raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
   if config.batch_size * (kept or sampling.samples_per_prompt) % parts:
-    count = f"{kept} selected responses" if kept else "sampling.samples_per_prompt"
+    count = kept or "sampling.samples_per_prompt"
     raise ValueError(
       f"batch_size {config.batch_size} * {count} does not split into {parts} ="
       " minibatches * microbatches equal parts"

@@ -323,7 +323,7 @@ class Workbench(NamedTuple):
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
-    models.export(folder, params, self.model, self.tokenizer, label, dtype)
+    models.export(folder, params, self.model, self.tokenizer, label, dtype, self.folder)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""

@@ -96,9 +96,9 @@ class DataConfig:
   share_prompts: bool = False
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
-  end_token: str = ""
+  end_token: str = ranges.rare("")
   annotator: str = ""
-  votes: Votes = "majority"
+  votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
     if self.path and self.tfds:

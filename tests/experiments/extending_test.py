@@ -220,7 +220,7 @@ def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name
 
 def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
   monkeypatch.setattr(sys, "path", list(sys.path))
-  function = judges.RewardOptions(name="my_parts:politeness").function()
+  function = judges.RewardOptions(name="my_parts:politeness").functions()["my_parts:politeness"]
   texts = ["please sit\nnow", "no\nplease\n", "", "no"]
   assert function([""] * 4, texts, [{}] * 4)[0] == [(11, True), (14, False)]
   given = rewards.ask(function, [""] * 4, texts, rows=[{}] * 4)
@@ -316,7 +316,7 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, run_script, start)
   flags = (*flags, "--steps=8", "--checkpoint_every=2")
   run("remax.py", "--workdir=runs/whole", *flags)
   killed = ("remax.py", "--workdir=runs/killed", *flags)
-  kill_after(start, folder / "runs/killed/checkpoints/2", *killed)
+  kill_after(start, folder / "runs/killed/checkpoints/2.digest.json", *killed)
   output = run("-m", "remax", *killed[1:])
   assert "continuing from step" in output
   whole, again = (
@@ -374,7 +374,10 @@ def test_compile_takes_a_module_of_ones_own(folder, run):
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("dop", "--algorithm must be one of cispo, dpo, .*or a module of your own; .*no module dop in"),
+    (
+      "dop",
+      "--algorithm must be one of cgpo, cispo, dpo, .*or a module of your own; .*no module dop in",
+    ),
     ("my_parts", "--algorithm=my_parts: .*my_parts.py has no Config, which experiments.dpo has"),
     ("remax", "--algorithm=remax: .*remax.py has no programs, which experiments.dpo has"),
   ],

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import models, responses, training
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
 from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
+from . import models, responses, training
+from .workbench import Workbench
 
 Shapes = Any  # Shapes and shardings instead of arrays.
 TRAINING = ("train", "update", "improve")  # Names of the programs that compute gradients.

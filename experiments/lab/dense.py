@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.lab import judges, models
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, ranges, rewards
 from rlhf_jax.algorithms import reading
 from rlhf_jax.types import Rollout
+from . import judges, models
+from .workbench import Workbench
 
 
 @dataclasses.dataclass(frozen=True)

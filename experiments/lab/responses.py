@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import engines, judges, models
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, ranges, rewards, sharding
 from rlhf_jax.algorithms import reading
 from rlhf_jax.losses import kl, masked, policy_gradient, reward
 from rlhf_jax.rewards import shaped
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from . import engines, judges, models
+from .workbench import Workbench
 
 
 @dataclasses.dataclass(frozen=True)

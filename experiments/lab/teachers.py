@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import evaluating, models
-from experiments.lab.case import Case
-from experiments.lab.training import Trainer
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards, sharding
 from rlhf_jax.models import Model, hf, peft
 from rlhf_jax.types import Params, Rollout
+from . import evaluating, models
+from .case import Case
+from .training import Trainer
+from .workbench import Workbench
 
 
 class Teacher(NamedTuple):

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import records
-from experiments.lab import evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import (
   data,
   defaults,
@@ -30,6 +28,8 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
+from .. import records
+from . import evaluating, given_rows, judges, limits, models, training
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
 

@@ -47,7 +47,7 @@ class DataConfig:
     path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
       several files separated by commas. If path and tfds are empty, the built-in task generates
       the rows.
-    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
+    tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.
     eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the

@@ -319,7 +319,7 @@ def test_a_script_explains_itself(run_script, tmp_path):
 
 
 def test_every_flag_that_is_named_exists():
-  known = {"flagfile", "help", "helpfull", "check"}  # The last is ruff's.
+  known = {"flagfile", "help", "helpfull", "check", "basetemp"}  # The last are ruff's and pytest's.
   for file in (ROOT / "experiments").glob("*.py"):
     script = f"experiments.{file.stem}"
     if hasattr(importlib.import_module(script), "Config"):

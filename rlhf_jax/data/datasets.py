@@ -81,7 +81,7 @@ class DataConfig:
   """
 
   path: str = ""
-  tfds: str = ""
+  tfds: str = ranges.rare("")
   tfds_dir: str = ranges.rare("")
   eval_path: str = ""
   eval_fraction: float = 0.05
@@ -93,11 +93,11 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
-  share_prompts: bool = False
+  share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
-  annotator: str = ""
+  annotator: str = ranges.rare("")
   votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):

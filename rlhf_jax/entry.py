@@ -46,12 +46,14 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   readers = [flags.define(cls) for cls in classes]
 
   def check() -> None:
+    flags.refuse_both("epochs", "steps")
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
 
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
+    flags.refuse_both("epochs", "steps")
     start(train, [read() for read in readers], flags.save_flags)
 
   run(main, check=check)

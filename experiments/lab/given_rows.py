@@ -43,6 +43,7 @@ def demonstrations(
       tfds="",
       eval_path="",
       eval_fraction=0.0,
+      eval_sets=(),
       rows=config.eval_rows,
       split="eval",
     )

@@ -78,8 +78,8 @@ class RunConfig:
   Attributes:
     init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
       folder.
-    steps: Number of steps.
-    epochs: Number of passes over the training rows, as another way to say `steps`; 0 takes `steps`.
+    steps: Number of steps; `epochs` says it as passes over the training rows.
+    epochs: Number of passes over the training rows, in place of `steps`; 0 takes `steps`.
     batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
@@ -89,7 +89,7 @@ class RunConfig:
 
   init_from: str = ""
   steps: int = 100
-  epochs: float = dataclasses.field(default=0.0, metadata={"yields": True})
+  epochs: float = dataclasses.field(default=0.0, metadata={"rare": True, "yields": True})
   batch_size: int = 32
   log_every: int = 1
   eval_every: int = 0

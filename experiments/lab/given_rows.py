@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from experiments.lab import evaluating
 from rlhf_jax import data, reporting
 from rlhf_jax.data import DataConfig
+from . import evaluating
 
 
 def show(
@@ -41,6 +41,7 @@ def demonstrations(
       config,
       path=path,
       tfds="",
+      tfds_dir="",
       eval_path="",
       eval_fraction=0.0,
       eval_sets=(),

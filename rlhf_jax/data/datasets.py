@@ -50,7 +50,7 @@ class DataConfig:
       several files separated by commas. With weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches
       take their rows from the files in these shares; files without weights are joined. If path
       and tfds are empty, the built-in task generates the rows.
-    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
+    tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.
     eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the
@@ -102,9 +102,9 @@ class DataConfig:
   share_prompts: bool = False
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
-  end_token: str = ""
+  end_token: str = ranges.rare("")
   annotator: str = ""
-  votes: Votes = "majority"
+  votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
     if self.path and self.tfds:

@@ -65,7 +65,10 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
   flags = first_flags("ppo", sft_run)
   group = start_group("ppo", tmp_path / "run", *flags)
   deadline = time.monotonic() + 240
-  while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < deadline:
+  while (
+    not (tmp_path / "run" / "checkpoints" / "3.digest.json").exists()
+    and time.monotonic() < deadline
+  ):
     time.sleep(0.01)
   os.kill(group[1].process.pid, signal.SIGTERM)  # One of the two is asked to stop.
   stopped = [running.end(timeout=60) for running in group]
@@ -114,11 +117,20 @@ def children(pid: int) -> list[int]:
     return []
 
 
+def newest(workdir: pathlib.Path) -> int:
+  folders = workdir.glob("checkpoints/*[0-9]")
+  return max((int(path.name) for path in folders if path.name.isdigit()), default=0)
+
+
+KILLS = 10
+
+
 @full
 def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
   """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
-  flags = [word for word in first_flags("ppo", sft_run, 4) if "every" not in word]
-  flags += ["--log_every=1", "--checkpoint_every=1"]
+  flags = [word for word in first_flags("ppo", sft_run, 4) if "--checkpoint" not in word]
+  flags = [word for word in flags if "--steps" not in word]
+  flags += ["--steps=30", "--checkpoint_every=1"]
   for finished in run_group("ppo", tmp_path / "whole", *flags, processes=4):
     assert finished.code == 0, finished.output
   run, draw = tmp_path / "run", random.Random(0)
@@ -128,19 +140,18 @@ def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
   with open(tmp_path / "output", "wb") as output:
     pod = subprocess.Popen(command, cwd=repository, stdout=output, stderr=output)
   try:
-    for kill in range(1, 11):
-      # A few steps are lost and taken again; the next kill comes after the next new step.
-      wait_for(lambda at=kill: (run / "checkpoints" / str(at)).exists(), 300, pause=0.05)
-      time.sleep(draw.random())
+    for _ in range(KILLS):
+      before = newest(run)  # A step or two are lost; the next kill comes after a new one.
+      wait_for(lambda done=before: newest(run) > done, 300, pause=0.02)
+      time.sleep(0.1 * draw.random())
       victims = set(children(pod.pid))
-      victim = draw.choice(sorted(victims))
-      os.kill(victim, signal.SIGKILL)
+      os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
       wait_for(lambda gone=victims: not gone & {*children(pod.pid)}, 60, pause=0.05)
-    assert pod.wait(600) == 0, (tmp_path / "output").read_text()
+    assert pod.wait(900) == 0, (tmp_path / "output").read_text()
   finally:
     pod.kill()
     pod.wait()
-  assert (tmp_path / "output").read_text().count("starting again") == 10
+  assert (tmp_path / "output").read_text().count("starting again") == KILLS
   assert_same_run(run, tmp_path / "whole")
   assert texts_of(run) == texts_of(tmp_path / "whole")
 

@@ -31,7 +31,7 @@ def code(cell):
 
 def accepts(command):
   """Reads the flags of a command as its script does."""
-  words = command.replace("$RM", "runs/rlhf/reward_model").replace("$FOLDER", "model")
+  words = re.sub(r"\$\w+", "runs/any", command)
   words = words.replace("$DPO", "runs/dpo")
   script, *flags = shlex.split(words)
   if script != "compile":

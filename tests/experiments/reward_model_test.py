@@ -29,7 +29,8 @@ def write_rankings(folder, rows=100):
         {"text": " ".join(["terrible"] * n + list(rng.choice(WORDS, 5 - n))), "rank": int(n)}
         for n in bad
       ]
-      file.write(json.dumps({"prompt": f"{PROMPT} {NAMES[i]}", "responses": responses}) + "\n")
+      row = {"prompt": f"{PROMPT} {NAMES[i]}", "responses": responses, "source": "ab"[i % 2]}
+      file.write(json.dumps(row) + "\n")
   return str(path)
 
 
@@ -38,7 +39,7 @@ def config_of(path, **settings):
     steps=60,
     batch_size=8,
     model=models.ModelOptions(layers=1, width=32, heads=2, mlp_width=32),
-    data=DataConfig(path=path, eval_fraction=0.3),
+    data=DataConfig(path=path, eval_fraction=0.3, group="source"),
     optim=OptimConfig(learning_rate=1e-2),
     **settings,
   )
@@ -52,7 +53,11 @@ def test_learns_from_rankings(tmp_path):
   assert summary["length_baseline"] == pytest.approx(0.5)  # All of one length.
   assert summary["log_loss"] < np.log(2)
   assert 0 <= summary["calibration_error"] <= 1
-  assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == summary["pairs"]
+  written = json.loads((tmp_path / "run" / "summary.json").read_text())
+  assert written["pairs"] == summary["pairs"]
+  accuracies = [of["accuracy"] for of in written["groups"].values()]
+  assert written["groups"].keys() == {"a", "b"}
+  assert written["accuracy/worst_group"] == pytest.approx(min(accuracies))
 
 
 @pytest.mark.parametrize("setting", ["margin", "label_smoothing"])

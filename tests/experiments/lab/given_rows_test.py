@@ -1,6 +1,7 @@
 import pytest
 
-from experiments.lab import given_rows
+from experiments.lab import given_rows, models
+from rlhf_jax import simulation
 from rlhf_jax.data import DataConfig
 from tests.data.rows import TOKENIZER, prompts, text, write
 
@@ -47,3 +48,27 @@ def test_much_that_is_left_out_is_a_warning(tmp_path, capsys):
   shown = capsys.readouterr().err
   assert "left out: 1 too long (data.max_prompt_length=5" in shown
   assert "warning: 14% of the data is left out: 1 too long" in shown
+
+
+@pytest.mark.parametrize("source", [{}, {"split": "shift"}, {"tfds": "x:train", "tfds_dir": "y"}])
+def test_demonstrations_of_a_file_whatever_the_prompts_are(tmp_path, source):
+  rows = [{**row, "response": text(1, 2)} for row in prompts(9)]
+  path = write(tmp_path, rows, "demonstrations.jsonl")
+  for most, count in ((512, 9), (4, 4)):
+    config = DataConfig(eval_rows=most, **source)
+    (found,) = given_rows.demonstrations(config, path, TOKENIZER, seed=0)
+    assert (found.kind, len(found.examples)) == ("demonstrations", count)
+
+
+def test_prompts_of_a_file_have_no_demonstrations(tmp_path):
+  config = DataConfig(path=write(tmp_path, prompts(9)))
+  assert given_rows.demonstrations(config, "", TOKENIZER, seed=0) == []
+
+
+def test_demonstrations_of_the_built_in_task_are_those_that_are_held_out():
+  tokenizer = models.open_tokenizer(None)
+  for split in ("eval", "shift"):
+    config = DataConfig(eval_rows=5, split=split)
+    (found,) = given_rows.demonstrations(config, "", tokenizer, seed=3)
+    expected = simulation.demonstrations(split, 5, 3)
+    assert [row["response"] for row in found.rows] == [row["response"] for row in expected]

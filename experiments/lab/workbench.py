@@ -17,6 +17,7 @@ from rlhf_jax import (
   defaults,
   flags,
   generation,
+  hub,
   loop,
   processes,
   reporting,
@@ -388,6 +389,7 @@ def open(
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
   reporting.note(f"{script}: reading the model and the data")
+  hub.settle(session.workdir, flags.flatten(flags.to_dict(config)).values())
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from rlhf_jax import workdir
+from rlhf_jax import hub, workdir
 from rlhf_jax.data import sources
 from rlhf_jax.data.sources import DataError, OnBadRow, Row, raise_error
 
@@ -115,6 +115,8 @@ def _matches(name: str, spec: str) -> list[str]:
       f"{spec!r}: the name of a file is empty; write names with one comma between them, in"
       " data.path and data.eval_path"
     )
+  if hub.is_name(path):
+    return hub.data_files(path)
   if os.path.exists(path) or not glob.has_magic(path):
     return [path]
   matches = sorted(glob.glob(path, recursive=True))
@@ -203,10 +205,12 @@ def _advice(name: str) -> str:
     inside = sorted(p.name for p in pathlib.Path(name).iterdir() if not p.name.startswith("."))
     return f"give a file in it, such as {inside[0]}" if inside else "the folder is empty"
   if "://" in name:
-    return "an address is not looked up: download the file first"
+    return (
+      "an address is not looked up, but for hf://datasets/ORG/NAME/FILE: download the file first"
+    )
   if _HUB_NAME.fullmatch(name) and not os.path.exists(os.path.dirname(name)):
     return (
-      "names of hub repositories are not looked up: download the files first, with"
+      f"write hf://datasets/{name}/FILE for a file of a hub, or download the files first, with"
       f" `hf download --repo-type dataset {name}`"
     )
   return "check data.path and data.eval_path"

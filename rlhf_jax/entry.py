@@ -23,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, reporting, watch, workdir
+from rlhf_jax import flags, hub, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -46,12 +46,14 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
   readers = [flags.define(cls) for cls in classes]
 
   def check() -> None:
+    flags.refuse_both("epochs", "steps")
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
 
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
+    flags.refuse_both("epochs", "steps")
     start(train, [read() for read in readers], flags.save_flags)
 
   run(main, check=check)
@@ -75,6 +77,8 @@ def start(
   folder = workdir.run_folder(first.workdir)
   if processes.is_first():
     workdir.make(folder)
+  settings = [flags.flatten(flags.to_dict(config)) for config in configs]
+  hub.settle(folder, [value for values in settings for value in values.values()])
   result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
+from rlhf_jax import data, flags, generation, hub, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
 from rlhf_jax.models.families import FAMILIES, Head
@@ -30,8 +30,9 @@ class ModelOptions:
   """Model.
 
   Attributes:
-    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty creates a model for the
-      built-in task with the sizes below, unless --init_from gives one.
+    path: Hugging Face folder (config.json, safetensors, tokenizer), or `hf://ORG/NAME[@REVISION]`
+      of a hub, as in all flags that name a model. Empty creates a model for the built-in task with
+      the sizes below, unless --init_from gives one.
     preset: Architecture of a new model, by its name in rlhf_jax.models.presets, instead of the
       sizes below.
     layers: Number of transformer blocks of a new model.
@@ -101,10 +102,13 @@ def model_folder(path: str) -> pathlib.Path | None:
 def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
+  A name hf://ORG/NAME[@REVISION] is that of a model of the hub, which is downloaded.
+
   Raises:
+    HubError: There is no such model, or it cannot be downloaded.
     ModelFolderError: The path is neither, or both.
   """
-  folder = workdir_lib.local_path(path)
+  folder = hub.model_folder(path) if hub.is_name(path) else workdir_lib.local_path(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
@@ -140,8 +144,8 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (
-      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
-      f" {path} --local-dir=FOLDER, and give FOLDER"
+      "there is no such folder, and nothing is downloaded from a hub by this name; write"
+      f" hf://{path}, or get the model by hf download {path} --local-dir=FOLDER, and give FOLDER"
     )
   return "there is no such folder"
 
@@ -411,14 +415,14 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     for flag in _FILES:
       if given := settings.get(flag):
         found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
-    return found
+    return found | hub.commits(settings.values())
 
   return processes.agree(read)
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
   """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
-  path = workdir_lib.local_path(given)
+  path = pathlib.Path(given).expanduser()
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
   return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]

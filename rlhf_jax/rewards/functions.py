@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import simulation, user
+from rlhf_jax import processes, simulation, user
 from rlhf_jax.data import DataError
 from rlhf_jax.rewards import checks, segments
 
@@ -60,7 +60,33 @@ def ask_parts(
   rows: Sequence[Mapping[str, Any]],
   kind: str = "",
 ) -> np.ndarray | segments.Segments:
-  """Calls a reward or preference function; see `ask`. A reward may be that of segments."""
+  """Calls a reward or preference function; see `ask`. A reward may be that of segments.
+
+  With several processes process 0 calls it, and all get its numbers.
+  """
+
+  def call() -> list[Any]:
+    given = _ask_here(function, prompts, responses, rows, kind)
+    if isinstance(given, segments.Segments):
+      return [given.rows.tolist(), given.ends.tolist(), given.scores.tolist()]
+    return [given.tolist()]
+
+  *places, scores = processes.agree(call)
+  numbers = np.array(scores, np.float32)
+  if not places:
+    return numbers
+  at, ends = (np.array(of, int) for of in places)
+  return segments.Segments(at, ends, numbers, len(responses[0]))
+
+
+def _ask_here(
+  function: Callable[..., Any],
+  prompts: Sequence[str],
+  responses: Sequence[Sequence[str]],
+  rows: Sequence[Mapping[str, Any]],
+  kind: str,
+) -> np.ndarray | segments.Segments:
+  """Calls a reward or preference function in this process; see `ask_parts`."""
   kind = kind or ("reward" if len(responses) == 1 else "preference")
   name = f"{kind} function {user.name_of(function)}"
   try:  # With copies: a function may sort its lists or take columns out of its rows.

@@ -25,9 +25,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from experiments.lab import evaluating, models, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import dpo, pairs
 from rlhf_jax.algorithms.dpo import DPOBatch, DPOConfig
@@ -36,6 +33,9 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import evaluating, models, training, workbench
+from .lab.case import Case
+from .lab.judges import RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)

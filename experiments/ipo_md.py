@@ -20,10 +20,6 @@ import functools
 
 import jax
 
-from experiments.lab import matches, models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, PreferenceOptions
-from experiments.lab.matches import Match
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ipo_md, opponents
 from rlhf_jax.algorithms.ipo_md import IPOMDConfig
@@ -31,6 +27,10 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import matches, models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, PreferenceOptions
+from .lab.matches import Match
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from experiments.lab import models, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOBatch, KTOConfig
@@ -29,6 +26,9 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import UnpairedBatch
+from .lab import models, training, workbench
+from .lab.case import Case
+from .lab.judges import RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)

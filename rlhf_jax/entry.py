@@ -141,7 +141,7 @@ def run(
 
   def flags_parser(args: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(args[1:]):
-      sys.stdout.write(flags.help_text(sys.modules["__main__"].__doc__ or ""))
+      sys.stdout.write(flags.help_text(_usage()))
       sys.exit(0)
     try:
       flags.parse(args)
@@ -368,3 +368,11 @@ def _exit(error: BaseException) -> NoReturn:
       processes.part()
     os._exit(code)
   sys.exit(code)
+
+
+def _usage() -> str:
+  """Returns the docstring of the script, with its commands as they are typed where installed."""
+  main = sys.modules["__main__"]
+  text, spec = main.__doc__ or "", getattr(main, "__spec__", None)
+  is_installed = spec is not None and spec.name.startswith("rlhf_jax.experiments.")
+  return text.replace("python -m experiments.", "rlhf-jax ") if is_installed else text

@@ -101,6 +101,14 @@ def define(
   return read
 
 
+def names(*classes: type[Any]) -> list[str]:
+  """Returns the flags that `define` makes, as they are typed: `--steps=`, or `--share`, a bool."""
+  registry = flags.FlagValues()
+  for cls in classes:
+    define(cls, flag_values=registry)
+  return [f"--{name}{'' if registry[name].boolean else '='}" for name in registry]
+
+
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Parses a command line, program name first, and refuses what absl would let pass.
 

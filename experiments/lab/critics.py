@@ -5,12 +5,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.lab import judges, models, training
-from experiments.lab.workbench import Workbench
 from rlhf_jax import defaults, ranges, writers
 from rlhf_jax.algorithms import epochs
 from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
+from . import judges, models, training
+from .workbench import Workbench
 
 EXPLAINED = "value/explained_variance"
 

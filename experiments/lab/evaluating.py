@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import judges, models, training
 from rlhf_jax import (
   data,
   evaluation,
@@ -24,6 +23,7 @@ from rlhf_jax.algorithms import reading, reward_model, sft
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params, RankingBatch, Rollout
+from . import judges, models, training
 
 T = TypeVar("T")
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from experiments.lab import evaluating
 from rlhf_jax import data, reporting
 from rlhf_jax.data import DataConfig
+from . import evaluating
 
 
 def show(

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import records
-from experiments.lab import evaluating, judges, models, training
-from experiments.lab.case import Case
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, processes
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
+from .. import records
+from . import evaluating, judges, models, training
+from .case import Case
+from .workbench import Workbench
 
 
 def stage(

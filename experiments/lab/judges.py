@@ -5,8 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments import records
-from experiments.lab import line_files, models
 from rlhf_jax import (
   data,
   flags,
@@ -17,6 +15,8 @@ from rlhf_jax import (
   sharding,
   user,
 )
+from .. import records
+from . import line_files, models
 
 # Metrics reward/... that are no name of a reward.
 _TAKEN = ("accuracy", "mean", "nonfinite", "shaped", "std", "tokens", "violations")

@@ -5,10 +5,10 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from experiments import records
-from experiments.lab import models
 from rlhf_jax import data, flags
 from rlhf_jax.models import ModelConfig, hf, presets
+from .. import records
+from . import models
 
 
 class _Length(NamedTuple):

@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import records
-from experiments.records import record
 from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
-from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets, round_matrices
-from rlhf_jax.models.families import Head
+from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
+from rlhf_jax.models.families import FAMILIES, Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
+from .. import records
+from ..records import record
 
 _SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+ADAPTER = "adapter"  # Folder of the final adapters in a workdir, in the format of PEFT.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ def finished_folder(path: str) -> pathlib.Path:
   """
   folder = workdir_lib.local_path(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
+  has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
     raise hf.ModelFolderError(
       f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
@@ -125,7 +127,7 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
   if (folder / "adapter_config.json").exists():
     return (
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
-      " PEFT), and give the merged folder"
+      " PEFT), and give the merged folder, or put adapter_model.safetensors beside its config"
     )
   if folder.is_dir():
     inner = sorted(path.parent for path in folder.glob("**/config.json"))
@@ -174,7 +176,7 @@ def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tok
   """Opens the tokenizer of a model folder; without a folder, that of the built-in task."""
   if folder is None:
     return data.word_level_tokenizer(simulation.WORDS)
-  return data.load_tokenizer(folder, end_token or None)
+  return data.load_tokenizer(peft.base_of(folder), end_token or None)
 
 
 def build_model(
@@ -282,7 +284,7 @@ def require_shapes_of(start: Params, params: Params, given: str) -> None:
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
-  if data.load_tokenizer(folder).digest != tokenizer.digest:
+  if data.load_tokenizer(peft.base_of(folder)).digest != tokenizer.digest:
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
@@ -426,6 +428,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for flag in (*record.SOURCES, "judge.path", "reference"):
       folders = [finished_folder(path) for path in record.paths_in(settings, flag)]
+      folders += [peft.base_of(folder) for folder in folders if peft.is_adapter(folder)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
       if folders:
@@ -494,6 +497,7 @@ def export(
   tokenizer: data.Tokenizer,
   label: str = "reward",
   dtype: str = "float32",
+  base: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
@@ -504,6 +508,7 @@ def export(
     tokenizer: Tokenizer of the model.
     label: Name of the scalar of a judge.
     dtype: Dtype of the weights in the folder.
+    base: Folder of the model below adapters, to write these beside the folder as well.
   """
   first, *others = tokenizer.stop_ids
   token_ids: dict[str, int | list[int]] = {
@@ -515,6 +520,12 @@ def export(
   processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
+  has_adapters = any(True for _ in lora.leaves(params))
+  if has_adapters and "score" not in params and base is not None and not peft.is_adapter(base):
+    adapter = folder.with_name(ADAPTER)
+    peft.write(adapter, params, FAMILIES[model.config.family], str(base.resolve()))
+    if processes.is_first():
+      tokenizer.save(adapter)
   hf.save_folder(
     folder, lora.merge(params), model.config, token_ids=token_ids, label=label, dtype=dtype
   )

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import records
-from experiments.lab import evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import (
   data,
   defaults,
@@ -30,6 +28,8 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
+from .. import records
+from . import evaluating, given_rows, judges, limits, models, training
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
 
@@ -323,7 +323,7 @@ class Workbench(NamedTuple):
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
-    models.export(folder, params, self.model, self.tokenizer, label, dtype)
+    models.export(folder, params, self.model, self.tokenizer, label, dtype, self.folder)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""

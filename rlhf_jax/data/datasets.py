@@ -47,7 +47,7 @@ class DataConfig:
     path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
       several files separated by commas. If path and tfds are empty, the built-in task generates
       the rows.
-    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
+    tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.
     eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the
@@ -81,7 +81,7 @@ class DataConfig:
   """
 
   path: str = ""
-  tfds: str = ""
+  tfds: str = ranges.rare("")
   tfds_dir: str = ranges.rare("")
   eval_path: str = ""
   eval_fraction: float = 0.05
@@ -93,12 +93,12 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
-  share_prompts: bool = False
+  share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
-  end_token: str = ""
-  annotator: str = ""
-  votes: Votes = "majority"
+  end_token: str = ranges.rare("")
+  annotator: str = ranges.rare("")
+  votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
     if self.path and self.tfds:

@@ -105,7 +105,7 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
   """Reads a prepared TFDS data set stored as ArrayRecord; TensorFlow is not needed.
 
   Args:
-    spec: NAME[/CONFIG][:VERSION][:SPLIT]; the default split is "train".
+    spec: `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is "train".
     data_dir: Folder with the prepared data set; "" is the TFDS default.
     on_bad_row: Function called for every row whose text is not clean.
 

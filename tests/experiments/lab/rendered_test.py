@@ -181,11 +181,14 @@ def test_it_drives_ppo(start_here, sft_run, tmp_path):
     tmp_path / "run",
     f"--init_from={sft_run}",
     f"--reward.path={tmp_path / 'judge'}",
-    "--steps=30",
-    "--batch_size=32",
+    "--steps=40",
+    "--batch_size=64",
     "--shaping.normalize",
     "--ppo.kl_coef=0",
-    "--optim.learning_rate=1e-3",
+    "--data.eval_rows=64",
+    "--data.rows=256",
+    "--optim.learning_rate=1e-2",
+    "--critic.learning_rate=1e-2",
   )
   assert summary["reward/win_rate_low"] > 0.5
   assert summary["reward/mean"] > summary["reward/mean_before"]

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +294,22 @@ def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
     )
 
 
+class Scorer(NamedTuple):
+  """Model with a scalar head.
+
+  Attributes:
+    model: Model.
+    params: Params of the model.
+    label: Name of the scalar.
+    tokenizer: Tokenizer of the model; None if it is that of the policy.
+  """
+
+  model: Model
+  params: Params
+  label: str
+  tokenizer: data.Tokenizer | None
+
+
 def open_scorer(
   run: loop.Run,
   path: str,
@@ -301,9 +317,10 @@ def open_scorer(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params, str]:
-  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too.
+) -> Scorer:
+  """Opens a model with a scalar head.
 
+  A preference model must have the policy's tokenizer, because it reads the sampled tokens.
   `frozen` is False if it is trained; see `open_model`.
   """
   folder = model_folder(path)
@@ -311,9 +328,17 @@ def open_scorer(
     raise hf.ModelFolderError(
       f"{path}: not a reward model; train one with experiments.reward_model"
     )
-  require_tokens_of(folder, tokenizer)
-  model, params = open_model(run, options, folder, tokenizer, "scalar", frozen=frozen)
-  return model, params, hf.scalar_label(folder)
+  label = hf.scalar_label(folder)
+  if label == records.PREFERENCE:
+    require_tokens_of(folder, tokenizer)
+  read_by = data.load_tokenizer(folder)
+  model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
+  return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
+
+
+def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
+  """Returns whether the model of a path has a tokenizer and a template, both of the policy."""
+  return data.load_tokenizer(finished_folder(path)).digest == tokenizer.digest
 
 
 def open_reward_model(
@@ -323,18 +348,18 @@ def open_reward_model(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params]:
-  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer.
+) -> Scorer:
+  """Opens the reward model of `--reward.path`.
 
   `frozen` is False if it is trained; see `open_model`.
   """
-  model, params, label = open_scorer(run, path, options, tokenizer, frozen=frozen)
-  if label == records.PREFERENCE:
+  scorer = open_scorer(run, path, options, tokenizer, frozen=frozen)
+  if scorer.label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
       " experiments.reward_model"
     )
-  return model, params
+  return scorer
 
 
 def judge_shapes(config: Any) -> dict[str, Params]:

@@ -105,7 +105,7 @@ def make_trainer(
   optimizer = training.actor_critic_optimizer(
     config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
   )
-  return training.make_trainer(
+  trainer = training.make_trainer(
     bench.run,
     actor.apply,
     actor.params,
@@ -115,3 +115,4 @@ def make_trainer(
     updates=updates,
     packed_length=config.rollout.packed_length,
   )
+  return bench.counted(trainer, updates, critic=not config.critic.share_trunk)

@@ -5,6 +5,8 @@ program is compiled again: a group whose responses all have the same reward give
 of a later draw.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,10 +56,8 @@ class Filled:
       constrained: True if responses that violate a constraint are worth the same.
     """
     self._samples, self._penalty, self._constrained = samples, penalty, constrained
-    self._take = jax.jit(
-      lambda old, new, rows: jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], old, new),
-      out_shardings=jax.tree.map(lambda x: x.sharding, first.rollout),
-    )
+    rows = np.arange(first.prompt_ids.size)
+    _make_take(_layout(first))(first.rollout, first.rollout, rows)  # Compiled in the first step.
     self.draw, self.draws = first, 1
     self.lacking, values = self._look(first)
     self._without, self._values = [self.lacking.copy()], [values]
@@ -76,9 +76,9 @@ class Filled:
     source[places[:count]] = len(source) + groups[:count]
     self.lacking[places[:count]] = False
     rows = (source[:, None] * self._samples + np.arange(self._samples)).reshape(-1)
-    rollout = self._take(self.draw.rollout, more.rollout, rows)
-    small = [draw._replace(rollout=None) for draw in (self.draw, more)]
-    self.draw = jax.tree.map(lambda a, b: _take(a, b, rows), *small)._replace(rollout=rollout)
+    rollout = _make_take(_layout(self.draw))(self.draw.rollout, more.rollout, rows)
+    small = [draw[1:] for draw in (self.draw, more)]
+    self.draw = Draw(rollout, *jax.tree.map(lambda a, b: _take(a, b, rows), *small))
 
   def metrics(self) -> dict[str, float]:
     """Number of draws; share of groups without signal and mean reward in all that was drawn."""
@@ -98,8 +98,23 @@ class Filled:
       satisfied = sharding.to_host(draw.reward.satisfied)
       compared = np.where(satisfied, compared, np.min(compared) - 1)
     shape = (-1, self._samples)
-    equal = advantages.equal_groups(compared.reshape(shape), mask=usable.reshape(shape))
+    groups = jnp.asarray(compared).reshape(shape), jnp.asarray(usable).reshape(shape)
+    equal = advantages.equal_groups(groups[0], mask=groups[1])
     return np.array(equal), np.asarray(totals)[usable]
+
+
+def _layout(draw: Draw) -> Rollout:
+  return jax.tree.map(lambda x: x.sharding, draw.rollout)
+
+
+@functools.cache
+def _make_take(layout: Rollout) -> Callable[[Rollout, Rollout, np.ndarray], Rollout]:
+  """Jitted `(old, new, rows)`: rows of two rollouts behind each other, in a layout."""
+
+  def take_rows(old: Rollout, new: Rollout, rows: np.ndarray) -> Rollout:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[rows], old, new)
+
+  return jax.jit(take_rows, out_shardings=layout)
 
 
 def _take(old: Any, new: Any, rows: np.ndarray) -> Any:
@@ -108,4 +123,6 @@ def _take(old: Any, new: Any, rows: np.ndarray) -> Any:
   if not isinstance(old, jax.Array):
     return rows
   layout = old.sharding
-  return sharding.put(rows, layout) if isinstance(layout, jax.NamedSharding) else jnp.asarray(rows)
+  return (
+    sharding.put(rows, layout) if isinstance(layout, jax.NamedSharding) else jax.device_put(rows)
+  )

@@ -259,6 +259,21 @@ class Checkpointer:
       f" --workdir{reasons}"
     )
 
+  def leaves(self, step: int) -> dict[str, dict[str, str]]:
+    """Returns item name -> path of a leaf -> its dtype and shape, such as float32[3,4].
+
+    Raises:
+      CheckpointError: There is no such step.
+    """
+    path = self.directory / str(step) / _META / "metadata"
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))["leaves"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      steps = ", ".join(map(str, self._committed_steps())) or "none"
+      raise CheckpointError(
+        f"{self.directory} holds no step {step} that can be read; steps there: {steps}"
+      ) from error
+
   def latest_step(self, at_most: int | None = None) -> int | None:
     """Returns the newest committed step, up to `at_most`; None if there is none."""
     steps = self._committed_steps()

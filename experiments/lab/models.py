@@ -23,6 +23,7 @@ from ..records import record
 _SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 ADAPTER = "adapter"  # Folder of the final adapters in a workdir, in the format of PEFT.
+EXPORTS = "exports"  # Folder of the models of single steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,18 @@ def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   A name hf://ORG/NAME[@REVISION] is that of a model of the hub, which is downloaded.
+  `RUN@STEP` and `RUN@best` are checkpoints of a run, which are exported first.
 
   Raises:
     HubError: There is no such model, or it cannot be downloaded.
     ModelFolderError: The path is neither, or both.
   """
-  folder = hub.model_folder(path) if hub.is_name(path) else workdir_lib.local_path(path)
+  if hub.is_name(path):
+    folder = hub.model_folder(path)
+  else:
+    folder = workdir_lib.local_path(path)
+    if "@" in folder.name and not folder.exists():
+      return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
@@ -124,10 +131,26 @@ def finished_folder(path: str) -> pathlib.Path:
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
+def _folder_of_step(path: str) -> pathlib.Path:
+  """Returns the folder of the model of `RUN@STEP`, exported now if it is not there."""
+  from . import exporting  # It imports the scripts, and they import this.
+
+  name, _, step = path.rpartition("@")
+  workdir = workdir_lib.local_path(name)
+  number = exporting.number_of(workdir, step)
+  folder = workdir / EXPORTS / str(number)
+  if jax.process_count() > 1 and not (folder / "config.json").exists():
+    raise hf.ModelFolderError(
+      f"{path}: with several processes, first run python -m experiments.export --workdir={name}"
+      f" --step={number}"
+    )
+  return exporting.export_step(workdir, number)
+
+
 def _why_no_model(path: str, folder: pathlib.Path) -> str:
   """Says why a path is not that of a model, and what to give instead."""
   if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
-    return "this run has not finished; start it again, then use it"
+    return "this run has not finished; start it again, then use it, or use a step: RUN@STEP"
   if (folder / "adapter_config.json").exists():
     return (
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
@@ -156,6 +179,8 @@ def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
     return
   folder = folder.resolve()
   taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  if folder.parent.name == EXPORTS:
+    taken += (folder.parents[1],)
   if workdir_lib.local_path(workdir).resolve() in taken:
     raise flags.UsageError(
       f"--workdir={workdir} holds the model to start from; give another folder"

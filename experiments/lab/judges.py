@@ -258,7 +258,7 @@ class JudgedConfig(loop.RunConfig):
     given = [of for of in options if of.is_given]
     if len(options) > 1 and len(given) != 1:
       raise flags.UsageError(
-        "give --reward.path, name or url, or else --preference.path, name or url"
+        "give --reward.path or --reward.name, or else --preference.path or name, or a url"
       )
     self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.

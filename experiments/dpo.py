@@ -23,7 +23,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import dpo, pairs
@@ -67,15 +66,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
-    def summarize(policy):
-      rows = dpo.row_metrics(policy, jnp.asarray(heldout_refs), config=config.dpo)
+    def summarize(policy, refs):
+      rows = dpo.row_metrics(policy, refs, config=config.dpo)
       return pairs.mean_metrics(*rows, policy.real)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
+    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,

@@ -149,6 +149,7 @@ def check_paths(job: Job) -> None:
     return  # An earlier job may write it.
   for name in _PATHS:
     for path in job.flag(name).split(","):
+      path = re.sub(r":[\d.]+$", "", path)  # A weight of --data.path.
       pattern = "://" in path or re.search(r"[*?\[]", path)
       if path and not pattern and not pathlib.Path(path).exists():
         raise JobError(f"--{name}={path}: there is no such file or folder; nothing was submitted")

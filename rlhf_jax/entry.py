@@ -23,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, reporting, watch, workdir
+from rlhf_jax import flags, hub, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -36,23 +36,32 @@ EX_TEMPFAIL = 75
 EX_INTERRUPTED = 130
 
 
-def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
+def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool = True) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
 
   The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
   a `processes.Group`, its processes meet before anything else happens. With --only_check_args the
   configs are only read, and those with a method `require` say what they lack.
+
+  Args:
+    train: Function of the configs.
+    *classes: Dataclasses of the configs.
+    keep_flags: False for a script that works on the workdir of another one, whose flags stay.
   """
   readers = [flags.define(cls) for cls in classes]
 
   def check() -> None:
+    flags.refuse_both("epochs", "steps")
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
+
+  save = flags.save_flags if keep_flags else lambda path: None
 
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
-    start(train, [read() for read in readers], flags.save_flags)
+    flags.refuse_both("epochs", "steps")
+    start(train, [read() for read in readers], save)
 
   run(main, check=check)
 
@@ -75,6 +84,8 @@ def start(
   folder = workdir.run_folder(first.workdir)
   if processes.is_first():
     workdir.make(folder)
+  settings = [flags.flatten(flags.to_dict(config)) for config in configs]
+  hub.settle(folder, [value for values in settings for value in values.values()])
   result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():

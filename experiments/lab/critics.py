@@ -107,7 +107,7 @@ def make_trainer(
   optimizer = training.actor_critic_optimizer(
     config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
   )
-  return training.make_trainer(
+  trainer = training.make_trainer(
     bench.run,
     actor.apply,
     actor.params,
@@ -117,3 +117,4 @@ def make_trainer(
     updates=updates,
     packed_length=config.rollout.packed_length,
   )
+  return bench.counted(trainer, updates, critic=not config.critic.share_trunk)

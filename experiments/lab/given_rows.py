@@ -44,6 +44,7 @@ def demonstrations(
       tfds_dir="",
       eval_path="",
       eval_fraction=0.0,
+      eval_sets=(),
       rows=config.eval_rows,
       split="eval",
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
+from rlhf_jax import data, flags, generation, hub, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
 from rlhf_jax.models.families import FAMILIES, Head
@@ -23,6 +23,7 @@ from ..records import record
 _SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 ADAPTER = "adapter"  # Folder of the final adapters in a workdir, in the format of PEFT.
+EXPORTS = "exports"  # Folder of the models of single steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,9 @@ class ModelOptions:
   """Model.
 
   Attributes:
-    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty creates a model for the
-      built-in task with the sizes below, unless --init_from gives one.
+    path: Hugging Face folder (config.json, safetensors, tokenizer), or `hf://ORG/NAME[@REVISION]`
+      of a hub, as in all flags that name a model. Empty creates a model for the built-in task with
+      the sizes below, unless --init_from gives one.
     preset: Architecture of a new model, by its name in rlhf_jax.models.presets, instead of the
       sizes below.
     layers: Number of transformer blocks of a new model.
@@ -101,10 +103,19 @@ def model_folder(path: str) -> pathlib.Path | None:
 def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
+  A name hf://ORG/NAME[@REVISION] is that of a model of the hub, which is downloaded.
+  `RUN@STEP` and `RUN@best` are checkpoints of a run, which are exported first.
+
   Raises:
+    HubError: There is no such model, or it cannot be downloaded.
     ModelFolderError: The path is neither, or both.
   """
-  folder = workdir_lib.local_path(path)
+  if hub.is_name(path):
+    folder = hub.model_folder(path)
+  else:
+    folder = workdir_lib.local_path(path)
+    if "@" in folder.name and not folder.exists():
+      return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
@@ -120,10 +131,26 @@ def finished_folder(path: str) -> pathlib.Path:
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
+def _folder_of_step(path: str) -> pathlib.Path:
+  """Returns the folder of the model of `RUN@STEP`, exported now if it is not there."""
+  from . import exporting  # It imports the scripts, and they import this.
+
+  name, _, step = path.rpartition("@")
+  workdir = workdir_lib.local_path(name)
+  number = exporting.number_of(workdir, step)
+  folder = workdir / EXPORTS / str(number)
+  if jax.process_count() > 1 and not (folder / "config.json").exists():
+    raise hf.ModelFolderError(
+      f"{path}: with several processes, first run python -m experiments.export --workdir={name}"
+      f" --step={number}"
+    )
+  return exporting.export_step(workdir, number)
+
+
 def _why_no_model(path: str, folder: pathlib.Path) -> str:
   """Says why a path is not that of a model, and what to give instead."""
   if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
-    return "this run has not finished; start it again, then use it"
+    return "this run has not finished; start it again, then use it, or use a step: RUN@STEP"
   if (folder / "adapter_config.json").exists():
     return (
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
@@ -140,8 +167,8 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (
-      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
-      f" {path} --local-dir=FOLDER, and give FOLDER"
+      "there is no such folder, and nothing is downloaded from a hub by this name; write"
+      f" hf://{path}, or get the model by hf download {path} --local-dir=FOLDER, and give FOLDER"
     )
   return "there is no such folder"
 
@@ -152,6 +179,8 @@ def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
     return
   folder = folder.resolve()
   taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  if folder.parent.name == EXPORTS:
+    taken += (folder.parents[1],)
   if workdir_lib.local_path(workdir).resolve() in taken:
     raise flags.UsageError(
       f"--workdir={workdir} holds the model to start from; give another folder"
@@ -436,14 +465,14 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     for flag in _FILES:
       if given := settings.get(flag):
         found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
-    return found
+    return found | hub.commits(settings.values())
 
   return processes.agree(read)
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
   """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
-  path = workdir_lib.local_path(given)
+  path = pathlib.Path(given).expanduser()
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
   return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import flags, reporting, writers
+from rlhf_jax import flags, hub, reporting, writers
 from rlhf_jax import workdir as workdir_lib
 from ..lab import scripts
 from .record import (
@@ -141,6 +141,8 @@ def base_model(record: Mapping[str, Any]) -> str:
   if not record.get("pretrained"):
     return ""
   path = pathlib.PurePath(str(record["path"]))
+  if hub.is_name(str(record["path"])):
+    return hub.parse(str(record["path"])).repo
   for part in path.parts:  # The cache of the hub: models--OWNER--NAME/snapshots/...
     if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part, re.ASCII):
       return f"{match[1]}/{match[2]}"

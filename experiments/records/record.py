@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, processes, user
+from rlhf_jax import data, flags, hub, loop, processes, user
 from rlhf_jax import workdir as workdir_lib
 from ..lab import scripts
 
@@ -206,7 +206,9 @@ def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
   sources = []
   for flag, role in SOURCES.items():
     for path in paths_in(settings, flag):
-      if "://" not in path:
+      if hub.is_name(path):
+        sources.append(_tidy({"path": hub.pinned(path), "pretrained": True}) | {"role": role})
+      elif "://" not in path:
         record = read(path, depth + 1)
         record.pop("settings", None)  # `changed` says what is worth saying.
         sources.append(record | {"role": role})

@@ -34,10 +34,12 @@ class Row(NamedTuple):
   Attributes:
     where: Origin of the row for messages, such as "pairs.jsonl:12".
     fields: Column name -> value: text, numbers, lists and dicts.
+    source: Index of its source among those that are mixed by weights.
   """
 
   where: str
   fields: dict[str, Any]
+  source: int = 0
 
 
 # Called with the error of a bad row: raises it, or returns to skip the row.

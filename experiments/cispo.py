@@ -13,10 +13,6 @@ The same command, run again, resumes a run that was stopped.
 import dataclasses
 import functools
 
-from experiments.lab import models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, RewardOptions
-from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import cispo, reading
 from rlhf_jax.algorithms.cispo import CISPOConfig
@@ -26,6 +22,10 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, RewardOptions
+from .lab.responses import IterationState, RolloutOptions
 
 
 @dataclasses.dataclass(frozen=True)

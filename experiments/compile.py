@@ -22,8 +22,8 @@ from typing import Any
 
 import jax
 
-from experiments.lab import plans
 from rlhf_jax import entry, flags, preflight, ranges, reporting, workdir
+from .lab import plans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,11 +23,7 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from experiments.lab import evaluating, models, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import dpo, pairs
 from rlhf_jax.algorithms.dpo import DPOBatch, DPOConfig
@@ -36,6 +32,9 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import evaluating, models, training, workbench
+from .lab.case import Case
+from .lab.judges import RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +66,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     refs, heldout_refs = bench.references(make_ref_logprobs(bench))
 
     @jax.jit
-    def summarize(policy):
-      rows = dpo.row_metrics(policy, jnp.asarray(heldout_refs), config=config.dpo)
+    def summarize(policy, refs):
+      rows = dpo.row_metrics(policy, refs, config=config.dpo)
       return pairs.mean_metrics(*rows, policy.real)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
+    evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,

@@ -33,7 +33,11 @@ prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 import dataclasses
 from typing import Any
 
-from experiments.lab import (
+from rlhf_jax import defaults, entry, flags, loop, plots, reporting
+from rlhf_jax.data import DataConfig
+from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models import hf
+from .lab import (
   comparison,
   evaluating,
   given_rows,
@@ -43,10 +47,6 @@ from experiments.lab import (
   line_files,
   models,
 )
-from rlhf_jax import defaults, entry, flags, loop, plots, reporting
-from rlhf_jax.data import DataConfig
-from rlhf_jax.generation import SamplingConfig
-from rlhf_jax.models import hf
 
 
 @dataclasses.dataclass(frozen=True)

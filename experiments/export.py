@@ -12,9 +12,9 @@ runs/sft@best. Which checkpoints a run leaves is up to its --keep, --keep_every 
 import dataclasses
 import pathlib
 
-from experiments.lab import exporting
 from rlhf_jax import entry
 from rlhf_jax import workdir as workdir_lib
+from .lab import exporting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ import dataclasses
 
 import numpy as np
 
-from experiments.lab import given_rows, judges, limits, models
 from rlhf_jax import data, entry, loop, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from .lab import given_rows, judges, limits, models
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,6 @@ run again, resumes a run that was stopped.
 import dataclasses
 import functools
 
-from experiments.lab import models, responses, teachers, training, workbench
-from experiments.lab.case import Case
 from rlhf_jax import defaults, entry, flags, loop
 from rlhf_jax.algorithms import gkd
 from rlhf_jax.algorithms.gkd import GKDConfig
@@ -36,6 +34,8 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import TrainState
+from .lab import models, responses, teachers, training, workbench
+from .lab.case import Case
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,6 @@ import functools
 
 import jax
 
-from experiments.lab import matches, models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, PreferenceOptions
-from experiments.lab.matches import Match
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ipo_md, opponents
 from rlhf_jax.algorithms.ipo_md import IPOMDConfig
@@ -31,6 +27,10 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import matches, models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, PreferenceOptions
+from .lab.matches import Match
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "ipo_md", "prompts") as bench:
     trainer, prefer_of = make_trainer(bench), bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), config.ipo_md, count=2, mixed=True)
-    judged_by = config.preference.path or config.preference.name
+    judged_by = config.preference.path or config.preference.name or config.preference.url
     bench.describe("IPO-MD", trainer, preference=judged_by)
     mixes, taus = config.ipo_md.schedules(config.steps)
 

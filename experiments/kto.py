@@ -16,11 +16,7 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 
-from experiments.lab import models, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import kto
 from rlhf_jax.algorithms.kto import KTOBatch, KTOConfig
@@ -29,6 +25,9 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import UnpairedBatch
+from .lab import models, training, workbench
+from .lab.case import Case
+from .lab.judges import RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +62,15 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return kto.read_responses(bench.model.apply, params, batch), batch.desirable
 
     @jax.jit
-    def summarize(rows):
+    def summarize(rows, refs):
       policy, desirable = rows
-      refs = jnp.asarray(heldout_refs)
       return kto.mean_metrics(policy, refs, desirable, config=config.kto)
 
     @functools.cache
     def judge():  # Opened at its first use: a reward model takes no memory before.
       return bench.judge(bench.open_reward() if config.reward.is_given else None)
 
-    evaluate = bench.evaluator(trainer, measure, summarize, judge)
+    evaluate = bench.evaluator(trainer, measure, summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, KTOBatch(*batch), key),
       trainer,

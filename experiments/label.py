@@ -29,11 +29,11 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments.annotation import agreement, judge, labels, terminal
-from experiments.annotation.items import check_annotator
-from experiments.annotation.judge import JudgeOptions
-from experiments.lab import models
 from rlhf_jax import entry, loop, rewards
+from .annotation import agreement, judge, labels, terminal
+from .annotation.items import check_annotator
+from .annotation.judge import JudgeOptions
+from .lab import models
 
 
 @dataclasses.dataclass(frozen=True)

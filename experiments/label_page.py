@@ -18,9 +18,9 @@ command, run again, resumes where it was stopped.
 import dataclasses
 from typing import Any
 
-from experiments.annotation import labels, page
-from experiments.annotation.items import check_annotator
 from rlhf_jax import entry, loop
+from .annotation import labels, page
+from .annotation.items import check_annotator
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ same annotator has given before is kept.
 import dataclasses
 from typing import Any
 
-from experiments.annotation import label_studio, labels
 from rlhf_jax import entry, loop, reporting
+from .annotation import label_studio, labels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments import records
-from experiments.lab import averaging, limits, line_files, models
 from rlhf_jax import data, entry, flags, loop, processes, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf, merge
+from . import records
+from .lab import averaging, limits, line_files, models
 
 
 @dataclasses.dataclass(frozen=True)

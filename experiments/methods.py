@@ -25,9 +25,9 @@ import signal
 import subprocess
 import sys
 
-from experiments.lab import methods
 from rlhf_jax import entry, loop, reporting
 from rlhf_jax import workdir as workdir_lib
+from .lab import methods
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,10 +24,6 @@ import functools
 
 import jax
 
-from experiments.lab import matches, models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, PreferenceOptions
-from experiments.lab.matches import Match, MatchState
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import nash_md, opponents
 from rlhf_jax.algorithms.nash_md import NashMDConfig
@@ -35,6 +31,10 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import matches, models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, PreferenceOptions
+from .lab.matches import Match, MatchState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       fixed = models.open_policy(bench.run, config.opponent, config.model, bench.tokenizer)
     prefer_of = bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), settings, count=1)
-    judged_by = config.preference.path or config.preference.name
+    judged_by = config.preference.path or config.preference.name or config.preference.url
     bench.describe("Nash-MD", trainer, preference=judged_by)
     mixes, taus = settings.schedules(config.steps)
 

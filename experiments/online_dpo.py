@@ -23,9 +23,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from experiments.lab import models, pairing, responses, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms.dpo import DPOConfig
 from rlhf_jax.algorithms.online_dpo import OnlineConfig
@@ -36,6 +33,9 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import models, pairing, responses, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, PreferenceOptions, RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)

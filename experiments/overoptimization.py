@@ -26,17 +26,17 @@ command, run again, resumes where it was stopped.
 import dataclasses
 from typing import Any
 
-from experiments import ppo, reward_model, sft
-from experiments.lab import charts, judges, links
-from experiments.lab.critics import CriticOptions
-from experiments.ppo import Config as PPOStage
-from experiments.reward_model import Config as RewardModelStage
-from experiments.sft import Config as SFTStage
 from rlhf_jax import entry, loop, reporting
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
+from . import ppo, reward_model, sft
+from .lab import charts, judges, links
+from .lab.critics import CriticOptions
+from .ppo import Config as PPOStage
+from .reward_model import Config as RewardModelStage
+from .sft import Config as SFTStage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,6 @@ import functools
 
 import jax
 
-from experiments.lab import models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, RewardOptions
-from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import p3o, reading
 from rlhf_jax.algorithms.p3o import P3OConfig
@@ -28,6 +24,10 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, RewardOptions
+from .lab.responses import IterationState, RolloutOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +42,17 @@ class Config(JudgedConfig):
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256), samples_per_prompt=2)
   p3o: P3OConfig = P3OConfig(kl_coef=defaults.weight(0.2, 0.05))
-  optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-6), schedule="linear", eps=1e-5)
+  optim: OptimConfig = OptimConfig(defaults.rate(5e-4, 1e-6), schedule="linear", eps=1e-5)
   shaping: ShapingConfig = ShapingConfig()
   rollout: RolloutOptions = RolloutOptions()
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=2 * self.p3o.parts, shaping=self.shaping, group=2)
     if self.sampling.samples_per_prompt % 2:
       raise ValueError("sampling.samples_per_prompt must be even: responses are compared in pairs")
+    pairs = self.sampling.samples_per_prompt // 2
+    responses.check(self, parts=self.p3o.parts, shaping=self.shaping, kept=pairs)
     if self.rollout.importance_cap:
       raise ValueError(
         "rollout.importance_cap weighs tokens, and p3o compares responses; leave it at 0, without"

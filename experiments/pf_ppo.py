@@ -17,11 +17,6 @@ import functools
 
 import jax
 
-from experiments.lab import critics, models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.critics import CriticOptions
-from experiments.lab.judges import JudgedConfig, RewardOptions
-from experiments.lab.responses import IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import pf_ppo, ppo, reading
 from rlhf_jax.algorithms.pf_ppo import PFPPOConfig
@@ -31,6 +26,11 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import critics, models, responses, training, workbench
+from .lab.case import Case
+from .lab.critics import CriticOptions
+from .lab.judges import JudgedConfig, RewardOptions
+from .lab.responses import IterationState, RolloutOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,10 +33,10 @@ negative rank correlation, far beyond chance, over a third of the training.
 import dataclasses
 from typing import Any
 
-from experiments.lab import charts
-from experiments.records import report
 from rlhf_jax import entry, flags, plots, reporting
 from rlhf_jax import workdir as workdir_lib
+from .lab import charts
+from .records import report
 
 
 @dataclasses.dataclass(frozen=True)

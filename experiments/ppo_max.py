@@ -16,10 +16,6 @@ import functools
 
 import jax
 
-from experiments.lab import critics, models, responses, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import JudgedConfig, RewardOptions
-from experiments.lab.responses import Carry, IterationState, RolloutOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
 from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
@@ -29,6 +25,10 @@ from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import critics, models, responses, training, workbench
+from .lab.case import Case
+from .lab.judges import JudgedConfig, RewardOptions
+from .lab.responses import Carry, IterationState, RolloutOptions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,6 @@ import functools
 import jax
 import numpy as np
 
-from experiments import records
-from experiments.lab import models, training, verdicts, workbench
-from experiments.lab.case import Case
 from rlhf_jax import defaults, entry, loop, reporting
 from rlhf_jax.algorithms import given, preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
@@ -30,6 +27,9 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import ComparisonBatch
+from . import records
+from .lab import models, training, verdicts, workbench
+from .lab.case import Case
 
 
 @dataclasses.dataclass(frozen=True)

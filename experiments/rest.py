@@ -24,9 +24,6 @@ import dataclasses
 
 import numpy as np
 
-from experiments import records
-from experiments.lab import given_rows, growing, improving, judges, models, responses, workbench
-from experiments.lab.case import Case
 from rlhf_jax import data, defaults, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import selection
@@ -36,6 +33,9 @@ from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
+from . import records
+from .lab import given_rows, growing, improving, judges, models, responses, workbench
+from .lab.case import Case
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.annotation import revision
-from experiments.annotation.judge import CriticOptions, read_principles
-from experiments.lab import given_rows, limits, line_files, models
 from rlhf_jax import data, entry, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from .annotation import revision
+from .annotation.judge import CriticOptions, read_principles
+from .lab import given_rows, limits, line_files, models
 
 _REVISED = "revised.jsonl"
 

@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, grouping, models, training, workbench
-from experiments.lab.case import Case
 from rlhf_jax import data, defaults, entry, evaluation, flags, loop, reporting
 from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
@@ -32,6 +30,8 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import evaluating, grouping, models, training, workbench
+from .lab.case import Case
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ command, run again, resumes where it was stopped.
 import dataclasses
 import shutil
 
-from experiments import ppo, reward_model, sft
-from experiments.lab import judges
-from experiments.ppo import Config as PPOStage
-from experiments.reward_model import Config as RewardModelStage
-from experiments.sft import Config as SFTStage
 from rlhf_jax import entry, loop, processes, reporting
 from rlhf_jax import workdir as workdir_lib
+from . import ppo, reward_model, sft
+from .lab import judges
+from .ppo import Config as PPOStage
+from .reward_model import Config as RewardModelStage
+from .sft import Config as SFTStage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,6 @@ import functools
 
 import jax
 
-from experiments.lab import models, training, workbench
-from experiments.lab.case import Case
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import sft
 from rlhf_jax.algorithms.sft import SFTConfig
@@ -25,6 +23,8 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import models, training, workbench
+from .lab.case import Case
 
 
 @dataclasses.dataclass(frozen=True)

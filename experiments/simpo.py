@@ -24,9 +24,6 @@ import functools
 
 import jax
 
-from experiments.lab import evaluating, models, training, workbench
-from experiments.lab.case import Case
-from experiments.lab.judges import RewardOptions
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import pairs, simpo
 from rlhf_jax.algorithms.pairs import PairConfig
@@ -35,6 +32,9 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
+from .lab import evaluating, models, training, workbench
+from .lab.case import Case
+from .lab.judges import RewardOptions
 
 
 @dataclasses.dataclass(frozen=True)

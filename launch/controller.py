@@ -15,8 +15,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from launch import sweep_report, trials
-from launch.space import Flags, Space, SweepError, check_flags, flag, refuse_twice
+from . import sweep_report, trials
+from .space import Flags, Space, SweepError, check_flags, flag, refuse_twice
 
 # Exit code of the scripts, and of the sweep, for "stopped and saved; start again to continue".
 PREEMPTED = 75

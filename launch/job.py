@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from launch import accelerators
+from . import accelerators
 
 # Exit codes of scripts (rlhf_jax raises errors with these codes; the names are of sysexits.h). Only
 # transient failures are worth another start: a save that failed (74), and a job that was told to

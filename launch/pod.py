@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch import job
+from . import job, names
 
 PROCESSES = flags.DEFINE_integer("processes", 2, "Number of processes.", lower_bound=1)
 DEVICES = flags.DEFINE_integer(
@@ -109,4 +109,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+  __doc__ = names.as_typed(__doc__)
   app.run(main)

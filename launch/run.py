@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from launch.job import Job, JobError, Plan
-from launch.targets import local, sky, slurm, tpu_vm, xpk
+from . import names
+from .job import Job, JobError, Plan
+from .targets import local, sky, slurm, tpu_vm, xpk
 
 TARGETS = {
   "local": local.render,
@@ -82,7 +83,8 @@ _PATHS = (
   *("init_from", "model.path", "reward.path", "preference.path", "opponent", "ptx_path"),
   *("data.path", "data.eval_path"),
 )
-_SESSION_FLAGS = ("workdir", "seed", "trackers")  # Flags that experiments.compile does not have.
+# Flags that experiments.compile does not have.
+_SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds", "replay_step")
 
 
 def read_job(words: Sequence[str]) -> Job:
@@ -94,7 +96,7 @@ def read_job(words: Sequence[str]) -> Job:
   except ValueError as error:
     raise JobError(f"--extra={_EXTRA.value} cannot be read: {error}") from None
   return Job(
-    module=words[0],
+    module=names.module_of(words[0]),
     flags=tuple(words[1:]),
     name=_NAME.value,
     accelerator=_ACCELERATOR.value,
@@ -119,22 +121,25 @@ def check_module(module: str) -> None:
   """Refuses a module that its package does not have, if the package is installed here."""
   module = module.removesuffix(".py")
   package, _, name = module.rpartition(".")
-  if not package and importlib.util.find_spec(module) is not None:
-    return
   try:
-    spec = importlib.util.find_spec(package or "experiments")
+    spec = importlib.util.find_spec(package or module)
   except ModuleNotFoundError:
     spec = None
-  if spec is None or not spec.submodule_search_locations:
+  if not package and spec is not None:
+    return
+  if package == "rlhf_jax.experiments":
+    known = names.scripts()
+  elif spec is not None and spec.submodule_search_locations:
+    known = [each.name for each in pkgutil.iter_modules(spec.submodule_search_locations)]
+  elif package in ("", "experiments"):
+    known = names.scripts()
+  else:
     return  # The hosts may have it.
-  names = [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
-  if package and name in names:
+  close = difflib.get_close_matches(name, known, n=1)
+  if name in known or (not package and not close):
     return
-  close = difflib.get_close_matches(name, names, n=1)
-  if not package and not close:
-    return
-  package = package or "experiments"
-  hint = f"did you mean {package}.{close[0]}?" if close else f"there are {', '.join(names)}"
+  outer = f"{package}." if package else ""
+  hint = f"did you mean {outer}{close[0]}?" if close else f"there are {', '.join(known)}"
   raise JobError(f"there is no module {module}; {hint}")
 
 
@@ -144,6 +149,7 @@ def check_paths(job: Job) -> None:
     return  # An earlier job may write it.
   for name in _PATHS:
     for path in job.flag(name).split(","):
+      path = re.sub(r":[\d.]+$", "", path)  # A weight of --data.path.
       pattern = "://" in path or re.search(r"[*?\[]", path)
       if path and not pattern and not pathlib.Path(path).exists():
         raise JobError(f"--{name}={path}: there is no such file or folder; nothing was submitted")
@@ -162,13 +168,13 @@ def check_flags(job: Job) -> None:
 
 def preflight_command(job: Job) -> tuple[str, ...]:
   """Command that compiles the programs of the job for its absent slice."""
-  algorithm = job.module.removeprefix("experiments.")
+  algorithm = names.module_of(job.module).removeprefix("rlhf_jax.experiments.")
   if not job.hardware.is_tpu or job.slices > 1:
     raise JobError("--preflight compiles for one slice of TPUs; leave it out")
   session = tuple(f"--{name}=" for name in _SESSION_FLAGS)
   kept = [flag for flag in job.flags if not flag.startswith(session)]
   target = (f"--algorithm={algorithm}", f"--topology={job.hardware.topology}")
-  return (sys.executable, "-m", "experiments.compile", *target, *kept)
+  return (sys.executable, "-m", names.module_of("compile"), *target, *kept)
 
 
 def describe(job: Job) -> str:
@@ -256,4 +262,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+  __doc__ = names.as_typed(__doc__)
   app.run(main, flags_parser=parse)

@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 
 Flags = dict[str, Any]  # Flag name -> value.
+SHIPPED = pathlib.Path(__file__).with_name("spaces")
 
 
 class SweepError(Exception):
@@ -41,14 +42,19 @@ class Space:
 def load_space(path: str) -> Space:
   """Executes a space file.
 
+  Args:
+    path: Path of the file, or the name of one in `spaces`, such as dpo or ablations/dpo.
+
   Raises:
     SweepError: There is no such file, or it lacks what it must define.
   """
-  if not pathlib.Path(path).is_file():
-    shipped = sorted(file.as_posix() for file in pathlib.Path("launch/spaces").glob("*.py"))
-    hint = f"; there are {', '.join(shipped)}" if shipped else ""
-    raise SweepError(f"--space={path}: no such file{hint}")
-  names = runpy.run_path(path)
+  file = pathlib.Path(path)
+  if re.fullmatch(r"\w+(/\w+)*", path):
+    file = SHIPPED / f"{path}.py"
+  if not file.is_file():
+    shipped = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.py")))
+    raise SweepError(f"--space={path}: no such file; the package has {shipped}")
+  names = runpy.run_path(str(file))
   space = Space(
     names.get("space"),
     dict(names.get("DEFAULTS", {})),

@@ -1,10 +1,10 @@
 r"""Searches for good hyperparameters: runs trials of a script, stops poor ones, keeps the best.
 
 DPO on the built-in task, 40 trials, two at a time on this machine:
-  python -m launch.sweep --study=runs/sweep --space=launch/spaces/dpo.py --trials=40 --parallel=2 \
+  python -m launch.sweep --study=runs/sweep --space=dpo --trials=40 --parallel=2 \
     -- experiments.dpo --init_from=runs/sft
 PPO, where a trial is stopped if the gold reward falls behind that of others:
-  python -m launch.sweep --study=runs/sweep --space=launch/spaces/ppo.py --trials=40 --parallel=2 \
+  python -m launch.sweep --study=runs/sweep --space=ppo --trials=40 --parallel=2 \
     --prune_on=eval/gold -- experiments.ppo --init_from=runs/sft --reward.path=runs/rm \
     --eval_every=10
 The same as Slurm jobs, a GPU and two hours each:
@@ -32,9 +32,9 @@ from typing import NoReturn
 import optuna
 import sqlalchemy.exc
 
-from launch import sweep_report, trials
-from launch.controller import PREEMPTED, Controller, say
-from launch.space import Constraint, Space, SweepError, grid_points, load_space, refuse_twice
+from . import names, sweep_report, trials
+from .controller import PREEMPTED, Controller, say
+from .space import Constraint, Space, SweepError, grid_points, load_space, refuse_twice
 
 EX_USAGE = 64
 
@@ -84,7 +84,7 @@ def check_identity(study: optuna.Study, args: argparse.Namespace) -> None:
   Settings that only read the trials may be corrected until the first trial has ended.
   """
   own = {
-    "script": list(args.script),
+    "script": [word.removeprefix("rlhf_jax.") for word in args.script],
     "direction": args.direction,
     "metric": args.metric,
     "constraint": [constraint.text for constraint in args.constraint],
@@ -109,7 +109,7 @@ class _Parser(argparse.ArgumentParser):
   """A parser whose errors are one line, without the usage, and exit with the code of a script."""
 
   def error(self, message: str) -> NoReturn:
-    self.exit(EX_USAGE, f"{message}\nSee python -m launch.sweep --help\n")
+    self.exit(EX_USAGE, f"{message}\nSee {self.prog} --help\n")
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -127,16 +127,17 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def make_parser() -> argparse.ArgumentParser:
   """Makes the parser of the command."""
+  command = names.as_typed("python -m launch.sweep")
   parser = _Parser(
-    prog="python -m launch.sweep",
-    usage="python -m launch.sweep --study=DIR --space=FILE [flags] -- SCRIPT [flags of the script]",
-    description=__doc__,
+    prog=command,
+    usage=f"{command} --study=DIR --space=SPACE [flags] -- SCRIPT [flags of the script]",
+    description=names.as_typed(__doc__),
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )
   add = parser.add_argument_group("what is tried").add_argument
   add("--study", metavar="DIR", type=pathlib.Path, required=True, help="folder of the sweep")
-  add("--space", metavar="FILE", required=True, help="Python file that says what is tried")
+  add("--space", metavar="SPACE", required=True, help="what is tried: a script, or a Python file")
   add("--trials", metavar="N", type=_at_least(1), help="trials in all (20, or the whole grid)")
   add("--sampler", choices=["tpe", "random", "grid"], default="tpe", help="who chooses (tpe)")
   add("--seed", metavar="N", type=_at_least(0), default=0, help="of the sampler (0)")
@@ -195,6 +196,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Space]:
   cut = argv.index("--") if "--" in argv else len(argv)
   args = parser.parse_args(argv[:cut])
   args.script = list(argv[cut + 1 :])
+  args.script[:1] = map(names.module_of, args.script[:1])
   if args.to not in ("local", "slurm"):
     raise SweepError(f"--to={args.to}: a sweep runs its trials local or by slurm")
   if not args.script:

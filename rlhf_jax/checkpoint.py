@@ -615,7 +615,9 @@ def _require_contents(folder: pathlib.Path, contents: Mapping[str, Sequence[str]
       base = {"driver": "file", "path": f"{folder / name}/"}
       store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
       stored = {key.decode() for key in store.list().result()}
-      if lost := [leaf for leaf in leaves if f"{leaf}/.zarray" not in stored]:
+      # Of the second and the third version of the format.
+      heads = [(f"{leaf}/.zarray", f"{leaf}/zarr.json") for leaf in leaves]
+      if lost := [leaf for leaf, head in zip(leaves, heads, strict=True) if not stored & {*head}]:
         raise OSError(f"item {name!r} was written without leaf {lost[0]!r}")
 
 

@@ -23,7 +23,7 @@ import jax
 from absl import app, logging
 from absl import flags as absl_flags
 
-from rlhf_jax import flags, processes, reporting, watch, workdir
+from rlhf_jax import flags, hub, processes, reporting, watch, workdir
 
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
@@ -51,6 +51,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool 
   readers = [flags.define(cls) for cls in classes]
 
   def check() -> None:
+    flags.refuse_both("epochs", "steps")
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
 
@@ -59,6 +60,7 @@ def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool 
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
+    flags.refuse_both("epochs", "steps")
     start(train, [read() for read in readers], save)
 
   run(main, check=check)
@@ -82,6 +84,8 @@ def start(
   folder = workdir.run_folder(first.workdir)
   if processes.is_first():
     workdir.make(folder)
+  settings = [flags.flatten(flags.to_dict(config)) for config in configs]
+  hub.settle(folder, [value for values in settings for value in values.values()])
   result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
   if processes.is_first():
@@ -148,7 +152,7 @@ def run(
 
   def flags_parser(args: Sequence[str]) -> list[str]:
     if {"--help", "-help", "-h", "--helpshort"} & set(args[1:]):
-      sys.stdout.write(flags.help_text(sys.modules["__main__"].__doc__ or ""))
+      sys.stdout.write(flags.help_text(_usage()))
       sys.exit(0)
     try:
       flags.parse(args)
@@ -375,3 +379,11 @@ def _exit(error: BaseException) -> NoReturn:
       processes.part()
     os._exit(code)
   sys.exit(code)
+
+
+def _usage() -> str:
+  """Returns the docstring of the script, with its commands as they are typed where installed."""
+  main = sys.modules["__main__"]
+  text, spec = main.__doc__ or "", getattr(main, "__spec__", None)
+  is_installed = spec is not None and spec.name.startswith("rlhf_jax.experiments.")
+  return text.replace("python -m experiments.", "rlhf-jax ") if is_installed else text

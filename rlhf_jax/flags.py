@@ -18,6 +18,7 @@ the `__post_init__` of the dataclass, whose messages start with the name of the 
 import collections
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import os
@@ -69,7 +70,8 @@ def define(
 
   A name that repeats the one before it is written once: the field `kl_coef` of `ppo` of `ppo` is
   `--ppo.kl_coef`. Field types are int, float, bool, str, Literal, `X | None` (the word `none`) and
-  `tuple[X, ...]` (comma separated). A field without a default is a required flag.
+  `tuple[X, ...]` (comma separated). A field without a default is a required flag. A field with the
+  metadata `yields` is no flag where a field of a repeated name has its flag.
 
   Args:
     cls: A frozen dataclass; the help of a flag is the field's text under "Attributes:".
@@ -99,6 +101,14 @@ def define(
     return config
 
   return read
+
+
+def names(*classes: type[Any]) -> list[str]:
+  """Returns the flags that `define` makes, as they are typed: `--steps=`, or `--share`, a bool."""
+  registry = flags.FlagValues()
+  for cls in classes:
+    define(cls, flag_values=registry)
+  return [f"--{name}{'' if registry[name].boolean else '='}" for name in registry]
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -132,6 +142,17 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> N
     raise
   if left_over:
     raise UsageError(_explain(left_over[0], line.last, flag_values))
+
+
+def refuse_both(name: str, other: str, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Refuses two flags that say the same; a value of 0 is that of a flag that is not given.
+
+  Raises:
+    UsageError: Both are given.
+  """
+  both = [flag_values[flag] for flag in (name, other) if flag in flag_values]
+  if len(both) == 2 and both[0].value and all(flag.present for flag in both):
+    raise UsageError(f"--{name} is another way to say --{other}; give one of the two")
 
 
 def save_flags(path: str | os.PathLike[str], flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -310,6 +331,9 @@ def _define(
       )
       continue
     name = _flag_name(names)
+    if field.metadata.get("yields") and field.name in _repeated(hints, outer):
+      readers[field.name] = functools.partial(lambda value: value, default)
+      continue
     if name in taken:
       raise ValueError(
         f"{'.'.join(taken[name])} and {'.'.join(names)} would both be --{name}; rename one field"
@@ -328,6 +352,12 @@ def _define(
       raise UsageError(_name_flag(str(error), readers, outer)) from error
 
   return build
+
+
+def _repeated(hints: dict[str, Any], outer: _Names) -> set[str]:
+  """Names of the fields of a nested dataclass whose name repeats the one before it."""
+  inner = hints.get(outer[-1]) if outer else None
+  return {field.name for field in dataclasses.fields(inner)} if inner else set()
 
 
 def _title(cls: type[Any], outer: _Names) -> str:
@@ -623,7 +653,6 @@ _ELSEWHERE = {
   "data": "data.path",
   "dataset": "data.path",
   "dataset_name": "data.path",
-  "epochs": "steps",
   "eval_steps": "eval_every",
   "eval_file": "eval_path",
   "gradient_accumulation_steps": "microbatches",
@@ -642,10 +671,10 @@ _ELSEWHERE = {
   "model": "model.path",
   "model_name": "model.path",
   "model_name_or_path": "model.path",
-  "num_epochs": "steps",
+  "num_epochs": "epochs",
   "num_generations": "samples_per_prompt",
   "num_steps": "steps",
-  "num_train_epochs": "steps",
+  "num_train_epochs": "epochs",
   "num_gpus": "mesh",
   "output": "workdir",
   "output_dir": "workdir",

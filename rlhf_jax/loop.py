@@ -83,7 +83,8 @@ class RunConfig:
   Attributes:
     init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
       folder.
-    steps: Number of steps.
+    steps: Number of steps; `epochs` says it as passes over the training rows.
+    epochs: Number of passes over the training rows, in place of `steps`; 0 takes `steps`.
     batch_size: Rows per step, over all devices; prompts per step for a method that samples.
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
@@ -100,6 +101,7 @@ class RunConfig:
 
   init_from: str = ""
   steps: int = 100
+  epochs: float = dataclasses.field(default=0.0, metadata={"rare": True, "yields": True})
   batch_size: int = 32
   log_every: int = 1
   eval_every: int = 0
@@ -113,13 +115,16 @@ class RunConfig:
     ranges.check(
       self,
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every", "keep"),
-      non_negative=("eval_every", "keep_every"),
+      non_negative=("eval_every", "epochs", "keep_every"),
     )
     if self.keep_best and not self.eval_every:
       raise ValueError(
         f"keep_best={self.keep_best} is a metric of evaluations; give --eval_every too"
       )
     defaults.settle(self)
+    usual = next(field.default for field in dataclasses.fields(self) if field.name == "steps")
+    if self.epochs and self.steps != usual:
+      raise ValueError("epochs is another way to say steps; give one of the two")
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
       if isinstance(settings, OptimConfig) and isinstance(field.default, OptimConfig):
@@ -130,6 +135,11 @@ class RunConfig:
           f"{field.name}.microbatches={parts} does not divide --batch_size={self.batch_size}; take"
           " a divisor"
         )
+
+  def settle_steps(self, steps: int) -> None:
+    """Replaces `epochs` by a number of steps; for the place that knows the number of rows."""
+    object.__setattr__(self, "steps", steps)
+    object.__setattr__(self, "epochs", 0.0)
 
   def require(self) -> None:
     """Refuses settings that lack what a run needs, though each of them is fine."""
@@ -151,7 +161,7 @@ def _require_optimizer(name: str, given: OptimConfig, default: OptimConfig, conf
 # Settings that may change when a run is continued. Only `steps` changes what the steps compute, if
 # the learning rate is scheduled over them: `fit` then says what becomes of it.
 FREE_SETTINGS = frozenset(
-  {"log_every", "eval_every", "checkpoint_every", "export_dtype", "steps"}
+  {"log_every", "eval_every", "checkpoint_every", "export_dtype", "steps", "epochs"}
   | {"keep", "keep_every", "keep_best"}
 )
 # A run without finite gradients has nothing left to save.

@@ -21,6 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_HERE = pathlib.Path(__file__).resolve().parent
+# In a clone the scripts and the launcher are beside the package, not in it.
+_OURS = (_HERE, _HERE.parent / "experiments", _HERE.parent / "launch")
 # module:function -> the function, and the SHA-256 of its file at the time of its import. A file
 # that is edited while a run goes on changes nothing in the process, so it is read only once.
 _resolved: dict[str, tuple[Callable[..., Any], str]] = {}
@@ -192,7 +195,7 @@ def _with_imports(path: pathlib.Path, name: str) -> list[pathlib.Path]:
     path, name = left.pop()
     for imported in _imported_by(path, name):
       file = _file_of(imported)
-      if file.suffix == ".py" and file not in found and _is_of_user(imported, file, found[0]):
+      if file.suffix == ".py" and file not in found and _is_of_user(file, found[0]):
         found.append(file)
         left.append((file, imported))
   return found
@@ -228,9 +231,9 @@ def _imported_by(path: pathlib.Path, name: str) -> list[str]:
   return list(dict.fromkeys(names))
 
 
-def _is_of_user(name: str, file: pathlib.Path, first: pathlib.Path) -> bool:
+def _is_of_user(file: pathlib.Path, first: pathlib.Path) -> bool:
   """Returns whether a module is beside the first one and neither installed nor of this package."""
-  is_ours = name.partition(".")[0] in ("rlhf_jax", "experiments", "launch")
+  is_ours = any(file.resolve().is_relative_to(folder) for folder in _OURS)
   beside = any(file.is_relative_to(folder) for folder in (first.parent, pathlib.Path.cwd()))
   return beside and not is_ours and "site-packages" not in file.parts
 

@@ -320,7 +320,7 @@ def require_lock(path: epath.PathLike) -> None:
     LostError: The lock file is not the one that was locked.
   """
   place = pathlib.Path(path).absolute()
-  for directory, fd in _LOCKED.items():
+  for directory, fd in [*_LOCKED.items()]:  # Other threads write files too.
     if directory == place or directory in place.parents:
       try:
         same = os.path.samestat(os.stat(directory / ".lock"), os.fstat(fd))

@@ -319,7 +319,28 @@ def test_every_flipped_bit_is_found(tmp_path):
       restore(tmp_path)
     path.write_bytes(data)
   assert len(files) > 8
+  manifest = tmp_path / "1.digest.json"
+  data = manifest.read_bytes()
+  for place in range(0, len(data), 23):
+    manifest.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+    with pytest.raises(checkpoint.CheckpointError, match="step 1: "):
+      restore(tmp_path)
+  manifest.write_bytes(data)
   assert restore(tmp_path) is not None
+
+
+@pytest.mark.parametrize("record", ['{"newest": 7}', '{"newest": 0}', "", "[]", "[" * 9999, None])
+def test_a_spoilt_record_loses_no_step(two_steps, tmp_path, record):
+  shutil.copytree(two_steps.parent, tmp_path, dirs_exist_ok=True)
+  path = tmp_path / "checkpoints.json"
+  path.unlink()
+  if record is not None:
+    path.write_text(record)
+  with checkpoint.Checkpointer(tmp_path / "checkpoints") as ckpt:
+    restored = ckpt.restore({"state": weights(0)})
+    assert restored is not None and restored.step == 3
+    ckpt.save(4, {"state": weights(4)}, {})
+  assert json.loads(path.read_text()) == {"newest": 4}
 
 
 def test_never_starts_afresh_when_steps_are_unusable(tmp_path):

@@ -390,3 +390,27 @@ def test_help_of_a_script_is_short(script, most):
   text = flags.help_text(module.__doc__, values)
   assert text.count("\n  --") - module.__doc__.count("\n  --") <= most
   assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+  ("words", "refused"),
+  [
+    (("--epochs=2",), ""),
+    (("--steps=10",), ""),
+    (("--epochs=2", "--steps=10"), "--epochs is another way to say --steps; give one"),
+    (("--epochs=0", "--steps=10"), ""),
+    (("--sft.epochs=2", "--steps=10"), ""),
+  ],
+)
+def test_two_ways_to_say_the_same_are_not_both_given(words, refused):
+  registry = absl_flags.FlagValues()
+  for prefix in ("", "sft."):
+    absl_flags.DEFINE_integer(f"{prefix}steps", 100, "", flag_values=registry)
+  for prefix in ("", "sft."):
+    absl_flags.DEFINE_float(f"{prefix}epochs", 0.0, "", flag_values=registry)
+  flags.parse(["script", *words], registry)
+  if not refused:
+    flags.refuse_both("epochs", "steps", registry)
+    return
+  with pytest.raises(flags.UsageError, match=refused):
+    flags.refuse_both("epochs", "steps", registry)

@@ -225,7 +225,7 @@ def define_flags(
   """
   module = importlib.import_module(script)
   classes = [module.Config] if hasattr(module, "Config") else [module.Options]
-  if script == "experiments.compile":
+  if script.endswith("experiments.compile"):
     name = module.algorithm_of(words)
     classes += [module.plans.script_of(name).Config] if name else []
   elif "workdir" not in {field.name for field in dataclasses.fields(classes[0])}:

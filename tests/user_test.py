@@ -202,6 +202,35 @@ def test_the_modules_of_the_user_that_the_file_imports_are_covered(folder, line)
   assert digest() != before
 
 
+@pytest.mark.parametrize("package", ["experiments", "launch"])
+def test_a_package_of_the_user_may_have_the_name_of_a_folder_of_a_clone(
+  folder, monkeypatch, package
+):
+  of_clone = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_in(name, package)}
+  monkeypatch.syspath_prepend(folder)  # Before the clone.
+  (folder / package).mkdir()
+  (folder / package / "__init__.py").write_text("")
+  digests = []
+  try:
+    for words in ("WORDS = 1\n", "WORDS = 20 + 2\n"):
+      (folder / package / "words.py").write_text(words)
+      (folder / package / "score.py").write_text(
+        f"from {package}.words import WORDS\ndef score(prompts, responses, rows): ...\n"
+      )
+      importlib.invalidate_caches()
+      resolve(f"{package}.score:score")
+      digests.append(user.digests({"reward.name": f"{package}.score:score"}))
+      for name in [name for name in sys.modules if _is_in(name, package)]:
+        del sys.modules[name]
+  finally:
+    sys.modules.update(of_clone)
+  assert digests[0] != digests[1]
+
+
+def _is_in(name: str, package: str) -> bool:
+  return name == package or name.startswith(f"{package}.")
+
+
 def test_functions_without_a_source_have_no_digest(folder):
   user.resolve("name", "builtins:print", {}, ("values",))
   assert user.digests({"reward.name": "builtins:print"}) == {}

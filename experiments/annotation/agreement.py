@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.annotation.items import LABEL, Item, first_share, shown_order
 from rlhf_jax import evaluation, rewards
+from .items import LABEL, Item, first_share, shown_order
 
 
 class Agreement(NamedTuple):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.annotation.items import Item, answer_row, first_share
-from experiments.annotation.store import Store
 from rlhf_jax import flags, reporting, rewards
 from rlhf_jax import workdir as workdir_lib
+from .items import Item, answer_row, first_share
+from .store import Store
 
 # Responses that no judge should prefer.
 CANARIES = {

@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from experiments.annotation.items import Item, answer_row, shown_order
 from rlhf_jax import data, reporting
 from rlhf_jax import workdir as workdir_lib
+from .items import Item, answer_row, shown_order
 
 _TASKS, _INTERFACE = "label_studio.json", "label_studio.xml"
 # The pairwise tag knows no tie.

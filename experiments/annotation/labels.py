@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from experiments.annotation import agreement
-from experiments.annotation.items import Item, read_items
-from experiments.annotation.store import Store
 from rlhf_jax import data, flags, loop, reporting
 from rlhf_jax.data import DataConfig
+from . import agreement
+from .items import Item, read_items
+from .store import Store
 
 
 @dataclasses.dataclass(frozen=True)

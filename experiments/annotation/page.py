@@ -22,10 +22,10 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.annotation.agreement import Agreement, agreements
-from experiments.annotation.items import Item, answer_row, check_annotator, shown_order
-from experiments.annotation.store import Store
 from rlhf_jax import data, flags, reporting
+from .agreement import Agreement, agreements
+from .items import Item, answer_row, check_annotator, shown_order
+from .store import Store
 
 _PAIR_KEYS = ("a", "b")
 _TOKEN = ".label_page_token"  # File in the workdir.

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from experiments.lab import models
 from rlhf_jax import data, loop, rewards, sharding
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params
+from ..lab import models
 
 CRITIQUE = """Here is a request and a response to it.
 

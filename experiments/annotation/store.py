@@ -8,9 +8,9 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.lab import line_files
 from rlhf_jax import processes
 from rlhf_jax import workdir as workdir_lib
+from ..lab import line_files
 
 LABELS = "labels.jsonl"
 _DATABASE = "labels.sqlite"

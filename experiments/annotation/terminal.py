@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.annotation.items import Item, answer_row, shown_order
-from experiments.annotation.store import Store
 from rlhf_jax import reporting
+from .items import Item, answer_row, shown_order
+from .store import Store
 
 _KEYS = {
   "a": "the left one",

@@ -27,13 +27,13 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.bench import compare, measure, turns
-from experiments.bench.works import OPTIM
-from experiments.lab import models, plans
 from rlhf_jax import flags, hlo, preflight, ranges, reporting, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models.presets import PRESETS
+from ..lab import models, plans
+from . import compare, measure, turns
+from .works import OPTIM
 
 WORKS = ("sft", "dpo")
 PROGRAM = compare.HERE / "peers" / "tunix_programs.py"

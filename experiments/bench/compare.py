@@ -32,12 +32,12 @@ import venv
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from experiments.bench import measure, turns
-from experiments.bench.shapes import Shape, part_of, set_up
-from experiments.bench.turns import Unavailable
-from experiments.bench.works import OPTIM
 from rlhf_jax import ranges, reporting
 from rlhf_jax.models import hf
+from . import measure, turns
+from .shapes import Shape, part_of, set_up
+from .turns import Unavailable
+from .works import OPTIM
 
 HERE = pathlib.Path(__file__).resolve().parent
 WORKS = ("sft", "reward_model", "dpo", "generate", "ppo", "grpo", "nash_md")

@@ -6,7 +6,7 @@ All responses have full length. The floor is the bytes of weights and caches tha
 at the speed of a copy.
 """
 
-from experiments.bench import timed, works
+from . import timed, works
 
 if __name__ == "__main__":
   timed.run("Sampling", works.SAMPLING)

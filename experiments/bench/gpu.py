@@ -26,9 +26,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from experiments.bench import measure, turns, works
-from experiments.bench.shapes import Setup, Shape, set_up
 from rlhf_jax import preflight, ranges, reporting
+from . import measure, turns, works
+from .shapes import Setup, Shape, set_up
 
 PROGRAM = pathlib.Path(__file__).resolve().parent / "peers" / "torch_on_device.py"
 GOALS = {"train": 0.5, "decode": 0.65, "ppo": 1.6}

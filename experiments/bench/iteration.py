@@ -9,7 +9,7 @@ The names are ppo, grpo and nash_md. Tokens are sampled tokens. A reward model s
 of PPO and compares those of Nash-MD; the reward of GRPO takes no time.
 """
 
-from experiments.bench import timed, works
+from . import timed, works
 
 if __name__ == "__main__":
   timed.run("Iterations", works.ITERATIONS)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import turns
 from rlhf_jax import entry, flags, reporting, workdir
+from . import turns
 
 MIB = 2**20
 

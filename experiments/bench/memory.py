@@ -12,10 +12,10 @@ import pathlib
 import tempfile
 from typing import Any
 
-from experiments.bench import measure, turns
-from experiments.bench.ours import WORKS
-from experiments.bench.shapes import Shape, part_of
 from rlhf_jax import ranges, reporting
+from . import measure, turns
+from .ours import WORKS
+from .shapes import Shape, part_of
 
 
 @dataclasses.dataclass(frozen=True)

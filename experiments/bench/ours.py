@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.bench import measure, works
-from experiments.bench.peers import protocol
-from experiments.bench.shapes import Setup, Shape, set_up
 from rlhf_jax import entry
 from rlhf_jax.losses.logprobs import next_token_logprobs
 from rlhf_jax.models import count_params
 from rlhf_jax.types import Rollout
+from . import measure, works
+from .peers import protocol
+from .shapes import Setup, Shape, set_up
 
 WORKS = {
   **{name: works.TRAIN_STEPS[name] for name in ("sft", "reward_model", "dpo")},

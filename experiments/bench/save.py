@@ -17,11 +17,11 @@ from typing import Any
 
 import jax
 
-from experiments.bench import measure
-from experiments.bench.shapes import Shape, part_of, set_up
-from experiments.bench.works import OPTIM
 from rlhf_jax import checkpoint, ranges, reporting
 from rlhf_jax.train_step import init_state, make_optimizer
+from . import measure
+from .shapes import Shape, part_of, set_up
+from .works import OPTIM
 
 
 @dataclasses.dataclass(frozen=True)

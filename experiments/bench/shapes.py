@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import models
 from rlhf_jax import loop, ranges, sharding
 from rlhf_jax.models import Model, ModelConfig, build
 from rlhf_jax.types import Params
+from ..lab import models
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.bench import measure
-from experiments.bench.shapes import Setup, Shape, set_up
 from rlhf_jax import flags, ranges
+from . import measure
+from .shapes import Setup, Shape, set_up
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ DPO and KTO include the forward pass of the reference, PPO all epochs. The names
 reward_model, dpo, kto, ppo and nash_md.
 """
 
-from experiments.bench import timed, works
+from . import timed, works
 
 if __name__ == "__main__":
   timed.run("Train steps", works.TRAIN_STEPS)

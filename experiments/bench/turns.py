@@ -11,9 +11,10 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from experiments.bench.shapes import Shape
+import rlhf_jax
+from .shapes import Shape
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(rlhf_jax.__file__).resolve().parents[1]  # On the path of what is started.
 
 
 class Unavailable(RuntimeError):
@@ -28,7 +29,7 @@ def last_line(text: str) -> str:
 
 def ours(spec: pathlib.Path, work: str) -> list[str]:
   """Command of our side of a work."""
-  return [sys.executable, "-m", "experiments.bench.ours", str(spec), work]
+  return [sys.executable, "-m", f"{__package__}.ours", str(spec), work]
 
 
 class Started:

@@ -12,9 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.measure import Work
-from experiments.bench.shapes import Setup
-from experiments.lab import matches, responses, training, workbench
 from rlhf_jax import data, generation, preflight, rewards, sharding
 from rlhf_jax.algorithms import (
   dpo,
@@ -35,6 +32,9 @@ from rlhf_jax.models import actor_critic
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
+from ..lab import matches, responses, training, workbench
+from .measure import Work
+from .shapes import Setup
 
 STEPS = 10_000  # Length of the schedule of the learning rate, which no benchmark reaches.
 OPTIM = OptimConfig(learning_rate=1e-5, schedule="constant", warmup=0.0)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.lab import models
 from rlhf_jax import data, flags, generation, loop, ranges, reporting, sharding
 from rlhf_jax.algorithms import reading
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model, hf, merge
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import Params, Rollout
+from . import models
 
 KINDS: dict[Head, str] = {"language": "a language model", "scalar": "a reward model"}
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import models, responses, training
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, preflight, rewards, sharding, writers
 from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
+from . import models, responses, training
+from .workbench import Workbench
 
 Shapes = Any  # Shapes and shardings instead of arrays.
 TRAINING = ("train", "update", "improve")  # Names of the programs that compute gradients.
@@ -104,9 +104,9 @@ class Case(NamedTuple):
     return self.place({"flags": np.zeros(rollout.tokens.shape[0], bool)})["flags"]
 
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
-    """Opens a model that judges responses, unless the options name a Python function."""
+    """Opens a model that judges responses, unless the options name other judges."""
     bench = self.bench
-    if options.name and not options.path:
+    if options.is_given and not options.path:
       return None, ()
     opened = bench.run, self.config.model, bench.folder, bench.tokenizer
     return models.open_model(*opened, "scalar", frozen=True)
@@ -215,7 +215,7 @@ class Case(NamedTuple):
     if config.rollout.devices:
       raise flags.UsageError("--rollout.devices is not compiled for; leave it at 0")
     held = {"state": trainer.state, "reference": bench.start}
-    judge, held["reward"] = self.open_judge(config.judge)
+    judge, held["reward"] = self.open_judge(getattr(config, "judge", config.reward))
     params, samples = trainer.params(trainer.state), config.sampling.samples_per_prompt
     policy = params.get("policy", params)
     rollout = self.rollout("rollout", bench.sampler(), policy, held, samples)

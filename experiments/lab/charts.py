@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import line_files
 from rlhf_jax import evaluation, flags, plots, reporting, writers
 from rlhf_jax import workdir as workdir_lib
+from . import line_files
 
 PROXY, GOLD, KL = "reward/mean", "gold_reward/mean", "kl/ref"
 _TITLES = {PROXY: "Proxy reward (trained on)", GOLD: "Gold reward (never trained on)"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import evaluating
 from rlhf_jax import data, evaluation, loop, plots, reporting, rewards
 from rlhf_jax.models import Model
+from . import evaluating
 
 
 def repeat(prompts: data.Dataset, count: int) -> data.Dataset:

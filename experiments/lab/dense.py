@@ -5,16 +5,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.lab import judges, models
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, ranges, rewards
 from rlhf_jax.algorithms import reading
 from rlhf_jax.types import Rollout
+from . import judges, models
+from .workbench import Workbench
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseOptions:
-  """Dense rewards (RTO): each token earns the log-ratio of a policy of DPO to its reference.
+  """Dense rewards (RTO): log-ratios of a policy of DPO to its reference.
 
   Attributes:
     path: Workdir of a run of `dpo` that started from the same policy as this run, or the folder of
@@ -24,8 +24,8 @@ class DenseOptions:
   """
 
   path: str = ""
-  scale: float = 0.05
-  clip: float = 0.05
+  scale: float = ranges.rare(0.05)
+  clip: float = ranges.rare(0.05)
 
   def __post_init__(self):
     ranges.check(self, positive=("scale",), non_negative=("clip",))

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.lab import models
-from experiments.lab.workbench import Workbench
 from rlhf_jax import generation, sharding, user
 from rlhf_jax.types import Params, Rollout
+from . import models
+from .workbench import Workbench
 
 ARGUMENTS = ("params", "tokens", "mask", "prompt_ids", "key", "sampling", "stop_ids")
 _ROUNDING = 1e-3  # Largest log-probability, in nats.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import judges, models, training
 from rlhf_jax import (
   data,
   evaluation,
@@ -24,6 +24,7 @@ from rlhf_jax.algorithms import reading, reward_model, sft
 from rlhf_jax.losses import masked
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params, RankingBatch, Rollout
+from . import judges, models, training
 
 T = TypeVar("T")
 
@@ -427,6 +428,11 @@ def demonstration_loss(
   return loss
 
 
+def prefixed(heldout: data.Dataset) -> dict[str, data.Dataset]:
+  """Returns a held-out set and its named sets, by the prefixes of their metrics."""
+  return {"eval": heldout} | {f"eval/{name}": of for name, of in heldout.named.items()}
+
+
 class Judge:
   """Compares a policy in training with the initial policy, on held-out prompts.
 
@@ -441,6 +447,7 @@ class Judge:
     prefer: Preference between responses, if they are also compared directly.
     batch_size: Prompts per call of the model; the batch size of training needs no recompilation.
     export: Function that writes the export of the policy.
+    named: Judges of further prompts by the names of their sets.
   """
 
   def __init__(
@@ -456,8 +463,9 @@ class Judge:
     prefer: rewards.PreferenceFn | None = None,
     batch_size: int = 128,
     export: Callable[[Params], None],
+    named: Mapping[str, "Judge"] = types.MappingProxyType({}),
   ):
-    self._run, self._prompts = run, prompts
+    self._run, self._prompts, self._named = run, prompts, named
     self._compare = None
     if prefer is not None:
       self._compare = heldout_comparer(
@@ -484,11 +492,17 @@ class Judge:
 
   def measure(self, params: Params, step: int) -> dict[str, float]:
     """Writes responses to the held-out prompts and returns their mean rewards and KL."""
+    self._run.writer.table(step, "samples", sample_rows(self._sample_once(params, step)))
+    means = self._means("eval", params, step)
+    for name, judge in self._named.items():
+      means |= judge._means(f"eval/{name}", params, step)
+    return means
+
+  def _means(self, prefix: str, params: Params, step: int) -> dict[str, float]:
     samples = self._sample_once(params, step)
-    self._run.writer.table(step, "samples", sample_rows(samples))
     values = {name: float(np.nanmean(r)) for name, r in samples.rewards.items()}
-    means = {f"eval/{name}": value for name, value in (values | samples.violations).items()}
-    return {"eval/kl": float(np.mean(samples.kl)), **means}
+    values |= {"kl": float(np.mean(samples.kl)), **samples.violations}
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
   def evaluate(
     self, params_of: Callable[[Any], Params]

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments import records
-from experiments.lab import models, plans
 from rlhf_jax import checkpoint, flags, loop, processes, reporting, sharding, writers
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf, lora
 from rlhf_jax.train_step import join
+from .. import records
+from . import models, plans
 
 # Places of the params in the state of a script; those with a critic come first.
 _PLACES = ("params/policy/", "train/params/policy/", "params/", "train/params/")

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from experiments.lab import evaluating
 from rlhf_jax import data, reporting
 from rlhf_jax.data import DataConfig
+from . import evaluating
 
 
 def show(
@@ -44,6 +44,7 @@ def demonstrations(
       tfds_dir="",
       eval_path="",
       eval_fraction=0.0,
+      eval_sets=(),
       rows=config.eval_rows,
       split="eval",
     )

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import comparison, evaluating
 from rlhf_jax import data, evaluation, flags, reporting, simulation
+from . import comparison, evaluating
 
 _NONE = "(none)"  # Group of the rows without a value.
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import evaluating, judges, limits, line_files, models
 from rlhf_jax import data, flags, generation, loop, plots, reporting, rewards, sharding
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
+from . import evaluating, judges, limits, line_files, models
 
 GROWN = "responses.jsonl"
 SETTINGS = ("sampling", "reward", "preference", "shaping")

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import records
-from experiments.lab import evaluating, judges, models, training
-from experiments.lab.case import Case
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, loop, processes
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
+from .. import records
+from . import evaluating, judges, models, training
+from .case import Case
+from .workbench import Workbench, settle_steps
 
 
 def stage(
@@ -49,6 +49,8 @@ def improve(
     heldout: Held-out prompts to evaluate on.
   """
   dataset, weights = kept
+  config = dataclasses.replace(config)  # Each has steps of its own with --epochs.
+  settle_steps(config, dataset)
   path = workdir_lib.local_path(session.workdir) / "summary.json"
   read = lambda: json.loads(path.read_text()) if path.exists() else None  # noqa: E731
   models.require_base(config.lora, start)
@@ -93,13 +95,15 @@ def improve(
     summary = {"responses": float(len(dataset.examples))}
     if heldout.examples:
       reward_of = judges.open_scores(run, config, tokenizer).reward_of
-      fns = ({"reward": reward_of(heldout)} if reward_of else {}) | bench.gold(heldout)
-      sample = evaluating.heldout_sampler(
-        run, model, heldout, tokenizer, config.sampling, reward_fns=fns
-      )
-      summary |= {
-        f"{name}/mean": float(np.nanmean(r)) for name, r in sample(params).rewards.items()
-      }
+      for prefix, of in evaluating.prefixed(heldout).items():
+        fns = ({"reward": reward_of(of)} if reward_of else {}) | bench.gold(of)
+        sample = evaluating.heldout_sampler(
+          run, model, of, tokenizer, config.sampling, reward_fns=fns
+        )
+        summary |= {
+          f"{prefix}/{name}/mean".removeprefix("eval/"): float(np.nanmean(r))
+          for name, r in sample(params).rewards.items()
+        }
     bench.finish(summary)
   return processes.agree(read)
 

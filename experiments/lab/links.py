@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lab import charts
 from rlhf_jax import evaluation, reporting
+from . import charts
 
 
 class Links(NamedTuple):

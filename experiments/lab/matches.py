@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import judges
-from experiments.lab.case import Case
-from experiments.lab.training import Trainer
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, generation, preflight, rewards, sharding
 from rlhf_jax.algorithms import opponents, reading
 from rlhf_jax.types import Params, Rollout, TrainState
+from . import judges
+from .case import Case
+from .training import Trainer
+from .workbench import Workbench
 
 
 class MatchState(NamedTuple):

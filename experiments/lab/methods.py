@@ -12,9 +12,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import scripts
+
 FILE = pathlib.Path(__file__).with_name("methods.csv")
 START, JUDGE = "sft", "reward_model"  # Stages of a seed that come before the methods.
-STAGES = {"$RM": JUDGE, "$DPO": "dpo"}  # Variable of a command -> stage whose folder it stands for.
+STAGES = {"$RM": JUDGE, "$DPO": "dpo", "$PPO": "ppo"}  # Variable of a command -> its stage.
 
 
 class Method(NamedTuple):
@@ -79,7 +81,7 @@ def words(name: str, folder: pathlib.Path, seed: int) -> list[str]:
     flags.append(f"--init_from={folder / START}")
   stage = {START: 1, JUDGE: 2}.get(name, 3)
   session = [f"--workdir={folder / name}", f"--seed={10 * seed + stage}"]
-  return [f"experiments.{script}", *session, *flags]
+  return [scripts.module_name(script), *session, *flags]
 
 
 def read(workdir: pathlib.Path) -> dict[str, dict[int, Result]]:

@@ -5,23 +5,24 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import records
-from experiments.records import record
-from rlhf_jax import data, flags, generation, loop, processes, ranges, sharding, simulation
+from rlhf_jax import data, flags, generation, hub, loop, processes, ranges, sharding, simulation
 from rlhf_jax import workdir as workdir_lib
-from rlhf_jax.models import Model, ModelConfig, build, hf, lora, presets, round_matrices
-from rlhf_jax.models.families import Head
+from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
+from rlhf_jax.models.families import FAMILIES, Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
+from .. import records
+from ..records import record
 
 _SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
+ADAPTER = "adapter"  # Folder of the final adapters in a workdir, in the format of PEFT.
 EXPORTS = "exports"  # Folder of the models of single steps.
 
 
@@ -30,8 +31,9 @@ class ModelOptions:
   """Model.
 
   Attributes:
-    path: Hugging Face folder (config.json, safetensors, tokenizer). Empty creates a model for the
-      built-in task with the sizes below, unless --init_from gives one.
+    path: Hugging Face folder (config.json, safetensors, tokenizer), or `hf://ORG/NAME[@REVISION]`
+      of a hub, as in all flags that name a model. Empty creates a model for the built-in task with
+      the sizes below, unless --init_from gives one.
     preset: Architecture of a new model, by its name in rlhf_jax.models.presets, instead of the
       sizes below.
     layers: Number of transformer blocks of a new model.
@@ -101,15 +103,21 @@ def model_folder(path: str) -> pathlib.Path | None:
 def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
+  A name hf://ORG/NAME[@REVISION] is that of a model of the hub, which is downloaded.
   `RUN@STEP` and `RUN@best` are checkpoints of a run, which are exported first.
 
   Raises:
+    HubError: There is no such model, or it cannot be downloaded.
     ModelFolderError: The path is neither, or both.
   """
-  folder = workdir_lib.local_path(path)
-  if "@" in folder.name and not folder.exists():
-    return _folder_of_step(path)
+  if hub.is_name(path):
+    folder = hub.model_folder(path)
+  else:
+    folder = workdir_lib.local_path(path)
+    if "@" in folder.name and not folder.exists():
+      return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
+  has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
     raise hf.ModelFolderError(
       f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
@@ -125,7 +133,7 @@ def finished_folder(path: str) -> pathlib.Path:
 
 def _folder_of_step(path: str) -> pathlib.Path:
   """Returns the folder of the model of `RUN@STEP`, exported now if it is not there."""
-  from experiments.lab import exporting  # It imports the scripts, and they import this.
+  from . import exporting  # It imports the scripts, and they import this.
 
   name, _, step = path.rpartition("@")
   workdir = workdir_lib.local_path(name)
@@ -146,7 +154,7 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
   if (folder / "adapter_config.json").exists():
     return (
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
-      " PEFT), and give the merged folder"
+      " PEFT), and give the merged folder, or put adapter_model.safetensors beside its config"
     )
   if folder.is_dir():
     inner = sorted(path.parent for path in folder.glob("**/config.json"))
@@ -159,8 +167,8 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (
-      "there is no such folder, and nothing is downloaded from a hub; get the model by hf download"
-      f" {path} --local-dir=FOLDER, and give FOLDER"
+      "there is no such folder, and nothing is downloaded from a hub by this name; write"
+      f" hf://{path}, or get the model by hf download {path} --local-dir=FOLDER, and give FOLDER"
     )
   return "there is no such folder"
 
@@ -197,7 +205,7 @@ def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tok
   """Opens the tokenizer of a model folder; without a folder, that of the built-in task."""
   if folder is None:
     return data.word_level_tokenizer(simulation.WORDS)
-  return data.load_tokenizer(folder, end_token or None)
+  return data.load_tokenizer(peft.base_of(folder), end_token or None)
 
 
 def build_model(
@@ -305,10 +313,26 @@ def require_shapes_of(start: Params, params: Params, given: str) -> None:
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
-  if data.load_tokenizer(folder).digest != tokenizer.digest:
+  if data.load_tokenizer(peft.base_of(folder)).digest != tokenizer.digest:
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
+
+
+class Scorer(NamedTuple):
+  """Model with a scalar head.
+
+  Attributes:
+    model: Model.
+    params: Params of the model.
+    label: Name of the scalar.
+    tokenizer: Tokenizer of the model; None if it is that of the policy.
+  """
+
+  model: Model
+  params: Params
+  label: str
+  tokenizer: data.Tokenizer | None
 
 
 def open_scorer(
@@ -318,9 +342,10 @@ def open_scorer(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params, str]:
-  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too.
+) -> Scorer:
+  """Opens a model with a scalar head.
 
+  A preference model must have the policy's tokenizer, because it reads the sampled tokens.
   `frozen` is False if it is trained; see `open_model`.
   """
   folder = model_folder(path)
@@ -328,9 +353,17 @@ def open_scorer(
     raise hf.ModelFolderError(
       f"{path}: not a reward model; train one with experiments.reward_model"
     )
-  require_tokens_of(folder, tokenizer)
-  model, params = open_model(run, options, folder, tokenizer, "scalar", frozen=frozen)
-  return model, params, hf.scalar_label(folder)
+  label = hf.scalar_label(folder)
+  if label == records.PREFERENCE:
+    require_tokens_of(folder, tokenizer)
+  read_by = data.load_tokenizer(folder)
+  model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
+  return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
+
+
+def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
+  """Returns whether the model of a path has a tokenizer and a template, both of the policy."""
+  return data.load_tokenizer(finished_folder(path)).digest == tokenizer.digest
 
 
 def open_reward_model(
@@ -340,18 +373,18 @@ def open_reward_model(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params]:
-  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer.
+) -> Scorer:
+  """Opens the reward model of `--reward.path`.
 
   `frozen` is False if it is trained; see `open_model`.
   """
-  model, params, label = open_scorer(run, path, options, tokenizer, frozen=frozen)
-  if label == records.PREFERENCE:
+  scorer = open_scorer(run, path, options, tokenizer, frozen=frozen)
+  if scorer.label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
       " experiments.reward_model"
     )
-  return model, params
+  return scorer
 
 
 def judge_shapes(config: Any) -> dict[str, Params]:
@@ -424,6 +457,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for flag in (*record.SOURCES, "judge.path", "reference"):
       folders = [finished_folder(path) for path in record.paths_in(settings, flag)]
+      folders += [peft.base_of(folder) for folder in folders if peft.is_adapter(folder)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
       if folders:
@@ -431,14 +465,14 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
     for flag in _FILES:
       if given := settings.get(flag):
         found[f"file of --{flag}"] = workdir_lib.files_digest(_data_files(given))
-    return found
+    return found | hub.commits(settings.values())
 
   return processes.agree(read)
 
 
 def _data_files(given: str) -> list[pathlib.Path]:
   """Returns the files that a flag names: one or several, a pattern, or those of a folder."""
-  path = workdir_lib.local_path(given)
+  path = pathlib.Path(given).expanduser()
   if path.is_dir():
     return sorted(file for file in path.rglob("*") if file.is_file())
   return [path for path in map(pathlib.Path, data.paths_of(given)) if path.exists()]
@@ -492,6 +526,7 @@ def export(
   tokenizer: data.Tokenizer,
   label: str = "reward",
   dtype: str = "float32",
+  base: pathlib.Path | None = None,
 ) -> pathlib.Path:
   """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
@@ -502,6 +537,7 @@ def export(
     tokenizer: Tokenizer of the model.
     label: Name of the scalar of a judge.
     dtype: Dtype of the weights in the folder.
+    base: Folder of the model below adapters, to write these beside the folder as well.
   """
   first, *others = tokenizer.stop_ids
   token_ids: dict[str, int | list[int]] = {
@@ -513,6 +549,12 @@ def export(
   processes.agree(lambda: workdir_lib.require_lock(folder))
   if processes.is_first():
     tokenizer.save(folder)
+  has_adapters = any(True for _ in lora.leaves(params))
+  if has_adapters and "score" not in params and base is not None and not peft.is_adapter(base):
+    adapter = folder.with_name(ADAPTER)
+    peft.write(adapter, params, FAMILIES[model.config.family], str(base.resolve()))
+    if processes.is_first():
+      tokenizer.save(adapter)
   hf.save_folder(
     folder, lora.merge(params), model.config, token_ids=token_ids, label=label, dtype=dtype
   )

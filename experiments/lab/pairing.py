@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.lab.case import Case
-from experiments.lab.responses import Responses, part_metrics
-from experiments.lab.training import Trainer
-from experiments.lab.workbench import Workbench
 from rlhf_jax import preflight, rewards
 from rlhf_jax.algorithms import dpo, online_dpo, pairs, picks, terms
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
 from rlhf_jax.train_step import make_train_step
 from rlhf_jax.types import Params, Rollout
+from .case import Case
+from .responses import Responses, part_metrics
+from .training import Trainer
+from .workbench import Workbench
 
 
 def make_trainer(bench: Workbench) -> Trainer:

@@ -3,22 +3,21 @@
 import dataclasses
 import importlib
 import itertools
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from experiments.lab.case import TRAINING, Case, open_case
 from rlhf_jax import flags, preflight, reporting, sharding, user
 from rlhf_jax.models.families import Head
+from . import scripts
+from .case import TRAINING, Case, open_case
 
-FOLDER = pathlib.Path(__file__).resolve().parents[1]
 HEADS: dict[str, Head] = {"reward_model": "scalar", "preference_model": "scalar"}
 
 
 def methods() -> list[str]:
   """Names of the scripts that have a function `programs`."""
-  scripts = (path for path in FOLDER.glob("*.py") if "def programs(" in path.read_text("utf-8"))
-  return sorted(path.stem for path in scripts)
+  pages = scripts.FOLDER.glob("*.py")
+  return sorted(path.stem for path in pages if "def programs(" in path.read_text("utf-8"))
 
 
 def script_of(name: str) -> Any:
@@ -28,7 +27,7 @@ def script_of(name: str) -> Any:
     ValueError: There is no such script, or it does not say which programs it compiles.
   """
   if name in methods():
-    return importlib.import_module(f"experiments.{name}")
+    return importlib.import_module(scripts.module_name(name))
   try:
     module = user.load("algorithm", name)
   except ValueError as error:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import engines, judges, models, redraws
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, flags, ranges, rewards, sharding
 from rlhf_jax.algorithms import reading
 from rlhf_jax.losses import kl, masked, policy_gradient, reward
 from rlhf_jax.rewards import shaped
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState
+from . import engines, judges, models, redraws
+from .workbench import Workbench
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def check(
     parts: Number of equal parts that the responses of a batch are split into.
     shaping: Shaping of the scores.
     group: Minimum number of samples per prompt.
-    kept: Number of responses to a prompt that are trained on; 0 for all.
+    kept: Number of responses or groups of them that a prompt adds to a batch; 0 for all samples.
   """
   sampling = config.sampling
   if sampling.temperature == 0:
@@ -95,7 +95,7 @@ def check(
   if "critic" in vars(config) and config.critic.warmup >= config.steps:
     raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
   if config.batch_size * (kept or sampling.samples_per_prompt) % parts:
-    count = f"{kept} selected responses" if kept else "sampling.samples_per_prompt"
+    count = kept or "sampling.samples_per_prompt"
     raise ValueError(
       f"batch_size {config.batch_size} * {count} does not split into {parts} ="
       " minibatches * microbatches equal parts"

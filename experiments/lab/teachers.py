@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments.lab import evaluating, models
-from experiments.lab.case import Case
-from experiments.lab.training import Trainer
-from experiments.lab.workbench import Workbench
 from rlhf_jax import data, preflight, rewards, sharding
-from rlhf_jax.models import Model, hf
+from rlhf_jax.models import Model, hf, peft
 from rlhf_jax.types import Params, Rollout
+from . import evaluating, models
+from .case import Case
+from .training import Trainer
+from .workbench import Workbench
 
 
 class Teacher(NamedTuple):
@@ -35,7 +35,7 @@ def open_teacher(bench: Workbench) -> Teacher:
   folder = models.finished_folder(path)
   if hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model, and a teacher must be one")
-  if data.load_tokenizer(folder).vocabulary != bench.tokenizer.vocabulary:
+  if data.load_tokenizer(peft.base_of(folder)).vocabulary != bench.tokenizer.vocabulary:
     raise hf.ModelFolderError(
       f"{path}: its vocabulary is not that of the student, so that their distributions of the next"
       " token cannot be compared; choose a teacher of the same family, or fine-tune the student on"

@@ -1,7 +1,6 @@
 """State, optimizer, step and panel of a training script."""
 
 import functools
-import shlex
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from experiments import records
-from experiments.lab import models
 from rlhf_jax import data, loop, plots, processes, reporting, sharding
 from rlhf_jax.algorithms import epochs, reading
 from rlhf_jax.models import Model, count_params, lora, round_matrices
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
 from rlhf_jax.types import Params, TrainState
+from .. import records
+from . import models, scripts
 
 
 class Trainer(NamedTuple):
@@ -232,7 +231,7 @@ def finish(run: loop.Run, summary: Mapping[str, Any], *following: str) -> None:
   if following:
     script, *words = following
     reporting.note(f"model: {run.workdir / models.EXPORT}")
-    reporting.note(f"next: python -m experiments.{shlex.join([script, *words])}")
+    reporting.note(f"next: {scripts.command(script, *words)}")
 
 
 class Zipped:

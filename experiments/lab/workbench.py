@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import records
-from experiments.lab import costs, evaluating, given_rows, judges, limits, models, training
 from rlhf_jax import (
   data,
   defaults,
   flags,
   generation,
+  hub,
   loop,
   processes,
   reporting,
@@ -30,6 +29,8 @@ from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
+from .. import records
+from . import costs, evaluating, given_rows, judges, limits, models, training
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
 
@@ -221,7 +222,8 @@ class Workbench(NamedTuple):
   ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Computes `ref_logprobs(start, rows)["ref"]` for the training and the held-out set.
 
-    Training rows that `config.steps` batches do not reach are NaN.
+    Training rows that `config.steps` batches do not reach are NaN. Those of the held-out set are
+    followed by those of named sets.
     """
     config, measure = self.config, functools.partial(ref_logprobs, self.start)
     train = heldout = None
@@ -234,27 +236,32 @@ class Workbench(NamedTuple):
       train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
       train[only] = refs
     if self.heldout.examples:
-      heldout = self.over(self.heldout, measure, show="reference, held out")["ref"]
+      sets = (self.heldout, *self.heldout.named.values())
+      refs = [self.over(of, measure, show="reference, held out")["ref"] for of in sets]
+      heldout = np.concatenate(refs)
     return train, heldout
 
   def evaluator(
     self,
     trainer: training.Trainer,
     measure: Callable[[Params, Any], Any],
-    summarize: Callable[[Any], tuple[jax.Array, Metrics]],
+    summarize: Callable[..., tuple[jax.Array, Metrics]],
     judge: Callable[[], evaluating.Judge] | None = None,
+    refs: np.ndarray | None = None,
   ) -> Callable[[Any, int], dict[str, float]]:
     """Builds `evaluate(state, step)` of a model that is trained on rows of data.
 
     Args:
       trainer: Trainer of the model.
       measure: `(params, batch) -> tree` of [B, ...] arrays.
-      summarize: `(tree) -> (loss, metrics)` of all held-out rows at once, normalised as in
-        training; metrics that are NaN are undefined.
+      summarize: `(tree) -> (loss, metrics)` of all rows of a held-out set at once, normalised as in
+        training; metrics that are NaN are undefined. With `refs` it is `(tree, refs)`.
       judge: Function that opens the judge, whose metrics are added with `--eval_every`.
+      refs: Held-out rows of `references`.
 
     Returns:
-      A function of the metrics of the held-out rows, empty if there are no rows.
+      A function of the metrics of the held-out rows, `eval/...`, and of those of named sets,
+      `eval/NAME/...`; empty if there are no rows.
     """
 
     @evaluating.once_per_step
@@ -262,10 +269,16 @@ class Workbench(NamedTuple):
       if not self.heldout.examples:
         return {}
       params = trainer.params(state)
-      loss, metrics = summarize(self.over(self.heldout, functools.partial(measure, params)))
-      metrics = {n: x for n, x in reported(metrics).items() if n not in ("weight", "tokens")}
-      values = {f"eval/{name}": float(x) for name, x in (metrics | {"loss": loss}).items()}
-      defined = {n: x for n, x in values.items() if n == "eval/loss" or not math.isnan(x)}
+      defined, start = {}, 0
+      for prefix, of in evaluating.prefixed(self.heldout).items():
+        stop = start + len(of.examples)
+        rows = self.over(of, functools.partial(measure, params))
+        loss, metrics = summarize(rows) if refs is None else summarize(rows, refs[start:stop])
+        start = stop
+        metrics = {n: x for n, x in reported(metrics).items() if n not in ("weight", "tokens")}
+        values = {name: float(x) for name, x in (metrics | {"loss": loss}).items()}
+        kept = {n: x for n, x in values.items() if n == "loss" or not math.isnan(x)}
+        defined |= {f"{prefix}/{name}": x for name, x in kept.items()}
       return defined | (judge().measure(params, step) if judge and self.config.eval_every else {})
 
     return evaluate
@@ -277,23 +290,32 @@ class Workbench(NamedTuple):
     *,
     batch_size: int = 128,
   ) -> evaluating.Judge:
-    """Builds the judge of the trained and the initial policy; see `evaluating.Judge`."""
-    prompts = self.heldout
-    if prompts.kind != "prompts":
+    """Builds the judge of the trained and the initial policy; see `evaluating.Judge`.
+
+    It also answers the prompts of named sets where prompts are what the script reads.
+    """
+
+    def make(prompts: data.Dataset, **options: Any) -> evaluating.Judge:
+      fns = {} if reward_of is None else {"reward": reward_of(prompts)}
+      return evaluating.Judge(
+        self.run,
+        self.model,
+        self.tokenizer,
+        prompts,
+        self.config.sampling,
+        fns | self.gold(prompts),
+        self.start,
+        batch_size=batch_size,
+        export=self.export,
+        **options,
+      )
+
+    prompts, named = self.heldout, {}
+    if prompts.kind == "prompts":
+      named = {name: make(of) for name, of in prompts.named.items()}
+    else:
       prompts = evaluating.as_prompts(prompts, len(prompts.examples))
-    fns = {} if reward_of is None else {"reward": reward_of(prompts)}
-    return evaluating.Judge(
-      self.run,
-      self.model,
-      self.tokenizer,
-      prompts,
-      self.config.sampling,
-      fns | self.gold(prompts),
-      self.start,
-      prefer=None if prefer_of is None else prefer_of(prompts),
-      batch_size=batch_size,
-      export=self.export,
-    )
+    return make(prompts, prefer=None if prefer_of is None else prefer_of(prompts), named=named)
 
   def fit(
     self,
@@ -346,7 +368,7 @@ class Workbench(NamedTuple):
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
-    models.export(folder, params, self.model, self.tokenizer, label, dtype)
+    models.export(folder, params, self.model, self.tokenizer, label, dtype, self.folder)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""
@@ -390,20 +412,26 @@ def open(
     extra: Name -> kind and file of further data sets; an empty file name is the built-in task.
   """
   reporting.note(f"{script}: reading the model and the data")
+  hub.settle(session.workdir, flags.flatten(flags.to_dict(config)).values())
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
+  settle_steps(config, train_set)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
-    source = dataclasses.replace(config.data, path=path, tfds="", eval_path="", eval_fraction=0.0)
+    source = dataclasses.replace(
+      config.data, path=path, tfds="", eval_path="", eval_fraction=0.0, eval_sets=()
+    )
     further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
-  answered = (train_set, heldout) if kind == "prompts" else (heldout,)
-  limits.require_length(config, folder, (train_set, heldout, *further.values()), answered)
+  held = (heldout, *heldout.named.values())
+  answered = (train_set, *held) if kind == "prompts" else held
+  limits.require_length(config, folder, (train_set, *held, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:
     digests = models.digests(flags.flatten(flags.to_dict(config)))
     digests |= {f"{name} data": of.digest for name, of in further.items()}
+    digests |= {f"held-out {name} data": of.digest for name, of in heldout.named.items()}
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
@@ -426,6 +454,21 @@ def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
   if config.data.packed_length:  # Held-out rows are not packed.
     return max(longest, data.packed_scored(sets[0], config.data.packed_length))
   return max(longest, config.sampling.max_new_tokens if sets[0].kind == "prompts" else 0)
+
+
+def settle_steps(config: Any, train_set: data.Dataset) -> None:
+  """Sets the steps of a config that has epochs, by the number of its rows, and says so."""
+  if not config.epochs:
+    return
+  rows, epochs = len(train_set.examples), config.epochs
+  batches = rows / config.batch_size
+  if packed := config.data.packed_length:
+    one = data.batches(
+      train_set, config.batch_size, seed=0, pad_id=0, epochs=1, packed_length=packed
+    )
+    batches = max(sum(1 for _ in one), 1)
+  config.settle_steps(math.ceil(epochs * batches - 1e-9))
+  reporting.note(f"--epochs={epochs:g} over {rows} rows: {config.steps} steps")
 
 
 def save_flags(run: loop.Run, config: Any) -> None:

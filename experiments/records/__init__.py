@@ -1,6 +1,6 @@
 """Records of runs, the cards of their models, and the page that compares them."""
 
-from experiments.records.card import PREFERENCE, write_card
-from experiments.records.record import identify
+from .card import PREFERENCE, write_card
+from .record import identify
 
 __all__ = ["PREFERENCE", "identify", "write_card"]

@@ -10,7 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.records.record import (
+from rlhf_jax import flags, hub, reporting, writers
+from rlhf_jax import workdir as workdir_lib
+from ..lab import scripts
+from .record import (
   SOURCES,
   Record,
   list_in,
@@ -21,8 +24,6 @@ from experiments.records.record import (
   read_json,
   source_name,
 )
-from rlhf_jax import flags, reporting, writers
-from rlhf_jax import workdir as workdir_lib
 
 PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
 
@@ -140,6 +141,8 @@ def base_model(record: Mapping[str, Any]) -> str:
   if not record.get("pretrained"):
     return ""
   path = pathlib.PurePath(str(record["path"]))
+  if hub.is_name(str(record["path"])):
+    return hub.parse(str(record["path"])).repo
   for part in path.parts:  # The cache of the hub: models--OWNER--NAME/snapshots/...
     if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part, re.ASCII):
       return f"{match[1]}/{match[2]}"
@@ -213,7 +216,7 @@ def _data(record: Mapping[str, Any]) -> list[str]:
 
 def _module(record: Mapping[str, Any]) -> str:
   """The name by which `python -m` runs the script of a run."""
-  return plain(record.get("module") or f"experiments.{record.get('script', '')}")
+  return plain(record.get("module") or scripts.module_name(record.get("script", "")))
 
 
 def _settings(record: Mapping[str, Any], replayable: bool) -> list[str]:

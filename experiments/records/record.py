@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, processes, user
+from rlhf_jax import data, flags, hub, loop, processes, user
 from rlhf_jax import workdir as workdir_lib
+from ..lab import scripts
 
 RECORD = "run.json"
 # Flags that name what a run builds on.
@@ -109,14 +110,14 @@ def module_of(script: str) -> types.ModuleType | None:
   main = sys.modules["__main__"]
   if pathlib.Path(getattr(main, "__file__", None) or "").stem == script:
     return main
-  return sys.modules.get(f"experiments.{script}") or sys.modules.get(script)
+  return sys.modules.get(scripts.module_name(script)) or sys.modules.get(script)
 
 
 def module_name(script: str) -> str:
   """Returns the name by which `python -m` runs a script."""
   module = module_of(script)
   if module is None or _is_ours(module):
-    return f"experiments.{script}"
+    return scripts.module_name(script)
   name = module.__spec__.name if module.__spec__ else script
   return name.removesuffix(".__main__")
 
@@ -130,8 +131,7 @@ def script_digest(script: str) -> dict[str, str]:
 
 
 def _is_ours(module: types.ModuleType) -> bool:
-  folder = pathlib.Path(__file__).resolve().parents[1]
-  return pathlib.Path(module.__file__ or "").resolve().is_relative_to(folder)
+  return pathlib.Path(module.__file__ or "").resolve().is_relative_to(scripts.FOLDER)
 
 
 def method_of(script: str) -> str:
@@ -206,7 +206,9 @@ def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
   sources = []
   for flag, role in SOURCES.items():
     for path in paths_in(settings, flag):
-      if "://" not in path:
+      if hub.is_name(path):
+        sources.append(_tidy({"path": hub.pinned(path), "pretrained": True}) | {"role": role})
+      elif "://" not in path:
         record = read(path, depth + 1)
         record.pop("settings", None)  # `changed` says what is worth saying.
         sources.append(record | {"role": role})

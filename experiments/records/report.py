@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from experiments.records.record import Record, metric_texts, numbers, read, source_name
 from rlhf_jax import flags, plots, reporting
 from rlhf_jax import workdir as workdir_lib
+from .record import Record, metric_texts, numbers, read, source_name
 
 Table = dict[str, dict[str, Any]]  # Row -> column -> cell.
 _PROMPTS = 6  # Prompts whose answers are shown.

@@ -7,7 +7,7 @@ those of a pretrained model are 300 times smaller.
 
 METRIC = "gold/win_rate"
 DEFAULTS = {
-  "optim.learning_rate": 1e-3,
+  "optim.learning_rate": 5e-4,
   "p3o.kl_coef": 0.2,
   "p3o.clip": 0.2,
 }

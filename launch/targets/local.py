@@ -1,6 +1,7 @@
 """This machine: the script itself, or several processes that simulate a pod."""
 
-from launch.job import Job, Plan
+from .. import names
+from ..job import Job, Plan
 
 
 def render(job: Job) -> Plan:
@@ -13,7 +14,8 @@ def render(job: Job) -> Plan:
   command = job.command(job.python)
   if job.processes > 1 or job.devices or job.restarts:
     sizes = (f"--processes={job.processes}", f"--devices={job.devices}")
-    command = (job.python, "-m", "launch.pod", *sizes, f"--restarts={job.restarts}", "--", *command)
+    pod = f"{names.PACKAGE}.pod"
+    command = (job.python, "-m", pod, *sizes, f"--restarts={job.restarts}", "--", *command)
   if job.env:
     command = ("env", *job.env, *command)
   return Plan({}, (command,), {})

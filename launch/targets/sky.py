@@ -3,8 +3,8 @@
 import json
 import shlex
 
-from launch import job as jobs
-from launch.job import Job, Plan
+from .. import job as jobs
+from ..job import Job, Plan
 
 _TASK = """\
 name: {name}

@@ -2,8 +2,8 @@
 
 import shlex
 
-from launch import job as jobs
-from launch.job import Job, Plan
+from .. import job as jobs
+from ..job import Job, Plan
 
 _SCRIPT = """\
 #!/bin/bash

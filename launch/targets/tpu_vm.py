@@ -9,8 +9,8 @@ import pathlib
 import re
 import shlex
 
-from launch import job as jobs
-from launch.job import Job, Plan
+from .. import job as jobs
+from ..job import Job, Plan
 
 _STARTUP = pathlib.Path(__file__).parents[1] / "files" / "tpu_vm_startup.sh"
 _FOLDER = "/opt/rlhf_jax"

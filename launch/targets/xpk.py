@@ -6,8 +6,8 @@ not mounted automatically, name it with `--extra=--storage=NAME`.
 
 import shlex
 
-from launch import job as jobs
-from launch.job import Job, Plan
+from .. import job as jobs
+from ..job import Job, Plan
 
 _TOO_SMALL = ("v5litepod-1", "v5litepod-4")  # xpk has no machine types for them.
 

@@ -35,12 +35,12 @@ class PPOConfig(epochs.UpdateConfig):
   """
 
   kl_coef: float = 0.1
-  gamma: float = 1.0
+  gamma: float = ranges.rare(1.0)
   lam: float = 0.95
   clip: float = 0.2
-  dual_clip: float = 0.0
+  dual_clip: float = ranges.rare(0.0)
   value_clip: float = 0.2
-  value_coef: float = 0.5
+  value_coef: float = ranges.rare(0.5)
   entropy_coef: float = 0.0
 
   def __post_init__(self):

@@ -61,6 +61,7 @@ class _Process:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
+      start_new_session=True,  # Ctrl-C is for the run.
       env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     )
     atexit.register(self.stop)

@@ -31,6 +31,8 @@ def batches(
 
   Every epoch has its own order. A batch may hold the end of one epoch and the start of the next,
   so that no row is left out; only after the last epoch are rows that do not fill a batch dropped.
+  With `dataset.mixture` each share has epochs of its own, and an epoch of all has as many rows as
+  there are examples.
   The order depends on `seed` alone. Each of several processes reads whole batches, of which
   `sharding.place_batch` keeps the part that its devices hold.
 
@@ -61,7 +63,7 @@ def batches(
       f"--batch_size={batch_size} does not fit a data set of {rows} rows; "
       f"choose between 1 and {rows}, or give more rows"
     )
-  order = _order(rows, seed, shuffle).repeat(epochs)
+  order = _order(dataset, seed, shuffle, epochs)
   # Padding a batch takes microseconds; reading ahead would only add threads to stop.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   if packed_length:
@@ -73,10 +75,24 @@ def batches(
   return iter(mapped.to_iter_dataset(options))
 
 
-def _order(rows: int, seed: int, shuffle: bool = True) -> grain.MapDataset:
-  """Returns the order of the rows in an epoch."""
-  order = grain.MapDataset.range(rows).seed(seed % 2**32)
-  return order.shuffle() if shuffle else order
+def _order(
+  dataset: Dataset, seed: int, shuffle: bool = True, epochs: int | None = None
+) -> grain.MapDataset:
+  """Returns the order of the rows; each source of a mixture has epochs of its own."""
+
+  def rows(start: int, stop: int, seed: int) -> grain.MapDataset:
+    order = grain.MapDataset.range(start, stop).seed(seed % 2**32)
+    return order.shuffle() if shuffle else order
+
+  if not dataset.mixture:
+    return rows(0, len(dataset.examples), seed).repeat(epochs)
+  stops = list(itertools.accumulate(share.examples for share in dataset.mixture))
+  if stops[-1] != len(dataset.examples):
+    raise ValueError(f"a mixture of {stops[-1]} examples, and there are {len(dataset.examples)}")
+  bounds = itertools.pairwise([0, *stops])
+  parts = [rows(*bound, seed + i).repeat() for i, bound in enumerate(bounds)]
+  mixed = grain.MapDataset.mix(parts, [share.weight for share in dataset.mixture])
+  return mixed if epochs is None else mixed[: epochs * len(dataset.examples)]
 
 
 def first_rows(
@@ -99,8 +115,8 @@ def first_rows(
     count = (steps + 1) * batch_size * (packed_length // shortest)
   if count >= rows:
     return np.arange(rows)
-  order = _order(rows, seed)
-  return np.sort(np.asarray([order[i] for i in range(count)]))
+  order = _order(dataset, seed)
+  return np.unique(np.asarray([order[i] for i in range(count)]))
 
 
 def padding_fraction(dataset: Dataset, batch_size: int, packed_length: int = 0) -> float:

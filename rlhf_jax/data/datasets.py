@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from rlhf_jax.data.kinds import (
   KINDS,
   Arrays,
   Dataset,
+  Share,
   all_responses,
   partner,
   responses_of,
@@ -45,16 +47,20 @@ class DataConfig:
 
   Attributes:
     path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
-      several files separated by commas. If path and tfds are empty, the built-in task generates
-      the rows.
-    tfds: Prepared TFDS data set, NAME[/CONFIG][:VERSION][:SPLIT]; the default split is train.
+      several files separated by commas, or `hf://datasets/ORG/NAME[@REVISION]/FILE` of a hub. With
+      weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches take their rows from the files in these
+      shares; files without weights are joined. If path and tfds are empty, the built-in task
+      generates the rows.
+    tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.
     eval_fraction: Fraction of the prompts to hold out without an eval_path, chosen by a hash of the
       prompt; 0 holds out nothing.
-    rows: Number of rows to use, from the first one; 0 uses all. For the built-in task, the number
-      of rows to generate (0 generates 8192).
-    eval_rows: Maximum number of held-out rows.
+    eval_sets: Further files of held-out rows, as in `math=math.jsonl,chat=chat.jsonl`. Their
+      metrics are eval/math/... and eval/chat/....
+    rows: Number of rows to use, from the first one; 0 uses all. It holds for each file that has a
+      weight. For the built-in task, the number of rows to generate (0 generates 8192).
+    eval_rows: Maximum number of held-out rows, of each set.
     split: Held-out rows of the built-in task: `eval` words its prompts as training does, `shift` as
       no training prompt is worded.
     group: Column, such as language, source or annotator, by whose values `evaluate` and
@@ -81,10 +87,11 @@ class DataConfig:
   """
 
   path: str = ""
-  tfds: str = ""
+  tfds: str = ranges.rare("")
   tfds_dir: str = ranges.rare("")
   eval_path: str = ""
   eval_fraction: float = 0.05
+  eval_sets: tuple[str, ...] = ranges.rare(())
   rows: int = 0
   eval_rows: int = 512
   split: Literal["eval", "shift"] = ranges.rare("eval")
@@ -93,12 +100,12 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
-  share_prompts: bool = False
+  share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
-  end_token: str = ""
-  annotator: str = ""
-  votes: Votes = "majority"
+  end_token: str = ranges.rare("")
+  annotator: str = ranges.rare("")
+  votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
     if self.path and self.tfds:
@@ -119,10 +126,28 @@ class DataConfig:
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
       one_of={"overlong": _OVERLONG, "votes": schema.VOTES, "split": sources.HELDOUT_SPLITS},
     )
+    if self.eval_sets and not is_given(self):
+      raise ValueError("eval_sets are for rows of yours; give path or tfds as well")
+    if self.eval_sets and not (self.eval_path or self.eval_fraction):
+      raise ValueError("eval_sets are further held-out rows; eval_fraction=0 leaves no first ones")
+    _named_files(self)
     if self.split != "eval" and is_given(self):
       raise ValueError(
         "split is one of the built-in task; give held-out rows of yours by eval_path"
       )
+
+
+def _named_files(config: DataConfig) -> dict[str, str]:
+  """Returns the files of `eval_sets` by their names."""
+  files_of: dict[str, str] = {}
+  for text in config.eval_sets:
+    name, _, path = text.partition("=")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or not path:
+      raise ValueError(f"eval_sets has {text!r}; write NAME=FILE, as in math=math.jsonl")
+    if name in files_of:
+      raise ValueError(f"eval_sets has two sets named {name}; rename one")
+    files_of[name] = path
+  return files_of
 
 
 def load(
@@ -169,15 +194,19 @@ def load(
       raise DataError(f"{error}; or skip some with data.bad_rows{hint}") from error
     bad.append(error)
 
-  def read(rows: Iterator[Row], limit: int) -> _Part:
-    parsed = _parse(kind, itertools.islice(rows, limit or None), config, tokenizer, on_bad_row)
-    return _tokenize(kind, parsed, config, tokenizer)
+  def read(rows: Iterator[Row]) -> _Part:
+    return _tokenize(kind, _parse(kind, rows, config, tokenizer, on_bad_row), config, tokenizer)
+
+  def read_heldout(path: str) -> _Part:
+    if len(files.sources_of(path)) > 1:
+      raise DataError(f"{path}: weights are for training rows; give held-out rows without them")
+    return read(files.read_file(path, on_bad_row, config.eval_rows))
 
   train_rows, source = _open(kind, config, seed, on_bad_row)
   heldout_source = config.eval_path or f"held-out {source}"
-  whole = read(train_rows, config.rows)
+  whole = read(train_rows)
   if config.eval_path:
-    train, heldout = whole, read(files.read_file(config.eval_path, on_bad_row), config.eval_rows)
+    train, heldout = whole, read_heldout(config.eval_path)
     _check_lengths([train, heldout], config, source)
   elif is_given(config):
     _check_lengths([whole], config, source)
@@ -185,12 +214,16 @@ def load(
     train, heldout = _split(kind, whole, config)
   else:
     rows = sources.read_builtin(kind, config.split, config.eval_rows, seed, config.annotator)
-    train, heldout = whole, read(rows, 0)
+    train, heldout = whole, read(rows)
     _check_lengths([train, heldout], config, source)
   _require_rows(train, source, config)
   if config.eval_path or not is_given(config):
     _require_rows(heldout, heldout_source, config)
-  for part, name in ((train, source), (heldout, heldout_source)):
+  named = {name: read_heldout(path) for name, path in _named_files(config).items()}
+  for name, part in named.items():
+    _require_rows(part, f"data.eval_sets={name}", config)
+  named_parts = [(part, f"data.eval_sets={name}") for name, part in named.items()]
+  for part, name in ((train, source), (heldout, heldout_source), *named_parts):
     _check_unknown(part, name, tokenizer, config)
     if part.examples and kind == "unpaired":
       try:
@@ -199,19 +232,40 @@ def load(
         raise DataError(f"{name}: {error}") from error
   train.report["bad_rows"] = len(bad)
   train_keys = set(train.keys)
-  heldout.report["eval_prompts_in_train"] = sum(key in train_keys for key in heldout.keys)
+  for part in (heldout, *named.values()):
+    part.report["eval_prompts_in_train"] = sum(key in train_keys for key in part.keys)
   examples = train.examples + heldout.examples
+  examples += [example for part in named.values() for example in part.examples]
   shape = _shape(kind, examples)
   if 0 < config.packed_length < shape[0]:
     raise DataError(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  sets = _finish(kind, train, shape), _finish(kind, heldout, shape)
-  if not config.share_prompts:
-    return sets
-  shared = _round_up(all_responses(*_lengths(examples)))
-  return sets[0]._replace(shared_length=shared), sets[1]._replace(shared_length=shared)
+  shared = _round_up(all_responses(*_lengths(examples))) if config.share_prompts else 0
+
+  def finish(part: _Part) -> Dataset:
+    return _finish(kind, part, shape)._replace(shared_length=shared)
+
+  further = {name: finish(part) for name, part in named.items()}
+  return finish(train)._replace(mixture=_mixture(train, config)), finish(heldout)._replace(
+    named=further
+  )
+
+
+def _mixture(part: "_Part", config: DataConfig) -> tuple[Share, ...]:
+  """Returns the shares of the files of a part that have weights; their sum is 1."""
+  mixed = files.sources_of(config.path) if config.path else []
+  if len(mixed) < 2:
+    return ()
+  total = sum(source.weight or 0 for source in mixed)
+  counts = collections.Counter(part.sources)
+  for i, source in enumerate(mixed):
+    if not counts[i]:
+      raise DataError(f"{source.name}: no row of it is left to train on, and it has a weight")
+  return tuple(
+    Share(source.name, counts[i], (source.weight or 0) / total) for i, source in enumerate(mixed)
+  )
 
 
 def is_given(config: DataConfig) -> bool:
@@ -252,13 +306,25 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
 
 def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
   """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  texts = []
-  for fields in dataset.rows:
-    row = _without(Row("row", fields), config.ignore)
-    (example,) = schema.parse_row("prompts", row, prefer_messages=False)
-    prompt = example.prompt
-    texts.append(prompt if isinstance(prompt, str) else transcript(prompt))
-  return texts
+  prompts = given_prompts(dataset.rows, config.ignore, prefer_messages=False)
+  return [prompt if isinstance(prompt, str) else transcript(prompt) for prompt in prompts]
+
+
+def given_prompts(
+  rows: Sequence[Mapping[str, Any]], ignore: Sequence[str] = (), *, prefer_messages: bool
+) -> list[Prompt]:
+  """Returns the prompt of each row as it was given, which no template has rendered.
+
+  Args:
+    rows: Rows of any kind.
+    ignore: Columns that are not read.
+    prefer_messages: True to take `messages` even if a row also has a prompt as text.
+  """
+  prompts = []
+  for fields in rows:
+    row = _without(Row("row", dict(fields)), ignore)
+    prompts.append(schema.parse_row("prompts", row, prefer_messages=prefer_messages)[0].prompt)
+  return prompts
 
 
 def require_known(name: str, texts: Sequence[Any], tokenizer: Tokenizer) -> None:
@@ -304,6 +370,7 @@ class _Part(NamedTuple):
     examples, rows: Examples and their rows; see `Dataset`.
     keys: `Example.key` of each example.
     origins: Index of the row of each example among all that were read.
+    sources: Index of the source of each example.
     events: Index of a row, and the name in the report of what happened to it.
     row_keys: `Example.key` of each row that was read, and its answers.
     lengths: [examples, 2] int, prompt and longest response, overlong examples included.
@@ -316,6 +383,7 @@ class _Part(NamedTuple):
   rows: list[dict[str, Any]]
   keys: list[str]
   origins: list[int]
+  sources: list[int]
   events: list[tuple[int, str]]
   row_keys: list[tuple[str, tuple[str, ...]]]
   lengths: np.ndarray
@@ -327,7 +395,7 @@ class _Part(NamedTuple):
 def _part_of(examples: list[Arrays], rows: list[dict[str, Any]]) -> _Part:
   """Returns examples at hand as a part."""
   none = np.zeros([0, 2], np.int64)
-  return _Part(examples, rows, [], [], [], [], none, np.zeros(2, np.int64), {}, frozenset())
+  return _Part(examples, rows, [], [], [], [], [], none, np.zeros(2, np.int64), {}, frozenset())
 
 
 def _open(
@@ -335,10 +403,10 @@ def _open(
 ) -> tuple[Iterator[Row], str]:
   """Returns the training rows, and the name of their source for messages."""
   if config.path:
-    return files.read_file(config.path, on_bad_row), config.path
+    return files.read_file(config.path, on_bad_row, config.rows), config.path
   if config.tfds:
     rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row)
-    return rows, f"tfds:{config.tfds}"
+    return itertools.islice(rows, config.rows or None), f"tfds:{config.tfds}"
   count = config.rows or _BUILTIN_ROWS
   rows = sources.read_builtin(kind, "train", count, seed, config.annotator)
   return rows, f"built-in {kind}"
@@ -361,7 +429,8 @@ def _parse(
 ) -> list[_Parsed]:
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
   if kind in _JUDGED:
-    rows = iter(formats.joined(list(rows)))
+    of_sources = itertools.groupby(rows, key=lambda row: row.source)
+    rows = iter([row for _, group in of_sources for row in formats.joined(list(group))])
   parsed = []
   for row in rows:
     try:
@@ -436,6 +505,7 @@ def _take(kind: KindName, part: _Part, rows: np.ndarray) -> _Part:
     rows=[part.rows[i] for i in kept],
     keys=[part.keys[i] for i in kept],
     origins=[part.origins[i] for i in kept],
+    sources=[part.sources[i] for i in kept],
     report=_report(kind, examples, int(rows.sum()), [e for e in part.events if rows[e[0]]]),
   )
 
@@ -484,7 +554,7 @@ def _tokenize(
   row_keys = [(item.examples[0].key, item.examples[0].answers) for item in parsed]
   lengths = np.zeros([len(usable), 2], np.int64)
   unknown = _unknown(tokenizer, [ids for e in encoded.values() for ids in (e.prompt, *e.responses)])
-  part = _Part([], [], [], [], events, row_keys, lengths, unknown, {}, unread)
+  part = _Part([], [], [], [], [], events, row_keys, lengths, unknown, {}, unread)
   for n, (i, row, example) in enumerate(usable):
     prompt, labels = encoded[i].prompt, list(example.labels)
     ids_of = dict(zip(answers_of[i], encoded[i].responses, strict=True))
@@ -508,6 +578,7 @@ def _tokenize(
     part.rows.append(row.fields)
     part.keys.append(example.key)
     part.origins.append(i)
+    part.sources.append(row.source)
   return part._replace(report=_report(kind, part.examples, len(parsed), events))
 
 

@@ -10,16 +10,18 @@ import csv
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
+import math
 import os
 import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from rlhf_jax import workdir
+from rlhf_jax import hub, workdir
 from rlhf_jax.data import sources
 from rlhf_jax.data.sources import DataError, OnBadRow, Row, raise_error
 
@@ -55,40 +57,88 @@ _OTHER = {
   b"<": ("a web page or XML", "download the file itself"),
 }
 _LONGEST_MAGIC = 512
+_WEIGHTED = re.compile(r"(?P<name>.+):(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|nan|-?inf)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def paths_of(spec: str) -> list[str]:
-  """Returns the files that a path, a glob or a list of them, separated by commas, names.
+class Source(NamedTuple):
+  """Files that are read one after the other.
+
+  Attributes:
+    name: Text that names them.
+    paths: Paths of the files.
+    weight: Weight of their rows among those of other sources; None without weights.
+  """
+
+  name: str
+  paths: list[str]
+  weight: float | None = None
+
+
+def sources_of(spec: str) -> list[Source]:
+  """Returns the sources that a path, a glob or a list of them, separated by commas, names.
+
+  Each part of a list may end in a weight, as in `a.jsonl:0.7,b.parquet:0.3`; it is then a source of
+  its own. Files without weights are one source.
 
   Raises:
-    DataError: A glob matches nothing, or a path is no file.
+    DataError: A glob matches nothing, a name is empty, or a weight is not a positive number.
   """
   names = [spec] if os.path.exists(os.path.expanduser(spec)) else spec.split(",")
-  paths = []
-  for name in names:
-    path = os.path.expanduser(name.strip())
-    if not path:
-      raise DataError(
-        f"{spec!r}: the name of a file is empty; write names with one comma between them, in"
-        " data.path and data.eval_path"
-      )
-    if not os.path.exists(path) and glob.has_magic(path):
-      matches = sorted(glob.glob(path, recursive=True))
-      if not matches:
-        raise DataError(f"{name}: no file matches; check data.path and data.eval_path")
-      paths += matches
-    else:
-      paths.append(path)
-  return paths
+  parts = [_weighted(name.strip()) for name in names]
+  weighted = [weight is not None for _, weight in parts]
+  if any(weighted) and not all(weighted):
+    plain = next(name for name, weight in parts if weight is None)
+    raise DataError(f"{spec}: {plain} has no weight and another file has one; give all of them one")
+  found = [Source(name, _matches(name, spec), weight) for name, weight in parts]
+  if any(weighted):
+    return found
+  return [Source(spec, [path for source in found for path in source.paths])]
 
 
-def read_file(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
+def _weighted(name: str) -> tuple[str, float | None]:
+  """Splits NAME:WEIGHT; the weight is None if there is none."""
+  match = _WEIGHTED.fullmatch(name)
+  if not match or os.path.exists(os.path.expanduser(name)):
+    return name, None
+  weight = float(match["weight"])
+  if not 0 < weight < math.inf:
+    raise DataError(f"{name}: the weight must be a positive number, got {match['weight']}")
+  return match["name"], weight
+
+
+def _matches(name: str, spec: str) -> list[str]:
+  """Returns the files that a path or a glob names."""
+  path = os.path.expanduser(name)
+  if not path:
+    raise DataError(
+      f"{spec!r}: the name of a file is empty; write names with one comma between them, in"
+      " data.path and data.eval_path"
+    )
+  if hub.is_name(path):
+    return hub.data_files(path)
+  if os.path.exists(path) or not glob.has_magic(path):
+    return [path]
+  matches = sorted(glob.glob(path, recursive=True))
+  if not matches:
+    raise DataError(f"{name}: no file matches; check data.path and data.eval_path")
+  return matches
+
+
+def paths_of(spec: str) -> list[str]:
+  """Returns the files of all `sources_of` a text."""
+  return [path for source in sources_of(spec) for path in source.paths]
+
+
+def read_file(
+  path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error, limit: int = 0
+) -> Iterator[Row]:
   """Reads the rows of one or more files.
 
   Args:
-    path: A file, a glob, or several of them separated by commas.
+    path: A file, a glob, or several of them separated by commas, with weights or without.
     on_bad_row: Function called for every row that is not an object of clean text.
+    limit: Maximum number of rows of each source; 0 reads all.
 
   Yields:
     The rows in order.
@@ -96,10 +146,16 @@ def read_file(path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error) 
   Raises:
     DataError: If a file cannot be read, or from `on_bad_row`.
   """
-  for name in paths_of(os.fspath(path)):
-    with contextlib.ExitStack() as stack:
-      file, start = _open(name, stack)
-      yield from _READERS[_format_of(name, start)](file, name, on_bad_row)
+  for i, source in enumerate(sources_of(os.fspath(path))):
+    rows = itertools.chain.from_iterable(_read(name, on_bad_row) for name in source.paths)
+    for row in itertools.islice(rows, limit or None):
+      yield row._replace(source=i) if i else row
+
+
+def _read(name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+  with contextlib.ExitStack() as stack:
+    file, start = _open(name, stack)
+    yield from _READERS[_format_of(name, start)](file, name, on_bad_row)
 
 
 def _open(name: str, stack: contextlib.ExitStack) -> tuple[IO[bytes], bytes]:
@@ -149,10 +205,12 @@ def _advice(name: str) -> str:
     inside = sorted(p.name for p in pathlib.Path(name).iterdir() if not p.name.startswith("."))
     return f"give a file in it, such as {inside[0]}" if inside else "the folder is empty"
   if "://" in name:
-    return "an address is not looked up: download the file first"
+    return (
+      "an address is not looked up, but for hf://datasets/ORG/NAME/FILE: download the file first"
+    )
   if _HUB_NAME.fullmatch(name) and not os.path.exists(os.path.dirname(name)):
     return (
-      "names of hub repositories are not looked up: download the files first, with"
+      f"write hf://datasets/{name}/FILE for a file of a hub, or download the files first, with"
       f" `hf download --repo-type dataset {name}`"
     )
   return "check data.path and data.eval_path"

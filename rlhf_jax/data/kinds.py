@@ -3,7 +3,8 @@
 `KINDS` is the one place that tells kinds apart after a row has been parsed (`schema`).
 """
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,20 @@ COUNTS = (
 )
 
 
+class Share(NamedTuple):
+  """Part of the examples that has a weight, whatever its size.
+
+  Attributes:
+    name: Name of its source.
+    examples: Number of its examples, which follow those of the shares before it.
+    weight: Share of its examples among those of batches.
+  """
+
+  name: str
+  examples: int
+  weight: float
+
+
 class Dataset(NamedTuple):
   """Tokenised rows. Count the examples with `len(dataset.examples)`; a row may give several.
 
@@ -76,6 +91,8 @@ class Dataset(NamedTuple):
     unread: Columns that were not read; rewards still see them.
     shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
       0 gives each response a row of `padded_length`.
+    mixture: Shares of the examples in `batches.batches`; empty draws all examples alike.
+    named: Further held-out sets by their names, of a held-out set.
   """
 
   kind: KindName
@@ -88,6 +105,8 @@ class Dataset(NamedTuple):
   report: dict[str, int]
   unread: tuple[str, ...] = ()
   shared_length: int = 0
+  mixture: tuple[Share, ...] = ()
+  named: "Mapping[str, Dataset]" = types.MappingProxyType({})
 
   @property
   def batch_length(self) -> int:

@@ -55,6 +55,10 @@ def describe(config: DataConfig, train: Dataset, heldout: Dataset) -> dict[str, 
     "data": _contents(config, train, heldout),
     "left out": _left_out(config, train, heldout) or "nothing",
   }
+  if train.mixture:
+    lines["mixture"] = ", ".join(
+      f"{share.weight:.0%} from {share.examples} of {share.name}" for share in train.mixture
+    )
   if noticed := _noticed(config, train, heldout):
     lines["noticed"] = noticed
   return lines
@@ -89,6 +93,7 @@ def _contents(config: DataConfig, train: Dataset, heldout: Dataset) -> str:
     held += f" from {config.eval_path}"
   if source and _sum(("rows_read",), heldout) >= config.eval_rows:
     held += f", no more by data.eval_rows={config.eval_rows}"
+  held += "".join(f", {len(of.examples)} of {name}" for name, of in heldout.named.items())
   source = source or "built-in task, toy reviews"
   return f"{source}: {len(train.examples)} {unit}, {held}"
 

@@ -34,10 +34,12 @@ class Row(NamedTuple):
   Attributes:
     where: Origin of the row for messages, such as "pairs.jsonl:12".
     fields: Column name -> value: text, numbers, lists and dicts.
+    source: Index of its source among those that are mixed by weights.
   """
 
   where: str
   fields: dict[str, Any]
+  source: int = 0
 
 
 # Called with the error of a bad row: raises it, or returns to skip the row.
@@ -105,7 +107,7 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
   """Reads a prepared TFDS data set stored as ArrayRecord; TensorFlow is not needed.
 
   Args:
-    spec: NAME[/CONFIG][:VERSION][:SPLIT]; the default split is "train".
+    spec: `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is "train".
     data_dir: Folder with the prepared data set; "" is the TFDS default.
     on_bad_row: Function called for every row whose text is not clean.
 

@@ -5,10 +5,12 @@ of its input is a task in JSON, and a line of its output the result, or the reas
 none. It limits the time and memory of each task, and the system ends it where it takes more.
 """
 
+import contextlib
 import functools
 import json
 import math
 import resource
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -31,7 +33,8 @@ def _limit(seconds: int, size: int) -> None:
   resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
   hard = resource.getrlimit(resource.RLIMIT_AS)[1]
   allowed = size if hard == resource.RLIM_INFINITY else min(size, hard)
-  resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+  with contextlib.suppress(OSError, ValueError):  # Of a system without such a limit.
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
 
 
 @functools.cache
@@ -172,6 +175,9 @@ def _try_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
   """Does the tasks of the standard input until it ends."""
+  # They tell a run to save and stop. This process ends with its input.
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
   tasks = {"render": _render, "tokenizer": _try_tokenizer}
   for line in sys.stdin.buffer:
     task = json.loads(line)

@@ -22,7 +22,9 @@ import safetensors.numpy
 from absl import logging
 
 from rlhf_jax import processes, sharding, workdir
+from rlhf_jax.models import peft
 from rlhf_jax.models.build import Model
+from rlhf_jax.models.errors import ModelFolderError
 from rlhf_jax.models.families import FAMILIES, REQUIRED, Family, Head
 from rlhf_jax.models.transformer import ModelConfig, RopeScaling
 from rlhf_jax.types import Params
@@ -100,12 +102,6 @@ _IGNORED = frozenset(
     "use_cache",
   }
 )
-
-
-class ModelFolderError(ValueError):
-  """A model folder cannot be loaded as requested; the message names the file and the fix."""
-
-  exit_code = 78
 
 
 def _refuse(path: pathlib.Path, problem: str) -> ModelFolderError:
@@ -238,7 +234,7 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
   """Reads config.json with an allow-list of fields.
 
   Args:
-    path: The folder or the file itself.
+    path: The folder or the file itself; of adapters, that of their base model.
 
   Returns:
     The architecture, and the head of the weights.
@@ -247,7 +243,7 @@ def parse_config(path: str | pathlib.Path) -> tuple[ModelConfig, Head]:
     ModelFolderError: If the architecture is unknown, a field is missing or a value is not
       implemented.
   """
-  path = pathlib.Path(path)
+  path = peft.base_of(pathlib.Path(path))
   path = path / "config.json" if path.is_dir() else path
   if problem := workdir.irregular(path.parent):
     raise _refuse(path.parent, problem)
@@ -470,7 +466,8 @@ def load_params(
   initialised from `key`.
 
   Args:
-    folder: Folder with config.json and safetensors.
+    folder: Folder with config.json and safetensors, or adapters of PEFT, which are merged into the
+      weights of their base model.
     model: Model built from `parse_config(folder)`, with either head.
     key: Random key for a scalar head that the folder does not have.
     dtype: Dtype of the returned params.
@@ -484,6 +481,8 @@ def load_params(
   """
   folder = pathlib.Path(folder)
   _, stored_head = parse_config(folder)
+  adapters = peft.read(folder)
+  folder = peft.base_of(folder)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   head: Head = "scalar" if "score" in shapes else "language"
   if head == "language" and stored_head == "scalar":
@@ -511,6 +510,8 @@ def load_params(
       raise _refuse(folder, f"tensor {name} gives shape {value.shape}, config.json says {shape}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise _refuse(folder, f"tensor {name} is of type {value.dtype}; weights must be floats")
+    if (adapter := adapters.pop(name.removesuffix(".weight"), None)) is not None:
+      value = adapter.add_to(value)
     value = np.ascontiguousarray(value).astype(jnp.dtype(dtype))
     if not np.isfinite(value.astype(np.float32)).all():
       raise _refuse(folder, f"tensor {name} holds NaN or Inf")
@@ -548,6 +549,8 @@ def load_params(
     unread.discard("lm_head.weight")
   if unread:
     raise _refuse(folder, f"tensors that this model has no place for: {sorted(unread)[:5]}")
+  if adapters:
+    raise _refuse(folder, f"adapters that this model has no place for: {sorted(adapters)[:5]}")
   return params
 
 

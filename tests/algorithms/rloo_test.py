@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.algorithms import reading, reinforce, rloo
+from rlhf_jax.losses import game
 from rlhf_jax.train_step import gradients
 from tests.algorithms import tabular, toy
 from tests.algorithms.case import sampled
@@ -34,6 +35,30 @@ def test_reaches_the_exact_optimum_of_the_regularised_objective(samples):
   config = rloo.RLOOConfig(kl_coef=beta, minibatches=4)
   policy = tabular.improve_groups(rloo.make_rloo_step, rloo.make_batch, config, samples)
   assert tabular.divergence(policy, tabular.optimum(beta)) < 0.01
+
+
+def test_samples_that_meet_each_other_end_at_the_equilibrium():
+  """Pairwise-RL's policy half: a tournament pays for what no reward of single responses can."""
+  tau, samples = 0.1, 8
+
+  def make_batch(rollout, scores, ref_logprobs, config, *, samples_per_prompt):
+    played = tabular.sequence_of(rollout).reshape(-1, samples)
+    wins = jnp.asarray(tabular.PREFERENCE)[played[:, :, None], played[:, None, :]]
+    meets = (jnp.sum(wins, axis=2) - 0.5) / (samples - 1)  # As `rewards.tournament_reward`.
+    return rloo.make_batch(
+      rollout, meets.ravel(), ref_logprobs, config, samples_per_prompt=samples_per_prompt
+    )
+
+  config = rloo.RLOOConfig(kl_coef=tau, minibatches=4)
+  policy = tabular.improve_groups(rloo.make_rloo_step, make_batch, config, samples, steps=250)
+  log_ref = tabular.sequence_logprobs(tabular.REF["policy"])
+  exploit = lambda log_p: float(  # noqa: E731
+    game.exploitability(log_p, log_ref, tabular.PREFERENCE, tau=tau)
+  )
+  assert tabular.divergence(policy, tabular.equilibrium(tau)) < 0.01
+  # The reward of beating the reference, which ignores that opponents change with the policy.
+  beats_ref = tabular.PREFERENCE @ np.exp(np.float64(log_ref))
+  assert exploit(policy) < 0.01 < exploit(jax.nn.log_softmax(log_ref + beats_ref / tau))
 
 
 @pytest.mark.parametrize("samples", [4, 1])

@@ -1,6 +1,8 @@
 """Templates and tokenizers that take too much time or memory, or end their reader."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -109,5 +111,10 @@ def test_the_process_ends_with_the_input_of_its_own(folder):
   assert result == {"texts": ["1"]}
   child = process._child
   assert child is not None
+  for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    os.kill(child.pid, number)  # As whoever stops all processes of a run does.
+  again = {"task": "render", "source": "{{ x }}", "variables": {}, "chats": [{"x": 2}]}
+  assert process.ask(again) == {"texts": ["2"]}
+  assert process._child is child
   process.stop()
   assert child.returncode == 0

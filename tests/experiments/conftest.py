@@ -121,7 +121,7 @@ def kill_script():
     script, workdir, *flags, after_step: int = 0, mark: pathlib.Path | None = None, devices: int = 1
   ) -> None:
     running = Running(script, workdir, flags, devices)
-    mark = mark or pathlib.Path(workdir) / "checkpoints" / str(after_step)
+    mark = mark or pathlib.Path(workdir) / "checkpoints" / f"{after_step}.digest.json"
     deadline = time.monotonic() + 240
     while not mark.exists() and running.process.is_alive() and time.monotonic() < deadline:
       time.sleep(0.002)

@@ -199,7 +199,8 @@ def of_methods() -> list[list[str]]:
     if not re.search(NOT_HERE, command) and command not in commands.values():
       commands[f"paper_{number}"] = command
   found = []
-  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo"}  # Another policy is as good.
+  # In place of DPO another policy is as good.
+  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo", "$PPO": "runs/rlhf/ppo"}
   for name, command in commands.items():
     for variable, workdir in runs.items():
       command = command.replace(variable, workdir)
@@ -318,7 +319,7 @@ def test_a_script_explains_itself(run_script, tmp_path):
 
 
 def test_every_flag_that_is_named_exists():
-  known = {"flagfile", "help", "helpfull", "check"}  # The last is ruff's.
+  known = {"flagfile", "help", "helpfull", "check", "basetemp"}  # The last are ruff's and pytest's.
   for file in (ROOT / "experiments").glob("*.py"):
     script = f"experiments.{file.stem}"
     if hasattr(importlib.import_module(script), "Config"):

@@ -24,12 +24,13 @@ PAGE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "EXTENDING.
 TEXT = PAGE.read_text(encoding="utf-8")
 FILES = dict(re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)```", TEXT, re.S | re.M))
 PROGRAMS = re.findall(r"```python\n(def programs.*?)```", TEXT, re.S)[0]
+PACKAGE = "rlhf_jax.experiments."  # As `rlhf-jax` starts them.
 COMMANDS = [
-  line.split()[1:]
+  line.replace("rlhf-jax ", f"python -m {PACKAGE}").split()[1:]
   for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
   for line in block.splitlines()
 ]
-SCRIPTS = [command[1:] for command in COMMANDS if command[1].startswith("experiments.")]
+SCRIPTS = [command[1:] for command in COMMANDS if command[1].startswith(PACKAGE)]
 SHORT = ("--steps=4", "--batch_size=4", "--data.rows=64", "--data.eval_rows=8")
 SAMPLED = (*SHORT, "--sampling.max_new_tokens=4")
 SMALL = {
@@ -86,20 +87,20 @@ def run(start):
 
 def words_of(script: str) -> list[str]:
   """Words of the command of the page that runs a script, shortened."""
-  (found,) = [words for words in SCRIPTS if words[0] == f"experiments.{script}"]
+  (found,) = [words for words in SCRIPTS if words[0] == f"{PACKAGE}{script}"]
   return ["-m", *found, *SMALL[script]]
 
 
 def test_the_page_shows_files_and_commands():
   assert set(FILES) == {"my_parts.py", "remax.py"}
   assert len(FILES["remax.py"].splitlines()) <= 120
-  assert {words[0].removeprefix("experiments.") for words in SCRIPTS} == {*SMALL, "plot", "compile"}
+  assert {words[0].removeprefix(PACKAGE) for words in SCRIPTS} == {*SMALL, "plot", "compile"}
 
 
 @pytest.mark.parametrize("words", SCRIPTS, ids=lambda words: words[0])
 def test_a_command_is_accepted(folder, monkeypatch, words):
   monkeypatch.setattr(sys, "path", list(sys.path))
-  if words[0] != "experiments.compile":
+  if words[0] != f"{PACKAGE}compile":
     read_flags(words[0], words[1:])
 
 
@@ -140,7 +141,7 @@ def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run,
   (folder / "runs").mkdir()
   (folder / "runs" / "sft").symlink_to(sft_run)
   for script in ("ppo", "nash_md", "rest", "generate", *others):
-    (words,) = [words[1:] for words in SCRIPTS if words[0] == f"experiments.{script}"]
+    (words,) = [words[1:] for words in SCRIPTS if words[0] == f"{PACKAGE}{script}"]
     words = [word for word in words if not word.startswith("--workdir=")]
     place = folder / "runs" / ("brief" if script == "ppo" else script)
     finished = run_script(script, place, *words, *SMALL[script])
@@ -219,7 +220,7 @@ def test_a_reward_is_tried_before_anything_is_compiled(folder, monkeypatch, name
 
 def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
   monkeypatch.setattr(sys, "path", list(sys.path))
-  function = judges.RewardOptions(name="my_parts:politeness").function()
+  function = judges.RewardOptions(name="my_parts:politeness").functions()["my_parts:politeness"]
   texts = ["please sit\nnow", "no\nplease\n", "", "no"]
   assert function([""] * 4, texts, [{}] * 4)[0] == [(11, True), (14, False)]
   given = rewards.ask(function, [""] * 4, texts, rows=[{}] * 4)
@@ -315,7 +316,7 @@ def test_a_method_of_ones_own_trains_and_resumes(folder, run, run_script, start)
   flags = (*flags, "--steps=8", "--checkpoint_every=2")
   run("remax.py", "--workdir=runs/whole", *flags)
   killed = ("remax.py", "--workdir=runs/killed", *flags)
-  kill_after(start, folder / "runs/killed/checkpoints/2", *killed)
+  kill_after(start, folder / "runs/killed/checkpoints/2.digest.json", *killed)
   output = run("-m", "remax", *killed[1:])
   assert "continuing from step" in output
   whole, again = (
@@ -366,18 +367,21 @@ def test_compile_takes_a_module_of_ones_own(folder, run):
   main = "if __name__"
   (folder / "remax.py").write_text(source.replace(main, f"{PROGRAMS}\n\n{main}"))
   flags = ("--algorithm=remax", "--topology=v5e:2x2", "--mesh=fsdp:4", "--batch_size=8")
-  output = run("-m", "experiments.compile", *flags)
+  output = run("-m", f"{PACKAGE}compile", *flags)
   assert "fits; roofline" in output
 
 
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("dop", "--algorithm must be one of cispo, dpo, .*or a module of your own; .*no module dop in"),
+    (
+      "dop",
+      "--algorithm must be one of cgpo, cispo, dpo, .*or a module of your own; .*no module dop in",
+    ),
     ("my_parts", "--algorithm=my_parts: .*my_parts.py has no Config, which experiments.dpo has"),
     ("remax", "--algorithm=remax: .*remax.py has no programs, which experiments.dpo has"),
   ],
 )
 def test_compile_refuses_what_is_no_script(run, name, message):
-  output = run("-m", "experiments.compile", f"--algorithm={name}", "--batch_size=2", code=64)
+  output = run("-m", f"{PACKAGE}compile", f"--algorithm={name}", "--batch_size=2", code=64)
   assert re.fullmatch(message + r".*\n", output.splitlines(keepends=True)[-1])

@@ -65,7 +65,10 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
   flags = first_flags("ppo", sft_run)
   group = start_group("ppo", tmp_path / "run", *flags)
   deadline = time.monotonic() + 240
-  while not (tmp_path / "run" / "checkpoints" / "3").exists() and time.monotonic() < deadline:
+  while (
+    not (tmp_path / "run" / "checkpoints" / "3.digest.json").exists()
+    and time.monotonic() < deadline
+  ):
     time.sleep(0.01)
   os.kill(group[1].process.pid, signal.SIGTERM)  # One of the two is asked to stop.
   stopped = [running.end(timeout=60) for running in group]

@@ -24,7 +24,7 @@ CELLS = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 SMALL = """
 from rlhf_jax.data import DataConfig as Data
 from rlhf_jax.generation import SamplingConfig as Sampling
-from experiments.lab.models import ModelOptions as Model
+from rlhf_jax.experiments.lab.models import ModelOptions as Model
 DATA = Data(rows=64, eval_rows=8)
 MODEL = Model(layers=1, width=32, heads=2, mlp_width=32)
 """

@@ -13,11 +13,12 @@ import pytest
 import safetensors.numpy
 
 from experiments import evaluate, generate
-from experiments.lab import plans
+from experiments.lab import models, plans
 from launch.space import load_space
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig, word_level_tokenizer
 from rlhf_jax.generation import SamplingConfig
+from rlhf_jax.models import build, hf
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
 from tests.testing import full, read_configs, refusal, wait_for
 
@@ -160,7 +161,9 @@ def test_a_policy_gradient_starts_at_the_reference(script, whole):
   names = {"reward/mean", "kl/ref", "entropy", "eos_fraction", "response_length/mean", "lr"}
   assert names <= rows[-1].keys()
   summary = json.loads((whole(script) / "summary.json").read_text())
-  assert {"kl", "gold/mean", "gold/win_rate", "reward/mean"} <= summary.keys()
+  by_pairs = any(word.startswith("--preference.") for word in SETTINGS.get(script, ()))
+  judged = "preference/win_rate" if by_pairs else "reward/mean"
+  assert {"kl", "gold/mean", "gold/win_rate", judged} <= summary.keys()
 
 
 def test_the_critic_of_ppo_max_learns_before_the_policy(whole):
@@ -194,6 +197,23 @@ def test_dpo_is_judged_while_it_learns(whole):
   judged = [(row["step"], row["eval/gold"]) for row in rows if "eval/gold" in row]
   assert [step for step, _ in judged] == [3, 6]
   assert judged[-1][1] == pytest.approx(summary["gold/mean"], rel=1e-5)
+
+
+def test_adapters_of_a_run_are_those_of_its_export(whole, sft_run):
+  folder = whole("dpo") / "adapter"
+  settings = json.loads((folder / "adapter_config.json").read_text())
+  assert (settings["r"], settings["lora_alpha"]) == (4, 16.0)
+  assert settings["base_model_name_or_path"] == str((sft_run / "export").resolve())
+  assert models.model_folder(str(folder)) == folder
+  config, _ = hf.parse_config(folder)
+  got, want, base = (
+    hf.load_params(of, build(config))
+    for of in (folder, whole("dpo") / "export", sft_run / "export")
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+  moved = [x["attention"]["q"]["kernel"] for x in (got["layers"], base["layers"])]
+  assert np.abs(np.subtract(*moved)).max() > 1e-5
+  assert models.open_tokenizer(folder).digest == models.open_tokenizer(sft_run / "export").digest
 
 
 def test_kto_on_pairs_as_single_responses(whole):
@@ -343,6 +363,27 @@ def test_sft_on_a_mesh_of_eight_devices(tmp_path, start_here):
 
 
 GOLD, PANEL = "--reward.name=gold", "--preference.name=panel"
+
+
+@full
+@pytest.mark.parametrize(
+  ("script", "flags"),
+  [("ppo", ("--dense.path={dpo}", "--dense.scale=1", "--reward.name=sentences")), ("p3o", (GOLD,))],
+)
+def test_rewards_with_parts_and_pairs_on_a_mesh(
+  script, flags, tmp_path, start_here, whole, sft_run
+):
+  flags = [flag.format(dpo=whole("dpo")) for flag in flags]
+  flags += [f"--init_from={sft_run}", "--steps=3", "--rollout.packed_length=64", "--log_every=1"]
+  rows = []
+  for mesh, devices in (("data:1", 1), ("data:4", 4)):
+    start_here(script, tmp_path / str(devices), *flags, f"--mesh={mesh}", devices=devices)
+    rows.append(lines_of(tmp_path / str(devices)))
+  for name in ("reward/mean", "kl/ref", "loss", "grad_norm"):
+    one, many = ([row[name] for row in of] for of in rows)
+    np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
 START = "--init_from={sft}"
 BAD_FLAGS = [
   (("sft", "--steps=0"), 64, "--steps must be at least 1"),
@@ -392,9 +433,9 @@ BAD_FLAGS = [
   ),
   (("p3o", GOLD, "--sampling.samples_per_prompt=3", "--batch_size=4"), 64, "must be even"),
   (("p3o", GOLD, "--rollout.importance_cap=2"), 64, "--rollout.importance_cap weighs tokens"),
-  (("p3o", GOLD, "--p3o.minibatches=5"), 64, "minibatches"),
+  (("p3o", GOLD, "--p3o.minibatches=5"), 64, "--batch_size 32 * 1 does not split into 5"),
   (("pf_ppo", GOLD, "--pf_ppo.keep=worst"), 64, "--pf_ppo.keep=worst: must be one of best_worst"),
-  (("pf_ppo", GOLD, "--pf_ppo.minibatches=3"), 64, "32 * 2 selected responses does not split"),
+  (("pf_ppo", GOLD, "--pf_ppo.minibatches=3"), 64, "--batch_size 32 * 2 does not split"),
   (("pf_ppo", GOLD, "--sampling.samples_per_prompt=1"), 64, "--sampling.samples_per_prompt must"),
   (("ppo", GOLD, "--dense.scale=0"), 64, "--dense.scale must be positive"),
   (("ppo", GOLD, START, "--dense.path=nowhere"), 78, "nowhere"),

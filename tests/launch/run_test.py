@@ -29,12 +29,13 @@ BAD_SCRIPTS = [
   (("experiments.sft", "--steps=0"), "--steps must be at least 1"),
   (("experiments.sft", "--seed=-1"), "--seed must be in"),
   (("experiments.sft", "--trackers=mlflow"), "--trackers must be"),
-  (("experiments.ppo",), "no reward: give --reward.path"),
-  (("experiments.rest",), "no reward: give --reward.path"),
+  (("experiments.ppo",), "give --reward.path or --reward.name, or else --preference"),
+  (("experiments.rest",), "give --reward.path or --reward.name, or else --preference"),
   (("experiments.nash_md",), "no preference: give --preference.path"),
   (("experiments.online_dpo",), "give --reward.path or --reward.name, or else --preference"),
-  (("sft",), "there is no module sft; did you mean experiments.sft?"),
-  (("pppo",), "there is no module pppo; did you mean experiments.ppo?"),
+  (("sft", "--steps=0"), "--steps must be at least 1"),
+  (("pppo",), "there is no module pppo; did you mean ppo?"),
+  (("rlhf_jax.experiments.pppo",), "did you mean rlhf_jax.experiments.ppo?"),
   (("experiments.sft_",), "there is no module experiments.sft_; did you mean experiments.sft?"),
   (("experiments.reward",), "did you mean experiments.reward_model?"),
   (("experiments.sft", "--init_from=~/runs/sft"), "--init_from=~/runs/sft: write the folder in"),
@@ -87,7 +88,7 @@ def test_dry_run_shows_and_does_nothing(launch, tmp_path):
   done = launch("--to=slurm", "--dry_run", "--", *words)
   assert (done.returncode, done.stderr) == (0, "")
   lines = done.stdout.splitlines()
-  assert lines[0] == "# ppo: experiments.ppo on CPU"
+  assert lines[0] == "# ppo: rlhf_jax.experiments.ppo on CPU"
   assert f"# {workdir}/launch.sbatch" in lines
   assert f"$ sbatch {workdir}/launch.sbatch" in lines
   assert not workdir.exists()
@@ -144,7 +145,7 @@ def test_a_wrong_flag_of_the_script_is_not_submitted(launch, tmp_path):
   done = launch(*arguments, PATH=f"{tmp_path}:{os.environ['PATH']}")
   assert done.returncode == 64
   assert done.stderr == (
-    "experiments.sft: unknown flag --stesp; did you mean --steps?; nothing was submitted\n"
+    "rlhf_jax.experiments.sft: unknown flag --stesp; did you mean --steps?; nothing was submitted\n"
   )
   assert not (tmp_path / "submitted").exists() and not (tmp_path / "sft").exists()
   again = launch(*arguments[:-1], PATH=f"{tmp_path}:{os.environ['PATH']}")
@@ -178,7 +179,8 @@ def test_preflight_compiles_what_the_job_runs():
   )
   job = Job(module="experiments.dpo", flags=flags, accelerator="v5litepod-16")
   command = run.preflight_command(job)
-  assert command[1:5] == ("-m", "experiments.compile", "--algorithm=dpo", "--topology=v5e:4x4")
+  compiles = ("-m", "rlhf_jax.experiments.compile", "--algorithm=dpo", "--topology=v5e:4x4")
+  assert command[1:5] == compiles
   assert command[5:] == flags[2:]
   with pytest.raises(JobError, match="--preflight compiles for one slice"):
     run.preflight_command(Job(module="experiments.dpo", flags=("--workdir=x",)))

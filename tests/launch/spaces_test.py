@@ -13,7 +13,7 @@ _ABLATIONS = sorted(f"ablations/{file.stem}" for file in _FOLDER.glob("ablations
 
 
 @pytest.fixture(params=[*_SPACES, *_ABLATIONS])
-def case(request, repository):
+def case(request):
   """A shipped space, and a function that reads flags as its script does."""
   script = f"experiments.{pathlib.PurePath(request.param).name}"
 
@@ -21,7 +21,7 @@ def case(request, repository):
     given = [flag(name, value) for name, value in own.items()]
     return read_flags(script, ["--workdir=runs/trial", *given])
 
-  return load_space(str(repository / "launch" / "spaces" / f"{request.param}.py")), read
+  return load_space(request.param), read
 
 
 def test_every_training_script_has_a_space():

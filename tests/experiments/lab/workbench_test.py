@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from experiments.lab import workbench
-from rlhf_jax import data, workdir
+from experiments.lab import evaluating, workbench
+from rlhf_jax import data, simulation, workdir
 
 
 def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
@@ -94,3 +94,77 @@ def test_win_rates_are_between_independent_samples(open_bench):
   summary = judge.finish(bench.start, 1, "policy")
   assert again == summary["reward/mean"] != summary["reward/mean_before"]
   assert 0 < summary["reward/win_rate"] < 1 and summary["reward/win_rate"] != 0.5
+
+
+@pytest.fixture
+def named(tmp_path):
+  rows = simulation.preferences("train", 60, 0)
+  for name, part in (("a", rows[:40]), ("b", rows[40:45]), ("c", rows[45:])):
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+  files = {name: tmp_path / f"{name}.jsonl" for name in "abc"}
+  sets = f"--data.eval_sets=b={files['b']},c={files['c']}"
+  return f"--data.path={files['a']}", "--data.eval_fraction=0.3", sets
+
+
+def test_named_sets_have_metrics_of_their_own(open_bench, named):
+  bench = open_bench("dpo", "preferences", *named)
+  trainer = type("Trainer", (), {"params": staticmethod(lambda state: state)})
+  _, refs = bench.references(lambda params, batch: {"ref": batch.mask.sum(axis=-1)})
+  sets = {"eval": bench.heldout} | {f"eval/{n}": of for n, of in bench.heldout.named.items()}
+  assert [*sets] == ["eval", "eval/b", "eval/c"]
+
+  def summarize(rows, refs):
+    np.testing.assert_array_equal(rows, refs)
+    return np.mean(rows), {"rows": float(len(rows))}
+
+  evaluate = bench.evaluator(
+    trainer, lambda params, batch: batch.mask.sum(axis=-1), summarize, refs=refs
+  )
+  values = evaluate(0, 1)
+  for prefix, of in sets.items():
+    assert values[f"{prefix}/rows"] == len(of.examples)
+    lengths = [[len(e["chosen"]), len(e["rejected"])] for e in of.examples]
+    assert values[f"{prefix}/loss"] == np.mean(lengths)
+  assert len(values) == 6
+
+
+def test_prompts_of_named_sets_are_judged(open_bench, named, monkeypatch):
+  bench = open_bench("grpo", "prompts", *named, "--reward.name=gold")
+
+  def sampler(run, model, prompts, *args, reward_fns, **options):
+    rewards = {"reward": reward_fns["reward"] + np.arange(len(prompts.examples))}
+    return lambda params: evaluating.Samples([], [], rewards, *np.ones([3, 2]))
+
+  monkeypatch.setattr(evaluating, "heldout_sampler", sampler)
+  monkeypatch.setattr(evaluating, "sample_rows", lambda samples: [])
+  judge = bench.judge(lambda prompts: 100 * len(prompts.examples))
+  bench.run.writer.open(resume_step=0, config={})
+  sets = {"eval": bench.heldout} | {f"eval/{n}": of for n, of in bench.heldout.named.items()}
+  counts = {prefix: len(of.examples) for prefix, of in sets.items()}
+  want = {f"{prefix}/reward": 100 * n + (n - 1) / 2 for prefix, n in counts.items()}
+  assert judge.measure(bench.start, 2) == want | {f"{prefix}/kl": 1.0 for prefix in sets}
+
+
+@pytest.mark.parametrize(
+  ("flags", "steps"),
+  [(("--epochs=2",), 10), (("--epochs=0.5",), 3), (("--epochs=1e-3",), 1)],
+)
+def test_epochs_are_another_way_to_say_steps(open_bench, flags, steps, tmp_path, capfd):
+  words = ("--steps=540", "--data.rows=40", "--batch_size=8", *flags)
+  bench = open_bench("sft", "demonstrations", *words)
+  assert (bench.config.steps, bench.config.epochs) == (steps, 0)
+  assert f"over 40 rows: {steps} steps" in capfd.readouterr().err
+  assert f"--steps={steps}\n" in (tmp_path / "run" / "flags").read_text()
+
+
+def test_epochs_of_packed_rows(open_bench):
+  bench = open_bench(
+    "sft",
+    "demonstrations",
+    "--steps=540",
+    "--epochs=3",
+    "--batch_size=2",
+    "--data.packed_length=96",
+  )
+  one = bench.batches(epochs=1, packed_length=96)
+  assert bench.config.steps == 3 * sum(1 for _ in one) > 0

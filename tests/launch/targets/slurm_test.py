@@ -143,7 +143,7 @@ def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path, repository):
     return "".join(path.read_text(errors="replace") for path in workdir.glob("slurm-*.log"))
 
   second = wait_for(lambda: process_of(workdir, 1), 120, or_say=log)
-  wait_for((workdir / "checkpoints" / "2").exists, 400, or_say=log, pause=0.01)
+  wait_for((workdir / "checkpoints" / "2.digest.json").exists, 400, or_say=log, pause=0.01)
   os.kill(second, signal.SIGKILL)
   wait_for(lambda: state()["Restarts"] == "1", 60, or_say=log)
   wait_for(lambda: state()["JobState"] in ("COMPLETED", "FAILED"), 400, or_say=log)

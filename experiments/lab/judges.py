@@ -260,6 +260,12 @@ class JudgedConfig(loop.RunConfig):
       raise flags.UsageError(
         "give a reward or a preference, --reward.* or --preference.*, not both"
       )
+    if len(options) > 1 and not given:
+      known = ", ".join(sorted(rewards.REWARDS))
+      raise flags.UsageError(
+        f"no reward: give --reward.path=DIR or --reward.name, one of {known}; or a judge of pairs by"
+        " --preference.path=DIR or --preference.name"
+      )
     self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
       raise flags.UsageError(

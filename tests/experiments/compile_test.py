@@ -199,7 +199,7 @@ CUBE = LARGE._replace(topology="v5p:2x2x2", chips=8)
 @pytest.mark.parametrize(
   ("script", "on"),
   [
-    pytest.param("sft", TINY, id="sft-tiny"),
+    pytest.param("sft", TINY, id="sft-tiny", marks=full),
     *(
       pytest.param(script, on, id=f"{script}-{on.topology}", marks=full)
       for script in ("dpo", "ppo", "nash_md")

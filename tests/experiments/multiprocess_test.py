@@ -87,6 +87,7 @@ def test_one_process_ends_what_two_began(tmp_path, start_group, run_script, whol
   assert texts_of(tmp_path / "run") == texts_of(whole("ppo"))
 
 
+@full
 def test_two_processes_end_what_one_began(tmp_path, run_group, kill_script, whole, sft_run):
   flags = first_flags("dpo", sft_run)
   kill_script("dpo", tmp_path / "run", *flags, after_step=3, devices=2)

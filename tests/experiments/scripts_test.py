@@ -19,7 +19,7 @@ from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig, word_level_tokenizer
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import build, hf
-from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
+from tests.experiments.small_runs import METHODS, SETTINGS, judges_of, whole_runs
 from tests.testing import full, read_configs, refusal, wait_for
 
 STEPS = 6
@@ -108,7 +108,7 @@ def assert_same_end(workdir, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("script", whole_runs(METHODS))
 def test_a_run_that_stopped_ends_with_the_same_bits(
   script, tmp_path, flags_of, whole, start_here, capsys
 ):
@@ -121,7 +121,7 @@ def test_a_run_that_stopped_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", METHODS)
+@pytest.mark.parametrize("script", whole_runs(METHODS))
 def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run, repository):
   workdir = whole(script)
   files = ("flags", "metrics.jsonl", "summary.json", "identity.json", "run.json")
@@ -141,7 +141,7 @@ def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run, repository
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [name for name in METHODS if name != "rest"])  # Several runs.
+@pytest.mark.parametrize("script", whole_runs([name for name in METHODS if name != "rest"]))
 def test_nothing_is_compiled_after_the_first_steps(script, whole):
   both = json.loads(compiled(whole(script)).read_text())
   functions = both[1 + both.index("later:") :]
@@ -152,7 +152,8 @@ def test_nothing_is_compiled_after_the_first_steps(script, whole):
 
 
 @pytest.mark.parametrize(
-  "script", [name for name in METHODS if hasattr(plans.script_of(name).Config(), "rollout")]
+  "script",
+  whole_runs([name for name in METHODS if hasattr(plans.script_of(name).Config(), "rollout")]),
 )
 def test_a_policy_gradient_starts_at_the_reference(script, whole):
   rows = lines_of(whole(script))

@@ -1,10 +1,16 @@
 """Training scripts, as they are found, and the flags of small runs of them."""
 
 from collections.abc import Sequence
+from typing import Any
+
+import pytest
 
 from experiments.lab import plans
+from tests.testing import full
 
 METHODS = plans.methods()
+# Methods whose script and state are those of a relative that is tested: PPO, GRPO or RLOO.
+KINDRED = {"cispo", "gspo", "p3o", "pf_ppo", "reinforce_pp"}
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
@@ -99,3 +105,8 @@ def judges_of(script: str) -> list[str]:
   config = plans.script_of(script).Config()
   rewarded = ["reward"] * hasattr(config, "shaping")
   return rewarded + ["preference"] * hasattr(config, "preference")
+
+
+def whole_runs(scripts: Sequence[str]) -> list[Any]:
+  """Returns the scripts as parameters of a test of whole runs; kindred ones are for FULL=1."""
+  return [pytest.param(name, marks=full) if name in KINDRED else name for name in scripts]

@@ -106,6 +106,7 @@ def test_parts_without_time_are_dropped(capsys):
   assert "first: 100 s left" in capsys.readouterr().err
 
 
+@full
 def test_a_budget_that_is_spent_is_said(quick, monkeypatch, capsys):
   monkeypatch.setattr(gpu.Clock, "left", property(lambda clock: -1.0))
   content = gpu.run(gpu.Config(**TINY))

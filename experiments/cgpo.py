@@ -76,7 +76,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     trainer, experience = make_trainer(bench), make_experience(bench)
     bench.describe("CGPO", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()
-    respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
+    options = config.shaping, config.rollout
+    respond = responses.Responder(bench, reward_of, *options, constrained=True)
 
     def iteration(state: IterationState, prompts, key):
       params = trainer.params(state.train)
@@ -93,7 +94,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       iteration,
       trainer,
-      bench.batches(),
+      respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="cgpo",

@@ -82,7 +82,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       fixed = models.open_policy(bench.run, config.opponent, config.model, bench.tokenizer)
     prefer_of = bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), settings, count=1)
-    judged_by = config.preference.path or config.preference.name
+    judged_by = config.preference.path or config.preference.name or config.preference.url
     bench.describe("Nash-MD", trainer, preference=judged_by)
     mixes, taus = settings.schedules(config.steps)
 

@@ -97,7 +97,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       iteration,
       trainer,
-      bench.batches(),
+      respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="ppo",

@@ -100,7 +100,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     state = bench.fit(
       iteration,
       trainer,
-      training.Zipped(bench.batches(), *texts),
+      training.Zipped(respond.batches, *texts),
       state=respond.init(trainer.state, Carry(RunningMoments.zero(), control)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
       title="ppo_max",

@@ -108,7 +108,15 @@ class Checkpointer:
     directory: Folder of the steps, `<directory>/<step>/` and `<directory>/<step>.digest.json`.
   """
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2, run: str = ""):
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep: int = 2,
+    every: int = 0,
+    best: str = "",
+    run: str = "",
+  ):
     """Opens a directory, creating nothing until the first `save`.
 
     Left-overs of killed saves are removed if this process holds the `run_lock` of the directory or
@@ -118,12 +126,14 @@ class Checkpointer:
       directory: The folder of the steps, `<workdir>/checkpoints` for a run.
       keep: Number of newest steps that stay on disk. With 1 there is no older step to fall back to
         when the newest is damaged.
+      every: Interval of further steps that stay, by their number; 0 for none.
+      best: Name of the score whose best step stays as well; empty for none. See `save`.
       run: Digest of the identity of the run; steps of other runs count as damaged.
     """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
     self.directory = workdir_lib.run_folder(directory)
-    self._keep, self._run = keep, run
+    self._keep, self._every, self._best, self._run = keep, every, best, run
     self._manager: ocp.CheckpointManager | None = None
     # One thread waits for the commit and hashes the files, so that training does not.
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint_digest")
@@ -132,7 +142,13 @@ class Checkpointer:
     if workdir_lib.holds_lock(self.directory):
       self._remove_leftovers()
 
-  def save(self, step: int, items: Mapping[str, PyTree], meta: Mapping[str, Any]) -> None:
+  def save(
+    self,
+    step: int,
+    items: Mapping[str, PyTree],
+    meta: Mapping[str, Any],
+    score: float | None = None,
+  ) -> None:
     """Saves a step; returns once the arrays are copied and may be donated or changed.
 
     Steps newer than the restored one (damaged, or of a run continued from an older step) are
@@ -143,6 +159,7 @@ class Checkpointer:
       items: Item name -> tree of arrays. Typed PRNG keys are not accepted: save
         `jax.random.key_data`, or better the seed in `meta`.
       meta: JSON-able values.
+      score: Score of the step by the name `best`, higher is better; None if it has none.
 
     Raises:
       NonFiniteError: A float leaf holds NaN or infinity; nothing is written.
@@ -195,7 +212,7 @@ class Checkpointer:
       raise self._failed(step, error) from error
     self._last = step
     contents = {name: list(tree) for name, tree in arrays.items()}
-    self._commit = self._worker.submit(self._finish, step, manager, contents)
+    self._commit = self._worker.submit(self._finish, step, manager, contents, score)
 
   def restore(self, like: Mapping[str, PyTree], *, step: int | None = None) -> Restored | None:
     """Reads the newest step that is undamaged, bit for bit as it was saved.
@@ -241,6 +258,21 @@ class Checkpointer:
       f"{self.directory} holds no usable checkpoint; put a copy back, or start afresh with another"
       f" --workdir{reasons}"
     )
+
+  def leaves(self, step: int) -> dict[str, dict[str, str]]:
+    """Returns item name -> path of a leaf -> its dtype and shape, such as float32[3,4].
+
+    Raises:
+      CheckpointError: There is no such step.
+    """
+    path = self.directory / str(step) / _META / "metadata"
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))["leaves"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      steps = ", ".join(map(str, self._committed_steps())) or "none"
+      raise CheckpointError(
+        f"{self.directory} holds no step {step} that can be read; steps there: {steps}"
+      ) from error
 
   def latest_step(self, at_most: int | None = None) -> int | None:
     """Returns the newest committed step, up to `at_most`; None if there is none."""
@@ -288,7 +320,11 @@ class Checkpointer:
       manager.close()
 
   def _finish(
-    self, step: int, manager: ocp.CheckpointManager, contents: Mapping[str, Sequence[str]]
+    self,
+    step: int,
+    manager: ocp.CheckpointManager,
+    contents: Mapping[str, Sequence[str]],
+    score: float | None,
   ) -> None:
     """Runs on the worker: waits for the commit of `step`, writes its manifest, deletes old steps.
 
@@ -296,6 +332,7 @@ class Checkpointer:
       step: The step.
       manager: The manager that saves it.
       contents: Item name -> names of its leaves.
+      score: Score of the step.
     """
     manager.wait_until_finished()
     if not processes.is_first():
@@ -312,11 +349,20 @@ class Checkpointer:
       content = {n: [p.stat().st_size, d] for (n, p), d in zip(files.items(), digests, strict=True)}
     # The rename of the step itself, which orbax does not sync.
     workdir_lib.sync_directory(self.directory)
-    manifest = {"step": step, "run": self._run, "files": content}
+    manifest: dict[str, Any] = {"step": step, "run": self._run, "files": content}
+    if self._best and score is not None:
+      manifest["score"] = {self._best: score}
     workdir_lib.atomic_write(self._digest_path(step), json.dumps(manifest, indent=1))
     self._write_record(step)
-    for other in sorted(self._present_steps(), reverse=True)[self._keep :]:
+    for other in self._superseded():
       self._delete(other)
+
+  def _superseded(self) -> list[int]:
+    """Returns the steps that need not stay, now that the newest one was verified."""
+    steps = sorted(self._present_steps(), reverse=True)
+    best = best_step(self.directory, self._best) if self._best else None
+    spaced = lambda step: self._every and step % self._every == 0  # noqa: E731
+    return [step for step in steps[self._keep :] if step != best and not spaced(step)]
 
   def _failed(self, step: int | None, error: Exception) -> CheckpointWriteError:
     # Orbax counts a failed step as saved and leaves its data, which may be what fills the disk.
@@ -573,6 +619,28 @@ def _require_contents(folder: pathlib.Path, contents: Mapping[str, Sequence[str]
       heads = [(f"{leaf}/.zarray", f"{leaf}/zarr.json") for leaf in leaves]
       if lost := [leaf for leaf, head in zip(leaves, heads, strict=True) if not stored & {*head}]:
         raise OSError(f"item {name!r} was written without leaf {lost[0]!r}")
+
+
+def best_step(directory: str | os.PathLike[str], name: str = "") -> int | None:
+  """Returns the step with the highest score, the newest of equal ones; None without scores.
+
+  Args:
+    directory: Folder of the steps.
+    name: Name of the score; empty takes that of the newest step that has one.
+  """
+  scores: dict[int, tuple[str, float]] = {}
+  for path in pathlib.Path(directory).glob(f"*{_DIGEST_SUFFIX}"):
+    # What is damaged here is found when the step is read.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+      manifest = json.loads(path.read_text(encoding="utf-8"))
+      ((found, score),) = manifest["score"].items()
+      if path.with_name(str(manifest["step"])).is_dir():
+        scores[int(manifest["step"])] = str(found), float(score)
+  if not scores:
+    return None
+  name = name or scores[max(scores)][0]
+  of_name = [(score, step) for step, (found, score) in scores.items() if found == name]
+  return max(of_name)[1] if of_name else None
 
 
 def remove(directory: str | os.PathLike[str]) -> None:

@@ -36,12 +36,17 @@ EX_TEMPFAIL = 75
 EX_INTERRUPTED = 130
 
 
-def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
+def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool = True) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
 
   The first dataclass has a field `workdir`, in which the flags are kept for `--flagfile`. If it is
   a `processes.Group`, its processes meet before anything else happens. With --only_check_args the
   configs are only read, and those with a method `require` say what they lack.
+
+  Args:
+    train: Function of the configs.
+    *classes: Dataclasses of the configs.
+    keep_flags: False for a script that works on the workdir of another one, whose flags stay.
   """
   readers = [flags.define(cls) for cls in classes]
 
@@ -50,11 +55,13 @@ def run_script(train: Callable[..., Any], *classes: type[Any]) -> None:
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
 
+  save = flags.save_flags if keep_flags else lambda path: None
+
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
     flags.refuse_both("epochs", "steps")
-    start(train, [read() for read in readers], flags.save_flags)
+    start(train, [read() for read in readers], save)
 
   run(main, check=check)
 

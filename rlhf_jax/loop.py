@@ -19,6 +19,7 @@ from rlhf_jax import (
   flags,
   nonfinite,
   processes,
+  profiling,
   ranges,
   replay,
   reporting,
@@ -48,6 +49,8 @@ class Session(processes.Group):
       says where it hangs and exits with code 75, so that a launcher starts it again.
     hang_seconds: Seconds in which a step has to end, compilation and evaluation included. A run in
       which none does says where it hangs and exits with code 75. 0 waits for ever.
+    profile_steps: Steps to trace into WORKDIR/profile, for xprof and Perfetto: 20:23 traces the
+      steps 20, 21 and 22.
   """
 
   workdir: str
@@ -57,10 +60,12 @@ class Session(processes.Group):
   grace_seconds: float = ranges.rare(60.0)
   hang_seconds: float = ranges.rare(0.0)
   replay_step: int = ranges.rare(0)
+  profile_steps: str = ranges.rare("")
 
   def __post_init__(self):
     super().__post_init__()
     ranges.check(self, positive=("grace_seconds",), non_negative=("hang_seconds", "replay_step"))
+    profiling.parse_steps(self.profile_steps)
     if not self.workdir.strip():
       raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
     if not 0 <= self.seed < SEEDS:
@@ -84,6 +89,13 @@ class RunConfig:
     log_every: Steps between lines in metrics.jsonl.
     eval_every: Steps between evaluations on held-out rows; 0 evaluates only at the end.
     checkpoint_every: Steps between checkpoints; the last step is always saved.
+    keep: Number of newest checkpoints that stay; older ones are deleted once a newer one has been
+      verified.
+    keep_every: Interval of checkpoints that stay as well: 100 keeps those of the steps 100, 200 and
+      so on that are saved. 0 for none.
+    keep_best: Metric of the evaluations, such as eval/reward, whose best checkpoint stays as well;
+      every evaluation is then followed by a checkpoint. The highest is the best, with a minus in
+      front the lowest, as in -eval/loss.
     export_dtype: Dtype of the exported model; bfloat16 halves its size.
   """
 
@@ -94,14 +106,21 @@ class RunConfig:
   log_every: int = 1
   eval_every: int = 0
   checkpoint_every: int = 100
+  keep: int = ranges.rare(2)
+  keep_every: int = ranges.rare(0)
+  keep_best: str = ranges.rare("")
   export_dtype: Literal["float32", "bfloat16"] = ranges.rare("float32")
 
   def __post_init__(self):
     ranges.check(
       self,
-      at_least_one=("steps", "batch_size", "log_every", "checkpoint_every"),
-      non_negative=("eval_every", "epochs"),
+      at_least_one=("steps", "batch_size", "log_every", "checkpoint_every", "keep"),
+      non_negative=("eval_every", "epochs", "keep_every"),
     )
+    if self.keep_best and not self.eval_every:
+      raise ValueError(
+        f"keep_best={self.keep_best} is a metric of evaluations; give --eval_every too"
+      )
     defaults.settle(self)
     usual = next(field.default for field in dataclasses.fields(self) if field.name == "steps")
     if self.epochs and self.steps != usual:
@@ -143,6 +162,7 @@ def _require_optimizer(name: str, given: OptimConfig, default: OptimConfig, conf
 # the learning rate is scheduled over them: `fit` then says what becomes of it.
 FREE_SETTINGS = frozenset(
   {"log_every", "eval_every", "checkpoint_every", "export_dtype", "steps", "epochs"}
+  | {"keep", "keep_every", "keep_best"}
 )
 # A run without finite gradients has nothing left to save.
 _MAX_BROKEN_IN_A_ROW = 5
@@ -250,8 +270,14 @@ class _SharedStop:
 class _Log:
   """Turns the device metrics of a step into a written line, one step later."""
 
-  def __init__(self, writer: writers.RunWriter, progress: reporting.Progress, every: int):
-    self._writer, self._progress, self._every = writer, progress, every
+  def __init__(
+    self,
+    writer: writers.RunWriter,
+    progress: reporting.Progress,
+    every: int,
+    mesh: jax.sharding.Mesh,
+  ):
+    self._writer, self._progress, self._every, self._mesh = writer, progress, every, mesh
     self._pending: tuple[int, Mapping[str, Any], bool, float] | None = None
     self._last_time = time.monotonic()
     self._broken = self._empty = 0
@@ -281,10 +307,9 @@ class _Log:
     for name in absent:
       del scalars[name]
     scalars["step_seconds"] = seconds
-    tokens = scalars.pop("tokens", None)
-    scalars.pop("weight", None)
-    if tokens is not None:
-      scalars["tokens_per_second"] = tokens / max(seconds, 1e-9)
+    scalars |= profiling.rates(scalars, seconds, self._mesh) | profiling.memory(self._mesh)
+    for name in ("tokens", "weight", "model_flops"):
+      scalars.pop(name, None)
     self._progress.update(step, scalars)
     if keep:
       self._writer.write(step, scalars)
@@ -330,7 +355,7 @@ def fit(
     run: The opened run.
     config: Length and intervals.
     step: `(state, batch, key) -> (state, metrics)`; it may donate the state. `metrics["tokens"]`
-      becomes `tokens_per_second`.
+      becomes `tokens_per_second`, `metrics["model_flops"]` the operations per second and MFU.
     state: State before the first step, a tree of jax arrays. It is donated.
     batches: Iterator of numpy batches with `get_state` and `set_state`.
     evaluate: `(state, step) -> scalars`, on held-out rows.
@@ -351,7 +376,11 @@ def fit(
     raise replay.again(run.workdir, run.mesh, wanted, step, state, batches, key)
   with (
     checkpoint.Checkpointer(
-      run.workdir / "checkpoints", run=workdir_lib.identity_digest(run.workdir)
+      run.workdir / "checkpoints",
+      keep=config.keep,
+      every=config.keep_every,
+      best=config.keep_best,
+      run=workdir_lib.identity_digest(run.workdir),
     ) as saver,
     watch.Watch(
       run.session.grace_seconds, run.session.hang_seconds, lambda: _name_last(saver)
@@ -371,16 +400,24 @@ def fit(
       return state
     run.writer.open(resume_step=start, config=hyperparameters(run, config))
     progress = stack.enter_context(reporting.Progress(config.steps, start, title))
-    log = _Log(run.writer, progress, config.log_every)
+    log = _Log(run.writer, progress, config.log_every, run.mesh)
+    if config.keep_best and evaluate is None:
+      raise flags.UsageError(
+        f"--keep_best={config.keep_best} needs evaluations, and there are no held-out rows"
+      )
+    traced = profiling.parse_steps(run.session.profile_steps)
+    if traced and traced.start > config.steps:
+      reporting.note(f"--profile_steps={run.session.profile_steps} is past the last step")
+    profiler = stack.enter_context(contextlib.closing(profiling.Profiler(run.workdir, traced)))
     stop = _SharedStop(watcher.stop, run.mesh) if jax.process_count() > 1 else watcher.stop
 
-    def save(done: int, position: Any) -> None:
+    def save(done: int, position: Any, score: float | None = None) -> None:
       meta = {"data": position, "steps": config.steps}
       if learning_rate is not None:
         meta["next_rate"] = float(learning_rate(done))
-      saver.save(done, {"state": state}, meta)
+      saver.save(done, {"state": state}, meta, score)
 
-    saved = start
+    saved, scored = start, False
 
     def rescue(done: int, position: Any) -> None:
       # One process may be the only one that fails, and a save needs all of them.
@@ -398,10 +435,12 @@ def fit(
       if log.skipping:
         black_box.keep(index, state, batch, key, position)
       try:
-        state, values = step(state, batch, key)
+        with profiler.step(index + 1):
+          state, values = step(state, batch, key)
       except Exception:
         rescue(index, position)
         raise
+      profiler.after(index + 1, state)
       if run.mesh.devices.flat[0].platform == "cpu":
         # Otherwise the next step would allocate temporaries while this one still holds its own.
         jax.block_until_ready(state)
@@ -410,22 +449,27 @@ def fit(
       if learning_rate is not None:
         values = {**values, "lr": learning_rate(index)}
       due = last or (config.eval_every > 0 and done % config.eval_every == 0)
+      score = None
       if evaluate is not None and due:
         log.flush()  # Trackers need the steps in order, and `evaluate` may write a table.
         try:
-          values = {**values, **evaluate(state, done)}
+          evaluated = evaluate(state, done)
+          score = _score(config.keep_best, evaluated, required=not scored)
+          scored = True
+          values = {**values, **evaluated}
         except Exception:
           log.push(done, values, keep=due)
           rescue(done, batches.get_state())
           raise
       log.push(done, values, keep=due)
       stopping = stop.is_set() and not last  # Read only once: it may change at any time.
-      if last or stopping or done % config.checkpoint_every == 0:
+      wanted = done % config.checkpoint_every == 0 or score is not None
+      if last or stopping or wanted:
         # Before the save: a process that continues from it does not write this line again.
         log.flush()
         # After a skipped step there is nothing new to save, and `NumericsError` may follow.
         if last or stopping or not log.skipping:
-          save(done, batches.get_state())
+          save(done, batches.get_state(), score)
           saved = done
       watcher.beat()
       if stopping:
@@ -433,6 +477,24 @@ def fit(
         raise Preempted(f"saved step {done} of {config.steps}; run the same command to continue")
     log.flush()
   return state
+
+
+def _score(name: str, evaluated: Mapping[str, float], *, required: bool) -> float | None:
+  """Returns the metric of an evaluation that chooses the best checkpoint, higher is better.
+
+  Raises:
+    UsageError: There is no such metric, which is required; later ones may be undefined.
+  """
+  metric = name.removeprefix("-")
+  if not metric:
+    return None
+  if metric not in evaluated and required:
+    known = ", ".join(sorted(evaluated))
+    raise flags.UsageError(f"--keep_best={name} is no metric of the evaluations; they have {known}")
+  value = float(evaluated.get(metric, math.nan))
+  if not math.isfinite(value):
+    return None
+  return -value if name.startswith("-") else value
 
 
 def _name_last(saver: checkpoint.Checkpointer) -> str:

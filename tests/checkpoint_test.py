@@ -579,3 +579,52 @@ def test_leftovers_are_removed_only_under_the_lock(tmp_path):
 def test_urls_are_refused():
   with pytest.raises(workdir_lib.WorkdirError, match="mount the bucket"):
     checkpoint.Checkpointer("gs://bucket/run")
+
+
+SCORES = {1: 0.5, 2: 0.1, 3: 0.9, 4: None, 5: 0.9, 6: 0.2, 7: 0.3, 8: 0.4}
+
+
+@pytest.mark.parametrize(
+  ("keep", "every", "best", "left"),
+  [
+    (2, 0, "", [7, 8]),
+    (1, 3, "", [3, 6, 8]),
+    (1, 0, "reward", [5, 8]),
+    (3, 4, "reward", [4, 5, 6, 7, 8]),
+  ],
+)
+def test_steps_that_stay(tmp_path, keep, every, best, left):
+  options = {"keep": keep, "every": every, "best": best}
+  for first in (1, 5):  # The second one goes on where the first has ended.
+    with checkpoint.Checkpointer(tmp_path / "c", **options) as saver:
+      for step in range(first, first + 4):
+        saver.save(step, {"x": np.float32([step])}, {}, SCORES[step])
+        saver.wait()
+        if best:
+          known = [(s, n) for n, s in SCORES.items() if n <= step and s is not None]
+          assert checkpoint.best_step(tmp_path / "c", best) == max(known)[1]
+  assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.is_dir()) == left
+  assert len(list((tmp_path / "c").glob("*.digest.json"))) == len(left)
+  with checkpoint.Checkpointer(tmp_path / "c", **options) as saver:
+    for step in left:
+      assert saver.restore({"x": np.float32([0])}, step=step).items["x"] == step
+  assert checkpoint.best_step(tmp_path / "c", "other") is None
+  assert checkpoint.best_step(tmp_path / "c") == (5 if best else None)
+
+
+def test_nothing_is_deleted_for_a_step_that_cannot_be_verified(tmp_path, monkeypatch):
+  with checkpoint.Checkpointer(tmp_path / "c", keep=1, best="reward") as saver:
+    for step, score in ((1, 0.9), (2, 0.1)):
+      saver.save(step, {"x": np.float32([step])}, {}, score)
+    saver.wait()
+
+    def broken(folder, contents):
+      raise OSError("lost a leaf")
+
+    with monkeypatch.context() as patched:
+      patched.setattr(checkpoint, "_require_contents", broken)
+      saver.save(3, {"x": np.float32([3])}, {}, 2.0)
+      with pytest.raises(checkpoint.CheckpointWriteError):
+        saver.wait()
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.is_dir()) == [1, 2]
+    assert checkpoint.best_step(tmp_path / "c") == 1

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import checkpoint, entry, loop, sharding, watch, writers
+from rlhf_jax import checkpoint, entry, flags, loop, sharding, watch, writers
 from rlhf_jax import workdir as workdir_lib
 
 STEPS = 8
@@ -638,3 +638,25 @@ def test_what_is_asked_of_a_process_is_known_to_all_one_step_later():
   assert [stop.is_set() for _ in range(3)] == [False] * 3
   asked.set()
   assert [stop.is_set() for _ in range(3)] == [False, True, True]
+
+
+@pytest.mark.parametrize(("name", "best"), [("eval/reward", 2), ("-eval/reward", 6)])
+def test_the_best_checkpoint_stays(tmp_path, name, best):
+  config = loop.RunConfig(
+    steps=STEPS, batch_size=8, checkpoint_every=4, eval_every=2, keep=1, keep_best=name
+  )
+  values = {2: 0.9, 4: 0.5, 6: 0.1, 8: 0.6}
+  fit(tmp_path, config, evaluate=lambda state, step: {"eval/reward": values[step]})
+  folder = tmp_path / "checkpoints"
+  assert {p.name for p in folder.iterdir() if p.is_dir()} == {str(best), "8"}
+  assert checkpoint.best_step(folder) == best
+
+
+def test_a_best_checkpoint_needs_its_metric(tmp_path):
+  with pytest.raises(ValueError, match="keep_best=eval/reward is a metric of evaluations"):
+    loop.RunConfig(keep_best="eval/reward")
+  config = loop.RunConfig(steps=2, batch_size=8, eval_every=1, keep_best="eval/reward")
+  with pytest.raises(flags.UsageError, match="there are no held-out rows"):
+    fit(tmp_path / "a", config)
+  with pytest.raises(flags.UsageError, match="no metric of the evaluations; they have eval/loss"):
+    fit(tmp_path / "b", config, evaluate=lambda state, step: {"eval/loss": 1.0})

@@ -104,9 +104,9 @@ class Case(NamedTuple):
     return self.place({"flags": np.zeros(rollout.tokens.shape[0], bool)})["flags"]
 
   def open_judge(self, options: Any) -> tuple[Model | None, Params]:
-    """Opens a model that judges responses, unless the options name a Python function."""
+    """Opens a model that judges responses, unless the options name other judges."""
     bench = self.bench
-    if options.name and not options.path:
+    if options.is_given and not options.path:
       return None, ()
     opened = bench.run, self.config.model, bench.folder, bench.tokenizer
     return models.open_model(*opened, "scalar", frozen=True)

@@ -17,7 +17,9 @@ EXPLAINED = "value/explained_variance"
 
 @dataclasses.dataclass(frozen=True)
 class CriticOptions:
-  """Critic. It starts as the reward model, or without one as the policy with a head of zeros.
+  """Critic. It starts as the reward model, or as the policy with a head of zeros.
+
+  The latter is without a reward model, or with one whose tokenizer is not that of the policy.
 
   Attributes:
     learning_rate: Learning rate of the critic, constant after the warm-up. The other settings of
@@ -69,9 +71,9 @@ def open_actor(bench: Workbench) -> Actor:
     head = lambda key: zero_scores({"score": both.init(key)["score"]})  # noqa: E731
     value = models.create(run, head, run.key_for(1))
     return Actor(shared_actor_critic(both), {"policy": policy, "value": value})
-  if config.reward.paths:
-    path = config.reward.paths[0]
-    critic, value = models.open_reward_model(
+  path = next(iter(config.reward.paths), "")
+  if path and models.reads_tokens_of(path, bench.tokenizer):
+    critic, value, *_ = models.open_reward_model(
       run, path, config.model, bench.tokenizer, frozen=frozen
     )
   else:
@@ -105,7 +107,7 @@ def make_trainer(
   optimizer = training.actor_critic_optimizer(
     config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
   )
-  return training.make_trainer(
+  trainer = training.make_trainer(
     bench.run,
     actor.apply,
     actor.params,
@@ -115,3 +117,4 @@ def make_trainer(
     updates=updates,
     packed_length=config.rollout.packed_length,
   )
+  return bench.counted(trainer, updates, critic=not config.critic.share_trunk)

@@ -10,7 +10,9 @@ from rlhf_jax import (
   flags,
   loop,
   ranges,
+  reporting,
   rewards,
+  sharding,
   user,
 )
 from .. import records
@@ -25,21 +27,60 @@ def _split(names: str) -> tuple[str, ...]:
   return tuple(name for name in names.split(",") if name)
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardOptions:
-  """Judge of single responses; give path, name or both.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+  """Judge behind an OpenAI-compatible HTTP API.
 
   Attributes:
-    path: Workdir or Hugging Face folder of a reward model with the policy's tokenizer; several,
-      separated by commas, form an ensemble unless there are weights.
+    url: Address of a judge behind an OpenAI-compatible HTTP API, such as http://127.0.0.1:8000/v1.
+      As a reward it gives a number from 0 to 10 for each response. As a preference it chooses A or
+      B, asked in both orders. A reply without a number or a letter is NaN.
+    model: Name of the model at url.
+    key_variable: Environment variable with the API key of url, such as OPENAI_API_KEY; empty sends
+      no key. The key itself is never written or logged.
+    timeout: Seconds for an answer of url.
+    retries: Number of further tries of a request to url that failed.
+    workers: Number of requests to url at the same time.
+  """
+
+  url: str = ranges.rare("")
+  model: str = ranges.rare("")
+  key_variable: str = ranges.rare("")
+  timeout: float = ranges.rare(60.0)
+  retries: int = ranges.rare(3)
+  workers: int = ranges.rare(8)
+
+  def __post_init__(self):
+    ranges.check(self, positive=("timeout",), non_negative=("retries",), at_least_one=("workers",))
+    if self.url:
+      self.service()
+    elif self.model or self.key_variable:
+      raise ValueError("model and key_variable are those of url; give url")
+
+  def service(self) -> rewards.Service:
+    """Returns the judge at `url`."""
+    return rewards.Service(
+      **{field.name: getattr(self, field.name) for field in dataclasses.fields(rewards.Service)}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardOptions(RemoteOptions):
+  """Judge of single responses; give path, name, url or several of them.
+
+  Attributes:
+    path: Workdir or Hugging Face folder of a reward model: a classifier with one label, of any
+      family that policies may have. One with another tokenizer or chat template than the policy's
+      reads the text of prompt and response, rendered by its own. Several, separated by commas, form
+      an ensemble unless there are weights.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
       `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
       PYTHONPATH: `(prompts, responses, rows) -> one number per response`, or for each response a
       list of `(end_character, score)` of its segments. The rows are those of the data, with all
       their columns. Several are separated by commas and added to that of path.
-    weights: Weights of several rewards in their sum, first those of path, then those of name.
-      Without weights several paths form one ensemble, and each name is added with weight 1.
-      Each reward is also a metric of its own, reward/NAME.
+    weights: Weights of several rewards in their sum, first those of path, then those of name, then
+      that of url. Without weights several paths form one ensemble, and each name is added with
+      weight 1. Each reward is also a metric of its own, reward/NAME.
     constraints: Python constraints, separated by commas: keys of rlhf_jax.rewards.CONSTRAINTS, such
       as finished, or your own `module:function`, `(prompts, responses, rows) -> one bool per
       response`, True if it is satisfied. The metric reward/violations is the share of responses
@@ -60,6 +101,7 @@ class RewardOptions:
   ensemble_coef: float = ranges.rare(0.5)
 
   def __post_init__(self):
+    super().__post_init__()
     ranges.check(self, one_of={"ensemble": rewards.ENSEMBLES})
     for field in ("path", "name", "constraints"):
       names = _split(getattr(self, field))
@@ -67,14 +109,14 @@ class RewardOptions:
         raise ValueError(f"{field} names {', '.join(twice)} twice")
     self.functions()
     self.verdicts()
-    count = len(self.paths) + len(self.functions())
+    count = len(self.paths) + len(self.functions()) + bool(self.url)
     if self.weights and len(self.weights) != count:
       raise ValueError(
         f"weights has {len(self.weights)} numbers for {count} rewards: give one for each of path"
-        " and then of name"
+        " and then of name and url"
       )
     if self.constraints and not count:
-      raise ValueError("constraints judge responses that a reward pays for; give path or name")
+      raise ValueError("constraints judge responses that a reward pays for; give path, name or url")
     if not all(map(math.isfinite, self.weights)):
       raise ValueError(f"weights must be finite, got {self.weights}")
     if self.ensemble == "mean":
@@ -92,6 +134,11 @@ class RewardOptions:
     names = _split(self.name)
     return {name: user.resolve("name", name, rewards.REWARDS, arguments) for name in names}
 
+  def asked(self) -> dict[str, rewards.TextReward]:
+    """Returns all rewards of texts by their names: those of `name`, and that of `url`."""
+    remote = {"judge": rewards.remote_reward(self.service())} if self.url else {}
+    return self.functions() | remote
+
   def verdicts(self) -> dict[str, rewards.TextConstraint]:
     """Returns the Python constraints of `constraints` by their names."""
     arguments = ("prompts", "responses", "rows")
@@ -108,19 +155,19 @@ class RewardOptions:
   @property
   def label(self) -> str:
     """Flags that choose the reward, for messages."""
-    given = {"path": self.path, "name": self.name}
+    given = {"path": self.path, "name": self.name, "url": self.url}
     return " ".join(f"--reward.{flag}={value}" for flag, value in given.items() if value)
 
   @property
   def title(self) -> str:
     """Rewards and constraints, for the panel at the start of a run."""
-    given = " + ".join(filter(None, (*self.paths, *_split(self.name))))
+    given = " + ".join(filter(None, (*self.paths, *_split(self.name), self.url)))
     return given + (f", constraints {self.constraints}" if self.constraints else "")
 
   @property
   def is_given(self) -> bool:
     """True if the options name a reward."""
-    return bool(self.path or self.name)
+    return bool(self.path or self.name or self.url)
 
   def require(self) -> None:
     """Refuses options that name no reward."""
@@ -130,12 +177,12 @@ class RewardOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceOptions:
-  """Judge of pairs of responses; give path or name.
+class PreferenceOptions(RemoteOptions):
+  """Judge of pairs of responses; give path, name or url.
 
   Attributes:
-    path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of a
-      reward model, whose scores are compared by the Bradley-Terry model.
+    path: Workdir or Hugging Face folder of a preference model with the policy's tokenizer, or of
+      any reward model, whose scores are compared by the Bradley-Terry model.
     name: Python judge: a key of rlhf_jax.rewards.PREFERENCES, such as panel, or your own
       `module:function`, such as my_judges:shorter for my_judges.py in the working directory or on
       PYTHONPATH: `(prompts, a, b, rows) -> one probability per pair` that `a` is preferred.
@@ -145,24 +192,28 @@ class PreferenceOptions:
   name: str = ""
 
   def __post_init__(self):
-    if self.path and self.name:
-      raise ValueError("name and path are both given; keep one")
+    super().__post_init__()
+    given = [name for name in ("name", "path", "url") if getattr(self, name)]
+    if len(given) > 1:
+      raise ValueError(f"{' and '.join(given)} are both given; keep one")
     if self.name:
       self.function()
 
   def function(self) -> rewards.TextPreference:
-    """Returns the Python judge of `name`."""
+    """Returns the judge of `url`, or the Python judge of `name`."""
+    if self.url:
+      return rewards.remote_preference(self.service())
     return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
   def title(self) -> str:
     """Judge, for the panel at the start of a run."""
-    return f"preferences of {self.path or self.name}"
+    return f"preferences of {self.path or self.name or self.url}"
 
   @property
   def is_given(self) -> bool:
     """True if the options name a judge."""
-    return bool(self.path or self.name)
+    return bool(self.path or self.name or self.url)
 
   def require(self) -> None:
     """Refuses options that name no judge."""
@@ -171,6 +222,9 @@ class PreferenceOptions:
       raise flags.UsageError(
         f"no preference: give --preference.path=DIR or --preference.name, one of {known}"
       )
+
+
+RewardOf = Callable[[data.Dataset], rewards.RewardFn]
 
 
 class Named(NamedTuple):
@@ -204,7 +258,7 @@ class JudgedConfig(loop.RunConfig):
     given = [of for of in options if of.is_given]
     if len(options) > 1 and len(given) != 1:
       raise flags.UsageError(
-        "give --reward.path or --reward.name, or else --preference.path or name"
+        "give --reward.path, name or url, or else --preference.path, name or url"
       )
     self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.
@@ -247,19 +301,23 @@ def open_preference(
   """Opens the judge of the options once and returns `(prompts) -> preference` of responses."""
   options.require()
   if options.path:
-    model, params, label = models.open_scorer(run, options.path, model_options, tokenizer)
-    if label == records.PREFERENCE:
+    scorer, name = models.open_scorer(run, options.path, model_options, tokenizer), options.path
+    if scorer.label == records.PREFERENCE:
+      model, params, *_ = scorer
       prefer = rewards.model_preference(model.apply, params, stop_ids=tokenizer.stop_ids)
-    else:
-      prefer = rewards.reward_preference(rewards.model_reward(model.apply, params))
-    judge = Named(f"--preference.path={options.path}", prefer)
-    return lambda prompts: judge  # A model reads the tokens of any prompts.
+      judge = Named(f"--preference.path={name}", prefer)
+      return lambda prompts: judge  # A model reads the tokens of any prompts.
+    score_of = _reward_of(run, scorer, f"--preference.path={name}", model_options, tokenizer)
+    return lambda prompts: Named(
+      f"--preference.path={name}", rewards.reward_preference(score_of(prompts))
+    )
   function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
     _try(function, prompts, answers=2)
     prefer = rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
-    return Named(f"--preference.name={options.name}", prefer)
+    flag = f"url={options.url}" if options.url else f"name={options.name}"
+    return Named(f"--preference.{flag}", prefer)
 
   return of_prompts
 
@@ -273,10 +331,10 @@ def open_reward(
   """Opens the reward of the options once and returns `(prompts) -> reward` of responses."""
   options.require()
   models_of = _open_models(run, options, model_options, tokenizer)
-  functions, constraints = options.functions(), options.verdicts()
+  functions, constraints = options.asked(), options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
-    scorers = dict(models_of)  # A reward model reads the tokens of any prompts.
+    scorers = {name: score_of(prompts) for name, score_of in models_of.items()}
     for name, function in functions.items():
       _try(function, prompts)
       scorers[name] = rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
@@ -298,28 +356,79 @@ def _open_models(
   options: RewardOptions,
   model_options: models.ModelOptions,
   tokenizer: data.Tokenizer,
-) -> dict[str, rewards.RewardFn]:
+) -> dict[str, RewardOf]:
   """Opens the reward models of the options by name; as an ensemble they are one."""
   if not options.paths:
     return {}
   names: Sequence[str] = line_files.short_names("reward.path", options.paths)
-  if taken := sorted({*names} & {*_TAKEN}):
+  if taken := sorted({*names} & {*_TAKEN, *(["judge"] if options.url else [])}):
     raise flags.UsageError(
       f"--reward.path: reward/{taken[0]} is another metric; give the folder {taken[0]} another name"
     )
   if options.ensemble == "worst_group":
     names = [f"group_{k}" for k in range(len(names))]
   opened = {
-    name: rewards.model_reward(model.apply, params)
-    for name, (model, params) in zip(
-      names,
-      (models.open_reward_model(run, path, model_options, tokenizer) for path in options.paths),
-      strict=True,
+    name: _reward_of(
+      run,
+      models.open_reward_model(run, path, model_options, tokenizer),
+      f"--reward.path={path}",
+      model_options,
+      tokenizer,
     )
+    for name, path in zip(names, options.paths, strict=True)
   }
   if len(opened) == 1 or options.weights:
     return opened
-  return {"ensemble": rewards.ensemble_reward(opened, options.ensemble, options.ensemble_coef)}
+
+  def ensemble(prompts: data.Dataset) -> rewards.RewardFn:
+    scorers = {name: score_of(prompts) for name, score_of in opened.items()}
+    return rewards.ensemble_reward(scorers, options.ensemble, options.ensemble_coef)
+
+  return {"ensemble": ensemble}
+
+
+def _reward_of(
+  run: loop.Run,
+  scorer: models.Scorer,
+  flag: str,
+  model_options: models.ModelOptions,
+  tokenizer: data.Tokenizer,
+) -> RewardOf:
+  """Returns `(prompts) -> reward` of an opened reward model.
+
+  Args:
+    run: Opened run.
+    scorer: Reward model.
+    flag: Flag that chose it, for messages.
+    model_options: Options of the models of the run.
+    tokenizer: Tokenizer of the policy.
+  """
+  model, params, _, read_by = scorer
+  if read_by is None:
+    score = rewards.model_reward(model.apply, params)
+    return lambda prompts: score  # It reads the tokens of any prompts.
+  reporting.note(
+    f"{flag} has another tokenizer or chat template than the policy: responses are decoded, and"
+    " rendered and encoded with its own"
+  )
+  config = model.config
+  is_limited = config.positions == "learned" or not model_options.extrapolate
+
+  def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+    try:
+      return rewards.rendered_reward(
+        model.apply,
+        params,
+        data.given_prompts(prompts.rows, prefer_messages=read_by.has_chat_template),
+        tokenizer.batch_decode,
+        read_by.encode_texts,
+        place=lambda rows: sharding.place_batch(rows, run.mesh),
+        limit=config.max_length if is_limited else None,
+      )
+    except data.DataError as error:
+      raise data.DataError(f"{flag}: {error}") from error
+
+  return of_prompts
 
 
 class Scores(NamedTuple):

@@ -39,14 +39,27 @@ def require_length(
   _require(config, folder, [*given, *sampled])
   judged = [length for length in sampled if length.real]  # Judges read no packed rows.
   reward = getattr(getattr(config, "reward", None), "paths", ())
-  judge = getattr(getattr(config, "preference", None), "path", "")
-  for path in (*reward, judge, getattr(config, "teacher", "")):
+  preference = getattr(getattr(config, "preference", None), "path", "")
+  for path in (*reward, preference, getattr(config, "teacher", "")):
     if path and judged:
       with contextlib.suppress(hf.ModelFolderError):  # Whoever opens a judge says what is wrong.
-        folder = models.finished_folder(path)
-        _require(config, folder, judged)
-        if hf.scalar_label(folder) == records.PREFERENCE:
-          _require(config, folder, [_with_another(config, length) for length in judged])
+        judge = models.finished_folder(path)
+        lengths = list(judged)
+        if hf.scalar_label(judge) == records.PREFERENCE:
+          lengths += [_with_another(config, length) for length in judged]
+        try:
+          _require(config, judge, lengths)
+        except flags.UsageError:
+          if not _reads_other_tokens(config, judge, folder):
+            raise
+
+
+def _reads_other_tokens(config: Any, judge: pathlib.Path, policy: pathlib.Path | None) -> bool:
+  """Returns whether a judge has a tokenizer of its own, so that it counts other tokens."""
+  if not (judge / "tokenizer.json").exists():
+    return False
+  tokenizer = models.open_tokenizer(policy, config.data.end_token)
+  return not models.reads_tokens_of(str(judge), tokenizer)
 
 
 def _with_another(config: Any, length: _Length) -> _Length:

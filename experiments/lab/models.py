@@ -5,7 +5,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from ..records import record
 _SIZES = ("layers", "width", "heads", "mlp_width")  # Of a new model.
 EXPORT = "export"  # Folder of the final model in a workdir, in the Hugging Face format.
 ADAPTER = "adapter"  # Folder of the final adapters in a workdir, in the format of PEFT.
+EXPORTS = "exports"  # Folder of the models of single steps.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +104,18 @@ def finished_folder(path: str) -> pathlib.Path:
   """Returns the Hugging Face folder at a path, or the exported model of a finished run there.
 
   A name hf://ORG/NAME[@REVISION] is that of a model of the hub, which is downloaded.
+  `RUN@STEP` and `RUN@best` are checkpoints of a run, which are exported first.
 
   Raises:
     HubError: There is no such model, or it cannot be downloaded.
     ModelFolderError: The path is neither, or both.
   """
-  folder = hub.model_folder(path) if hub.is_name(path) else workdir_lib.local_path(path)
+  if hub.is_name(path):
+    folder = hub.model_folder(path)
+  else:
+    folder = workdir_lib.local_path(path)
+    if "@" in folder.name and not folder.exists():
+      return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
   if has_run and has_model:
@@ -124,10 +131,26 @@ def finished_folder(path: str) -> pathlib.Path:
   raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
 
 
+def _folder_of_step(path: str) -> pathlib.Path:
+  """Returns the folder of the model of `RUN@STEP`, exported now if it is not there."""
+  from . import exporting  # It imports the scripts, and they import this.
+
+  name, _, step = path.rpartition("@")
+  workdir = workdir_lib.local_path(name)
+  number = exporting.number_of(workdir, step)
+  folder = workdir / EXPORTS / str(number)
+  if jax.process_count() > 1 and not (folder / "config.json").exists():
+    raise hf.ModelFolderError(
+      f"{path}: with several processes, first run python -m experiments.export --workdir={name}"
+      f" --step={number}"
+    )
+  return exporting.export_step(workdir, number)
+
+
 def _why_no_model(path: str, folder: pathlib.Path) -> str:
   """Says why a path is not that of a model, and what to give instead."""
   if (folder / "checkpoints").exists() or (folder / "identity.json").exists():
-    return "this run has not finished; start it again, then use it"
+    return "this run has not finished; start it again, then use it, or use a step: RUN@STEP"
   if (folder / "adapter_config.json").exists():
     return (
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
@@ -156,6 +179,8 @@ def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
     return
   folder = folder.resolve()
   taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  if folder.parent.name == EXPORTS:
+    taken += (folder.parents[1],)
   if workdir_lib.local_path(workdir).resolve() in taken:
     raise flags.UsageError(
       f"--workdir={workdir} holds the model to start from; give another folder"
@@ -294,6 +319,22 @@ def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
     )
 
 
+class Scorer(NamedTuple):
+  """Model with a scalar head.
+
+  Attributes:
+    model: Model.
+    params: Params of the model.
+    label: Name of the scalar.
+    tokenizer: Tokenizer of the model; None if it is that of the policy.
+  """
+
+  model: Model
+  params: Params
+  label: str
+  tokenizer: data.Tokenizer | None
+
+
 def open_scorer(
   run: loop.Run,
   path: str,
@@ -301,9 +342,10 @@ def open_scorer(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params, str]:
-  """Opens a model with a scalar head and the policy's tokenizer; returns the scalar's name too.
+) -> Scorer:
+  """Opens a model with a scalar head.
 
+  A preference model must have the policy's tokenizer, because it reads the sampled tokens.
   `frozen` is False if it is trained; see `open_model`.
   """
   folder = model_folder(path)
@@ -311,9 +353,17 @@ def open_scorer(
     raise hf.ModelFolderError(
       f"{path}: not a reward model; train one with experiments.reward_model"
     )
-  require_tokens_of(folder, tokenizer)
-  model, params = open_model(run, options, folder, tokenizer, "scalar", frozen=frozen)
-  return model, params, hf.scalar_label(folder)
+  label = hf.scalar_label(folder)
+  if label == records.PREFERENCE:
+    require_tokens_of(folder, tokenizer)
+  read_by = data.load_tokenizer(folder)
+  model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
+  return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
+
+
+def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
+  """Returns whether the model of a path has a tokenizer and a template, both of the policy."""
+  return data.load_tokenizer(finished_folder(path)).digest == tokenizer.digest
 
 
 def open_reward_model(
@@ -323,18 +373,18 @@ def open_reward_model(
   tokenizer: data.Tokenizer,
   *,
   frozen: bool = True,
-) -> tuple[Model, Params]:
-  """Opens the reward model of `--reward.path`, which must have the policy's tokenizer.
+) -> Scorer:
+  """Opens the reward model of `--reward.path`.
 
   `frozen` is False if it is trained; see `open_model`.
   """
-  model, params, label = open_scorer(run, path, options, tokenizer, frozen=frozen)
-  if label == records.PREFERENCE:
+  scorer = open_scorer(run, path, options, tokenizer, frozen=frozen)
+  if scorer.label == records.PREFERENCE:
     raise hf.ModelFolderError(
       f"{path}: a preference model, which scores no single response; train a reward model with"
       " experiments.reward_model"
     )
-  return model, params
+  return scorer
 
 
 def judge_shapes(config: Any) -> dict[str, Params]:

@@ -1,8 +1,9 @@
 """Sampled and scored responses: the experience that a method with sampling trains on."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from rlhf_jax.algorithms import reading
 from rlhf_jax.losses import kl, masked, policy_gradient, reward
 from rlhf_jax.rewards import shaped
 from rlhf_jax.types import Metrics, Params, Rollout, TrainState
-from . import engines, judges, models
+from . import engines, judges, models, redraws
 from .workbench import Workbench
 
 
@@ -32,6 +33,8 @@ class RolloutOptions:
       prompts with their responses. Packing saves the time spent on padding and does not change the
       result. It recompiles for each new number of rows, at most eight per power of two. 0 gives
       each response a row.
+    redraws: Number of times at most that a step samples further prompts to replace those whose
+      responses all have the same reward (dynamic sampling of DAPO). 0 trains on what comes first.
     engine: Sampler of your own to use in place of the built-in one, as `module:function`
       (EXTENDING.md). Empty uses the built-in one.
   """
@@ -39,10 +42,13 @@ class RolloutOptions:
   devices: int = 0
   importance_cap: float = 0.0
   packed_length: int = 0
+  redraws: int = ranges.rare(0)
   engine: str = ranges.rare("")
 
   def __post_init__(self):
-    ranges.check(self, non_negative=("devices", "importance_cap", "packed_length"))
+    ranges.check(self, non_negative=("devices", "importance_cap", "packed_length", "redraws"))
+    if self.redraws and self.devices:
+      raise ValueError("redraws and devices are both given; keep one")
     if self.engine:
       engines.resolve(self.engine)
     if self.engine and self.devices:
@@ -98,6 +104,16 @@ def check(
     raise ValueError(
       "data.packed_length packs rows of data; rollout.packed_length packs sampled responses"
     )
+  if "rollout" in vars(config) and config.rollout.redraws:
+    if sampling.samples_per_prompt < 2:
+      raise ValueError(
+        "rollout.redraws compares the responses to a prompt; set sampling.samples_per_prompt to 2"
+        " or more"
+      )
+    if shaping is not None and shaping.clip:
+      raise ValueError(
+        "rollout.redraws compares rewards before shaping.clip; leave one of them out"
+      )
   if shaping is not None and shaping.function and config.rollout.devices:
     raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
   compares = "shaping" in vars(config) and config.shaping.function
@@ -198,7 +214,9 @@ class Responder:
     bench: Workbench of the script, with `sampling` in its config.
     reward_of: `(prompts) -> reward` of responses to these prompts.
     shaping: Shaping of the scores, which may need responses of the reference.
-    options: Devices to sample on.
+    options: Devices to sample on, and further draws.
+    constrained: True for a method to which all responses that violate a constraint are worth the
+      same.
   """
 
   def __init__(
@@ -207,11 +225,14 @@ class Responder:
     reward_of: Callable[[data.Dataset], rewards.RewardFn],
     shaping: shaped.ShapingConfig,
     options: RolloutOptions | None = None,
+    *,
+    constrained: bool = False,
   ):
-    self._bench, self._shaping = bench, shaping
+    self._bench, self._shaping, self._constrained = bench, shaping, constrained
     self._reward = reward_of(bench.train_set)
     self._watches = [rewards.Watch(judges.name_of(self._reward)) for _ in range(2)]
     self._gold = bench.gold(bench.train_set)
+    self._redraws = 0 if options is None else options.redraws
     self.ahead = options is not None and options.devices > 0
     self.reshard, self.generate = bench.reshard(), bench.sampler()
     if options is not None and options.engine:
@@ -219,6 +240,11 @@ class Responder:
     if self.ahead:
       self.reshard, self.generate = sample_away(bench)
     self.sample_reference = bench.sampler(samples_per_prompt=shaping.reference_samples)
+
+  @functools.cached_property
+  def batches(self) -> Any:
+    """Source of the prompts of a run, of which a step may take several batches."""
+    return self._bench.batches()
 
   def init(self, train: TrainState, carry: Any) -> IterationState:
     """Returns the state before the first iteration."""
@@ -240,35 +266,62 @@ class Responder:
     keys = [jax.random.fold_in(jax.random.fold_in(key, purpose), step) for purpose in (1, 2, 3)]
     policy = jax.block_until_ready(policy)
     start = time.monotonic()
-    policy = self.reshard(policy)
+    weights = self.reshard(policy)
     present, following, metrics = state.sampled, None, {}
     if present is None or int(step) == 0:
-      present = Sampled(self.generate(policy, *prompts, keys[0]), prompts.prompt_id)
+      present = Sampled(self.generate(weights, *prompts, keys[0]), prompts.prompt_id)
     if self.ahead:  # Not awaited: it is sampled while this iteration trains.
-      following = Sampled(self.generate(policy, *prompts, keys[2]), prompts.prompt_id)
+      following = Sampled(self.generate(weights, *prompts, keys[2]), prompts.prompt_id)
       metrics["staleness"] = float(present is state.sampled)
-    del policy  # Room for the update.
-    rollout = jax.block_until_ready(present.rollout)
-    sampled = time.monotonic()
-    ids, reward = self._score(rollout, present.prompt_id, self._watches[0])
-    metrics |= means_by_name(reward)
+    del weights  # Room for the update.
+    jax.block_until_ready(present.rollout)
+    generate = time.monotonic() - start
+    drawn = self._judge(present, prompts, keys[1])
+    drawn, of_draws, again = self._draw_again(policy, drawn, keys)
+    rollout, reward, ids = drawn.rollout, drawn.reward, drawn.prompt_ids
+    metrics |= means_by_name(reward) | of_draws
     golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
     metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
-    ref_scores = None
-    if self._shaping.function:
-      answers = self.sample_reference(bench.reshard()(bench.start), *prompts, keys[1])
-      ref_scores = self._score(answers, prompts.prompt_id, self._watches[1])[1].scores
-      ref_scores = ref_scores.reshape(bench.config.batch_size, -1)
-      ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
       **bench.usage(rollout),
-      "time/generate": sampled - start,
-      "time/reward": time.monotonic() - sampled,
+      "time/generate": generate + again,
+      "time/reward": time.monotonic() - start - generate - again,
     }
     scores, tokens, satisfied, _ = reward
-    scored = Responses(rollout, scores, bench.ended(rollout), ref_scores, tokens, satisfied)
+    scored = Responses(rollout, scores, drawn.ended, drawn.ref_scores, tokens, satisfied)
     return scored, following, metrics
+
+  def _judge(self, sampled: Sampled, prompts: data.PromptBatch, key: jax.Array) -> redraws.Draw:
+    """Scores responses, and with `shaping.function` those of the reference to the prompts."""
+    bench = self._bench
+    ids, reward = self._score(*sampled, self._watches[0])
+    ref_scores = None
+    if self._shaping.function:
+      answers = self.sample_reference(bench.reshard()(bench.start), *prompts, key)
+      ref_scores = self._score(answers, prompts.prompt_id, self._watches[1])[1].scores
+      ref_scores = ref_scores.reshape(bench.config.batch_size, -1)
+      ref_scores = jnp.repeat(ref_scores, bench.config.sampling.samples_per_prompt, axis=0)
+    return redraws.Draw(sampled.rollout, ids, reward, bench.ended(sampled.rollout), ref_scores)
+
+  def _draw_again(
+    self, policy: Params, drawn: redraws.Draw, keys: Sequence[jax.Array]
+  ) -> tuple[redraws.Draw, dict[str, float], float]:
+    """Replaces groups without signal; returns the draw, metrics, and the seconds of sampling."""
+    if not self._redraws:
+      return drawn, {}, 0.0
+    bench, seconds = self._bench, 0.0
+    samples, penalty = bench.config.sampling.samples_per_prompt, self._shaping.missing_eos_penalty
+    batch = redraws.Filled(drawn, samples, penalty, self._constrained)
+    while batch.lacking.any() and batch.draws <= self._redraws:
+      prompts = sharding.place_batch(next(self.batches), bench.run.mesh)
+      own = [jax.random.fold_in(key, batch.draws) for key in keys]
+      start = time.monotonic()
+      rollout = self.generate(self.reshard(policy), *prompts, own[0])
+      sampled = Sampled(jax.block_until_ready(rollout), prompts.prompt_id)
+      seconds += time.monotonic() - start
+      batch.add(self._judge(sampled, prompts, own[1]))
+    return batch.draw, batch.metrics(), seconds
 
   def _score(
     self, rollout: Rollout, prompt_id: jax.Array | np.ndarray, watch: rewards.Watch

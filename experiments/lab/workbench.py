@@ -30,7 +30,7 @@ from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
 from .. import records
-from . import evaluating, given_rows, judges, limits, models, training
+from . import costs, evaluating, given_rows, judges, limits, models, training
 
 Extra = Mapping[str, tuple[data.KindName, str]]  # Name -> kind and file of a data set.
 
@@ -103,7 +103,30 @@ class Workbench(NamedTuple):
     if not (keep_start or config.lora.rank or sharding.is_absent(self.run.mesh)):
       for leaf in jax.tree.leaves(self.start):
         leaf.delete()
-    return trainer
+    return self.counted(trainer, updates)
+
+  def counted(
+    self,
+    trainer: training.Trainer,
+    updates: epochs.UpdateConfig | None = None,
+    *,
+    critic: bool = False,
+  ) -> training.Trainer:
+    """Adds `model_flops` to the metrics of a trainer's step; see `costs.training_flops`."""
+    if sharding.is_absent(self.run.mesh):
+      return trainer
+    scored = None  # Of a scalar head.
+    if "score" not in self.start:
+      scored = scored_tokens(self.config, [self.train_set, *self.extra.values()])
+    flops = functools.partial(
+      costs.training_flops,
+      self.model.config,
+      scored=scored,
+      epochs=1 if updates is None else updates.epochs,
+      frozen=self.config.lora.rank > 0,
+      critic=self.model.config if critic else None,
+    )
+    return trainer._replace(step=costs.Counted(trainer.step, flops))
 
   def trained(self) -> Params:
     """Returns the initial params to train, with adapters if there are any."""

@@ -40,7 +40,7 @@ class PPOConfig(epochs.UpdateConfig):
   clip: float = 0.2
   dual_clip: float = ranges.rare(0.0)
   value_clip: float = 0.2
-  value_coef: float = 0.5
+  value_coef: float = ranges.rare(0.5)
   entropy_coef: float = 0.0
 
   def __post_init__(self):

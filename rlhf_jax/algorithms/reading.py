@@ -124,6 +124,11 @@ def finite_rows(
   return rows, mask & rows[:, None]
 
 
+def in_groups(x: jax.Array, samples_per_prompt: int) -> jax.Array:
+  """Reshapes [B] to groups [B / N, N]; N of 1 makes the batch one group."""
+  return x.reshape((-1, samples_per_prompt) if samples_per_prompt > 1 else (1, -1))
+
+
 def mean_over_tokens(metrics: Metrics, mask: jax.Array) -> Metrics:
   """Means of metrics [B, R] over the tokens of a mask [B, R], and their number as `weight/NAME`."""
   count = jnp.sum(mask).astype(jnp.float32)

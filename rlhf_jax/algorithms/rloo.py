@@ -59,9 +59,11 @@ def make_batch(
     jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
   )
   totals = jnp.where(finite, jnp.sum(rewards, axis=1), jnp.nan)
-  return groups.compare_responses(
+  batch, metrics = groups.compare_responses(
     rollout, totals, ref_logprobs, samples_per_prompt, advantages.leave_one_out
   )
+  before, on = (reading.in_groups(x, samples_per_prompt) for x in (scores, finite))  # The penalty.
+  return batch, metrics | {"groups/zero_std": jnp.mean(advantages.equal_groups(before, mask=on))}
 
 
 def make_rloo_step(

@@ -9,6 +9,7 @@ from rlhf_jax.data.datasets import DataConfig as DataConfig
 from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import from_examples as from_examples
 from rlhf_jax.data.datasets import from_rows as from_rows
+from rlhf_jax.data.datasets import given_prompts as given_prompts
 from rlhf_jax.data.datasets import is_given as is_given
 from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import plain_prompts as plain_prompts
@@ -35,6 +36,7 @@ from rlhf_jax.data.sources import DataError as DataError
 from rlhf_jax.data.sources import Row as Row
 from rlhf_jax.data.sources import read_tfds as read_tfds
 from rlhf_jax.data.tokenizer import Messages as Messages
+from rlhf_jax.data.tokenizer import Prompt as Prompt
 from rlhf_jax.data.tokenizer import Tokenizer as Tokenizer
 from rlhf_jax.data.tokenizer import load_tokenizer as load_tokenizer
 from rlhf_jax.data.tokenizer import transcript as transcript

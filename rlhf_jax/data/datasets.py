@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -87,7 +87,7 @@ class DataConfig:
   """
 
   path: str = ""
-  tfds: str = ""
+  tfds: str = ranges.rare("")
   tfds_dir: str = ranges.rare("")
   eval_path: str = ""
   eval_fraction: float = 0.05
@@ -100,11 +100,11 @@ class DataConfig:
   max_response_length: int = 256
   overlong: Literal["drop", "truncate_prompt"] = "drop"
   packed_length: int = 0
-  share_prompts: bool = False
+  share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
-  annotator: str = ""
+  annotator: str = ranges.rare("")
   votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
@@ -306,13 +306,25 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
 
 def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
   """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  texts = []
-  for fields in dataset.rows:
-    row = _without(Row("row", fields), config.ignore)
-    (example,) = schema.parse_row("prompts", row, prefer_messages=False)
-    prompt = example.prompt
-    texts.append(prompt if isinstance(prompt, str) else transcript(prompt))
-  return texts
+  prompts = given_prompts(dataset.rows, config.ignore, prefer_messages=False)
+  return [prompt if isinstance(prompt, str) else transcript(prompt) for prompt in prompts]
+
+
+def given_prompts(
+  rows: Sequence[Mapping[str, Any]], ignore: Sequence[str] = (), *, prefer_messages: bool
+) -> list[Prompt]:
+  """Returns the prompt of each row as it was given, which no template has rendered.
+
+  Args:
+    rows: Rows of any kind.
+    ignore: Columns that are not read.
+    prefer_messages: True to take `messages` even if a row also has a prompt as text.
+  """
+  prompts = []
+  for fields in rows:
+    row = _without(Row("row", dict(fields)), ignore)
+    prompts.append(schema.parse_row("prompts", row, prefer_messages=prefer_messages)[0].prompt)
+  return prompts
 
 
 def require_known(name: str, texts: Sequence[Any], tokenizer: Tokenizer) -> None:

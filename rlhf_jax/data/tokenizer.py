@@ -298,6 +298,30 @@ class Tokenizer:
       for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
     ]
 
+  def encode_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+    """Ids of whole texts, each a prompt with its response, as a classifier of texts reads them.
+
+    With a chat template they are those of the whole chat, to its last character. Without one, a
+    space is between prompt and response unless there is one, and the tokenizer adds what it adds
+    to any text. A tokenizer that this package has saved encodes as in training.
+
+    Args:
+      prompts: Prompts; see `encode_prompt`.
+      answers: Text of the response to each prompt.
+    """
+    if "response_end" in self.hf.init_kwargs:
+      exchanges = self.encode_exchanges(prompts, [[answer] for answer in answers])
+      return [[*of.prompt, *of.responses[0]] for of in exchanges]
+    whole = self._rendered(list(zip(prompts, answers, strict=True)))
+    chats = [self.has_chat_template and prompt != "" for prompt in prompts]
+    texts = [
+      text if chat else _spaced(text, self._answer_text.protect(answer))
+      for text, answer, chat in zip(whole, answers, chats, strict=True)
+    ]
+    encoded = self._encoder.ids([self._encoder.mark(text) for text in texts])
+    before, after = ([], []) if self.has_chat_template else (self._prefix, self._added_suffix())
+    return [[*before, *ids, *after] for ids in encoded]
+
   def shorten(self, prompt: Prompt, length: int) -> Shortened | None:
     """Cuts a prompt to a number of tokens, without cutting its template.
 
@@ -443,6 +467,11 @@ class Tokenizer:
     starts = range(len(full) - len(bare) + 1)
     start = next((i for i in starts if full[i : i + len(bare)] == bare), 0)
     return full[:start]
+
+  def _added_suffix(self) -> list[int]:
+    """Ids that the tokenizer's post-processor puts after a text."""
+    bare = len(self._ids("a"))
+    return self._backend.encode("a", add_special_tokens=True).ids[len(self._prefix) + bare :]
 
   def _start(self, prompt: Prompt) -> list[int]:
     if prompt == "":
@@ -690,6 +719,12 @@ def _from_word(text: str, place: int) -> str:
     # Some languages have no spaces.
     place += space.start() if space.start() < _LONGEST_WORD else 0
   return text[place:].strip()
+
+
+def _spaced(before: str, after: str) -> str:
+  """Joins two texts, by a space if there is none between them."""
+  is_apart = not before or not after or before[-1].isspace() or after[0].isspace()
+  return before + " " * (not is_apart) + after
 
 
 def _byte_characters() -> dict[str, int]:

@@ -187,3 +187,17 @@ def group_normalize(
   variance = masked.masked_var(rewards, mask, axis=1, ddof=1)[:, None]
   std = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
   return centred / (std + eps)
+
+
+def equal_groups(rewards: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+  """Bools [B], True on prompts whose samples teach nothing by comparison: no two rewards differ.
+
+  DAPO (Yu et al., 2025, https://arxiv.org/abs/2503.14476, section 3.2) samples these again.
+
+  Args:
+    rewards: [B, N] with N samples per prompt.
+    mask: [B, N] bool, False on samples to ignore; all count when None.
+  """
+  rewards, mask = _group(rewards, mask)
+  lowest = jnp.min(jnp.where(mask, rewards, jnp.inf), axis=1)
+  return lowest >= jnp.max(jnp.where(mask, rewards, -jnp.inf), axis=1)

@@ -28,6 +28,8 @@ from rlhf_jax.rewards.preferences import (
   text_preference,
   tournament_reward,
 )
+from rlhf_jax.rewards.remote import Service, ServiceError, remote_preference, remote_reward
+from rlhf_jax.rewards.rendered import rendered_reward
 from rlhf_jax.rewards.rollouts import (
   ENSEMBLES,
   RewardFn,
@@ -51,6 +53,8 @@ __all__ = [
   "Parts",
   "PreferenceFn",
   "RewardFn",
+  "Service",
+  "ServiceError",
   "TextConstraint",
   "TextPreference",
   "TextReward",
@@ -71,6 +75,9 @@ __all__ = [
   "model_preference",
   "model_reward",
   "parts_of",
+  "remote_preference",
+  "remote_reward",
+  "rendered_reward",
   "require",
   "response_texts",
   "reward_preference",

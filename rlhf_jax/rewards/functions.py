@@ -5,12 +5,13 @@ Add yours to `REWARDS` or `CONSTRAINTS`, or name it as `module:function` on the 
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf_jax import simulation, user
+from rlhf_jax import processes, simulation, user
 from rlhf_jax.data import DataError
 from rlhf_jax.rewards import checks, segments
 
@@ -60,7 +61,33 @@ def ask_parts(
   rows: Sequence[Mapping[str, Any]],
   kind: str = "",
 ) -> np.ndarray | segments.Segments:
-  """Calls a reward or preference function; see `ask`. A reward may be that of segments."""
+  """Calls a reward or preference function; see `ask`. A reward may be that of segments.
+
+  With several processes process 0 calls it, and all get its numbers.
+  """
+
+  def call() -> list[Any]:
+    given = _ask_here(function, prompts, responses, rows, kind)
+    if isinstance(given, segments.Segments):
+      return [given.rows.tolist(), given.ends.tolist(), given.scores.tolist()]
+    return [given.tolist()]
+
+  *places, scores = processes.agree(call)
+  numbers = np.array(scores, np.float32)
+  if not places:
+    return numbers
+  at, ends = (np.array(of, int) for of in places)
+  return segments.Segments(at, ends, numbers, len(responses[0]))
+
+
+def _ask_here(
+  function: Callable[..., Any],
+  prompts: Sequence[str],
+  responses: Sequence[Sequence[str]],
+  rows: Sequence[Mapping[str, Any]],
+  kind: str,
+) -> np.ndarray | segments.Segments:
+  """Calls a reward or preference function in this process; see `ask_parts`."""
   kind = kind or ("reward" if len(responses) == 1 else "preference")
   name = f"{kind} function {user.name_of(function)}"
   try:  # With copies: a function may sort its lists or take columns out of its rows.
@@ -244,6 +271,54 @@ def exact_answer(
   return scores
 
 
+@functools.cache
+def _math_verifier() -> Any:
+  try:
+    import math_verify
+  except ImportError as error:
+    raise ImportError("the math reward needs math-verify: pip install 'rlhf_jax[math]'") from error
+  return math_verify
+
+
+@functools.lru_cache(2**14)
+def _math_reference(answer: str) -> list[Any]:
+  """Expressions of a reference answer; LaTeX may be bare."""
+  parse = functools.partial(_math_verifier().parse, parsing_timeout=_math_seconds())
+  return parse(answer) or parse(f"${answer}$")
+
+
+def _math_seconds() -> int | None:
+  """Time limit for an expression; it is kept by a signal, so only the main thread has one."""
+  return 5 if threading.current_thread() is threading.main_thread() else None
+
+
+def math(
+  prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> Scores:
+  """1 if the answer of the response is mathematically that of the column `answer`, else 0.
+
+  Both may be numbers, LaTeX or text with an answer, boxed or last, as math-verify reads them:
+  https://github.com/huggingface/Math-Verify.
+
+  Raises:
+    DataError: If a row has no expression in `answer`.
+  """
+  del prompts
+  library, seconds = _math_verifier(), _math_seconds()
+  scores = np.zeros(len(responses), np.float32)
+  for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
+    answer = row.get("answer")
+    reference = [] if answer is None else _math_reference(str(answer))
+    if not reference:
+      raise DataError(
+        f"row {row.get('id', i)}: answer: {'missing' if answer is None else 'no expression'}; "
+        "the reward math compares with an expression in the column `answer`"
+      )
+    found = library.parse(response, parsing_timeout=seconds)
+    scores[i] = library.verify(reference, found, timeout_seconds=seconds)
+  return scores
+
+
 def filler(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
@@ -256,6 +331,7 @@ REWARDS: dict[str, TextReward] = {
   "exact_answer": exact_answer,
   "filler": filler,
   "gold": gold,
+  "math": math,
   "sentences": sentences,
   "sentiment": sentiment,
 }

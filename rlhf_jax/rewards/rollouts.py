@@ -14,7 +14,7 @@ from rlhf_jax.rewards.functions import TextConstraint, TextReward, ask_constrain
 from rlhf_jax.types import ApplyFn, Params, Rollout
 
 # (rollout, prompt_ids [B]) -> scores [B] float32, NaN where they cannot be used, or `Parts`. Each
-# of several processes scores the whole batch, so equal arguments must give equal scores.
+# of several processes scores the whole batch; process 0 alone calls functions of texts.
 RewardFn = Callable[[Rollout, np.ndarray], jax.Array | np.ndarray | parts.Parts]
 
 

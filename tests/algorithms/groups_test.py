@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.algorithms import groups, reading
+from rlhf_jax.algorithms import groups, reading, rloo
 from rlhf_jax.losses import policy_gradient
 from tests.algorithms import toy
 
@@ -39,6 +39,9 @@ def test_advantages_are_those_of_loops(samples, scale):
   config = groups.GroupConfig(scale=scale)
   batch, metrics = groups.make_batch(rollout, rewards, ref, config, samples_per_prompt=samples)
   size = samples if samples > 1 else ROWS
+  sets = [set(rewards[b:][:size]) for b in range(0, ROWS, size)]
+  sets = [{r for r in group if np.isfinite(r)} for group in sets]
+  assert metrics["groups/zero_std"] == np.float32(np.mean([len(group) < 2 for group in sets]))
   for b in range(ROWS):
     group = [r for r in rewards[b // size * size :][:size] if np.isfinite(r)]
     want = 0.0
@@ -98,8 +101,12 @@ def test_loss_is_that_of_loops(average, loss):
 def test_a_group_of_equal_rewards_learns_nothing_but_the_penalty():
   rollout, _, ref = responses()
   config = groups.GroupConfig()
-  batch, _ = groups.make_batch(rollout, jnp.ones(ROWS), ref, config, samples_per_prompt=N)
-  assert not batch.advantages.any()
+  rewards = jnp.ones(ROWS).at[-1].set(0)
+  for make_batch, settings in ((groups.make_batch, config), (rloo.make_batch, rloo.RLOOConfig())):
+    batch, metrics = make_batch(rollout, rewards, ref, settings, samples_per_prompt=N)
+    assert metrics["groups/zero_std"] == np.float32(1 - N / ROWS)  # Also where KL is in the reward.
+    if make_batch is groups.make_batch:
+      assert not batch.advantages[:-N].any() and batch.advantages[-N:].any()
 
 
 @pytest.mark.parametrize(

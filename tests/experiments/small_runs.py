@@ -8,7 +8,7 @@ METHODS = plans.methods()
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),
-  "cgpo": ("--reward.name=gold", "--reward.constraints=no_filler"),
+  "cgpo": ("--reward.name=gold", "--reward.constraints=no_filler", "--rollout.redraws=2"),
   "gkd": ("--teacher={teacher}", "--gkd.student_share=0.5", "--eval_every=3"),
   "grpo": ("--shaping.normalize", "--rollout.packed_length=64", "--preference.name=expert"),
   "ipo_md": ("--preference.name=panel", "--ipo_md.mix=0", "--extragradient", "--lora.rank=2"),

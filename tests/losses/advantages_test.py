@@ -271,7 +271,22 @@ def test_groups_of_equal_rewards(function, value):
   assert np.isfinite(pull(jnp.cos(result))[0]).all()
 
 
-@pytest.mark.parametrize("function", [advantages.leave_one_out, advantages.group_normalize])
+def test_equal_groups_are_those_in_which_no_two_rewards_differ():
+  rewards = np.random.default_rng(0).choice([0.0, 0.1, 1.0], size=(60, 3)).astype(np.float32)
+  rewards[::7, 1] = np.nan
+  mask = np.isfinite(rewards)
+  mask[::5, 0] = False
+  want = [len(set(row[on])) < 2 for row, on in zip(rewards, mask, strict=True)]
+  np.testing.assert_array_equal(advantages.equal_groups(rewards, mask=mask), want)
+  assert 0 < np.mean(want) < 1
+  np.testing.assert_array_equal(
+    advantages.equal_groups(np.array([[2.0, 2], [2, 3]])), [True, False]
+  )
+
+
+@pytest.mark.parametrize(
+  "function", [advantages.leave_one_out, advantages.group_normalize, advantages.equal_groups]
+)
 @pytest.mark.parametrize("shape", [(4,), (4, 1)])
 def test_groups_need_two_samples(function, shape):
   with pytest.raises(AssertionError):
@@ -355,6 +370,11 @@ CASES = {
   "ngram_segments": Case(segments, ((B, T),)),
   "segments_from": Case(started, ((B, T),)),
   "macro_gae": Case(macro_gae, ((B, T),) * 2, hyper={"gamma": 0.9, "lam": 0.8}),
+  "equal_groups": over_groups(
+    lambda x, mask: (
+      advantages.equal_groups(x, mask=mask)[:, None] * jnp.where(mask, masked.widen(x), 0)
+    )
+  ),
   "leave_one_out": over_groups(advantages.leave_one_out),
   "group_normalize": over_groups(advantages.group_normalize, eps=1e-2),
   "group_normalize/centred": over_groups(

@@ -1,9 +1,11 @@
+import sys
+
 import numpy as np
 import pytest
 
 from rlhf_jax import rewards, simulation, user
 from rlhf_jax.data import DataError, read_file
-from rlhf_jax.rewards import CONSTRAINTS, REWARDS
+from rlhf_jax.rewards import CONSTRAINTS, REWARDS, ask, functions
 from rlhf_jax.rewards.functions import final_number
 
 
@@ -84,6 +86,35 @@ def test_exact_answer_compares_numbers():
   wrong = ["So $72.01.", "#### 27", "A: 1/3", "none"]
   np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, right, rows), np.ones(4))
   np.testing.assert_array_equal(REWARDS["exact_answer"]([""] * 4, wrong, rows), np.zeros(4))
+
+
+MATH = [  # Reference, response, score.
+  ("72", "So it is \\boxed{72}.", 1),
+  ("6 * 12 = 72\n#### 72", "72 dollars", 1),
+  (0.5, "The answer is $\\frac{2}{4}$.", 1),
+  ("\\frac{1}{2}", "\\boxed{0.5}", 1),
+  ("x^2+1", "It is $1 + x^2$.", 1),
+  ("x^2+1", "It is $1 - x^2$.", 0),
+  ("72", "27", 0),
+  ("72", "", 0),
+]
+
+
+def test_math_compares_expressions():
+  pytest.importorskip("math_verify")
+  references, responses, scores = zip(*MATH, strict=True)
+  rows = [{"answer": reference} for reference in references]
+  np.testing.assert_array_equal(ask(REWARDS["math"], [""] * 8, responses, rows=rows), scores)
+  for row, problem in (({"id": "q7"}, "row q7: answer: missing"), ({"answer": ""}, "row 0: .* no")):
+    with pytest.raises(DataError, match=f"{problem}.*the reward math compares"):
+      REWARDS["math"]([""], ["72"], [row])
+
+
+def test_math_needs_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "math_verify", None)
+  functions._math_verifier.cache_clear()
+  with pytest.raises(user.RaisedError, match=r"math-verify: pip install 'rlhf_jax\[math\]'"):
+    ask(REWARDS["math"], [""], ["72"], rows=[{"answer": "72"}])
 
 
 @pytest.mark.parametrize(

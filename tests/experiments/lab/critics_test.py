@@ -28,11 +28,11 @@ def test_a_new_critic_has_no_opinion(share_trunk, open_bench):
 
 
 def test_a_critic_starts_as_the_reward_model(open_bench, sft_run, reward_run):
-  flags = (f"--init_from={sft_run}", f"--reward.path={reward_run},{reward_run}")
+  flags = (f"--init_from={sft_run}", f"--reward.path={reward_run}")
   bench = open_bench("ppo", "prompts", *flags)
   actor = critics.open_actor(bench)
   config = bench.config.model
-  _, expected = models.open_reward_model(bench.run, str(reward_run), config, bench.tokenizer)
+  _, expected, *_ = models.open_reward_model(bench.run, str(reward_run), config, bench.tokenizer)
   jax.tree.map(np.testing.assert_array_equal, actor.params["value"], expected)
   assert np.any(np.asarray(expected["score"]["kernel"]) != 0)
 

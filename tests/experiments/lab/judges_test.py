@@ -1,16 +1,19 @@
 """Judges that options name."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from experiments.lab import judges, responses, workbench
-from rlhf_jax import data, flags, rewards
+from experiments.lab import judges, models, responses, workbench
+from rlhf_jax import data, flags, processes, rewards
 from rlhf_jax.rewards.shaped import ShapingConfig
 from rlhf_jax.train_step import init_state
 from tests.experiments.lab.rollouts import rollout_of
+from tests.rewards.services import serving
 from tests.testing import read_configs
 
 
@@ -49,6 +52,14 @@ def test_an_ensemble_is_a_list_of_folders():
     ({"name": "gold,filler", "ensemble": "min"}, "^ensemble=min needs several folders in path"),
     ({"path": "a,b", "ensemble": "median"}, "^ensemble must be one of mean, min, uwo, nominal_min"),
     ({"path": "a,b", "ensemble": "nominal_min", "ensemble_coef": 1.5}, "^ensemble_coef must be in"),
+    ({"url": "http://host/v1"}, "^model must name the model of url"),
+    ({"model": "tiny"}, "^model and key_variable are those of url"),
+    ({"url": "host", "model": "tiny"}, "^url must be http://HOST/v1"),
+    ({"url": "http://host/v1", "model": "m", "timeout": 0.0}, "^timeout must be positive"),
+    (
+      {"url": "http://host/v1", "model": "m", "weights": (1.0, 2.0)},
+      "^weights has 2 numbers for 1",
+    ),
   ],
   ids=str,
 )
@@ -81,7 +92,7 @@ MANY = [  # Flags, total of a response without filler, names.
 
 
 def test_several_rewards_are_one(open_bench, monkeypatch):
-  opened = lambda run, path, options, tokenizer: (Model(path), {})  # noqa: E731
+  opened = lambda run, path, *_: models.Scorer(Model(path), {}, "", None)  # noqa: E731
   monkeypatch.setattr(judges.models, "open_reward_model", opened)
   bench = open_bench("grpo", "prompts", "--reward.name=gold")
   ids = bench.tokenizer.encode_responses(["i do not know what else to write .", "bad ."])
@@ -97,6 +108,47 @@ def test_several_rewards_are_one(open_bench, monkeypatch):
     assert list(result.named or {}) == names
     filler = 0.5 if "weights=1,0.5,0" in given else float("name=filler" in given)
     np.testing.assert_allclose(result.scores, [total + filler, total])
+
+
+def test_a_judge_at_an_address(open_bench):
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  texts = ["i do not know what else to write .", "what to write"]
+  rollout = rollout_of(bench.tokenizer.encode_responses(texts))
+  ids, opened = np.array([0, 1]), (bench.config.model, bench.tokenizer)
+
+  def reply(text, nth):
+    if "Response A" in text:
+      return "A" if "know" in text.partition("[Response B]")[0] else "B"
+    return "8" if "know" in text else "2"
+
+  with serving(reply) as (url, seen, _):
+    words = [f"--reward.url={url}", "--reward.model=tiny", "--reward.name=filler"]
+    words = ["--workdir=it", "--init_from=sft", *words, "--reward.weights=2,0.5"]
+    options = read_configs("experiments.grpo", words)[1].reward
+    reward = judges.open_reward(bench.run, options, *opened)(bench.train_set)
+    assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}"
+    result = rewards.parts_of(reward(rollout, ids))
+    options = judges.PreferenceOptions(url=url, model="tiny")
+    prefer = judges.open_preference(bench.run, options, *opened)(bench.train_set)
+    assert judges.name_of(prefer) == f"--preference.url={url}"
+    probabilities = prefer(rollout, rollout_of(bench.tokenizer.encode_responses(texts[::-1])), ids)
+  np.testing.assert_allclose(result.scores, [6, 1])
+  np.testing.assert_allclose(result.named["judge"], [8, 2])
+  np.testing.assert_array_equal(probabilities, [1, 0])
+  asked = "".join(body["messages"][0]["content"] for _, _, body in seen)
+  assert all(row["prompt"] in asked for row in bench.train_set.rows[:2])
+
+
+def test_process_0_asks_a_function_for_all(monkeypatch):
+  monkeypatch.setattr(processes, "agree", lambda call: json.loads(json.dumps(call())))
+  scores = lambda prompts, responses, rows: [0.1, float("nan")]  # noqa: E731
+  given = rewards.ask(scores, ["", ""], ["a", "b"], rows=[{}, {}])
+  np.testing.assert_array_equal(given, np.array([0.1, np.nan], np.float32))
+  parts = lambda prompts, responses, rows: [[(1, 0.1), (2, 1)], []]  # noqa: E731
+  np.testing.assert_allclose(rewards.ask(parts, ["", ""], ["ab", "b"], rows=[{}, {}]), [1.1, 0])
+  monkeypatch.setattr(processes, "agree", lambda call: [[0.5, 0.25]])  # Those of process 0.
+  refused = lambda prompts, responses, rows: 1 / 0  # noqa: E731
+  np.testing.assert_array_equal(rewards.ask(refused, [""], ["a"], rows=[{}]), [0.5, 0.25])
 
 
 def test_a_folder_with_the_name_of_a_metric_is_refused(open_bench):

@@ -68,8 +68,8 @@ def test_what_is_no_policy_and_what_is_no_judge(open_bench, sft_run, reward_run,
     models.open_scorer(run, str(sft_run), options, tokenizer)
   with pytest.raises(hf.ModelFolderError, match="a preference model, which scores no"):
     models.open_reward_model(run, str(preference_run), options, tokenizer)
-  *_, label = models.open_scorer(run, str(preference_run), options, tokenizer)
-  assert label == records.PREFERENCE
+  scorer = models.open_scorer(run, str(preference_run), options, tokenizer)
+  assert scorer.tokenizer is None and scorer.label == records.PREFERENCE
 
 
 def test_models_that_read_other_tokens_are_refused(sft_run):

@@ -1,0 +1,260 @@
+"""Judge behind an OpenAI-compatible HTTP API, as a reward and as a preference.
+
+It is asked by `POST URL/chat/completions`, as vLLM, SGLang, llama.cpp and hosted models are. A
+reply without a number or a letter gives NaN.
+"""
+
+import concurrent.futures
+import dataclasses
+import http.client
+import json
+import math
+import os
+import re
+import ssl
+import time
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from rlhf_jax import data
+from rlhf_jax.rewards import checks
+from rlhf_jax.rewards.functions import TextReward
+from rlhf_jax.rewards.preferences import TextPreference
+
+BEST = 10.0  # Score of the best response; that of the worst one is 0.
+_LONGEST_REPLY = 2**20  # Bytes.
+_LATER = (408, 409, 425, 429)  # Statuses, besides those of 500 and above, that may pass.
+_FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # Seconds between two tries.
+
+_SCORE = """Judge the response of an assistant to a prompt. Is it right, helpful, clear, harmless?
+
+[Prompt]
+{prompt}
+
+[Response]
+{response}
+
+Give a number from 0 (worst) to 10 (best). Reply with the number alone."""
+_CHOICE = """Judge two responses of an assistant to a prompt. Which is the better one: more right,
+helpful, clear and harmless?
+
+[Prompt]
+{prompt}
+
+[Response A]
+{a}
+
+[Response B]
+{b}
+
+Reply with the letter alone, A or B."""
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.-])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?(?![\w%]|\.\d)", re.I)
+_LETTER = re.compile(
+  r"\W*(?:(?:the )?(?:better |best )?(?:answer|response|choice)\W*(?:is\W*)?)?([AB])\W*", re.I
+)
+
+
+class ServiceError(RuntimeError):
+  """A service does not answer, or refuses to."""
+
+  exit_code = 69  # EX_UNAVAILABLE
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+  """Model behind an HTTP API.
+
+  Attributes:
+    url: Address up to the version, such as http://host:8000/v1.
+    model: Name of the model.
+    key_variable: Environment variable with the API key; empty sends none.
+    timeout: Seconds for an answer.
+    retries: Number of further tries of a request that failed.
+    workers: Number of requests at the same time.
+  """
+
+  url: str
+  model: str
+  key_variable: str = ""
+  timeout: float = 60.0
+  retries: int = 3
+  workers: int = 8
+
+  def __post_init__(self):
+    parts = urllib.parse.urlsplit(self.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+      raise ValueError(f"url must be http://HOST/v1 or https://HOST/v1, got {self.url!r}")
+    if parts.username or parts.password or parts.query or parts.fragment:
+      raise ValueError("url must be an address alone; give a key by key_variable")
+    if not self.model:
+      raise ValueError("model must name the model of url")
+    if self.key_variable and not self._key():
+      raise ValueError(f"key_variable: the environment has no variable {self.key_variable}")
+
+  def _key(self) -> str:
+    return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
+
+  def ask(self, texts: Sequence[str]) -> list[str | None]:
+    """Returns the reply to each text; None where no try had one.
+
+    Raises:
+      ServiceError: The service refuses, or more than `checks.MAX_SHARE` of the texts have no reply.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(self.workers, "judge")
+    try:
+      replies = [*pool.map(self._reply, texts)]
+    finally:  # After an error the others are not waited for longer than their tries take.
+      pool.shutdown(cancel_futures=True)
+    lost = [str(reply) for reply in replies if isinstance(reply, Exception)]
+    if len(lost) > checks.MAX_SHARE * len(texts):
+      raise ServiceError(
+        f"{self.url}: {len(lost)} of {len(texts)} requests failed, each in {1 + self.retries}"
+        f" tries; the last one: {lost[-1]}"
+      )
+    if lost:
+      logging.warning("%s: %d of %d requests failed: %s", self.url, len(lost), len(texts), lost[-1])
+    return [None if isinstance(reply, Exception) else reply for reply in replies]
+
+  def _reply(self, text: str) -> str | Exception:
+    """Returns the reply to a text, or the error of the last try."""
+    error = Exception()
+    for i in range(1 + self.retries):
+      if i:
+        time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (i - 1)))
+      try:
+        return self._try(text)
+      except (OSError, http.client.HTTPException, _UnreadableError) as caught:
+        error = caught if str(caught) else type(caught)(type(caught).__name__)
+    return error
+
+  def _try(self, text: str) -> str:
+    """Sends a request once, and follows no redirect: a key is for one host."""
+    parts = urllib.parse.urlsplit(self.url)
+    address: dict[str, Any] = {"host": parts.hostname, "port": parts.port, "timeout": self.timeout}
+    if parts.scheme == "https":
+      connection = http.client.HTTPSConnection(**address, context=ssl.create_default_context())
+    else:
+      connection = http.client.HTTPConnection(**address)
+    body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+    headers = {"Content-Type": "application/json"}
+    key = self._key()
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    end = time.monotonic() + self.timeout
+    try:
+      path = f"{parts.path.rstrip('/')}/chat/completions"
+      connection.request("POST", path, json.dumps(body).encode(), headers)
+      with connection.getresponse() as response:
+        status, content = response.status, b""
+        while part := response.read1(2**16):
+          content += part
+          if time.monotonic() > end:  # The timeout of the connection is for each part.
+            raise TimeoutError("timed out")
+          if len(content) > _LONGEST_REPLY:
+            raise _UnreadableError(f"an answer of more than {_LONGEST_REPLY} bytes")
+    finally:
+      connection.close()
+    if status == 200:
+      return _content(content)
+    shown = content[:200].decode(errors="replace")
+    problem = f"status {status}: {shown.replace(key, '***') if key else shown}"
+    if status >= 500 or status in _LATER:
+      raise _UnreadableError(problem)
+    raise ServiceError(f"{self.url}: {problem}")
+
+
+class _UnreadableError(Exception):
+  """An answer that may be another one at the next try."""
+
+
+def _content(body: bytes) -> str:
+  """Returns the text of the reply in the body of an answer."""
+  try:
+    content = json.loads(body)["choices"][0]["message"]["content"]
+  except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+    shown = body[:80].decode(errors="replace")
+    raise _UnreadableError(f"an answer that is no chat completion: {shown!r}") from None
+  return content if isinstance(content, str) else ""
+
+
+def read_score(reply: str) -> float:
+  """Returns the number from 0 to `BEST` of a reply, NaN without a single one."""
+  text = _THOUGHT.sub("", reply).strip()
+  last = _NUMBER.fullmatch(text.rpartition("\n")[2].strip(" .*"))
+  numbers = [last[1]] if last else _NUMBER.findall(text)
+  value = float(numbers[0]) if len(numbers) == 1 else math.nan
+  return value if 0 <= value <= BEST else math.nan
+
+
+def read_choice(reply: str) -> float:
+  """Returns 1 for A and 0 for B in a reply, NaN without a plain letter."""
+  text = _THOUGHT.sub("", reply).strip()
+  found = _LETTER.fullmatch(text) or _LETTER.fullmatch(text.rpartition("\n")[2])
+  return math.nan if found is None else float(found[1].upper() == "A")
+
+
+def _read(
+  service: Service, texts: Sequence[str], read: Callable[[str], float], wanted: str
+) -> np.ndarray:
+  """Returns what is read in the reply to each text."""
+  replies = service.ask(texts)
+  values = np.array([math.nan if reply is None else read(reply) for reply in replies], np.float32)
+  if strange := [r for r, x in zip(replies, values, strict=True) if r is not None and x != x]:
+    logging.warning(
+      "%s: %d of %d replies have no %s, such as %r",
+      *(service.url, len(strange), len(texts), wanted, strange[0][:80]),
+    )
+  return values
+
+
+def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns the prompts of rows as a person would write them, without a template."""
+  prompts = data.given_prompts(rows, prefer_messages=True)
+  return [prompt if isinstance(prompt, str) else data.transcript(prompt) for prompt in prompts]
+
+
+def remote_reward(service: Service) -> TextReward:
+  """Returns the reward function of a judge: a number from 0 to `BEST` for each response."""
+
+  def score(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+  ) -> np.ndarray:
+    del prompts  # Rendered for the policy.
+    texts = [
+      _SCORE.format(prompt=prompt, response=response)
+      for prompt, response in zip(_prompts(rows), responses, strict=True)
+    ]
+    return _read(service, texts, read_score, "number from 0 to 10")
+
+  score.__qualname__ = f"{service.model} of {service.url}"
+  return score
+
+
+def remote_preference(service: Service) -> TextPreference:
+  """Returns the preference function of a judge, which is asked in both orders.
+
+  The probability is 0, 1, or 0.5 if the judge chooses the first place, or the second, both times.
+  """
+
+  def prefer(
+    prompts: Sequence[str],
+    a: Sequence[str],
+    b: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+  ) -> np.ndarray:
+    del prompts
+    given = _prompts(rows)
+    texts = [
+      _CHOICE.format(prompt=prompt, a=first, b=second)
+      for one, other in ((a, b), (b, a))
+      for prompt, first, second in zip(given, one, other, strict=True)
+    ]
+    there, back = np.split(_read(service, texts, read_choice, "letter A or B"), 2)
+    return (there + 1 - back) / 2
+
+  prefer.__qualname__ = f"{service.model} of {service.url}"
+  return prefer

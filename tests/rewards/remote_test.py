@@ -1,0 +1,170 @@
+"""Judges behind an HTTP API, on a local server that also fails."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_jax import rewards
+from rlhf_jax.rewards import remote
+from tests.rewards.services import serving
+
+ROWS = [{"prompt": f"question {i}", "prompt_text": f"<|user|>question {i}"} for i in range(4)]
+PROMPTS = [row["prompt_text"] for row in ROWS]
+ANSWERS = ["3", "ten", "7.5", "0"]
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch):
+  monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+
+
+def answer_in(text):
+  """Answer of the request for a score, which is a number or a word."""
+  return text.partition("[Response]\n")[2].partition("\n")[0]
+
+
+def score(url, responses=ANSWERS, **options):
+  service = rewards.Service(url, "tiny", **{"timeout": 5.0, "retries": 2, **options})
+  return rewards.ask(rewards.remote_reward(service), PROMPTS, responses, rows=ROWS)
+
+
+def test_scores_are_read_in_order():
+  with serving(lambda text, nth: answer_in(text), delay=0.02) as (url, seen, busy):
+    scores = score(url, workers=2)
+  np.testing.assert_array_equal(scores, np.array([3, np.nan, 7.5, 0], np.float32))
+  assert busy[1] == 2, "as many at once as there are workers"
+  for path, headers, body in seen:
+    assert path == "/v1/chat/completions" and body["model"] == "tiny"
+    assert "<|user|>" not in body["messages"][0]["content"]
+    assert "Authorization" not in headers
+
+
+def once(failure):
+  return lambda text, nth: failure if nth == 1 else answer_in(text)
+
+
+@pytest.mark.parametrize(
+  "failure",
+  [(500, b"oops"), (429, b"slow down"), (200, b"<html>"), (200, b'{"choices": []}'), None],
+)
+def test_what_fails_once_is_tried_again(failure):
+  with serving(once(failure)) as (url, seen, _):
+    np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
+  assert len(seen) == 8
+
+
+def test_a_service_that_keeps_failing():
+  with serving(lambda text, nth: (503, b"away")) as (url, seen, _):
+    with pytest.raises(rewards.ServiceError, match="4 of 4 requests failed.*3 tries.*503: away"):
+      score(url)
+  assert len(seen) == 12
+  with pytest.raises(rewards.ServiceError, match="4 of 4 requests failed.*efused") as caught:
+    score(url)  # Nobody listens there any more.
+  assert caught.value.exit_code == 69
+  with serving(lambda text, nth: "5", delay=0.5) as (url, _, _):
+    with pytest.raises(rewards.ServiceError, match="timed out"):
+      score(url, timeout=0.05, retries=0)
+
+
+def test_one_lost_answer_of_many_is_not_a_number():
+  lost = lambda text, nth: (500, b"") if answer_in(text) == "9" else answer_in(text)  # noqa: E731
+  with serving(lost) as (url, _, _):
+    function = rewards.remote_reward(rewards.Service(url, "tiny", retries=0))
+    responses = ["9", *["1"] * 10]
+    scores = rewards.ask(function, [""] * 11, responses, rows=[ROWS[0]] * 11)
+  np.testing.assert_array_equal(np.isnan(scores), [True] + [False] * 10)
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch, caplog):
+  monkeypatch.setenv("MY_KEY", "sk-secret")
+  with serving(lambda text, nth: (401, b"bad key sk-secret")) as (url, seen, _):
+    with pytest.raises(rewards.ServiceError, match=r"status 401: bad key \*\*\*") as caught:
+      score(url, key_variable="MY_KEY")
+  assert seen[0][1]["Authorization"] == "Bearer sk-secret"
+  assert "secret" not in str(caught.value) + caplog.text
+  assert "secret" not in repr(rewards.Service(url, "tiny", key_variable="MY_KEY"))
+  assert len(seen) <= 4, "a refusal is not tried again"
+
+
+def test_a_redirect_is_not_followed(monkeypatch):
+  with serving(lambda text, nth: (307, b"elsewhere")) as (url, _, _):
+    with pytest.raises(rewards.ServiceError, match="status 307"):
+      score(url)
+
+
+def test_both_orders_make_a_preference():
+  def reply(text, nth):
+    a, b = (text.partition(f"[Response {x}]\n")[2].partition("\n")[0] for x in "AB")
+    if "unsure" in (a, b):
+      return "Neither."
+    return "A" if "first" in a + b else "B" if len(b) > len(a) else "Answer: A."
+
+  pairs = [("long one", "it"), ("it", "long one"), ("first", "other"), ("unsure", "it")]
+  with serving(reply) as (url, seen, _):
+    prefer = rewards.remote_preference(rewards.Service(url, "tiny"))
+    a, b = zip(*pairs, strict=True)
+    found = rewards.ask(prefer, PROMPTS, list(a), list(b), rows=ROWS)
+  np.testing.assert_array_equal(found, np.array([1, 0, 0.5, np.nan], np.float32))
+  assert len(seen) == 8
+
+
+@pytest.mark.parametrize(
+  "reply, value",
+  [
+    ("7", 7),
+    (" 7.5\n", 7.5),
+    ("Score: 8/10", 8),
+    ("8 out of 10.", 8),
+    ("**9**", 9),
+    ("<think>3 or 4?</think>\n4", 4),
+    ("It is 2 pages and 3 lines.\n6", 6),
+    ("", math.nan),
+    ("between 3 and 4", math.nan),
+    ("11", math.nan),
+    ("-1", math.nan),
+    ("80%", math.nan),
+    ("nan", math.nan),
+    ("1e5", math.nan),
+  ],
+)
+def test_numbers_in_replies(reply, value):
+  np.testing.assert_equal(remote.read_score(reply), value)
+
+
+@pytest.mark.parametrize(
+  "reply, value",
+  [
+    ("A", 1),
+    ("b.", 0),
+    ("**B**", 0),
+    ("The better response is A", 1),
+    ("Response B", 0),
+    ("<think>A?</think>B", 0),
+    ("Both are short.\nA", 1),
+    ("A good one is B", math.nan),
+    ("AB", math.nan),
+    ("", math.nan),
+  ],
+)
+def test_letters_in_replies(reply, value):
+  np.testing.assert_equal(remote.read_choice(reply), value)
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"url": "ftp://host"}, "^url must be http"),
+    ({"url": "host:80/v1"}, "^url must be http"),
+    ({"url": "http://me:pw@host/v1"}, "^url must be an address alone"),
+    ({"url": "http://host/v1?key=1"}, "^url must be an address alone"),
+    ({"model": ""}, "^model must name"),
+    (
+      {"key_variable": "NOT_SET_ANYWHERE"},
+      "^key_variable: the environment has no variable NOT_SET",
+    ),
+  ],
+)
+def test_services_that_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    rewards.Service(**{"url": "http://host/v1", "model": "tiny", **fields})

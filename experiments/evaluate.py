@@ -1,13 +1,10 @@
 r"""Compares policies with a baseline on held-out prompts, with confidence intervals.
 
 Built-in task, judged by its gold reward (half a minute on two CPU cores):
-  python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo \
-    --baseline=runs/sft
-Several policies, also judged by the reward model, with the best-of-n curve of the
-baseline:
+  python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo --baseline=runs/sft
+Several policies, also judged by the reward model, with the best-of-n curve of the baseline:
   python -m experiments.evaluate --workdir=runs/eval --baseline=runs/sft \
-    --policy=runs/ppo,runs/ppo_free --reward.path=runs/rm \
-    --sampling.samples_per_prompt=16
+    --policy=runs/ppo,runs/ppo_free --reward.path=runs/rm --sampling.samples_per_prompt=16
 Your prompts, judged by a reward model or a Python reward:
   python -m experiments.evaluate --workdir=runs/eval --policy=runs/ppo \
     --baseline=FOLDER --data.path=PROMPTS.jsonl --reward.path=runs/rm
@@ -18,15 +15,14 @@ Prompts of the built-in task as no training prompt is worded:
 Matrix of win rates between all policies, by a preference model or function:
   python -m experiments.evaluate --workdir=runs/eval --baseline=runs/sft \
     --policy=runs/nash,runs/ppo --preference.name=panel
+A reward model instead, on pairs with a `subset`, such as those of RewardBench:
+  python -m experiments.evaluate --workdir=runs/bench --rewardbench=FILE --reward.path=runs/rm
 
-It prints one row per policy: reward, win rate, KL to the baseline, length,
-diversity, and `nll`, the loss on demonstrations, with 95 % confidence intervals. It
-writes these metrics to summary.json (by policy if there are several), the responses
-to `samples/` (baseline and policies as steps 0, 1, ...), and each reward over the KL
-to `plots/frontier.png`.
-
-More samples per prompt (--sampling.samples_per_prompt) narrow the intervals.
-They also give the best-of-n curve, and the diversity of the responses to the same
+It prints one row per policy: reward, win rate, KL to the baseline, length, diversity, and `nll`,
+the loss on demonstrations, with 95 % confidence intervals. It writes these metrics to summary.json
+(by policy if there are several), the responses to `samples/` (baseline and policies as steps 0, 1,
+...), and each reward over the KL to `plots/frontier.png`. More samples per prompt narrow the
+intervals. They also give the best-of-n curve, and the diversity of the responses to the same
 prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
 """
 
@@ -38,6 +34,7 @@ from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf
 from .lab import (
+  benchmark,
   comparison,
   evaluating,
   given_rows,
@@ -58,13 +55,16 @@ class Config:
       folders.
     baseline: Workdir or Hugging Face folder of the policy to compare with, which is also the
       reference of the KL.
+    rewardbench: File of pairs (prompt, chosen, rejected, subset), on which the reward is measured
+      instead of policies: its accuracy, also by category and subset.
     demonstrations: File of demonstrations, on which the loss of each policy is measured; empty
       takes held-out ones of the built-in task, and none for prompts of a file.
     batch_size: Prompts per call of the model.
   """
 
-  policy: tuple[str, ...]
-  baseline: str
+  policy: tuple[str, ...] = ()
+  baseline: str = ""
+  rewardbench: str = ""
   demonstrations: str = ""
   batch_size: int = 128
   model: models.ModelOptions = models.ModelOptions()
@@ -74,13 +74,13 @@ class Config:
   preference: judges.PreferenceOptions = judges.PreferenceOptions()
 
   def __post_init__(self):
-    if not self.policy:
-      raise ValueError("policy must name a folder")
     defaults.settle(self)
 
 
 def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   """Samples baseline and policies, writes and shows the comparison; returns summary.json."""
+  if benchmark.is_asked(config):
+    return benchmark.measure(session, config)
   names = line_files.short_names("policy", (config.baseline, *config.policy))
   folders = [models.finished_folder(path) for path in (config.baseline, *config.policy)]
   tokenizer = models.open_tokenizer(folders[0], config.data.end_token)

@@ -160,14 +160,24 @@ def of_pairs(dataset: data.Dataset, scores: np.ndarray, groups: Sequence[str]) -
   pairs, mask = evaluating.compared(dataset, scores)
   right = (pairs[..., 0] > pairs[..., 1]) + 0.5 * (pairs[..., 0] == pairs[..., 1])
   accuracy = np.mean(right, axis=1, where=mask)
-  counts = collections.Counter(groups)
-  by_group = {}
-  for name, (value, low, high) in evaluation.by_group(accuracy, groups).items():
-    of: Metrics = {"rows": counts[str(name)], "accuracy": value}
-    by_group[str(name)] = of | {"accuracy_low": low, "accuracy_high": high}
+  by_group = accuracies(accuracy, groups)
   together = _together("accuracy/", accuracy, groups)
   show("Held-out pairs by group", by_group, together)
   return together | {"groups": by_group}
+
+
+def accuracies(right: np.ndarray, groups: Sequence[str]) -> dict[str, Metrics]:
+  """Returns from group to its number of rows, and its accuracy with the interval.
+
+  Args:
+    right: [B] float, share of the pairs of a row that are judged right.
+    groups: Group of each row.
+  """
+  counts, by_group = collections.Counter(groups), {}
+  for name, (value, low, high) in evaluation.by_group(right, groups).items():
+    of: Metrics = {"rows": counts[str(name)], "accuracy": value}
+    by_group[str(name)] = of | {"accuracy_low": low, "accuracy_high": high}
+  return by_group
 
 
 def show(title: str, by_group: Mapping[str, Mapping[str, float]], together: Metrics) -> None:

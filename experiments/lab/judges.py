@@ -256,9 +256,9 @@ class JudgedConfig(loop.RunConfig):
     """Refuses a config without a policy to start from, and one that names no judge, or several."""
     options = [getattr(self, name) for name in ("reward", "preference") if hasattr(self, name)]
     given = [of for of in options if of.is_given]
-    if len(options) > 1 and len(given) != 1:
+    if len(given) > 1:
       raise flags.UsageError(
-        "give --reward.path, name or url, or else --preference.path, name or url"
+        "give a reward or a preference, --reward.* or --preference.*, not both"
       )
     self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.

@@ -166,7 +166,7 @@ FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 # Group -> the scripts that train in it. What only reads runs is in the group of those.
 GROUPS = {
-  "offline": {"sft", "reward_model", "dpo", "simpo", "kto"},
+  "offline": {"sft", "reward_model", "dpo", "simpo", "kto", "gkd"},
   "policy gradients": {
     "ppo",
     "ppo_max",
@@ -179,7 +179,7 @@ GROUPS = {
     "gspo",
     "cispo",
   },
-  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest", "gkd"},
+  "games and samples": {"nash_md", "ipo_md", "preference_model", "online_dpo", "rest"},
 }
 
 
@@ -319,7 +319,7 @@ def test_a_script_explains_itself(run_script, tmp_path):
 
 
 def test_every_flag_that_is_named_exists():
-  known = {"flagfile", "help", "helpfull", "check", "basetemp"}  # The last are ruff's and pytest's.
+  known = {"flagfile", "help", "helpfull", "check", "basetemp", "logdir"}  # Of ruff, pytest, xprof.
   for file in (ROOT / "experiments").glob("*.py"):
     script = f"experiments.{file.stem}"
     if hasattr(importlib.import_module(script), "Config"):

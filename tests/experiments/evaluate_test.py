@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from experiments import evaluate
 from rlhf_jax import flags, loop
-from tests.testing import read_flags
+from tests.testing import start
 
 SMALL = ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")
 
@@ -86,5 +86,5 @@ def test_policies_that_cannot_be_compared_are_named(tmp_path, sft_run, noisy_run
   (tokens / "tokenizer.json").write_text(text.replace('"superb"', '"superber"'))
   assert f"--policy={tokens} has another tokenizer" in refused(tmp_path, sft_run, near, tokens)
   assert "twice" in refused(tmp_path, sft_run, near, near)
-  with pytest.raises(flags.UsageError, match="--policy must name a folder"):
-    read_flags("experiments.evaluate", ["--workdir=x", "--policy=", "--baseline=x"])
+  with pytest.raises(flags.UsageError, match="--policy=... is needed"):
+    start("evaluate", f"--workdir={tmp_path / 'none'}", "--policy=", "--baseline=x")

@@ -120,7 +120,7 @@ def test_several_runs_in_one_process(tmp_path, sft_run):
 def test_settings_are_checked_when_a_config_is_made():
   with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
     dpo.Config(steps=0)
-  with pytest.raises(flags.UsageError, match=r"give --reward.path=DIR or --reward.name"):
+  with pytest.raises(flags.UsageError, match=r"no reward: give --reward.path=DIR or --reward.name"):
     rest.train(loop.Session("runs/x"), rest.Config())
   with pytest.raises(ValueError, match="name=mine:f cannot be imported: there is no module mine"):
     dpo.RewardOptions(name="mine:f")

@@ -121,7 +121,7 @@ def test_refuses_to_continue_another_study(study, run):
     (
       ["--space=nowhere.py"],
       [],
-      "--space=nowhere.py: no such file; the package has cispo, dpo, ",
+      "--space=nowhere.py: no such file; the package has cgpo, cispo, dpo, ",
     ),
     (["--minutes=5"], [], "are for --to=slurm"),
     (["--gpus=1", "--parallel=3"], [], "more than the 2 GPUs of this machine"),

@@ -55,13 +55,19 @@ def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool 
     for config in [read() for read in readers]:
       getattr(config, "require", lambda: None)()
 
-  save = flags.save_flags if keep_flags else lambda path: None
-
   def main(argv: Sequence[str]) -> None:
     del argv
     tune(quiet=not absl_flags.FLAGS["verbosity"].present)
     flags.refuse_both("epochs", "steps")
-    start(train, [read() for read in readers], save)
+    configs = [read() for read in readers]
+
+    def save(path: pathlib.Path) -> None:
+      for name in ("steps", "epochs"):  # The number of rows may have settled them.
+        if name in absl_flags.FLAGS and hasattr(configs[-1], name):
+          absl_flags.FLAGS[name].value = getattr(configs[-1], name)
+      flags.save_flags(path)
+
+    start(train, configs, save if keep_flags else lambda path: None)
 
   run(main, check=check)
 

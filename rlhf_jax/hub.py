@@ -40,6 +40,12 @@ class HubError(ValueError):
   exit_code = 69  # sysexits.h: EX_UNAVAILABLE
 
 
+class HubNameError(HubError):
+  """A name of nothing that can be read."""
+
+  exit_code = 65  # EX_DATAERR
+
+
 class Place(NamedTuple):
   """Parts of a name.
 
@@ -71,14 +77,14 @@ def parse(text: str) -> Place:
   """Splits a name.
 
   Raises:
-    HubError: The name is malformed.
+    HubNameError: The name is malformed.
   """
   match = _NAME.fullmatch(text)
   kind = "dataset" if match and match["datasets"] else "model"
   revision = urllib.parse.unquote((match and match["revision"]) or "")
   plain = not revision or _REVISION.fullmatch(revision)
   if not match or not plain or (match["file"] and kind == "model") or ".." in text + revision:
-    raise HubError(
+    raise HubNameError(
       f"{text}: write hf://ORG/NAME[@REVISION] for a model, and"
       " hf://datasets/ORG/NAME[@REVISION]/FILE for data"
     )
@@ -144,7 +150,7 @@ def model_folder(text: str) -> pathlib.Path:
   """
   place = parse(text)
   if place.kind != "model":
-    raise HubError(f"{text}: a data set; give a model, hf://ORG/NAME")
+    raise HubNameError(f"{text}: a data set; give a model, hf://ORG/NAME")
   return _snapshot(place, list(_OF_MODELS), ["*/*"])
 
 
@@ -156,9 +162,9 @@ def data_files(text: str) -> list[str]:
   """
   place = parse(text)
   if place.kind != "dataset" or not place.file:
-    raise HubError(f"{text}: names no file; write hf://datasets/ORG/NAME[@REVISION]/FILE")
+    raise HubNameError(f"{text}: names no file; write hf://datasets/ORG/NAME[@REVISION]/FILE")
   if not _OF_DATA.fullmatch(place.file):
-    raise HubError(f"{text}: not a file of JSON Lines, JSON, CSV, TSV or Parquet")
+    raise HubNameError(f"{text}: not a file of JSON Lines, JSON, CSV, TSV or Parquet")
   folder = _snapshot(place, [place.file], [])
   pattern = os.path.join(glob.escape(str(folder)), place.file)
   paths = sorted(path for path in glob.glob(pattern) if _OF_DATA.fullmatch(path))

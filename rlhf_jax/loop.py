@@ -122,9 +122,6 @@ class RunConfig:
         f"keep_best={self.keep_best} is a metric of evaluations; give --eval_every too"
       )
     defaults.settle(self)
-    usual = next(field.default for field in dataclasses.fields(self) if field.name == "steps")
-    if self.epochs and self.steps != usual:
-      raise ValueError("epochs is another way to say steps; give one of the two")
     for field in dataclasses.fields(self):
       settings = getattr(self, field.name)
       if isinstance(settings, OptimConfig) and isinstance(field.default, OptimConfig):

@@ -131,7 +131,7 @@ def test_spreadsheets(tmp_path):
     ("{folder}/inside.jsonl,none.jsonl", ("none.jsonl", "No such file")),
     ("Anthropic/hh-rlhf", ("hub", "hf download --repo-type dataset Anthropic/hh-rlhf")),
     ("https://example.org/rows.jsonl", ("download the file first",)),
-    ("hf://datasets/a/b.jsonl", ("download the file first",)),
+    ("hf://datasets/a/b.jsonl", ("names no file", "hf://datasets/ORG/NAME[@REVISION]/FILE")),
     ("{folder}/inside.jsonl/x.jsonl", ("Not a directory",)),
     ("{folder}/inside.jsonl,", ("the name of a file is empty", "one comma between")),
     (",{folder}/inside.jsonl", ("the name of a file is empty",)),

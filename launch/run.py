@@ -84,7 +84,8 @@ _PATHS = (
   *("data.path", "data.eval_path"),
 )
 # Flags that experiments.compile does not have.
-_SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds", "replay_step")
+_SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds")
+_SESSION_FLAGS += ("replay_step", "profile_steps")
 
 
 def read_job(words: Sequence[str]) -> Job:

@@ -263,8 +263,8 @@ class JudgedConfig(loop.RunConfig):
     if len(options) > 1 and not given:
       known = ", ".join(sorted(rewards.REWARDS))
       raise flags.UsageError(
-        f"no reward: give --reward.path=DIR or --reward.name, one of {known}; or a judge of pairs by"
-        " --preference.path=DIR or --preference.name"
+        f"no reward: give --reward.path=DIR or --reward.name, one of {known}; or a judge of"
+        " pairs by --preference.path=DIR or --preference.name"
       )
     self.judge.require()
     if not (self.init_from or getattr(self, "model").path):  # noqa: B009, every method has one.

@@ -561,7 +561,7 @@ RUNS = {
   "nash_md": run_nash_md,
 }
 # The others read their batches as one of these does.
-DIFFERENT = ("reward_model", "dpo", "ppo")
+DIFFERENT = ("reward_model", "ppo")
 # All three axes; and what is left, where only rows or only weights are split.
 MESHES = ("fsdp:4,tensor:2", "data:8", "fsdp:8")
 

@@ -104,6 +104,7 @@ def test_a_command_is_accepted(folder, monkeypatch, words):
     read_flags(words[0], words[1:])
 
 
+@full
 @pytest.mark.slow
 def test_a_loss_of_a_folder_of_ones_own(folder, run, run_script, sft_run):
   """Through real processes: from the folder, from elsewhere, and with the file changed."""

@@ -18,7 +18,7 @@ import pytest
 from launch import run
 from launch.job import Job, JobError
 from launch.targets import slurm
-from tests.testing import wait_for
+from tests.testing import full, wait_for
 
 _CONFIG = """\
 ClusterName=test
@@ -125,6 +125,7 @@ def process_of(workdir: pathlib.Path, number: int) -> int | None:
   return None
 
 
+@full
 def test_a_killed_ppo_is_requeued_and_finishes(cluster, tmp_path, repository):
   workdir, start = tmp_path / "ppo", tmp_path / "sft"
   small = ("--batch_size=8", "--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=8")

@@ -374,7 +374,7 @@ def test_swapped_steps_and_steps_of_another_run_are_found(tmp_path):
 
 def test_a_save_that_was_killed_before_its_manifest_has_not_happened(tmp_path, monkeypatch):
   finish = checkpoint.Checkpointer._finish
-  killed = lambda self, step, manager, contents: manager.wait_until_finished()  # noqa: E731
+  killed = lambda self, step, manager, *_: manager.wait_until_finished()  # noqa: E731
   directory = tmp_path / "c"
   for step, left in ((1, None), (2, 1)):  # The first save of a run, and a later one.
     monkeypatch.setattr(checkpoint.Checkpointer, "_finish", killed)

@@ -136,10 +136,10 @@ def test_a_step_that_raised_is_run_again_from_the_state_before_it(tmp_path, caps
 def test_a_box_without_room_does_not_end_a_run(tmp_path, monkeypatch):
   save = checkpoint.Checkpointer.save
 
-  def full(self, step, items, meta):
+  def full(self, step, *args, **kwargs):
     if self.directory.name == replay.FOLDER:
       raise checkpoint.CheckpointWriteError("No space left on device")
-    save(self, step, items, meta)
+    save(self, step, *args, **kwargs)
 
   monkeypatch.setattr(checkpoint.Checkpointer, "save", full)
   state = fit(tmp_path, range(6, 10))

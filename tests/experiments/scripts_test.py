@@ -454,7 +454,7 @@ BAD_FLAGS = [
   (("ipo_md", PANEL, "--sampling.samples_per_prompt=2"), 64, "--sampling.samples_per_prompt must"),
   (("ipo_md", PANEL, "--ipo_md.tau=0"), 64, "--ipo_md.tau must be positive"),
   (("online_dpo",), 64, "--reward.path"),
-  (("online_dpo", GOLD, PANEL), 64, "--reward.path"),
+  (("online_dpo", GOLD, PANEL), 64, "give a reward or a preference"),
   (("online_dpo", "--sampling.samples_per_prompt=1"), 64, "samples_per_prompt"),
   (("online_dpo", PANEL, "--shaping.function=par"), 64, "--shaping.function must be empty"),
   (("online_dpo", GOLD, "--online.pick=best"), 64, "--online.pick must be one of"),

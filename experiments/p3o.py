@@ -13,8 +13,6 @@ The same command, run again, resumes a run that was stopped.
 import dataclasses
 import functools
 
-import jax
-
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import p3o, reading
 from rlhf_jax.algorithms.p3o import P3OConfig
@@ -105,16 +103,15 @@ def make_experience(bench: workbench.Workbench) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (P3OBatch, moments, metrics)`."""
   config, samples = bench.config, bench.config.sampling.samples_per_prompt
   read = reading.make_read(bench.model.apply, config.sampling.temperature)
-  prepare = responses.make_prepare(config, read, read)
-
-  @jax.jit
-  def experience(params, ref_params, moments, answers):
-    ready = prepare(params, ref_params, moments, answers)
-    inputs = ready.rollout, ready.totals, ready.ref_logprobs, config.p3o
-    batch, metrics = p3o.make_batch(*inputs, samples_per_prompt=samples)
-    return batch, ready.moments, ready.metrics | metrics
-
-  return experience
+  return responses.make_experience(
+    config,
+    read,
+    read,
+    lambda ready: p3o.make_batch(
+      ready.rollout, ready.totals, ready.ref_logprobs, config.p3o, samples_per_prompt=samples
+    ),
+    weigh=False,
+  )
 
 
 def programs(case: Case) -> None:

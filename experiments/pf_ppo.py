@@ -15,8 +15,6 @@ The same command, run again, resumes a run that was stopped.
 import dataclasses
 import functools
 
-import jax
-
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import pf_ppo, ppo, reading
 from rlhf_jax.algorithms.pf_ppo import PFPPOConfig
@@ -104,13 +102,11 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
 def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
   """Jitted `(params, ref_params, moments, responses) -> (PPOBatch, moments, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
-  read = reading.make_actor_critic_read(actor.apply, temperature)
-  prepare = responses.make_prepare(config, read, reading.make_read(bench.model.apply, temperature))
-
-  @jax.jit
-  def experience(params, ref_params, moments, answers):
-    ready = prepare(params, ref_params, moments, answers)
-    batch, metrics = pf_ppo.make_batch(
+  return responses.make_experience(
+    config,
+    reading.make_actor_critic_read(actor.apply, temperature),
+    reading.make_read(bench.model.apply, temperature),
+    lambda ready: pf_ppo.make_batch(
       ready.rollout,
       ready.scores,
       ready.policy.values,
@@ -119,10 +115,9 @@ def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> respons
       samples_per_prompt=config.sampling.samples_per_prompt,
       token_rewards=ready.token_rewards,
       weights=ready.weights,
-    )
-    return batch, ready.moments, ready.metrics | metrics
-
-  return experience
+    ),
+    weigh=False,
+  )
 
 
 def programs(case: Case) -> None:

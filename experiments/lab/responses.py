@@ -388,7 +388,12 @@ def make_prepare(
 
 
 def make_experience(
-  config: Any, read: reading.Read, read_ref: reading.Read, make_batch: Callable[..., Any]
+  config: Any,
+  read: reading.Read,
+  read_ref: reading.Read,
+  make_batch: Callable[..., Any],
+  *,
+  weigh: bool = True,
 ) -> Experience:
   """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
 
@@ -397,6 +402,7 @@ def make_experience(
     read: Function that reads responses with the policy, and with the critic if there is one.
     read_ref: Function that reads responses with the reference.
     make_batch: `(prepared) -> (batch, metrics)` of a method.
+    weigh: False for a method that applies the importance weights itself, or takes none.
   """
   prepare = make_prepare(config, read, read_ref)
 
@@ -404,7 +410,8 @@ def make_experience(
   def experience(params, ref_params, moments, responses):
     ready = prepare(params, ref_params, moments, responses)
     batch, metrics = make_batch(ready)
-    batch = batch._replace(advantages=ready.weights * batch.advantages)
+    if weigh:
+      batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, ready.moments, ready.metrics | metrics
 
   return experience

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import entry, loop, user, writers
 from tests.experiments import scripts_test
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
+from tests.experiments.traced_once import traced_once
 from tests.testing import full, wait_for
 
 STEPS = 4
@@ -58,19 +59,27 @@ def flags_of(setup, sft_run, reward_run):
   return flags
 
 
-def stop_at(workdir, step, how, start):
-  """Starts a run and stops it after a step; returns whether it came to an end before."""
+def stop_at(workdir, fitted, step, how, start):
+  """Starts a run and stops it after a step; returns whether it came to an end before.
+
+  Args:
+    workdir: Folder of the run.
+    fitted: That of the steps: ReST has runs in folders of its own.
+    step: First step to stop after.
+    how: SIGTERM or SIGKILL.
+    start: Function that starts the run.
+  """
   write, copy = writers.RunWriter.write, workdir.with_name("copy")
 
   def write_and_stop(writer, at, scalars):
     write(writer, at, scalars)
-    if at < step or writer._workdir != workdir:  # ReST has runs in folders of its own.
+    if at < step or writer._workdir != fitted:
       return
     if how == "SIGTERM":
       os.kill(os.getpid(), signal.SIGTERM)
     elif not copy.exists():
       # The save before is over: half of a file is copied, and a kill leaves none.
-      wait_for(lambda: at == 1 or (workdir / "checkpoints" / f"{at - 1}.digest.json").exists(), 60)
+      wait_for(lambda: at == 1 or (fitted / "checkpoints" / f"{at - 1}.digest.json").exists(), 60)
       shutil.copytree(workdir, copy)
       raise _Killed
 
@@ -96,13 +105,15 @@ def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run)
   def start(name):
     start_here(script, tmp_path / name, *flags, devices=devices)
 
-  start("whole")
   workdir, stops = tmp_path / "run", 0
-  for step in range(1, STEPS + 1):
-    how = ("SIGTERM", "SIGKILL")[step % 2]
-    stops += not stop_at(workdir, step, how, lambda: start("run"))
-  start("run")
-  assert stops >= STEPS - 1 or script == "rest"
+  fitted = workdir / "grow_0_improve_0" if script == "rest" else workdir
+  with traced_once():
+    start("whole")
+    for step in range(1, STEPS + 1):
+      how = ("SIGTERM", "SIGKILL")[step % 2]
+      stops += not stop_at(workdir, fitted, step, how, lambda: start("run"))
+    start("run")
+  assert stops == STEPS - 1
   scripts_test.assert_same_end(workdir, tmp_path / "whole")
 
 

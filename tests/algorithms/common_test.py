@@ -152,7 +152,7 @@ def test_every_method_has_a_case():
 
 
 # Losses of every case; GOLDENS=write writes those of the cases that run, and the commit message says
-# why they have changed. Another kind of CPU, or another version of jax, only rounds in another order.
+# why they have changed. Another kind of CPU, or another jax, only rounds in another order.
 GOLDENS = pathlib.Path(__file__).with_name("goldens.json")
 
 

@@ -131,7 +131,7 @@ def send_at(step: int, number: int) -> None:
   ("script", "sizes"), [("ppo", [2]), ("ppo", [2, 1]), ("dpo", [1, 2]), ("sft", [2])]
 )
 def test_stopped_at_every_step(
-  script, sizes, tmp_path, run_script, start_group, shared_run, sft_run
+  script, sizes, tmp_path, run_script, start_group, shared_run, sft_run, record_property
 ):
   """One of them is stopped, by SIGTERM and SIGKILL in turn; the next start has another number."""
   steps, stops = 8, 0
@@ -154,6 +154,7 @@ def test_stopped_at_every_step(
   again = run_script(script, tmp_path / "run", *flags, devices=2)
   assert again.code == 0, again.output
   assert stops >= 3
+  record_property("stops", stops)
   assert_same_run(tmp_path / "run", shared_run(f"short_{script}", script, *flags, devices=2))
 
 
@@ -174,7 +175,7 @@ KILLS = 10
 
 
 @full
-def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
+def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository, record_property):
   """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
   flags = [word for word in first_flags("ppo", sft_run, 4) if "--checkpoint" not in word]
   flags = [word for word in flags if "--steps" not in word]
@@ -201,6 +202,7 @@ def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
     launch.terminate()
     launch.wait()
   assert output.read_text().count("starting again") == KILLS
+  record_property("kills", KILLS)
   assert_same_run(run, tmp_path / "whole")
   assert texts_of(run) == texts_of(tmp_path / "whole")
 

@@ -98,7 +98,7 @@ def stop_at(workdir, fitted, step, how, start):
 @full
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
-def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run):
+def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run, record_property):
   script, _, devices = SETUPS[setup]
   flags = flags_of(setup, sft_run, reward_run)
 
@@ -114,6 +114,7 @@ def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run)
       stops += not stop_at(workdir, fitted, step, how, lambda: start("run"))
     start("run")
   assert stops == STEPS - 1
+  record_property("stops", stops)
   scripts_test.assert_same_end(workdir, tmp_path / "whole")
 
 

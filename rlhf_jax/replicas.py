@@ -31,10 +31,8 @@ def check(arrays: Mapping[str, jax.Array]) -> None:
   """
   groups = collections.defaultdict(dict)
   for name, array in arrays.items():
-    sharding = array.sharding
-    if isinstance(sharding, NamedSharding) and array.size:
-      if math.prod(sharding.shard_shape(array.shape)) * sharding.mesh.size > array.size:
-        groups[sharding.mesh][name] = array
+    if isinstance(array.sharding, NamedSharding) and _copies(array) > 1:
+      groups[array.sharding.mesh][name] = array
   for mesh, group in groups.items():
     shardings = tuple(array.sharding for array in group.values())
     sums = np.asarray(jax.device_get(_sums(list(group.values()), shardings)))
@@ -51,6 +49,12 @@ def check(arrays: Mapping[str, jax.Array]) -> None:
             " a device has computed or kept them wrongly. The same command continues from the"
             " newest checkpoint; leave out a device that does so again"
           )
+
+
+def _copies(array: jax.Array) -> int:
+  """Number of devices that hold the same part; 0 for an array without an entry."""
+  part = math.prod(array.sharding.shard_shape(array.shape))
+  return len(array.sharding.device_set) * part // array.size if array.size else 0
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -151,8 +151,8 @@ def test_every_method_has_a_case():
   assert {name.split("/")[0] for name in CASES} == methods - SHARED | {"terms"}
 
 
-# Losses of every case; GOLDENS=write writes those of the cases that run, and the commit message says
-# why they have changed. Another kind of CPU, or another jax, only rounds in another order.
+# Losses of every case, which another kind of CPU or another jax only rounds in another order.
+# GOLDENS=write writes those of the cases that run; the commit message says why they have changed.
 GOLDENS = pathlib.Path(__file__).with_name("goldens.json")
 
 

@@ -175,12 +175,13 @@ KILLS = 10
 
 
 @full
-def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository, record_property):
+def test_ten_kills_of_one_of_four(tmp_path, start_group, sft_run, repository, record_property):
   """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
   flags = [word for word in first_flags("ppo", sft_run, 4) if "--checkpoint" not in word]
   flags = [word for word in flags if "--steps" not in word]
-  flags += ["--steps=60", "--checkpoint_every=1"]
-  for finished in run_group("ppo", tmp_path / "whole", *flags, processes=4):
+  flags += ["--steps=30", "--checkpoint_every=1"]
+  for running in start_group("ppo", tmp_path / "whole", *flags, processes=4):
+    finished = running.end(timeout=900)
     assert finished.code == 0, finished.output
   run, draw, output = tmp_path / "run", random.Random(0), tmp_path / "output"
   sizes = ("--processes=4", "--devices=1", f"--restarts={KILLS}")

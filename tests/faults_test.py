@@ -26,8 +26,7 @@ def test_every_fault_is_held_or_has_a_reason():
   assert not [row.name for row in ROWS if not row.tests and not row.reason]
   faults = [row for row in ROWS if row.name.startswith("F")]
   assert sum(bool(row.tests) for row in faults) >= 38
-  pitfalls = [row for row in ROWS if row.name.startswith("N")]
-  assert [row.name for row in pitfalls if not row.planted] == ["N20"]  # No GPU, no kernels.
+  assert not [row.name for row in ROWS if row.name.startswith("N") and not row.planted]
 
 
 def test_what_the_table_names_exists(repository):

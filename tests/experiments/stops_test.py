@@ -69,24 +69,31 @@ def stop_at(workdir, fitted, step, how, start):
     how: SIGTERM or SIGKILL.
     start: Function that starts the run.
   """
-  write, copy = writers.RunWriter.write, workdir.with_name("copy")
+  push, write, copy = loop._Log.push, writers.RunWriter.write, workdir.with_name("copy")
+  sent = []
+
+  def push_and_stop(log, at, values, *, keep):
+    push(log, at, values, keep=keep)
+    if how == "SIGTERM" and not sent and at >= step and log._writer._workdir == fitted:
+      sent.append(at)
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def write_and_stop(writer, at, scalars):
     write(writer, at, scalars)
-    if at < step or writer._workdir != fitted:
-      return
-    if how == "SIGTERM":
-      os.kill(os.getpid(), signal.SIGTERM)
-    elif not copy.exists():
+    if how == "SIGKILL" and at >= step and writer._workdir == fitted and not copy.exists():
       # The save before is over: half of a file is copied, and a kill leaves none.
       wait_for(lambda: at == 1 or (fitted / "checkpoints" / f"{at - 1}.digest.json").exists(), 60)
       shutil.copytree(workdir, copy)
       raise _Killed
 
-  with mock.patch.object(writers.RunWriter, "write", write_and_stop):
+  with (
+    mock.patch.object(loop._Log, "push", push_and_stop),
+    mock.patch.object(writers.RunWriter, "write", write_and_stop),
+  ):
     try:
       start()
-    except loop.Preempted:
+    except loop.Preempted as e:
+      assert f"saved step {sent[0]} of" in str(e)
       return False
     except _Killed:  # What the run wrote while it was unwound is gone.
       shutil.rmtree(workdir)

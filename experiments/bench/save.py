@@ -65,11 +65,11 @@ def run(config: Config) -> dict[str, Any]:
         restored = checkpointer.restore({"state": state})
         assert restored is not None
         jax.block_until_ready(restored.items)
+        del restored
         if step:
           seconds["blocked"].append(blocked - start)
           seconds["saved"].append(saved - start)
           seconds["restored"].append(time.perf_counter() - saved)
-      del restored
       steps = math.ceil(max(seconds["saved"]) / step_seconds) + 1
       stall = _stall(work, checkpointer, steps, config.rounds)
   rows = {

@@ -58,7 +58,9 @@ def _killed(mutants: Collection[planting.Mutant], jobs: int) -> set[planting.Mut
 
 def main(words: list[str]) -> int:
   """Runs the rows that the words select."""
-  begin, cores = time.monotonic(), len(os.sched_getaffinity(0))
+  begin, cores = time.monotonic(), os.cpu_count() or 1
+  if hasattr(os, "sched_getaffinity"):  # Not on macOS.
+    cores = len(os.sched_getaffinity(0))
   trials = [word.removeprefix("--trials=") for word in words if word.startswith("--trials=")]
   os.environ.setdefault("TRIALS", trials[-1] if trials else str(_TRIALS))
   options = [word for word in words if word.startswith("-") and "--trials=" not in word]

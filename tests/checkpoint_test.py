@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -596,6 +597,23 @@ def test_a_save_without_room_is_not_begun(tmp_path, monkeypatch):
     ckpt.save(2, big, {})
     ckpt.wait()
     assert ckpt.latest_step() == 2
+
+
+def test_a_slow_disk_holds_no_step(tmp_path, monkeypatch):
+  """A save returns before it is on disk, and only the next one waits for that."""
+  finish, go = checkpoint.Checkpointer._finish, threading.Event()
+
+  def slow(self, *args):
+    assert go.wait(60)
+    finish(self, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_finish", slow)
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, {"state": weights(1)}, {})
+    assert not (tmp_path / "1.digest.json").exists()  # Training goes on meanwhile.
+    threading.Timer(0.2, go.set).start()
+    ckpt.save(2, {"state": weights(2)}, {})
+    assert (tmp_path / "1.digest.json").exists()
 
 
 def test_failed_write_keeps_the_older_steps(tmp_path, monkeypatch):

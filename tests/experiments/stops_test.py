@@ -47,12 +47,12 @@ class _Killed(BaseException):
   """Ends a run without a save, as a kill would."""
 
 
-def flags_of(setup, sft_run, reward_run):
+def flags_of(setup, **runs):
   script, further, _ = SETUPS[setup]
   flags = [f"--steps={STEPS}", "--checkpoint_every=1", "--log_every=1"]
-  flags += [word.format(reward=reward_run, sft=sft_run) for word in further]
+  flags += [word.format(**runs) for word in further]
   if script != "sft":
-    flags.append(f"--init_from={sft_run}")
+    flags.append(f"--init_from={runs['sft']}")
   if not any(word.startswith(("--reward.", "--preference.")) for word in flags):
     names = {"reward": "gold", "preference": "expert"}
     flags += [f"--{judge}.name={names[judge]}" for judge in judges_of(script)[:1]]
@@ -105,9 +105,11 @@ def stop_at(workdir, fitted, step, how, start):
 @full
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
-def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run, record_property):
+def test_stopped_at_every_step(
+  setup, tmp_path, start_here, sft_run, reward_run, teacher_run, record_property
+):
   script, _, devices = SETUPS[setup]
-  flags = flags_of(setup, sft_run, reward_run)
+  flags = flags_of(setup, sft=sft_run, reward=reward_run, teacher=teacher_run)
 
   def start(name):
     start_here(script, tmp_path / name, *flags, devices=devices)

@@ -160,7 +160,7 @@ SHORT = {
   "data.eval_rows": 8,
   "sampling.max_new_tokens": 4,
 }
-# Other tests have a judge, a person, several processes, a bucket, the chain and a compiler for TPUs.
+# Other tests have a judge, a person, several processes, a bucket, the chain, a compiler for TPUs.
 ELSEWHERE = (
   r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator|gs:"
 )

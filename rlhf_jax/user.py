@@ -162,8 +162,9 @@ def load(field: str, name: str) -> types.ModuleType:
 
 def name_of(function: Callable[..., Any]) -> str:
   """Returns the `module:function` that a setting named a function by, else its own name."""
+  function = getattr(function, "limits", function)
   for name, (known, _) in _resolved.items():
-    if known is getattr(function, "limits", function):
+    if known is function:
       return name
   while isinstance(function, functools.partial):
     function = function.func

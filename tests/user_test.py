@@ -352,19 +352,21 @@ def sort(*args):
   sorted(range(30), key=lambda _: time.sleep(1))
 
 
-@pytest.mark.parametrize("kind", ["reward", "constraint", "preference"])
-@pytest.mark.parametrize("function", [sleep, spin, sort])
+HANGS = [(sleep, "reward"), (spin, "constraint"), (sort, "preference")]
+
+
+@pytest.mark.parametrize(("function", "kind"), HANGS)
 def test_a_function_that_hangs_is_named_with_its_line(function, kind):
   responses = [["b"]] * (2 if kind == "preference" else 1)
-  limited = user.limited(function, 0.05)
+  limited = user.limited(function, 0.5)
   message = (
     rf"^{kind} function tests\.user_test:{function.__name__} raised TimeoutError: it took more"
-    r" than 0\.05 seconds, at .*user_test\.py:\d+$"
+    r" than 0\.5 seconds, at .*user_test\.py:\d+$"
   )
   begin = time.monotonic()
   with pytest.raises(user.RaisedError, match=message) as e:
     rewards.ask(limited, ["a"], *responses, rows=[{}], kind=kind)
-  assert e.value.exit_code == 70 and time.monotonic() - begin < 10
+  assert e.value.exit_code == 70 and time.monotonic() - begin < 25
 
 
 def test_a_limit_changes_nothing_for_a_function_that_ends():

@@ -160,8 +160,10 @@ SHORT = {
   "data.eval_rows": 8,
   "sampling.max_new_tokens": 4,
 }
-# Other tests have a judge, a person, several processes, the chain and a compiler for TPUs.
-ELSEWHERE = r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator"
+# Other tests have a judge, a person, several processes, a bucket, the chain, a compiler for TPUs.
+ELSEWHERE = (
+  r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator|gs:"
+)
 FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 # Group -> the scripts that train in it. What only reads runs is in the group of those.

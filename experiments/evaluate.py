@@ -92,13 +92,11 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")
   models_of = {"policy": ", ".join(config.policy), "baseline": config.baseline}
-  heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed, **models_of)
+  heldout = given_rows.prompts(session, "Evaluation", config.data, tokenizer, **models_of)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
   groups = grouping.groups_of(heldout, config.data)
-  demonstrations = given_rows.demonstrations(
-    config.data, config.demonstrations, tokenizer, seed=session.seed
-  )
+  demonstrations = given_rows.demonstrations(session, config.data, config.demonstrations, tokenizer)
   limits.require_length(config, folders[0], read=demonstrations, answered=[heldout])
   with loop.open_run(session) as run:
     model, base_params = models.open_model(run, config.model, folders[0], tokenizer)

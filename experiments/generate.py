@@ -60,10 +60,10 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
     data.require_known("--prompt", [prompts.examples[0]["prompt"]], tokenizer)
   else:
     prompts = given_rows.prompts(
+      session,
       "Samples",
       config.data,
       tokenizer,
-      seed=session.seed,
       limit=config.limit,
       every=True,
       model=folder,

@@ -64,7 +64,7 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data.end_token)
   source = dataclasses.replace(config.data, eval_fraction=0.0)
-  prompts, heldout = data.load("prompts", source, tokenizer)
+  prompts, heldout = given_rows.read(session, "prompts", source, tokenizer)
   given_rows.show("Revision", source, prompts, heldout, model=folder)
   texts = list(dict.fromkeys(data.plain_prompts(prompts, source)))
   texts = texts[: config.limit or len(texts)]

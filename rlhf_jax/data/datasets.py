@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rlhf_jax import ranges
-from rlhf_jax.data import files, formats, schema, sources
+from rlhf_jax import processes, ranges, workdir
+from rlhf_jax.data import files, formats, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
@@ -151,7 +152,12 @@ def _named_files(config: DataConfig) -> dict[str, str]:
 
 
 def load(
-  kind: KindName, config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0
+  kind: KindName,
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  *,
+  seed: int = 0,
+  cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Dataset, Dataset]:
   """Reads, checks and tokenises all rows.
 
@@ -160,6 +166,8 @@ def load(
     config: Sources and limits.
     tokenizer: Tokenizer that was made with `config.end_token`.
     seed: Seed of the built-in task; data from outside does not depend on it.
+    cache: Folder of tokenised files, from which the same rows are mapped into memory the next time;
+      None for no folder. Nothing else depends on it.
 
   Returns:
     The training set and the held-out set.
@@ -186,7 +194,30 @@ def load(
       f"data.share_prompts is for {shared}, two responses to a prompt, and this reads {kind}; leave"
       " it out"
     )
+  if cache is None or not (key := _key(kind, config, tokenizer)):
+    return _load(kind, config, tokenizer, seed)[:2]
+  path = workdir.local_path(cache) / f"{key}.tokens"
+  if found := stored.read(path):
+    for notice in found.notices:
+      logging.warning("%s", notice)
+    return found[:2]
+  found = _load(kind, config, tokenizer, seed)
+  unchanged = _key(kind, config, tokenizer) == key  # Since the files were digested.
+  if processes.is_first() and unchanged and stored.write(path, found):
+    found = stored.read(path) or found
+  return found[:2]
+
+
+def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
+  """Returns the name of the tokens of files; empty for rows that are not of files."""
+  specs = [config.path, config.eval_path, *_named_files(config).values()] if config.path else []
+  return stored.key(kind, config, [spec for spec in specs if spec], tokenizer)
+
+
+def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -> stored.Stored:
+  """Reads, checks and tokenises all rows; see `load`."""
   bad: list[DataError] = []
+  notices: list[str] = []
 
   def on_bad_row(error: DataError):
     if len(bad) >= config.bad_rows:
@@ -195,7 +226,8 @@ def load(
     bad.append(error)
 
   def read(rows: Iterator[Row]) -> _Part:
-    return _tokenize(kind, _parse(kind, rows, config, tokenizer, on_bad_row), config, tokenizer)
+    parsed = _parse(kind, rows, config, tokenizer, on_bad_row)
+    return _tokenize(kind, parsed, config, tokenizer, notices)
 
   def read_heldout(path: str) -> _Part:
     if len(files.sources_of(path)) > 1:
@@ -248,9 +280,8 @@ def load(
     return _finish(kind, part, shape)._replace(shared_length=shared)
 
   further = {name: finish(part) for name, part in named.items()}
-  return finish(train)._replace(mixture=_mixture(train, config)), finish(heldout)._replace(
-    named=further
-  )
+  mixed = finish(train)._replace(mixture=_mixture(train, config))
+  return stored.Stored(mixed, finish(heldout)._replace(named=further), notices)
 
 
 def _mixture(part: "_Part", config: DataConfig) -> tuple[Share, ...]:
@@ -354,7 +385,8 @@ def from_rows(
   def on_bad_row(error: DataError):
     raise error
 
-  part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
+  parsed = _parse(kind, iter(rows), config, tokenizer, on_bad_row)
+  part = _tokenize(kind, parsed, config, tokenizer, [])
   return _finish(kind, part, _shape(kind, part.examples))
 
 
@@ -526,9 +558,13 @@ def _place(key: str) -> float:
 
 
 def _tokenize(
-  kind: KindName, parsed: list[_Parsed], config: DataConfig, tokenizer: Tokenizer
+  kind: KindName,
+  parsed: list[_Parsed],
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  notices: list[str],
 ) -> _Part:
-  """Tokenises examples and drops those that cannot be trained on."""
+  """Tokenises examples and drops those that cannot be trained on; adds lines of the log."""
   events = [
     (i, f"dropped_{e.skip}") for i, item in enumerate(parsed) for e in item.examples if e.skip
   ]
@@ -549,7 +585,7 @@ def _tokenize(
     short = _shortened(long, config, tokenizer, events)
     encoded |= _encode(short, answers_of, tokenizer)
   if is_given(config):
-    _notice(parsed, asked, answers_of, tokenizer, events)
+    notices += _notice(parsed, asked, answers_of, tokenizer, events)
   unread = frozenset().union(*(item.unread for item in parsed))
   row_keys = [(item.examples[0].key, item.examples[0].answers) for item in parsed]
   lengths = np.zeros([len(usable), 2], np.int64)
@@ -611,8 +647,9 @@ def _notice(
   answers_of: dict[int, dict[str, None]],
   tokenizer: Tokenizer,
   events: list[tuple[int, str]],
-) -> None:
-  """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
+) -> list[str]:
+  """Counts the rows whose texts may be meant otherwise; logs and returns where the first are."""
+  notices = []
   spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
   joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
   unopened = {i: tokenizer.unopened(asked[i], [*answers_of[i]]) for i in asked}
@@ -626,7 +663,9 @@ def _notice(
     rows = [i for i, problem in noticed.items() if problem]
     events += [(i, name) for i in rows]
     for i in rows[:1]:
-      logging.warning("%s: %s (%d rows like it)", parsed[i].row.where, noticed[i], len(rows))
+      notices.append(f"{parsed[i].row.where}: {noticed[i]} ({len(rows)} rows like it)")
+      logging.warning("%s", notices[-1])
+  return notices
 
 
 def _repeated_prompt(prompt: Prompt, answers: Sequence[str]) -> str:
@@ -798,5 +837,6 @@ def _finish(kind: KindName, part: _Part, shape: tuple[int, int, int]) -> Dataset
     *shape,
     digest.hexdigest(),
     dict(part.report),
+    tuple(sorted({name for row in part.rows for name in row} - {"prompt_text"})),
     tuple(sorted(part.unread)),
   )

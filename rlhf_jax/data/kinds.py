@@ -88,6 +88,7 @@ class Dataset(NamedTuple):
       other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`,
       `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows
       are the same).
+    columns: Columns of the rows.
     unread: Columns that were not read; rewards still see them.
     shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
       0 gives each response a row of `padded_length`.
@@ -96,13 +97,14 @@ class Dataset(NamedTuple):
   """
 
   kind: KindName
-  examples: list[Arrays]
-  rows: list[dict[str, Any]]
+  examples: Sequence[Arrays]
+  rows: Sequence[dict[str, Any]]
   padded_length: int
   width: int
   scored: int
   digest: str
   report: dict[str, int]
+  columns: tuple[str, ...] = ()
   unread: tuple[str, ...] = ()
   shared_length: int = 0
   mixture: tuple[Share, ...] = ()

@@ -82,18 +82,26 @@ def _version(name: str) -> str:
 def read(path: pathlib.Path) -> Stored | None:
   """Maps a file into memory; returns None if there is none, or if it is damaged."""
   try:
-    header, arrays = _open(path)
-    train, heldout, *named = [
-      _dataset(about, {name: arrays[f"{i}.{name}"] for name in _ARRAYS})
-      for i, about in enumerate(header["sets"])
-    ]
-    heldout = heldout._replace(named=dict(zip(header["named"], named, strict=True)))
-    return Stored(train, heldout, header["notices"])
+    return _read(path)
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+  except _UNUSABLE as error:
     logging.warning("%s: not usable (%s); the rows are tokenised again", path, error)
     return None
+
+
+# Of a file that is no file of tokens, or that another program wrote.
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+
+
+def _read(path: pathlib.Path) -> Stored:
+  header, arrays = _open(path)
+  train, heldout, *named = [
+    _dataset(about, {name: arrays[f"{i}.{name}"] for name in _ARRAYS})
+    for i, about in enumerate(header["sets"])
+  ]
+  heldout = heldout._replace(named=dict(zip(header["named"], named, strict=True)))
+  return Stored(train, heldout, header["notices"])
 
 
 def write(path: pathlib.Path, stored: Stored) -> bool:
@@ -228,8 +236,8 @@ def _save(path: pathlib.Path, header: dict[str, Any], arrays: Mapping[str, np.nd
       file.flush()
       workdir.follow_umask(temporary)
       try:  # One that others have mapped stays: on a network file system its pages would be gone.
-        _content(path)
-      except (OSError, ValueError):
+        _read(path)
+      except _UNUSABLE:
         os.replace(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)
@@ -241,26 +249,16 @@ def _open(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   Raises:
     ValueError: It is damaged.
   """
-  content = _content(path)
-  place = _ALIGNMENT + int(content[len(_MAGIC) : _ALIGNMENT].tobytes())
-  header = json.loads(content[_ALIGNMENT:place].tobytes())
-  arrays = {}
-  for name, (dtype, count) in header["arrays"].items():
-    size = np.dtype(dtype).itemsize * count
-    arrays[name] = content[place : place + size].view(dtype)
-    place += size + -size % _ALIGNMENT
-  return header, arrays
-
-
-def _content(path: pathlib.Path) -> Any:
-  """Maps the bytes of a file without its digest, which is compared with them.
-
-  Raises:
-    ValueError: It is damaged.
-  """
   # A plain view: each slice of a memmap would be an object with attributes of its own.
   content: Any = np.asarray(np.memmap(path, np.uint8, "r"))
   body, ending = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
   if hashlib.sha256(body).digest() != ending.tobytes() or body[: len(_MAGIC)].tobytes() != _MAGIC:
     raise ValueError("damaged or cut off")
-  return body
+  place = _ALIGNMENT + int(body[len(_MAGIC) : _ALIGNMENT].tobytes())
+  header = json.loads(body[_ALIGNMENT:place].tobytes())
+  arrays = {}
+  for name, (dtype, count) in header["arrays"].items():
+    size = np.dtype(dtype).itemsize * count
+    arrays[name] = body[place : place + size].view(dtype)
+    place += size + -size % _ALIGNMENT
+  return header, arrays

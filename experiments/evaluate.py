@@ -83,9 +83,9 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     return benchmark.measure(session, config)
   names = line_files.short_names("policy", (config.baseline, *config.policy))
   folders = [models.finished_folder(path) for path in (config.baseline, *config.policy)]
-  tokenizer = models.open_tokenizer(folders[0], config.data.end_token)
+  tokenizer = models.open_tokenizer(folders[0], config.data)
   for path, folder in zip(config.policy, folders[1:], strict=True):
-    if models.open_tokenizer(folder, config.data.end_token).digest != tokenizer.digest:
+    if models.open_tokenizer(folder, config.data).digest != tokenizer.digest:
       raise flags.UsageError(
         f"--policy={path} has another tokenizer than --baseline: no KL between them"
       )

@@ -86,7 +86,7 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
   """Merges the models, exports the result to `workdir/export` and returns summary.json."""
   paths = [*([config.base] if config.base else []), *config.models]
   line_files.short_names("models", paths)  # Refuses one that is given twice.
-  folders, tokenizer = averaging.open_alike(paths, config.data.end_token)
+  folders, tokenizer = averaging.open_alike(paths, config.data)
   for folder in folders:
     models.require_other_folder(session.workdir, folder)
   layers = hf.parse_config(folders[0])[0].layers

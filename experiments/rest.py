@@ -89,7 +89,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   config.require()
   folder = models.source_folder(config.model, config.init_from)
   assert folder is not None  # `require` refuses a policy that nothing has trained.
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   train_set, heldout = given_rows.read(session, "prompts", config.data, tokenizer)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)

@@ -415,7 +415,7 @@ def open(
   hub.settle(session.workdir, flags.flatten(flags.to_dict(config)).values())
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   train_set, heldout = given_rows.read(session, kind, config.data, tokenizer)
   settle_steps(config, train_set)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))

@@ -22,6 +22,7 @@ from rlhf_jax.data import files, formats, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
+  SCORED,
   Arrays,
   Dataset,
   Share,
@@ -31,7 +32,15 @@ from rlhf_jax.data.kinds import (
 )
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
-from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
+from rlhf_jax.data.tokenizer import (
+  RESERVED,
+  ChatError,
+  Exchange,
+  Prompt,
+  Tokenizer,
+  answers_in,
+  transcript,
+)
 
 _BUILTIN_ROWS = 8192
 _JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
@@ -68,7 +77,8 @@ class DataConfig:
       `reward_model` also measure the held-out rows: each group, the worst one, and the spread. Of
       the built-in task subject, tone or length, which a prompt asks for.
     max_prompt_length: Maximum length of a prompt in tokens.
-    max_response_length: Maximum length of a response in tokens, including its end token.
+    max_response_length: Maximum length of a response in tokens, including its end token. With
+      turns=all it is all that follows the first prompt.
     overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
       oldest turns, and then the start of the last one's text, but never a part of the chat template
       or the system turn. Rows with a longer response are always dropped.
@@ -83,6 +93,11 @@ class DataConfig:
     end_token: Token that ends a response, such as <s>; empty takes that of the tokenizer.
     annotator: Annotator or group whose votes are the preferences; empty takes all votes. For the
       built-in task, a key of simulation.ANNOTATORS (empty is the expert).
+    turns: Answers of a chat that are learnt from, in demonstrations: the `last` one, or `all`. All
+      need a chat template with blocks `generation`, or one that writes the start of a chat as in
+      the whole chat.
+    template_args: Variables of the chat template, as in enable_thinking:false,style:brief. They are
+      kept with the exported model.
     votes: Treatment of several votes on one pair. `majority` makes one pair and drops ties; `each`
       makes one pair per vote, which teaches a model the share of the votes.
   """
@@ -106,6 +121,8 @@ class DataConfig:
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
   annotator: str = ranges.rare("")
+  turns: Literal["last", "all"] = ranges.rare("last")
+  template_args: tuple[str, ...] = ranges.rare(())
   votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
@@ -125,8 +142,14 @@ class DataConfig:
       below_one=("eval_fraction",),
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
-      one_of={"overlong": _OVERLONG, "votes": schema.VOTES, "split": sources.HELDOUT_SPLITS},
+      one_of={
+        "overlong": _OVERLONG,
+        "votes": schema.VOTES,
+        "split": sources.HELDOUT_SPLITS,
+        "turns": ("last", "all"),
+      },
     )
+    self.variables()
     if self.eval_sets and not is_given(self):
       raise ValueError("eval_sets are for rows of yours; give path or tfds as well")
     if self.eval_sets and not (self.eval_path or self.eval_fraction):
@@ -136,6 +159,38 @@ class DataConfig:
       raise ValueError(
         "split is one of the built-in task; give held-out rows of yours by eval_path"
       )
+
+  def variables(self) -> dict[str, Any] | None:
+    """Returns the variables in `template_args`; None without any.
+
+    Raises:
+      ValueError: One is malformed, is there twice, or is not the user's to set.
+    """
+    values: dict[str, Any] = {}
+    for text in self.template_args:
+      name, colon, value = text.partition(":")
+      if not re.fullmatch(r"[A-Za-z_]\w*", name) or not colon:
+        raise ValueError(
+          f"template_args has {text!r}; write NAME:VALUE, as in enable_thinking:false"
+        )
+      if name in RESERVED or name.endswith("_token"):
+        raise ValueError(f"template_args cannot set {name}, which rows or the tokenizer set")
+      if name in values:
+        raise ValueError(f"template_args sets {name} twice; keep one")
+      values[name] = _value_of(value)
+    return values or None
+
+
+def _value_of(text: str) -> Any:
+  """Returns a value of the command line: true, false, null, a number, or else a text."""
+  words = {"true": True, "false": False, "null": None, "none": None}
+  if text.lower() in words:
+    return words[text.lower()]
+  try:
+    value = sources.load_json(text)
+  except ValueError:
+    return text
+  return value if isinstance(value, int | float | str) else text
 
 
 def _named_files(config: DataConfig) -> dict[str, str]:
@@ -194,6 +249,8 @@ def load(
       f"data.share_prompts is for {shared}, two responses to a prompt, and this reads {kind}; leave"
       " it out"
     )
+  if config.turns == "all" and kind != "demonstrations":
+    raise DataError(f"data.turns=all is for demonstrations, and this reads {kind}; leave it out")
   if cache is None or not (key := _key(kind, config, tokenizer)):
     return _load(kind, config, tokenizer, seed)[:2]
   path = workdir.local_path(cache) / f"{key}.tokens"
@@ -478,8 +535,12 @@ def _parse(
           f"{row.where}: no annotator judged it; leave out data.annotator={config.annotator}"
         )
       try:
-        tokenizer.require_plain(read.examples[0].prompt)
-        text = tokenizer.render_prompt(read.examples[0].prompt)
+        prompt = read.examples[0].prompt
+        tokenizer.require_prompt(prompt)
+        if config.turns == "all":
+          _require_weights(row)
+          prompt = _first_prompt(prompt)
+        text = tokenizer.render_prompt(prompt)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
@@ -488,6 +549,23 @@ def _parse(
     row = row._replace(fields={**row.fields, "prompt_text": text})
     parsed.append(_Parsed(row, read.examples, read.unread))
   return parsed
+
+
+def _first_prompt(prompt: Prompt) -> Prompt:
+  """Returns the turns of a prompt before the first answer in them."""
+  answers = [] if isinstance(prompt, str) else answers_in(prompt)
+  return prompt[: answers[0]] if answers else prompt
+
+
+def _require_weights(row: Row) -> None:
+  """Refuses turns from which nothing is to be learnt, where all are learnt from."""
+  for name, value in row.fields.items():
+    for i, turn in enumerate(value if isinstance(value, list) else ()):
+      if isinstance(turn, dict) and turn.get("weight") == 0:
+        raise DataError(
+          f"{row.where}: {name}[{i}].weight: is 0, and data.turns=all learns from every answer;"
+          " use data.turns=last, or remove the row"
+        )
 
 
 def _without(row: Row, columns: Sequence[str]) -> Row:
@@ -578,12 +656,13 @@ def _tokenize(
   answers_of: dict[int, dict[str, None]] = {i: {} for i in asked}  # The pairs of a row share them.
   for i, _, example in usable:
     answers_of[i] |= dict.fromkeys(example.answers)
-  encoded = _encode(asked, answers_of, tokenizer)
+  where = {i: row.where for i, row, _ in usable}
+  encoded = _encode(asked, answers_of, tokenizer, config, where)
   whole = {i: len(exchange.prompt) for i, exchange in encoded.items()}
   if config.overlong == "truncate_prompt":
     long = {i: asked[i] for i in asked if asked[i] and whole[i] > config.max_prompt_length}
     short = _shortened(long, config, tokenizer, events)
-    encoded |= _encode(short, answers_of, tokenizer)
+    encoded |= _encode(short, answers_of, tokenizer, config, where)
   if is_given(config):
     notices += _notice(parsed, asked, answers_of, tokenizer, events)
   unread = frozenset().union(*(item.unread for item in parsed))
@@ -610,7 +689,10 @@ def _tokenize(
     if prompt_too_long:
       events.append((i, "truncated_prompts"))
     events += [(i, "dropped_overlong_responses")] * (len(example.answers) - len(answers))
-    part.examples.append(_arrays(kind, prompt, answers, labels))
+    arrays = _arrays(kind, prompt, answers, labels)
+    if encoded[i].scored:
+      arrays[SCORED] = np.asarray(encoded[i].scored, np.int32)
+    part.examples.append(arrays)
     part.rows.append(row.fields)
     part.keys.append(example.key)
     part.origins.append(i)
@@ -619,9 +701,19 @@ def _tokenize(
 
 
 def _encode(
-  asked: dict[int, Prompt], answers_of: dict[int, dict[str, None]], tokenizer: Tokenizer
+  asked: dict[int, Prompt],
+  answers_of: dict[int, dict[str, None]],
+  tokenizer: Tokenizer,
+  config: DataConfig,
+  where: dict[int, str],
 ) -> dict[int, Exchange]:
-  """Encodes prompts with all their answers."""
+  """Encodes prompts with all their answers, or chats in which all answers are scored."""
+  if config.turns == "all":
+    try:
+      chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
+    except ChatError as error:
+      raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
+    return dict(zip(asked, chats, strict=True))
   exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
   return dict(zip(asked, exchanges, strict=True))
 

@@ -23,6 +23,7 @@ from rlhf_jax.types import (
 
 Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
 
+SCORED = "scored"  # Column of a demonstration with further turns between its answers.
 _NEAR = 256  # Examples among which another prompt is looked for; thousands may share one.
 
 # Counts that the report of a data set holds even where they are 0.
@@ -66,8 +67,9 @@ class Dataset(NamedTuple):
     examples: One dict of int32 [length] ids each: "prompt" and, by kind, "response"; "chosen" and
       "rejected"; "response_a" and "response_b"; or "response_0", "response_1" and so on, the best
       one first. A ranking also has "ranks", one per response, an unpaired response "desirable",
-      [1] or [0], and a comparison "preference", float32 [1], the share of the verdicts for the
-      first response.
+      [1] or [0], a demonstration with several answers "scored", 1 for each token of its response
+      that is one of an answer and else 0, and a comparison "preference", float32 [1], the share of
+      the verdicts for the first response.
     rows: Original columns of the row of each example, plus "prompt_text", the prompt as the
       tokenizer renders it.
     padded_length: Length to pad to, shared by the training and the held-out set. It covers the
@@ -258,8 +260,8 @@ KINDS: dict[KindName, Kind] = {
 
 def responses_of(example: Arrays) -> list[np.ndarray]:
   """Returns the token ids of the responses of an example, in their order."""
-  labels = {kind.label for kind in KINDS.values()}
-  return [ids for name, ids in example.items() if name != "prompt" and name not in labels]
+  others = {"prompt", SCORED, *(kind.label for kind in KINDS.values())}
+  return [ids for name, ids in example.items() if name not in others]
 
 
 def _at(dataset: Dataset, indices: np.ndarray) -> list[Arrays]:
@@ -355,5 +357,5 @@ def _pad_right(
       end = len(prompt) + len(answer)
       tokens[row, column, : len(prompt)] = prompt
       tokens[row, column, len(prompt) : end] = answer
-      mask[row, column, len(prompt) : end] = True
+      mask[row, column, len(prompt) : end] = example.get(SCORED, True)
   return tokens, mask

@@ -657,12 +657,13 @@ def _tokenize(
   for i, _, example in usable:
     answers_of[i] |= dict.fromkeys(example.answers)
   where = {i: row.where for i, row, _ in usable}
-  encoded = _encode(asked, answers_of, tokenizer, config, where)
+  scored: dict[int, list[int]] = {}  # Scores of the ids of chats with several answers.
+  encoded = _encode(asked, answers_of, tokenizer, config, where, scored)
   whole = {i: len(exchange.prompt) for i, exchange in encoded.items()}
   if config.overlong == "truncate_prompt":
     long = {i: asked[i] for i in asked if asked[i] and whole[i] > config.max_prompt_length}
     short = _shortened(long, config, tokenizer, events)
-    encoded |= _encode(short, answers_of, tokenizer, config, where)
+    encoded |= _encode(short, answers_of, tokenizer, config, where, scored)
   if is_given(config):
     notices += _notice(parsed, asked, answers_of, tokenizer, events)
   unread = frozenset().union(*(item.unread for item in parsed))
@@ -690,8 +691,8 @@ def _tokenize(
       events.append((i, "truncated_prompts"))
     events += [(i, "dropped_overlong_responses")] * (len(example.answers) - len(answers))
     arrays = _arrays(kind, prompt, answers, labels)
-    if encoded[i].scored:
-      arrays[SCORED] = np.asarray(encoded[i].scored, np.int32)
+    if not all(scored.get(i, ())):
+      arrays[SCORED] = np.asarray(scored[i], np.int32)
     part.examples.append(arrays)
     part.rows.append(row.fields)
     part.keys.append(example.key)
@@ -706,16 +707,18 @@ def _encode(
   tokenizer: Tokenizer,
   config: DataConfig,
   where: dict[int, str],
+  scored: dict[int, list[int]],
 ) -> dict[int, Exchange]:
-  """Encodes prompts with all their answers, or chats in which all answers are scored."""
-  if config.turns == "all":
-    try:
-      chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
-    except ChatError as error:
-      raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
-    return dict(zip(asked, chats, strict=True))
-  exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
-  return dict(zip(asked, exchanges, strict=True))
+  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores."""
+  if config.turns == "last":
+    exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
+    return dict(zip(asked, exchanges, strict=True))
+  try:
+    chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
+  except ChatError as error:
+    raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
+  scored |= {i: chat.scored for i, chat in zip(asked, chats, strict=True)}
+  return {i: Exchange(of.prompt, [of.response]) for i, of in zip(asked, chats, strict=True)}
 
 
 def _shortened(

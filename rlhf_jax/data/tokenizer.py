@@ -61,18 +61,24 @@ class Chat(NamedTuple):
 
 
 class Exchange(NamedTuple):
-  """Ids of a prompt and of responses to it, each with its end token.
-
-  Attributes:
-    prompt: Ids of the prompt.
-    responses: Ids of each response.
-    scored: For a single response that has further turns between answers, 1 for each id of an
-      answer and else 0; empty if all ids are those of an answer.
-  """
+  """Ids of a prompt and of responses to it, each with its end token."""
 
   prompt: list[int]
   responses: list[list[int]]
-  scored: Sequence[int] = ()
+
+
+class Conversation(NamedTuple):
+  """Ids of a chat with any number of answers.
+
+  Attributes:
+    prompt: Ids before the first answer.
+    response: Ids from the first answer to the end of the last one.
+    scored: 1 for each id of the response that is one of an answer, else 0.
+  """
+
+  prompt: list[int]
+  response: list[int]
+  scored: list[int]
 
 
 class ChatError(DataError):
@@ -334,7 +340,7 @@ class Tokenizer:
       for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
     ]
 
-  def encode_chats(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Exchange]:
+  def encode_chats(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Conversation]:
     """Ids of whole chats, in which every answer of the assistant is scored.
 
     The prompt is what stands before the first answer. If the chat template has blocks `generation`,
@@ -367,10 +373,11 @@ class Tokenizer:
       found = self._following_answers({i: c for i, c in chats.items() if len(answers_in(c)) > 1})
     alone = [i for i in range(len(prompts)) if i not in found]
     exchanges = self.encode_exchanges([prompts[i] for i in alone], [[answers[i]] for i in alone])
-    found |= dict(zip(alone, exchanges, strict=True))
+    for i, (prompt, (response,)) in zip(alone, exchanges, strict=True):
+      found[i] = Conversation(prompt, response, [1] * len(response))
     return [found[i] for i in range(len(prompts))]
 
-  def _marked_answers(self, chats: Mapping[int, Messages]) -> dict[int, Exchange]:
+  def _marked_answers(self, chats: Mapping[int, Messages]) -> dict[int, Conversation]:
     """Returns the ids of chats whose answers the template marks; see `encode_chats`."""
     turns = [Chat(self._protected(chat), add_generation_prompt=False) for chat in chats.values()]
     texts = self._template.render(turns, controls.MARKS)
@@ -388,11 +395,10 @@ class Tokenizer:
         )
       first = scored.index(1, 1)  # Nothing comes before the first id, which so cannot be learnt.
       last = len(scored) - scored[::-1].index(1)
-      scores = scored[first:last]
-      found[i] = Exchange(whole.ids[:first], [whole.ids[first:last]], () if all(scores) else scores)
+      found[i] = Conversation(whole.ids[:first], whole.ids[first:last], scored[first:last])
     return found
 
-  def _following_answers(self, chats: Mapping[int, Messages]) -> dict[int, Exchange]:
+  def _following_answers(self, chats: Mapping[int, Messages]) -> dict[int, Conversation]:
     """Returns the ids of chats whose answers follow their prompts; see `encode_chats`."""
     asked = [
       (i, end)
@@ -423,9 +429,8 @@ class Tokenizer:
       ]
       owners += [i] * (len(starts) - 1)
     prompts = self._encoder.ids([self._encoder.mark(parts[0]) for parts in texts.values()])
-    found = {i: Exchange(ids, [[]], []) for i, ids in zip(texts, prompts, strict=True)}
+    found = {i: Conversation(ids, [], []) for i, ids in zip(texts, prompts, strict=True)}
     for n, (i, ids) in enumerate(zip(owners, self._continue(pairs), strict=True)):
-      (response,), scored = found[i].responses, [*found[i].scored]
       is_last = n + 1 == len(owners) or owners[n + 1] != i
       answer = self._ended(ids)
       if not is_last and ids[: len(answer)] != answer:
@@ -435,8 +440,8 @@ class Tokenizer:
           i,
         )
       tail = [] if is_last else ids[len(answer) :]
-      scored += [1] * len(answer) + [0] * len(tail)
-      found[i] = Exchange(found[i].prompt, [[*response, *answer, *tail]], scored)
+      found[i].response.extend([*answer, *tail])
+      found[i].scored.extend([1] * len(answer) + [0] * len(tail))
     return found
 
   def encode_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:

@@ -127,7 +127,7 @@ def _render(task: dict[str, Any]) -> dict[str, Any]:
   """Renders chats up to the first one that is refused."""
   texts: list[str] = []
   problem: dict[str, str] = {}
-  _marks[:] = task["marks"]
+  _marks[:] = task.get("marks", ("", ""))
   for chat in task["chats"]:
     problem = _append(texts, task["source"], {**task["variables"], **chat})
     if problem:

@@ -87,9 +87,7 @@ def smollm2(template=None):
 def encoded(tokenizer, messages):
   """Ids of a chat, and a score for each."""
   (found,) = tokenizer.encode_chats([messages[:-1]], [messages[-1]["content"]])
-  (response,) = found.responses
-  scored = [0] * len(found.prompt) + list(found.scored or [1] * len(response))
-  return [*found.prompt, *response], scored
+  return [*found.prompt, *found.response], [0] * len(found.prompt) + found.scored
 
 
 def turn_by_turn(tokenizer, messages):

@@ -184,6 +184,16 @@ def all_responses(prompts: Sequence[int], responses: Sequence[Sequence[int]]) ->
   return max(p + sum(r) for p, r in zip(prompts, responses, strict=True))
 
 
+def shared_length(pair_length: int, length: int) -> int:
+  """Returns the length of rows that hold a prompt once, or 0 where two rows are not much longer.
+
+  Args:
+    pair_length: Length of each of two rows that hold the prompt and one response.
+    length: Length of a row with both responses.
+  """
+  return length if length <= 0.9 * 2 * pair_length else 0
+
+
 def _any_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
   """Returns the length of the longest response behind the longest prompt."""
   return max(prompts) + max(map(max, responses))

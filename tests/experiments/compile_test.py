@@ -148,8 +148,8 @@ ROLLOUTS = {"rest": "grow"}
 @pytest.mark.parametrize(
   ("script", "on"),
   [
-    pytest.param("ppo", TINY, id="ppo-tiny"),
-    pytest.param("dpo", TINY, id="dpo-tiny", marks=full),
+    pytest.param("dpo", TINY, id="dpo-tiny"),
+    pytest.param("ppo", TINY, id="ppo-tiny", marks=full),
     *(pytest.param(script, LARGE, id=f"{script}-large", marks=full) for script in METHODS),
   ],
 )

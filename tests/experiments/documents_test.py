@@ -271,8 +271,8 @@ def test_commands_run_one_after_the_other(group, run_short, chain_run):
     run_short(command)
 
 
-# One command on pairs, on rankings, and on prompts with either kind of reward always runs.
-KINDS = r"hh_harmless|alpaca_eval|story_openings|gsm8k_train.*exact_answer"
+# One command on pairs, and on prompts with either kind of reward always runs.
+KINDS = r"hh_harmless|story_openings|gsm8k_train.*exact_answer"
 
 
 def on_files() -> list:

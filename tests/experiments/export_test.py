@@ -21,7 +21,7 @@ def exported(workdir, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["cgpo", "dpo", "nash_md", "ppo", "preference_model", "rloo"])
+@pytest.mark.parametrize("script", ["dpo", "nash_md", "ppo", "preference_model", "rloo"])
 def test_the_last_checkpoint_is_the_model_of_the_run(script, whole, tmp_path):
   shutil.copytree(whole(script), tmp_path / "run")
   folder = exported(tmp_path / "run", STEPS)

@@ -9,8 +9,9 @@ from experiments.lab import plans
 from tests.testing import full
 
 METHODS = plans.methods()
-# Methods whose script and state are those of a relative that is tested: PPO, GRPO, DPO, Nash-MD.
-KINDRED = {"cispo", "gspo", "ipo_md", "p3o", "pf_ppo", "reinforce_pp", "simpo"}
+# Methods whose script and state are those of a relative that is tested: PPO, GRPO, RLOO, DPO, SFT,
+# Nash-MD.
+KINDRED = {"cgpo", "cispo", "gkd", "gspo", "ipo_md", "p3o", "pf_ppo", "reinforce_pp", "simpo"}
 # Settings with states of their own: adapters, averages, moments, rounds, packed rows, schedules.
 SETTINGS = {
   "dpo": ("--data.packed_length=192", "--lora.rank=4", "--eval_every=3"),

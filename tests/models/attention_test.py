@@ -162,7 +162,9 @@ def test_splash_on_a_mesh(spec, kv_heads):
   assert rows == {ROWS // 4}, "each device computes its own rows"
 
 
-@pytest.mark.parametrize("name", [pytest.param("gemma2", marks=full), "gemma3", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+  "name", [*(pytest.param(name, marks=full) for name in ("gemma2", "mistral")), "gemma3", "gpt2"]
+)
 def test_a_model_by_splash(name):
   config = FAMILY_MODELS[name]
   if name == "gemma3":  # One layer of each kind: the kernels take long to compile here.
@@ -277,7 +279,7 @@ def test_visible():
 
 
 # The larger the blocks are, the longer the compiler takes: those of one model are large enough.
-@pytest.mark.parametrize("name, length", [("gemma2", 600), ("llama", 200)])
+@pytest.mark.parametrize("name, length", [pytest.param("gemma2", 600, marks=full), ("llama", 200)])
 def test_splash_compiles_for_tpus(name, length, monkeypatch):
   pytest.importorskip("libtpu")
   # Without these the compiler asks for the machine it is on, and for nobody else to use it.

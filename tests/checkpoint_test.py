@@ -664,9 +664,9 @@ def test_leftovers_are_removed_only_under_the_lock(tmp_path):
   assert not leftover.exists()
 
 
-def test_urls_are_refused():
-  with pytest.raises(workdir_lib.WorkdirError, match="mount the bucket"):
-    checkpoint.Checkpointer("gs://bucket/run")
+def test_other_urls_are_refused():
+  with pytest.raises(workdir_lib.WorkdirError, match="mount the share"):
+    checkpoint.Checkpointer("s3://bucket/run")
 
 
 SCORES = {1: 0.5, 2: 0.1, 3: 0.9, 4: None, 5: 0.9, 6: 0.2, 7: 0.3, 8: 0.4}

@@ -189,7 +189,7 @@ ROWS = [
   ("preferences", {**PAIR, "context": "c"}, "context", "data.ignore=context"),
   ("prompts", {"instruction": "p", "input": "i", "context": "c"}, "changes the prompt"),
   # ... turns, ...
-  ("prompts", {"messages": [user("p"), {"role": "tool", "content": "t"}]}, "'tool'", "not support"),
+  ("prompts", {"messages": [user("p"), {"role": "tool", "content": "t"}]}, "'tool'", "template"),
   ("prompts", {"messages": [user("p"), {"role": "function", "content": "t"}]}, "'function'"),
   ("prompts", {"conversations": [{"from": "observation", "value": "t"}]}, "'observation'"),
   ("prompts", {"messages": [{"role": "narrator", "content": "t"}]}, "unknown role 'narrator'"),

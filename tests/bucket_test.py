@@ -167,6 +167,7 @@ def test_a_bucket_that_cannot_be_used_is_named_in_one_line(machine, server, code
   assert code == 74 and "gs://runs/team/ppo cannot be read or written" in message
 
 
+@full
 def test_a_bucket_that_fails_later_ends_the_run_and_loses_nothing(machine, server):
   step = loop_test.quadratic
 

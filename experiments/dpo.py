@@ -10,9 +10,9 @@ Offline VPO, whose bonus stays near the chosen responses:
 A loss from your file my_losses.py in the current folder:
   --dpo.loss=my_losses:squared
 
-The initial policy is the reference; its log-probabilities are computed once per pair. With
---data.packed_length a row holds as many pairs as fit, instead of one pair and padding. With
---data.share_prompts a long prompt is run once for both responses.
+The initial policy is the reference; its log-probabilities are computed once per pair. The prompt of
+a pair is run once for both responses where this saves tokens; with --data.packed_length a row holds
+as many pairs as fit, instead of one pair and padding.
 At the end the trained and the initial policy answer the held-out prompts. With --eval_every=50 the
 policy in training also answers them every 50 steps.
 The same command, run again, resumes a run that was stopped.
@@ -45,7 +45,7 @@ class Config(loop.RunConfig):
   batch_size: int = 32
   log_every: int = 10
   model: models.ModelOptions = models.ModelOptions()
-  data: DataConfig = DataConfig()
+  data: DataConfig = DataConfig(share_prompts=True)
   reward: RewardOptions = RewardOptions()
   sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   dpo: DPOConfig = DPOConfig()

@@ -83,22 +83,20 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     return benchmark.measure(session, config)
   names = line_files.short_names("policy", (config.baseline, *config.policy))
   folders = [models.finished_folder(path) for path in (config.baseline, *config.policy)]
-  tokenizer = models.open_tokenizer(folders[0], config.data.end_token)
+  tokenizer = models.open_tokenizer(folders[0], config.data)
   for path, folder in zip(config.policy, folders[1:], strict=True):
-    if models.open_tokenizer(folder, config.data.end_token).digest != tokenizer.digest:
+    if models.open_tokenizer(folder, config.data).digest != tokenizer.digest:
       raise flags.UsageError(
         f"--policy={path} has another tokenizer than --baseline: no KL between them"
       )
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")
   models_of = {"policy": ", ".join(config.policy), "baseline": config.baseline}
-  heldout = given_rows.prompts("Evaluation", config.data, tokenizer, seed=session.seed, **models_of)
+  heldout = given_rows.prompts(session, "Evaluation", config.data, tokenizer, **models_of)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
   groups = grouping.groups_of(heldout, config.data)
-  demonstrations = given_rows.demonstrations(
-    config.data, config.demonstrations, tokenizer, seed=session.seed
-  )
+  demonstrations = given_rows.demonstrations(session, config.data, config.demonstrations, tokenizer)
   limits.require_length(config, folders[0], read=demonstrations, answered=[heldout])
   with loop.open_run(session) as run:
     model, base_params = models.open_model(run, config.model, folders[0], tokenizer)

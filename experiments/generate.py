@@ -54,16 +54,16 @@ class Config:
 def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
   """Samples responses, writes and shows them, and returns the rows that were written."""
   folder = models.source_folder(config.model, config.init_from)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   if config.prompt:
     prompts = data.prompts_from_texts([config.prompt], tokenizer)
     data.require_known("--prompt", [prompts.examples[0]["prompt"]], tokenizer)
   else:
     prompts = given_rows.prompts(
+      session,
       "Samples",
       config.data,
       tokenizer,
-      seed=session.seed,
       limit=config.limit,
       every=True,
       model=folder,

@@ -84,7 +84,7 @@ def open_judge(run: loop.Run, config: Config) -> rewards.JudgeModel:
   """Opens the judge of `--judge.path`."""
   principles = judge.read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   model, params = models.open_model(run, config.model, folder, tokenizer)
   return rewards.JudgeModel(
     model.apply,

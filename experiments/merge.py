@@ -28,12 +28,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import data, entry, flags, loop, processes, reporting
+from rlhf_jax import entry, flags, loop, processes, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf, merge
 from . import records
-from .lab import averaging, limits, line_files, models
+from .lab import averaging, given_rows, limits, line_files, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
   """Merges the models, exports the result to `workdir/export` and returns summary.json."""
   paths = [*([config.base] if config.base else []), *config.models]
   line_files.short_names("models", paths)  # Refuses one that is given twice.
-  folders, tokenizer = averaging.open_alike(paths, config.data.end_token)
+  folders, tokenizer = averaging.open_alike(paths, config.data)
   for folder in folders:
     models.require_other_folder(session.workdir, folder)
   layers = hf.parse_config(folders[0])[0].layers
@@ -101,7 +101,7 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
   if config.blocks.count:
     if head != "language":
       raise flags.UsageError("--blocks.count learns from answers, and a reward model gives none")
-    prompts, _ = data.load("prompts", config.data, tokenizer, seed=session.seed)
+    prompts, _ = given_rows.read(session, "prompts", config.data, tokenizer)
     limits.require_length(config, folders[0], answered=[prompts])
   with loop.open_run(session) as run:
     digests = models.digests(flags.flatten(flags.to_dict(config)))

@@ -24,7 +24,7 @@ import dataclasses
 
 import numpy as np
 
-from rlhf_jax import data, defaults, entry, flags, loop, ranges
+from rlhf_jax import defaults, entry, flags, loop, ranges
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import selection
 from rlhf_jax.algorithms.rest import RestConfig
@@ -89,8 +89,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   config.require()
   folder = models.source_folder(config.model, config.init_from)
   assert folder is not None  # `require` refuses a policy that nothing has trained.
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
-  train_set, heldout = data.load("prompts", config.data, tokenizer, seed=session.seed)
+  tokenizer = models.open_tokenizer(folder, config.data)
+  train_set, heldout = given_rows.read(session, "prompts", config.data, tokenizer)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
   workdir = workdir_lib.local_path(session.workdir)
   rows, start = [], folder

@@ -62,9 +62,9 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   """Answers the prompts that are left and revises the answers; returns summary.json."""
   principles = read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   source = dataclasses.replace(config.data, eval_fraction=0.0)
-  prompts, heldout = data.load("prompts", source, tokenizer)
+  prompts, heldout = given_rows.read(session, "prompts", source, tokenizer)
   given_rows.show("Revision", source, prompts, heldout, model=folder)
   texts = list(dict.fromkeys(data.plain_prompts(prompts, source)))
   texts = texts[: config.limit or len(texts)]

@@ -7,8 +7,8 @@ Your model and data (rows with prompt, chosen, rejected; rlhf_jax/data/schema.py
 
 A row may rank a list of responses: each response is scored once, and the loss is over all pairs of
 the prompt. Votes of several annotators on two responses become pairs; see --data.votes and
---data.annotator. With --data.packed_length a row holds several pairs; rankings are not packed.
-With --data.share_prompts a long prompt is run once for both responses of a pair.
+--data.annotator. The prompt of a pair is run once for both responses where this saves tokens; with
+--data.packed_length a row holds several pairs. Rankings have a row per response.
 The held-out accuracy is shown beside the accuracy of preferring the longer response. After training
 the scores are centred: their mean over --data.eval_rows training rows is 0.
 --data.group=COLUMN adds the accuracy by language, source or annotator, and that of the worst group.
@@ -43,7 +43,7 @@ class Config(loop.RunConfig):
   log_every: int = 10
   eval_every: int = 45
   model: models.ModelOptions = models.ModelOptions()
-  data: DataConfig = DataConfig()
+  data: DataConfig = DataConfig(share_prompts=True)
   reward_model: RewardModelConfig = RewardModelConfig()
   optim: OptimConfig = OptimConfig(defaults.rate(1e-3, 1e-5))
   lora: LoRAConfig = LoRAConfig()

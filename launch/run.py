@@ -85,7 +85,7 @@ _PATHS = (
 )
 # Flags that experiments.compile does not have.
 _SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds")
-_SESSION_FLAGS += ("replay_step", "profile_steps")
+_SESSION_FLAGS += ("replay_step", "profile_steps", "token_cache")
 
 
 def read_job(words: Sequence[str]) -> Job:

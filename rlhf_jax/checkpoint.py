@@ -34,7 +34,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from rlhf_jax import bucket, processes
+from rlhf_jax import bucket, processes, replicas
 from rlhf_jax import workdir as workdir_lib
 
 PyTree = Any
@@ -164,6 +164,7 @@ class Checkpointer:
 
     Raises:
       NonFiniteError: A float leaf holds NaN or infinity; nothing is written.
+      ReplicaError: Devices hold different copies of a leaf; nothing is written.
       CheckpointError: The directory holds `step` or a newer one that was not restored from.
       CheckpointWriteError: This or the previous step could not be written.
       TypeError: A leaf is not an array that jax holds without a cast.
@@ -177,6 +178,14 @@ class Checkpointer:
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
           raise TypeError(f"item {name!r}, leaf {path!r}: jax would cast {leaf.dtype} on restore")
     _check_finite(flat)
+    replicas.check(
+      {
+        f"item {name!r}, leaf {path!r}": leaf
+        for name, tree in flat.items()
+        for path, leaf in tree.items()
+        if isinstance(leaf, jax.Array)
+      }
+    )
     leaves = {
       name: {path: _kind(leaf) for path, leaf in tree.items()} for name, tree in flat.items()
     }

@@ -51,6 +51,9 @@ class Session(processes.Group):
       which none does says where it hangs and exits with code 75. 0 waits for ever.
     profile_steps: Steps to trace into WORKDIR/profile, for xprof and Perfetto: 20:23 traces the
       steps 20, 21 and 22.
+    token_cache: Folder of tokenised data files, which a later start with the same files, data flags
+      and tokenizer maps into memory. Empty is the folder `.tokens` beside the workdir; `none` keeps
+      nothing.
   """
 
   workdir: str
@@ -61,6 +64,14 @@ class Session(processes.Group):
   hang_seconds: float = ranges.rare(0.0)
   replay_step: int = ranges.rare(0)
   profile_steps: str = ranges.rare("")
+  token_cache: str = ranges.rare("")
+
+  @property
+  def tokens(self) -> pathlib.Path | None:
+    """Folder of tokenised data files; None for none."""
+    if self.token_cache:
+      return None if self.token_cache == "none" else workdir_lib.local_path(self.token_cache)
+    return workdir_lib.local_path(self.workdir).parent / ".tokens"
 
   def __post_init__(self):
     super().__post_init__()

@@ -50,7 +50,7 @@ class Shape:
   batch_size: int = 8
   prompt: int = 128
   response: int = 128
-  share_prompts: bool = False
+  share_prompts: bool = True
   samples_per_prompt: int = 4
   epochs: int = 4
   minibatches: int = 1

@@ -5,8 +5,8 @@ All methods (ten minutes on one core):
 Some, with a large vocabulary:
   python -m experiments.bench.train_step --works=sft,dpo --vocab_size=128000 --json=steps.json
 
-Long prompts, each of which is run once for both responses:
-  python -m experiments.bench.train_step --works=dpo --prompt=1024 --share_prompts
+Long prompts, each of which is run for each response, not once for both:
+  python -m experiments.bench.train_step --works=dpo --prompt=1024 --noshare_prompts
 
 DPO and KTO include the forward pass of the reference, PPO all epochs. The names are sft,
 reward_model, dpo, kto, ppo and nash_md.

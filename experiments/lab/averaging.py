@@ -27,7 +27,9 @@ def kind_of(folder: pathlib.Path) -> str:
   return KINDS[head] if label in ("", "reward") else f"a {label} model"
 
 
-def open_alike(paths: Sequence[str], end_token: str) -> tuple[list[pathlib.Path], data.Tokenizer]:
+def open_alike(
+  paths: Sequence[str], config: data.DataConfig
+) -> tuple[list[pathlib.Path], data.Tokenizer]:
   """Returns the folders of models that can be merged, and their tokenizer.
 
   Raises:
@@ -35,7 +37,7 @@ def open_alike(paths: Sequence[str], end_token: str) -> tuple[list[pathlib.Path]
   """
   folders = [models.finished_folder(path) for path in paths]
   first = folders[0]
-  tokenizer = models.open_tokenizer(first, end_token)
+  tokenizer = models.open_tokenizer(first, config)
   for path, folder in zip(paths[1:], folders[1:], strict=True):
     if kind_of(folder) != kind_of(first):
       raise flags.UsageError(
@@ -48,7 +50,7 @@ def open_alike(paths: Sequence[str], end_token: str) -> tuple[list[pathlib.Path]
         f"{path} has another architecture than {paths[0]}: {values}; models can be merged that were"
         " tuned from one model"
       )
-    if models.open_tokenizer(folder, end_token).digest != tokenizer.digest:
+    if models.open_tokenizer(folder, config).digest != tokenizer.digest:
       raise flags.UsageError(
         f"{path} has another vocabulary than {paths[0]}: models can be merged that were tuned from"
         " one model"

@@ -86,10 +86,10 @@ class Case(NamedTuple):
   def pairs(self) -> PairBatch:
     """Returns pairs of responses, which share the row of their prompt if the config says so."""
     pairs, given = self.tokens(2, self.length), self.config.data
-    if not given.share_prompts:
+    shared = data.shared_length(self.length, self.length + given.max_response_length)
+    if not shared or not given.share_prompts or given.packed_length:
       return pairs
-    row = self.tokens(self.length + given.max_response_length).tokens
-    return SharedBatch(row, pairs.mask, pairs.tokens)
+    return SharedBatch(self.tokens(shared).tokens, pairs.mask, pairs.tokens)
 
   def prompts(self) -> data.PromptBatch:
     """Returns the prompts of an iteration."""
@@ -269,7 +269,7 @@ def open_case(
   """
   mesh = sharding.make_mesh(mesh_spec, devices)
   folder = models.source_folder(config.model, config.init_from)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
+  tokenizer = models.open_tokenizer(folder, config.data)
   nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))

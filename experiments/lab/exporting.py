@@ -40,7 +40,7 @@ def export_step(workdir: pathlib.Path, step: int, mesh: str = "") -> pathlib.Pat
     return folder
   script, session, config = _read_run(workdir)
   source = models.source_folder(config.model, config.init_from)
-  tokenizer = models.open_tokenizer(source, config.data.end_token)
+  tokenizer = models.open_tokenizer(source, config.data)
   devices = sharding.make_mesh(mesh or session.mesh)
   run = loop.Run(
     workdir, session, devices, jax.random.key(session.seed), writers.RunWriter(workdir)

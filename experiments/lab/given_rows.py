@@ -2,9 +2,16 @@
 
 import dataclasses
 
-from rlhf_jax import data, reporting
+from rlhf_jax import data, loop, reporting
 from rlhf_jax.data import DataConfig
 from . import evaluating
+
+
+def read(
+  session: loop.Session, kind: data.KindName, config: DataConfig, tokenizer: data.Tokenizer
+) -> tuple[data.Dataset, data.Dataset]:
+  """Reads the training and the held-out rows, from the tokens of an earlier run if it has any."""
+  return data.load(kind, config, tokenizer, seed=session.seed, cache=session.tokens)
 
 
 def show(
@@ -23,15 +30,15 @@ def warn(config: DataConfig, train_set: data.Dataset, heldout: data.Dataset) -> 
 
 
 def demonstrations(
-  config: DataConfig, path: str, tokenizer: data.Tokenizer, *, seed: int
+  session: loop.Session, config: DataConfig, path: str, tokenizer: data.Tokenizer
 ) -> list[data.Dataset]:
   """Reads demonstrations on which a loss is measured: of a file, or of the built-in task.
 
   Args:
+    session: Seed of the built-in task, and the folder of tokens.
     config: Sources and limits of the prompts.
     path: File of demonstrations; without one, prompts of a file have none.
     tokenizer: Tokenizer of the model.
-    seed: Seed of the built-in task.
 
   Returns:
     One data set, or none.
@@ -48,19 +55,19 @@ def demonstrations(
       rows=config.eval_rows,
       split="eval",
     )
-    return [data.load("demonstrations", file, tokenizer, seed=seed)[0]]
+    return [read(session, "demonstrations", file, tokenizer)[0]]
   if data.is_given(config):
     return []
   few = dataclasses.replace(config, rows=1)  # The held-out rows are another set.
-  return [data.load("demonstrations", few, tokenizer, seed=seed)[1]]
+  return [read(session, "demonstrations", few, tokenizer)[1]]
 
 
 def prompts(
+  session: loop.Session,
   title: str,
   config: DataConfig,
   tokenizer: data.Tokenizer,
   *,
-  seed: int,
   limit: int = 0,
   every: bool = False,
   **rows: object,
@@ -68,17 +75,17 @@ def prompts(
   """Reads the prompts to answer and shows them in a panel.
 
   Args:
+    session: Seed of the built-in task, and the folder of tokens.
     title: Title of the panel.
     config: Sources and limits. Without held-out rows, all rows are taken.
     tokenizer: Tokenizer of the model.
-    seed: Seed of the built-in task.
     limit: Maximum number of prompts, each of which is then taken once; 0 takes all held-out rows.
     every: True to hold out nothing of a file.
     **rows: Further rows of the panel.
   """
   if every and data.is_given(config) and not config.eval_path:
     config = dataclasses.replace(config, eval_fraction=0.0)
-  train_set, heldout = data.load("prompts", config, tokenizer, seed=seed)
+  train_set, heldout = read(session, "prompts", config, tokenizer)
   chosen = source = heldout if heldout.examples else train_set
   if limit:
     chosen = evaluating.as_prompts(source, limit)

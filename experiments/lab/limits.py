@@ -58,7 +58,7 @@ def _reads_other_tokens(config: Any, judge: pathlib.Path, policy: pathlib.Path |
   """Returns whether a judge has a tokenizer of its own, so that it counts other tokens."""
   if not (judge / "tokenizer.json").exists():
     return False
-  tokenizer = models.open_tokenizer(policy, config.data.end_token)
+  tokenizer = models.open_tokenizer(policy, config.data)
   return not models.reads_tokens_of(str(judge), tokenizer)
 
 

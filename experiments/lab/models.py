@@ -202,11 +202,21 @@ def source_folder(options: ModelOptions, init_from: str) -> pathlib.Path | None:
   return model_folder(init_from or options.path)
 
 
-def open_tokenizer(folder: pathlib.Path | None, end_token: str = "") -> data.Tokenizer:
-  """Opens the tokenizer of a model folder; without a folder, that of the built-in task."""
+def open_tokenizer(
+  folder: pathlib.Path | None, config: data.DataConfig | None = None
+) -> data.Tokenizer:
+  """Opens the tokenizer of a model folder; without a folder, that of the built-in task.
+
+  Args:
+    folder: Folder of the model.
+    config: End token and variables of the chat template; None takes those of the folder.
+  """
+  config = config or data.DataConfig()
   if folder is None:
+    if config.template_args:
+      raise flags.UsageError("--data.template_args is for a chat template; give a model with one")
     return data.word_level_tokenizer(simulation.WORDS)
-  return data.load_tokenizer(peft.base_of(folder), end_token or None)
+  return data.load_tokenizer(peft.base_of(folder), config.end_token or None, config.variables())
 
 
 def build_model(

@@ -415,8 +415,8 @@ def open(
   hub.settle(session.workdir, flags.flatten(flags.to_dict(config)).values())
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
-  tokenizer = models.open_tokenizer(folder, config.data.end_token)
-  train_set, heldout = data.load(kind, config.data, tokenizer, seed=session.seed)
+  tokenizer = models.open_tokenizer(folder, config.data)
+  train_set, heldout = given_rows.read(session, kind, config.data, tokenizer)
   settle_steps(config, train_set)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
@@ -424,7 +424,7 @@ def open(
     source = dataclasses.replace(
       config.data, path=path, tfds="", eval_path="", eval_fraction=0.0, eval_sets=()
     )
-    further[name], _ = data.load(other, source, tokenizer, seed=session.seed)
+    further[name], _ = given_rows.read(session, other, source, tokenizer)
   held = (heldout, *heldout.named.values())
   answered = (train_set, *held) if kind == "prompts" else held
   limits.require_length(config, folder, (train_set, *held, *further.values()), answered)

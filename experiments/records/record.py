@@ -142,13 +142,12 @@ def method_of(script: str) -> str:
 
 def facts(dataset: data.Dataset) -> Record:
   """Facts about a data set that reveal none of its rows."""
-  columns = sorted({str(name) for row in dataset.rows for name in row} - {"prompt_text"})
   counts = {name: count for name, count in dataset.report.items() if count}
   return {
     "kind": dataset.kind,
     "examples": len(dataset.examples),
     "digest": dataset.digest,
-    "columns": columns,
+    "columns": [*dataset.columns],
     "counts": counts,
   }
 

@@ -27,6 +27,7 @@ from rlhf_jax.data.kinds import Dataset as Dataset
 from rlhf_jax.data.kinds import Kind as Kind
 from rlhf_jax.data.kinds import PromptBatch as PromptBatch
 from rlhf_jax.data.kinds import responses_of as responses_of
+from rlhf_jax.data.kinds import shared_length as shared_length
 from rlhf_jax.data.noticed import describe as describe
 from rlhf_jax.data.noticed import warning as warning
 from rlhf_jax.data.schema import Example as Example

@@ -117,7 +117,10 @@ _CHATS_PER_TASK = 256
 
 
 def render(
-  source: str, variables: Mapping[str, Any], chats: Sequence[Mapping[str, Any]]
+  source: str,
+  variables: Mapping[str, Any],
+  chats: Sequence[Mapping[str, Any]],
+  marks: tuple[str, str] = ("", ""),
 ) -> list[str]:
   """Renders chats by a template, in the process of all templates.
 
@@ -125,6 +128,7 @@ def render(
     source: The template.
     variables: Variables of all chats, values of JSON.
     chats: Further variables of each chat.
+    marks: Texts to write before and after what its blocks `generation` write.
 
   Raises:
     TemplateError: The template is not valid.
@@ -135,15 +139,32 @@ def render(
   for start in range(0, len(chats), _CHATS_PER_TASK):
     part = [dict(chat) for chat in chats[start : start + _CHATS_PER_TASK]]
     task = {"task": "render", "source": source, "variables": dict(variables), "chats": part}
-    result = _renderer.ask(task)
+    result = _renderer.ask(task | {"marks": marks})
     texts += result.get("texts", [])
-    if "syntax" in result:
-      raise TemplateError(result["syntax"])
-    if "excess" in result:
-      raise ExcessError(f"the chat template {result['excess']}; use another template")
+    _require(result)
     if "refused" in result:
       raise RefusedError(result["refused"], len(texts))
   return texts
+
+
+def names_in(source: str) -> list[str]:
+  """Returns the names of the variables that a template reads.
+
+  Raises:
+    TemplateError: The template is not valid.
+    ExcessError: It takes too much time or memory.
+  """
+  result = _renderer.ask({"task": "names", "source": source})
+  _require(result)
+  return result["names"]
+
+
+def _require(result: Mapping[str, Any]) -> None:
+  """Refuses the result of a template that is not valid, or that takes too much."""
+  if "syntax" in result:
+    raise TemplateError(result["syntax"])
+  if "excess" in result:
+    raise ExcessError(f"the chat template {result['excess']}; use another template")
 
 
 class Trial:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # Unicode reserves these for internal use, so they are in no text for interchange.
 _OPEN, _CLOSE, _BREAK, _SPLIT = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _FAR = 64  # Characters.
-_RESERVED = re.compile("[\ufdd0-\ufdd3]")
+MARKS = ("\ufdd4", "\ufdd5")  # Before and after an answer, where a template marks it.
+_RESERVED = re.compile("[\ufdd0-\ufdd5]")
 # Tokens that look like markers: in brackets, with a letter. Of words such as <table> or <b>, only
 # those that a template writes are markers.
 _BRACKETED = re.compile(r"(?=.*[A-Za-z])(<[^<>\s]+>|\[[^\[\]\s]+\]|\{[^{}\s]+\})")
@@ -123,6 +124,20 @@ class Spelling:
 def unprotected(text: str) -> str:
   """Returns a text of template and users for readers."""
   return text.replace(_BREAK, "")
+
+
+def unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+  """Returns a text without `MARKS`, and the characters [start, end) that were between them."""
+  parts = re.split(f"([{MARKS[0]}{MARKS[1]}])", text)
+  plain, spans, starts = "", [], []
+  for part in parts:
+    if part == MARKS[0]:
+      starts.append(len(plain))
+    elif part == MARKS[1]:
+      spans.append((starts.pop(), len(plain)))
+    else:
+      plain += part
+  return plain, spans
 
 
 def context(marked: str) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,21 +17,31 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from absl import logging
 
-from rlhf_jax import ranges
-from rlhf_jax.data import files, formats, schema, sources
+from rlhf_jax import processes, ranges, workdir
+from rlhf_jax.data import files, formats, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
+  SCORED,
   Arrays,
   Dataset,
   Share,
   all_responses,
   partner,
   responses_of,
+  shared_length,
 )
 from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
-from rlhf_jax.data.tokenizer import Exchange, Prompt, Tokenizer, transcript
+from rlhf_jax.data.tokenizer import (
+  RESERVED,
+  ChatError,
+  Exchange,
+  Prompt,
+  Tokenizer,
+  answers_in,
+  transcript,
+)
 
 _BUILTIN_ROWS = 8192
 _JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
@@ -67,7 +78,8 @@ class DataConfig:
       `reward_model` also measure the held-out rows: each group, the worst one, and the spread. Of
       the built-in task subject, tone or length, which a prompt asks for.
     max_prompt_length: Maximum length of a prompt in tokens.
-    max_response_length: Maximum length of a response in tokens, including its end token.
+    max_response_length: Maximum length of a response in tokens, including its end token. With
+      turns=all it is all that follows the first prompt.
     overlong: Treatment of longer prompts. `drop` drops the row; `truncate_prompt` leaves out the
       oldest turns, and then the start of the last one's text, but never a part of the chat template
       or the system turn. Rows with a longer response are always dropped.
@@ -75,13 +87,19 @@ class DataConfig:
       batch_size then counts packed rows. 0 gives each sequence a row, padded to the longest
       sequence. For SFT, and for pairs of a reward model, DPO or SimPO.
     share_prompts: Put the prompt and both responses of a pair into one row, so that the model reads
-      the prompt once: for long prompts. For pairs of a reward model, DPO or SimPO.
+      the prompt once, where this saves a tenth of the tokens. Packed rows, and data other than
+      pairs, stay as they are.
     bad_rows: Maximum number of unusable rows to skip; with 0 the first one is an error.
     ignore: Columns to leave out, separated by commas, such as a `context` that is no part of the
       prompt.
     end_token: Token that ends a response, such as <s>; empty takes that of the tokenizer.
     annotator: Annotator or group whose votes are the preferences; empty takes all votes. For the
       built-in task, a key of simulation.ANNOTATORS (empty is the expert).
+    turns: Answers of a chat that are learnt from, in demonstrations: the `last` one, or `all`. All
+      need a chat template with blocks `generation`, or one that writes the start of a chat as in
+      the whole chat.
+    template_args: Variables of the chat template, as in enable_thinking:false,style:brief. They are
+      kept with the exported model.
     votes: Treatment of several votes on one pair. `majority` makes one pair and drops ties; `each`
       makes one pair per vote, which teaches a model the share of the votes.
   """
@@ -105,6 +123,8 @@ class DataConfig:
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
   annotator: str = ranges.rare("")
+  turns: Literal["last", "all"] = ranges.rare("last")
+  template_args: tuple[str, ...] = ranges.rare(())
   votes: Votes = ranges.rare("majority")
 
   def __post_init__(self):
@@ -112,11 +132,6 @@ class DataConfig:
       raise ValueError("tfds cannot be used together with path; give one of the two")
     if self.tfds_dir and not self.tfds:
       raise ValueError("tfds_dir needs the name of a data set; set tfds as well")
-    if self.share_prompts and self.packed_length:
-      raise ValueError(
-        "share_prompts cannot be used together with packed_length: packed rows hold the prompt of"
-        " each response; give one of the two"
-      )
     if self.tfds:
       sources.parse_tfds(self.tfds)
     ranges.check(
@@ -124,8 +139,14 @@ class DataConfig:
       below_one=("eval_fraction",),
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
-      one_of={"overlong": _OVERLONG, "votes": schema.VOTES, "split": sources.HELDOUT_SPLITS},
+      one_of={
+        "overlong": _OVERLONG,
+        "votes": schema.VOTES,
+        "split": sources.HELDOUT_SPLITS,
+        "turns": ("last", "all"),
+      },
     )
+    self.variables()
     if self.eval_sets and not is_given(self):
       raise ValueError("eval_sets are for rows of yours; give path or tfds as well")
     if self.eval_sets and not (self.eval_path or self.eval_fraction):
@@ -135,6 +156,38 @@ class DataConfig:
       raise ValueError(
         "split is one of the built-in task; give held-out rows of yours by eval_path"
       )
+
+  def variables(self) -> dict[str, Any] | None:
+    """Returns the variables in `template_args`; None without any.
+
+    Raises:
+      ValueError: One is malformed, is there twice, or is not the user's to set.
+    """
+    values: dict[str, Any] = {}
+    for text in self.template_args:
+      name, colon, value = text.partition(":")
+      if not re.fullmatch(r"[A-Za-z_]\w*", name) or not colon:
+        raise ValueError(
+          f"template_args has {text!r}; write NAME:VALUE, as in enable_thinking:false"
+        )
+      if name in RESERVED or name.endswith("_token"):
+        raise ValueError(f"template_args cannot set {name}, which rows or the tokenizer set")
+      if name in values:
+        raise ValueError(f"template_args sets {name} twice; keep one")
+      values[name] = _value_of(value)
+    return values or None
+
+
+def _value_of(text: str) -> Any:
+  """Returns a value of the command line: true, false, null, a number, or else a text."""
+  words = {"true": True, "false": False, "null": None, "none": None}
+  if text.lower() in words:
+    return words[text.lower()]
+  try:
+    value = sources.load_json(text)
+  except ValueError:
+    return text
+  return value if isinstance(value, int | float | str) else text
 
 
 def _named_files(config: DataConfig) -> dict[str, str]:
@@ -151,7 +204,12 @@ def _named_files(config: DataConfig) -> dict[str, str]:
 
 
 def load(
-  kind: KindName, config: DataConfig, tokenizer: Tokenizer, *, seed: int = 0
+  kind: KindName,
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  *,
+  seed: int = 0,
+  cache: str | os.PathLike[str] | None = None,
 ) -> tuple[Dataset, Dataset]:
   """Reads, checks and tokenises all rows.
 
@@ -160,6 +218,8 @@ def load(
     config: Sources and limits.
     tokenizer: Tokenizer that was made with `config.end_token`.
     seed: Seed of the built-in task; data from outside does not depend on it.
+    cache: Folder of tokenised files, from which the same rows are mapped into memory the next time;
+      None for no folder. Nothing else depends on it.
 
   Returns:
     The training set and the held-out set.
@@ -180,13 +240,32 @@ def load(
       f"data.packed_length={config.packed_length} is for {' and '.join(packed)}, and this reads"
       f" {kind}; leave it out"
     )
-  if config.share_prompts and not KINDS[kind].shareable:
-    shared = " and ".join(name for name in KINDS if KINDS[name].shareable)
-    raise DataError(
-      f"data.share_prompts is for {shared}, two responses to a prompt, and this reads {kind}; leave"
-      " it out"
-    )
+  if config.turns == "all" and kind != "demonstrations":
+    raise DataError(f"data.turns=all is for demonstrations, and this reads {kind}; leave it out")
+  if cache is None or not (key := _key(kind, config, tokenizer)):
+    return _load(kind, config, tokenizer, seed)[:2]
+  path = workdir.local_path(cache) / f"{key}.tokens"
+  if found := stored.read(path):
+    for notice in found.notices:
+      logging.warning("%s", notice)
+    return found[:2]
+  found = _load(kind, config, tokenizer, seed)
+  unchanged = _key(kind, config, tokenizer) == key  # Since the files were digested.
+  if processes.is_first() and unchanged and stored.write(path, found):
+    found = stored.read(path) or found
+  return found[:2]
+
+
+def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
+  """Returns the name of the tokens of files; empty for rows that are not of files."""
+  specs = [config.path, config.eval_path, *_named_files(config).values()] if config.path else []
+  return stored.key(kind, config, [spec for spec in specs if spec], tokenizer)
+
+
+def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -> stored.Stored:
+  """Reads, checks and tokenises all rows; see `load`."""
   bad: list[DataError] = []
+  notices: list[str] = []
 
   def on_bad_row(error: DataError):
     if len(bad) >= config.bad_rows:
@@ -195,7 +274,8 @@ def load(
     bad.append(error)
 
   def read(rows: Iterator[Row]) -> _Part:
-    return _tokenize(kind, _parse(kind, rows, config, tokenizer, on_bad_row), config, tokenizer)
+    parsed = _parse(kind, rows, config, tokenizer, on_bad_row)
+    return _tokenize(kind, parsed, config, tokenizer, notices)
 
   def read_heldout(path: str) -> _Part:
     if len(files.sources_of(path)) > 1:
@@ -242,15 +322,16 @@ def load(
       f"data.packed_length={config.packed_length} is too short for the longest sequence, of up to"
       f" {shape[0]} tokens; raise it, or lower data.max_prompt_length or data.max_response_length"
     )
-  shared = _round_up(all_responses(*_lengths(examples))) if config.share_prompts else 0
+  shared = 0
+  if config.share_prompts and KINDS[kind].shareable and not config.packed_length:
+    shared = shared_length(shape[0], _round_up(all_responses(*_lengths(examples))))
 
   def finish(part: _Part) -> Dataset:
     return _finish(kind, part, shape)._replace(shared_length=shared)
 
   further = {name: finish(part) for name, part in named.items()}
-  return finish(train)._replace(mixture=_mixture(train, config)), finish(heldout)._replace(
-    named=further
-  )
+  mixed = finish(train)._replace(mixture=_mixture(train, config))
+  return stored.Stored(mixed, finish(heldout)._replace(named=further), notices)
 
 
 def _mixture(part: "_Part", config: DataConfig) -> tuple[Share, ...]:
@@ -354,7 +435,8 @@ def from_rows(
   def on_bad_row(error: DataError):
     raise error
 
-  part = _tokenize(kind, _parse(kind, iter(rows), config, tokenizer, on_bad_row), config, tokenizer)
+  parsed = _parse(kind, iter(rows), config, tokenizer, on_bad_row)
+  part = _tokenize(kind, parsed, config, tokenizer, [])
   return _finish(kind, part, _shape(kind, part.examples))
 
 
@@ -446,8 +528,12 @@ def _parse(
           f"{row.where}: no annotator judged it; leave out data.annotator={config.annotator}"
         )
       try:
-        tokenizer.require_plain(read.examples[0].prompt)
-        text = tokenizer.render_prompt(read.examples[0].prompt)
+        prompt = read.examples[0].prompt
+        tokenizer.require_prompt(prompt)
+        if config.turns == "all":
+          _require_weights(row)
+          prompt = _first_prompt(prompt)
+        text = tokenizer.render_prompt(prompt)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
@@ -456,6 +542,23 @@ def _parse(
     row = row._replace(fields={**row.fields, "prompt_text": text})
     parsed.append(_Parsed(row, read.examples, read.unread))
   return parsed
+
+
+def _first_prompt(prompt: Prompt) -> Prompt:
+  """Returns the turns of a prompt before the first answer in them."""
+  answers = [] if isinstance(prompt, str) else answers_in(prompt)
+  return prompt[: answers[0]] if answers else prompt
+
+
+def _require_weights(row: Row) -> None:
+  """Refuses turns from which nothing is to be learnt, where all are learnt from."""
+  for name, value in row.fields.items():
+    for i, turn in enumerate(value if isinstance(value, list) else ()):
+      if isinstance(turn, dict) and turn.get("weight") == 0:
+        raise DataError(
+          f"{row.where}: {name}[{i}].weight: is 0, and data.turns=all learns from every answer;"
+          " use data.turns=last, or remove the row"
+        )
 
 
 def _without(row: Row, columns: Sequence[str]) -> Row:
@@ -526,9 +629,13 @@ def _place(key: str) -> float:
 
 
 def _tokenize(
-  kind: KindName, parsed: list[_Parsed], config: DataConfig, tokenizer: Tokenizer
+  kind: KindName,
+  parsed: list[_Parsed],
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  notices: list[str],
 ) -> _Part:
-  """Tokenises examples and drops those that cannot be trained on."""
+  """Tokenises examples and drops those that cannot be trained on; adds lines of the log."""
   events = [
     (i, f"dropped_{e.skip}") for i, item in enumerate(parsed) for e in item.examples if e.skip
   ]
@@ -542,14 +649,16 @@ def _tokenize(
   answers_of: dict[int, dict[str, None]] = {i: {} for i in asked}  # The pairs of a row share them.
   for i, _, example in usable:
     answers_of[i] |= dict.fromkeys(example.answers)
-  encoded = _encode(asked, answers_of, tokenizer)
+  where = {i: row.where for i, row, _ in usable}
+  scored: dict[int, list[int]] = {}  # Scores of the ids of chats with several answers.
+  encoded = _encode(asked, answers_of, tokenizer, config, where, scored)
   whole = {i: len(exchange.prompt) for i, exchange in encoded.items()}
   if config.overlong == "truncate_prompt":
     long = {i: asked[i] for i in asked if asked[i] and whole[i] > config.max_prompt_length}
     short = _shortened(long, config, tokenizer, events)
-    encoded |= _encode(short, answers_of, tokenizer)
+    encoded |= _encode(short, answers_of, tokenizer, config, where, scored)
   if is_given(config):
-    _notice(parsed, asked, answers_of, tokenizer, events)
+    notices += _notice(parsed, asked, answers_of, tokenizer, events)
   unread = frozenset().union(*(item.unread for item in parsed))
   row_keys = [(item.examples[0].key, item.examples[0].answers) for item in parsed]
   lengths = np.zeros([len(usable), 2], np.int64)
@@ -574,7 +683,10 @@ def _tokenize(
     if prompt_too_long:
       events.append((i, "truncated_prompts"))
     events += [(i, "dropped_overlong_responses")] * (len(example.answers) - len(answers))
-    part.examples.append(_arrays(kind, prompt, answers, labels))
+    arrays = _arrays(kind, prompt, answers, labels)
+    if not all(scored.get(i, ())):
+      arrays[SCORED] = np.asarray(scored[i], np.int32)
+    part.examples.append(arrays)
     part.rows.append(row.fields)
     part.keys.append(example.key)
     part.origins.append(i)
@@ -583,11 +695,23 @@ def _tokenize(
 
 
 def _encode(
-  asked: dict[int, Prompt], answers_of: dict[int, dict[str, None]], tokenizer: Tokenizer
+  asked: dict[int, Prompt],
+  answers_of: dict[int, dict[str, None]],
+  tokenizer: Tokenizer,
+  config: DataConfig,
+  where: dict[int, str],
+  scored: dict[int, list[int]],
 ) -> dict[int, Exchange]:
-  """Encodes prompts with all their answers."""
-  exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
-  return dict(zip(asked, exchanges, strict=True))
+  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores."""
+  if config.turns == "last":
+    exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
+    return dict(zip(asked, exchanges, strict=True))
+  try:
+    chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
+  except ChatError as error:
+    raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
+  scored |= {i: chat.scored for i, chat in zip(asked, chats, strict=True)}
+  return {i: Exchange(of.prompt, [of.response]) for i, of in zip(asked, chats, strict=True)}
 
 
 def _shortened(
@@ -611,8 +735,9 @@ def _notice(
   answers_of: dict[int, dict[str, None]],
   tokenizer: Tokenizer,
   events: list[tuple[int, str]],
-) -> None:
-  """Counts the rows whose texts may be meant otherwise, and says where the first ones are."""
+) -> list[str]:
+  """Counts the rows whose texts may be meant otherwise; logs and returns where the first are."""
+  notices = []
   spelled = {i: tokenizer.spelled_marker(asked[i], [*answers_of[i]]) for i in asked}
   joined = {i: tokenizer.joined_words(asked[i], [*answers_of[i]]) for i in asked}
   unopened = {i: tokenizer.unopened(asked[i], [*answers_of[i]]) for i in asked}
@@ -626,7 +751,9 @@ def _notice(
     rows = [i for i, problem in noticed.items() if problem]
     events += [(i, name) for i in rows]
     for i in rows[:1]:
-      logging.warning("%s: %s (%d rows like it)", parsed[i].row.where, noticed[i], len(rows))
+      notices.append(f"{parsed[i].row.where}: {noticed[i]} ({len(rows)} rows like it)")
+      logging.warning("%s", notices[-1])
+  return notices
 
 
 def _repeated_prompt(prompt: Prompt, answers: Sequence[str]) -> str:
@@ -798,5 +925,6 @@ def _finish(kind: KindName, part: _Part, shape: tuple[int, int, int]) -> Dataset
     *shape,
     digest.hexdigest(),
     dict(part.report),
+    tuple(sorted({name for row in part.rows for name in row} - {"prompt_text"})),
     tuple(sorted(part.unread)),
   )

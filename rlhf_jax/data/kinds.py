@@ -23,6 +23,7 @@ from rlhf_jax.types import (
 
 Arrays = dict[str, np.ndarray]  # Column -> token ids or label; see `Dataset`.
 
+SCORED = "scored"  # Column of a demonstration with further turns between its answers.
 _NEAR = 256  # Examples among which another prompt is looked for; thousands may share one.
 
 # Counts that the report of a data set holds even where they are 0.
@@ -66,8 +67,9 @@ class Dataset(NamedTuple):
     examples: One dict of int32 [length] ids each: "prompt" and, by kind, "response"; "chosen" and
       "rejected"; "response_a" and "response_b"; or "response_0", "response_1" and so on, the best
       one first. A ranking also has "ranks", one per response, an unpaired response "desirable",
-      [1] or [0], and a comparison "preference", float32 [1], the share of the verdicts for the
-      first response.
+      [1] or [0], a demonstration with several answers "scored", 1 for each token of its response
+      that is one of an answer and else 0, and a comparison "preference", float32 [1], the share of
+      the verdicts for the first response.
     rows: Original columns of the row of each example, plus "prompt_text", the prompt as the
       tokenizer renders it.
     padded_length: Length to pad to, shared by the training and the held-out set. It covers the
@@ -88,6 +90,7 @@ class Dataset(NamedTuple):
       other way round too), `unknown_tokens` and, for the held-out set, `eval_prompts_in_train`,
       `split_by_rows` (1 if all rows have the same prompt) and `nothing_to_hold_out` (1 if all rows
       are the same).
+    columns: Columns of the rows.
     unread: Columns that were not read; rewards still see them.
     shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
       0 gives each response a row of `padded_length`.
@@ -96,13 +99,14 @@ class Dataset(NamedTuple):
   """
 
   kind: KindName
-  examples: list[Arrays]
-  rows: list[dict[str, Any]]
+  examples: Sequence[Arrays]
+  rows: Sequence[dict[str, Any]]
   padded_length: int
   width: int
   scored: int
   digest: str
   report: dict[str, int]
+  columns: tuple[str, ...] = ()
   unread: tuple[str, ...] = ()
   shared_length: int = 0
   mixture: tuple[Share, ...] = ()
@@ -178,6 +182,16 @@ def _one_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) ->
 def all_responses(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
   """Returns the longest prompt with all of its responses, one behind the other."""
   return max(p + sum(r) for p, r in zip(prompts, responses, strict=True))
+
+
+def shared_length(pair_length: int, length: int) -> int:
+  """Returns the length of rows that hold a prompt once, or 0 where two rows are not much longer.
+
+  Args:
+    pair_length: Length of each of two rows that hold the prompt and one response.
+    length: Length of a row with both responses.
+  """
+  return length if length <= 0.9 * 2 * pair_length else 0
 
 
 def _any_response(prompts: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
@@ -256,8 +270,8 @@ KINDS: dict[KindName, Kind] = {
 
 def responses_of(example: Arrays) -> list[np.ndarray]:
   """Returns the token ids of the responses of an example, in their order."""
-  labels = {kind.label for kind in KINDS.values()}
-  return [ids for name, ids in example.items() if name != "prompt" and name not in labels]
+  others = {"prompt", SCORED, *(kind.label for kind in KINDS.values())}
+  return [ids for name, ids in example.items() if name not in others]
 
 
 def _at(dataset: Dataset, indices: np.ndarray) -> list[Arrays]:
@@ -353,5 +367,5 @@ def _pad_right(
       end = len(prompt) + len(answer)
       tokens[row, column, : len(prompt)] = prompt
       tokens[row, column, len(prompt) : end] = answer
-      mask[row, column, len(prompt) : end] = True
+      mask[row, column, len(prompt) : end] = example.get(SCORED, True)
   return tokens, mask

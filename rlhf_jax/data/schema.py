@@ -17,9 +17,10 @@
 | prompts        | a prompt                                                                        |
 
 A prompt is `prompt`, `question` or `instruction` (text, or `prompt` as messages), or `messages`
-that end with a user turn, or with the answer of another column (for the kind prompts, a final
-assistant turn is dropped). `system`, `system_prompt` or `system_message` is its system turn, or
-stands before it, and `history`, a list of turns or of pairs of texts, has the turns before it.
+that end with a turn of the user or of a tool, or with the answer of another column (for the kind
+prompts, a final assistant turn is dropped). `system`, `system_prompt` or `system_message` is its
+system turn, or stands before it, and `history`, a list of turns or of pairs of texts, has the turns
+before it.
 `chosen`, `rejected` and the other answers may be messages. Then the last turn is the answer, and
 the turns before it are the prompt. If a row has both a text and messages, they must agree; the
 messages are used if the tokenizer has a chat template or if they have more turns, else the text. A
@@ -66,7 +67,7 @@ KindName = Literal[
 ]
 Votes = Literal["majority", "each"]
 VOTES: tuple[Votes, ...] = typing.get_args(Votes)
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 # Names that other tools give the roles.
 _ROLE_NAMES = {
   **{role: role for role in ROLES},
@@ -74,7 +75,7 @@ _ROLE_NAMES = {
   **dict.fromkeys(("human", "prompter"), "user"),
   **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "claude", "bot", "model"), "assistant"),
 }
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_TOOL_ROLES = ("function", "function_call", "observation", "ipython")
 _ANSWERS = ("response", "completion", "output", "solution", "chosen")
 _TEXT_PROMPTS = ("prompt", "question", "instruction")
 _SYSTEMS = ("system", "system_prompt", "system_message")
@@ -705,8 +706,8 @@ def _answer(row: Row, name: str) -> tuple[Messages, str]:
 
 
 def _checked_turns(row: Row, name: str, turns: Messages) -> Messages:
-  """Checks that turns can be answered: the last one is a user's and is not empty."""
-  if not turns or turns[-1]["role"] != "user":
+  """Checks that turns can be answered: the last one is of a user or a tool, not empty."""
+  if not turns or turns[-1]["role"] not in ("user", "tool"):
     last = f"ends with a turn of the {turns[-1]['role']}" if turns else "has no user turn"
     fail(row, name, f"the prompt {last}", "end it with a user turn; answers go in their own column")
   if not turns[-1]["content"].strip():
@@ -736,7 +737,8 @@ def _messages(row: Row, name: str) -> Messages:
       fail(row, f"{at}.{role_key}", f"expected text, found {actual}", fix)
     if turn[role_key] in _TOOL_ROLES:
       problem = f"turns of the role {turn[role_key]!r} are not supported"
-      fail(row, f"{at}.{role_key}", problem, "write them into a user turn, or remove the row")
+      fix = "use the role tool for what a tool returned, or remove the row"
+      fail(row, f"{at}.{role_key}", problem, fix)
     if turn[role_key] not in _ROLE_NAMES:
       problem = f"unknown role {turn[role_key]!r}"
       fail(row, f"{at}.{role_key}", problem, f"use one of {', '.join(ROLES)}")

@@ -16,8 +16,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from absl import logging
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Messages: TypeAlias = list[
   dict[str, str]
-]  # Turns with `role` (system, user, assistant), `content`.
+]  # Turns with `role` (system, user, assistant, tool), `content`.
 Prompt: TypeAlias = str | Messages
 
 _SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
@@ -38,10 +38,19 @@ _SPEAKER = re.compile(f"\\n\\n({'|'.join(_SPEAKERS.values())}): ?")
 _MARKED_LINE = re.compile(r"[#<|\[]")
 _MARKER = re.compile(r"<\|[^|<>]+\|>|<+/?[A-Za-z_]+>+|\[/?[A-Z_]+\]")
 _OPENING = re.compile(r"\s*<[A-Za-z_]+>\s*")
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 _PROBE = "\ue000"  # Text of a turn that no template writes.
 # Texts after which one is encoded as if in the middle of a text; most merge with none of them.
 _ANCHORS = ("\n", "a", ":")
 _LONGEST_WORD = 40  # Characters.
+
+
+_NO_TOOLS = (
+  "turns of the role 'tool' need a chat template, which this tokenizer has not; write them into a"
+  " user turn, or remove the row"
+)
+# Variables of a chat template that rows and the tokenizer set.
+RESERVED = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 class Chat(NamedTuple):
@@ -56,6 +65,32 @@ class Exchange(NamedTuple):
 
   prompt: list[int]
   responses: list[list[int]]
+
+
+class Conversation(NamedTuple):
+  """Ids of a chat with any number of answers.
+
+  Attributes:
+    prompt: Ids before the first answer.
+    response: Ids from the first answer to the end of the last one.
+    scored: 1 for each id of the response that is one of an answer, else 0.
+  """
+
+  prompt: list[int]
+  response: list[int]
+  scored: list[int]
+
+
+class ChatError(DataError):
+  """A chat whose answers cannot be found in it.
+
+  Attributes:
+    index: Index of the chat.
+  """
+
+  def __init__(self, reason: str, index: int):
+    super().__init__(reason)
+    self.index = index
 
 
 class Shortened(NamedTuple):
@@ -84,6 +119,7 @@ class Tokenizer:
     hf: "transformers.PreTrainedTokenizerFast",
     eos_token: str | None = None,
     stop_ids: Iterable[int] = (),
+    template_args: Mapping[str, Any] | None = None,
   ):
     """Wraps a transformers fast tokenizer.
 
@@ -92,9 +128,12 @@ class Tokenizer:
       eos_token: The token that ends a response; by default the one that ends an assistant turn
         of the chat template, or else the tokenizer's EOS.
       stop_ids: Further ids that end a response in sampling.
+      template_args: Variables of the chat template, values of JSON; None takes those that the
+        tokenizer was saved with.
 
     Raises:
-      DataError: If `eos_token` is not one token of the vocabulary.
+      DataError: If `eos_token` is not one token of the vocabulary, or the chat template does not
+        read one of its variables.
     """
     self.hf = hf
     backend = hf.backend_tokenizer
@@ -103,7 +142,9 @@ class Tokenizer:
     backend.encode_special_tokens = False
     self._backend = backend
     self._vocab = backend.get_vocab(with_added_tokens=True)
-    self._template = template = _Template(hf)
+    saved = hf.init_kwargs.get("template_args") or {}
+    self._template_args = dict(saved if template_args is None else template_args)
+    self._template = template = _Template(hf, self._template_args)
     prompts, closing = self._ids("".join(template.probes)), self._ids(template.closing)
     added = backend.get_added_tokens_decoder()
     known = {
@@ -203,6 +244,7 @@ class Tokenizer:
   def digest(self) -> str:
     """SHA-256 of all that determines the ids: vocabulary, rules, chat template, end token."""
     parts = [self._backend.to_str(), self.hf.chat_template, self._end_id]
+    parts += [self._template_args] if self._template_args else []
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   def token_id(self, token: str) -> int:
@@ -297,6 +339,110 @@ class Tokenizer:
       Exchange([*self._start(prompt), *ids], [self._ended(next(responses)) for _ in texts])
       for prompt, ids, texts in zip(prompts, encoded, answers, strict=True)
     ]
+
+  def encode_chats(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Conversation]:
+    """Ids of whole chats, in which every answer of the assistant is scored.
+
+    The prompt is what stands before the first answer. If the chat template has blocks `generation`,
+    these are the answers. Else an answer is what follows its prompt, up to the token that ends the
+    turn, as in `encode_exchanges`, and the template has to write the same text for the start of a
+    chat as for the whole chat.
+
+    Args:
+      prompts: Prompts; their turns may have answers too.
+      answers: Text of the last answer of each chat.
+
+    Raises:
+      ChatError: The template writes a turn in another way when turns follow it, marks no answer, or
+        ends answers with no token.
+      DataError: There is no chat template.
+    """
+    if not self.has_chat_template:
+      raise DataError(
+        "data.turns=all needs a chat template, which this tokenizer has not: nothing says where an"
+        " answer ends; use data.turns=last"
+      )
+    chats = {
+      i: [*prompt, {"role": "assistant", "content": answer}]
+      for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+      if not isinstance(prompt, str)
+    }
+    if _GENERATION.search(self._template.source):
+      found = self._marked_answers(chats)
+    else:
+      found = self._following_answers({i: c for i, c in chats.items() if len(answers_in(c)) > 1})
+    alone = [i for i in range(len(prompts)) if i not in found]
+    exchanges = self.encode_exchanges([prompts[i] for i in alone], [[answers[i]] for i in alone])
+    for i, (prompt, (response,)) in zip(alone, exchanges, strict=True):
+      found[i] = Conversation(prompt, response, [1] * len(response))
+    return [found[i] for i in range(len(prompts))]
+
+  def _marked_answers(self, chats: Mapping[int, Messages]) -> dict[int, Conversation]:
+    """Returns the ids of chats whose answers the template marks; see `encode_chats`."""
+    turns = [Chat(self._protected(chat), add_generation_prompt=False) for chat in chats.values()]
+    texts = self._template.render(turns, controls.MARKS)
+    unmarked = [controls.unmarked(self._encoder.mark(text)) for text in texts]
+    encoded = self._encoder.encode([text for text, _ in unmarked])
+    found = {}
+    for i, whole, (_, spans) in zip(chats, encoded, unmarked, strict=True):
+      places = [whole.span(place) for place in range(len(whole.ids))]
+      scored = [int(any(max(a, start) < min(b, end) for start, end in spans)) for a, b in places]
+      if not any(scored[1:]):
+        raise ChatError(
+          "data.turns=all: the chat template has blocks `generation`, and none of them writes an"
+          " answer of this chat; use data.turns=last or another template",
+          i,
+        )
+      first = scored.index(1, 1)  # Nothing comes before the first id, which so cannot be learnt.
+      last = len(scored) - scored[::-1].index(1)
+      found[i] = Conversation(whole.ids[:first], whole.ids[first:last], scored[first:last])
+    return found
+
+  def _following_answers(self, chats: Mapping[int, Messages]) -> dict[int, Conversation]:
+    """Returns the ids of chats whose answers follow their prompts; see `encode_chats`."""
+    asked = [
+      (i, end)
+      for i, chat in chats.items()
+      for answer in answers_in(chat)
+      for end in (Chat(chat[:answer], True), Chat(chat[: answer + 1], False))
+    ]
+    rendered = self._template.render(
+      [chat._replace(messages=self._protected(chat.messages)) for _, chat in asked]
+    )
+    texts: dict[int, list[str]] = {i: [] for i in chats}
+    for (i, _), text in zip(asked, rendered, strict=True):
+      texts[i].append(text)
+    pairs, owners = [], []
+    for i, parts in texts.items():
+      whole, starts = parts[-1], [*parts[::2], parts[-1]]
+      for turn, part in zip(answers_in(chats[i]) * 2, parts[::2] + parts[1::2], strict=True):
+        if not whole.startswith(part):
+          raise ChatError(
+            f"data.turns=all: the chat template writes turn {turn} in another way when turns follow"
+            " it; use data.turns=last, or a template with blocks `generation`",
+            i,
+          )
+      marked = [self._encoder.mark(text) for text in starts]
+      pairs += [
+        (before, self._encoder.mark(whole[len(start) : len(end)]))
+        for before, start, end in zip(marked, starts, starts[1:], strict=False)
+      ]
+      owners += [i] * (len(starts) - 1)
+    prompts = self._encoder.ids([self._encoder.mark(parts[0]) for parts in texts.values()])
+    found = {i: Conversation(ids, [], []) for i, ids in zip(texts, prompts, strict=True)}
+    for n, (i, ids) in enumerate(zip(owners, self._continue(pairs), strict=True)):
+      is_last = n + 1 == len(owners) or owners[n + 1] != i
+      answer = self._ended(ids)
+      if not is_last and ids[: len(answer)] != answer:
+        raise ChatError(
+          "data.turns=all: the chat template ends an answer within a chat with another token than"
+          f" {self.hf.convert_ids_to_tokens(self.eos_id)!r}, or with none; use data.turns=last",
+          i,
+        )
+      tail = [] if is_last else ids[len(answer) :]
+      found[i].response.extend([*answer, *tail])
+      found[i].scored.extend([1] * len(answer) + [0] * len(tail))
+    return found
 
   def encode_texts(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
     """Ids of whole texts, each a prompt with its response, as a classifier of texts reads them.
@@ -393,12 +539,21 @@ class Tokenizer:
       return ""
     return "prompt and response are joined without a space, as there is no chat template"
 
-  def require_plain(self, prompt: Prompt) -> None:
-    """Refuses a text to which the chat template has been applied already.
+  def require_prompt(self, prompt: Prompt) -> None:
+    """Refuses a text to which the chat template has been applied already, and turns that it omits.
 
     Raises:
-      DataError: The text has a user's header and ends like the template's prompts.
+      DataError: The text has a user's header and ends like the template's prompts, or turns of
+        tools are not read.
     """
+    if not isinstance(prompt, str) and any(m["role"] == "tool" for m in prompt):
+      if not self.has_chat_template:
+        raise DataError(f"messages: {_NO_TOOLS}")
+      if not self._template.writes_tools:
+        raise DataError(
+          "messages: the chat template does not write turns of the role 'tool'; write them into a"
+          " user turn, or use another template"
+        )
     header, closing = self._template.user_header, self._template.prompt_end
     applied = isinstance(prompt, str) and header and closing
     if applied and header in prompt and prompt.rstrip().endswith(closing):
@@ -455,6 +610,8 @@ class Tokenizer:
     """
     if self._end_id is not None:
       self.hf.init_kwargs["response_end"] = self.hf.convert_ids_to_tokens(self._end_id)
+    if self._template_args:
+      self.hf.init_kwargs["template_args"] = self._template_args
     self.hf.save_pretrained(str(folder))
 
   def _ids(self, text: str) -> list[int]:
@@ -498,7 +655,11 @@ class Tokenizer:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if answer is not None:
       messages = [*messages, {"role": "assistant", "content": answer}]
-    turns = [
+    return Chat(self._protected(messages), answer is None)
+
+  def _protected(self, messages: Messages) -> Messages:
+    """Returns turns in whose texts `Controls.mark` renames nothing."""
+    return [
       {
         "role": m["role"],
         "content": (self._answer_text if m["role"] == "assistant" else self._control_text).protect(
@@ -507,7 +668,6 @@ class Tokenizer:
       }
       for m in messages
     ]
-    return Chat(turns, answer is None)
 
   def _tail(self, prompt: Prompt, before: str, whole: str, answer: str) -> str:
     """Returns the text that an answer adds to the rendered text of its prompt."""
@@ -624,17 +784,36 @@ class _Template:
     markers: Markers in these texts.
   """
 
-  def __init__(self, hf: "transformers.PreTrainedTokenizerFast"):
-    self._hf = hf
+  def __init__(self, hf: "transformers.PreTrainedTokenizerFast", args: Mapping[str, Any]):
+    self._hf, self._args = hf, args
     self.source = ""
     self.probes: tuple[str, ...] = ()
     self.lead = self.closing = self.user_header = self.prompt_end = self.opening = ""
     if hf.chat_template:
       self.source = _default_template(hf)
+    if args:
+      self._require_read()
+    if self.source:
       self._probe()
     self.markers = set(_MARKER.findall("".join(self.probes)))
     lines = (self.user_header, self.prompt_end.rpartition("\n")[2])
     self.markers |= {line for line in lines if _MARKED_LINE.search(line)}
+
+  def _require_read(self) -> None:
+    """Refuses variables that the template does not read."""
+    names = apart.names_in(self.source) if self.source else []
+    names = [name for name in names if name not in RESERVED and not name.endswith("_token")]
+    for name in self._args:
+      if name not in names:
+        known = f"it reads {', '.join(names)}" if names else "it reads none"
+        which = "chat template" if self.source else "tokenizer, which has no chat template,"
+        raise DataError(f"data.template_args: the {which} does not read {name!r}; {known}")
+
+  @functools.cached_property
+  def writes_tools(self) -> bool:
+    """True if a turn of the role tool is in the text of a prompt."""
+    user, answer = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    return _PROBE in self._try([user, answer, {"role": "tool", "content": _PROBE}])
 
   def _probe(self) -> None:
     user, answer, system = (
@@ -654,15 +833,15 @@ class _Template:
       opening = prompt[next(differs, len(whole)) :]
       self.opening = opening if _OPENING.fullmatch(opening) else ""
 
-  def render(self, chats: Sequence[Chat]) -> list[str]:
-    """Renders chats.
+  def render(self, chats: Sequence[Chat], marks: tuple[str, str] = ("", "")) -> list[str]:
+    """Renders chats, with marks around what blocks `generation` write.
 
     Raises:
       DataError: If the template refuses one of them.
     """
-    common = {"tools": None, "documents": None, **self._hf.special_tokens_map}
+    common = {"tools": None, "documents": None, **self._hf.special_tokens_map, **self._args}
     try:
-      return apart.render(self.source, common, [chat._asdict() for chat in chats])
+      return apart.render(self.source, common, [chat._asdict() for chat in chats], marks)
     except apart.TemplateError as error:
       raise apart.TemplateError(
         f"the chat template is not valid Jinja ({error}); correct chat_template of"
@@ -742,12 +921,28 @@ def transcript(messages: Messages) -> str:
 
   Returns:
     "\n\nHuman: ...\n\nAssistant: ..." that ends in "\n\nAssistant:".
+
+  Raises:
+    DataError: There is a turn of a tool.
   """
+  if any(message["role"] not in _SPEAKERS for message in messages):
+    raise DataError(f"messages: {_NO_TOOLS}")
   turns = [f"\n\n{_SPEAKERS[message['role']]}: {message['content']}" for message in messages]
   return "".join(turns) + "\n\nAssistant:"
 
 
-def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -> Tokenizer:
+def answers_in(messages: Messages) -> list[int]:
+  """Returns the indices of the answers in a chat: turns of the assistant after one of a user."""
+  roles = [message["role"] for message in messages]
+  first = roles.index("user") if "user" in roles else len(roles)
+  return [i for i, role in enumerate(roles) if role == "assistant" and i > first]
+
+
+def load_tokenizer(
+  path: str | os.PathLike[str],
+  eos_token: str | None = None,
+  template_args: Mapping[str, Any] | None = None,
+) -> Tokenizer:
   """Reads a tokenizer from a local Hugging Face folder.
 
   Args:
@@ -755,6 +950,7 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
       its generation_config.json and config.json end a response too.
     eos_token: The token that ends a response, for models that do not use their tokenizer's EOS
       (stories260k ends stories with "<s>"); None or "" uses the folder's.
+    template_args: Variables of the chat template; None takes those that it was saved with.
 
   Returns:
     The tokenizer.
@@ -779,7 +975,7 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
     trial.require()
     # Not AutoTokenizer: a config.json must not choose the code that runs.
     hf = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return Tokenizer(hf, eos_token, stop_ids)
+    return Tokenizer(hf, eos_token, stop_ids, template_args)
   except DataError as error:
     raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
   except BaseException as error:  # The Rust parser raises bare Exception, and panics.

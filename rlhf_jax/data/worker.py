@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 # Task -> seconds of the processor, bytes of memory.
-LIMITS = {"render": (10, 2**30), "tokenizer": (60, 4 * 2**30)}
+LIMITS = {"render": (10, 2**30), "names": (10, 2**30), "tokenizer": (60, 4 * 2**30)}
 MAX_CHARACTERS = 16 * 2**20  # Of a rendered chat; a row of data has at most half of it.
 _DATE = "26 Jul 2024"  # A template that wrote today's would give other tokens tomorrow.
+_marks = ["", ""]  # Texts before and after what a block `generation` writes, of the task.
 _PROBES = ("a", " a", "a\n:", "Hello, world! 123 é 漢", "<|user|>")
 
 
@@ -46,17 +47,17 @@ def _environment() -> Any:
   import jinja2.sandbox
 
   class Generation(jinja2.ext.Extension):
-    """The block `generation`, which marks answers for other programs."""
+    """The block `generation`, which marks answers."""
 
     tags = {"generation"}  # noqa: RUF012 - the name is that of jinja2.
 
     def parse(self, parser: Any) -> Any:
       line = next(parser.stream).lineno
       body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-      return jinja2.nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
+      return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
 
-    def _same(self, caller: Any) -> str:
-      return caller()
+    def _marked(self, caller: Any) -> str:
+      return _marks[0] + caller() + _marks[1]
 
   class Namespace(jinja2.utils.Namespace):
     def __init__(*args: Any, **values: Any):
@@ -126,6 +127,7 @@ def _render(task: dict[str, Any]) -> dict[str, Any]:
   """Renders chats up to the first one that is refused."""
   texts: list[str] = []
   problem: dict[str, str] = {}
+  _marks[:] = task.get("marks", ("", ""))
   for chat in task["chats"]:
     problem = _append(texts, task["source"], {**task["variables"], **chat})
     if problem:
@@ -154,6 +156,19 @@ def _append(texts: list[str], source: str, variables: dict[str, Any]) -> dict[st
     return {"refused": str(error) or type(error).__name__}
 
 
+def _names(task: dict[str, Any]) -> dict[str, Any]:
+  """Returns the names of the variables that a template reads."""
+  import jinja2.meta
+
+  try:
+    names = jinja2.meta.find_undeclared_variables(_environment().parse(task["source"]))
+  except jinja2.TemplateSyntaxError as error:
+    return {"syntax": str(error)}
+  except (MemoryError, RecursionError):
+    return {"excess": "takes too much memory"}
+  return {"names": sorted(names - _environment().globals.keys())}
+
+
 def _try_tokenizer(task: dict[str, Any]) -> dict[str, Any]:
   """Does with a tokenizer.json what could end the process that reads it."""
   try:
@@ -178,7 +193,7 @@ def main() -> None:
   # They tell a run to save and stop. This process ends with its input.
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-  tasks = {"render": _render, "tokenizer": _try_tokenizer}
+  tasks = {"render": _render, "names": _names, "tokenizer": _try_tokenizer}
   for line in sys.stdin.buffer:
     task = json.loads(line)
     _limit(task.pop("seconds"), task.pop("bytes"))

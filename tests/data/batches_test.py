@@ -63,12 +63,13 @@ def test_batches_refuses(dataset):
     data.batches(dataset, 0, seed=0, pad_id=0)
 
 
-def packable(tmp_path, kind, **config):
-  """Rows of unequal lengths, each with a prompt of its own."""
+def packable(tmp_path, kind, prompt=0, **config):
+  """Rows of unequal lengths, each with a prompt of its own, of `prompt` more tokens than one."""
   rng = np.random.default_rng(0)
   names = {"demonstrations": ("response",), "preferences": ("chosen", "rejected")}[kind]
   rows = [
-    {"prompt": text(n)} | {name: text(*rng.integers(0, 40, rng.integers(1, 12))) for name in names}
+    {"prompt": text(n, *range(prompt))}
+    | {name: text(*rng.integers(0, 40, rng.integers(1, 12))) for name in names}
     for n in range(23)
   ]
   return load(kind, tmp_path, rows, **config)[0]
@@ -172,8 +173,8 @@ def test_eval_batches_count_every_row_once(dataset, batch_size):
 
 
 def test_shared_rows_hold_the_tokens_of_separate_rows(tmp_path):
-  shared = packable(tmp_path, "preferences", share_prompts=True)
-  separate = packable(tmp_path, "preferences")
+  shared = packable(tmp_path, "preferences", 20, share_prompts=True)
+  separate = packable(tmp_path, "preferences", 20)
   longest = max(sum(map(len, example.values())) for example in shared.examples)
   assert shared.shared_length == -(-longest // 8) * 8 <= 2 * separate.padded_length
   indices, pad_id, real = np.arange(23), 3, 0

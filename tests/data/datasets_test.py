@@ -356,14 +356,29 @@ def test_impossible_packing_is_refused(tmp_path, kind, length, message):
     load(kind, tmp_path, rows, packed_length=length)
 
 
-@pytest.mark.parametrize("kind", ["demonstrations", "unpaired", "comparisons", "prompts"])
-def test_only_pairs_share_their_prompt(tmp_path, kind):
-  rows = [{"prompt": text(1), "response": text(2), "label": True}]
-  message = f"data.share_prompts is for preferences, .* reads {kind}; leave it out"
-  with pytest.raises(DataError, match=message):
-    load(kind, tmp_path, rows, share_prompts=True)
-  with pytest.raises(ValueError, match="share_prompts cannot be used together with packed_length"):
-    DataConfig(share_prompts=True, packed_length=64)
+@pytest.mark.parametrize(
+  ("kind", "prompt", "options", "shared"),
+  [
+    ("preferences", 30, {}, True),
+    ("preferences", 30, {"share_prompts": False}, False),
+    ("preferences", 30, {"packed_length": 128}, False),
+    ("preferences", 1, {}, False),  # Less than a tenth of the tokens.
+    ("comparisons", 30, {}, False),
+    ("rankings", 30, {}, False),
+    ("unpaired", 30, {}, False),
+    ("demonstrations", 30, {}, False),
+    ("prompts", 30, {}, False),
+  ],
+)
+def test_pairs_share_their_prompt_where_it_is_long(tmp_path, kind, prompt, options, shared):
+  row = {"prompt": text(*range(prompt)), "label": True, "response": text(2)}
+  if kind in ("preferences", "comparisons", "rankings"):
+    row = {"prompt": row["prompt"], "chosen": text(*range(13)), "rejected": text(*range(13, 26))}
+  rows = [row, row | {"response": text(3)}] if kind == "unpaired" else [row]
+  dataset, _ = load(kind, tmp_path, rows, **{"share_prompts": True} | options)
+  assert (dataset.shared_length > 0) == shared
+  if shared:
+    assert dataset.batch_length == dataset.shared_length <= 0.9 * 2 * dataset.padded_length
 
 
 # Real rows.

@@ -485,10 +485,10 @@ def test_a_text_with_the_template_in_it_is_refused(template):
     )
     for given in (text, text.removeprefix("<s>"), text + " ", text.rstrip()):
       with pytest.raises(DataError, match="prompt: the chat template is in the text already"):
-        tok.require_plain(given)
-    tok.require_plain(messages_of(turns))
-  tok.require_plain("hello <|im_start|>user, [INST] and user: how are you?")
-  chats.chat(backend("bytes"), None).require_plain(text)
+        tok.require_prompt(given)
+    tok.require_prompt(messages_of(turns))
+  tok.require_prompt("hello <|im_start|>user, [INST] and user: how are you?")
+  chats.chat(backend("bytes"), None).require_prompt(text)
 
 
 def test_several_templates_need_a_default():

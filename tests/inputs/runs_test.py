@@ -149,7 +149,10 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("script", "words", "code", "message"), COMMANDS)
-def test_a_bad_command_is_refused_in_one_line(script, words, code, message, tmp_path):
+def test_a_bad_command_is_refused_in_one_line(
+  script, words, code, message, tmp_path, record_property
+):
+  record_property("bad inputs", 1)
   file = tmp_path / "file"
   file.write_text("--workdir=another\n")
   words = words.format(file=file).split(" ") if words else []

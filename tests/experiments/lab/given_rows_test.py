@@ -1,9 +1,13 @@
+import dataclasses
+
 import pytest
 
 from experiments.lab import given_rows, models
-from rlhf_jax import simulation
+from rlhf_jax import loop, simulation
 from rlhf_jax.data import DataConfig
 from tests.data.rows import TOKENIZER, prompts, text, write
+
+SESSION = loop.Session("run", token_cache="none")
 
 
 @pytest.mark.parametrize(
@@ -28,7 +32,7 @@ def test_prompts_of_a_file(tmp_path, capsys, options, asked, count, said):
   if "eval_path" in options:
     options = options | {"eval_path": write(tmp_path, prompts(3, start=30), "eval.jsonl")}
   config = DataConfig(path=write(tmp_path, prompts(20)), **options)
-  found = given_rows.prompts("Title", config, TOKENIZER, seed=0, model="m", **asked)
+  found = given_rows.prompts(SESSION, "Title", config, TOKENIZER, model="m", **asked)
   assert len(found.examples) == len(found.rows) == count
   shown = capsys.readouterr().err
   assert said in shown and "model: m" in shown and config.path in shown
@@ -36,7 +40,7 @@ def test_prompts_of_a_file(tmp_path, capsys, options, asked, count, said):
 
 def test_equal_prompts_are_answered_once(tmp_path, capsys):
   config = DataConfig(path=write(tmp_path, [*prompts(4), *prompts(4)]))
-  found = given_rows.prompts("Title", config, TOKENIZER, seed=0, every=True, limit=9)
+  found = given_rows.prompts(SESSION, "Title", config, TOKENIZER, every=True, limit=9)
   assert len(found.examples) == 4
   assert "noticed: 4 repeated" in capsys.readouterr().err
 
@@ -44,7 +48,7 @@ def test_equal_prompts_are_answered_once(tmp_path, capsys):
 def test_much_that_is_left_out_is_a_warning(tmp_path, capsys):
   rows = [*prompts(6), {"prompt": text(*range(9))}]
   config = DataConfig(path=write(tmp_path, rows), max_prompt_length=5)
-  given_rows.prompts("Title", config, TOKENIZER, seed=0, every=True, limit=9)
+  given_rows.prompts(SESSION, "Title", config, TOKENIZER, every=True, limit=9)
   shown = capsys.readouterr().err
   assert "left out: 1 too long (data.max_prompt_length=5" in shown
   assert "warning: 14% of the data is left out: 1 too long" in shown
@@ -56,19 +60,21 @@ def test_demonstrations_of_a_file_whatever_the_prompts_are(tmp_path, source):
   path = write(tmp_path, rows, "demonstrations.jsonl")
   for most, count in ((512, 9), (4, 4)):
     config = DataConfig(eval_rows=most, **source)
-    (found,) = given_rows.demonstrations(config, path, TOKENIZER, seed=0)
+    (found,) = given_rows.demonstrations(SESSION, config, path, TOKENIZER)
     assert (found.kind, len(found.examples)) == ("demonstrations", count)
 
 
 def test_prompts_of_a_file_have_no_demonstrations(tmp_path):
   config = DataConfig(path=write(tmp_path, prompts(9)))
-  assert given_rows.demonstrations(config, "", TOKENIZER, seed=0) == []
+  assert given_rows.demonstrations(SESSION, config, "", TOKENIZER) == []
 
 
 def test_demonstrations_of_the_built_in_task_are_those_that_are_held_out():
   tokenizer = models.open_tokenizer(None)
   for split in ("eval", "shift"):
     config = DataConfig(eval_rows=5, split=split)
-    (found,) = given_rows.demonstrations(config, "", tokenizer, seed=3)
+    (found,) = given_rows.demonstrations(
+      dataclasses.replace(SESSION, seed=3), config, "", tokenizer
+    )
     expected = simulation.demonstrations(split, 5, 3)
     assert [row["response"] for row in found.rows] == [row["response"] for row in expected]

@@ -102,7 +102,12 @@ def test_every_end_that_a_folder_names_ends_a_response_and_is_exported(tmp_path,
     tokenizer = data.load_tokenizer(tmp_path)
     assert tokenizer.eos_id == 10 == tokenizer.encode_response("good")[-1]
     assert tokenizer.stop_ids == (10, 2, *sorted({5, *ids}))
-    assert models.open_tokenizer(tmp_path, ".").stop_ids == (9, 2, *sorted({5, *ids}), 10)
+    assert models.open_tokenizer(tmp_path, data.DataConfig(end_token=".")).stop_ids == (
+      9,
+      2,
+      *sorted({5, *ids}),
+      10,
+    )
   for broken in ("2", True, -1, [2, "a"], 1.5):
     write_json(tmp_path / "generation_config.json", eos_token_id=broken)
     with pytest.raises(data.DataError, match=r"generation_config\.json: eos_token_id is .* an id"):

@@ -29,6 +29,7 @@ PREFIX = "gs://"
 _ADDRESS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]*[a-z0-9])/(?P<folder>.+)")
 _PART = re.compile(r"[^\x00-\x1f\x7f]+")
 _INDEX, _LOCK, _SYNC = ".bucket.json", ".lock", ".bucket.lock"  # Files of this machine alone.
+_TOKENS = ".tokens"  # Folder of tokenised data files, which can be made again.
 _TEMPORARY = re.compile(r"(^|/)([^/]*\.orbax-checkpoint-tmp[^/]*(/|$)|\.[^/]*\.(tmp|mode)$)")
 _STEPS = re.compile(r"(^|/)(checkpoints|black_box)/[^/]+/")
 _THREADS = 8
@@ -193,7 +194,7 @@ class _Copy:
 
   def _is_copied(self, name: str) -> bool:
     parts = name.split("/")
-    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or not parts[-1] or {".", ".."} & {*parts}
+    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or not parts[-1] or {".", "..", _TOKENS} & {*parts}
     return not own and not _TEMPORARY.search(name)
 
   def _is_below(self, name: str, folders: Iterable[pathlib.Path]) -> bool:

@@ -192,12 +192,14 @@ def test_what_others_read_and_write_in_it(machine, server):
   folder = machine("second")
   assert models.finished_folder(RUN) == folder / "export"
   assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["8.digest.json"]
+  (folder / ".tokens").mkdir()
+  (folder / ".tokens" / "rows").write_text("tokens")
   bucket.pull(folder / "checkpoints")
   assert (folder / "checkpoints" / "8" / "x").exists()
   with workdir_lib.run_lock(folder / "sub"):  # Such as a run of a chain.
     (folder / "sub" / "file").write_text("1")
     bucket.pull(folder)  # It leaves what another run works on as it is.
-    assert (folder / "sub" / "file").exists()
+    assert (folder / "sub" / "file").exists() and (folder / ".tokens" / "rows").exists()
   assert content(server, "sub/file") == b"1"
 
 

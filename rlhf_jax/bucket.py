@@ -32,7 +32,7 @@ _INDEX, _LOCK, _SYNC = ".bucket.json", ".lock", ".bucket.lock"  # Files of this 
 _TOKENS = ".tokens"  # Folder of tokenised data files, which can be made again.
 _TEMPORARY = re.compile(r"(^|/)([^/]*\.orbax-checkpoint-tmp[^/]*(/|$)|\.[^/]*\.(tmp|mode)$)")
 _STEPS = re.compile(r"(^|/)(checkpoints|black_box)/[^/]+/")
-_THREADS = 8
+_THREADS = 4  # Each has a file in memory.
 _RENEW_SECONDS = 20.0
 _STALE_SECONDS = 90.0  # Without a renewal in this time the owner of a lock is gone.
 # Of the first request. The later ones of a run are sent again for a quarter of an hour.
@@ -194,7 +194,8 @@ class _Copy:
 
   def _is_copied(self, name: str) -> bool:
     parts = name.split("/")
-    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or not parts[-1] or {".", "..", _TOKENS} & {*parts}
+    # With an empty part a name would be that of a folder, or lead out of this one.
+    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or {"", ".", "..", _TOKENS} & {*parts}
     return not own and not _TEMPORARY.search(name)
 
   def _is_below(self, name: str, folders: Iterable[pathlib.Path]) -> bool:

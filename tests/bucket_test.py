@@ -203,6 +203,16 @@ def test_what_others_read_and_write_in_it(machine, server):
   assert content(server, "sub/file") == b"1"
 
 
+def test_no_object_is_written_outside_of_the_folder(machine, server, tmp_path):
+  folder = machine("first")
+  for name in (f"/{tmp_path}/a", "../b", "x/../../c", "x//d", "x/", ".lock.d/e", "./f", "f/.lock"):
+    server.put(f"team/ppo/{name}", b"1")
+  bucket.pull(folder)
+  found = [path for path in tmp_path.rglob("*") if path.is_file()]
+  kept = {path.relative_to(folder).as_posix() for path in found if folder in path.parents}
+  assert kept == {".bucket.json", ".bucket.lock", ".lock.d/e"} and len(found) == len(kept)
+
+
 @pytest.mark.parametrize(
   "name", ["gs://", "gs://b", "gs://b/", "gs://b/../c", "gs://B_/c", "gs://b//c"]
 )

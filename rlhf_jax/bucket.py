@@ -392,6 +392,8 @@ def _is_live(folder: pathlib.Path) -> bool:
   if folder in _HELD:
     return True
   with contextlib.suppress(OSError), open(folder / _LOCK, "rb") as file:
+    if not file.read():  # It has no owner. To try the lock could be in the way of one who takes it.
+      return False
     try:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -120,11 +120,21 @@ class Job:
     self.hardware  # noqa: B018 - raises if there is no such accelerator.
     self._check_places()
     self._check_mesh()
+    if self.in_bucket and max(self.hosts, self.processes) > 1:
+      raise JobError(
+        f"--workdir={self.workdir}: several hosts or processes write one checkpoint, into a folder"
+        " that all of them mount; give one (see --shared and --mount)"
+      )
 
   @property
   def workdir(self) -> str:
     """The --workdir of the script."""
     return self.flag("workdir")
+
+  @property
+  def in_bucket(self) -> bool:
+    """True for a workdir in a bucket."""
+    return self.workdir.startswith("gs://")
 
   @property
   def hardware(self) -> accelerators.Accelerator:
@@ -153,6 +163,8 @@ class Job:
 
   def require_shared(self, why: str) -> None:
     """Refuses a workdir that other hosts cannot see, or that is lost with the hosts."""
+    if self.in_bucket:
+      return
     if not self.shared:
       raise JobError(
         f"--workdir={self.workdir}: {why}; put it on a file system that all hosts mount, and give"
@@ -200,10 +212,9 @@ class Job:
         raise JobError(f"{flag}: the launcher gives --{name} itself; leave it out")
     if not self.workdir:
       raise JobError("the script needs --workdir=FOLDER among its flags, after the --")
-    if "://" in self.workdir:
+    if "://" in self.workdir and not self.in_bucket:
       raise JobError(
-        f"--workdir={self.workdir} is not a folder, and scripts lock and rename files in it; give a"
-        " folder of a file system that all hosts mount (see --shared and --mount)"
+        f"--workdir={self.workdir} is not a folder, nor one in a bucket, gs://BUCKET/FOLDER"
       )
 
   def _check_places(self) -> None:

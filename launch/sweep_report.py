@@ -420,7 +420,8 @@ def _ends(axes, place: int, low: Any, high: Any) -> None:
 
 def _importances(axes, shares: dict[str, float], metric: str) -> None:
   names = list(shares)[::-1]
-  axes.barh(names, [shares[name] for name in names], color=_BLUE, height=0.6)
+  bars = axes.barh(names, [shares[name] for name in names], color=_BLUE, height=0.6)
+  axes.bar_label(bars, [f"{shares[name]:.0%}" for name in names], padding=3, fontsize=8)
   axes.set(
     title=f"Parameters that {metric} depends on", xlabel="Importance (PED-ANOVA)", xlim=(0, 1)
   )

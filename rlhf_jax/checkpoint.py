@@ -8,7 +8,8 @@ size and SHA-256 of every file. A step is restored only if all of them still mat
 gone are missed. A run holds `workdir.run_lock` while it saves, because orbax would let a second
 process overwrite committed steps.
 
-Directories are local or on a shared POSIX file system: the durable rename needs one. With several
+Directories are local or on a shared POSIX file system: the durable rename needs one. Those of a run
+in a bucket are copied there when a step is complete. With several
 processes, call everything here from all of them, after `jax.distributed.initialize`. Process 0
 looks and decides, for all of them.
 """
@@ -33,7 +34,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from rlhf_jax import processes
+from rlhf_jax import bucket, processes, replicas
 from rlhf_jax import workdir as workdir_lib
 
 PyTree = Any
@@ -163,6 +164,7 @@ class Checkpointer:
 
     Raises:
       NonFiniteError: A float leaf holds NaN or infinity; nothing is written.
+      ReplicaError: Devices hold different copies of a leaf; nothing is written.
       CheckpointError: The directory holds `step` or a newer one that was not restored from.
       CheckpointWriteError: This or the previous step could not be written.
       TypeError: A leaf is not an array that jax holds without a cast.
@@ -176,6 +178,14 @@ class Checkpointer:
         if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
           raise TypeError(f"item {name!r}, leaf {path!r}: jax would cast {leaf.dtype} on restore")
     _check_finite(flat)
+    replicas.check(
+      {
+        f"item {name!r}, leaf {path!r}": leaf
+        for name, tree in flat.items()
+        for path, leaf in tree.items()
+        if isinstance(leaf, jax.Array)
+      }
+    )
     leaves = {
       name: {path: _kind(leaf) for path, leaf in tree.items()} for name, tree in flat.items()
     }
@@ -337,6 +347,8 @@ class Checkpointer:
     manager.wait_until_finished()
     if not processes.is_first():
       return
+    bucket.push(self._record_path)  # It says that what follows is not complete yet.
+    bucket.push(self.directory.parent)  # A step never has less than its metrics.
     folder = self.directory / str(step)
     try:
       _require_contents(folder, contents)
@@ -356,6 +368,8 @@ class Checkpointer:
     self._write_record(step)
     for other in self._superseded():
       self._delete(other)
+    bucket.push(self.directory)
+    bucket.push(self._record_path)
 
   def _superseded(self) -> list[int]:
     """Returns the steps that need not stay, now that the newest one was verified."""

@@ -81,7 +81,7 @@ def kind_of(config: Any) -> Kind:
   path = path or getattr(config, "baseline", "")
   if not path:
     return "pretrained" if getattr(model, "preset", "") else "built-in"
-  if "://" not in path and is_builtin(workdir_lib.local_path(path)):
+  if not path.startswith("hf://") and is_builtin(workdir_lib.local_path(path)):
     return "built-in"
   return "adapters" if getattr(getattr(config, "lora", None), "rank", 0) else "pretrained"
 

@@ -71,8 +71,6 @@ class Session(processes.Group):
     """Folder of tokenised data files; None for none."""
     if self.token_cache:
       return None if self.token_cache == "none" else workdir_lib.local_path(self.token_cache)
-    if workdir_lib.is_remote(self.workdir):  # Files of a bucket cannot be mapped.
-      return None
     return workdir_lib.local_path(self.workdir).parent / ".tokens"
 
   def __post_init__(self):

@@ -22,12 +22,14 @@ class OptimConfig:
     name: Optimizer: a key of rlhf_jax.train_step.OPTIMIZERS. `adamw` holds two moments per param.
       `adafactor` holds a row and a column per matrix. `lion` holds one moment, and takes a tenth of
       the learning rate. `muon` holds one moment of the matrices of layers and orthogonalises it;
-      all else gets AdamW.
+      all else gets AdamW. `schedule_free` is AdamW at a constant rate, whose params are an average
+      of those that it steps with: nothing decays, so that a run can end at any step.
     schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
       `cosine` decay to 0 at the last step.
     warmup: Fraction of all optimizer steps over which the learning rate rises from 0.
     weight_decay: Decoupled weight decay, on matrices and embeddings only.
-    b1: Decay of the first moment of AdamW.
+    b1: Decay of the first moment of AdamW; of `schedule_free` the weight of the averaged params in
+      those that the gradient is of.
     b2: Decay of the second moment of AdamW.
     eps: Constant added to the root of the second moment of AdamW.
     max_grad_norm: Maximum global norm of gradients, which are scaled down to it; 0 does not clip.
@@ -56,12 +58,14 @@ class OptimConfig:
       non_negative=("weight_decay", "max_grad_norm", "max_spike"),
       one_of={"name": OPTIMIZERS},
     )
+    if self.name == "schedule_free":
+      ranges.check(self, positive=("b1",))
     if 0 < self.max_spike <= 1:
       raise ValueError(f"max_spike must be 0 or above 1, got {self.max_spike}")
 
   def require_read(self, default: "OptimConfig") -> None:
     """Refuses settings that differ from a default and that the optimizer does not read."""
-    for name in ("b1", "b2", "eps", "mu_dtype"):
+    for name in ("schedule", "b1", "b2", "eps", "mu_dtype"):
       if name not in OPTIMIZERS[self.name].reads and getattr(self, name) != getattr(default, name):
         readers = [other for other, of in OPTIMIZERS.items() if name in of.reads]
         raise ValueError(f"{name} is not read by {self.name}, only by {', '.join(readers)}")
@@ -71,11 +75,12 @@ def make_schedule(config: OptimConfig, updates: int) -> optax.Schedule:
   """Learning rate as a function of the number of optimizer steps taken."""
   warmup = max(1, round(config.warmup * updates)) if config.warmup else 0
   rest = max(1, updates - warmup)
+  shape = config.schedule if "schedule" in OPTIMIZERS[config.name].reads else "constant"
   after = {
     "constant": optax.constant_schedule(config.learning_rate),
     "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
     "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
-  }[config.schedule]
+  }[shape]
   if not warmup:
     return after
   rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
@@ -157,6 +162,67 @@ def _muon(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransf
   )
 
 
+class ScheduleFreeState(NamedTuple):
+  """State of `_schedule_free`.
+
+  Attributes:
+    count: Number of updates.
+    total: Sum of the weights of the average.
+    largest: Largest learning rate.
+    b1: Weight of the averaged params in those that the gradient is of.
+    z: Params that the steps are taken with.
+    inner: State of the second moment.
+  """
+
+  count: jax.Array
+  total: jax.Array
+  largest: jax.Array
+  b1: jax.Array
+  z: Params
+  inner: optax.OptState
+
+
+def _schedule_free(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  """Builds schedule-free AdamW, https://arxiv.org/abs/2405.15682, Algorithm 1.
+
+  Unlike those of optax.contrib its params are the average x, which is what a run evaluates, samples
+  from and exports. The gradient is that of `gradient_params`.
+  """
+  base = optax.chain(
+    optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
+    optax.add_decayed_weights(config.weight_decay, _decayed),
+  )
+
+  def init(params: Params) -> ScheduleFreeState:
+    z = jax.tree.map(jnp.copy, params)  # Both are donated.
+    count, total, largest = jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())
+    return ScheduleFreeState(count, total, largest, jnp.float32(config.b1), z, base.init(params))
+
+  def update(updates: Params, state: Any, params: Params | None = None):
+    point = gradient_params(state, params)
+    steps, inner = base.update(updates, state.inner, point)
+    rate = jnp.float32(schedule(state.count))
+    largest = jnp.maximum(state.largest, rate)
+    total = state.total + largest**2
+    share = jnp.where(total > 0, largest**2 / jnp.maximum(total, 1e-30), 0.0)
+    z = jax.tree.map(lambda z, u: z - (rate * u).astype(z.dtype), state.z, steps)
+    moved = jax.tree.map(lambda x, z: (share * (z - x)).astype(x.dtype), params, z)
+    return moved, ScheduleFreeState(state.count + 1, total, largest, state.b1, z, inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def gradient_params(opt_state: optax.OptState, params: Params) -> Params:
+  """Returns the params that an optimizer needs the gradient of, which are mostly `params`."""
+  is_state = lambda node: isinstance(node, ScheduleFreeState)  # noqa: E731
+  is_other = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+  for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
+    # z + b1 (x - z), so that where both are equal it is bitwise their value.
+    between = lambda z, x, b1=state.b1: x if is_other(z) else z + (b1 * (x - z)).astype(x.dtype)  # noqa: E731
+    params = jax.tree.map(between, state.z, params, is_leaf=is_other)
+  return params
+
+
 class _Kind(NamedTuple):
   """Optimizer: `(config, schedule) -> optax transformation`, and the settings it alone may read."""
 
@@ -165,10 +231,11 @@ class _Kind(NamedTuple):
 
 
 OPTIMIZERS = {
-  "adamw": _Kind(_adamw, ("b1", "b2", "eps", "mu_dtype")),
-  "adafactor": _Kind(_adafactor, ()),
-  "lion": _Kind(_lion, ("mu_dtype",)),
-  "muon": _Kind(_muon, ("b1", "b2", "mu_dtype")),
+  "adamw": _Kind(_adamw, ("schedule", "b1", "b2", "eps", "mu_dtype")),
+  "adafactor": _Kind(_adafactor, ("schedule",)),
+  "lion": _Kind(_lion, ("schedule", "mu_dtype")),
+  "muon": _Kind(_muon, ("schedule", "b1", "b2", "mu_dtype")),
+  "schedule_free": _Kind(_schedule_free, ("b1", "b2", "eps")),
 }
 _MAX_NORM = 1e18  # The squares of larger gradients overflow the second moment in float32.
 
@@ -382,7 +449,8 @@ def update(
   Such a step leaves params and optimizer state bitwise unchanged, advances `state.step` and sets
   the metric `skipped_steps` to 1. A batch has no unit if the metric `weight` is 0.
   """
-  grads, metrics = gradients(loss_fn, state.params, batch, key, microbatches)
+  point = gradient_params(state.opt_state, state.params)
+  grads, metrics = gradients(loss_fn, point, batch, key, microbatches)
   grad_norm = global_norm(grads)
   ok = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"])
   if "weight" in metrics:

@@ -15,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,40 @@ def resolve(
   return function
 
 
+def limited(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+  """Returns a function that raises TimeoutError, with the line, where another one takes longer.
+
+  Each call is in a thread of its own, which is abandoned then. With 0 seconds it is the function.
+  """
+  if not seconds:
+    return function
+
+  @functools.wraps(function)
+  def call(*args: Any) -> Any:
+    done: list[tuple[bool, Any]] = []
+
+    def work() -> None:
+      try:
+        done.append((True, function(*args)))
+      except BaseException as error:
+        done.append((False, error))
+
+    thread = threading.Thread(target=work, name="function_of_user", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+      frame = sys._current_frames().get(thread.ident or 0)
+      line = _line_of_user(traceback.extract_stack(frame)) if frame else ""
+      raise TimeoutError(f"it took more than {seconds:g} seconds{f', at {line}' if line else ''}")
+    returned, result = done[0]
+    if not returned:
+      raise result
+    return result
+
+  call.limits = function  # type: ignore[attr-defined]
+  return call
+
+
 def load(field: str, name: str) -> types.ModuleType:
   """Imports the module that a setting names.
 
@@ -127,6 +162,7 @@ def load(field: str, name: str) -> types.ModuleType:
 
 def name_of(function: Callable[..., Any]) -> str:
   """Returns the `module:function` that a setting named a function by, else its own name."""
+  function = getattr(function, "limits", function)
   for name, (known, _) in _resolved.items():
     if known is function:
       return name
@@ -143,14 +179,20 @@ def describe(error: BaseException) -> str:
   text = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
   if isinstance(error, SyntaxError):  # Its text names the place.
     return text
+  line = _line_of_user(traceback.extract_tb(error.__traceback__))
+  return f"{line}: {text}" if line else text
+
+
+def _line_of_user(frames: traceback.StackSummary) -> str:
+  """Returns file and line of the innermost call that is in no library; empty if there is none."""
   package, library = pathlib.Path(__file__).parent, pathlib.Path(os.__file__).parent
   lines = [
-    f"{frame.filename}:{frame.lineno}: "
-    for frame in traceback.extract_tb(error.__traceback__)
+    f"{frame.filename}:{frame.lineno}"
+    for frame in frames
     if not frame.filename.startswith((str(package), str(library), "<frozen"))
     and "site-packages" not in frame.filename
   ]
-  return "".join(lines[-1:]) + text
+  return lines[-1] if lines else ""
 
 
 def digests(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The folder of a run: its lock, its identity, digests of what it was given, durable writes.
 
-A workdir is local or on a shared POSIX file system: the lock and the atomic rename need one. With
+A workdir is local or on a shared POSIX file system: the lock and the atomic rename need one. One in
+a bucket, `gs://BUCKET/FOLDER`, is a local folder whose files are copied; see `bucket`. With
 several processes, call everything here from all of them, after `jax.distributed.initialize`.
 Process 0 looks and decides, for all of them.
 """
@@ -27,7 +28,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from rlhf_jax import processes, sharding
+from rlhf_jax import bucket, processes, sharding
 from rlhf_jax.types import Params
 
 _LOCKED: dict[
@@ -54,22 +55,23 @@ class LostError(RuntimeError):
   exit_code = 74  # EX_IOERR
 
 
-def is_remote(path: epath.PathLike) -> bool:
-  """Returns whether `path` is in a bucket (`gs://...`) rather than on a file system."""
-  return "://" in os.fspath(path)
-
-
 def local_path(path: epath.PathLike) -> pathlib.Path:
   """Returns an absolute path, with `~` expanded.
 
+  For a folder in a bucket it is the local one with its files, without those of checkpoints, which
+  are copied at the first call.
+
   Raises:
-    WorkdirError: The path is empty, a URL such as `gs://bucket/run`, or in the home of nobody.
+    WorkdirError: The path is empty, a URL such as `s3://bucket/run`, or in the home of nobody.
+    BucketError: The bucket cannot be read.
   """
   text = os.fspath(path)
-  if is_remote(path):
+  if bucket.is_address(text):
+    return _copied(bucket.folder_of(text))
+  if "://" in text:
     raise WorkdirError(
-      f"{text} is not a path of a file system: locks and atomic renames need one; mount the bucket"
-      " or the share and give the mounted folder"
+      f"{text} is not a path of a file system, nor a folder in a bucket, gs://BUCKET/FOLDER; mount"
+      " the share and give the mounted folder"
     )
   if not text.strip():
     raise WorkdirError("a path is empty; write . for the current folder")
@@ -77,6 +79,12 @@ def local_path(path: epath.PathLike) -> pathlib.Path:
     return pathlib.Path(path).expanduser().absolute()
   except RuntimeError as error:  # There is no such user.
     raise WorkdirError(f"{text}: {error}; write the folder in full") from error
+
+
+@functools.cache
+def _copied(folder: pathlib.Path) -> pathlib.Path:
+  bucket.pull(folder, steps=False)
+  return folder
 
 
 _KINDS = {
@@ -176,8 +184,8 @@ def no_room(error: BaseException | None) -> str:
 def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
   """Writes a file so that a reader, a crash or a power loss sees the old file or the new one.
 
-  Its folder is created. An object in a bucket appears when it is complete. An OSError names the
-  file.
+  Its folder is created. An OSError names the file. What belongs to a folder in a bucket, and not to
+  an open run, is copied there at once.
 
   Raises:
     LostError: The file belongs to a run whose folder is gone.
@@ -186,9 +194,6 @@ def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
   require_lock(path)
   content = content.encode() if isinstance(content, str) else content
   path.parent.mkdir(parents=True, exist_ok=True)
-  if is_remote(path):
-    path.write_bytes(content)
-    return
   temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
   try:
     with open(temporary, "wb") as file:
@@ -203,6 +208,8 @@ def atomic_write(path: epath.PathLike, content: str | bytes) -> None:
       error.filename, error.filename2 = os.fspath(path), None
     raise
   sync_directory(path.parent)
+  if not holds_lock(pathlib.Path(path)):
+    bucket.push(pathlib.Path(path))
 
 
 def follow_umask(path: pathlib.Path) -> None:
@@ -254,6 +261,7 @@ def _require_shared(directory: pathlib.Path, owner: str) -> None:
     raise LockedError(
       f"--workdir={directory} is another folder on {', '.join(alone)} than for process 0;"
       " several processes need one on a file system that they share"
+      + (", and for a bucket XDG_CACHE_HOME there" if bucket.address_of(directory) else "")
     )
 
 
@@ -294,13 +302,26 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     file.write(owner)
     file.flush()
     os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
-    _LOCKED[directory] = fd
     try:
-      yield owner
+      with _in_bucket(directory):
+        _LOCKED[directory] = fd
+        try:
+          yield owner
+        finally:
+          del _LOCKED[directory]
     finally:
       # The file stays: unlinking it would let two processes lock two files of the same name.
-      del _LOCKED[directory]
       os.ftruncate(fd, 0)
+
+
+@contextlib.contextmanager
+def _in_bucket(directory: pathlib.Path) -> Iterator[None]:
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(bucket.held(directory))
+    except bucket.HeldError as error:
+      raise LockedError(str(error)) from error
+    yield
 
 
 def holds_lock(directory: pathlib.Path) -> bool:
@@ -326,6 +347,11 @@ def require_lock(path: epath.PathLike) -> None:
         same = os.path.samestat(os.stat(directory / ".lock"), os.fstat(fd))
       except FileNotFoundError:
         same = False
+      if bucket.is_lost(directory):
+        raise LostError(
+          f"--workdir={bucket.address_of(directory)} was taken over by another process, as if this"
+          " one had died; the run stops and writes nothing more there"
+        )
       if not same:
         raise LostError(
           f"--workdir={directory} was removed, or replaced by another one, while this run was in"

@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import os
+import pathlib
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from rlhf_jax import processes
+from rlhf_jax import bucket, processes
 from rlhf_jax import workdir as workdir_lib
 
 # Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
-_REMOTE_SECONDS = 30.0
+_COPY_SECONDS = 30.0
 _FLUSH_SECONDS = 10.0  # A flush of the events waits for the disk.
 # Rows of a table that dashboards get; the file has all.
 _SHOWN_ROWS = 32
@@ -164,8 +165,8 @@ def _lines_until(path: epath.Path, resume_step: int | None) -> list[str]:
 class JsonlWriter:
   """Appends one JSON object per logged step to a file.
 
-  On a file system every line is handed to the kernel at once, so a kill loses nothing. An object
-  in a bucket is rewritten at most every 30 seconds and on `close`.
+  Every line is handed to the kernel at once, so a kill loses nothing. A copy in a bucket is made at
+  most every 30 seconds.
   """
 
   def __init__(self, path: epath.PathLike, *, resume_step: int | None):
@@ -180,12 +181,8 @@ class JsonlWriter:
     kept = _lines_until(self._path, resume_step)
     workdir_lib.atomic_write(self._path, "".join(kept))
     # Unbuffered: one write call per line, so a concurrent reader never sees half of one.
-    self._file = None
-    self._lines = kept
-    if not workdir_lib.is_remote(self._path):
-      self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
-      self._lines = []
-    self._uploaded = time.monotonic()
+    self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
+    self._copied = time.monotonic()
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Appends one line.
@@ -194,31 +191,21 @@ class JsonlWriter:
       TypeError: If a value is not one number.
       ValueError: If a metric is called `step`.
     """
-    line = _encode(step, scalars)
-    if self._file is not None:
-      workdir_lib.require_lock(self._path)
-      content = line.encode("utf-8")
-      if self._file.write(content) < len(content):  # The disk had room for a part of it.
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
-      return
-    self._lines.append(line)
-    if time.monotonic() - self._uploaded >= _REMOTE_SECONDS:
-      self._upload()
+    content = _encode(step, scalars).encode("utf-8")
+    workdir_lib.require_lock(self._path)
+    if self._file.write(content) < len(content):  # The disk had room for a part of it.
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
+    if time.monotonic() - self._copied >= _COPY_SECONDS:
+      self._copied = time.monotonic()
+      bucket.push(pathlib.Path(self._path))
 
   def table(self, step: int, name: str, rows: Rows) -> None:
     """Writes a file in a folder beside; see `write_table`."""
     write_table(self._path.parent, step, name, rows)
 
-  def _upload(self) -> None:
-    workdir_lib.atomic_write(self._path, "".join(self._lines))
-    self._uploaded = time.monotonic()
-
   def close(self) -> None:
-    """Closes the file, or uploads what is not uploaded yet."""
-    if self._file is not None:
-      self._file.close()
-    else:
-      self._upload()
+    """Closes the file."""
+    self._file.close()
 
 
 class NullWriter:
@@ -323,14 +310,14 @@ class WandbWriter:
     import wandb
 
     # The same workdir is the same run, so a resumed job draws on in the same chart.
-    where = os.fspath(workdir) if workdir_lib.is_remote(workdir) else os.path.realpath(workdir)
+    where = bucket.address_of(workdir) or os.path.realpath(workdir)
     self._table = wandb.Table
     self._run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", "rlhf_jax"),
       name=run_name,
       id=hashlib.sha256(where.encode("utf-8")).hexdigest()[:16],
       resume="allow",  # Also anew: a job killed before its first checkpoint starts over.
-      dir=None if workdir_lib.is_remote(workdir) else os.fspath(workdir),
+      dir=os.fspath(workdir),
       config=dict(config),
     )
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -191,11 +192,16 @@ def test_keeps_the_newest_steps_and_their_manifests(tmp_path):
   np.testing.assert_array_equal(restored.items["state"]["w"], weights(5)["w"])
 
 
+# Of kills, and of each kind of damage; `python -m tests.faults` takes more.
+TRIALS = int(os.environ.get("TRIALS", "0"))
+
+
 @pytest.mark.slow
-def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path):
-  rng, newest = random.Random(0), 0
+def test_killed_while_saving_restores_whole_and_never_goes_back(tmp_path, record_property):
+  rng, newest, kills = random.Random(0), 0, TRIALS or 15
+  record_property("kills", kills)
   like = {f"w{i}": np.zeros((64, 1024), np.float32) for i in range(4)}
-  for _ in range(15):
+  for _ in range(kills):
     child = forked(save_fast, tmp_path)
     deadline = time.monotonic() + 60
     # A step is saved once its manifest is there.
@@ -327,6 +333,71 @@ def test_every_flipped_bit_is_found(tmp_path):
       restore(tmp_path)
   manifest.write_bytes(data)
   assert restore(tmp_path) is not None
+
+
+def flip_one(step, draw):
+  path = draw.choice(contents(step))
+  content = bytearray(path.read_bytes())
+  content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+  path.write_bytes(content)
+
+
+def truncate_one(step, draw):
+  path = draw.choice(contents(step))
+  os.truncate(path, draw.randrange(path.stat().st_size))
+
+
+def swap_two(step, draw):
+  one, other = draw.sample(contents(step) + contents(step.with_name("2")), 2)
+  first, second = one.read_bytes(), other.read_bytes()
+  one.write_bytes(second)
+  other.write_bytes(first)
+
+
+def contents(step):
+  files = [*step.rglob("*"), step.with_name(f"{step.name}.digest.json")]
+  return sorted(path for path in files if path.is_file() and path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+  ("figure", "damage"),
+  [
+    ("bit flips", flip_one),
+    ("truncated files", truncate_one),
+    ("deleted files", lambda step, draw: draw.choice(contents(step)).unlink()),
+    ("swapped files", swap_two),
+  ],
+)
+def test_what_is_restored_is_what_was_saved(
+  two_steps, tmp_path, warnings_logged, record_property, figure, damage
+):
+  """Whatever happens to a file, a step is rejected in words, or it is still what was saved."""
+  draw, trials = random.Random(0), TRIALS or 3
+  record_property(figure, trials)
+  known = {
+    path: path.read_bytes() for path in contents(two_steps / "2") + contents(two_steps / "3")
+  }
+  for trial in range(trials):
+    folder = tmp_path / str(trial) / "checkpoints"
+    shutil.copytree(two_steps.parent, folder.parent)
+    damage(folder / "3", draw)
+    changed = {
+      path.relative_to(two_steps).parts[0].partition(".")[0]
+      for path, content in known.items()
+      if not (now := folder / path.relative_to(two_steps)).exists() or now.read_bytes() != content
+    }
+    warnings_logged.clear()
+    if changed == {"2", "3"}:
+      with pytest.raises(
+        checkpoint.CheckpointError, match="(?s)step 3: .*step 2: |step 2: .*step 3: "
+      ):
+        restore(folder)
+    else:
+      restored = restore(folder)
+      assert restored is not None and restored.step == (2 if "3" in changed else 3)
+      np.testing.assert_array_equal(restored.items["state"]["w"], weights(restored.step)["w"])
+      assert bool(warnings_logged) == ("3" in changed)
+    shutil.rmtree(folder.parent)
 
 
 @pytest.mark.parametrize("record", ['{"newest": 7}', '{"newest": 0}', "", "[]", "[" * 9999, None])
@@ -528,6 +599,23 @@ def test_a_save_without_room_is_not_begun(tmp_path, monkeypatch):
     assert ckpt.latest_step() == 2
 
 
+def test_a_slow_disk_holds_no_step(tmp_path, monkeypatch):
+  """A save returns before it is on disk, and only the next one waits for that."""
+  finish, go = checkpoint.Checkpointer._finish, threading.Event()
+
+  def slow(self, *args):
+    assert go.wait(60)
+    finish(self, *args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_finish", slow)
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, {"state": weights(1)}, {})
+    assert not (tmp_path / "1.digest.json").exists()  # Training goes on meanwhile.
+    threading.Timer(0.2, go.set).start()
+    ckpt.save(2, {"state": weights(2)}, {})
+    assert (tmp_path / "1.digest.json").exists()
+
+
 def test_failed_write_keeps_the_older_steps(tmp_path, monkeypatch):
   with workdir_lib.run_lock(tmp_path), checkpoint.Checkpointer(tmp_path / "c") as ckpt:
     ckpt.save(1, {"state": weights(1)}, {})
@@ -576,9 +664,9 @@ def test_leftovers_are_removed_only_under_the_lock(tmp_path):
   assert not leftover.exists()
 
 
-def test_urls_are_refused():
-  with pytest.raises(workdir_lib.WorkdirError, match="mount the bucket"):
-    checkpoint.Checkpointer("gs://bucket/run")
+def test_other_urls_are_refused():
+  with pytest.raises(workdir_lib.WorkdirError, match="mount the share"):
+    checkpoint.Checkpointer("s3://bucket/run")
 
 
 SCORES = {1: 0.5, 2: 0.1, 3: 0.9, 4: None, 5: 0.9, 6: 0.2, 7: 0.3, 8: 0.4}

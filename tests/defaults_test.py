@@ -60,7 +60,7 @@ def test_a_new_model_is_built_in_unless_it_has_a_published_size():
   assert defaults.kind_of(of_file) == "built-in"
   preset = sft.Config(model=models.ModelOptions(preset="llama3_1b"))
   assert defaults.kind_of(preset) == "pretrained"
-  assert defaults.kind_of(sft.Config(init_from="gs://bucket/model")) == "pretrained"
+  assert defaults.kind_of(sft.Config(init_from="hf://org/model")) == "pretrained"
 
 
 @pytest.mark.parametrize("script", [*plans.methods(), "evaluate"])

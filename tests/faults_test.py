@@ -22,6 +22,13 @@ def test_the_table_has_every_fault_once():
   assert all(row.words and not (row.tests and row.reason) for row in ROWS)
 
 
+def test_every_fault_is_held_or_has_a_reason():
+  assert not [row.name for row in ROWS if not row.tests and not row.reason]
+  faults = [row for row in ROWS if row.name.startswith("F")]
+  assert sum(bool(row.tests) for row in faults) >= 38
+  assert not [row.name for row in ROWS if row.name.startswith("N") and not row.planted]
+
+
 def test_what_the_table_names_exists(repository):
   for row in ROWS:
     for test in row.tests:
@@ -55,8 +62,9 @@ def test_verdicts(row, outcomes, killed, verdict):
 
 def test_sums():
   rows = [Row("F1", "x", ("a::b",)), Row("F2", "y"), Row("F3", "z", reason="no device")]
-  shown = scoreboard.show(rows, ["survived", "missing", "not testable here"])
-  assert shown == (
+  verdicts = ["survived", "missing", "not testable here"]
+  assert scoreboard.show(rows, verdicts, {"kills": 9, "bit flips": 3}) == (
     "F2   missing: y\nF3   not testable here: z (no device)\n"
-    "1 faults survived, 1 not testable here, 1 missing; 0 are planted in mutants too"
+    "1 faults survived, 1 not testable here, 1 missing; 0 of 0 that are planted were noticed\n"
+    "9 kills, 3 bit flips"
   )

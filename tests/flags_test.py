@@ -215,7 +215,8 @@ def test_help_comes_from_the_docstrings():
     ("-|x", "stray word '-'"),
   ],
 )
-def test_bad_command_lines_are_refused(args, message):
+def test_bad_command_lines_are_refused(args, message, record_property):
+  record_property("bad inputs", 1)
   with pytest.raises((flags.UsageError, absl_flags.Error)) as e:
     values(Config, *args.split("|"))
   assert str(e.value).startswith(message)

@@ -14,7 +14,7 @@ from tests.testing import full
 MUTANTS = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
 PARTS = (
   *("losses", "algorithms", "train_step", "generation", "models", "rewards", "evaluation"),
-  *("data", "experiments", "checkpoint", "loop", "workdir"),
+  *("data", "experiments", "checkpoint", "loop", "workdir", "ranges"),
 )
 # One in a compiled loss and one on the host.
 FEW = ("algorithms/nash_md/1", "evaluation/1")

@@ -42,6 +42,7 @@ class Ranges:
     ({"unset": -1.5}, "unset must be positive, got -1.5"),
     ({"non_negative": -1}, "non_negative must not be negative, got -1"),
     ({"at_least_one": 0}, "at_least_one must be at least 1, got 0"),
+    ({"at_least_one": 2**31}, "at_least_one must be less than 2**31, got 2147483648"),
     ({"fraction": 1.01}, "fraction must be in [0, 1], got 1.01"),
     ({"fraction": -0.01}, "fraction must be in [0, 1], got -0.01"),
     ({"below_one": 1.0}, "below_one must be in [0, 1), got 1.0"),
@@ -67,7 +68,11 @@ def test_nan_is_outside_every_range(name):
 
 
 @pytest.mark.parametrize(
-  "changes", [{}, {"unset": 2.0}, {"fraction": 0.0}, {"below_one": 0.99}, {"above_zero": 1e-9}]
+  "changes",
+  [
+    *({}, {"unset": 2.0}, {"fraction": 0.0}, {"below_one": 0.99}, {"above_zero": 1e-9}),
+    {"at_least_one": 2**31 - 1},
+  ],
 )
 def test_ends_of_a_range(changes):
   Ranges(**changes)

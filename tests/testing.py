@@ -256,7 +256,12 @@ def on_devices(count: int) -> Iterator[None]:
   make_mesh = sharding.make_mesh
 
   def make(spec: str = "", devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    return make_mesh(spec, jax.devices()[:count] if devices is None else devices)
+    every = jax.devices()
+    if devices is None:
+      devices = every[:count]
+    elif devices[0] == every[0]:  # Those that do not only sample.
+      devices = devices[: count + len(devices) - len(every)]
+    return make_mesh(spec, devices)
 
   with mock.patch.object(sharding, "make_mesh", make):
     yield

@@ -429,7 +429,7 @@ def test_weight_decay_is_on_matrices_only():
 
 
 # Name -> bytes of its state, in those of the matrices.
-OPTIMIZERS = {"adamw": 2.0, "adafactor": 0.03, "lion": 1.0, "muon": 1.0}
+OPTIMIZERS = {"adamw": 2.0, "adafactor": 0.03, "lion": 1.0, "muon": 1.0, "schedule_free": 2.0}
 
 
 @functools.cache
@@ -482,12 +482,66 @@ def test_an_optimizer_learns_in_a_state_that_is_split_and_resumes_bitwise(name, 
   assert size == pytest.approx(OPTIMIZERS[name], abs=0.03)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_schedule_free_has_the_average_of_optax_as_its_params(decay, warmup):
+  rng = np.random.default_rng(0)
+  start = {"a": {"kernel": rng.normal(size=(3, 4)).astype(np.float32)}}
+  target = rng.normal(size=(3, 4)).astype(np.float32)
+  config = OptimConfig(0.05, "schedule_free", warmup=warmup, weight_decay=decay, max_grad_norm=0)
+  rate = train_step.make_schedule(config, 8)
+  assert float(rate(7)) == np.float32(0.05), "it decays"
+  # Theirs begins to count its weights at 1.
+  base = optax.chain(
+    optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
+    optax.add_decayed_weights(decay),
+    optax.scale_by_learning_rate(rate),
+  )
+  theirs = optax.contrib.schedule_free(base, lambda count: rate(count - 1), b1=config.b1)
+  loss_fn = lambda params, batch, key: (jnp.mean((params["a"]["kernel"] - target) ** 4), {})  # noqa: E731
+  tx = train_step.make_optimizer(config, 8)
+  step = train_step.make_train_step(loss_fn, tx)
+  state = train_step.init_state(jax.tree.map(jnp.array, start), tx)
+  y, their_state = start, theirs.init(start)
+  for _ in range(8):
+    grads = jax.grad(lambda y: loss_fn(y, None, None)[0])(y)
+    updates, their_state = theirs.update(grads, their_state, y)
+    y = optax.apply_updates(y, updates)
+    state, _ = step(state, {"x": jnp.zeros(1)}, jax.random.key(0))
+    expected = optax.contrib.schedule_free_eval_params(their_state, y)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.params, expected)
+    point = train_step.gradient_params(state.opt_state, state.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), point, y)
+
+
+def test_schedule_free_leaves_other_params_and_those_without_a_rate_as_they_are():
+  config = OptimConfig(0.05, "schedule_free", warmup=0.0)
+  waits = train_step.make_optimizer(config, 8, schedule=optax.constant_schedule(0.0))
+  tx = optax.partition({"a": waits, "b": optax.sgd(0.1)}, lambda params: {"a": "a", "b": "b"})
+  params = {"a": jnp.float32([0.1, 0.7]), "b": jnp.float32([0.3])}
+  first = jax.device_get(params)
+  loss_fn = lambda params, batch, key: (sum(jnp.sum(x**2) for x in params.values()), {})  # noqa: E731
+  step = train_step.make_train_step(loss_fn, tx)
+  state = train_step.init_state(params, tx)
+  for _ in range(2):
+    state, _ = step(state, {"x": jnp.zeros(1)}, jax.random.key(0))
+  np.testing.assert_array_equal(state.params["a"], first["a"])
+  np.testing.assert_allclose(state.params["b"], 0.64 * first["b"], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"name": "adafactor", "b1": 0.8}, "b1 is not read by adafactor, only by adamw, muon"),
-    ({"name": "lion", "b2": 0.8}, "b2 is not read by lion, only by adamw, muon"),
-    ({"name": "muon", "eps": 1e-3}, "eps is not read by muon, only by adamw"),
+    (
+      {"name": "schedule_free", "schedule": "linear"},
+      "schedule is not read by schedule_free, only by adamw, adafactor, lion, muon",
+    ),
+    (
+      {"name": "adafactor", "b1": 0.8},
+      "b1 is not read by adafactor, only by adamw, muon, schedule_free",
+    ),
+    ({"name": "lion", "b2": 0.8}, "b2 is not read by lion, only by adamw, muon, schedule_free"),
+    ({"name": "muon", "eps": 1e-3}, "eps is not read by muon, only by adamw, schedule_free"),
     ({"name": "adafactor", "mu_dtype": "bfloat16"}, "mu_dtype is not read by adafactor"),
   ],
 )

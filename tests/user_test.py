@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 
 import jax.numpy as jnp
@@ -337,12 +338,59 @@ def test_a_function_that_raises_is_named(function, error, message):
     rewards.ask(function, ["a"], ["b"], rows=[{}])
 
 
+def sleep(*args):
+  time.sleep(30)
+
+
+def spin(*args):
+  end = time.monotonic() + 30
+  while time.monotonic() < end:
+    pass
+
+
+def sort(*args):
+  sorted(range(30), key=lambda _: time.sleep(1))
+
+
+HANGS = [(sleep, "reward"), (spin, "constraint"), (sort, "preference")]
+
+
+@pytest.mark.parametrize(("function", "kind"), HANGS)
+def test_a_function_that_hangs_is_named_with_its_line(function, kind):
+  responses = [["b"]] * (2 if kind == "preference" else 1)
+  limited = user.limited(function, 0.5)
+  message = (
+    rf"^{kind} function tests\.user_test:{function.__name__} raised TimeoutError: it took more"
+    r" than 0\.5 seconds, at .*user_test\.py:\d+$"
+  )
+  begin = time.monotonic()
+  with pytest.raises(user.RaisedError, match=message) as e:
+    rewards.ask(limited, ["a"], *responses, rows=[{}], kind=kind)
+  assert e.value.exit_code == 70 and time.monotonic() - begin < 25
+
+
+def test_a_limit_changes_nothing_for_a_function_that_ends():
+  double = lambda prompts, responses, rows: [2.0 * len(text) for text in responses]  # noqa: E731
+  assert user.limited(double, 0.0) is double
+  limited = user.limited(double, 60.0)
+  given = [rewards.ask(f, ["a"] * 2, ["b", "cc"], rows=[{}] * 2) for f in (double, limited)]
+  np.testing.assert_array_equal(*given)
+  for function, error in ((Careless(), user.RaisedError), (refuse, Refusal)):
+    messages = []
+    for tried in (function, user.limited(function, 60.0)):
+      with pytest.raises(error) as e:
+        rewards.ask(tried, ["a"], ["b"], rows=[{}])
+      messages.append(str(e.value))
+    assert messages[0] == messages[1]
+
+
 def test_a_function_has_the_name_by_which_it_was_resolved(folder, monkeypatch):
   monkeypatch.setattr(sys, "path", list(sys.path))
   (folder / "my_named.py").write_text("score = lambda prompts, responses, rows: None\n")
   function = user.resolve("name", "my_named:score", {}, ("prompts", "responses", "rows"))
-  with pytest.raises(user.ResultError, match="reward function my_named:score gave None for 1"):
-    rewards.ask(function, ["a"], ["b"], rows=[{}])
+  for limited in (function, user.limited(function, 60.0)):
+    with pytest.raises(user.ResultError, match="reward function my_named:score gave None for 1"):
+      rewards.ask(limited, ["a"], ["b"], rows=[{}])
 
 
 LOSSES = """

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import workdir as workdir_lib
 from rlhf_jax import writers
 
 
@@ -129,23 +128,19 @@ def test_a_metric_called_step_is_refused(tmp_path):
   writer.close()
 
 
-def test_a_bucket_object_is_rewritten_now_and_then_and_at_the_end(tmp_path, monkeypatch):
-  # A local file stands in for the object; what is tested is when it is replaced.
-  now = [0.0]
-  monkeypatch.setattr(workdir_lib, "is_remote", lambda path: True)
+def test_the_copy_in_a_bucket_is_renewed_now_and_then(tmp_path, monkeypatch):
+  now, copied = [0.0], []
+  monkeypatch.setattr(writers.bucket, "push", lambda path: copied.append(_steps(path)))
   monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
   path = tmp_path / "metrics.jsonl"
   _write(path, range(3))
+  copied.clear()
   writer = writers.JsonlWriter(path, resume_step=1)
-  writer.write(2, {"loss": 0.0})
-  assert _steps(path) == [0, 1]
-  now[0] = 31.0
-  writer.write(3, {"loss": 0.0})
-  assert _steps(path) == [0, 1, 2, 3]
-  writer.write(4, {"loss": 0.0})
-  assert _steps(path) == [0, 1, 2, 3]
+  for step, seconds in ((2, 1.0), (3, 31.0), (4, 60.0), (5, 62.0)):
+    now[0] = seconds
+    writer.write(step, {"loss": 0.0})
   writer.close()
-  assert _steps(path) == [0, 1, 2, 3, 4]
+  assert copied == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
 
 
 class _List:

@@ -5,10 +5,14 @@ r"""Times checkpoints of params and optimizer state: saving, and restoring.
 `blocked` is the time that training waits for a save, `saved` the time until the checkpoint is on
 disk with its digests. Files that were just written are read from memory: a restore after a restart
 may take longer.
+
+`stall` is what a save adds to the steps that are taken until it is on disk, as a share of their
+time: SFT steps are timed in turns, with a save at their start and without one. The stall of
+CPU is the same in CPU seconds of this process: the stall on one core that nothing else uses.
 """
 
 import dataclasses
-import functools
+import math
 import pathlib
 import statistics
 import tempfile
@@ -18,10 +22,8 @@ from typing import Any
 import jax
 
 from rlhf_jax import checkpoint, ranges, reporting
-from rlhf_jax.train_step import init_state, make_optimizer
-from . import measure
+from . import measure, works
 from .shapes import Shape, part_of, set_up
-from .works import OPTIM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Config(Shape):
 
   Attributes:
     folder: Folder to write below, on the disk to measure; empty is that of temporary files.
-    rounds: Number of saves.
+    rounds: Number of saves to time, and of saves beside steps.
     json: File to write the results to; empty writes none.
   """
 
@@ -45,8 +47,11 @@ class Config(Shape):
 
 def run(config: Config) -> dict[str, Any]:
   """Saves and restores several times; returns the content of the JSON file."""
-  setup = set_up(part_of(config))
-  state = jax.jit(functools.partial(init_state, tx=make_optimizer(OPTIM, 1)))(setup.params)
+  work = works.TRAIN_STEPS["sft"](set_up(part_of(config)))
+  work.run()
+  start = time.perf_counter()
+  state, _ = jax.block_until_ready(work.run())
+  step_seconds = time.perf_counter() - start
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   seconds: dict[str, list[float]] = {"blocked": [], "saved": [], "restored": []}
   with tempfile.TemporaryDirectory(dir=config.folder or None) as name:
@@ -60,10 +65,13 @@ def run(config: Config) -> dict[str, Any]:
         restored = checkpointer.restore({"state": state})
         assert restored is not None
         jax.block_until_ready(restored.items)
+        del restored
         if step:
           seconds["blocked"].append(blocked - start)
           seconds["saved"].append(saved - start)
           seconds["restored"].append(time.perf_counter() - saved)
+      steps = math.ceil(max(seconds["saved"]) / step_seconds) + 1
+      stall = _stall(work, checkpointer, steps, config.rounds)
   rows = {
     key: {
       "median": statistics.median(times),
@@ -84,9 +92,33 @@ def run(config: Config) -> dict[str, Any]:
       for key, row in rows.items()
     },
   )
-  content = measure.content_of(config, bytes=size, works=rows)
+  reporting.show_summary(
+    f"A save beside {steps} steps of {step_seconds:.3g} s",
+    {"stall": {"of time": f"{stall['seconds']:.1%}", "of CPU": f"{stall['cpu_seconds']:.1%}"}},
+  )
+  content = measure.content_of(config, bytes=size, works=rows, stall=stall)
   measure.write_json(config.json, content)
   return content
+
+
+def _stall(
+  work: measure.Work, checkpointer: checkpoint.Checkpointer, steps: int, rounds: int
+) -> dict[str, Any]:
+  """Returns the share that a save adds to the median time of `steps` steps, and all times."""
+  clocks = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
+  times: dict[bool, dict[str, list[float]]] = {of: {c: [] for c in clocks} for of in (False, True)}
+  for number in range(2 * rounds):
+    saving, before = bool(number % 2), {name: clock() for name, clock in clocks.items()}
+    for index in range(steps):
+      state, _ = jax.block_until_ready(work.run())
+      if saving and not index:
+        checkpointer.save(1000 + number, {"state": state}, {})
+    checkpointer.wait()
+    for name, clock in clocks.items():
+      times[saving][name].append(clock() - before[name])
+  medians = {of: {c: statistics.median(x) for c, x in rows.items()} for of, rows in times.items()}
+  shares = {name: medians[True][name] / medians[False][name] - 1 for name in clocks}
+  return {"steps": steps, **shares, "without": times[False], "with": times[True]}
 
 
 if __name__ == "__main__":

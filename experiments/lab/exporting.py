@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from rlhf_jax import checkpoint, flags, loop, processes, reporting, sharding, writers
+from rlhf_jax import bucket, checkpoint, flags, loop, processes, reporting, sharding, writers
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf, lora
 from rlhf_jax.train_step import join
@@ -34,6 +34,7 @@ def export_step(workdir: pathlib.Path, step: int, mesh: str = "") -> pathlib.Pat
     ModelFolderError: The folder is no run of a training script.
     CheckpointError: There is no such checkpoint, or it is damaged.
   """
+  bucket.pull(workdir / "checkpoints")
   folder = workdir / models.EXPORTS / str(step)
   if (folder / "config.json").exists():
     return folder
@@ -82,6 +83,7 @@ def number_of(workdir: pathlib.Path, step: str) -> int:
     return int(step)
   if step != "best":
     raise flags.UsageError(f"a step is a number or best, got {step!r}")
+  bucket.pull(workdir / "checkpoints")
   found = processes.agree(lambda: checkpoint.best_step(workdir / "checkpoints"))
   if found is None:
     raise flags.UsageError(

@@ -29,7 +29,7 @@ def _split(names: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RemoteOptions:
-  """Judge behind an OpenAI-compatible HTTP API.
+  """Judge behind an OpenAI-compatible HTTP API, and what functions may take.
 
   Attributes:
     url: Address of a judge behind an OpenAI-compatible HTTP API, such as http://127.0.0.1:8000/v1.
@@ -41,6 +41,8 @@ class RemoteOptions:
     timeout: Seconds for an answer of url.
     retries: Number of further tries of a request to url that failed.
     workers: Number of requests to url at the same time.
+    timeout_seconds: Seconds that a call of a Python function of yours may take, for a batch; the
+      run then ends as if the function had raised. 0 waits for ever.
   """
 
   url: str = ranges.rare("")
@@ -49,9 +51,15 @@ class RemoteOptions:
   timeout: float = ranges.rare(60.0)
   retries: int = ranges.rare(3)
   workers: int = ranges.rare(8)
+  timeout_seconds: float = ranges.rare(0.0)
 
   def __post_init__(self):
-    ranges.check(self, positive=("timeout",), non_negative=("retries",), at_least_one=("workers",))
+    ranges.check(
+      self,
+      positive=("timeout",),
+      non_negative=("retries", "timeout_seconds"),
+      at_least_one=("workers",),
+    )
     if self.url:
       self.service()
     elif self.model or self.key_variable:
@@ -131,8 +139,12 @@ class RewardOptions(RemoteOptions):
   def functions(self) -> dict[str, rewards.TextReward]:
     """Returns the Python rewards of `name` by their names."""
     arguments = ("prompts", "responses", "rows")
-    names = _split(self.name)
-    return {name: user.resolve("name", name, rewards.REWARDS, arguments) for name in names}
+    return {
+      name: user.limited(
+        user.resolve("name", name, rewards.REWARDS, arguments), self.timeout_seconds
+      )
+      for name in _split(self.name)
+    }
 
   def asked(self) -> dict[str, rewards.TextReward]:
     """Returns all rewards of texts by their names: those of `name`, and that of `url`."""
@@ -143,7 +155,9 @@ class RewardOptions(RemoteOptions):
     """Returns the Python constraints of `constraints` by their names."""
     arguments = ("prompts", "responses", "rows")
     return {
-      name: user.resolve("constraints", name, rewards.CONSTRAINTS, arguments)
+      name: user.limited(
+        user.resolve("constraints", name, rewards.CONSTRAINTS, arguments), self.timeout_seconds
+      )
       for name in _split(self.constraints)
     }
 
@@ -203,7 +217,8 @@ class PreferenceOptions(RemoteOptions):
     """Returns the judge of `url`, or the Python judge of `name`."""
     if self.url:
       return rewards.remote_preference(self.service())
-    return user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
+    function = user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
+    return user.limited(function, self.timeout_seconds)
 
   @property
   def title(self) -> str:

@@ -32,6 +32,11 @@ def render(job: Job) -> Plan:
       f"--accelerator={job.accelerator}: --to=slurm is for GPUs and CPUs; TPUs are reached by"
       " tpu_vm, xpk or sky"
     )
+  if job.in_bucket:
+    raise jobs.JobError(
+      f"--workdir={job.workdir}: --to=slurm keeps the script of the job in the workdir; give a"
+      " folder that the login node sees"
+    )
   if job.hosts > 1:
     job.require_shared(f"the {job.hosts} hosts have to see the same folder")
   # JAX gives each process of a Slurm step the one GPU that has its number on the host.

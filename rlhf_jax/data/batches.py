@@ -213,7 +213,7 @@ def _packed_rows(
     columns: dict[str, Any] = {"index": np.asarray([index], np.int32)}
     for side, response in enumerate(responses_of(dataset.examples[index])):
       columns[f"tokens_{side}"] = np.concatenate([prompt, response])
-      mask = np.arange(len(prompt) + len(response)) >= len(prompt)
+      mask = np.zeros(len(prompt) + len(response), bool)
       mask[len(prompt) :] = dataset.examples[index].get(SCORED, True)
       columns[f"mask_{side}"] = mask
       columns[f"scored_{side}"] = np.zeros(len(response), bool)

@@ -296,6 +296,8 @@ def test_saves_are_timed(tmp_path, capsys):
   assert content["bytes"] > 0
   assert all(row["bytes_per_second"] > 0 for row in content["works"].values())
   assert content["works"]["blocked"]["min"] <= content["works"]["saved"]["min"]
+  for kind in ("with", "without"):
+    assert min(content["stall"][kind]["seconds"] + content["stall"][kind]["cpu_seconds"]) > 0
   assert list(tmp_path.iterdir()) == [file]
   require_narrow(capsys.readouterr().err)
 

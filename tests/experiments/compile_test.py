@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from experiments import compile as compile_script
-from experiments.lab import case, plans
-from rlhf_jax import sharding
+from experiments.lab import case, plans, training
+from rlhf_jax import preflight, reporting, sharding
 from rlhf_jax.flags import UsageError
 from rlhf_jax.models import ModelConfig, build
 from tests.experiments.small_runs import METHODS, SETTINGS, SIZES, judges_of
@@ -28,21 +28,26 @@ def sampled(script):
 
 
 def traced(script, *words):
-  """Names of the programs of a script, which are traced with shapes on absent devices."""
-  names = []
+  """Names of the programs of a script, which are traced with shapes on absent devices.
+
+  Each has the shapes of what is in memory while it runs, by its name.
+  """
+  names = {}
 
   def trace(name, function, *args, work=None, held=(), **kwargs):
-    del work, held
+    del work
     if not hasattr(function, "lower"):
       return function(*args, **kwargs)
-    names.append(name)
+    assert name not in names
+    names[name] = held
     if hasattr(function, "eval_shape"):
       shapes = function.eval_shape(*args, **kwargs)
     else:  # A step with frozen params.
       shapes = function.lower(*args, **kwargs).out_info
     return sharding.abstract(shapes, sharding.replicated(opened.bench.run.mesh))
 
-  flags = [*SIZES, *SHORT, *sampled(script), *words]
+  sizes = [] if any(word.startswith("--model.preset=") for word in words) else SIZES
+  flags = [*sizes, *SHORT, *sampled(script), *words]
   _, config = read_configs(
     "experiments.compile", [f"--algorithm={script}", "--topology=v5e:2x2", *flags]
   )
@@ -60,9 +65,8 @@ def absent(monkeypatch):
 
 @pytest.mark.parametrize("script", METHODS)
 def test_the_programs_of_a_script_fit_together(script, absent):
-  names = traced(script)
+  names = [*traced(script)]
   assert names[-1] in case.TRAINING
-  assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize("script", SETTINGS)
@@ -70,9 +74,29 @@ def test_the_programs_of_its_settings_fit_together(script, absent):
   words = [word.replace("={sft}", "=any") for word in SETTINGS[script]]
   left_out = ("{", "batch_size", "--reward.weights")  # Files, and what goes with them.
   words = [word for word in words if not any(part in word for part in left_out)]
-  names = traced(script, *words)
+  names = [*traced(script, *words)]
   assert names[-1] in case.TRAINING
   assert ("dense" in names) == any(word.startswith("--dense.path") for word in words)
+
+
+@pytest.mark.parametrize("preset", ["llama3_8b"])
+def test_the_memory_of_what_is_not_trained_falls_as_the_panel_promises(preset, absent):
+  """PPO with a reward model and a critic of the size of the policy; its reference is the start."""
+  held = {
+    dtype: traced("ppo", f"--model.preset={preset}", f"--model.frozen_dtype={dtype}")["update"]
+    for dtype in ("float32", "bfloat16")
+  }
+  idle = {dtype: {name: of[name] for name in ("reference", "reward")} for dtype, of in held.items()}
+  sizes = {
+    dtype: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of)) for dtype, of in idle.items()
+  }
+  line = training.memory_line(held["float32"]["state"], idle["float32"])
+  whole, half = (reporting.human_bytes(sizes[dtype]) for dtype in held)
+  assert f"{whole} for models that are not trained ({half} with --model.frozen" in line
+  assert sizes["bfloat16"] / sizes["float32"] == pytest.approx(0.5, abs=0.001)
+  memory = {dtype: preflight.bytes_per_device(of) for dtype, of in held.items()}
+  promised = (sizes["float32"] - sizes["bfloat16"]) / 2  # Over two devices of fsdp.
+  assert memory["float32"] - memory["bfloat16"] == promised
 
 
 def test_sampling_on_other_devices_is_not_compiled_for(absent):

@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import filelock
@@ -21,14 +22,22 @@ from tests.experiments.small_runs import small
 from tests.testing import TINY_MODEL, forked, start
 
 
-def _main(module: str, arguments: list[str], output: pathlib.Path, devices: int) -> None:
-  """In the forked process: what `python -m MODULE ARGUMENTS` does."""
+def _main(
+  module: str,
+  arguments: list[str],
+  output: pathlib.Path,
+  devices: int,
+  before: Callable[[], None] | None,
+) -> None:
+  """In the forked process: what `python -m MODULE ARGUMENTS` does, after `before()`."""
   with open(output, "wb") as file:
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
   os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
   sys.path.insert(0, "")
   sys.argv = [f"{module.replace('.', '/')}.py", *arguments]
+  if before is not None:
+    before()
   runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -42,13 +51,14 @@ class Running:
     flags: Sequence[str],
     devices: int = 1,
     package: str = "experiments.",
+    before: Callable[[], None] | None = None,
   ):
     self.workdir = pathlib.Path(workdir)
     self.workdir.parent.mkdir(parents=True, exist_ok=True)
     own = () if script == "compile" else (f"--workdir={workdir}",)
     self._output = self.workdir.with_name(f"{self.workdir.name}.{time.monotonic_ns()}.log")
     arguments = [*small(script, flags), *own]
-    self.process = forked(_main, package + script, arguments, self._output, devices)
+    self.process = forked(_main, package + script, arguments, self._output, devices, before)
 
   def end(self, timeout: float) -> "Finished":
     """Waits for it; kills it when the time is over."""
@@ -89,15 +99,19 @@ def start_script():
 
 @pytest.fixture(scope="session")
 def start_group():
-  """`start_group(name, workdir, *flags, processes=2) -> [Running]`, with a device each."""
+  """`start_group(name, workdir, *flags, processes=2, before={}) -> [Running]`.
 
-  def start(script, workdir, *flags, processes: int = 2) -> list[Running]:
+  Each has a device. Some call a function of `before`, by their number, before they begin.
+  """
+
+  def start(script, workdir, *flags, processes: int = 2, before=types.MappingProxyType({})):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = "127.0.0.1:{1}".format(*free.getsockname())
     group = (f"--coordinator={address}", f"--processes={processes}")
     return [
-      Running(script, workdir, (*flags, *group, f"--process_id={i}")) for i in range(processes)
+      Running(script, workdir, (*flags, *group, f"--process_id={i}"), before=before.get(i))
+      for i in range(processes)
     ]
 
   return start

@@ -160,8 +160,10 @@ SHORT = {
   "data.eval_rows": 8,
   "sampling.max_new_tokens": 4,
 }
-# Other tests have a judge, a person, several processes, the chain and a compiler for TPUs.
-ELSEWHERE = r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator"
+# Other tests have a judge, a person, several processes, a bucket, the chain, a compiler for TPUs.
+ELSEWHERE = (
+  r"experiments\.(label|revise|rlhf|methods|compile)\b|=runs/(ai|hand)\b|--coordinator|gs:"
+)
 FILES = r"=(data/|model\b)"
 RUNNING = [command for command in SCRIPTS if not re.search(ELSEWHERE, " ".join(command))]
 # Group -> the scripts that train in it. What only reads runs is in the group of those.
@@ -254,6 +256,8 @@ def run_short(folder, run_script):
     workdir = named.pop("workdir")
     known = define_flags(script)[0]
     named |= {name: value for name, value in (SHORT | more).items() if name in known}
+    if "blocks.count" in named:
+      named["blocks.count"] = 1  # The model of the tests has one layer.
     given = [f"--{name}={value}" if value != "" else f"--{name}" for name, value in named.items()]
     finished = run_script(script.removeprefix("experiments."), workdir, *given)
     assert finished.code == 0, f"{command}\n{finished.output}"
@@ -305,7 +309,8 @@ def publish_hh(shared, folder):
 def test_commands_on_files_run(commands, run_short, shared):
   pathlib.Path("data").symlink_to(shared / "data")
   pathlib.Path("model").symlink_to(shared / "models/stories260k")
-  more: dict[str, str | int] = {"data.end_token": "<s>", "data.rows": 16}
+  # The model of the tests was made for 512 tokens.
+  more: dict[str, str | int] = {"data.end_token": "<s>", "data.rows": 16, "model.extrapolate": 1}
   if "hh/train.jsonl" in " ".join(commands[0]):
     publish_hh(shared, pathlib.Path("hh"))
     more["data.max_response_length"] = 512  # A vocabulary of 512 makes many tokens.

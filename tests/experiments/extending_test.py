@@ -188,6 +188,13 @@ def remote(prompts, responses, rows):
     raise ConnectionError("no route to host")
   return [0.0 for r in responses]
 
+def hung(prompts, responses, rows):
+  calls.append(1)
+  if len(calls) == 4:
+    import time
+    time.sleep(600)
+  return [0.0 for r in responses]
+
 def even(prompts, a, b, rows):
   return [2.0 for x in a]
 """
@@ -233,16 +240,22 @@ def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
   [
     ("later", 70, r"UnusableScoresError: --reward\.name=my_rewards:later: [34] of 4 scores cannot"),
     ("remote", 70, "RaisedError: reward function my_rewards:remote raised .*: no route to host"),
+    (
+      "hung",
+      70,
+      "RaisedError: reward function my_rewards:hung raised TimeoutError: it took more than 2",
+    ),
   ],
 )
 def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):
   (folder / "my_rewards.py").write_text(REWARDS)
   flags = (f"--init_from={sft_run}", f"--reward.name=my_rewards:{name}", *SAMPLED)
+  flags += ("--reward.timeout_seconds=2",) if name == "hung" else ()
   finished = run_script("ppo", folder / "run", *flags)
   assert finished.code == code, finished.output
   assert re.match(message, finished.output.splitlines()[-1]), finished.output
   assert "Traceback" not in finished.output
-  assert ("the last one before the error" in finished.output) == (name == "remote")
+  assert ("the last one before the error" in finished.output) == (name != "later")
 
 
 EVIL = "import pathlib\npathlib.Path('was_imported').touch()\ndef f(*args, **kwargs): ...\n"

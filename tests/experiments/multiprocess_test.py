@@ -1,5 +1,6 @@
 """Several processes with a device each are one process, also halfway through a run."""
 
+import functools
 import json
 import os
 import pathlib
@@ -12,14 +13,16 @@ import time
 import numpy as np
 import pytest
 
+from rlhf_jax import writers
 from tests.experiments.small_runs import small
 from tests.testing import full, wait_for
 
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-# PPO splits the batch over the processes, DPO the model; four processes of DPO split both.
+# SFT and PPO split the batch over the processes, DPO the model; four processes of DPO split both.
 MESHES = {
+  ("sft", 2): "data:2",
   ("ppo", 2): "data:2",
   ("ppo", 4): "data:4",
   ("dpo", 2): "tensor:2",
@@ -111,6 +114,50 @@ def test_four_processes_learn_what_one_learns(script, tmp_path, run_group, whole
     np.testing.assert_allclose(four, one, rtol=rtol, atol=atol, err_msg=name)
 
 
+def send_at(step: int, number: int) -> None:
+  """Sends this process a signal after a step, before it is saved."""
+  write = writers.RunWriter.write
+
+  def write_and_send(writer, at, scalars):
+    write(writer, at, scalars)
+    if at == step:
+      os.kill(os.getpid(), number)
+
+  writers.RunWriter.write = write_and_send
+
+
+@full
+@pytest.mark.parametrize(
+  ("script", "sizes"), [("ppo", [2]), ("ppo", [2, 1]), ("dpo", [1, 2]), ("sft", [2])]
+)
+def test_stopped_at_every_step(
+  script, sizes, tmp_path, run_script, start_group, shared_run, sft_run, record_property
+):
+  """One of them is stopped, by SIGTERM and SIGKILL in turn; the next start has another number."""
+  steps, stops = 8, 0
+  flags = [word for word in first_flags(script, sft_run) if "steps" not in word]
+  flags = [word for word in flags if "every" not in word]
+  flags += [f"--steps={steps}", "--checkpoint_every=1", "--log_every=1"]
+  # A group that is told after a step knows it two steps later.
+  while (step := newest(tmp_path / "run") + 1) < steps - 2:
+    size, who = sizes[stops % len(sizes)], stops // 2 % 2
+    stop = functools.partial(send_at, step, (signal.SIGTERM, signal.SIGKILL)[stops % 2])
+    if size == 1:
+      ended = [run_script(script, tmp_path / "run", *flags, devices=2, before=stop)]
+    else:
+      group = start_group(script, tmp_path / "run", *flags, before={who: stop})
+      ended = [running.end(timeout=120) for running in group]
+    codes = [process.code for process in ended]
+    assert all(code in (74, 75) or code < 0 for code in codes), (step, stops, codes, ended)
+    stops += 1
+    assert stops < 10
+  again = run_script(script, tmp_path / "run", *flags, devices=2)
+  assert again.code == 0, again.output
+  assert stops >= 3
+  record_property("stops", stops)
+  assert_same_run(tmp_path / "run", shared_run(f"short_{script}", script, *flags, devices=2))
+
+
 def children(pid: int) -> list[int]:
   try:
     return [int(x) for x in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -119,40 +166,44 @@ def children(pid: int) -> list[int]:
 
 
 def newest(workdir: pathlib.Path) -> int:
-  folders = workdir.glob("checkpoints/*[0-9]")
-  return max((int(path.name) for path in folders if path.name.isdigit()), default=0)
+  """A step is saved once its manifest is there."""
+  manifests = workdir.glob("checkpoints/*.digest.json")
+  return max((int(path.name.partition(".")[0]) for path in manifests), default=0)
 
 
 KILLS = 10
 
 
 @full
-def test_ten_kills_of_one_of_four(tmp_path, run_group, sft_run, repository):
+def test_ten_kills_of_one_of_four(tmp_path, start_group, sft_run, repository, record_property):
   """The launcher starts all of them again each time, and the end is that of an undisturbed run."""
   flags = [word for word in first_flags("ppo", sft_run, 4) if "--checkpoint" not in word]
   flags = [word for word in flags if "--steps" not in word]
   flags += ["--steps=30", "--checkpoint_every=1"]
-  for finished in run_group("ppo", tmp_path / "whole", *flags, processes=4):
+  for running in start_group("ppo", tmp_path / "whole", *flags, processes=4):
+    finished = running.end(timeout=900)
     assert finished.code == 0, finished.output
-  run, draw = tmp_path / "run", random.Random(0)
-  words = ["--processes=4", "--devices=1", "--restarts=10", "--patience=1", "--"]
-  script = [sys.executable, "-m", "experiments.ppo", f"--workdir={run}", *small("ppo", flags)]
-  command = [sys.executable, "-m", "launch.pod", *words, *script]
-  with open(tmp_path / "output", "wb") as output:
-    pod = subprocess.Popen(command, cwd=repository, stdout=output, stderr=output)
+  run, draw, output = tmp_path / "run", random.Random(0), tmp_path / "output"
+  sizes = ("--processes=4", "--devices=1", f"--restarts={KILLS}")
+  script = ("--", "experiments.ppo", f"--workdir={run}", *small("ppo", flags))
+  command = [sys.executable, "-m", "launch.run", "--to=local", *sizes, *script]
+  with open(output, "wb") as file:
+    launch = subprocess.Popen(command, cwd=repository, stdout=file, stderr=file)
   try:
+    pods = wait_for(lambda: [p for p in children(launch.pid) if children(p)], 120)
     for _ in range(KILLS):
       before = newest(run)  # A step or two are lost; the next kill comes after a new one.
-      wait_for(lambda done=before: newest(run) > done, 300, pause=0.02)
+      wait_for(lambda done=before: newest(run) > done, 300, or_say=output.read_text, pause=0.02)
       time.sleep(0.1 * draw.random())
-      victims = set(children(pod.pid))
+      victims = set(children(pods[0]))
       os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
-      wait_for(lambda gone=victims: not gone & {*children(pod.pid)}, 60, pause=0.05)
-    assert pod.wait(900) == 0, (tmp_path / "output").read_text()
+      wait_for(lambda gone=victims: not gone & {*children(pods[0])}, 60, pause=0.05)
+    assert launch.wait(900) == 0, output.read_text()
   finally:
-    pod.kill()
-    pod.wait()
-  assert (tmp_path / "output").read_text().count("starting again") == KILLS
+    launch.terminate()
+    launch.wait()
+  assert output.read_text().count("starting again") == KILLS
+  record_property("kills", KILLS)
   assert_same_run(run, tmp_path / "whole")
   assert texts_of(run) == texts_of(tmp_path / "whole")
 

@@ -158,6 +158,7 @@ def test_nothing_is_compiled_after_the_first_steps(script, whole):
 def test_a_policy_gradient_starts_at_the_reference(script, whole):
   rows = lines_of(whole(script))
   assert abs(rows[0]["kl/ref"]) < 1e-4  # With adapters, too.
+  assert abs(rows[-1]["kl/ref"]) > 1e-4  # The reference stays where it is.
   assert rows[0]["ratio/first_deviation"] < 1e-5
   names = {"reward/mean", "kl/ref", "entropy", "eos_fraction", "response_length/mean", "lr"}
   assert names <= rows[-1].keys()

@@ -10,6 +10,7 @@ import pytest
 from rlhf_jax import entry, loop, user, writers
 from tests.experiments import scripts_test
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of
+from tests.experiments.traced_once import traced_once
 from tests.testing import full, wait_for
 
 STEPS = 4
@@ -46,38 +47,53 @@ class _Killed(BaseException):
   """Ends a run without a save, as a kill would."""
 
 
-def flags_of(setup, sft_run, reward_run):
+def flags_of(setup, **runs):
   script, further, _ = SETUPS[setup]
   flags = [f"--steps={STEPS}", "--checkpoint_every=1", "--log_every=1"]
-  flags += [word.format(reward=reward_run, sft=sft_run) for word in further]
+  flags += [word.format(**runs) for word in further]
   if script != "sft":
-    flags.append(f"--init_from={sft_run}")
+    flags.append(f"--init_from={runs['sft']}")
   if not any(word.startswith(("--reward.", "--preference.")) for word in flags):
     names = {"reward": "gold", "preference": "expert"}
     flags += [f"--{judge}.name={names[judge]}" for judge in judges_of(script)[:1]]
   return flags
 
 
-def stop_at(workdir, step, how, start):
-  """Starts a run and stops it after a step; returns whether it came to an end before."""
-  write, copy = writers.RunWriter.write, workdir.with_name("copy")
+def stop_at(workdir, fitted, step, how, start):
+  """Starts a run and stops it after a step; returns whether it came to an end before.
+
+  Args:
+    workdir: Folder of the run.
+    fitted: That of the steps: ReST has runs in folders of its own.
+    step: First step to stop after.
+    how: SIGTERM or SIGKILL.
+    start: Function that starts the run.
+  """
+  push, write, copy = loop._Log.push, writers.RunWriter.write, workdir.with_name("copy")
+  sent = []
+
+  def push_and_stop(log, at, values, *, keep):
+    push(log, at, values, keep=keep)
+    if how == "SIGTERM" and not sent and at >= step and log._writer._workdir == fitted:
+      sent.append(at)
+      os.kill(os.getpid(), signal.SIGTERM)
 
   def write_and_stop(writer, at, scalars):
     write(writer, at, scalars)
-    if at < step or writer._workdir != workdir:  # ReST has runs in folders of its own.
-      return
-    if how == "SIGTERM":
-      os.kill(os.getpid(), signal.SIGTERM)
-    elif not copy.exists():
+    if how == "SIGKILL" and at >= step and writer._workdir == fitted and not copy.exists():
       # The save before is over: half of a file is copied, and a kill leaves none.
-      wait_for(lambda: at == 1 or (workdir / "checkpoints" / f"{at - 1}.digest.json").exists(), 60)
+      wait_for(lambda: at == 1 or (fitted / "checkpoints" / f"{at - 1}.digest.json").exists(), 60)
       shutil.copytree(workdir, copy)
       raise _Killed
 
-  with mock.patch.object(writers.RunWriter, "write", write_and_stop):
+  with (
+    mock.patch.object(loop._Log, "push", push_and_stop),
+    mock.patch.object(writers.RunWriter, "write", write_and_stop),
+  ):
     try:
       start()
-    except loop.Preempted:
+    except loop.Preempted as e:
+      assert f"saved step {sent[0]} of" in str(e)
       return False
     except _Killed:  # What the run wrote while it was unwound is gone.
       shutil.rmtree(workdir)
@@ -89,20 +105,25 @@ def stop_at(workdir, step, how, start):
 @full
 @pytest.mark.slow
 @pytest.mark.parametrize("setup", SETUPS)
-def test_stopped_at_every_step(setup, tmp_path, start_here, sft_run, reward_run):
+def test_stopped_at_every_step(
+  setup, tmp_path, start_here, sft_run, reward_run, teacher_run, record_property
+):
   script, _, devices = SETUPS[setup]
-  flags = flags_of(setup, sft_run, reward_run)
+  flags = flags_of(setup, sft=sft_run, reward=reward_run, teacher=teacher_run)
 
   def start(name):
     start_here(script, tmp_path / name, *flags, devices=devices)
 
-  start("whole")
   workdir, stops = tmp_path / "run", 0
-  for step in range(1, STEPS + 1):
-    how = ("SIGTERM", "SIGKILL")[step % 2]
-    stops += not stop_at(workdir, step, how, lambda: start("run"))
-  start("run")
-  assert stops >= STEPS - 1 or script == "rest"
+  fitted = workdir / "grow_0_improve_0" if script == "rest" else workdir
+  with traced_once():
+    start("whole")
+    for step in range(1, STEPS + 1):
+      how = ("SIGTERM", "SIGKILL")[step % 2]
+      stops += not stop_at(workdir, fitted, step, how, lambda: start("run"))
+    start("run")
+  assert stops == STEPS - 1
+  record_property("stops", stops)
   scripts_test.assert_same_end(workdir, tmp_path / "whole")
 
 

@@ -83,15 +83,25 @@ def judge(
   return "survived" if any("passed" in of_test for of_test in found) else "not testable here"
 
 
-def show(rows: Sequence[Row], verdicts: Sequence[str]) -> str:
-  """Returns a line for each row that did not survive, and the sums."""
+def show(rows: Sequence[Row], verdicts: Sequence[str], figures: Mapping[str, int]) -> str:
+  """Returns a line for each row that did not survive, and the sums.
+
+  Args:
+    rows: The faults.
+    verdicts: Verdict of each of them.
+    figures: Numbers of kills, stops and so on in tests that passed.
+  """
   lines = [
     f"{row.name:4} {verdict}: {row.words}{f' ({row.reason})' if row.reason else ''}"
     for row, verdict in zip(rows, verdicts, strict=True)
     if verdict != "survived"
   ]
   count = collections.Counter(verdicts)
-  planted = sum(bool(row.planted) for row in rows)
+  planted = [verdict for row, verdict in zip(rows, verdicts, strict=True) if row.planted]
   sums = f"{count['survived']} faults survived, {count['not testable here']} not testable here"
   sums += "".join(f", {count[word]} {word}" for word in ("failed", "missing") if count[word])
-  return "\n".join([*lines, f"{sums}; {planted} are planted in mutants too"])
+  sums += f"; {planted.count('survived')} of {len(planted)} that are planted were noticed"
+  lines.append(sums)
+  if figures:
+    lines.append(", ".join(f"{number} {name}" for name, number in figures.items()))
+  return "\n".join(lines)

@@ -104,7 +104,8 @@ FILES = [
   [(name, content, words) for name, content, *words in FILES],
   ids=[f"{i}-{file[0]}" for i, file in enumerate(FILES)],
 )
-def test_files(tmp_path, name, content, words):
+def test_files(tmp_path, name, content, words, record_property):
+  record_property("bad inputs", 1)
   path = tmp_path / name
   path.write_bytes(content)
   config = DataConfig(path=str(path), eval_fraction=0)
@@ -295,7 +296,8 @@ ROWS = [
   [(kind, fields, words) for kind, fields, *words in ROWS],
   ids=[f"{i}-{row[0]}-{row[2][:24]}" for i, row in enumerate(ROWS)],
 )
-def test_rows(tmp_path, kind, fields, words):
+def test_rows(tmp_path, kind, fields, words, record_property):
+  record_property("bad inputs", 1)
   path = write(tmp_path, [fields])
   for eval_fraction in (0.05, 0):
     config = DataConfig(path=path, eval_fraction=eval_fraction)

@@ -142,13 +142,17 @@ COMMANDS = [
   ("evaluate", "--policy=no/x --baseline=no/y", 78, "nothing is downloaded from a hub"),
   ("ppo", f"{GOLD} --init_from=~/nowhere-at-all", 78, "/nowhere-at-all: there is no such folder"),
   ("sft", "--init_from=~nobody-of-this-name/x", 78, "~nobody-of-this-name/x"),
-  ("sft", "--init_from=gs://bucket/x", 78, "gs://bucket/x is not a path of a file system"),
+  ("sft", "--init_from=s3://bucket/x", 78, "s3://bucket/x is not a path of a file system"),
+  ("sft", "--init_from=gs://bucket", 64, "gs://bucket: write gs://BUCKET/FOLDER"),
   ("sft", "--init_from={file}", 78, "a file; give the folder that it is in"),
 ]
 
 
 @pytest.mark.parametrize(("script", "words", "code", "message"), COMMANDS)
-def test_a_bad_command_is_refused_in_one_line(script, words, code, message, tmp_path):
+def test_a_bad_command_is_refused_in_one_line(
+  script, words, code, message, tmp_path, record_property
+):
+  record_property("bad inputs", 1)
   file = tmp_path / "file"
   file.write_text("--workdir=another\n")
   words = words.format(file=file).split(" ") if words else []
@@ -198,8 +202,8 @@ WORKDIRS: list[tuple[Callable[[pathlib.Path], Any], int, str]] = [
   (lambda folder: folder / "a\\b" / "run", 73, "with \\ in its name could not be read again"),
   (lambda folder: folder / "run*", 73, "with * in its name"),
   (lambda folder: "", 64, "--workdir is empty"),
-  (lambda folder: "gs://bucket/run", 78, "gs://bucket/run is not a path of a file system"),
-  (lambda folder: "s3://bucket/run", 78, "mount the bucket"),
+  (lambda folder: "gs://bucket/../run", 78, "write gs://BUCKET/FOLDER"),
+  (lambda folder: "s3://bucket/run", 78, "s3://bucket/run is not a path of a file system"),
   (lambda folder: "~nobody-of-this-name/run", 78, "write the folder in full"),
 ]
 

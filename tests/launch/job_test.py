@@ -5,6 +5,7 @@ import pytest
 
 from launch import job as jobs
 from launch.job import Job, JobError
+from launch.targets import slurm
 
 
 def job_of(*flags: str, **settings) -> Job:
@@ -142,15 +143,31 @@ def test_refuses(flags, settings, message):
 
 
 @pytest.mark.parametrize(
-  "flags, message",
+  "flags, settings, message",
   [
-    ((), "the script needs --workdir=FOLDER among its flags"),
-    (("--workdir=gs://bucket/ppo",), "--workdir=gs://bucket/ppo is not a folder, and"),
+    ((), {}, "the script needs --workdir=FOLDER among its flags"),
+    (("--workdir=s3://bucket/ppo",), {}, "--workdir=s3://bucket/ppo is not a folder, nor one in"),
+    (
+      ("--workdir=gs://bucket/ppo",),
+      {"accelerator": "v5litepod-16"},
+      "--workdir=gs://bucket/ppo: several hosts or processes write one checkpoint",
+    ),
+    (("--workdir=gs://bucket/ppo",), {"processes": 2}, "several hosts or processes"),
   ],
 )
-def test_refuses_a_workdir(flags, message):
+def test_refuses_a_workdir(flags, settings, message):
   with pytest.raises(JobError, match=re.escape(message)):
-    Job(module="experiments.ppo", flags=flags)
+    Job(module="experiments.ppo", flags=flags, **settings)
+
+
+def test_a_bucket_needs_no_mount_where_hosts_lose_their_disks():
+  job = Job(
+    module="experiments.ppo", flags=("--workdir=gs://bucket/ppo",), accelerator="v5litepod-8"
+  )
+  job.require_shared("hosts lose their disks")
+  assert job.name == "ppo"
+  with pytest.raises(JobError, match="--to=slurm keeps the script of the job in the workdir"):
+    slurm.render(dataclasses.replace(job, accelerator=""))
 
 
 def test_codes_are_those_of_the_scripts():

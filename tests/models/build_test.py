@@ -6,6 +6,7 @@ import itertools
 import math
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -529,6 +530,15 @@ def test_bfloat16_computes_float32_logits():
   assert scorer.apply(scorer_params, tokens).dtype == jnp.float32
 
 
+def exponentials(jaxpr):
+  """Outputs of all exponentials of a program."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "exp":
+      yield equation.outvars[0].aval
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from exponentials(inner)
+
+
 @pytest.mark.parametrize("name", FAMILY_MODELS)
 def test_every_family_computes_in_bfloat16(name):
   model = build(dataclasses.replace(FAMILY_MODELS[name], dtype="bfloat16"))
@@ -538,9 +548,11 @@ def test_every_family_computes_in_bfloat16(name):
     params, cache = model.init(key), model.init_cache(2, 5)
     return model.apply(params, tokens), *model.decode(params, tokens, cache, mask=mask)
 
-  logits, last, cache = jax.eval_shape(run, jax.random.key(0))
+  jaxpr, (logits, last, cache) = jax.make_jaxpr(run, return_shape=True)(jax.random.key(0))
   assert logits.dtype == last.dtype == jnp.float32
   assert {x.dtype for x in (*cache.k, *cache.v)} == {jnp.dtype("bfloat16")}
+  # Those of a softmax.
+  assert {x.dtype for x in exponentials(jaxpr.jaxpr)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

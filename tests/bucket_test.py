@@ -1,0 +1,228 @@
+"""Runs in a bucket, against a small server of its API at 127.0.0.1."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from experiments.lab import models
+from rlhf_jax import bucket, checkpoint, entry, loop
+from rlhf_jax import workdir as workdir_lib
+from tests import bucket_server, loop_test
+from tests.testing import full
+
+RUN = "gs://runs/team/ppo"
+CONFIG = loop.RunConfig(steps=6, batch_size=8, log_every=3, checkpoint_every=2)
+STEPS = "team/ppo/checkpoints/"
+
+
+@pytest.fixture(scope="module")
+def server():
+  with bucket_server.Server() as found:
+    found.start()
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def machine(server, tmp_path, monkeypatch):
+  """A function that makes this process one of a machine without copies, and an empty bucket."""
+  server.objects.clear()
+  server.history.clear()
+  server.refuses = 0
+  monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+  monkeypatch.setattr(bucket, "_RENEW_SECONDS", 0.1)
+  monkeypatch.setattr(bucket, "_STALE_SECONDS", 0.6)
+
+  def move(name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+    workdir_lib._copied.cache_clear()
+    return bucket.folder_of(RUN)
+
+  move("first")
+  return move
+
+
+def content(server, name):
+  return server.objects[f"team/ppo/{name}"][1]
+
+
+def test_a_run_goes_on_from_each_state_that_a_lost_machine_can_leave(machine, server, tmp_path):
+  folder = machine("first")
+  state = loop_test.fit(RUN, CONFIG)
+  expected = state, loop_test.lines(folder)
+  assert {p.name for p in (folder / "checkpoints").iterdir()} >= {"4", "6", "6.digest.json"}
+  copied = {name.removeprefix("team/ppo/") for name in server.objects}
+  written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+  assert copied == written - {".lock", ".bucket.json", ".bucket.lock"}
+  assert content(server, "metrics.jsonl") == (folder / "metrics.jsonl").read_bytes()
+
+  states, left, known = [*server.history], [], []
+  for objects in states:
+    record = objects.get("team/ppo/checkpoints.json", (0, b'{"newest": 0}'))[1]
+    names = {name for name in objects if name.startswith(STEPS)}
+    if names not in left:  # Every order of files and manifests that occurred.
+      left.append(names)
+      known.append((json.loads(record)["newest"], objects))
+  assert len(left) > 20
+  for number, (newest, objects) in enumerate(known):
+    server.objects.clear()
+    server.objects.update({name: found for name, found in objects.items() if ".lock" not in name})
+    if number % 8 == 0:
+      place = machine(f"look-{number}") / "checkpoints"
+      bucket.pull(place.parent)
+      with checkpoint.Checkpointer(place) as saver:
+        restored = saver.restore({"state": loop_test.start_state()})
+        assert (restored.step if restored else 0) >= newest
+    if number == len(known) // 2:
+      folder = machine("second")
+      assert folder.parts[-4:] == ("buckets", "runs", "team", "ppo") and not folder.exists()
+      loop_test.assert_same_end(folder, loop_test.fit(RUN, CONFIG), expected)
+
+
+def test_what_a_killed_run_has_not_copied_has_not_happened(machine, server):
+  folder = machine("first")
+  with workdir_lib.run_lock(RUN):
+    workdir_lib.atomic_write(folder / "a.json", "1")
+    workdir_lib.atomic_write(folder / "checkpoints" / "2" / "x", "2")
+  (folder / "a.json").write_text("9")
+  (folder / "later.json").write_text("9")
+  (folder / "checkpoints" / "2" / "x").unlink()
+  with workdir_lib.run_lock(RUN):
+    assert (folder / "a.json").read_text() == "1" and not (folder / "later.json").exists()
+    assert (folder / "checkpoints" / "2" / "x").read_text() == "2"
+    (folder / "a.json").unlink()
+  assert "team/ppo/a.json" not in server.objects
+
+
+@pytest.fixture
+def other(machine, server):
+  """The lock of a run on another machine."""
+  lock = bucket._Lock(RUN)
+  lock.acquire()
+  yield lock
+  lock.release()
+
+
+def test_a_run_that_is_alive_elsewhere_is_named(other, server):
+  before = dict(server.objects)
+  with pytest.raises(workdir_lib.LockedError, match=f"pid {os.getpid()} on host .* since 2") as e:
+    with workdir_lib.run_lock(RUN):
+      raise AssertionError("it was opened")
+  assert e.value.exit_code == 73 and "--workdir=gs://runs/team/ppo is in use by" in str(e.value)
+  assert server.objects.keys() == before.keys()
+
+
+OWNERS = [
+  {"host": "gone", "pid": 7, "start": "2026", "token": "x"},
+  {"host": "here", "pid": 2**22 + 1, "start": "2026", "machine": bucket._machine()},
+  {},
+]
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_a_lock_that_was_left_is_taken_over_with_a_word(machine, server, caplog, owner):
+  server.put("team/ppo/.lock", json.dumps(owner).encode())
+  with caplog.at_level("WARNING"), workdir_lib.run_lock(RUN):
+    assert json.loads(content(server, ".lock"))["pid"] == os.getpid()
+  assert f"was left by pid {owner.get('pid')} on host {owner.get('host')}" in caplog.text
+  assert "team/ppo/.lock" not in server.objects
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(machine, server):
+  folder = machine("first")
+  with workdir_lib.run_lock(RUN):
+    workdir_lib.atomic_write(folder / "a.json", "1")
+    bucket.push(folder)
+    server.put("team/ppo/.lock", b"{}")  # As if this process had been stopped for long.
+    bucket.push(folder)
+    with pytest.raises(workdir_lib.LostError, match="was taken over by another process") as e:
+      workdir_lib.atomic_write(folder / "a.json", "2")
+    assert e.value.exit_code == 74
+    (folder / "a.json").write_text("2")
+  assert content(server, "a.json") == b"1" and content(server, ".lock") == b"{}"
+
+
+def test_a_folder_that_is_removed_here_deletes_nothing_there(machine, server, tmp_path):
+  folder = machine("first")
+  with workdir_lib.run_lock(RUN):
+    workdir_lib.atomic_write(folder / "a.json", "1")
+    bucket.push(folder)
+    folder.rename(tmp_path / "removed")
+    with pytest.raises(workdir_lib.LostError):
+      workdir_lib.atomic_write(folder / "b.json", "2")
+  assert content(server, "a.json") == b"1" and not folder.exists()
+
+
+@pytest.mark.parametrize("code", [403, 404, 401])
+def test_a_bucket_that_cannot_be_used_is_named_in_one_line(machine, server, code):
+  server.refuses = code
+  with pytest.raises(bucket.BucketError) as e, workdir_lib.run_lock(RUN):
+    raise AssertionError("it was opened")
+  code, message = entry.verdict(e.value) or (0, "")
+  assert code == 74 and "gs://runs/team/ppo cannot be read or written" in message
+
+
+def test_a_bucket_that_fails_later_ends_the_run_and_loses_nothing(machine, server):
+  step = loop_test.quadratic
+
+  def refuses(*args):
+    server.refuses = 403
+    return step(*args)
+
+  with pytest.raises((bucket.BucketError, checkpoint.CheckpointWriteError)) as e:
+    loop_test.fit(RUN, CONFIG, refuses)
+  assert e.value.exit_code == 74
+  server.refuses = 0
+  machine("second")
+  assert int(loop_test.fit(RUN, CONFIG)["step"]) == CONFIG.steps
+
+
+def test_what_others_read_and_write_in_it(machine, server):
+  folder = machine("first")
+  workdir_lib.atomic_write(folder / "flags", "--seed=1\n")  # After the run, so without its lock.
+  assert content(server, "flags") == b"--seed=1\n"
+  for name in ("export/config.json", "checkpoints/8/x", "checkpoints/8.digest.json"):
+    server.put(f"team/ppo/{name}", b"{}")
+  folder = machine("second")
+  assert models.finished_folder(RUN) == folder / "export"
+  assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["8.digest.json"]
+  bucket.pull(folder / "checkpoints")
+  assert (folder / "checkpoints" / "8" / "x").exists()
+  with workdir_lib.run_lock(folder / "sub"):  # Such as a run of a chain.
+    (folder / "sub" / "file").write_text("1")
+    bucket.pull(folder)  # It leaves what another run works on as it is.
+    assert (folder / "sub" / "file").exists()
+  assert content(server, "sub/file") == b"1"
+
+
+@pytest.mark.parametrize(
+  "name", ["gs://", "gs://b", "gs://b/", "gs://b/../c", "gs://B_/c", "gs://b//c"]
+)
+def test_names_of_no_folder(name):
+  with pytest.raises(bucket.BucketNameError, match="write gs://BUCKET/FOLDER"):
+    workdir_lib.local_path(name)
+
+
+# Local ones look at the files in the folder, or undo what the bucket then brings back.
+_LOCAL = (
+  "checkpoints_that_were_deleted or steps_of_another_run_are_not or test_paths or atomic_write"
+  " or urls"
+)
+
+
+@full
+@pytest.mark.parametrize("file", ["workdir_test.py", "loop_test.py", "checkpoint_test.py"])
+def test_the_tests_of_local_folders(server, machine, tmp_path, file):
+  folder = bucket.folder_of("gs://runs/tests")
+  folder.mkdir(parents=True)
+  tests = pathlib.Path(__file__).parent
+  command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"-k=not ({_LOCAL})"]
+  command += [f"--basetemp={folder / 'base'}", str(tests / file)]
+  done = subprocess.run(command, cwd=tests.parent, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout[-3000:]
+  assert server.history

@@ -1,5 +1,7 @@
 """Copies that differ are found, whatever bit it is and wherever it is."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +54,14 @@ def test_one_flipped_bit_is_found(name, number, bit):
     replicas.check(given | {name: flip(given[name], number, bit)})
   assert entry.verdict(e.value)[0] == 75
   assert str(e.value).startswith(f"{device}: not the bits")
+
+
+def test_gpus_are_compared_only_where_they_are_exact(monkeypatch):
+  gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  assert replicas._is_exact(MESH) and not replicas._is_exact(gpu)
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  assert replicas._is_exact(gpu)
 
 
 def test_a_bit_that_a_device_got_wrong_is_not_saved(tmp_path):

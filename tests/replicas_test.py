@@ -54,6 +54,13 @@ def test_one_flipped_bit_is_found(name, number, bit):
   assert str(e.value).startswith(f"{device}: not the bits")
 
 
+def test_gpus_are_compared_only_where_they_are_exact(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+  assert replicas._is_exact("cpu") and not replicas._is_exact("gpu")
+  monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+  assert replicas._is_exact("gpu")
+
+
 def test_a_bit_that_a_device_got_wrong_is_not_saved(tmp_path):
   """The run ends before the next checkpoint; started again it ends as one without the fault."""
 

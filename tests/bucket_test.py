@@ -221,10 +221,11 @@ def test_names_of_no_folder(name):
     workdir_lib.local_path(name)
 
 
-# Local ones look at the files in the folder, or undo what the bucket then brings back.
+# They look at all files of the folder, undo what the bucket then brings back, or count a step that
+# was killed before it was copied.
 _LOCAL = (
   "checkpoints_that_were_deleted or steps_of_another_run_are_not or test_paths or atomic_write"
-  " or urls"
+  " or urls or keeps_the_newest or failed_write or killed_while_saving"
 )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -201,6 +202,30 @@ def test_what_others_read_and_write_in_it(machine, server):
     bucket.pull(folder)  # It leaves what another run works on as it is.
     assert (folder / "sub" / "file").exists() and (folder / ".tokens" / "rows").exists()
   assert content(server, "sub/file") == b"1"
+
+
+def test_files_that_vanish_while_they_are_copied_are_left_out(machine, server, monkeypatch):
+  folder = machine("first")
+  walk, read = os.walk, pathlib.Path.read_bytes
+
+  def vanishing(place):
+    for found in walk(place):
+      shutil.rmtree(folder / "step", ignore_errors=True)  # As when a save is renamed.
+      yield found
+
+  def read_bytes(path):
+    if path.name == "gone.json":
+      path.unlink()
+    return read(path)
+
+  with workdir_lib.run_lock(RUN):
+    for name in ("a.json", "gone.json", "step/d/x"):
+      workdir_lib.atomic_write(folder / name, "1")
+    with monkeypatch.context() as patches:
+      patches.setattr(os, "walk", vanishing)
+      patches.setattr(pathlib.Path, "read_bytes", read_bytes)
+      bucket.push(folder)
+    assert {name for name in server.objects if ".lock" not in name} == {"team/ppo/a.json"}
 
 
 def test_no_object_is_written_outside_of_the_folder(machine, server, tmp_path):

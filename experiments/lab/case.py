@@ -176,9 +176,17 @@ class Case(NamedTuple):
     batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
     self.offline(trainer, batch, rows=rows, scored=True, held=held)
 
-  def rollout(self, name: str, generate: Any, params: Params, held: Any, samples: int) -> Rollout:
+  def rollout(
+    self,
+    name: str,
+    generate: Any,
+    params: Params,
+    held: Any,
+    samples: int,
+    reshard: str = "reshard",
+  ) -> Rollout:
     """Checks the resharding and a rollout of one policy."""
-    policy = self.check("reshard", self.bench.reshard(), params, held=held)
+    policy = self.check(reshard, self.bench.reshard(), params, held=held)
     work, inputs = self.sampling_work(samples), (*self.prompts(), self.key)
     return self.check(name, generate, policy, *inputs, work=work, held=(held, policy))
 

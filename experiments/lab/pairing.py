@@ -98,7 +98,8 @@ def programs(case: Case) -> None:
   rollout = case.rollout("rollout", bench.sampler(), policy, held, samples)
   calibration = None
   if config.online.bonus_coef:
-    calibration = case.rollout("bonus", bench.sampler(samples_per_prompt=1), bench.start, held, 1)
+    sampler = bench.sampler(samples_per_prompt=1)
+    calibration = case.rollout("bonus", sampler, bench.start, held, 1, "reshard reference")
   scores, ended = case.scores(rollout, judge, held), case.bools(rollout)
   length = rollout.tokens.shape[1]
   forward = case.forward(bench.model, 2 * config.batch_size, length, scored=length)

@@ -40,7 +40,7 @@ def test_a_workdir_is_for_one_run_at_a_time(open_bench):
 
 
 def test_references_of_all_rows_in_their_order(open_bench):
-  flags = ("--data.eval_rows=8", "--batch_size=6", "--steps=99")
+  flags = ("--data.eval_rows=8", "--batch_size=6", "--steps=99", "--nodata.share_prompts")
   bench = open_bench("dpo", "preferences", *flags)
 
   def first_token(params, batch):

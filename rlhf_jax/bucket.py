@@ -189,8 +189,11 @@ class _Copy:
     return known is not None and (status.st_size, status.st_mtime_ns) == (known.size, known.time)
 
   def _present(self) -> set[str]:
-    paths = (path for path in self.folder.rglob("*") if path.is_file())
-    return {n for path in paths if self._is_copied(n := path.relative_to(self.folder).as_posix())}
+    names = set()
+    for place, _, files in os.walk(self.folder):  # Another thread may remove a folder meanwhile.
+      inside = pathlib.Path(place).relative_to(self.folder)
+      names |= {(inside / name).as_posix() for name in files}
+    return set(filter(self._is_copied, names))
 
   def _is_copied(self, name: str) -> bool:
     parts = name.split("/")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -203,6 +204,30 @@ def test_what_others_read_and_write_in_it(machine, server):
   assert content(server, "sub/file") == b"1"
 
 
+def test_files_that_vanish_while_they_are_copied_are_left_out(machine, server, monkeypatch):
+  folder = machine("first")
+  walk, read = os.walk, pathlib.Path.read_bytes
+
+  def vanishing(place):
+    for found in walk(place):
+      shutil.rmtree(folder / "step", ignore_errors=True)  # As when a save is renamed.
+      yield found
+
+  def read_bytes(path):
+    if path.name == "gone.json":
+      path.unlink()
+    return read(path)
+
+  with workdir_lib.run_lock(RUN):
+    for name in ("a.json", "gone.json", "step/d/x"):
+      workdir_lib.atomic_write(folder / name, "1")
+    with monkeypatch.context() as patches:
+      patches.setattr(os, "walk", vanishing)
+      patches.setattr(pathlib.Path, "read_bytes", read_bytes)
+      bucket.push(folder)
+    assert {name for name in server.objects if ".lock" not in name} == {"team/ppo/a.json"}
+
+
 def test_no_object_is_written_outside_of_the_folder(machine, server, tmp_path):
   folder = machine("first")
   for name in (f"/{tmp_path}/a", "../b", "x/../../c", "x//d", "x/", ".lock.d/e", "./f", "f/.lock"):
@@ -221,10 +246,11 @@ def test_names_of_no_folder(name):
     workdir_lib.local_path(name)
 
 
-# Local ones look at the files in the folder, or undo what the bucket then brings back.
+# They look at all files of the folder, undo what the bucket then brings back, or count a step that
+# was killed before it was copied.
 _LOCAL = (
   "checkpoints_that_were_deleted or steps_of_another_run_are_not or test_paths or atomic_write"
-  " or urls"
+  " or urls or keeps_the_newest or failed_write or killed_while_saving"
 )
 
 

@@ -29,9 +29,10 @@ PREFIX = "gs://"
 _ADDRESS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]*[a-z0-9])/(?P<folder>.+)")
 _PART = re.compile(r"[^\x00-\x1f\x7f]+")
 _INDEX, _LOCK, _SYNC = ".bucket.json", ".lock", ".bucket.lock"  # Files of this machine alone.
+_TOKENS = ".tokens"  # Folder of tokenised data files, which can be made again.
 _TEMPORARY = re.compile(r"(^|/)([^/]*\.orbax-checkpoint-tmp[^/]*(/|$)|\.[^/]*\.(tmp|mode)$)")
 _STEPS = re.compile(r"(^|/)(checkpoints|black_box)/[^/]+/")
-_THREADS = 8
+_THREADS = 4  # Each has a file in memory.
 _RENEW_SECONDS = 20.0
 _STALE_SECONDS = 90.0  # Without a renewal in this time the owner of a lock is gone.
 # Of the first request. The later ones of a run are sent again for a quarter of an hour.
@@ -193,7 +194,8 @@ class _Copy:
 
   def _is_copied(self, name: str) -> bool:
     parts = name.split("/")
-    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or not parts[-1] or {".", ".."} & {*parts}
+    # With an empty part a name would be that of a folder, or lead out of this one.
+    own = parts[-1] in (_INDEX, _LOCK, _SYNC) or {"", ".", "..", _TOKENS} & {*parts}
     return not own and not _TEMPORARY.search(name)
 
   def _is_below(self, name: str, folders: Iterable[pathlib.Path]) -> bool:
@@ -390,6 +392,8 @@ def _is_live(folder: pathlib.Path) -> bool:
   if folder in _HELD:
     return True
   with contextlib.suppress(OSError), open(folder / _LOCK, "rb") as file:
+    if not file.read():  # It has no owner. To try the lock could be in the way of one who takes it.
+      return False
     try:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -40,7 +40,7 @@ class Session(processes.Group):
 
   Attributes:
     workdir: Folder of the run: flags, metrics, samples, checkpoints, plots. An unfinished run in it
-      is resumed.
+      is resumed. gs://BUCKET/FOLDER is a folder in a bucket.
     seed: Random seed.
     mesh: Devices per mesh axis, such as data:8 or fsdp:4,tensor:2. -1 takes the remaining devices;
       empty puts all devices on data.

@@ -167,6 +167,7 @@ def test_a_bucket_that_cannot_be_used_is_named_in_one_line(machine, server, code
   assert code == 74 and "gs://runs/team/ppo cannot be read or written" in message
 
 
+@full
 def test_a_bucket_that_fails_later_ends_the_run_and_loses_nothing(machine, server):
   step = loop_test.quadratic
 
@@ -191,13 +192,25 @@ def test_what_others_read_and_write_in_it(machine, server):
   folder = machine("second")
   assert models.finished_folder(RUN) == folder / "export"
   assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["8.digest.json"]
+  (folder / ".tokens").mkdir()
+  (folder / ".tokens" / "rows").write_text("tokens")
   bucket.pull(folder / "checkpoints")
   assert (folder / "checkpoints" / "8" / "x").exists()
   with workdir_lib.run_lock(folder / "sub"):  # Such as a run of a chain.
     (folder / "sub" / "file").write_text("1")
     bucket.pull(folder)  # It leaves what another run works on as it is.
-    assert (folder / "sub" / "file").exists()
+    assert (folder / "sub" / "file").exists() and (folder / ".tokens" / "rows").exists()
   assert content(server, "sub/file") == b"1"
+
+
+def test_no_object_is_written_outside_of_the_folder(machine, server, tmp_path):
+  folder = machine("first")
+  for name in (f"/{tmp_path}/a", "../b", "x/../../c", "x//d", "x/", ".lock.d/e", "./f", "f/.lock"):
+    server.put(f"team/ppo/{name}", b"1")
+  bucket.pull(folder)
+  found = [path for path in tmp_path.rglob("*") if path.is_file()]
+  kept = {path.relative_to(folder).as_posix() for path in found if folder in path.parents}
+  assert kept == {".bucket.json", ".bucket.lock", ".lock.d/e"} and len(found) == len(kept)
 
 
 @pytest.mark.parametrize(

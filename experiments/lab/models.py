@@ -43,7 +43,8 @@ class ModelOptions:
     dtype: Dtype of the computation; params and optimizer state stay float32.
     frozen_dtype: Dtype of the matrices of what is not trained: the reference, reward models,
       judges, teachers, opponents, and the model below adapters. `bfloat16` halves their memory.
-      With --model.dtype=bfloat16 it changes no result.
+      With --model.dtype=bfloat16 it changes no result. `int8` takes half of that for the matrices
+      of layers, whose weights are rounded to 255 levels.
     precision: Precision of matrix products in float32: those of a float32 model, and scores and
       values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
       `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
@@ -65,7 +66,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
-  frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+  frozen_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
   precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -284,9 +285,10 @@ def open_model(
   )
   model = build_model(run, options, config, tokenizer, head)
   key, dtype = run.key_for(1), options.frozen_dtype if frozen else "float32"
-  init = lambda key: round_matrices(model.init(key), dtype)  # noqa: E731
   if folder is None or sharding.is_absent(run.mesh):
-    return model, create(run, init, key)
+    return model, create(run, lambda key: round_matrices(model.init(key), dtype), key)
+  read = "bfloat16" if dtype == "int8" else dtype
+  init = lambda key: round_matrices(model.init(key), read)  # noqa: E731
   shapes = jax.eval_shape(init, key)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
   flat = {
@@ -300,7 +302,10 @@ def open_model(
     dtype, sharded = flat[path]
     return sharding.put(value.astype(dtype, copy=False), sharded)
 
-  return model, hf.load_params(folder, model, key=key, place=place)
+  params = hf.load_params(folder, model, key=key, place=place)
+  if read != dtype:
+    params = create(run, lambda params: round_matrices(params, dtype), params)
+  return model, params
 
 
 def open_policy(

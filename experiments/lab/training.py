@@ -202,9 +202,13 @@ def memory_line(state: TrainState, idle: Params) -> str:
   line = f"{trained} for trained params, gradients and optimizer state"
   if size(idle):
     line += f", {reporting.human_bytes(size(idle))} for models that are not trained"
-    half = size(jax.eval_shape(lambda tree: round_matrices(tree, "bfloat16"), idle))
-    if half < size(idle):
-      line += f" ({reporting.human_bytes(half)} with --model.frozen_dtype=bfloat16)"
+    ways, least = [], size(idle)
+    for dtype in ("bfloat16", "int8"):
+      less = size(jax.eval_shape(lambda tree, to=dtype: round_matrices(tree, to), idle))
+      if less < least:
+        ways.append(f"{reporting.human_bytes(less)} with --model.frozen_dtype={dtype}")
+        least = less
+    line += f" ({', '.join(ways)})" if ways else ""
   return f"{line}; activations not counted"
 
 

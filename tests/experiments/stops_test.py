@@ -64,7 +64,7 @@ def stop_at(workdir, fitted, step, how, start):
 
   Args:
     workdir: Folder of the run.
-    fitted: That of the steps: ReST has runs in folders of its own.
+    fitted: Folder whose steps count; ReST has runs in folders of its own.
     step: First step to stop after.
     how: SIGTERM or SIGKILL.
     start: Function that starts the run.

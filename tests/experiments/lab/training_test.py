@@ -157,6 +157,13 @@ def test_the_panel_counts_what_is_not_trained():
   rounded = jax.eval_shape(
     lambda: round_matrices(jax.tree.map(lambda x: jnp.zeros(x.shape), reference), "bfloat16")
   )
+  layers = {"start": {"layers": trained}}  # A byte per weight, and two for each 128 of them.
+  small = (
+    " (512.00 KiB with --model.frozen_dtype=bfloat16, 260.00 KiB with --model.frozen_dtype=int8)"
+  )
+  assert training.memory_line(state, layers) == (
+    f"{words}, 1.00 MiB for models that are not trained{small}{end}"
+  )
   assert (
     training.memory_line(state, rounded)
     == f"{words}, 516.00 KiB for models that are not trained{end}"

@@ -324,7 +324,8 @@ def test_a_script_explains_itself(run_script, tmp_path):
 
 
 def test_every_flag_that_is_named_exists():
-  known = {"flagfile", "help", "helpfull", "check", "basetemp", "logdir"}  # Of ruff, pytest, xprof.
+  known = {"flagfile", "help", "helpfull", "check", "basetemp", "logdir"}  # Of ruff, pytest, xprof
+  known |= {"xla_gpu_deterministic_ops"}  # and XLA.
   for file in (ROOT / "experiments").glob("*.py"):
     script = f"experiments.{file.stem}"
     if hasattr(importlib.import_module(script), "Config"):

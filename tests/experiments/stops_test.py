@@ -31,7 +31,7 @@ SETUPS: dict[str, tuple[str, tuple[str, ...], int]] = {
   "kto adapters": ("kto", ("--lora.rank=2",), 1),
   "ppo two models": ("ppo", (GOLD,), 1),
   "ppo adapters": ("ppo", (GOLD, "--lora.rank=2", "--shaping.normalize"), 1),
-  "ppo on four": ("ppo", (GOLD, "--mesh=data:2,fsdp:2"), 4),
+  "ppo on four": ("ppo", (GOLD, "--mesh=data:4"), 4),
   "ppo ahead": (
     "ppo",
     (GOLD, "--mesh=data:2", "--rollout.devices=1", "--rollout.importance_cap=2"),

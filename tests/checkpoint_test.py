@@ -630,6 +630,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 ckpt = checkpoint.Checkpointer({str(tmp_path / "c")!r})
 big = {{"w": np.random.default_rng(0).random((1024, 1024))[:, :512].astype(np.float32)}}
 assert ckpt.restore({{"state": {{"w": np.zeros(4096, np.float32)}}}}).step == 1
+sys.dont_write_bytecode = True  # Python would keep a part of a module that is imported here.
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
 try:

@@ -10,6 +10,7 @@ import json
 import pathlib
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -458,12 +459,14 @@ def test_a_platform_without_devices_is_refused(error, words, monkeypatch, tmp_pa
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
   """Files do not grow beyond 4 kB, as if the disk had no more room."""
-  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  limits, writes = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+  sys.dont_write_bytecode = True  # Python would keep a part of a module that is imported here.
   resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
   try:
     yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sys.dont_write_bytecode = writes
 
 
 def _metrics(folder: pathlib.Path) -> None:

@@ -97,7 +97,7 @@ def _summary(rows: Sequence[dict[str, Any]], pairs: np.ndarray) -> dict[str, Any
   """Shows and returns the accuracies of scores [rows, 2], the better response first."""
   kept = np.isfinite(pairs).all(axis=1)
   rows, pairs = [rows[int(i)] for i in np.flatnonzero(kept)], pairs[kept]
-  right = (pairs[:, 0] > pairs[:, 1]) + 0.5 * (pairs[:, 0] == pairs[:, 1])
+  right = grouping.judged_right(pairs)
   value, low, high = evaluation.mean(right)
   summary: dict[str, Any] = {"rows": len(right), "unusable": int(np.sum(~kept))}
   summary |= {"accuracy": value, "accuracy_low": low, "accuracy_high": high}

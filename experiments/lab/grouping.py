@@ -158,12 +158,16 @@ def of_pairs(dataset: data.Dataset, scores: np.ndarray, groups: Sequence[str]) -
   if not groups:
     return {}
   pairs, mask = evaluating.compared(dataset, scores)
-  right = (pairs[..., 0] > pairs[..., 1]) + 0.5 * (pairs[..., 0] == pairs[..., 1])
-  accuracy = np.mean(right, axis=1, where=mask)
+  accuracy = np.mean(judged_right(pairs), axis=1, where=mask)
   by_group = accuracies(accuracy, groups)
   together = _together("accuracy/", accuracy, groups)
   show("Held-out pairs by group", by_group, together)
   return together | {"groups": by_group}
+
+
+def judged_right(pairs: np.ndarray) -> np.ndarray:
+  """Returns 1 for scores [..., 2] that prefer the first response, 0.5 for equal ones, else 0."""
+  return (pairs[..., 0] > pairs[..., 1]) + 0.5 * (pairs[..., 0] == pairs[..., 1])
 
 
 def accuracies(right: np.ndarray, groups: Sequence[str]) -> dict[str, Metrics]:

@@ -71,6 +71,10 @@ class RemoteOptions:
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(rewards.Service)}
     )
 
+  def _function(self, *names: Any) -> Callable[..., Any]:
+    """Returns the function that `user.resolve(*names)` finds, which may take `timeout_seconds`."""
+    return user.limited(user.resolve(*names), self.timeout_seconds)
+
 
 @dataclasses.dataclass(frozen=True)
 class RewardOptions(RemoteOptions):
@@ -139,12 +143,8 @@ class RewardOptions(RemoteOptions):
   def functions(self) -> dict[str, rewards.TextReward]:
     """Returns the Python rewards of `name` by their names."""
     arguments = ("prompts", "responses", "rows")
-    return {
-      name: user.limited(
-        user.resolve("name", name, rewards.REWARDS, arguments), self.timeout_seconds
-      )
-      for name in _split(self.name)
-    }
+    names = _split(self.name)
+    return {name: self._function("name", name, rewards.REWARDS, arguments) for name in names}
 
   def asked(self) -> dict[str, rewards.TextReward]:
     """Returns all rewards of texts by their names: those of `name`, and that of `url`."""
@@ -155,9 +155,7 @@ class RewardOptions(RemoteOptions):
     """Returns the Python constraints of `constraints` by their names."""
     arguments = ("prompts", "responses", "rows")
     return {
-      name: user.limited(
-        user.resolve("constraints", name, rewards.CONSTRAINTS, arguments), self.timeout_seconds
-      )
+      name: self._function("constraints", name, rewards.CONSTRAINTS, arguments)
       for name in _split(self.constraints)
     }
 
@@ -217,8 +215,7 @@ class PreferenceOptions(RemoteOptions):
     """Returns the judge of `url`, or the Python judge of `name`."""
     if self.url:
       return rewards.remote_preference(self.service())
-    function = user.resolve("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
-    return user.limited(function, self.timeout_seconds)
+    return self._function("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
   def title(self) -> str:

@@ -29,8 +29,8 @@ class TemplateError(DataError):
   """A template is not valid."""
 
 
-class RefusedError(DataError):
-  """A template refuses a chat.
+class ChatError(DataError):
+  """A chat that cannot be read.
 
   Attributes:
     index: Index of the chat.
@@ -39,6 +39,10 @@ class RefusedError(DataError):
   def __init__(self, reason: str, index: int):
     super().__init__(reason)
     self.index = index
+
+
+class RefusedError(ChatError):
+  """A template refuses a chat."""
 
 
 class _Process:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from rlhf_jax import processes, ranges, workdir
-from rlhf_jax.data import files, formats, schema, sources, stored
+from rlhf_jax.data import apart, files, formats, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
@@ -35,7 +35,6 @@ from rlhf_jax.data.schema import Example, KindName, Votes
 from rlhf_jax.data.sources import DataError, Row
 from rlhf_jax.data.tokenizer import (
   RESERVED,
-  ChatError,
   Exchange,
   Prompt,
   Tokenizer,
@@ -708,7 +707,7 @@ def _encode(
     return dict(zip(asked, exchanges, strict=True))
   try:
     chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
-  except ChatError as error:
+  except apart.ChatError as error:
     raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
   scored |= {i: chat.scored for i, chat in zip(asked, chats, strict=True)}
   return {i: Exchange(of.prompt, [of.response]) for i, of in zip(asked, chats, strict=True)}

@@ -81,18 +81,6 @@ class Conversation(NamedTuple):
   scored: list[int]
 
 
-class ChatError(DataError):
-  """A chat whose answers cannot be found in it.
-
-  Attributes:
-    index: Index of the chat.
-  """
-
-  def __init__(self, reason: str, index: int):
-    super().__init__(reason)
-    self.index = index
-
-
 class Shortened(NamedTuple):
   """A prompt that was cut to a number of tokens.
 
@@ -388,7 +376,7 @@ class Tokenizer:
       places = [whole.span(place) for place in range(len(whole.ids))]
       scored = [int(any(max(a, start) < min(b, end) for start, end in spans)) for a, b in places]
       if not any(scored[1:]):
-        raise ChatError(
+        raise apart.ChatError(
           "data.turns=all: the chat template has blocks `generation`, and none of them writes an"
           " answer of this chat; use data.turns=last or another template",
           i,
@@ -417,7 +405,7 @@ class Tokenizer:
       whole, starts = parts[-1], [*parts[::2], parts[-1]]
       for turn, part in zip(answers_in(chats[i]) * 2, parts[::2] + parts[1::2], strict=True):
         if not whole.startswith(part):
-          raise ChatError(
+          raise apart.ChatError(
             f"data.turns=all: the chat template writes turn {turn} in another way when turns follow"
             " it; use data.turns=last, or a template with blocks `generation`",
             i,
@@ -434,7 +422,7 @@ class Tokenizer:
       is_last = n + 1 == len(owners) or owners[n + 1] != i
       answer = self._ended(ids)
       if not is_last and ids[: len(answer)] != answer:
-        raise ChatError(
+        raise apart.ChatError(
           "data.turns=all: the chat template ends an answer within a chat with another token than"
           f" {self.hf.convert_ids_to_tokens(self.eos_id)!r}, or with none; use data.turns=last",
           i,

@@ -529,10 +529,10 @@ def _parse(
       try:
         prompt = read.examples[0].prompt
         tokenizer.require_prompt(prompt)
-        if config.turns == "all":
-          _require_weights(row)
-          prompt = _first_prompt(prompt)
         text = tokenizer.render_prompt(prompt)
+        if config.turns == "all":
+          _require_answers(_without(row, config.ignore), prompt)
+          text = tokenizer.render_prompt(_first_prompt(prompt))
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
@@ -549,15 +549,16 @@ def _first_prompt(prompt: Prompt) -> Prompt:
   return prompt[: answers[0]] if answers else prompt
 
 
-def _require_weights(row: Row) -> None:
-  """Refuses turns from which nothing is to be learnt, where all are learnt from."""
+def _require_answers(row: Row, prompt: Prompt) -> None:
+  """Refuses answers from which nothing is to be learnt, where all are learnt from."""
+  fix = "and data.turns=all learns from every answer; use data.turns=last, or remove the row"
   for name, value in row.fields.items():
     for i, turn in enumerate(value if isinstance(value, list) else ()):
-      if isinstance(turn, dict) and turn.get("weight") == 0:
-        raise DataError(
-          f"{row.where}: {name}[{i}].weight: is 0, and data.turns=all learns from every answer;"
-          " use data.turns=last, or remove the row"
-        )
+      if schema.is_answer(turn) and turn.get("weight") == 0:
+        raise DataError(f"{name}[{i}].weight: is 0, {fix}")
+  for i in [] if isinstance(prompt, str) else answers_in(prompt):
+    if not prompt[i]["content"].strip():
+      raise DataError(f"messages: turn {i} is an empty answer, {fix}")
 
 
 def _without(row: Row, columns: Sequence[str]) -> Row:
@@ -701,12 +702,16 @@ def _encode(
   where: dict[int, str],
   scored: dict[int, list[int]],
 ) -> dict[int, Exchange]:
-  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores."""
-  if config.turns == "last":
-    exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
-    return dict(zip(asked, exchanges, strict=True))
+  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores.
+
+  Raises:
+    DataError: A chat cannot be read; the message says where it is.
+  """
+  prompts, answers = [*asked.values()], [[*answers_of[i]] for i in asked]
   try:
-    chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
+    if config.turns == "last":
+      return dict(zip(asked, tokenizer.encode_exchanges(prompts, answers), strict=True))
+    chats = tokenizer.encode_chats(prompts, [texts[0] for texts in answers])
   except apart.ChatError as error:
     raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
   scored |= {i: chat.scored for i, chat in zip(asked, chats, strict=True)}

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlhf_jax.data import worker
@@ -46,7 +46,7 @@ class RefusedError(ChatError):
 
 
 @contextlib.contextmanager
-def numbered(indices: Sequence[int]) -> Iterator[None]:
+def numbered(indices: Sequence[int]) -> Generator[None]:
   """Gives the error of a chat the index of that chat in another list.
 
   Args:

@@ -39,7 +39,7 @@ from rlhf_jax.data.tokenizer import (
   Prompt,
   Tokenizer,
   answers_in,
-  transcript,
+  readable,
 )
 
 _BUILTIN_ROWS = 8192
@@ -326,7 +326,8 @@ def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -
     shared = shared_length(shape[0], _round_up(all_responses(*_lengths(examples))))
 
   def finish(part: _Part) -> Dataset:
-    return _finish(kind, part, shape)._replace(shared_length=shared)
+    ignored = tuple(config.ignore)
+    return _finish(kind, part, shape)._replace(shared_length=shared, ignored=ignored)
 
   further = {name: finish(part) for name, part in named.items()}
   mixed = finish(train)._replace(mixture=_mixture(train, config))
@@ -365,7 +366,7 @@ def comparison_kind(config: DataConfig) -> KindName:
   rows, _ = _open("preferences", config, 0, lambda error: None)
   for row in rows:
     with contextlib.suppress(DataError):
-      return schema.comparison_kind(_without(row, config.ignore))
+      return schema.comparison_kind(without(row, config.ignore))
   return "preferences"
 
 
@@ -384,10 +385,10 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
 
 
-def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
+def plain_prompts(dataset: Dataset) -> list[str]:
   """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  prompts = given_prompts(dataset.rows, config.ignore, prefer_messages=False)
-  return [prompt if isinstance(prompt, str) else transcript(prompt) for prompt in prompts]
+  given = given_prompts(dataset.rows, dataset.ignored, prefer_messages=False)
+  return [readable(prompt) for prompt in given]
 
 
 def given_prompts(
@@ -397,12 +398,12 @@ def given_prompts(
 
   Args:
     rows: Rows of any kind.
-    ignore: Columns that are not read.
+    ignore: Columns that are not read, `Dataset.ignored`.
     prefer_messages: True to take `messages` even if a row also has a prompt as text.
   """
   prompts = []
   for fields in rows:
-    row = _without(Row("row", dict(fields)), ignore)
+    row = without(Row("row", dict(fields)), ignore)
     prompts.append(schema.parse_row("prompts", row, prefer_messages=prefer_messages)[0].prompt)
   return prompts
 
@@ -436,7 +437,7 @@ def from_rows(
 
   parsed = _parse(kind, iter(rows), config, tokenizer, on_bad_row)
   part = _tokenize(kind, parsed, config, tokenizer, [])
-  return _finish(kind, part, _shape(kind, part.examples))
+  return _finish(kind, part, _shape(kind, part.examples))._replace(ignored=tuple(config.ignore))
 
 
 def from_examples(kind: KindName, examples: list[Arrays], rows: list[dict[str, Any]]) -> Dataset:
@@ -517,7 +518,7 @@ def _parse(
     try:
       read = schema.parse(
         kind,
-        _without(row, config.ignore),
+        without(row, config.ignore),
         prefer_messages=tokenizer.has_chat_template,
         annotator=config.annotator,
         votes=config.votes,
@@ -531,7 +532,7 @@ def _parse(
         tokenizer.require_prompt(prompt)
         text = tokenizer.render_prompt(prompt)
         if config.turns == "all":
-          _require_answers(_without(row, config.ignore), prompt)
+          _require_answers(without(row, config.ignore), prompt)
           text = tokenizer.render_prompt(_first_prompt(prompt))
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
@@ -556,12 +557,13 @@ def _require_answers(row: Row, prompt: Prompt) -> None:
     for i, turn in enumerate(value if isinstance(value, list) else ()):
       if schema.is_answer(turn) and turn.get("weight") == 0:
         raise DataError(f"{name}[{i}].weight: is 0, {fix}")
-  for i in [] if isinstance(prompt, str) else answers_in(prompt):
-    if not prompt[i]["content"].strip():
+  turns = [] if isinstance(prompt, str) else prompt
+  for i in answers_in(turns):
+    if not turns[i]["content"].strip():
       raise DataError(f"messages: turn {i} is an empty answer, {fix}")
 
 
-def _without(row: Row, columns: Sequence[str]) -> Row:
+def without(row: Row, columns: Sequence[str]) -> Row:
   """Returns a row without columns that are to be ignored."""
   return row._replace(fields={n: value for n, value in row.fields.items() if n not in columns})
 

@@ -210,7 +210,12 @@ class Tokenizer:
     They are those of generation_config.json and config.json, the tokenizer's EOS, and the token
     that ends an assistant turn of the chat template.
     """
-    return (self.eos_id, *self._stop_ids)
+    return (self.eos_id, *self.further_stop_ids)
+
+  @property
+  def further_stop_ids(self) -> tuple[int, ...]:
+    """The `stop_ids` but for `eos_id`; one that a template writes ends a response in data too."""
+    return self._stop_ids
 
   @property
   def pad_id(self) -> int:
@@ -923,7 +928,16 @@ def transcript(messages: Messages) -> str:
   """
   if any(message["role"] not in _SPEAKERS for message in messages):
     raise DataError(f"messages: {_NO_TOOLS}")
-  turns = [f"\n\n{_SPEAKERS[message['role']]}: {message['content']}" for message in messages]
+  return _written(messages, _SPEAKERS)
+
+
+def readable(prompt: Prompt) -> str:
+  """Returns a prompt for a reader, not for a model: its text, or its turns, those of tools too."""
+  return prompt if isinstance(prompt, str) else _written(prompt, _SPEAKERS | {"tool": "Tool"})
+
+
+def _written(messages: Messages, speakers: Mapping[str, str]) -> str:
+  turns = [f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages]
   return "".join(turns) + "\n\nAssistant:"
 
 

@@ -216,7 +216,24 @@ def open_tokenizer(
     if config.template_args:
       raise flags.UsageError("--data.template_args is for a chat template; give a model with one")
     return data.word_level_tokenizer(simulation.WORDS)
-  return data.load_tokenizer(peft.base_of(folder), config.end_token or None, config.variables())
+  return tokenizer_of(folder, config.end_token or None, config.variables())
+
+
+def tokenizer_of(
+  folder: pathlib.Path,
+  end_token: str | None = None,
+  template_args: Mapping[str, Any] | None = None,
+) -> data.Tokenizer:
+  """Reads the tokenizer of a model folder; adapters without a tokenizer have that of their base.
+
+  Args:
+    folder: Folder of the model or of adapters.
+    end_token: Token that ends a response; None takes that of the folder.
+    template_args: Variables of the chat template; None takes those of the folder.
+  """
+  base = peft.base_of(folder)
+  own = folder if (folder / "tokenizer.json").exists() else base
+  return data.load_tokenizer(own, end_token, template_args, model=base)
 
 
 def build_model(
@@ -328,7 +345,7 @@ def require_shapes_of(start: Params, params: Params, given: str) -> None:
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
-  if data.load_tokenizer(peft.base_of(folder)).digest != tokenizer.digest:
+  if tokenizer_of(folder).digest != tokenizer.digest:
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
@@ -371,14 +388,14 @@ def open_scorer(
   label = hf.scalar_label(folder)
   if label == records.PREFERENCE:
     require_tokens_of(folder, tokenizer)
-  read_by = data.load_tokenizer(folder)
+  read_by = tokenizer_of(folder)
   model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
   return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
 
 
 def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
   """Returns whether the model of a path has a tokenizer and a template, both of the policy."""
-  return data.load_tokenizer(finished_folder(path)).digest == tokenizer.digest
+  return tokenizer_of(finished_folder(path)).digest == tokenizer.digest
 
 
 def open_reward_model(

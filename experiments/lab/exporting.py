@@ -82,7 +82,7 @@ def number_of(workdir: pathlib.Path, step: str) -> int:
   if re.fullmatch(r"0|[1-9][0-9]*", step):
     return int(step)
   if step != "best":
-    raise flags.UsageError(f"a step is a number or best, got {step!r}")
+    raise flags.UsageError(f"{workdir}: its step must be a number or best, got {step!r}")
   bucket.pull(workdir / "checkpoints")
   found = processes.agree(lambda: checkpoint.best_step(workdir / "checkpoints"))
   if found is None:

@@ -96,7 +96,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
           numbers = {name: float(column[n]) for name, column in values.items()}
           rows.append({"prompt": prompts.rows[i]["prompt_text"], "response": text, **numbers})
     reporting.save_samples(run.workdir, 0, rows)
-    reporting.show_samples(rows, f"Samples of {config.init_from or config.model.path}")
+    reporting.show_samples(rows, f"Samples of {config.init_from}")
     if reward_fn is not None:
       scores = {name: np.array([row[name] for row in rows]) for name in rows[0] if "reward" in name}
       named = {name.partition("/")[2]: x for name, x in scores.items() if name != "reward"}

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, flags, generation, hub, loop, processes, ranges, sharding, simulation
+from rlhf_jax import (
+  bucket,
+  data,
+  flags,
+  generation,
+  hub,
+  loop,
+  processes,
+  ranges,
+  sharding,
+  simulation,
+)
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
 from rlhf_jax.models.families import FAMILIES, Head
@@ -115,13 +126,14 @@ def finished_folder(path: str) -> pathlib.Path:
     folder = hub.model_folder(path)
   else:
     folder = workdir_lib.local_path(path)
-    if "@" in folder.name and not folder.exists():
+    if "@" in folder.name and not bucket.is_there(folder):
       return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
+  shown = bucket.name_of(folder)
   if has_run and has_model:
     raise hf.ModelFolderError(
-      f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
+      f"{shown}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
       " or move the other one out"
     )
   if has_run or has_model:
@@ -129,7 +141,7 @@ def finished_folder(path: str) -> pathlib.Path:
     if problem := workdir_lib.irregular(found):
       raise hf.ModelFolderError(f"{found}: {problem}")
     return found
-  raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
+  raise hf.ModelFolderError(f"{shown}: {_why_no_model(path, folder)}")
 
 
 def _folder_of_step(path: str) -> pathlib.Path:
@@ -157,14 +169,14 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
       " PEFT), and give the merged folder, or put adapter_model.safetensors beside its config"
     )
-  if folder.is_dir():
+  if folder.is_dir() and bucket.is_there(folder):
     inner = sorted(path.parent for path in folder.glob("**/config.json"))
     if inner:
       return f"no config.json here; there is one in {inner[-1]}, give that folder"
     if (gguf := next(folder.glob("*.gguf"), None)) is not None:
       return f"{gguf.name} is not read: GGUF is quantized, give the folder that it was made of"
     return "neither the workdir of a finished run nor a folder with config.json"
-  if folder.exists():
+  if folder.is_file():
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (

@@ -1,4 +1,4 @@
-"""Copies of run folders in a bucket, `gs://BUCKET/FOLDER`.
+"""Copies of run folders in a bucket, `gs://BUCKET/FOLDER`, and of data files.
 
 A run works in a folder of this machine, with the locks, renames and syncs of every other run, and
 its files are copied to the bucket when they are complete. Where the two differ at the start, the
@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -133,6 +134,12 @@ class _Copy:
             index[name] = known
       self._remove_empty_folders()
 
+  def pull_one(self, name: str) -> None:
+    """Makes one file what the bucket has."""
+    with self._index() as index, self._said():
+      known = self._fetch(name, index.get(name))
+      index |= {name: known} if known else {}
+
   def push(self, path: pathlib.Path) -> None:
     """Writes what has changed at or below a path, the innermost folders first.
 
@@ -163,9 +170,11 @@ class _Copy:
     """Reads an object unless the file has it; returns the new state, None if there is no news."""
     generation = known.generation if known and self._is_same(name, known) else None
     found = self._store.read(name, if_not_equal=generation).result()
+    path = self.folder / name
+    if found.state == "missing":
+      path.unlink(missing_ok=True)
     if found.state != "value":
       return None
-    path = self.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(found.value)
@@ -386,6 +395,22 @@ def pull(folder: pathlib.Path, *, steps: bool = True) -> None:
     _Copy(folder, gcs_request_retries=_FIRST_RETRIES).pull(steps=steps)
 
 
+@functools.cache  # All that this process reads of an object is of one generation.
+def pull_file(address: str) -> pathlib.Path:
+  """Copies an object from its bucket, unless it is here as it is there, and returns its file.
+
+  There is no file where the bucket has no object.
+
+  Raises:
+    BucketNameError: The address is malformed.
+    BucketError: The bucket cannot be read.
+  """
+  path = folder_of(address)
+  if not any(map(_is_live, path.parents)):
+    _Copy(path.parent, gcs_request_retries=_FIRST_RETRIES).pull_one(path.name)
+  return path
+
+
 def _holder(path: pathlib.Path) -> tuple[_Copy, _Lock] | None:
   return next((_HELD[place] for place in (path, *path.parents) if place in _HELD), None)
 
@@ -413,7 +438,7 @@ def _open(address: str, **options: Any) -> Any:
   import tensorstore as ts
 
   bucket, _, folder = address.removeprefix(PREFIX).partition("/")
-  place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
+  place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/" if folder else ""}
   return ts.KvStore.open(place | options).result()
 
 

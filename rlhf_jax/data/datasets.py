@@ -57,10 +57,10 @@ class DataConfig:
 
   Attributes:
     path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
-      several files separated by commas, or `hf://datasets/ORG/NAME[@REVISION]/FILE` of a hub. With
-      weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches take their rows from the files in these
-      shares; files without weights are joined. If path and tfds are empty, the built-in task
-      generates the rows.
+      several files separated by commas, `hf://datasets/ORG/NAME[@REVISION]/FILE` of a hub, or
+      `gs://BUCKET/FILE` in a bucket. With weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches take
+      their rows from the files in these shares; files without weights are joined. If path and tfds
+      are empty, the built-in task generates the rows.
     tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.

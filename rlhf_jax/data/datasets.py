@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -257,8 +258,13 @@ def load(
 
 def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
   """Returns the name of the tokens of files; empty for rows that are not of files."""
-  specs = [config.path, config.eval_path, *_named_files(config).values()] if config.path else []
-  return stored.key(kind, config, [spec for spec in specs if spec], tokenizer)
+  if not is_given(config):
+    return ""
+  specs = [config.path, config.eval_path, *_named_files(config).values()]
+  paths = [pathlib.Path(path) for spec in specs if spec for path in files.paths_of(spec)]
+  if config.tfds:
+    paths += sources.tfds_files(config.tfds, config.tfds_dir)
+  return stored.key(kind, config, [path.expanduser() for path in paths], tokenizer)
 
 
 def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -> stored.Stored:

@@ -52,8 +52,8 @@ class BucketNameError(ValueError):
   exit_code = 78  # EX_CONFIG
 
 
-class HeldError(RuntimeError):
-  """The folder in the bucket belongs to a run on another machine."""
+class LockedError(RuntimeError):
+  """The run directory belongs to another process or cannot be locked."""
 
   exit_code = 73  # EX_CANTCREAT
 
@@ -267,7 +267,7 @@ class _Lock:
     """Creates the object, or takes over that of an owner which is gone.
 
     Raises:
-      HeldError: It is renewed by another process.
+      LockedError: It is renewed by another process.
     """
     with _said(self._address):
       found = _open(self._address, gcs_request_retries=_FIRST_RETRIES).read(_LOCK).result()
@@ -282,10 +282,10 @@ class _Lock:
         time.sleep(min(1.0, _RENEW_SECONDS / 2))
         again = self._store.read(_LOCK).result()
         if again.state == "value" and again.stamp.generation != found.stamp.generation:
-          raise HeldError(_in_use(self._address, again.value))
+          raise LockedError(_in_use(self._address, again.value))
         found = again
       if not self._write(found.stamp.generation):
-        raise HeldError(_in_use(self._address, self._store.read(_LOCK).result().value))
+        raise LockedError(_in_use(self._address, self._store.read(_LOCK).result().value))
     if found.state == "value":
       logging.warning(
         "%s was left by %s, which is gone; its run goes on here", self._address, _named(previous)
@@ -339,7 +339,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a folder in its bucket, with the files of the bucket; a no-op for others.
 
   Raises:
-    HeldError: Another process holds it.
+    LockedError: Another process holds it.
   """
   address = address_of(folder)
   if not address or _holder(folder):

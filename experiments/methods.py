@@ -1,17 +1,22 @@
-r"""Measures the table of methods on the built-in task: trains each, compares it with its start.
+r"""Measures the methods and the claims of their papers on the built-in task, into tables.
 
   python -m experiments.methods --workdir=runs/methods
-One seed of two methods; all, into the tables of the pages:
+One seed of two methods; of the runs that a claim compares; all, into the tables of the pages:
   python -m experiments.methods --workdir=runs/methods --rows=ppo,dpo --seeds=0
+  python -m experiments.methods --workdir=runs/methods --rows=gold_score,fine_grained --seeds=0
   python -m experiments.methods --workdir=runs/methods --page=experiments/METHODS.md,README.md
 
 No network and no download. A method takes one to five minutes on two CPU cores, all of them an hour
-for each seed. The lines of the table are in experiments/lab/methods.csv.
+for each seed, and the further runs of the claims a quarter of an hour. The methods are the lines of
+experiments/lab/methods.csv, the claims those of claims.csv beside it, and their further runs those
+of arms.csv.
 
 For each seed it trains an SFT policy and a reward model, then each method from that policy, as runs
 of their own in `workdir/seed_0/sft`, `workdir/seed_0/ppo` and so on: each is the command of the
-table, in a process of its own. At its end a run samples answers to the same 512 held-out prompts
-from its policy and from the SFT policy, which the gold reward judges.
+table, in a process of its own, behind those that the command names (`$DPO` is the run `dpo`). At
+its end a run samples answers to the same 512 held-out prompts from its policy and from the SFT
+policy, which the gold reward judges. A claim compares a run with the method and one without it, by
+a number that both have written.
 
 Starting the same command again continues where it was stopped. Another command with other seeds may
 run beside it in the same workdir. A method that fails is left out, and tried again the next time.
@@ -27,7 +32,7 @@ import sys
 
 from rlhf_jax import entry, loop, reporting
 from rlhf_jax import workdir as workdir_lib
-from .lab import methods
+from .lab import claims, methods, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Config:
 
   Attributes:
     workdir: Folder for the runs.
-    rows: Names of methods, the first column of experiments/lab/methods.csv; empty takes all.
+    rows: Names of runs, the first column of methods.csv and of arms.csv in experiments/lab; empty
+      takes all.
     seeds: Seeds of the chain that each method ends.
     page: Markdown files whose tables get the results of all runs in the workdir. What they show of
       other methods stays.
@@ -49,8 +55,8 @@ class Config:
 
   def __post_init__(self):
     for name in self.rows:
-      if name not in methods.METHODS:
-        raise ValueError(f"rows: {name} is not one of {', '.join(methods.METHODS)}")
+      if name not in stages.COMMANDS:
+        raise ValueError(f"rows: {name} is not one of {', '.join(stages.COMMANDS)}")
     if not self.seeds or min(self.seeds) < 0:
       raise ValueError("seeds must be at least 0")
     for path in self.page:
@@ -61,43 +67,43 @@ class Config:
 def measure(config: Config) -> None:
   """Runs what has not finished, shows the results and writes them into summary.json and pages."""
   workdir = workdir_lib.local_path(config.workdir)
-  stages, failed = methods.with_needed(config.rows or [*methods.METHODS]), []
+  names, failed = stages.with_needed(config.rows or [*stages.COMMANDS]), []
   for seed in config.seeds:
     folder = workdir / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in stages:
+    for name in names:
       code = run_stage(name, folder, seed)
       if code == loop.Preempted.exit_code:
         raise loop.Preempted("start the same command again to continue")
       if code:
         failed.append(f"seed {seed}: {name} ended with exit code {code}")
-        if name in (methods.START, methods.JUDGE):
+        if name in (stages.START, stages.JUDGE):
           break
-  results = methods.read(workdir)
+  results, numbers = methods.read(workdir), claims.read(workdir)
   show(results)
+  claims.show(numbers)
   summary = {name: {s: r._asdict() for s, r in of.items()} for name, of in results.items() if of}
   reporting.write_summary(workdir, summary)
   for path in map(pathlib.Path, config.page):
-    workdir_lib.atomic_write(path, methods.fill(path.read_text(encoding="utf-8"), results))
+    page = methods.fill(path.read_text(encoding="utf-8"), results)
+    workdir_lib.atomic_write(path, claims.fill(page, numbers))
   if failed:
     sys.exit("\n".join(failed))
 
 
 def run_stage(name: str, folder: pathlib.Path, seed: int) -> int:
   """Runs a stage unless it has finished, and keeps its CPU minutes; returns its exit code."""
-  path = folder / f"{name}.json"
-  command = methods.METHODS[name].command if name in methods.METHODS else name
-  record = methods.read_record(path)
+  command, record = stages.COMMANDS[name], stages.read_record(folder, name)
   if record.get("command") != command:
     record = {"command": command, "cpu_minutes": 0.0}
   if record.get("code") == 0:
     return 0
   reporting.note(f"seed {seed}: {command}")
   before = cpu_minutes()
-  code = run([sys.executable, "-m", *methods.words(name, folder, seed)])
+  code = run([sys.executable, "-m", *stages.words(name, folder, seed)])
   minutes = float(record["cpu_minutes"]) + cpu_minutes() - before
   record |= {"cpu_minutes": minutes, "code": code}
-  workdir_lib.atomic_write(path, json.dumps(record, indent=2) + "\n")
+  workdir_lib.atomic_write(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
   return code
 
 

@@ -66,7 +66,7 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   source = dataclasses.replace(config.data, eval_fraction=0.0)
   prompts, heldout = given_rows.read(session, "prompts", source, tokenizer)
   given_rows.show("Revision", source, prompts, heldout, model=folder)
-  texts = list(dict.fromkeys(data.plain_prompts(prompts, source)))
+  texts = list(dict.fromkeys(data.plain_prompts(prompts)))
   texts = texts[: config.limit or len(texts)]
   limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:

@@ -4,6 +4,8 @@ import math
 import pathlib
 import re
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,7 +24,7 @@ def anchors(text: str) -> set[str]:
 
 
 # Pages whose code is files and whole runs, which tests of their own execute.
-FILES = ("experiments/EXTENDING.md", "experiments/PYTHON.md")
+FILES = ("experiments/EXTENDING.md", "experiments/PYTHON.md", "rlhf_jax/README.md")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in FILES])
@@ -41,6 +43,16 @@ def test_losses_are_those_of_the_formulas(capsys):
   rewards = [-0.1 * 0.1, -0.1 * 0.2, 0.7 + 0.1 * 0.5]
   to_go = [sum(0.95 ** (s - t) * rewards[s] for s in range(t, 3)) for t in range(3)]
   assert abs(ppo + math.exp(0.1) * sum(to_go) / 3) < 1e-4
+
+
+def test_a_run_among_others_is_the_run_alone():
+  (block,) = re.findall(r"```python\n(.*?)```", PAGES["rlhf_jax/README.md"], re.DOTALL)
+  names = {"print": lambda *args: None}
+  exec(compile(block, "rlhf_jax/README.md", "exec"), names)
+  train, seeds, rates, losses = (names[name] for name in ("train", "seeds", "rates", "losses"))
+  assert losses.shape == (4, 10)
+  np.testing.assert_allclose(losses[2], jax.jit(train)(seeds[2], rates[2]), rtol=1e-5)
+  assert len({float(loss) for loss in losses[:, -1]}) == 4
 
 
 @pytest.mark.parametrize("page", PAGES)

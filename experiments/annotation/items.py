@@ -95,7 +95,7 @@ def read_item(row: data.Row, number: int) -> Item:
   """
   row, _ = data.normalized(row, chat=True)
   (asked,) = data.parse_row("prompts", row, prefer_messages=False)
-  prompt = asked.prompt if isinstance(asked.prompt, str) else data.transcript(asked.prompt)
+  prompt = data.readable(asked.prompt)
   responses: Any = row.fields.get("responses")
   judged: list[data.Example] = []
   if row.fields.get("chosen") or not isinstance(responses, list):

@@ -49,11 +49,12 @@ def measure(session: loop.Session, config: Any) -> dict[str, Any]:
     config: Config with `rewardbench`, `reward`, `model`, `data` and `batch_size`.
   """
   config.reward.require()
-  rows, answers = _read(config.rewardbench)
+  rows, answers = _read(config.rewardbench, config.data.ignore)
   texts = [text for pair in answers for text in pair]
   tokenizer: Any = _Texts(texts)
   with loop.open_run(session) as run:
     prompts = data.from_examples("prompts", [{"prompt": np.zeros(1, np.int32)}] * len(rows), rows)
+    prompts = prompts._replace(ignored=config.data.ignore)
     reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
     reward, devices = reward_of(prompts), run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     size = min(config.batch_size, len(texts))
@@ -69,16 +70,15 @@ def measure(session: loop.Session, config: Any) -> dict[str, Any]:
   return summary
 
 
-def _read(path: str) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
+def _read(path: str, ignore: Sequence[str]) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
   """Reads rows of pairs: their columns with the prompt as text, and both answers, better first."""
   rows, answers = [], []
   for row in data.read_file(path):
-    examples = data.parse_row("preferences", row, prefer_messages=True)
+    examples = data.parse_row("preferences", data.without(row, ignore), prefer_messages=True)
     if len(examples) != 1 or examples[0].skip:
       raise data.DataError(f"{row.where}: not one pair of responses; give chosen and rejected")
     (prompt, pair, *_) = examples[0]
-    text = prompt if isinstance(prompt, str) else data.transcript(prompt)
-    rows.append({**row.fields, "prompt_text": text})
+    rows.append({**row.fields, "prompt_text": data.readable(prompt)})
     answers.append(pair)
   if not rows:
     raise data.DataError(f"{path}: no rows")

@@ -146,9 +146,13 @@ class RewardOptions(RemoteOptions):
     names = _split(self.name)
     return {name: self._function("name", name, rewards.REWARDS, arguments) for name in names}
 
-  def asked(self) -> dict[str, rewards.TextReward]:
-    """Returns all rewards of texts by their names: those of `name`, and that of `url`."""
-    remote = {"judge": rewards.remote_reward(self.service())} if self.url else {}
+  def asked(self, ignored: Sequence[str]) -> dict[str, rewards.TextReward]:
+    """Returns all rewards of texts by their names: those of `name`, and that of `url`.
+
+    Args:
+      ignored: Columns of rows that are no part of a prompt, `Dataset.ignored`.
+    """
+    remote = {"judge": rewards.remote_reward(self.service(), ignored)} if self.url else {}
     return self.functions() | remote
 
   def verdicts(self) -> dict[str, rewards.TextConstraint]:
@@ -211,10 +215,14 @@ class PreferenceOptions(RemoteOptions):
     if self.name:
       self.function()
 
-  def function(self) -> rewards.TextPreference:
-    """Returns the judge of `url`, or the Python judge of `name`."""
+  def function(self, ignored: Sequence[str] = ()) -> rewards.TextPreference:
+    """Returns the judge of `url`, or the Python judge of `name`.
+
+    Args:
+      ignored: Columns of rows that are no part of a prompt, `Dataset.ignored`.
+    """
     if self.url:
-      return rewards.remote_preference(self.service())
+      return rewards.remote_preference(self.service(), ignored)
     return self._function("name", self.name, rewards.PREFERENCES, ("prompts", "a", "b", "rows"))
 
   @property
@@ -329,9 +337,9 @@ def open_preference(
     return lambda prompts: Named(
       f"--preference.path={name}", rewards.reward_preference(score_of(prompts))
     )
-  function = options.function()
 
   def of_prompts(prompts: data.Dataset) -> rewards.PreferenceFn:
+    function = options.function(prompts.ignored)
     _try(function, prompts, answers=2)
     prefer = rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
     flag = f"url={options.url}" if options.url else f"name={options.name}"
@@ -349,11 +357,11 @@ def open_reward(
   """Opens the reward of the options once and returns `(prompts) -> reward` of responses."""
   options.require()
   models_of = _open_models(run, options, model_options, tokenizer)
-  functions, constraints = options.asked(), options.verdicts()
+  constraints = options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
     scorers = {name: score_of(prompts) for name, score_of in models_of.items()}
-    for name, function in functions.items():
+    for name, function in options.asked(prompts.ignored).items():
       _try(function, prompts)
       scorers[name] = rewards.text_reward(function, prompts.rows, tokenizer.batch_decode)
     (score, *others) = scorers.values()
@@ -379,7 +387,8 @@ def _open_models(
   if not options.paths:
     return {}
   names: Sequence[str] = line_files.short_names("reward.path", options.paths)
-  if taken := sorted({*names} & {*_TAKEN, *(["judge"] if options.url else [])}):
+  others = [*_split(options.name), *(["judge"] if options.url else [])]
+  if taken := sorted({*names} & {*_TAKEN, *others}):
     raise flags.UsageError(
       f"--reward.path: reward/{taken[0]} is another metric; give the folder {taken[0]} another name"
     )
@@ -437,7 +446,9 @@ def _reward_of(
       return rewards.rendered_reward(
         model.apply,
         params,
-        data.given_prompts(prompts.rows, prefer_messages=read_by.has_chat_template),
+        data.given_prompts(
+          prompts.rows, prompts.ignored, prefer_messages=read_by.has_chat_template
+        ),
         tokenizer.batch_decode,
         read_by.encode_texts,
         place=lambda rows: sharding.place_batch(rows, run.mesh),

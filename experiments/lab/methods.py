@@ -4,19 +4,13 @@ A method is one line of methods.csv. `experiments.methods` runs the lines; tests
 shortened, and check that the pages show them.
 """
 
-import csv
-import json
 import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from . import scripts
-
-FILE = pathlib.Path(__file__).with_name("methods.csv")
-START, JUDGE = "sft", "reward_model"  # Stages of a seed that come before the methods.
-STAGES = {"$RM": JUDGE, "$DPO": "dpo", "$PPO": "ppo"}  # Variable of a command -> its stage.
+from . import stages
 
 
 class Method(NamedTuple):
@@ -25,7 +19,7 @@ class Method(NamedTuple):
   Attributes:
     title: Name of the method.
     paper: Number of the paper at arXiv.
-    command: Script with its flags; the variables are those of `STAGES`.
+    command: Script with its flags; see `stages`.
     test: File in tests/ and name of the test that holds the method against an oracle.
   """
 
@@ -36,8 +30,7 @@ class Method(NamedTuple):
 
 
 METHODS: Mapping[str, Method] = {
-  line.pop("name"): Method(**line)
-  for line in csv.DictReader(FILE.read_text(encoding="utf-8").splitlines())
+  line.pop("name"): Method(**line) for line in stages.lines("methods.csv")
 }
 
 
@@ -56,57 +49,23 @@ class Result(NamedTuple):
 Results = Mapping[int, Result]
 
 
-def with_needed(rows: Sequence[str]) -> list[str]:
-  """Returns the stages of a seed: start, judge, and each row behind those that it reads."""
-  stages = [START, JUDGE]
-  for name in rows:
-    read = [stage for variable, stage in STAGES.items() if variable in METHODS[name].command]
-    stages += [stage for stage in (*read, name) if stage not in stages]
-  return stages
-
-
-def words(name: str, folder: pathlib.Path, seed: int) -> list[str]:
-  """Returns module and flags of a stage of a seed. Each stage draws its own rows, as in the chain.
-
-  Args:
-    name: Key of `METHODS`, or `reward_model`.
-    folder: Folder of the seed, with a workdir for each stage.
-    seed: Seed of the chain.
-  """
-  command = METHODS[name].command if name in METHODS else name
-  for variable, stage in STAGES.items():
-    command = command.replace(variable, str(folder / stage))
-  script, *flags = command.split()
-  if name != START:
-    flags.append(f"--init_from={folder / START}")
-  stage = {START: 1, JUDGE: 2}.get(name, 3)
-  session = [f"--workdir={folder / name}", f"--seed={10 * seed + stage}"]
-  return [scripts.module_name(script), *session, *flags]
-
-
 def read(workdir: pathlib.Path) -> dict[str, dict[int, Result]]:
   """Returns the results of all finished runs below a workdir, by method and seed."""
   results: dict[str, dict[int, Result]] = {name: {} for name in METHODS}
-  for folder in workdir.glob("seed_*"):
-    seed = int(folder.name.removeprefix("seed_"))
+  for seed, folder in stages.seeds(workdir).items():
     for name in METHODS:
-      record = read_record(folder / f"{name}.json")
-      if record.get("code") != 0 or name == START:
+      summary = stages.read_summary(folder, name)
+      if summary is None or name == stages.START:
         continue
-      summary = json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))
       keys = ("gold/mean", "gold/win_rate", "gold/win_rate_low", "gold/win_rate_high", "kl")
       gold, rate, low, high, kl = (summary[key] for key in keys)
-      results[name][seed] = Result(gold, rate, low, high, kl, record["cpu_minutes"])
-      start = read_record(folder / f"{START}.json")
-      results[START][seed] = Result(
-        summary["gold/mean_before"], 0.5, 0.5, 0.5, 0.0, start.get("cpu_minutes", math.nan)
+      minutes, of_start = (
+        stages.read_record(folder, of).get("cpu_minutes", math.nan) for of in (name, stages.START)
       )
+      results[name][seed] = Result(gold, rate, low, high, kl, minutes)
+      before = summary["gold/mean_before"]
+      results[stages.START][seed] = Result(before, 0.5, 0.5, 0.5, 0.0, of_start)
   return results
-
-
-def read_record(path: pathlib.Path) -> dict[str, Any]:
-  """Returns command, CPU minutes and exit code of a stage; empty before its first end."""
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def mean_win_rate(results: Results) -> str:
@@ -116,10 +75,14 @@ def mean_win_rate(results: Results) -> str:
   return f"{rate:.2f} ± {width / len(results):.2f}" if width else f"{rate:.2f}"
 
 
-def by_seed(results: Results, field: str, digits: int) -> str:
-  """Returns a metric of seed 0, 1 and so on, with a dash for one that was not run."""
-  values = (results[i]._asdict()[field] if i in results else None for i in range(max(results) + 1))
-  return " / ".join("–" if x is None or math.isnan(x) else f"{x:.{digits}f}" for x in values)
+def by_seed(values: Mapping[int, float], digits: int) -> str:
+  """Returns a number of seed 0, 1 and so on, with a dash for one that was not run."""
+  found = (values.get(seed, math.nan) for seed in range(max(values) + 1))
+  return " / ".join("–" if math.isnan(x) else f"{x:.{digits}f}" for x in found)
+
+
+def _metric(results: Results, field: str, digits: int) -> str:
+  return by_seed({seed: getattr(result, field) for seed, result in results.items()}, digits)
 
 
 class Table(NamedTuple):
@@ -155,11 +118,11 @@ TABLES: Mapping[str, Table] = {
     ("method", "gold reward", "win rate", "its mean, 95 %", "KL to SFT, nats", "CPU minutes"),
     lambda of: (of.title,),
     lambda results: (
-      by_seed(results, "gold", 2),
-      by_seed(results, "win_rate", 2),
+      _metric(results, "gold", 2),
+      _metric(results, "win_rate", 2),
       mean_win_rate(results),
-      by_seed(results, "kl", 1),
-      by_seed(results, "cpu_minutes", 1),
+      _metric(results, "kl", 1),
+      _metric(results, "cpu_minutes", 1),
     ),
   ),
   "short": Table(
@@ -188,18 +151,32 @@ def rows(
 
 
 def fill(page: str, results: Mapping[str, Results]) -> str:
-  """Returns a page with new tables between `<!-- NAME -->` and `<!-- end of NAME -->`."""
+  """Returns a page with new tables at the places of `TABLES`."""
+  for name, table in TABLES.items():
+    page = fill_table(page, name, table.head, lambda old, of=table: rows(of, results, old))
+  return page
+
+
+def fill_table(
+  page: str,
+  name: str,
+  head: Sequence[str],
+  rows_of: Callable[[list[list[str]]], Sequence[Sequence[str]]],
+) -> str:
+  """Returns a page with a new table between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+  Args:
+    page: Text of the page.
+    name: Name of the place; a page without it stays as it is.
+    head: Names of the columns.
+    rows_of: `(old rows) -> rows`; the old ones are those that the page shows, its head included.
+  """
 
   def place(found: re.Match[str]) -> str:
-    table = TABLES[found["name"]]
-    lines = [table.head, ["---"] * len(table.head), *rows(table, results, read_rows(found["old"]))]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return found["begin"] + text + found["end"]
+    lines = [head, ["---"] * len(head), *rows_of(read_rows(found["old"]))]
+    return found["begin"] + "".join(f"| {' | '.join(line)} |\n" for line in lines) + found["end"]
 
-  names = "|".join(TABLES)
-  pattern = (
-    rf"(?P<begin><!-- (?P<name>{names}) -->\n)(?P<old>.*?)(?P<end><!-- end of (?P=name) -->)"
-  )
+  pattern = rf"(?P<begin><!-- {name} -->\n)(?P<old>.*?)(?P<end><!-- end of {name} -->)"
   return re.sub(pattern, place, page, flags=re.DOTALL)
 
 

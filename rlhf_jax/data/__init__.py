@@ -15,6 +15,7 @@ from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import plain_prompts as plain_prompts
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
 from rlhf_jax.data.datasets import require_known as require_known
+from rlhf_jax.data.datasets import without as without
 from rlhf_jax.data.files import paths_of as paths_of
 from rlhf_jax.data.files import read_file as read_file
 from rlhf_jax.data.formats import FORMATS as FORMATS
@@ -40,5 +41,6 @@ from rlhf_jax.data.tokenizer import Messages as Messages
 from rlhf_jax.data.tokenizer import Prompt as Prompt
 from rlhf_jax.data.tokenizer import Tokenizer as Tokenizer
 from rlhf_jax.data.tokenizer import load_tokenizer as load_tokenizer
+from rlhf_jax.data.tokenizer import readable as readable
 from rlhf_jax.data.tokenizer import transcript as transcript
 from rlhf_jax.data.tokenizer import word_level_tokenizer as word_level_tokenizer

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from rlhf_jax.data import worker
@@ -43,6 +43,20 @@ class ChatError(DataError):
 
 class RefusedError(ChatError):
   """A template refuses a chat."""
+
+
+@contextlib.contextmanager
+def numbered(indices: Sequence[int]) -> Generator[None]:
+  """Gives the error of a chat the index of that chat in another list.
+
+  Args:
+    indices: Index of each chat in that list.
+  """
+  try:
+    yield
+  except ChatError as error:
+    error.index = indices[error.index]
+    raise
 
 
 class _Process:

@@ -40,7 +40,7 @@ from rlhf_jax.data.tokenizer import (
   Prompt,
   Tokenizer,
   answers_in,
-  transcript,
+  readable,
 )
 
 _BUILTIN_ROWS = 8192
@@ -332,7 +332,8 @@ def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -
     shared = shared_length(shape[0], _round_up(all_responses(*_lengths(examples))))
 
   def finish(part: _Part) -> Dataset:
-    return _finish(kind, part, shape)._replace(shared_length=shared)
+    ignored = tuple(config.ignore)
+    return _finish(kind, part, shape)._replace(shared_length=shared, ignored=ignored)
 
   further = {name: finish(part) for name, part in named.items()}
   mixed = finish(train)._replace(mixture=_mixture(train, config))
@@ -371,7 +372,7 @@ def comparison_kind(config: DataConfig) -> KindName:
   rows, _ = _open("preferences", config, 0, lambda error: None)
   for row in rows:
     with contextlib.suppress(DataError):
-      return schema.comparison_kind(_without(row, config.ignore))
+      return schema.comparison_kind(without(row, config.ignore))
   return "preferences"
 
 
@@ -390,10 +391,10 @@ def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
   return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
 
 
-def plain_prompts(dataset: Dataset, config: DataConfig) -> list[str]:
+def plain_prompts(dataset: Dataset) -> list[str]:
   """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  prompts = given_prompts(dataset.rows, config.ignore, prefer_messages=False)
-  return [prompt if isinstance(prompt, str) else transcript(prompt) for prompt in prompts]
+  given = given_prompts(dataset.rows, dataset.ignored, prefer_messages=False)
+  return [readable(prompt) for prompt in given]
 
 
 def given_prompts(
@@ -403,12 +404,12 @@ def given_prompts(
 
   Args:
     rows: Rows of any kind.
-    ignore: Columns that are not read.
+    ignore: Columns that are not read, `Dataset.ignored`.
     prefer_messages: True to take `messages` even if a row also has a prompt as text.
   """
   prompts = []
   for fields in rows:
-    row = _without(Row("row", dict(fields)), ignore)
+    row = without(Row("row", dict(fields)), ignore)
     prompts.append(schema.parse_row("prompts", row, prefer_messages=prefer_messages)[0].prompt)
   return prompts
 
@@ -442,7 +443,7 @@ def from_rows(
 
   parsed = _parse(kind, iter(rows), config, tokenizer, on_bad_row)
   part = _tokenize(kind, parsed, config, tokenizer, [])
-  return _finish(kind, part, _shape(kind, part.examples))
+  return _finish(kind, part, _shape(kind, part.examples))._replace(ignored=tuple(config.ignore))
 
 
 def from_examples(kind: KindName, examples: list[Arrays], rows: list[dict[str, Any]]) -> Dataset:
@@ -523,7 +524,7 @@ def _parse(
     try:
       read = schema.parse(
         kind,
-        _without(row, config.ignore),
+        without(row, config.ignore),
         prefer_messages=tokenizer.has_chat_template,
         annotator=config.annotator,
         votes=config.votes,
@@ -535,10 +536,10 @@ def _parse(
       try:
         prompt = read.examples[0].prompt
         tokenizer.require_prompt(prompt)
-        if config.turns == "all":
-          _require_weights(row)
-          prompt = _first_prompt(prompt)
         text = tokenizer.render_prompt(prompt)
+        if config.turns == "all":
+          _require_answers(without(row, config.ignore), prompt)
+          text = tokenizer.render_prompt(_first_prompt(prompt))
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:
@@ -555,18 +556,20 @@ def _first_prompt(prompt: Prompt) -> Prompt:
   return prompt[: answers[0]] if answers else prompt
 
 
-def _require_weights(row: Row) -> None:
-  """Refuses turns from which nothing is to be learnt, where all are learnt from."""
+def _require_answers(row: Row, prompt: Prompt) -> None:
+  """Refuses answers from which nothing is to be learnt, where all are learnt from."""
+  fix = "and data.turns=all learns from every answer; use data.turns=last, or remove the row"
   for name, value in row.fields.items():
     for i, turn in enumerate(value if isinstance(value, list) else ()):
-      if isinstance(turn, dict) and turn.get("weight") == 0:
-        raise DataError(
-          f"{row.where}: {name}[{i}].weight: is 0, and data.turns=all learns from every answer;"
-          " use data.turns=last, or remove the row"
-        )
+      if schema.is_answer(turn) and turn.get("weight") == 0:
+        raise DataError(f"{name}[{i}].weight: is 0, {fix}")
+  turns = [] if isinstance(prompt, str) else prompt
+  for i in answers_in(turns):
+    if not turns[i]["content"].strip():
+      raise DataError(f"messages: turn {i} is an empty answer, {fix}")
 
 
-def _without(row: Row, columns: Sequence[str]) -> Row:
+def without(row: Row, columns: Sequence[str]) -> Row:
   """Returns a row without columns that are to be ignored."""
   return row._replace(fields={n: value for n, value in row.fields.items() if n not in columns})
 
@@ -707,12 +710,16 @@ def _encode(
   where: dict[int, str],
   scored: dict[int, list[int]],
 ) -> dict[int, Exchange]:
-  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores."""
-  if config.turns == "last":
-    exchanges = tokenizer.encode_exchanges([*asked.values()], [[*answers_of[i]] for i in asked])
-    return dict(zip(asked, exchanges, strict=True))
+  """Encodes prompts with all their answers, or chats, of which `scored` gets the scores.
+
+  Raises:
+    DataError: A chat cannot be read; the message says where it is.
+  """
+  prompts, answers = [*asked.values()], [[*answers_of[i]] for i in asked]
   try:
-    chats = tokenizer.encode_chats([*asked.values()], [next(iter(answers_of[i])) for i in asked])
+    if config.turns == "last":
+      return dict(zip(asked, tokenizer.encode_exchanges(prompts, answers), strict=True))
+    chats = tokenizer.encode_chats(prompts, [texts[0] for texts in answers])
   except apart.ChatError as error:
     raise DataError(f"{where[[*asked][error.index]]}: {error}") from error
   scored |= {i: chat.scored for i, chat in zip(asked, chats, strict=True)}

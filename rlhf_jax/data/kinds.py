@@ -92,6 +92,8 @@ class Dataset(NamedTuple):
       are the same).
     columns: Columns of the rows.
     unread: Columns that were not read; rewards still see them.
+    ignored: Columns that are left out, `DataConfig.ignore`; the prompt of a row is read without
+      them. Rewards see them.
     shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
       0 gives each response a row of `padded_length`.
     mixture: Shares of the examples in `batches.batches`; empty draws all examples alike.
@@ -108,6 +110,7 @@ class Dataset(NamedTuple):
   report: dict[str, int]
   columns: tuple[str, ...] = ()
   unread: tuple[str, ...] = ()
+  ignored: tuple[str, ...] = ()
   shared_length: int = 0
   mixture: tuple[Share, ...] = ()
   named: "Mapping[str, Dataset]" = types.MappingProxyType({})

@@ -146,6 +146,14 @@ class Parsed(NamedTuple):
   heard: bool = False
 
 
+def is_answer(turn: Any) -> bool:
+  """Returns True for a turn of the assistant in a list of messages."""
+  if not isinstance(turn, dict):
+    return False
+  role = turn.get("from", turn.get("role"))
+  return isinstance(role, str) and _ROLE_NAMES.get(role) == "assistant"
+
+
 class _Fields(dict[str, Any]):
   """Columns of a row that remember which of them were read; `get` does not count as reading."""
 

@@ -71,6 +71,7 @@ def key(kind: str, config: Any, paths: Sequence[pathlib.Path], tokenizer: Tokeni
     workdir.files_digest(paths),
     workdir.files_digest(code),
     tokenizer.digest,
+    tokenizer.further_stop_ids,
     tokenizer.hf.special_tokens_map,
     platform.python_version(),
     [_version(name) for name in _LIBRARIES],
@@ -216,7 +217,7 @@ def _bounds(lengths: Sequence[int]) -> np.ndarray:
 def _dataset(about: dict[str, Any], arrays: Mapping[str, Any]) -> Dataset:
   """Returns a set of a mapped file."""
   layouts = about.pop("layouts")
-  about |= {name: tuple(about[name]) for name in ("unread", "columns")}
+  about |= {name: tuple(about[name]) for name in ("unread", "ignored", "columns")}
   about["mixture"] = tuple(Share(*share) for share in about["mixture"])
   return Dataset(examples=_Examples(layouts, arrays), rows=_Rows(arrays), **about)
 

@@ -210,7 +210,12 @@ class Tokenizer:
     They are those of generation_config.json and config.json, the tokenizer's EOS, and the token
     that ends an assistant turn of the chat template.
     """
-    return (self.eos_id, *self._stop_ids)
+    return (self.eos_id, *self.further_stop_ids)
+
+  @property
+  def further_stop_ids(self) -> tuple[int, ...]:
+    """The `stop_ids` but for `eos_id`; one that a template writes ends a response in data too."""
+    return self._stop_ids
 
   @property
   def pad_id(self) -> int:
@@ -306,15 +311,16 @@ class Tokenizer:
       answers: Texts of the responses to each prompt.
     """
     mark, rendered = self._encoder.mark, self._rendered([(prompt, None) for prompt in prompts])
-    wholes = iter(
-      self._rendered(
-        [
-          (prompt, self._continued(answer))
-          for prompt, texts in zip(prompts, answers, strict=True)
-          for answer in texts
-        ]
+    with apart.numbered([i for i, texts in enumerate(answers) for _ in texts]):
+      wholes = iter(
+        self._rendered(
+          [
+            (prompt, self._continued(answer))
+            for prompt, texts in zip(prompts, answers, strict=True)
+            for answer in texts
+          ]
+        )
       )
-    )
     marked = [mark(text) for text in rendered]
     encoded = self._encoder.ids(marked)
     pairs = [
@@ -341,8 +347,8 @@ class Tokenizer:
       answers: Text of the last answer of each chat.
 
     Raises:
-      ChatError: The template writes a turn in another way when turns follow it, marks no answer, or
-        ends answers with no token.
+      ChatError: The template refuses a chat, writes a turn in another way when turns follow it,
+        marks no answer, or ends answers with no token.
       DataError: There is no chat template.
     """
     if not self.has_chat_template:
@@ -360,7 +366,8 @@ class Tokenizer:
     else:
       found = self._following_answers({i: c for i, c in chats.items() if len(answers_in(c)) > 1})
     alone = [i for i in range(len(prompts)) if i not in found]
-    exchanges = self.encode_exchanges([prompts[i] for i in alone], [[answers[i]] for i in alone])
+    with apart.numbered(alone):
+      exchanges = self.encode_exchanges([prompts[i] for i in alone], [[answers[i]] for i in alone])
     for i, (prompt, (response,)) in zip(alone, exchanges, strict=True):
       found[i] = Conversation(prompt, response, [1] * len(response))
     return [found[i] for i in range(len(prompts))]
@@ -368,7 +375,8 @@ class Tokenizer:
   def _marked_answers(self, chats: Mapping[int, Messages]) -> dict[int, Conversation]:
     """Returns the ids of chats whose answers the template marks; see `encode_chats`."""
     turns = [Chat(self._protected(chat), add_generation_prompt=False) for chat in chats.values()]
-    texts = self._template.render(turns, controls.MARKS)
+    with apart.numbered([*chats]):
+      texts = self._template.render(turns, controls.MARKS)
     unmarked = [controls.unmarked(self._encoder.mark(text)) for text in texts]
     encoded = self._encoder.encode([text for text, _ in unmarked])
     found = {}
@@ -394,9 +402,10 @@ class Tokenizer:
       for answer in answers_in(chat)
       for end in (Chat(chat[:answer], True), Chat(chat[: answer + 1], False))
     ]
-    rendered = self._template.render(
-      [chat._replace(messages=self._protected(chat.messages)) for _, chat in asked]
-    )
+    with apart.numbered([i for i, _ in asked]):
+      rendered = self._template.render(
+        [chat._replace(messages=self._protected(chat.messages)) for _, chat in asked]
+      )
     texts: dict[int, list[str]] = {i: [] for i in chats}
     for (i, _), text in zip(asked, rendered, strict=True):
       texts[i].append(text)
@@ -635,9 +644,11 @@ class Tokenizer:
     if not self.has_chat_template:
       texts = [prompt if isinstance(prompt, str) else transcript(prompt) for prompt, _ in pairs]
       return [self._control_text.protect(text) for text in texts]
-    full = [(prompt, answer) for prompt, answer in pairs if prompt != ""]
-    rendered = iter(self._template.render([self._chat(*pair) for pair in full]))
-    return ["" if prompt == "" else next(rendered) for prompt, _ in pairs]
+    full = [i for i, (prompt, _) in enumerate(pairs) if prompt != ""]
+    with apart.numbered(full):
+      rendered = self._template.render([self._chat(*pairs[i]) for i in full])
+    texts = dict(zip(full, rendered, strict=True))
+    return [texts.get(i, "") for i in range(len(pairs))]
 
   def _chat(self, prompt: Prompt, answer: str | None) -> Chat:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -825,7 +836,8 @@ class _Template:
     """Renders chats, with marks around what blocks `generation` write.
 
     Raises:
-      DataError: If the template refuses one of them.
+      RefusedError: The template refuses one of them.
+      TemplateError: The template is not valid.
     """
     common = {"tools": None, "documents": None, **self._hf.special_tokens_map, **self._args}
     try:
@@ -837,9 +849,10 @@ class _Template:
       ) from error
     except apart.RefusedError as error:
       roles = ", ".join(turn["role"] for turn in chats[error.index].messages)
-      raise DataError(
+      raise apart.RefusedError(
         f"messages: the chat template refused the turns ({roles}): {error}; "
-        "reorder the turns or use another template"
+        "reorder the turns or use another template",
+        error.index,
       ) from error
 
   def _try(self, turns: Messages, *, add_generation_prompt: bool = True) -> str:
@@ -915,7 +928,16 @@ def transcript(messages: Messages) -> str:
   """
   if any(message["role"] not in _SPEAKERS for message in messages):
     raise DataError(f"messages: {_NO_TOOLS}")
-  turns = [f"\n\n{_SPEAKERS[message['role']]}: {message['content']}" for message in messages]
+  return _written(messages, _SPEAKERS)
+
+
+def readable(prompt: Prompt) -> str:
+  """Returns a prompt for a reader, not for a model: its text, or its turns, those of tools too."""
+  return prompt if isinstance(prompt, str) else _written(prompt, _SPEAKERS | {"tool": "Tool"})
+
+
+def _written(messages: Messages, speakers: Mapping[str, str]) -> str:
+  turns = [f"\n\n{speakers[message['role']]}: {message['content']}" for message in messages]
   return "".join(turns) + "\n\nAssistant:"
 
 

@@ -327,13 +327,27 @@ def filler(
   return np.array([simulation.has_filler(response) for response in responses], np.float32)
 
 
+def _worth(annotator: str) -> TextReward:
+  """Reward function of the value of a response to an annotator of the built-in task."""
+
+  def score(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+  ) -> Scores:
+    del rows
+    return simulation.value(annotator, prompts, responses).astype(np.float32)
+
+  return score
+
+
 REWARDS: dict[str, TextReward] = {
   "exact_answer": exact_answer,
   "filler": filler,
   "gold": gold,
+  "lavish": _worth("lavish"),
   "math": math,
   "sentences": sentences,
   "sentiment": sentiment,
+  "terse": _worth("terse"),
 }
 
 

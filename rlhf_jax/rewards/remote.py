@@ -53,7 +53,10 @@ helpful, clear and harmless?
 
 Reply with the letter alone, A or B."""
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_NUMBER = re.compile(r"(?<![\w.-])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?(?![\w%]|\.\d)", re.I)
+# With the best number, where a reply says it: 8/10, 8 out of 10.
+_NUMBER = re.compile(
+  r"(?<![\w.-])(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?(?![\w%]|\.\d)", re.I
+)
 _LETTER = re.compile(
   r"\W*(?:(?:the )?(?:better |best )?(?:answer|response|choice)\W*(?:is\W*)?)?([AB])\W*", re.I
 )
@@ -86,15 +89,26 @@ class Service:
   workers: int = 8
 
   def __post_init__(self):
-    parts = urllib.parse.urlsplit(self.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-      raise ValueError(f"url must be http://HOST/v1 or https://HOST/v1, got {self.url!r}")
+    wanted = f"url must be http://HOST/v1 or https://HOST/v1, got {self.url!r}"
+    try:
+      parts = urllib.parse.urlsplit(self.url)
+      known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+      (parts.hostname or "").encode("idna")
+    except ValueError as error:  # Of the port, or of a part of the name of the host.
+      raise ValueError(f"{wanted}: {error}") from error
+    if not known or re.search(r"\s", self.url) or not parts.path.isascii():
+      raise ValueError(wanted)
     if parts.username or parts.password or parts.query or parts.fragment:
       raise ValueError("url must be an address alone; give a key by key_variable")
     if not self.model:
       raise ValueError("model must name the model of url")
     if self.key_variable and not self._key():
       raise ValueError(f"key_variable: the environment has no variable {self.key_variable}")
+    if not re.fullmatch(r"[!-~]*", self._key()):  # A message with the key in it would follow.
+      raise ValueError(
+        f"key_variable: the key in {self.key_variable} has a character that no key has, such as a"
+        " space; set the variable again"
+      )
 
   def _key(self) -> str:
     return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
@@ -186,11 +200,14 @@ def _content(body: bytes) -> str:
 
 
 def read_score(reply: str) -> float:
-  """Returns the number from 0 to `BEST` of a reply, NaN without a single one."""
+  """Returns the number from 0 to `BEST` of a reply, NaN without a single one on this scale."""
   text = _THOUGHT.sub("", reply).strip()
   last = _NUMBER.fullmatch(text.rpartition("\n")[2].strip(" .*"))
-  numbers = [last[1]] if last else _NUMBER.findall(text)
-  value = float(numbers[0]) if len(numbers) == 1 else math.nan
+  numbers = [last.groups("")] if last else _NUMBER.findall(text)
+  if len(numbers) != 1:
+    return math.nan
+  ((number, best),) = numbers
+  value = float(number) if float(best or BEST) == BEST else math.nan
   return value if 0 <= value <= BEST else math.nan
 
 
@@ -215,14 +232,19 @@ def _read(
   return values
 
 
-def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _prompts(rows: Sequence[Mapping[str, Any]], ignored: Sequence[str]) -> list[str]:
   """Returns the prompts of rows as a person would write them, without a template."""
-  prompts = data.given_prompts(rows, prefer_messages=True)
-  return [prompt if isinstance(prompt, str) else data.transcript(prompt) for prompt in prompts]
+  given = data.given_prompts(rows, ignored, prefer_messages=True)
+  return [data.readable(prompt) for prompt in given]
 
 
-def remote_reward(service: Service) -> TextReward:
-  """Returns the reward function of a judge: a number from 0 to `BEST` for each response."""
+def remote_reward(service: Service, ignored: Sequence[str] = ()) -> TextReward:
+  """Returns the reward function of a judge: a number from 0 to `BEST` for each response.
+
+  Args:
+    service: Judge.
+    ignored: Columns of rows that are no part of a prompt, `Dataset.ignored`.
+  """
 
   def score(
     prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
@@ -230,7 +252,7 @@ def remote_reward(service: Service) -> TextReward:
     del prompts  # Rendered for the policy.
     texts = [
       _SCORE.format(prompt=prompt, response=response)
-      for prompt, response in zip(_prompts(rows), responses, strict=True)
+      for prompt, response in zip(_prompts(rows, ignored), responses, strict=True)
     ]
     return _read(service, texts, read_score, "number from 0 to 10")
 
@@ -238,10 +260,14 @@ def remote_reward(service: Service) -> TextReward:
   return score
 
 
-def remote_preference(service: Service) -> TextPreference:
+def remote_preference(service: Service, ignored: Sequence[str] = ()) -> TextPreference:
   """Returns the preference function of a judge, which is asked in both orders.
 
   The probability is 0, 1, or 0.5 if the judge chooses the first place, or the second, both times.
+
+  Args:
+    service: Judge.
+    ignored: Columns of rows that are no part of a prompt, `Dataset.ignored`.
   """
 
   def prefer(
@@ -251,7 +277,7 @@ def remote_preference(service: Service) -> TextPreference:
     rows: Sequence[Mapping[str, Any]],
   ) -> np.ndarray:
     del prompts
-    given = _prompts(rows)
+    given = _prompts(rows, ignored)
     texts = [
       _CHOICE.format(prompt=prompt, a=first, b=second)
       for one, other in ((a, b), (b, a))

@@ -72,7 +72,7 @@ def read(values: Sequence[Any], name: str, responses: Sequence[str]) -> Segments
         rows.append(i)
         ends.append(_integer(end))
         scores.append(np.float32(np.nan if score is None else _number(score)))
-      except (TypeError, ValueError) as error:
+      except (TypeError, ValueError, OverflowError) as error:
         raise user.ResultError(
           f"{name} gave {str(segment)[:80]} as a segment of response {i}; a segment is"
           " (end_character, score)"

@@ -93,14 +93,38 @@ def preference_probability(
     ValueError: If the annotator is unknown, the numbers of texts differ, or a prompt is not of
       this world.
   """
-  if annotator not in ANNOTATORS:
-    raise ValueError(f"annotator must be one of {sorted(ANNOTATORS)}, got {annotator!r}")
-  _, raters, temperature = ANNOTATORS[annotator]
+  _, raters, temperature = _annotator(annotator)
   features_a, features_b = features(prompts, a), features(prompts, b)
   difference = {name: features_a[name] - np.float64(features_b[name]) for name in FEATURES}
   values = [sum(weight * difference[name] for name, weight in rater.items()) for rater in raters]
   # sigmoid(x) = (1 + tanh(x / 2)) / 2, which cannot overflow
   return np.mean([0.5 + 0.5 * np.tanh(value / (2 * temperature)) for value in values], axis=0)
+
+
+def value(annotator: str, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+  """Value of each response to an annotator, the mean over its raters.
+
+  Args:
+    annotator: Key of `ANNOTATORS`.
+    prompts: `B` prompts of the world.
+    responses: `B` responses.
+
+  Returns:
+    `[B] float64`. An annotator with one rater prefers the response with the higher value.
+
+  Raises:
+    ValueError: If the annotator is unknown, or a prompt is not of this world.
+  """
+  _, raters, _ = _annotator(annotator)
+  of_text = features(prompts, responses)
+  values = [sum(weight * np.float64(of_text[name]) for name, weight in r.items()) for r in raters]
+  return np.mean(values, axis=0)
+
+
+def _annotator(name: str) -> Annotator:
+  if name not in ANNOTATORS:
+    raise ValueError(f"annotator must be one of {sorted(ANNOTATORS)}, got {name!r}")
+  return ANNOTATORS[name]
 
 
 def majority_preference(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:

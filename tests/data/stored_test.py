@@ -136,9 +136,10 @@ _EACH = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def _tokenizer(**changes):
   hf = word_level_tokenizer(WORDS).hf
   hf.chat_template = changes.pop("template", "{{ bos_token }} " + _EACH)
+  stop_ids = changes.pop("stop_ids", ())
   for name, value in changes.items():
     setattr(hf, name, value)
-  return Tokenizer(hf)
+  return Tokenizer(hf, stop_ids=stop_ids)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,7 @@ def _tokenizer(**changes):
     {"file": "other columns"},
     {"tokenizer": {"template": _EACH}},
     {"tokenizer": {"bos_token": "w7"}},
+    {"tokenizer": {"stop_ids": (7,)}},
     {"words": WORDS[::-1]},
     {"code": True},
   ],

@@ -45,6 +45,11 @@ _WITH_HEADERS = _GENERATION.replace(
   "{%- generation -%}{{ '<|im_start|>assistant\n' + m.content",
 )
 
+# Refuses two turns of the user in a row, and the answer `odd`.
+_REFUSING = (
+  "{% for m in messages %}{% if m.content == 'odd' or not loop.first and m.role == 'user' and"
+  " loop.previtem.role == 'user' %}{{ raise_exception('odd') }}{% endif %}{% endfor %}"
+)
 _NO_TOOLS = "{% for m in messages %}{% if m.role != 'tool' %}" + _TURN + "{% endif %}{% endfor %}"
 
 
@@ -233,6 +238,20 @@ def test_one_answer_is_learnt_as_the_last_one(tmp_path):
       [{"messages": [*CHATS["two"][:1], CHATS["two"][1] | {"weight": 0}, *CHATS["two"][2:]]}],
       ("rows.jsonl:1: messages[1].weight", "data.turns=last"),
     ),
+    (
+      "chatml",
+      _rows(CHATS["one"], [*CHATS["two"][:1], turn("assistant", " \n"), *CHATS["two"][2:]]),
+      ("rows.jsonl:2: messages: turn 1 is an empty answer", "data.turns=last"),
+    ),
+    *(
+      (template, _rows(CHATS["one"], chat), ("rows.jsonl:2: messages", "refused the turns", "odd"))
+      for template in (_REFUSING + _STABLE, _REFUSING + _GENERATION)
+      for chat in (
+        [*CHATS["two"][:2], *CHATS["two"][2:3] * 2, *CHATS["two"][3:]],
+        [turn("user", "a"), turn("assistant", "odd")],
+        [*CHATS["two"][:3], turn("assistant", "odd")],
+      )
+    ),
     (None, _rows(TOOLS), ("rows.jsonl:1", "role 'tool'", "chat template")),
     (_NO_TOOLS, _rows(TOOLS), ("rows.jsonl:1", "does not write turns of the role 'tool'")),
   ],
@@ -242,6 +261,34 @@ def test_chats_that_are_refused(tmp_path, template, rows, said):
   with pytest.raises(DataError) as e:
     _load(tmp_path, rows, tokenizer, turns="all")
   assert all(word in str(e.value) for word in said), str(e.value)
+
+
+def test_the_row_of_a_refused_answer_is_named_with_the_last_answer_too(tmp_path):
+  tokenizer = chats.chat(chats.byte_level(), _REFUSING + _STABLE)
+  with pytest.raises(DataError, match=r"rows.jsonl:3: messages: .*refused the turns"):
+    _load(
+      tmp_path,
+      [{"text": "a"}, *_rows(CHATS["one"], [*CHATS["one"][:1], turn("assistant", "odd")])],
+      tokenizer,
+    )
+
+
+def test_weights_of_other_turns_and_columns_are_no_matter(tmp_path):
+  asked, answer = CHATS["two"][:2]
+  messages = [asked | {"weight": 0}, answer | {"weight": 1}, *CHATS["two"][2:]]
+  rows = [{"messages": messages, "criteria": [{"name": "brief", "weight": 0}]}]
+  notes = [{"messages": CHATS["two"], "notes": [answer | {"weight": 0}]}]
+  tokenizer = chats.chat(chats.byte_level(), "chatml")
+  plain = _load(tmp_path, _rows(CHATS["two"]), tokenizer, turns="all")
+  for given, options in ((rows, {}), (notes, {"ignore": ("notes",)})):
+    assert _load(tmp_path, given, tokenizer, turns="all", **options).digest == plain.digest
+
+
+def test_refused_chats_are_bad_rows(tmp_path):
+  tokenizer = chats.chat(chats.byte_level(), _REFUSING + _STABLE)
+  odd = [*CHATS["two"][:2], *CHATS["two"][2:3] * 2, *CHATS["two"][3:]]
+  train = _load(tmp_path, _rows(odd, CHATS["two"]), tokenizer, turns="all", bad_rows=1)
+  assert train.report["bad_rows"] == 1 and len(train.examples) == 1
 
 
 @pytest.mark.parametrize("kind", [kind for kind in data.KINDS if kind != "demonstrations"])

@@ -1,7 +1,7 @@
 """The commands of all pages are accepted as they are written, and run.
 
 Those on the built-in task run shortened, in three groups that need nothing of each other; with
-FULL=1 the lines of the tables of methods and papers, too.
+FULL=1 the lines of the tables of methods and papers, too, and the runs that claims need.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import subprocess
 
 import pytest
 
+from experiments.lab import stages
 from experiments.lab.methods import METHODS
 from launch import run, sweep
 from launch.space import flag
@@ -201,17 +202,30 @@ def of_methods() -> list[list[str]]:
   for number, command in re.findall(r"^\| (C?\d+) \| [^|]* \| `([^`]+)` \|", papers, re.M):
     if not re.search(NOT_HERE, command) and command not in commands.values():
       commands[f"paper_{number}"] = command
-  found = []
-  # In place of DPO another policy is as good.
-  runs = {"$RM": "runs/rlhf/reward_model", "$DPO": "runs/rlhf/ppo", "$PPO": "runs/rlhf/ppo"}
-  for name, command in commands.items():
-    for variable, workdir in runs.items():
-      command = command.replace(variable, workdir)
-    script, *flags = command.split()
-    known = define_flags(f"experiments.{script}")[0]
-    start = ["--init_from=runs/rlhf/sft"] if "init_from" in known and script != "sft" else []
-    found.append([f"experiments.{script}", f"--workdir=runs/methods/{name}", *start, *flags])
-  return found
+  return [from_sft(f"runs/methods/{name}", with_runs(line)) for name, line in commands.items()]
+
+
+def with_runs(command: str, **made: str) -> str:
+  """Puts runs in the place of `$NAME`: one that was made, the reward model, or else the policy."""
+  known = {"RM": "reward_model", "SFT": "sft"}
+  runs = lambda name: made.get(name.lower()) or f"runs/rlhf/{known.get(name, 'ppo')}"  # noqa: E731
+  return re.sub(r"\$(\w+)", lambda found: runs(found[1]), command)
+
+
+def from_sft(workdir: str, command: str) -> list[str]:
+  """Module and flags of a command that starts from the SFT policy, if it starts from any."""
+  script, *flags = command.split()
+  known = define_flags(f"experiments.{script}")[0]
+  start = ["--init_from=runs/rlhf/sft"] if "init_from" in known and script != "sft" else []
+  return [f"experiments.{script}", f"--workdir={workdir}", *start, *flags]
+
+
+def of_claims() -> list[list[str]]:
+  """Commands of the runs that only claims need, behind those that they read."""
+  arms = {line["name"]: f"runs/claims/{line['name']}" for line in stages.lines("arms.csv")}
+  del arms["reward_model"]
+  names = [name for name in stages.with_needed([*arms]) if name in arms]
+  return [from_sft(arms[name], with_runs(stages.COMMANDS[name], **arms)) for name in names]
 
 
 def group_of(command: list[str], groups: dict[str, list[list[str]]]) -> str:
@@ -273,6 +287,14 @@ def test_commands_run_one_after_the_other(group, run_short, chain_run):
   assert len(commands) > 1
   pathlib.Path("runs/rlhf").symlink_to(chain_run)
   for command in commands:
+    run_short(command)
+
+
+@pytest.mark.slow
+@full
+def test_the_runs_of_claims_run(run_short, chain_run):
+  pathlib.Path("runs/rlhf").symlink_to(chain_run)
+  for command in of_claims():
     run_short(command)
 
 

@@ -10,7 +10,7 @@ from experiments.lab import models
 from rlhf_jax import checkpoint, flags, loop
 from rlhf_jax.models import hf
 from tests.experiments.scripts_test import STEPS, flags_of, whole
-from tests.testing import read_configs
+from tests.testing import full, read_configs
 
 __all__ = ["flags_of", "whole"]
 
@@ -20,8 +20,11 @@ def exported(workdir, step):
   return export.export(*read_configs("experiments.export", words))
 
 
+RELATIVES = [pytest.param(name, marks=full) for name in ("nash_md", "rloo")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["dpo", "nash_md", "ppo", "preference_model", "rloo"])
+@pytest.mark.parametrize("script", ["dpo", "ppo", "preference_model", *RELATIVES])
 def test_the_last_checkpoint_is_the_model_of_the_run(script, whole, tmp_path):
   shutil.copytree(whole(script), tmp_path / "run")
   folder = exported(tmp_path / "run", STEPS)

@@ -137,11 +137,13 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, run_script, sft_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", [(), pytest.param(("online_dpo", "evaluate"), marks=full)])
+@pytest.mark.parametrize(
+  "others", [(), pytest.param(("nash_md", "online_dpo", "evaluate"), marks=full)]
+)
 def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run, others):
   (folder / "runs").mkdir()
   (folder / "runs" / "sft").symlink_to(sft_run)
-  for script in ("ppo", "nash_md", "rest", "generate", *others):
+  for script in ("ppo", "rest", "generate", *others):
     (words,) = [words[1:] for words in SCRIPTS if words[0] == f"{PACKAGE}{script}"]
     words = [word for word in words if not word.startswith("--workdir=")]
     place = folder / "runs" / ("brief" if script == "ppo" else script)

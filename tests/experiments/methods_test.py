@@ -33,6 +33,7 @@ def started(monkeypatch):
     if not codes.get(name):
       pathlib.Path(workdir).mkdir(exist_ok=True)
       (pathlib.Path(workdir) / "summary.json").write_text(json.dumps(SUMMARY))
+      (pathlib.Path(workdir) / "metrics.jsonl").touch()
     return codes.get(name, 0)
 
   monkeypatch.setattr(methods, "run", run)
@@ -72,9 +73,27 @@ def test_a_seed_without_its_start_is_left_out(started, tmp_path):
 
 def test_pages_get_the_results(started, tmp_path):
   page = tmp_path / "page.md"
-  page.write_text("<!-- results -->\n<!-- end of results -->\n")
+  places = ("results", "claims")
+  page.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in places))
   methods.measure(methods.Config(str(tmp_path / "run"), ("ppo",), seeds=(0, 1), page=(str(page),)))
   assert "| PPO | 6.00 / 6.00 | 0.70 / 0.70 | 0.70 ± 0.03 |" in page.read_text()
+  assert "PF-PPO" not in page.read_text()
+  for name in ("pf_ppo", "pf_best"):  # The claim is there as soon as both have finished.
+    config = methods.Config(str(tmp_path / "run"), (name,), seeds=(0, 1), page=(str(page),))
+    methods.measure(config)
+  assert (
+    "| PF-PPO, the best alone | 6.00 / 6.00 | 6.00 | PF-PPO | 6.00 / 6.00 |" in page.read_text()
+  )
+
+
+def test_what_an_arm_reads_is_run_before_it(started, tmp_path):
+  stages, _ = started
+  methods.measure(methods.Config(str(tmp_path), rows=("maxmin", "hacked_robust"), seeds=(0,)))
+  needed = ["terse", "lavish", "maxmin", "weak_0", "weak_1", "weak_2", "hacked_robust"]
+  assert stages == ["sft", "reward_model", *needed]
+  stages.clear()
+  methods.measure(methods.Config(str(tmp_path), rows=("pooled", "maxmin"), seeds=(0,)))
+  assert stages == ["pooled"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,15 @@ def test_gold_reward_of_the_built_in_task():
   assert len(scores) == 2
 
 
+@pytest.mark.parametrize(("name", "order"), [("terse", [0, 1]), ("lavish", [1, 0])])
+def test_annotators_of_the_built_in_task_value_other_lengths(name, order):
+  prompts = [row["prompt"] for row in simulation.prompts("eval", 1, seed=0)] * 2
+  responses = ["i loved it .", "i loved it . i loved it . i loved it . i loved it ."]
+  scores = REWARDS[name](prompts, responses, [{}, {}])
+  assert np.argsort(scores)[::-1].tolist() == order
+  np.testing.assert_allclose(scores, simulation.value(name, prompts, responses), rtol=1e-6)
+
+
 def test_constraints_of_the_built_in_task():
   filler, other = "i do not know what else to write .", "the film was good ."
   texts = [filler, other, f"{other} {filler}", filler[:-2], "", f"{other} the", 'So he said "Go!" ']

@@ -116,6 +116,10 @@ def test_both_orders_make_a_preference():
     (" 7.5\n", 7.5),
     ("Score: 8/10", 8),
     ("8 out of 10.", 8),
+    ("4/5", math.nan),
+    ("I say 4 out of 5.", math.nan),
+    ("8 / 100", math.nan),
+    ("good, so 8/10 it is", 8),
     ("**9**", 9),
     ("<think>3 or 4?</think>\n4", 4),
     ("It is 2 pages and 3 lines.\n6", 6),
@@ -158,6 +162,14 @@ def test_letters_in_replies(reply, value):
     ({"url": "host:80/v1"}, "^url must be http"),
     ({"url": "http://me:pw@host/v1"}, "^url must be an address alone"),
     ({"url": "http://host/v1?key=1"}, "^url must be an address alone"),
+    *(
+      ({"url": url}, "^url must be http://HOST/v1 or https://HOST/v1, got 'http")
+      for url in (
+        *("http://host:99999/v1", "http://host:0/v1", "http://host:port/v1", "http://[::1/v1"),
+        *("http://ho st/v1", "http://host/v 1", "http://host/vé", "http://a..b/v1"),
+        f"http://{70 * 'a'}.com/v1",
+      )
+    ),
     ({"model": ""}, "^model must name"),
     (
       {"key_variable": "NOT_SET_ANYWHERE"},
@@ -168,3 +180,36 @@ def test_letters_in_replies(reply, value):
 def test_services_that_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
     rewards.Service(**{"url": "http://host/v1", "model": "tiny", **fields})
+
+
+@pytest.mark.parametrize("key", ["sk-\nsecret", "sk secret", "sk-secret\u2019"])
+def test_a_key_that_no_header_holds_is_not_shown(key, monkeypatch):
+  monkeypatch.setenv("MY_KEY", key)
+  with pytest.raises(ValueError, match="^key_variable: the key in MY_KEY") as caught:
+    rewards.Service("http://host/v1", "tiny", key_variable="MY_KEY")
+  assert "secret" not in str(caught.value)
+
+
+TOOLS = [
+  *({"role": "user", "content": "sum"}, {"role": "assistant", "content": "call"}),
+  {"role": "tool", "content": "result"},
+]
+
+
+@pytest.mark.parametrize(
+  ("row", "ignored", "shown"),
+  [
+    ({"prompt": "p", "context": "left out", "tools": ["left out"]}, ("context", "tools"), "p"),
+    ({"prompt": "p", "messages": [{"role": "user", "content": "left out"}]}, ("messages",), "p"),
+    ({"messages": TOOLS}, (), "Human: sum\n\nAssistant: call\n\nTool: result"),
+  ],
+)
+def test_a_prompt_is_read_as_it_was_for_training(row, ignored, shown):
+  with serving(lambda text, nth: "A" if "Response A" in text else "5") as (url, seen, _):
+    service = rewards.Service(url, "tiny")
+    rewards.ask(rewards.remote_reward(service, ignored), [""], ["r"], rows=[row])
+    prefer = rewards.remote_preference(service, ignored)
+    rewards.ask(prefer, [""], ["r"], ["s"], rows=[row])
+  for _, _, body in seen:
+    assert shown in body["messages"][0]["content"]
+    assert "left out" not in body["messages"][0]["content"]

@@ -84,6 +84,9 @@ def test_a_segment_without_a_number_leaves_out_its_response(score):
     ([[("3", 1)], [], []], r"gave \('3', 1\) as a segment"),
     ([[(2.5, 1)], [], []], r"gave \(2.5, 1\) as a segment"),
     ([[(True, 1)], [], []], r"gave \(True, 1\) as a segment"),
+    ([[(float("inf"), 1)], [], []], r"gave \(inf, 1\) as a segment"),
+    ([[(10**400, 1)], [], []], r"gave \(10+, 1\) as a segment|gave \(10+ as a segment"),
+    ([[(3, 10**400)], [], []], r"gave \(3, 10+ as a segment"),
     ([[(3, "good")], [], []], r"gave \(3, 'good'\) as a segment"),
     ([[(3, "1")], [], []], r"gave \(3, '1'\) as a segment"),
     (

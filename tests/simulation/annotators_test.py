@@ -33,6 +33,22 @@ def test_probabilities_are_antisymmetric(name):
   np.testing.assert_array_equal(annotators.preference_probability(name, prompts, a, a), 0.5)
 
 
+@pytest.mark.parametrize("name", ["expert", "novice", "terse", "lavish"])
+def test_a_single_rater_is_bradley_terry_on_its_value(name):
+  prompts, a, b = texts()
+  difference = annotators.value(name, prompts, a) - annotators.value(name, prompts, b)
+  expected = 1 / (1 + np.exp(-difference / annotators.ANNOTATORS[name].temperature))
+  given = annotators.preference_probability(name, prompts, a, b)
+  np.testing.assert_allclose(given, expected, atol=1e-9)
+
+
+def test_the_value_of_a_panel_is_the_mean_over_its_raters():
+  prompts, a, _ = texts()
+  given, raters = annotators.features(prompts, a), annotators.ANNOTATORS["panel"].raters
+  expected = sum(weight * given[name] for rater in raters for name, weight in rater.items()) / 3
+  np.testing.assert_allclose(annotators.value("panel", prompts, a), expected, atol=1e-5)
+
+
 def test_expert_is_bradley_terry_on_the_gold_reward():
   prompts, a, b = texts()
   temperature = annotators.ANNOTATORS["expert"].temperature

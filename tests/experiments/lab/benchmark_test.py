@@ -43,8 +43,14 @@ def measured(tmp_path, *words):
 
 def test_accuracy_by_category_and_subset(tmp_path, monkeypatch):
   monkeypatch.setitem(benchmark.rewards.REWARDS, "length", length)
-  file = write(tmp_path / "bench.jsonl", rows_of(PAIRS))
+  rows = [{**row, "context": "left out"} for row in rows_of(PAIRS)]
+  turns = [("user", "sum"), ("assistant", "call"), ("tool", "result")]
+  rows[0]["prompt"] = [{"role": role, "content": text} for role, text in turns]
+  file = write(tmp_path / "bench.jsonl", rows)
   words = (f"--rewardbench={file}", "--reward.name=length", "--batch_size=5")
+  with pytest.raises(data.DataError, match="data.ignore=context"):
+    measured(tmp_path, *words)
+  words += ("--data.ignore=context",)
   summary = measured(tmp_path, *words)
   assert summary["accuracy"] == pytest.approx(4.5 / 6) and summary["rows"] == 6
   assert summary["accuracy_low"] < 4.5 / 6 < summary["accuracy_high"]

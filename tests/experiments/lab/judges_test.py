@@ -124,15 +124,18 @@ def test_a_judge_at_an_address(open_bench):
       return "A" if "know" in text.partition("[Response B]")[0] else "B"
     return "8" if "know" in text else "2"
 
+  train_set = bench.train_set._replace(
+    rows=[{**row, "context": "left out"} for row in bench.train_set.rows], ignored=("context",)
+  )
   with serving(reply) as (url, seen, _):
     words = [f"--reward.url={url}", "--reward.model=tiny", "--reward.name=filler"]
     words = ["--workdir=it", "--init_from=sft", *words, "--reward.weights=2,0.5"]
     options = read_configs("experiments.grpo", words)[1].reward
-    reward = judges.open_reward(bench.run, options, *opened)(bench.train_set)
+    reward = judges.open_reward(bench.run, options, *opened)(train_set)
     assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}"
     result = rewards.parts_of(reward(rollout, ids))
     options = judges.PreferenceOptions(url=url, model="tiny")
-    prefer = judges.open_preference(bench.run, options, *opened)(bench.train_set)
+    prefer = judges.open_preference(bench.run, options, *opened)(train_set)
     assert judges.name_of(prefer) == f"--preference.url={url}"
     probabilities = prefer(rollout, rollout_of(bench.tokenizer.encode_responses(texts[::-1])), ids)
   np.testing.assert_allclose(result.scores, [6, 1])
@@ -140,6 +143,7 @@ def test_a_judge_at_an_address(open_bench):
   np.testing.assert_array_equal(probabilities, [1, 0])
   asked = "".join(body["messages"][0]["content"] for _, _, body in seen)
   assert all(row["prompt"] in asked for row in bench.train_set.rows[:2])
+  assert "left out" not in asked
 
 
 def test_process_0_asks_a_function_for_all(monkeypatch):
@@ -156,9 +160,13 @@ def test_process_0_asks_a_function_for_all(monkeypatch):
 
 def test_a_folder_with_the_name_of_a_metric_is_refused(open_bench):
   bench = open_bench("grpo", "prompts", "--reward.name=gold")
-  options = judges.RewardOptions(path="runs/rm,runs/std")
-  with pytest.raises(flags.UsageError, match="reward/std is another metric"):
-    judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
+  for options, name in (
+    (judges.RewardOptions(path="runs/rm,runs/std"), "std"),
+    (judges.RewardOptions(path="runs/rm,runs/gold", name="filler,gold"), "gold"),
+    (judges.RewardOptions(path="judge", url="http://host/v1", model="tiny"), "judge"),
+  ):
+    with pytest.raises(flags.UsageError, match=f"reward/{name} is another metric"):
+      judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
 
 
 def test_the_gold_reward_is_that_of_the_built_in_task(open_bench):

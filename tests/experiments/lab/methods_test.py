@@ -5,7 +5,6 @@ import pytest
 
 from experiments.lab import methods
 from experiments.lab.methods import METHODS, Result
-from tests.testing import read_flags
 
 PAGES = {"README.md": ["short"], "experiments/METHODS.md": ["methods", "results"]}
 
@@ -14,34 +13,6 @@ def table(text, name):
   """Rows of a table of a page, as lists of cells."""
   (found,) = re.findall(rf"<!-- {name} -->\n(.*?)<!-- end of {name} -->", text, re.DOTALL)
   return methods.read_rows(found)
-
-
-@pytest.mark.parametrize("name", [*METHODS, "reward_model"])
-def test_the_script_of_a_line_accepts_its_flags(name, tmp_path):
-  script, *flags = methods.words(name, tmp_path, seed=1)
-  read = read_flags(script, flags)
-  assert read.workdir == str(tmp_path / name)
-  assert read.init_from == ("" if name == "sft" else str(tmp_path / "sft"))
-  sources = [flag for flag in flags if flag.startswith(("--reward.path", "--preference.path"))]
-  assert all(flag.endswith(f"={tmp_path}/reward_model") for flag in sources)
-  assert not any("$" in flag for flag in flags)
-  dense = [flag for flag in flags if flag.startswith("--dense.path")]
-  assert all(flag == f"--dense.path={tmp_path}/dpo" for flag in dense)
-
-
-def test_a_row_comes_behind_those_that_it_reads():
-  assert methods.with_needed(["rto", "ppo"]) == ["sft", "reward_model", "dpo", "rto", "ppo"]
-  assert methods.with_needed(["rto", "dpo"]) == ["sft", "reward_model", "dpo", "rto"]
-  stages = methods.with_needed([*METHODS])
-  assert sorted(stages) == sorted([*METHODS, "reward_model"])
-
-
-def test_stages_of_all_seeds_draw_rows_of_their_own(tmp_path):
-  stages = [(name, seed) for name in ("sft", "reward_model", "ppo") for seed in range(3)]
-  drawn = {methods.words(name, tmp_path, seed)[2] for name, seed in stages}
-  assert len(drawn) == len(stages)
-  # Methods are compared on the same rows, and PPO is that of the chain with the same seed.
-  assert methods.words("dpo", tmp_path, 2)[2] == methods.words("ppo", tmp_path, 2)[2] == "--seed=23"
 
 
 def test_the_tests_of_the_table_exist(repository):

@@ -102,7 +102,9 @@ def test_scores_are_those_of_the_model_by_hand(kind, family, open_bench, tmp_pat
   bench, reward_of = opened(open_bench, tmp_path / "judge")
   rows = bench.train_set.rows
   rollout = rollout_of(bench.tokenizer.encode_responses(ANSWERS))
-  scores = reward_of(bench.train_set)(rollout, np.array([4, 0, 1]))
+  with_context = [{**row, "context": "left out"} for row in rows]
+  prompts = bench.train_set._replace(rows=with_context, ignored=("context",))
+  scores = reward_of(prompts)(rollout, np.array([4, 0, 1]))
   by_hand = jax.jit(model.apply)
   for i, (row, answer) in enumerate(zip((4, 0, 1), ANSWERS, strict=True)):
     ids = ids_by_hand(own, rows[row]["prompt"], answer)

@@ -87,7 +87,8 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   for path, folder in zip(config.policy, folders[1:], strict=True):
     if models.open_tokenizer(folder, config.data).digest != tokenizer.digest:
       raise flags.UsageError(
-        f"--policy={path} has another tokenizer than --baseline: no KL between them"
+        f"--policy={path} has another tokenizer or chat template than --baseline, so no KL;"
+        " --data.template_args and --data.end_token are taken for both"
       )
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")

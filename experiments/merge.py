@@ -60,6 +60,9 @@ class Config:
 
   def __post_init__(self):
     on_base = self.weight_on_base
+    for name in ("weight_on_base", "weights"):
+      if not np.isfinite(getattr(self, name)).all():
+        raise ValueError(f"{name} must be finite numbers, got {[*getattr(self, name)]}")
     if len(self.models) + bool(self.base) < 2:
       raise ValueError("models must name two models or more, or one with a base")
     if self.base and not (on_base or self.weights):

@@ -91,6 +91,18 @@ def address_of(path: str | os.PathLike[str]) -> str:
   return PREFIX + place.relative_to(root()).as_posix()
 
 
+def name_of(path: pathlib.Path) -> str:
+  """Returns a path for messages: its address if it is in a bucket."""
+  return address_of(path) or os.fspath(path)
+
+
+def is_there(folder: pathlib.Path) -> bool:
+  """Returns whether a folder exists. One of a bucket needs a file: a pull makes the folder."""
+  if not address_of(folder) or not folder.is_dir():
+    return folder.exists()
+  return any(path.name not in (_INDEX, _LOCK, _SYNC) for path in folder.iterdir())
+
+
 class _Known(NamedTuple):
   """State of a file when it was the same here and in the bucket.
 

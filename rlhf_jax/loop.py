@@ -128,6 +128,8 @@ class RunConfig:
       at_least_one=("steps", "batch_size", "log_every", "checkpoint_every", "keep"),
       non_negative=("eval_every", "epochs", "keep_every"),
     )
+    if self.keep_best == "-":
+      raise ValueError("keep_best=- names no metric; write one after the minus, as in -eval/loss")
     if self.keep_best and not self.eval_every:
       raise ValueError(
         f"keep_best={self.keep_best} is a metric of evaluations; give --eval_every too"

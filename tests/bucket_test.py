@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from experiments.lab import models
-from rlhf_jax import bucket, checkpoint, data, entry, loop
+from experiments.lab import exporting, models
+from rlhf_jax import bucket, checkpoint, data, entry, flags, loop
 from rlhf_jax import workdir as workdir_lib
+from rlhf_jax.models import hf
 from tests import bucket_server, loop_test
 from tests.testing import full
 
@@ -204,6 +205,27 @@ def test_what_others_read_and_write_in_it(machine, server):
     bucket.pull(folder)  # It leaves what another run works on as it is.
     assert (folder / "sub" / "file").exists() and (folder / ".tokens" / "rows").exists()
   assert content(server, "sub/file") == b"1"
+
+
+def test_a_step_of_a_run_is_a_start(machine, server, monkeypatch):
+  asked = []
+  monkeypatch.setattr(exporting, "export_step", lambda folder, step: asked.append((folder, step)))
+  server.put("team/ppo/run.json", b"{}")
+  server.put("team/ppo/checkpoints/8.digest.json", b'{"step": 8, "score": {"eval/loss": 1.5}}')
+  server.put("team/ppo/checkpoints/8/x", b"{}")
+  for name in ("first", "second"):
+    folder = machine(name)
+    for step in ("@3", "@best", "@3"):  # The first time makes a folder of this name.
+      models.finished_folder(RUN + step)
+    assert asked == [(folder, 3), (folder, 8), (folder, 3)] and not asked.clear()
+  for path, message in (
+    (f"{RUN}@last", f"{RUN}: its step must be a number or best, got 'last'"),
+    ("gs://runs/team/none", "gs://runs/team/none: there is no such folder"),
+    ("gs://runs/team/none@best", "gs://runs/team/none: no checkpoint has a score"),
+  ):
+    for _ in range(2):
+      with pytest.raises((hf.ModelFolderError, flags.UsageError), match=f"^{message}"):
+        models.finished_folder(path)
 
 
 def test_files_that_vanish_while_they_are_copied_are_left_out(machine, server, monkeypatch):

@@ -655,6 +655,8 @@ def test_the_best_checkpoint_stays(tmp_path, name, best):
 def test_a_best_checkpoint_needs_its_metric(tmp_path):
   with pytest.raises(ValueError, match="keep_best=eval/reward is a metric of evaluations"):
     loop.RunConfig(keep_best="eval/reward")
+  with pytest.raises(ValueError, match="keep_best=- names no metric"):
+    loop.RunConfig(keep_best="-", eval_every=1)
   config = loop.RunConfig(steps=2, batch_size=8, eval_every=1, keep_best="eval/reward")
   with pytest.raises(flags.UsageError, match="there are no held-out rows"):
     fit(tmp_path / "a", config)

@@ -33,7 +33,7 @@ def open_alike(
   """Returns the folders of models that can be merged, and their tokenizer.
 
   Raises:
-    UsageError: One is of another kind, architecture or vocabulary than the first.
+    UsageError: One is of another kind, architecture or tokenizer than the first.
   """
   folders = [models.finished_folder(path) for path in paths]
   first = folders[0]
@@ -52,8 +52,9 @@ def open_alike(
       )
     if models.open_tokenizer(folder, config).digest != tokenizer.digest:
       raise flags.UsageError(
-        f"{path} has another vocabulary than {paths[0]}: models can be merged that were tuned from"
-        " one model"
+        f"{path} has another tokenizer than {paths[0]}, by its vocabulary, its chat template, the"
+        " variables of that or the token that ends a response: models can be merged that were tuned"
+        " from one model; --data.template_args and --data.end_token are taken for all"
       )
   return folders, tokenizer
 

@@ -54,11 +54,16 @@ def save(workdir: pathlib.Path, samples: Mapping[str, evaluating.Samples]) -> No
 def intervals(
   before: evaluating.Samples, after: evaluating.Samples, count: int
 ) -> dict[str, float]:
-  """Means and win rates with their intervals, and the accuracy of the proxy on the samples."""
+  """Means and win rates with their intervals, and the accuracy of the proxy on the samples.
+
+  A reward that is usable on no prompt has none.
+  """
   by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
   estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
   for name in after.rewards:
     values, start = evaluating.usable(name, after, before, count=count)
+    if not len(values):
+      continue
     estimates[f"{name}/mean"] = evaluation.mean(np.mean(values, axis=1))
     estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
   metrics = {}

@@ -82,12 +82,15 @@ def number_of(workdir: pathlib.Path, step: str) -> int:
   if re.fullmatch(r"0|[1-9][0-9]*", step):
     return int(step)
   if step != "best":
-    raise flags.UsageError(f"a step is a number or best, got {step!r}")
+    raise flags.UsageError(
+      f"{bucket.name_of(workdir)}: its step must be a number or best, got {step!r}"
+    )
   bucket.pull(workdir / "checkpoints")
   found = processes.agree(lambda: checkpoint.best_step(workdir / "checkpoints"))
   if found is None:
     raise flags.UsageError(
-      f"{workdir}: no checkpoint has a score; train with --keep_best=METRIC, or give a step"
+      f"{bucket.name_of(workdir)}: no checkpoint has a score; train with --keep_best=METRIC, or"
+      " give a step"
     )
   return found
 
@@ -97,7 +100,8 @@ def _read_run(workdir: pathlib.Path) -> tuple[str, loop.Session, Any]:
   try:
     script = json.loads((workdir / "run.json").read_text(encoding="utf-8"))["script"]
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise hf.ModelFolderError(f"{workdir}: not the workdir of a training run") from error
+    shown = bucket.name_of(workdir)
+    raise hf.ModelFolderError(f"{shown}: not the workdir of a training run") from error
   if script not in plans.methods():  # A file names no code but that of this package.
     raise hf.ModelFolderError(f"{workdir}: a run of {script!r}, whose checkpoints are not exported")
   registry = absl_flags.FlagValues()

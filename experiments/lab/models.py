@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, flags, generation, hub, loop, processes, ranges, sharding, simulation
+from rlhf_jax import (
+  bucket,
+  data,
+  flags,
+  generation,
+  hub,
+  loop,
+  processes,
+  ranges,
+  sharding,
+  simulation,
+)
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import (
   Model,
@@ -125,13 +136,14 @@ def finished_folder(path: str) -> pathlib.Path:
     folder = hub.model_folder(path)
   else:
     folder = workdir_lib.local_path(path)
-    if "@" in folder.name and not folder.exists():
+    if "@" in folder.name and not bucket.is_there(folder):
       return _folder_of_step(path)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
+  shown = bucket.name_of(folder)
   if has_run and has_model:
     raise hf.ModelFolderError(
-      f"{folder}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
+      f"{shown}: holds a model, and in {EXPORT}/ that of a finished run; give {folder / EXPORT},"
       " or move the other one out"
     )
   if has_run or has_model:
@@ -139,7 +151,7 @@ def finished_folder(path: str) -> pathlib.Path:
     if problem := workdir_lib.irregular(found):
       raise hf.ModelFolderError(f"{found}: {problem}")
     return found
-  raise hf.ModelFolderError(f"{folder}: {_why_no_model(path, folder)}")
+  raise hf.ModelFolderError(f"{shown}: {_why_no_model(path, folder)}")
 
 
 def _folder_of_step(path: str) -> pathlib.Path:
@@ -167,14 +179,14 @@ def _why_no_model(path: str, folder: pathlib.Path) -> str:
       "an adapter without its model; merge the two (merge_and_unload() and save_pretrained() of"
       " PEFT), and give the merged folder, or put adapter_model.safetensors beside its config"
     )
-  if folder.is_dir():
+  if folder.is_dir() and bucket.is_there(folder):
     inner = sorted(path.parent for path in folder.glob("**/config.json"))
     if inner:
       return f"no config.json here; there is one in {inner[-1]}, give that folder"
     if (gguf := next(folder.glob("*.gguf"), None)) is not None:
       return f"{gguf.name} is not read: GGUF is quantized, give the folder that it was made of"
     return "neither the workdir of a finished run nor a folder with config.json"
-  if folder.exists():
+  if folder.is_file():
     return "a file; give the folder that it is in, with config.json, safetensors and tokenizer.json"
   if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
     return (
@@ -226,7 +238,24 @@ def open_tokenizer(
     if config.template_args:
       raise flags.UsageError("--data.template_args is for a chat template; give a model with one")
     return data.word_level_tokenizer(simulation.WORDS)
-  return data.load_tokenizer(peft.base_of(folder), config.end_token or None, config.variables())
+  return tokenizer_of(folder, config.end_token or None, config.variables())
+
+
+def tokenizer_of(
+  folder: pathlib.Path,
+  end_token: str | None = None,
+  template_args: Mapping[str, Any] | None = None,
+) -> data.Tokenizer:
+  """Reads the tokenizer of a model folder; adapters without a tokenizer have that of their base.
+
+  Args:
+    folder: Folder of the model or of adapters.
+    end_token: Token that ends a response; None takes that of the folder.
+    template_args: Variables of the chat template; None takes those of the folder.
+  """
+  base = peft.base_of(folder)
+  own = folder if (folder / "tokenizer.json").exists() else base
+  return data.load_tokenizer(own, end_token, template_args, model=base)
 
 
 def build_model(
@@ -338,7 +367,7 @@ def require_shapes_of(start: Params, params: Params, given: str) -> None:
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
-  if data.load_tokenizer(peft.base_of(folder)).digest != tokenizer.digest:
+  if tokenizer_of(folder).digest != tokenizer.digest:
     raise hf.ModelFolderError(
       f"{folder}: its tokenizer is not that of the policy; train it from the same base model"
     )
@@ -381,14 +410,14 @@ def open_scorer(
   label = hf.scalar_label(folder)
   if label == records.PREFERENCE:
     require_tokens_of(folder, tokenizer)
-  read_by = data.load_tokenizer(folder)
+  read_by = tokenizer_of(folder)
   model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
   return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
 
 
 def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
   """Returns whether the model of a path has a tokenizer and a template, both of the policy."""
-  return data.load_tokenizer(finished_folder(path)).digest == tokenizer.digest
+  return tokenizer_of(finished_folder(path)).digest == tokenizer.digest
 
 
 def open_reward_model(

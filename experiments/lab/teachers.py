@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import data, preflight, rewards, sharding
-from rlhf_jax.models import Model, hf, peft
+from rlhf_jax.models import Model, hf
 from rlhf_jax.types import Params, Rollout
 from . import evaluating, models
 from .case import Case
@@ -35,7 +35,7 @@ def open_teacher(bench: Workbench) -> Teacher:
   folder = models.finished_folder(path)
   if hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model, and a teacher must be one")
-  if data.load_tokenizer(peft.base_of(folder)).vocabulary != bench.tokenizer.vocabulary:
+  if models.tokenizer_of(folder).vocabulary != bench.tokenizer.vocabulary:
     raise hf.ModelFolderError(
       f"{path}: its vocabulary is not that of the student, so that their distributions of the next"
       " token cannot be compared; choose a teacher of the same family, or fine-tune the student on"

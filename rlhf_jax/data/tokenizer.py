@@ -952,15 +952,17 @@ def load_tokenizer(
   path: str | os.PathLike[str],
   eos_token: str | None = None,
   template_args: Mapping[str, Any] | None = None,
+  model: str | os.PathLike[str] | None = None,
 ) -> Tokenizer:
   """Reads a tokenizer from a local Hugging Face folder.
 
   Args:
-    path: A folder with tokenizer.json (and usually tokenizer_config.json). The `eos_token_id` of
-      its generation_config.json and config.json end a response too.
+    path: A folder with tokenizer.json (and usually tokenizer_config.json).
     eos_token: The token that ends a response, for models that do not use their tokenizer's EOS
       (stories260k ends stories with "<s>"); None or "" uses the folder's.
     template_args: Variables of the chat template; None takes those that it was saved with.
+    model: Folder of the model, if it is another one. The `eos_token_id` of its
+      generation_config.json and config.json end a response too.
 
   Returns:
     The tokenizer.
@@ -976,9 +978,10 @@ def load_tokenizer(
     )
   if problem := workdir.irregular(folder):
     raise DataError(f"{folder}: {problem}")
-  stop_ids = [
-    i for name in ("generation_config.json", "config.json") for i in _stop_ids(folder / name)
+  configs = [
+    pathlib.Path(model or path) / name for name in ("generation_config.json", "config.json")
   ]
+  stop_ids = [i for config in configs for i in _stop_ids(config)]
   trial = apart.Trial(folder / "tokenizer.json")
   fast_tokenizer = _fast_tokenizer_class()  # Its import takes as long as most trials.
   try:

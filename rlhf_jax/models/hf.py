@@ -556,7 +556,8 @@ def load_params(
 
 def scalar_label(folder: str | pathlib.Path) -> str:
   """Label of a folder's scalar head, such as "reward" or "preference"; "" if it has none."""
-  raw = json.loads((pathlib.Path(folder) / "config.json").read_text(encoding="utf-8"))
+  path = peft.base_of(pathlib.Path(folder)) / "config.json"
+  raw = json.loads(path.read_text(encoding="utf-8"))
   return str((raw.get("id2label") or {}).get("0", ""))
 
 

@@ -33,6 +33,11 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
   "layer_replication": (None, []),
   "target_parameters": (None, []),
   "trainable_token_indices": (None, [], {}),
+  # PiSSA, OLoRA, CorDA and LoftQ also change the weights of the base.
+  "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+  "use_qalora": (False, None),
+  "alora_invocation_tokens": (None, []),
+  "arrow_config": (None, {}),
 }
 
 

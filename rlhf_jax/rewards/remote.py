@@ -28,6 +28,7 @@ from rlhf_jax.rewards.preferences import TextPreference
 BEST = 10.0  # Score of the best response; that of the worst one is 0.
 _LONGEST_REPLY = 2**20  # Bytes.
 _LATER = (408, 409, 425, 429)  # Statuses, besides those of 500 and above, that may pass.
+_KEY = "key_variable names the environment variable with the key"
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # Seconds between two tries.
 
 _SCORE = """Judge the response of an assistant to a prompt. Is it right, helpful, clear, harmless?
@@ -167,7 +168,7 @@ class Service:
       path = f"{parts.path.rstrip('/')}/chat/completions"
       connection.request("POST", path, json.dumps(body).encode(), headers)
       with connection.getresponse() as response:
-        status, content = response.status, b""
+        status, content, place = response.status, b"", response.getheader("Location", "")
         while part := response.read1(2**16):
           content += part
           if time.monotonic() > end:  # The timeout of the connection is for each part.
@@ -182,7 +183,11 @@ class Service:
     problem = f"status {status}: {shown.replace(key, '***') if key else shown}"
     if status >= 500 or status in _LATER:
       raise _UnreadableError(problem)
-    raise ServiceError(f"{self.url}: {problem}")
+    fixes = {401: _KEY, 403: _KEY, 404: "url ends before /chat/completions, often in /v1"}
+    fix = fixes.get(status, "")
+    if 300 <= status < 400:
+      fix = f"no redirect is followed, as the key is for one host: give url as of {place[:200]!r}"
+    raise ServiceError(f"{self.url}: {problem}{'; ' if fix else ''}{fix}")
 
 
 class _UnreadableError(Exception):

@@ -58,7 +58,7 @@ def test_a_run_that_has_not_finished_is_a_start(start_here, tmp_path):
 
   with pytest.raises(checkpoint.CheckpointError, match="no step 3 .*steps there: 2, 4"):
     exported(run, 3)
-  with pytest.raises(flags.UsageError, match="a step is a number or best, got 'last'"):
+  with pytest.raises(flags.UsageError, match="its step must be a number or best, got 'last'"):
     exported(run, "last")
   (run / "checkpoints" / "2.digest.json").unlink()
   shutil.rmtree(first)

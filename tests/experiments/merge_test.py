@@ -89,6 +89,13 @@ def test_weights_of_blocks_are_learned_with_the_mean_that_is_asked_for(tmp_path,
   assert summary["nll/blocks"] <= summary["nll/equal"] + 1e-3
 
 
+@pytest.mark.parametrize("name", ["weights", "weight_on_base"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(name, value):
+  with pytest.raises(ValueError, match=f"^{name} must be finite"):
+    merge.Config(models=("a",), base="b", **{name: (value,)})
+
+
 def refused(tmp_path, *models, **settings):
   with pytest.raises(flags.UsageError) as error:
     run(tmp_path / "out", models, **settings)
@@ -111,7 +118,7 @@ def test_models_that_cannot_be_merged_are_named(
   tokens = shutil.copytree(tuned, tmp_path / "tokens")
   text = (tokens / "tokenizer.json").read_text()
   (tokens / "tokenizer.json").write_text(text.replace('"superb"', '"superber"'))
-  assert f"{tokens} has another vocabulary" in refused(tmp_path, tuned, tokens)
+  assert f"{tokens} has another tokenizer" in refused(tmp_path, tuned, tokens)
   nine = {"base": str(sft_run), "weight_on_base": (0.1,) * 9}
   assert "--weight_on_base gives 9 blocks to a model of 1 layers" in refused(
     tmp_path, tuned, **nine

@@ -87,6 +87,7 @@ def test_adapters_are_read_over_their_base(written):
   want = lora.merge(jax.tree.map(np.asarray, full))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
   assert hf.parse_config(root / "adapter") == hf.parse_config(root / "base")
+  assert hf.scalar_label(root / "adapter") == hf.scalar_label(root / "base") == ""
 
 
 def edit(folder, settings=None, tensors=None):
@@ -115,6 +116,9 @@ BAD = [
   ({"settings": {"use_dora": True}}, "use_dora is True; only False is read"),
   ({"settings": {"peft_type": "IA3"}}, "peft_type is 'IA3'; only 'LORA' is read"),
   ({"settings": {"modules_to_save": ["score"]}}, "modules_to_save is"),
+  ({"settings": {"init_lora_weights": "pissa"}}, "init_lora_weights is 'pissa'; only True is read"),
+  ({"settings": {"init_lora_weights": "olora"}}, "init_lora_weights is 'olora'"),
+  ({"settings": {"alora_invocation_tokens": [1]}}, "alora_invocation_tokens is"),
   ({"settings": {"lora_alpha": "much"}}, "lora_alpha is 'much', expected a number"),
   ({"settings": {"base_model_name_or_path": "org/model"}}, "is no folder of a model here"),
   ({"tensors": {"base_model.model.x.weight": ZEROS}}, "is no factor of a linear layer"),

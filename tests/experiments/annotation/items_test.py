@@ -1,5 +1,7 @@
 """Rows as items, the order in which they are shown, answers as rows."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,21 @@ def test_an_id_is_taken_once(tmp_path):
   path.write_text(row * 2)
   with pytest.raises(data.DataError, match=r"pairs.jsonl:2: id: '7' is taken"):
     items.read_items(data.DataConfig(path=str(path)), 0, 0)
+
+
+def test_columns_are_left_out_and_turns_of_tools_are_shown(tmp_path):
+  turns = [("user", "sum"), ("assistant", "call"), ("tool", "result")]
+  prompt = [{"role": role, "content": text} for role, text in turns]
+  row = {"prompt": prompt, "chosen": "x", "rejected": "y", "context": "c", "id": 7}
+  path = tmp_path / "pairs.jsonl"
+  path.write_text(json.dumps(row) + "\n")
+  with pytest.raises(data.DataError, match="data.ignore=context"):
+    items.read_items(data.DataConfig(path=str(path)), 0, 0)
+  config = data.DataConfig(path=str(path), ignore=("context", "id"))
+  ((item,), _) = items.read_items(config, 0, 0)
+  assert item.id == "0" and item.prompt.split("\n\n")[1:] == [
+    *("Human: sum", "Assistant: call", "Tool: result", "Assistant:")
+  ]
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -64,6 +64,21 @@ def samples(seed, rows):
   )
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_group_without_a_usable_reward(count, capsys):
+  groups = ["a", "b", "b", "c", "c", "b", "c"]
+  before, after = (samples(seed, count * len(groups)) for seed in (0, 1))
+  (after if count == 1 else before).rewards["gold"][0] = np.nan
+  metrics = {"start": {}, "policy": {}}
+  found = grouping.of_policies(metrics, {"start": before, "policy": after}, groups, count)
+  of_a = found["groups"]["policy"]["a"]
+  assert of_a["prompts"] == 1 and "kl" in of_a and not any("gold" in name for name in of_a)
+  assert (
+    "gold/mean" in found["groups"]["policy"]["b"] and "policy by group" in capsys.readouterr().err
+  )
+  assert metrics["policy"]["gold/group_spread"] > 0
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_metrics_of_a_policy_by_group_match_loops(count):
   groups = ["a", "b", "a", "c", "b", "b", "a", "d"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import records
-from experiments.lab import models
+from experiments.lab import averaging, models
 from rlhf_jax import data, flags, generation
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import hf
@@ -57,6 +57,24 @@ def test_a_model_with_adapters_is_exported_merged(open_bench, tmp_path, sft_run)
   found = over_tokens(jnp.asarray, model.apply(read, tokens))
   np.testing.assert_allclose(found, expected, atol=1e-5)
   assert models.open_tokenizer(folder).digest == bench.tokenizer.digest
+
+
+def test_adapters_have_a_tokenizer_of_their_own_or_that_of_their_base(tmp_path, sft_run):
+  base, adapter = sft_run / "export", tmp_path / "adapter"
+  adapter.mkdir()
+  write_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+  (adapter / "adapter_model.safetensors").touch()
+  of_base = models.open_tokenizer(base)
+  assert models.open_tokenizer(adapter).digest == of_base.digest
+  ending = data.load_tokenizer(base, ".")
+  assert ending.digest != of_base.digest
+  ending.save(adapter)
+  own = models.open_tokenizer(adapter)
+  assert own.digest == ending.digest and own.stop_ids[0] == own.token_id(".")
+  assert of_base.eos_id in own.stop_ids, "an end that only the configs of the base name"
+  with pytest.raises(hf.ModelFolderError, match="its tokenizer is not that of the policy"):
+    models.require_tokens_of(adapter, of_base)
+  assert averaging.kind_of(adapter) == "a language model"
 
 
 def test_what_is_no_policy_and_what_is_no_judge(open_bench, sft_run, reward_run, preference_run):

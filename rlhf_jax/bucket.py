@@ -1,4 +1,4 @@
-"""Copies of run folders in a bucket, `gs://BUCKET/FOLDER`.
+"""Copies of run folders in a bucket, `gs://BUCKET/FOLDER`, and of data files.
 
 A run works in a folder of this machine, with the locks, renames and syncs of every other run, and
 its files are copied to the bucket when they are complete. Where the two differ at the start, the
@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -51,8 +52,8 @@ class BucketNameError(ValueError):
   exit_code = 78  # EX_CONFIG
 
 
-class HeldError(RuntimeError):
-  """The folder in the bucket belongs to a run on another machine."""
+class LockedError(RuntimeError):
+  """The run directory belongs to another process or cannot be locked."""
 
   exit_code = 73  # EX_CANTCREAT
 
@@ -145,6 +146,12 @@ class _Copy:
             index[name] = known
       self._remove_empty_folders()
 
+  def pull_one(self, name: str) -> None:
+    """Makes one file what the bucket has."""
+    with self._index() as index, self._said():
+      known = self._fetch(name, index.get(name))
+      index |= {name: known} if known else {}
+
   def push(self, path: pathlib.Path) -> None:
     """Writes what has changed at or below a path, the innermost folders first.
 
@@ -175,9 +182,11 @@ class _Copy:
     """Reads an object unless the file has it; returns the new state, None if there is no news."""
     generation = known.generation if known and self._is_same(name, known) else None
     found = self._store.read(name, if_not_equal=generation).result()
+    path = self.folder / name
+    if found.state == "missing":
+      path.unlink(missing_ok=True)
     if found.state != "value":
       return None
-    path = self.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(found.value)
@@ -270,7 +279,7 @@ class _Lock:
     """Creates the object, or takes over that of an owner which is gone.
 
     Raises:
-      HeldError: It is renewed by another process.
+      LockedError: It is renewed by another process.
     """
     with _said(self._address):
       found = _open(self._address, gcs_request_retries=_FIRST_RETRIES).read(_LOCK).result()
@@ -285,10 +294,10 @@ class _Lock:
         time.sleep(min(1.0, _RENEW_SECONDS / 2))
         again = self._store.read(_LOCK).result()
         if again.state == "value" and again.stamp.generation != found.stamp.generation:
-          raise HeldError(_in_use(self._address, again.value))
+          raise LockedError(_in_use(self._address, again.value))
         found = again
       if not self._write(found.stamp.generation):
-        raise HeldError(_in_use(self._address, self._store.read(_LOCK).result().value))
+        raise LockedError(_in_use(self._address, self._store.read(_LOCK).result().value))
     if found.state == "value":
       logging.warning(
         "%s was left by %s, which is gone; its run goes on here", self._address, _named(previous)
@@ -342,7 +351,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
   """Holds the lock of a folder in its bucket, with the files of the bucket; a no-op for others.
 
   Raises:
-    HeldError: Another process holds it.
+    LockedError: Another process holds it.
   """
   address = address_of(folder)
   if not address or _holder(folder):
@@ -398,6 +407,22 @@ def pull(folder: pathlib.Path, *, steps: bool = True) -> None:
     _Copy(folder, gcs_request_retries=_FIRST_RETRIES).pull(steps=steps)
 
 
+@functools.cache  # All that this process reads of an object is of one generation.
+def pull_file(address: str) -> pathlib.Path:
+  """Copies an object from its bucket, unless it is here as it is there, and returns its file.
+
+  There is no file where the bucket has no object.
+
+  Raises:
+    BucketNameError: The address is malformed.
+    BucketError: The bucket cannot be read.
+  """
+  path = folder_of(address)
+  if not any(map(_is_live, path.parents)):
+    _Copy(path.parent, gcs_request_retries=_FIRST_RETRIES).pull_one(path.name)
+  return path
+
+
 def _holder(path: pathlib.Path) -> tuple[_Copy, _Lock] | None:
   return next((_HELD[place] for place in (path, *path.parents) if place in _HELD), None)
 
@@ -425,7 +450,7 @@ def _open(address: str, **options: Any) -> Any:
   import tensorstore as ts
 
   bucket, _, folder = address.removeprefix(PREFIX).partition("/")
-  place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/"}
+  place = {"driver": "gcs", "bucket": bucket, "path": f"{folder}/" if folder else ""}
   return ts.KvStore.open(place | options).result()
 
 

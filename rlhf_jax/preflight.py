@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -321,8 +322,18 @@ def refusal(message: str) -> str:
   return reason[0].strip() if reason else ""
 
 
+def bytes_in_all(tree: Any) -> int:
+  """Size of arrays, or of shapes, on all devices together."""
+  return sum(_bytes(x.shape, x.dtype) for x in jax.tree.leaves(tree))
+
+
 def bytes_per_device(tree: Any) -> int:
   """Size of arrays, or of shapes with shardings, on one device."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
+  return sum(_bytes(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree))
+
+
+def _bytes(shape: tuple[int, ...], dtype: Any) -> int:
+  """Returns the size of an array, in which numbers of 4 bits are packed."""
+  is_integer = jnp.issubdtype(dtype, jnp.integer)
+  bits = jnp.iinfo(dtype).bits if is_integer else 8 * dtype.itemsize
+  return math.prod(shape) * bits // 8

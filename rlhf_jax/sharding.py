@@ -41,7 +41,7 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/mlp/experts/(gate|up)/kernel$", P(None, "tensor", None, "fsdp")),  # [L, E, D, F]
   (r"(^|/)layers/mlp/experts/down/kernel$", P(None, "tensor", "fsdp")),  # [L, E, F, D]
   (r"(^|/)lm_head/kernel$", P("fsdp", "tensor")),  # [D, V]
-  # Scales of kernels in 8 bits, [L, tiles, out].
+  # Scales of quantized kernels, [L, tiles, out].
   (r"(^|/)layers/.*/kernel_scale$", P(None, None, ("fsdp", "tensor"))),
   # Adapters, [L, in, rank] and [L, rank, out], follow their kernel.
   (r"(^|/)layers/(attention/[qkv]|mlp/(gate|up))/lora_a$", P(None, "fsdp")),
@@ -217,7 +217,7 @@ def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[
   Args:
     mesh: Mesh that holds the params, placed by `DECODER_RULES`.
     dtype: Dtype of the matrices. A model rounds them to its computation dtype anyway, and a copy in
-      that dtype is read faster. Norms, biases, heads and codes of 8 bits keep theirs.
+      that dtype is read faster. Norms, biases, heads and codes of weights keep theirs.
     onto: Mesh of the sampler, if it runs on other devices.
 
   Returns:
@@ -226,7 +226,8 @@ def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[
   """
 
   def cast(x: jax.Array, place: NamedSharding) -> jax.Array:
-    return x if place.spec == P() or x.dtype == jnp.int8 else x.astype(dtype)
+    kept = place.spec == P() or not jnp.issubdtype(x.dtype, jnp.floating)
+    return x if kept else x.astype(dtype)
 
   if onto is not None:
     cast_all = jax.jit(lambda params: jax.tree.map(cast, params, rollout_shardings(params, onto)))

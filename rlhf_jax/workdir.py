@@ -29,6 +29,7 @@ from absl import logging
 from etils import epath
 
 from rlhf_jax import bucket, processes, sharding
+from rlhf_jax.bucket import LockedError as LockedError
 from rlhf_jax.types import Params
 
 _LOCKED: dict[
@@ -41,12 +42,6 @@ class WorkdirError(RuntimeError):
   """A workdir holds another run, or is no folder of a file system."""
 
   exit_code = 78  # EX_CONFIG
-
-
-class LockedError(RuntimeError):
-  """The run directory belongs to another process or cannot be locked."""
-
-  exit_code = 73  # EX_CANTCREAT
 
 
 class LostError(RuntimeError):
@@ -303,7 +298,7 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     file.flush()
     os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
     try:
-      with _in_bucket(directory):
+      with bucket.held(directory):
         _LOCKED[directory] = fd
         try:
           yield owner
@@ -312,16 +307,6 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     finally:
       # The file stays: unlinking it would let two processes lock two files of the same name.
       os.ftruncate(fd, 0)
-
-
-@contextlib.contextmanager
-def _in_bucket(directory: pathlib.Path) -> Iterator[None]:
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(bucket.held(directory))
-    except bucket.HeldError as error:
-      raise LockedError(str(error)) from error
-    yield
 
 
 def holds_lock(directory: pathlib.Path) -> bool:

@@ -1,5 +1,6 @@
 """Runs in a bucket, against a small server of its API at 127.0.0.1."""
 
+import gzip
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from experiments.lab import exporting, models
-from rlhf_jax import bucket, checkpoint, entry, flags, loop
+from rlhf_jax import bucket, checkpoint, data, entry, flags, loop
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf
 from tests import bucket_server, loop_test
@@ -43,6 +44,7 @@ def machine(server, tmp_path, monkeypatch):
   def move(name):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
     workdir_lib._copied.cache_clear()
+    bucket.pull_file.cache_clear()
     return bucket.folder_of(RUN)
 
   move("first")
@@ -258,6 +260,39 @@ def test_no_object_is_written_outside_of_the_folder(machine, server, tmp_path):
   found = [path for path in tmp_path.rglob("*") if path.is_file()]
   kept = {path.relative_to(folder).as_posix() for path in found if folder in path.parents}
   assert kept == {".bucket.json", ".bucket.lock", ".lock.d/e"} and len(found) == len(kept)
+
+
+def test_files_of_data_are_read_as_they_are_there(machine, server):
+  lines = lambda *words: "".join(json.dumps({"text": x}) + "\n" for x in words).encode()  # noqa: E731
+  read = lambda spec: [row.fields["text"] for row in data.read_file(spec)]  # noqa: E731
+  place = machine("first").parent
+  server.put("team/a.jsonl", lines("a", "b"))
+  server.put("top.jsonl.gz", gzip.compress(lines("c")))
+  server.put("team/ppo/pairs.jsonl", lines("d"))
+  spec = "gs://runs/team/a.jsonl:1,gs://runs/top.jsonl.gz:2"
+  assert read(spec) == ["a", "b", "c"] and read("gs://runs/team/ppo/pairs.jsonl") == ["d"]
+  assert data.paths_of(spec)[0] == os.fspath(place / "a.jsonl")
+
+  server.put("team/a.jsonl", lines("new"))
+  assert read(spec) == ["a", "b", "c"]  # What a process has read stays.
+  unchanged = (place.parent / "top.jsonl.gz").stat().st_ino
+  bucket.pull_file.cache_clear()
+  assert read(spec) == ["new", "c"]
+  assert (place.parent / "top.jsonl.gz").stat().st_ino == unchanged  # It was not sent again.
+
+  bucket.pull_file.cache_clear()
+  with workdir_lib.run_lock(RUN):  # Files of a run that goes on are its own.
+    (place / "ppo" / "pairs.jsonl").write_bytes(lines("mine"))
+    assert read("gs://runs/team/ppo/pairs.jsonl") == ["mine"]
+  assert content(server, "pairs.jsonl") == lines("mine")
+
+  server.put("team/a.jsonl", None)
+  bucket.pull_file.cache_clear()
+  with pytest.raises(data.DataError, match=r"gs://runs/team/a\.jsonl: the bucket has no such obj"):
+    read(spec)
+  server.refuses = 403
+  with pytest.raises(bucket.BucketError, match="gs://runs cannot be read"):
+    read("gs://runs/other.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -38,26 +38,26 @@ class RemoteOptions:
     model: Name of the model at url.
     key_variable: Environment variable with the API key of url, such as OPENAI_API_KEY; empty sends
       no key. The key itself is never written or logged.
-    timeout: Seconds for an answer of url.
+    request_timeout: Seconds that a request to url may take.
     retries: Number of further tries of a request to url that failed.
     workers: Number of requests to url at the same time.
-    timeout_seconds: Seconds that a call of a Python function of yours may take, for a batch; the
+    function_timeout: Seconds that a call of a Python function of yours may take, for a batch; the
       run then ends as if the function had raised. 0 waits for ever.
   """
 
   url: str = ranges.rare("")
   model: str = ranges.rare("")
   key_variable: str = ranges.rare("")
-  timeout: float = ranges.rare(60.0)
+  request_timeout: float = ranges.rare(60.0)
   retries: int = ranges.rare(3)
   workers: int = ranges.rare(8)
-  timeout_seconds: float = ranges.rare(0.0)
+  function_timeout: float = ranges.rare(0.0)
 
   def __post_init__(self):
     ranges.check(
       self,
-      positive=("timeout",),
-      non_negative=("retries", "timeout_seconds"),
+      positive=("request_timeout",),
+      non_negative=("retries", "function_timeout"),
       at_least_one=("workers",),
     )
     if self.url:
@@ -72,8 +72,8 @@ class RemoteOptions:
     )
 
   def _function(self, *names: Any) -> Callable[..., Any]:
-    """Returns the function that `user.resolve(*names)` finds, which may take `timeout_seconds`."""
-    return user.limited(user.resolve(*names), self.timeout_seconds)
+    """Returns the function that `user.resolve(*names)` finds, which may take `function_timeout`."""
+    return user.limited(user.resolve(*names), self.function_timeout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,17 @@ from rlhf_jax import (
   simulation,
 )
 from rlhf_jax import workdir as workdir_lib
-from rlhf_jax.models import Model, ModelConfig, build, hf, lora, peft, presets, round_matrices
+from rlhf_jax.models import (
+  Model,
+  ModelConfig,
+  build,
+  hf,
+  lora,
+  peft,
+  presets,
+  quantized,
+  round_matrices,
+)
 from rlhf_jax.models.families import FAMILIES, Head
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
@@ -55,7 +65,7 @@ class ModelOptions:
     frozen_dtype: Dtype of the matrices of what is not trained: the reference, reward models,
       judges, teachers, opponents, and the model below adapters. `bfloat16` halves their memory.
       With --model.dtype=bfloat16 it changes no result. `int8` takes half of that for the matrices
-      of layers, whose weights are rounded to 255 levels.
+      of layers, whose weights are rounded to 255 levels, and `nf4` a quarter, with 16 levels.
     precision: Precision of matrix products in float32: those of a float32 model, and scores and
       values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
       `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32
@@ -77,7 +87,7 @@ class ModelOptions:
   heads: int = 4
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
-  frozen_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+  frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
   precision: Literal["default", "high", "highest"] = ranges.rare("high")
   attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
   remat: Literal["none", "full", "dots"] = "none"
@@ -316,7 +326,7 @@ def open_model(
   key, dtype = run.key_for(1), options.frozen_dtype if frozen else "float32"
   if folder is None or sharding.is_absent(run.mesh):
     return model, create(run, lambda key: round_matrices(model.init(key), dtype), key)
-  read = "bfloat16" if dtype == "int8" else dtype
+  read = "bfloat16" if dtype in quantized.FORMATS else dtype
   init = lambda key: round_matrices(model.init(key), read)  # noqa: E731
   shapes = jax.eval_shape(init, key)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from rlhf_jax import data, loop, plots, processes, reporting, sharding
+from rlhf_jax import data, loop, plots, preflight, processes, reporting, sharding
 from rlhf_jax.algorithms import epochs, reading
-from rlhf_jax.models import Model, count_params, lora, round_matrices
+from rlhf_jax.models import Model, count_params, lora, quantized, round_matrices
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
 from rlhf_jax.types import Params, TrainState
 from .. import records
@@ -194,16 +194,13 @@ def memory_line(state: TrainState, idle: Params) -> str:
     state: State of what is trained.
     idle: Nested dict of the arrays, or shapes, of what is not trained.
   """
-
-  def size(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
+  size = preflight.bytes_in_all
   trained = reporting.human_bytes(size((state, state.params)))
   line = f"{trained} for trained params, gradients and optimizer state"
   if size(idle):
     line += f", {reporting.human_bytes(size(idle))} for models that are not trained"
     ways, least = [], size(idle)
-    for dtype in ("bfloat16", "int8"):
+    for dtype in ("bfloat16", *quantized.FORMATS):
       less = size(jax.eval_shape(lambda tree, to=dtype: round_matrices(tree, to), idle))
       if less < least:
         ways.append(f"{reporting.human_bytes(less)} with --model.frozen_dtype={dtype}")

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -57,10 +58,10 @@ class DataConfig:
 
   Attributes:
     path: File of rows: JSON Lines, a JSON array, CSV or Parquet, also compressed; a glob, or
-      several files separated by commas, or `hf://datasets/ORG/NAME[@REVISION]/FILE` of a hub. With
-      weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches take their rows from the files in these
-      shares; files without weights are joined. If path and tfds are empty, the built-in task
-      generates the rows.
+      several files separated by commas, `hf://datasets/ORG/NAME[@REVISION]/FILE` of a hub, or
+      `gs://BUCKET/FILE` in a bucket. With weights, as in `a.jsonl:0.7,b.parquet:0.3`, batches take
+      their rows from the files in these shares; files without weights are joined. If path and tfds
+      are empty, the built-in task generates the rows.
     tfds: Prepared TFDS data set, `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is train.
     tfds_dir: Folder in which the TFDS data set was prepared; empty is the TFDS default.
     eval_path: File of held-out rows; empty holds out a fraction of the rows.
@@ -257,8 +258,13 @@ def load(
 
 def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
   """Returns the name of the tokens of files; empty for rows that are not of files."""
-  specs = [config.path, config.eval_path, *_named_files(config).values()] if config.path else []
-  return stored.key(kind, config, [spec for spec in specs if spec], tokenizer)
+  if not is_given(config):
+    return ""
+  specs = [config.path, config.eval_path, *_named_files(config).values()]
+  paths = [pathlib.Path(path) for spec in specs if spec for path in files.paths_of(spec)]
+  if config.tfds:
+    paths += sources.tfds_files(config.tfds, config.tfds_dir)
+  return stored.key(kind, config, [path.expanduser() for path in paths], tokenizer)
 
 
 def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -> stored.Stored:

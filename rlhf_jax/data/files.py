@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
 
-from rlhf_jax import hub, workdir
+from rlhf_jax import bucket, hub, workdir
 from rlhf_jax.data import sources
 from rlhf_jax.data.sources import DataError, OnBadRow, Row, raise_error
 
@@ -117,6 +117,10 @@ def _matches(name: str, spec: str) -> list[str]:
     )
   if hub.is_name(path):
     return hub.data_files(path)
+  if bucket.is_address(path):
+    if not (copied := bucket.pull_file(path)).exists():
+      raise DataError(f"{name}: the bucket has no such object; check data.path and data.eval_path")
+    return [str(copied)]
   if os.path.exists(path) or not glob.has_magic(path):
     return [path]
   matches = sorted(glob.glob(path, recursive=True))

@@ -4,7 +4,9 @@ A source is strict: it refuses anything that it cannot read as text and names th
 field. A row that is silently wrong costs more than a run that does not start.
 """
 
+import contextlib
 import json
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NamedTuple
@@ -118,19 +120,8 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
     DataError: If the name is malformed or the data set is not there, or from `on_bad_row`.
   """
   name, split = parse_tfds(spec)
-  from tensorflow_datasets.core import read_only_builder
-
-  try:
-    # From the files only: `tfds.data_source` would first import the code that built them, and on a
-    # pod every host would try to download missing files.
-    builder = read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+  with _of_tfds(name, split, data_dir) as builder:
     source: Any = builder.as_data_source(split=split)
-  except Exception as error:  # TFDS raises AssertionError, ValueError and its own types.
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise DataError(
-      f"tfds:{name}:{split}: cannot be read ({reason}); check data.tfds and data.tfds_dir, and "
-      f"prepare it once with `tfds build {name} --file_format=array_record`"
-    ) from error
   for i in range(len(source)):
     where = f"tfds:{name}:{split}[{i}]"
     try:
@@ -140,6 +131,39 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
       yield Row(where, row)
     except DataError as error:
       on_bad_row(error)
+
+
+def tfds_files(spec: str, data_dir: str = "") -> list[pathlib.Path]:
+  """Returns the files that the rows of a prepared TFDS data set are read from.
+
+  Args:
+    spec: `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is "train".
+    data_dir: Folder with the prepared data set; "" is the TFDS default.
+
+  Raises:
+    DataError: If the name is malformed or the data set is not there.
+  """
+  name, split = parse_tfds(spec)
+  with _of_tfds(name, split, data_dir) as builder:
+    shards = {*builder.info.splits[split].filepaths}
+    return [pathlib.Path(path) for path in sorted({*builder.data_path.glob("*.json"), *shards})]
+
+
+@contextlib.contextmanager
+def _of_tfds(name: str, split: str, data_dir: str) -> Iterator[Any]:
+  """Yields the builder of a prepared data set, and raises a DataError where it cannot be used."""
+  from tensorflow_datasets.core import read_only_builder
+
+  try:
+    # From the files only: `tfds.data_source` would first import the code that built them, and on a
+    # pod every host would try to download missing files.
+    yield read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+  except Exception as error:  # TFDS raises AssertionError, ValueError and its own types.
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise DataError(
+      f"tfds:{name}:{split}: cannot be read ({reason}); check data.tfds and data.tfds_dir, and "
+      f"prepare it once with `tfds build {name} --file_format=array_record`"
+    ) from error
 
 
 def parse_tfds(spec: str) -> tuple[str, str]:

@@ -23,14 +23,20 @@ import numpy as np
 from absl import logging
 
 from rlhf_jax import workdir
-from rlhf_jax.data import files
 from rlhf_jax.data.kinds import Arrays, Dataset, Share
 from rlhf_jax.data.tokenizer import Tokenizer
 
 _MAGIC = b"rlhf_jax tokens: "
 _ALIGNMENT = 64  # Bytes; the first line has so many, and the size of the header behind it.
 _DIGEST_BYTES = 32
-_LIBRARIES = ("jinja2", "pyarrow", "tokenizers", "transformers")
+_LIBRARIES = (
+  "array_record",
+  "jinja2",
+  "pyarrow",
+  "tensorflow-datasets",
+  "tokenizers",
+  "transformers",
+)
 
 
 class Stored(NamedTuple):
@@ -47,16 +53,15 @@ class Stored(NamedTuple):
   notices: list[str]
 
 
-def key(kind: str, config: Any, specs: Sequence[str], tokenizer: Tokenizer) -> str:
+def key(kind: str, config: Any, paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> str:
   """Returns the digest of all that the tokens depend on; empty if there is no file to read.
 
   Args:
     kind: Kind of the rows.
     config: Dataclass of the sources and limits.
-    specs: Names of the files in it; see `files.sources_of`.
+    paths: Files of the rows.
     tokenizer: Tokenizer of the rows.
   """
-  paths = [pathlib.Path(path).expanduser() for spec in specs for path in files.paths_of(spec)]
   if not paths or not all(path.is_file() for path in paths):
     return ""  # Whoever reads them says what is wrong.
   code = sorted(pathlib.Path(__file__).parent.glob("*.py"))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from rlhf_jax import sharding
 from rlhf_jax.losses import packing
 from rlhf_jax.losses.logprobs import LazyLogits
-from rlhf_jax.models import attention, experts, int8, lora, precision
+from rlhf_jax.models import attention, experts, lora, precision, quantized
 from rlhf_jax.models.heads import LanguageHead, ScalarHead
 from rlhf_jax.models.transformer import (
   REMAT,
@@ -108,7 +108,7 @@ def _pure(module: Callable[..., nnx.Module], *args):
     return nnx.to_pure_dict(nnx.state(module(*args, rngs=nnx.Rngs(key)), nnx.Param))
 
   def call(params: Params, *inputs):
-    built = nnx.merge(graph, int8.decode(lora.base(params)))
+    built = nnx.merge(graph, quantized.decode(lora.base(params)))
     for (*path, name), value in lora.leaves(params):
       setattr(functools.reduce(getattr, path, built), name, nnx.Param(value))
     return built(*inputs)
@@ -343,16 +343,16 @@ def build(
 def round_matrices(params: Params, dtype: Any) -> Params:
   """Casts the matrices and embeddings, which a model rounds to its computation dtype anyway.
 
-  Norms, biases, adapters and scalar heads, which are computed in float32, keep their dtype. With
-  int8 the matrices of layers are encoded by `int8`, and all others are bfloat16.
+  Norms, biases, adapters and scalar heads, which are computed in float32, keep their dtype. With a
+  key of `quantized.FORMATS` the matrices of layers are encoded, and all others are bfloat16.
   """
-  if jnp.dtype(dtype) == jnp.int8:
-    return int8.encode(round_matrices(params, jnp.bfloat16))
+  if dtype in quantized.FORMATS:
+    return quantized.encode(round_matrices(params, jnp.bfloat16), dtype)
 
   def cast(path, leaf: jax.Array) -> jax.Array:
     *_, group, name = (key.key for key in path)
     is_rounded = name in ("kernel", "embedding", "positions") and group != "score"
-    return leaf.astype(dtype) if is_rounded and leaf.dtype != jnp.int8 else leaf
+    return leaf.astype(dtype) if is_rounded and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax import ranges
-from rlhf_jax.models import int8
+from rlhf_jax.models import quantized
 from rlhf_jax.types import Params
 
 _GROUPS = ("attention", "mlp")
@@ -136,9 +136,9 @@ def _merge_kernel(layer: dict[str, jax.Array]) -> jax.Array:
 def merge(params: Params) -> Params:
   """Merges adapters into the weights: `W + alpha / rank * A B` in place of W.
 
-  The result has the dtype of the adapters if that of W has fewer bits; codes of 8 bits are decoded.
+  The result has the dtype of the adapters if that of W has fewer bits; codes are decoded.
   """
-  params = int8.decode(params)
+  params = quantized.decode(params)
   if "lora_a" in params:
     rest = {name: value for name, value in params.items() if not name.startswith("lora_")}
     return rest | {"kernel": _merge_kernel(params)}

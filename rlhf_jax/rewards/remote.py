@@ -77,7 +77,7 @@ class Service:
     url: Address up to the version, such as http://host:8000/v1.
     model: Name of the model.
     key_variable: Environment variable with the API key; empty sends none.
-    timeout: Seconds for an answer.
+    request_timeout: Seconds that a request may take.
     retries: Number of further tries of a request that failed.
     workers: Number of requests at the same time.
   """
@@ -85,7 +85,7 @@ class Service:
   url: str
   model: str
   key_variable: str = ""
-  timeout: float = 60.0
+  request_timeout: float = 60.0
   retries: int = 3
   workers: int = 8
 
@@ -150,7 +150,11 @@ class Service:
   def _try(self, text: str) -> str:
     """Sends a request once, and follows no redirect: a key is for one host."""
     parts = urllib.parse.urlsplit(self.url)
-    address: dict[str, Any] = {"host": parts.hostname, "port": parts.port, "timeout": self.timeout}
+    address: dict[str, Any] = {
+      "host": parts.hostname,
+      "port": parts.port,
+      "timeout": self.request_timeout,
+    }
     if parts.scheme == "https":
       connection = http.client.HTTPSConnection(**address, context=ssl.create_default_context())
     else:
@@ -159,7 +163,7 @@ class Service:
     headers = {"Content-Type": "application/json"}
     key = self._key()
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
-    end = time.monotonic() + self.timeout
+    end = time.monotonic() + self.request_timeout
     try:
       path = f"{parts.path.rstrip('/')}/chat/completions"
       connection.request("POST", path, json.dumps(body).encode(), headers)

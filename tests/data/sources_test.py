@@ -1,10 +1,14 @@
+import dataclasses
 import json
+import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.data import read_file, sources
+from rlhf_jax import data
+from rlhf_jax.data import DataConfig, datasets, read_file, sources, word_level_tokenizer
 from rlhf_jax.data.sources import DataError, read_builtin, read_tfds
 
 GOOD = b'{"prompt": "a"}\n'
@@ -165,6 +169,38 @@ def test_tfds_without_tensorflow(tfds_dir):
   }
   assert all(type(value) is int for value in fields["ids"])
   assert len(list(read_tfds("small_pairs:train[:10%]", tfds_dir))) == 2
+
+
+def test_tokens_of_tfds_are_kept_for_the_files_of_their_split(tfds_dir, tmp_path, monkeypatch):
+  folder = shutil.copytree(tfds_dir, tmp_path / "copy")
+  tokenizer = word_level_tokenizer(["é", *map(str, range(20))])
+  config = DataConfig(tfds="small_pairs:train", tfds_dir=str(folder))
+  reads, real = [], datasets._load
+  monkeypatch.setattr(datasets, "_load", lambda *args: reads.append(args) or real(*args))
+
+  def read(of=config):
+    return data.load("prompts", of, tokenizer, cache=tmp_path / "tokens")
+
+  def change(pattern):
+    (path,) = folder.rglob(pattern)
+    path.write_bytes(path.read_bytes() + b" ")
+
+  first, again = read(), read()
+  for found, mapped in zip(first, again, strict=True):
+    assert [*map(repr, found.rows)] == [*map(repr, mapped.rows)]
+    jax.tree.map(np.testing.assert_array_equal, [*found.examples], [*mapped.examples])
+  assert len(reads) == 1
+  change("*bad.array_record*")
+  read()
+  assert len(reads) == 1
+  read(dataclasses.replace(config, tfds="small_pairs:train[:50%]"))
+  assert len(reads) == 2
+  change("dataset_info.json")
+  read()
+  assert len(reads) == 3
+  key = datasets._key("prompts", config, tokenizer)
+  change("*train.array_record*")
+  assert datasets._key("prompts", config, tokenizer) != key
 
 
 def test_tfds_errors(tfds_dir):

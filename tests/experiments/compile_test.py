@@ -84,19 +84,18 @@ def test_the_memory_of_what_is_not_trained_falls_as_the_panel_promises(preset, a
   """PPO with a reward model and a critic of the size of the policy; its reference is the start."""
   held = {
     dtype: traced("ppo", f"--model.preset={preset}", f"--model.frozen_dtype={dtype}")["update"]
-    for dtype in ("float32", "bfloat16")
+    for dtype in ("float32", "bfloat16", "nf4")
   }
   idle = {dtype: {name: of[name] for name in ("reference", "reward")} for dtype, of in held.items()}
-  sizes = {
-    dtype: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(of)) for dtype, of in idle.items()
-  }
+  sizes = {dtype: preflight.bytes_in_all(of) for dtype, of in idle.items()}
   line = training.memory_line(held["float32"]["state"], idle["float32"])
-  whole, half = (reporting.human_bytes(sizes[dtype]) for dtype in held)
+  whole, half, eighth = (reporting.human_bytes(sizes[dtype]) for dtype in held)
   assert f"{whole} for models that are not trained ({half} with --model.frozen" in line
+  assert f" {eighth} with --model.frozen_dtype=nf4)" in line
   assert sizes["bfloat16"] / sizes["float32"] == pytest.approx(0.5, abs=0.001)
   memory = {dtype: preflight.bytes_per_device(of) for dtype, of in held.items()}
-  promised = (sizes["float32"] - sizes["bfloat16"]) / 2  # Over two devices of fsdp.
-  assert memory["float32"] - memory["bfloat16"] == promised
+  for dtype in ("bfloat16", "nf4"):  # Over two devices of fsdp.
+    assert memory["float32"] - memory[dtype] == (sizes["float32"] - sizes[dtype]) / 2
 
 
 def test_sampling_on_other_devices_is_not_compiled_for(absent):

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -326,11 +327,30 @@ def publish_hh(shared, folder):
         file.write(json.dumps(sides) + "\n")
 
 
+# Of a model that may think before each answer.
+TEMPLATE = """{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}
+{{ message.content }}{{ eos_token }}{% endgeneration %}{% else %}
+{{ message.role }}: {{ message.content }}{% if not enable_thinking %} Quick!{% endif %}{% endif %}
+{% endfor %}"""
+
+
+def write_chats(shared, model):
+  """Writes chats of three answers, and a model whose template marks them."""
+  shutil.copytree(shared / "models/stories260k", model)
+  (model / "chat_template.jinja").write_text(TEMPLATE.replace("\n", ""))
+  asked, told = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A cat."}
+  rows = [{"messages": [asked, told] * 3, "number": i} for i in range(16)]
+  pathlib.Path("chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("commands", on_files(), ids=lambda commands: name_of(commands[0]))
 def test_commands_on_files_run(commands, run_short, shared):
   pathlib.Path("data").symlink_to(shared / "data")
-  pathlib.Path("model").symlink_to(shared / "models/stories260k")
+  if "--data.path=chats.jsonl" in commands[0]:
+    write_chats(shared, pathlib.Path("model"))
+  else:
+    pathlib.Path("model").symlink_to(shared / "models/stories260k")
   # The model of the tests was made for 512 tokens.
   more: dict[str, str | int] = {"data.end_token": "<s>", "data.rows": 16, "model.extrapolate": 1}
   if "hh/train.jsonl" in " ".join(commands[0]):

@@ -252,7 +252,7 @@ def test_the_reward_of_segments_of_the_page(folder, monkeypatch):
 def test_a_reward_that_turns_bad_ends_the_run(folder, run_script, sft_run, name, code, message):
   (folder / "my_rewards.py").write_text(REWARDS)
   flags = (f"--init_from={sft_run}", f"--reward.name=my_rewards:{name}", *SAMPLED)
-  flags += ("--reward.timeout_seconds=2",) if name == "hung" else ()
+  flags += ("--reward.function_timeout=2",) if name == "hung" else ()
   finished = run_script("ppo", folder / "run", *flags)
   assert finished.code == code, finished.output
   assert re.match(message, finished.output.splitlines()[-1]), finished.output

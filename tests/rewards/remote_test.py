@@ -25,7 +25,7 @@ def answer_in(text):
 
 
 def score(url, responses=ANSWERS, **options):
-  service = rewards.Service(url, "tiny", **{"timeout": 5.0, "retries": 2, **options})
+  service = rewards.Service(url, "tiny", **{"request_timeout": 5.0, "retries": 2, **options})
   return rewards.ask(rewards.remote_reward(service), PROMPTS, responses, rows=ROWS)
 
 
@@ -64,7 +64,7 @@ def test_a_service_that_keeps_failing():
   assert caught.value.exit_code == 69
   with serving(lambda text, nth: "5", delay=0.5) as (url, _, _):
     with pytest.raises(rewards.ServiceError, match="timed out"):
-      score(url, timeout=0.05, retries=0)
+      score(url, request_timeout=0.05, retries=0)
 
 
 def test_one_lost_answer_of_many_is_not_a_number():

@@ -55,7 +55,10 @@ def test_an_ensemble_is_a_list_of_folders():
     ({"url": "http://host/v1"}, "^model must name the model of url"),
     ({"model": "tiny"}, "^model and key_variable are those of url"),
     ({"url": "host", "model": "tiny"}, "^url must be http://HOST/v1"),
-    ({"url": "http://host/v1", "model": "m", "timeout": 0.0}, "^timeout must be positive"),
+    (
+      {"url": "http://host/v1", "model": "m", "request_timeout": 0.0},
+      "^request_timeout must be positive",
+    ),
     (
       {"url": "http://host/v1", "model": "m", "weights": (1.0, 2.0)},
       "^weights has 2 numbers for 1",

@@ -157,10 +157,10 @@ def test_the_panel_counts_what_is_not_trained():
   rounded = jax.eval_shape(
     lambda: round_matrices(jax.tree.map(lambda x: jnp.zeros(x.shape), reference), "bfloat16")
   )
-  layers = {"start": {"layers": trained}}  # A byte per weight, and two for each 128 of them.
-  small = (
-    " (512.00 KiB with --model.frozen_dtype=bfloat16, 260.00 KiB with --model.frozen_dtype=int8)"
-  )
+  layers = {"start": {"layers": trained}}  # Two bytes more for each 128 or 64 weights.
+  sizes = {"bfloat16": "512.00", "int8": "260.00", "nf4": "136.00"}
+  ways = [f"{size} KiB with --model.frozen_dtype={dtype}" for dtype, size in sizes.items()]
+  small = f" ({', '.join(ways)})"
   assert training.memory_line(state, layers) == (
     f"{words}, 1.00 MiB for models that are not trained{small}{end}"
   )

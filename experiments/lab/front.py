@@ -37,7 +37,7 @@ def read(workdir: pathlib.Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 
 def rows(summaries: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, ...]]:
   """Returns the rows of the table: means over the seeds, of rewards with 95 % intervals."""
-  new = []
+  new: list[tuple[str, ...]] = []
   for name in [stages.START, *(x for x in stages.read_by(COMPARED) if x != stages.START)]:
     on, shifted = ([summary[name] for summary in of] for of in zip(*summaries, strict=True))
     means = (f"{_mean(on, key):.{1 if key == 'kl' else 2}f}" for key in COLUMNS.values())

@@ -32,7 +32,7 @@ import sys
 
 from rlhf_jax import entry, loop, reporting
 from rlhf_jax import workdir as workdir_lib
-from .lab import claims, methods, stages
+from .lab import claims, front, methods, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ def measure(config: Config) -> None:
   reporting.write_summary(workdir, summary)
   for path in map(pathlib.Path, config.page):
     page = methods.fill(path.read_text(encoding="utf-8"), results)
-    workdir_lib.atomic_write(path, claims.fill(page, numbers))
+    page = front.fill(claims.fill(page, numbers), front.read(workdir))
+    workdir_lib.atomic_write(path, page)
   if failed:
     sys.exit("\n".join(failed))
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from experiments.lab import claims, methods, stages
+from experiments.lab import claims, front, methods, stages
 
 EMPTY = "a\n<!-- claims -->\n<!-- end of claims -->\nb\n"
 
@@ -38,6 +38,7 @@ def test_a_claim_compares_runs_that_there_are(claim):
 
 def test_every_arm_is_in_a_claim_or_read_by_one():
   used = {name for of in claims.CLAIMS for name in (of.plain, of.method, of.judgement) if name}
+  used |= {front.COMPARED, front.SHIFTED}
   arms = {line["name"] for line in stages.lines("arms.csv")}
   assert arms <= {*stages.with_needed([*used])}
   assert not arms & {*methods.METHODS}
@@ -105,3 +106,22 @@ def test_the_page_shows_the_tables(repository):
   assert claims.fill(text, {}) == text
   for name in ("claims", "arms"):
     assert text.count(f"<!-- {name} -->\n") == 1
+
+
+def test_the_front_is_the_mean_over_the_seeds_that_have_both_comparisons(tmp_path):
+  page = "<!-- tax -->\n| old |\n<!-- end of tax -->\n"
+  assert front.fill(page, front.read(tmp_path)) == page
+  names = ["sft", *stages.read_by(front.COMPARED)]
+  for seed in range(3):
+    for stage in (front.COMPARED, front.SHIFTED)[: 1 if seed == 2 else 2]:
+      gold = {"sft": 4.0, "ppo": 7.0}
+      summary = {
+        name: dict.fromkeys(front.COLUMNS.values(), 0.5 + seed)
+        | {"gold/mean": (x := gold.get(name, 6.0) + seed), "gold/mean_low": x - 0.3}
+        | {"gold/mean_high": x + 0.3}
+        for name in names
+      }
+      finish(tmp_path / f"seed_{seed}", stage, summary)
+  filled = front.fill(page, front.read(tmp_path))
+  assert "| PPO | 7.50 ± 0.21 | 7.50 ± 0.21 | 1.0 | 1.00 | 1.00 | 1.00 |" in filled
+  assert "| PPO with 0.2 of SFT | 6.50 ± 0.21 |" in filled and filled.count("\n") == 9

@@ -7,12 +7,16 @@ from experiments.lab.methods import METHODS
 from tests.testing import read_flags
 
 
+# Scripts that read the start by another flag than --init_from.
+BASES = {"evaluate": "baseline", "merge": "base"}
+
+
 @pytest.mark.parametrize("name", stages.COMMANDS)
 def test_the_script_of_a_line_accepts_its_flags(name, tmp_path):
   script, *flags = stages.words(name, tmp_path, seed=1)
   read = read_flags(script, flags)
   assert read.workdir == str(tmp_path / name)
-  starts = {"sft": [], "evaluate": [f"--baseline={tmp_path}/sft"]}
+  starts = {"sft": [], **{of: [f"--{flag}={tmp_path}/sft"] for of, flag in BASES.items()}}
   expected = starts.get(script.rpartition(".")[2], [f"--init_from={tmp_path}/sft"])
   assert [flag for flag in flags[1:] if flag.endswith(f"={tmp_path}/sft")] == expected
   assert not any("$" in flag for flag in flags)

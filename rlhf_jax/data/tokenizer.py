@@ -506,9 +506,11 @@ class Tokenizer:
 
   def spelled_marker(self, prompt: Prompt, answers: Sequence[str]) -> str:
     """Describes a marker of a chat in a text, which is read as plain text; empty if none is."""
-    contents = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
-    for text in contents:
-      if marker := self._markers_in_prompts.find(text):
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    for turn in turns:
+      of_answer = turn["role"] == "assistant"
+      markers = self._markers_in_answers if of_answer else self._markers_in_prompts
+      if marker := markers.find(turn["content"]):
         return f"the prompt spells {marker!r}, which is read as plain text"
     for text in answers:
       if marker := self._markers_in_answers.find(self._continued(text)):

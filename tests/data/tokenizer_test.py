@@ -470,6 +470,8 @@ def test_spelled_markers_are_noticed(template, text, noticed):
   assert tok.spelled_marker(text, ["hello"]) == said
   assert tok.spelled_marker(messages_of([("user", "hello"), ("user", text)]), []) == said
   of_answer = tok.spelled_marker("hello", ["hello", text])
+  before = messages_of([("user", "hello"), ("assistant", text), ("user", "hello")])
+  assert bool(tok.spelled_marker(before, [])) is bool(of_answer)
   if template == "thinking":  # A word of the model.
     assert not of_answer
   else:

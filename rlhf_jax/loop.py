@@ -81,6 +81,11 @@ class Session(processes.Group):
       raise ValueError("workdir is empty; give the folder of the run, or . for the current one")
     if not 0 <= self.seed < SEEDS:
       raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
+    if "://" in self.token_cache:
+      raise ValueError(
+        f"token_cache must be a folder of this machine, whose files are mapped into memory, or none;"
+        f" got {self.token_cache}"
+      )
     for name in self.trackers:
       if name not in writers.TRACKERS:
         known = ", ".join(sorted(writers.TRACKERS))

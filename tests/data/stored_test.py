@@ -344,6 +344,11 @@ def test_the_folder_is_beside_the_workdir(tmp_path, monkeypatch, read, given, fo
   assert folder is None or len(files_in(tmp_path / folder)) == 1
 
 
+def test_tokens_are_not_kept_in_a_bucket():
+  with pytest.raises(ValueError, match="token_cache must be a folder of this machine"):
+    loop.Session("run", token_cache="gs://runs/tokens")
+
+
 def test_the_built_in_task_keeps_nothing(tmp_path):
   session, config = loop.Session(str(tmp_path / "run")), DataConfig(rows=8, eval_rows=4)
   given_rows.read(session, "prompts", config, models.open_tokenizer(None))

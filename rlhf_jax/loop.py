@@ -83,7 +83,7 @@ class Session(processes.Group):
       raise ValueError(f"seed must be in [0, 2**32), got {self.seed}")
     if "://" in self.token_cache:
       raise ValueError(
-        f"token_cache must be a folder of this machine, whose files are mapped into memory, or none;"
+        "token_cache must be none or a folder of this machine, whose files are mapped into memory;"
         f" got {self.token_cache}"
       )
     for name in self.trackers:

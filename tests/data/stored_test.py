@@ -345,7 +345,7 @@ def test_the_folder_is_beside_the_workdir(tmp_path, monkeypatch, read, given, fo
 
 
 def test_tokens_are_not_kept_in_a_bucket():
-  with pytest.raises(ValueError, match="token_cache must be a folder of this machine"):
+  with pytest.raises(ValueError, match="token_cache must be none or a folder of this machine"):
     loop.Session("run", token_cache="gs://runs/tokens")
 
 

@@ -6,7 +6,6 @@ from experiments.lab import stages
 from experiments.lab.methods import METHODS
 from tests.testing import read_flags
 
-
 # Scripts that read the start by another flag than --init_from.
 BASES = {"evaluate": "baseline", "merge": "base"}
 

@@ -101,8 +101,10 @@ def settle(run_folder: str | os.PathLike[str], values: Iterable[Any]) -> None:
     values: Values of its settings; names may be in lists, with weights.
   """
   names = {name for value in values for name in _names(value)}
-  folder = os.path.abspath(os.path.expanduser(run_folder))
-  if not names or _SETTLED.get(folder, set()) >= names:
+  if not names:
+    return
+  folder = os.fspath(workdir.local_path(run_folder))
+  if _SETTLED.get(folder, set()) >= names:
     return
 
   def find() -> dict[str, str]:

@@ -145,16 +145,20 @@ def test_data_of_a_hub(server):
   assert not any("script.py" in path for path in server.asked)
 
 
-def test_a_resumed_run_reads_its_commit(server, tmp_path):
-  run, settings = tmp_path / "run", {"model.path": "hf://me/model", "data.path": "x", "steps": 3}
-  hub.settle(run, settings.values())
+@pytest.mark.parametrize("address", ["", "gs://runs/team/ppo"])
+def test_a_resumed_run_reads_its_commit(server, tmp_path, monkeypatch, address):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(hub.workdir, "_copied", lambda folder: folder)  # Nothing is in the bucket.
+  run = hub.workdir.local_path(address or tmp_path / "run")
+  settings = {"model.path": "hf://me/model", "data.path": "x", "steps": 3}
+  hub.settle(address or run, settings.values())
   digests = models.digests({"model.path": "hf://me/model"})
   assert digests["commit of hf://me/model"] == FIRST
   assert len(digests["files of --model.path"]) == 64
-  run.mkdir()
+  run.mkdir(parents=True)
   (run / "identity.json").write_text(json.dumps(digests))
   server.repos["me/model"]["main"] = (SECOND, MODEL)
-  for folder, commit in ((run, FIRST), (tmp_path / "new", SECOND)):
+  for folder, commit in ((address or run, FIRST), (tmp_path / "new", SECOND)):
     forget()
     hub.settle(folder, settings.values())
     assert models.finished_folder("hf://me/model").name == commit

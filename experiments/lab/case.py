@@ -18,7 +18,7 @@ from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
-from . import models, responses, training
+from . import costs, models, responses, training
 from .workbench import Workbench
 
 Shapes = Any  # Shapes and shardings instead of arrays.
@@ -122,9 +122,8 @@ class Case(NamedTuple):
     *shape, length = rows.mask.shape
     model, count = self.bench.model, math.prod(shape)
     flops = self.forward(model, count, length, scored=scored)
-    if isinstance(rows, SharedBatch):  # Attention is that of separate rows.
-      saved = count * length - rows.tokens.size
-      flops -= 2 * saved * preflight.matrices(model.config, model.config.experts_per_token)
+    if isinstance(rows, SharedBatch):
+      flops -= costs.shared_flops(model.config, costs.shared_tokens(rows))
     return flops
 
   def training_work(self, flops: float) -> preflight.Work:

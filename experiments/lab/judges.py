@@ -443,12 +443,16 @@ def _reward_of(
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
     try:
+      given = data.given_prompts(
+        prompts.rows, prompts.ignored, prefer_messages=read_by.has_chat_template
+      )
+      for prompt in given:
+        if not isinstance(prompt, str):  # Turns of tools, which its template may leave out.
+          read_by.require_prompt(prompt)
       return rewards.rendered_reward(
         model.apply,
         params,
-        data.given_prompts(
-          prompts.rows, prompts.ignored, prefer_messages=read_by.has_chat_template
-        ),
+        given,
         tokenizer.batch_decode,
         read_by.encode_texts,
         place=lambda rows: sharding.place_batch(rows, run.mesh),

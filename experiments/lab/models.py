@@ -202,7 +202,7 @@ def require_other_folder(workdir: str, folder: pathlib.Path | None) -> None:
   if folder is None:
     return
   folder = folder.resolve()
-  taken = (folder, folder.parent) if folder.name == EXPORT else (folder,)
+  taken = (folder, folder.parent) if folder.name in (EXPORT, ADAPTER) else (folder,)
   if folder.parent.name == EXPORTS:
     taken += (folder.parents[1],)
   if workdir_lib.local_path(workdir).resolve() in taken:

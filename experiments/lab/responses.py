@@ -150,6 +150,18 @@ def require_devices(options: RolloutOptions) -> None:
     )
 
 
+def require_scores(shaping: shaped.ShapingConfig, reward: rewards.Parts) -> None:
+  """Refuses to shape the scores of a reward that gives none, but rewards of segments."""
+  given = [name for name in ("function", "normalize", "clip") if getattr(shaping, name)]
+  if not given or reward.tokens is None or reward.named is not None:
+    return
+  if not np.any(np.nan_to_num(sharding.to_host(reward.scores))):
+    raise flags.UsageError(
+      f"--shaping.{given[0]} changes the scores of responses, and the reward gives none, but"
+      " rewards of their segments; leave it out"
+    )
+
+
 class Responses(NamedTuple):
   """B scored responses.
 
@@ -296,6 +308,7 @@ class Responder:
     """Scores responses, and with `shaping.function` those of the reference to the prompts."""
     bench = self._bench
     ids, reward = self._score(*sampled, self._watches[0])
+    require_scores(self._shaping, reward)
     ref_scores = None
     if self._shaping.function:
       answers = self.sample_reference(bench.reshard()(bench.start), *prompts, key)

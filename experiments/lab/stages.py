@@ -79,5 +79,6 @@ def read_summary(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
 
 def seeds(workdir: pathlib.Path) -> dict[int, pathlib.Path]:
   """Returns the folders of the seeds below a workdir, in order."""
-  folders = workdir.glob("seed_*")
-  return dict(sorted((int(folder.name.removeprefix("seed_")), folder) for folder in folders))
+  names = [folder.name.removeprefix("seed_") for folder in workdir.glob("seed_*")]
+  numbers = sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+  return {number: workdir / f"seed_{number}" for number in numbers}

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, hub, loop, processes, user
+from rlhf_jax import bucket, data, flags, hub, loop, processes, user
 from rlhf_jax import workdir as workdir_lib
 from ..lab import scripts
 
@@ -166,15 +166,25 @@ def software(mesh: jax.sharding.Mesh) -> dict[str, str]:
   }
 
 
+def _run_of(path: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
+  """Returns the folder of the run that a model is from, and whether the model is its final one."""
+  folder = workdir_lib.local_path(path)
+  if "@" in folder.name and not bucket.is_there(folder):  # RUN@STEP
+    return workdir_lib.local_path(str(path).rpartition("@")[0]), False
+  ends = {"export": True, "adapter": True, "exports": False}
+  for run, inside in ((folder.parent, folder.name), (folder.parent.parent, folder.parent.name)):
+    if inside in ends and (run / "identity.json").exists():
+      return run, ends[inside]
+  return folder, True
+
+
 def read(path: str | pathlib.Path, depth: int = 0) -> Record:
   """Reads the record of a run, with its `path` and its final metrics as `summary`.
 
-  The record has only the path for a Hugging Face folder, a missing folder, or a folder that these
-  scripts did not write.
+  A model of one of its steps has none of these metrics. The record has only the path for a Hugging
+  Face folder, a missing folder, or a folder that these scripts did not write.
   """
-  folder = workdir_lib.local_path(path)
-  if folder.name == "export" and (folder.parent / "identity.json").exists():
-    folder = folder.parent
+  folder, is_final = _run_of(path)
   record = read_json(folder / RECORD)
   if not record:
     # A run that was stopped before it wrote one, or an older one.
@@ -187,7 +197,7 @@ def read(path: str | pathlib.Path, depth: int = 0) -> Record:
     if not record.get("script") and (folder / "config.json").exists():
       record["pretrained"] = True
     record["sources"] = sources_of(record["settings"], depth)
-  summary = numbers(read_json(folder / "summary.json"))
+  summary = numbers(read_json(folder / "summary.json")) if is_final else {}
   return _tidy(record | {"path": str(path), "summary": summary})
 
 
@@ -207,7 +217,7 @@ def sources_of(settings: Mapping[str, Any], depth: int = 0) -> list[Record]:
     for path in paths_in(settings, flag):
       if hub.is_name(path):
         sources.append(_tidy({"path": hub.pinned(path), "pretrained": True}) | {"role": role})
-      elif "://" not in path:
+      elif "://" not in path or bucket.is_address(path):
         record = read(path, depth + 1)
         record.pop("settings", None)  # `changed` says what is worth saying.
         sources.append(record | {"role": role})

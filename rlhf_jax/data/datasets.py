@@ -518,7 +518,9 @@ def _parse(
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
   if kind in _JUDGED:
     of_sources = itertools.groupby(rows, key=lambda row: row.source)
-    rows = iter([row for _, group in of_sources for row in formats.joined(list(group))])
+    rows = iter(
+      [row for _, group in of_sources for row in formats.joined(list(group), config.ignore)]
+    )
   parsed = []
   for row in rows:
     try:

@@ -83,15 +83,19 @@ def normalized(row: Row, chat: bool) -> tuple[Row, frozenset[str]]:
   return row._replace(fields={**rest, **of.read(row, chat)}), taken
 
 
-def joined(rows: Sequence[Row]) -> list[Row]:
+def joined(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[Row]:
   """Joins rows that score one response each into a row per prompt with `responses`.
 
   Rows without a score stay as they are.
+
+  Args:
+    rows: The rows.
+    ignored: Columns that are no scores.
   """
   groups: dict[str, Row] = {}
   result: list[Row] = []
   for row in rows:
-    score = score_of(row.fields)
+    score = score_of({name: value for name, value in row.fields.items() if name not in ignored})
     if score is None:
       result.append(row)
       continue

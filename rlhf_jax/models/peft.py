@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -98,13 +99,14 @@ def read(folder: pathlib.Path) -> dict[str, Adapter]:
       raise ModelFolderError(f"{folder / CONFIG}: {name} is {found!r}; only {allowed[0]!r} is read")
   try:
     tensors = safetensors.numpy.load_file(path)
-  except (OSError, KeyError, safetensors.SafetensorError) as error:
+  except (OSError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
     raise ModelFolderError(f"{path}: not a readable safetensors file: {error}") from None
   factors: dict[str, dict[str, np.ndarray]] = {}
   for name, value in tensors.items():
     match = _NAME.fullmatch(name)
-    if match is None or value.ndim != 2:
-      raise ModelFolderError(f"{path}: {name} {value.shape} is no factor of a linear layer")
+    if match is None or value.ndim != 2 or not jnp.issubdtype(value.dtype, jnp.floating):
+      of = f"{value.dtype}{[*value.shape]}"
+      raise ModelFolderError(f"{path}: {name}, {of}, is no factor of a linear layer")
     factors.setdefault(match["module"], {})[match["side"]] = value.astype(np.float32)
   found = {}
   for module, sides in factors.items():

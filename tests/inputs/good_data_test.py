@@ -422,6 +422,16 @@ def test_rows_with_one_scored_response_each_are_joined(tmp_path):
   assert len(train.examples) == len(rows)
 
 
+@pytest.mark.parametrize(("ignore", "best"), [((), 2), (("score",), 3), (("helpfulness",), 2)])
+def test_scores_that_are_left_out_order_nothing(tmp_path, ignore, best):
+  rows = [{**scored(text(1), text(n), n), "score": -n} for n in (2, 3)]
+  config = DataConfig(path=write(tmp_path, rows), eval_fraction=0, ignore=ignore)
+  assert data.comparison_kind(config) == "rankings"
+  train, _ = data.load("preferences", config, TOKENIZER)
+  assert [TOKENIZER.decode(e["chosen"]) for e in train.examples] == [text(best)]
+  assert train.rows[0]["prompt"] == text(1)
+
+
 def test_a_chat_template_gets_the_same_turns_from_published_and_from_clean_rows(shared):
   """The files of real rows were cut from the published ones; cutting them here gives the same."""
   path = shared / "data" / "preference" / "hh_helpful_test.jsonl"

@@ -122,6 +122,10 @@ BAD = [
   ({"settings": {"lora_alpha": "much"}}, "lora_alpha is 'much', expected a number"),
   ({"settings": {"base_model_name_or_path": "org/model"}}, "is no folder of a model here"),
   ({"tensors": {"base_model.model.x.weight": ZEROS}}, "is no factor of a linear layer"),
+  (
+    {"tensors": {"base_model.model.x.lora_A.weight": ZEROS.astype(np.int8)}},
+    r"x.lora_A.weight, int8\[2, 2\], is no factor",
+  ),
   ({"tensors": {"base_model.model.x.lora_A.weight": ZEROS}}, "x needs two factors of one rank"),
   (
     {"tensors": {f"base_model.model.x.lora_{side}.weight": ZEROS for side in "AB"}},

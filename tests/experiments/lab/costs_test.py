@@ -7,7 +7,7 @@ import pytest
 from experiments.lab import costs
 from rlhf_jax import preflight
 from rlhf_jax.models import ModelConfig
-from rlhf_jax.types import Rollout, TokenBatch
+from rlhf_jax.types import Rollout, SharedBatch, TokenBatch
 
 CONFIG = ModelConfig(
   vocab_size=50, width=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp_width=32
@@ -34,6 +34,16 @@ def test_each_token_is_counted_once_per_pass(batch, options, forward, times):
     preflight.forward_flops(CONFIG, rows, length, scored=scored) for rows, length, scored in forward
   )
   assert costs.training_flops(CONFIG, batch, **options) == times * expected
+
+
+@pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: {"pairs": batch, "x": 1}])
+@pytest.mark.parametrize("scored", [None, 3])
+def test_a_shared_prompt_is_counted_once_but_for_attention(wrap, scored):
+  pairs = TokenBatch(np.zeros((4, 2, 10), np.int32), np.zeros((4, 2, 10), bool))
+  shared = SharedBatch(np.zeros((4, 14), np.int32), pairs.mask, pairs.tokens)
+  counted = costs.training_flops(CONFIG, wrap(shared), scored=scored)
+  saved = 3 * 2 * 4 * (2 * 10 - 14) * preflight.matrices(CONFIG, 0)
+  assert counted == costs.training_flops(CONFIG, wrap(pairs), scored=scored) - saved
 
 
 def test_a_step_is_the_same_but_for_its_metric():

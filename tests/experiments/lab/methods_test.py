@@ -54,6 +54,7 @@ def test_results_are_those_of_finished_runs(tmp_path):
     write(tmp_path / f"seed_{seed}", "dpo", 2.0, summary(5.0 + seed, rate))
   write(tmp_path / "seed_0", "kto", 2.0)  # It failed.
   write(tmp_path / "seed_1", "ppo", 3.0, summary(6.0, 0.75))
+  write(tmp_path / "seed_0_old", "dpo", 2.0, summary(9.0, 0.9))  # It is no seed.
   results = methods.read(tmp_path)
   assert results["dpo"][1] == pytest.approx(Result(6.0, 0.8, 0.77, 0.83, 5.0, 2.0))
   assert results["sft"][0] == Result(4.0, 0.5, 0.5, 0.5, 0.0, 1.5)

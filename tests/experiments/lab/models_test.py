@@ -75,6 +75,9 @@ def test_adapters_have_a_tokenizer_of_their_own_or_that_of_their_base(tmp_path, 
   with pytest.raises(hf.ModelFolderError, match="its tokenizer is not that of the policy"):
     models.require_tokens_of(adapter, of_base)
   assert averaging.kind_of(adapter) == "a language model"
+  models.require_other_folder(str(tmp_path / "run"), adapter)
+  with pytest.raises(flags.UsageError, match="holds the model to start from"):
+    models.require_other_folder(str(tmp_path), adapter)
 
 
 def test_what_is_no_policy_and_what_is_no_judge(open_bench, sft_run, reward_run, preference_run):

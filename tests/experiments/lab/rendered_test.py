@@ -175,6 +175,30 @@ def test_what_is_refused(name, fields, message, open_bench, tmp_path):
     reward_of(bench.train_set)
 
 
+@pytest.mark.parametrize("template", [None, "chat", "silent"])
+def test_turns_of_tools_reach_it_or_are_refused(template, open_bench, tmp_path):
+  silent = CHAT.replace("%}<|{{", "if m['role'] != 'tool' %}<|{{", 1)
+  own = folder_of(tmp_path / "judge", "chat" if template else "plain")[2]
+  if template == "silent":
+    own.chat_template = silent
+    own.save_pretrained(tmp_path / "judge")
+  bench, reward_of = opened(open_bench, tmp_path / "judge")
+  turns = [("user", "write"), ("assistant", "call"), ("tool", "ten")]
+  asked = [{"role": role, "content": text} for role, text in turns]
+  prompts = bench.train_set._replace(rows=[{"messages": asked}])
+  rollout = rollout_of(bench.tokenizer.encode_responses(["i do ."]))
+  if template != "chat":
+    with pytest.raises(data.DataError, match="--reward.path=.*turns of the role 'tool'"):
+      reward_of(prompts)
+    return
+  other = [*asked[:2], {"role": "tool", "content": "two"}]
+  scores = [
+    reward_of(prompts._replace(rows=[{"messages": of}]))(rollout, np.array([0]))
+    for of in (asked, other)
+  ]
+  assert scores[0] != scores[1]
+
+
 @full
 def test_it_drives_ppo(start_here, sft_run, tmp_path):
   folder_of(tmp_path / "judge", "chat")

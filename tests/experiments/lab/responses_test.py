@@ -334,6 +334,25 @@ def test_impossible_options_are_refused(options, message):
     RolloutOptions(**options)
 
 
+@pytest.mark.parametrize("given", [{"function": "par"}, {"normalize": True}, {"clip": 1.0}, {}])
+def test_shaping_is_of_scores(given):
+  shaping, tokens = ShapingConfig(**given), np.ones((2, 3))
+  both = rewards.weighted(
+    {"a": rewards.Parts(np.zeros(2)), "b": rewards.Parts(np.zeros(2), tokens)}, [1, 1]
+  )
+  for reward in (
+    rewards.Parts(np.zeros(2)),
+    rewards.Parts(np.array([0, 1.0]), tokens),
+    both,
+  ):
+    responses.require_scores(shaping, reward)
+  segments = rewards.Parts(np.array([0, np.nan]), tokens)
+  if not given:
+    return responses.require_scores(shaping, segments)
+  with pytest.raises(flags.UsageError, match=f"--shaping.{next(iter(given))} changes .* leave it"):
+    responses.require_scores(shaping, segments)
+
+
 def test_sampling_must_leave_a_device_to_learn_with():
   responses.require_devices(RolloutOptions(devices=7, importance_cap=2.0))
   with pytest.raises(flags.UsageError, match="--rollout.devices=8 leaves none of the 8 devices"):

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import sft
 from experiments.records import card, record
-from rlhf_jax import flags
+from rlhf_jax import bucket, flags
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
@@ -43,6 +43,31 @@ def test_lineage_goes_back_to_the_pretrained_model(tmp_path):
   lineage = card.card(found, CONFIG).partition("## Lineage")[2]
   assert lineage.count(f"started from: `{base}`") == 2
   assert "accuracy` 0.75" in lineage and "`d1g35t`" in lineage
+
+
+@pytest.mark.parametrize("name", ["@3", "@best", "/exports/3", "/adapter", "/export", ""])
+@pytest.mark.parametrize("address", ["", "gs://runs/team/"])
+def test_lineage_through_any_model_of_a_run(tmp_path, monkeypatch, name, address):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+  def copied(folder):  # As from a bucket, where a pull makes a folder even of what is not there.
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".bucket.json").touch()
+    return folder
+
+  monkeypatch.setattr(record.workdir_lib, "_copied", copied)
+  base = tmp_path / "models--org--base-1B" / "snapshots" / "0a1b"
+  base.mkdir(parents=True)
+  (base / "config.json").write_text("{}")
+  folder = bucket.folder_of(f"{address}sft") if address else tmp_path / "sft"
+  write_run(folder, "sft", {"eval/loss": 1.25}, model={"path": str(base)})
+  start = f"{address or tmp_path}{'' if address else '/'}sft{name}"
+  found = record.read(write_run(tmp_path / "dpo", "dpo", {"kl": 2.0}, init_from=start))
+  (source,) = found["sources"]
+  assert (source["script"], source["path"]) == ("sft", start)
+  is_final = name in ("/adapter", "/export", "")
+  assert source["summary"] == ({"eval/loss": 1.25} if is_final else {})
+  assert card.base_model(found) == "org/base-1B"
 
 
 def test_a_model_that_began_at_random_has_no_base_model(tmp_path):

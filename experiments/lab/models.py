@@ -65,7 +65,8 @@ class ModelOptions:
     frozen_dtype: Dtype of the matrices of what is not trained: the reference, reward models,
       judges, teachers, opponents, and the model below adapters. `bfloat16` halves their memory.
       With --model.dtype=bfloat16 it changes no result. `int8` takes half of that for the matrices
-      of layers, whose weights are rounded to 255 levels, and `nf4` a quarter, with 16 levels.
+      of layers, whose weights are rounded to 255 levels, with hardly a loss. `nf4` takes a quarter,
+      with 16 levels and a loss; it is meant for the model below adapters, as in QLoRA.
     precision: Precision of matrix products in float32: those of a float32 model, and scores and
       values of any model. `high` is three bfloat16 passes on TPUs and float32 on other devices,
       `highest` float32 on all. `default` leaves it to the device: one bfloat16 pass on TPUs, TF32

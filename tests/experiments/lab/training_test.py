@@ -1,6 +1,7 @@
 """Optimizers of two models, trained and frozen params, and zipped batches."""
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.lab import critics, training
+from experiments.lab import critics, models, training
 from rlhf_jax.algorithms import ppo, sft
 from rlhf_jax.algorithms.sft import SFTConfig
-from rlhf_jax.models import lora, round_matrices
+from rlhf_jax.models import lora, quantized, round_matrices
 from rlhf_jax.train_step import OptimConfig
 from rlhf_jax.types import TrainState
 
@@ -159,6 +160,8 @@ def test_the_panel_counts_what_is_not_trained():
   )
   layers = {"start": {"layers": trained}}  # Two bytes more for each 128 or 64 weights.
   sizes = {"bfloat16": "512.00", "int8": "260.00", "nf4": "136.00"}
+  choices = typing.get_args(typing.get_type_hints(models.ModelOptions)["frozen_dtype"])
+  assert {*choices} == {"float32", *sizes} == {"float32", "bfloat16", *quantized.FORMATS}
   ways = [f"{size} KiB with --model.frozen_dtype={dtype}" for dtype, size in sizes.items()]
   small = f" ({', '.join(ways)})"
   assert training.memory_line(state, layers) == (

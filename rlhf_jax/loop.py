@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import threading
@@ -432,7 +433,10 @@ def fit(
         meta["next_rate"] = float(learning_rate(done))
       saver.save(done, {"state": state}, meta, score)
 
-    saved, scored = start, False
+    saved = start
+    # A metric that was there once may be undefined later, also in a run that continues.
+    best = functools.partial(checkpoint.best_step, saver.directory, config.keep_best)
+    scored = bool(config.keep_best) and processes.agree(best) is not None
 
     def rescue(done: int, position: Any) -> None:
       # One process may be the only one that fails, and a save needs all of them.

@@ -652,6 +652,18 @@ def test_the_best_checkpoint_stays(tmp_path, name, best):
   assert checkpoint.best_step(folder) == best
 
 
+def test_a_metric_that_was_there_may_be_undefined_in_a_run_that_continues(tmp_path):
+  config = loop.RunConfig(
+    steps=2, batch_size=8, checkpoint_every=4, eval_every=2, keep=1, keep_best="eval/reward"
+  )
+  fit(tmp_path, config, evaluate=lambda state, step: {"eval/reward": 1.0})
+  fit(tmp_path, dataclasses.replace(config, steps=6), evaluate=lambda state, step: {})
+  assert checkpoint.best_step(tmp_path / "checkpoints") == 2
+  other = dataclasses.replace(config, steps=8, keep_best="eval/rewards")
+  with pytest.raises(flags.UsageError, match="no metric of the evaluations"):
+    fit(tmp_path, other, evaluate=lambda state, step: {"eval/reward": 1.0})
+
+
 def test_a_best_checkpoint_needs_its_metric(tmp_path):
   with pytest.raises(ValueError, match="keep_best=eval/reward is a metric of evaluations"):
     loop.RunConfig(keep_best="eval/reward")

@@ -5,13 +5,16 @@ reply without a number or a letter gives NaN.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import json
 import math
 import os
 import re
+import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +167,10 @@ class Service:
     key = self._key()
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     end = time.monotonic() + self.request_timeout
+    # The timeout of the connection is for each part that arrives.
+    alarm = threading.Timer(self.request_timeout, _shut, [connection])
+    alarm.daemon = True
+    alarm.start()
     try:
       path = f"{parts.path.rstrip('/')}/chat/completions"
       connection.request("POST", path, json.dumps(body).encode(), headers)
@@ -171,11 +178,18 @@ class Service:
         status, content, place = response.status, b"", response.getheader("Location", "")
         while part := response.read1(2**16):
           content += part
-          if time.monotonic() > end:  # The timeout of the connection is for each part.
-            raise TimeoutError("timed out")
           if len(content) > _LONGEST_REPLY:
             raise _UnreadableError(f"an answer of more than {_LONGEST_REPLY} bytes")
+          if time.monotonic() > end:
+            break
+      if time.monotonic() > end:  # What has arrived may look like a whole answer.
+        raise TimeoutError("timed out")
+    except (OSError, http.client.HTTPException) as error:
+      if time.monotonic() > end:
+        raise TimeoutError("timed out") from error
+      raise
     finally:
+      alarm.cancel()
       connection.close()
     if status == 200:
       return _content(content)
@@ -188,6 +202,13 @@ class Service:
     if 300 <= status < 400:
       fix = f"no redirect is followed, as the key is for one host: give url as of {place[:200]!r}"
     raise ServiceError(f"{self.url}: {problem}{'; ' if fix else ''}{fix}")
+
+
+def _shut(connection: http.client.HTTPConnection) -> None:
+  """Ends what another thread waits for on a connection."""
+  with contextlib.suppress(OSError):
+    if connection.sock is not None:
+      connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 class _UnreadableError(Exception):

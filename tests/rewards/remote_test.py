@@ -1,6 +1,10 @@
 """Judges behind an HTTP API, on a local server that also fails."""
 
+import contextlib
 import math
+import socket
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -65,6 +69,29 @@ def test_a_service_that_keeps_failing():
   with serving(lambda text, nth: "5", delay=0.5) as (url, _, _):
     with pytest.raises(rewards.ServiceError, match="timed out"):
       score(url, request_timeout=0.05, retries=0)
+
+
+def test_a_service_that_answers_a_few_bytes_at_a_time():
+  def trickle(server):
+    with contextlib.suppress(OSError):
+      connection, _ = server.accept()
+      with connection:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n")
+        for i in range(60):
+          connection.sendall(b"X-%d: 1\r\n" % i)
+          time.sleep(0.05)
+
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    thread = threading.Thread(target=trickle, args=(server,), daemon=True)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(rewards.ServiceError, match="timed out"):
+      service = rewards.Service(
+        f"http://127.0.0.1:{server.getsockname()[1]}", "tiny", request_timeout=0.2, retries=0
+      )
+      service.ask(["x"])
+    assert time.monotonic() - start < 2
+    thread.join(5)
 
 
 def test_one_lost_answer_of_many_is_not_a_number():

@@ -191,10 +191,11 @@ class Service:
     finally:
       alarm.cancel()
       connection.close()
+    if key:  # A service may repeat it.
+      content, place = content.replace(key.encode(), b"***"), place.replace(key, "***")
     if status == 200:
       return _content(content)
-    shown = content[:200].decode(errors="replace")
-    problem = f"status {status}: {shown.replace(key, '***') if key else shown}"
+    problem = f"status {status}: {content[:200].decode(errors='replace')}"
     if status >= 500 or status in _LATER:
       raise _UnreadableError(problem)
     fixes = {401: _KEY, 403: _KEY, 404: "url ends before /chat/completions, often in /v1"}

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax import rewards
 from rlhf_jax.rewards import remote
-from tests.rewards.services import serving
+from tests.rewards.services import completion, serving
 
 ROWS = [{"prompt": f"question {i}", "prompt_text": f"<|user|>question {i}"} for i in range(4)]
 PROMPTS = [row["prompt_text"] for row in ROWS]
@@ -114,6 +114,26 @@ def test_the_key_is_sent_and_never_shown(monkeypatch, caplog):
   assert "secret" not in str(caught.value) + caplog.text
   assert "secret" not in repr(rewards.Service(url, "tiny", key_variable="MY_KEY"))
   assert len(seen) <= 4, "a refusal is not tried again"
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    (401, 195 * b"x" + b"sk-secret"),
+    (200, b"<html>Bearer sk-secret"),
+    (500, b"sk-secret"),
+    (200, completion("the key is sk-secret")),
+  ],
+)
+def test_a_key_that_a_service_repeats_is_not_shown(monkeypatch, caplog, answer):
+  monkeypatch.setenv("MY_KEY", "sk-secret")
+  with serving(lambda text, nth: answer) as (url, _, _):
+    try:
+      scores = score(url, key_variable="MY_KEY", retries=0)
+      assert np.isnan(scores).all()
+    except rewards.ServiceError as error:
+      assert "sk-" not in str(error)
+  assert "sk-" not in caplog.text
 
 
 def test_a_redirect_is_not_followed(monkeypatch):

@@ -370,9 +370,9 @@ def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
   """Refuses a model whose tokenizer is not that of the policy."""
   if tokenizer_of(folder).digest != tokenizer.digest:
     raise hf.ModelFolderError(
-      f"{folder}: its tokenizer is not that of the policy, by its vocabulary, its chat template, the"
-      " variables of that or the token that ends a response; train it from the same base model, with"
-      " the same --data.template_args and --data.end_token"
+      f"{folder}: its tokenizer is not that of the policy, by its vocabulary, chat template,"
+      " template variables or end token; train it from the same base model, with the same"
+      " --data.template_args and --data.end_token"
     )
 
 

@@ -40,13 +40,17 @@ def rows(summaries: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tup
   new: list[tuple[str, ...]] = []
   for name in [stages.START, *(x for x in stages.read_by(COMPARED) if x != stages.START)]:
     on, shifted = ([summary[name] for summary in of] for of in zip(*summaries, strict=True))
-    means = (f"{_mean(on, key):.{1 if key == 'kl' else 2}f}" for key in COLUMNS.values())
+    means = (_shown(_mean(on, key), 1 if key == "kl" else 2) for key in COLUMNS.values())
     new.append((claims.TITLES[name], _gold(on), _gold(shifted), *means))
   return new
 
 
 def _mean(metrics: Metrics, key: str) -> float:
   return sum(of[key] for of in metrics) / len(metrics)
+
+
+def _shown(value: float, digits: int) -> str:
+  return f"{round(value, digits) + 0.0:.{digits}f}"  # No -0.0.
 
 
 def _gold(metrics: Metrics) -> str:

@@ -269,7 +269,7 @@ def help_text(script: str, flag_values: flags.FlagValues = flags.FLAGS, width: i
     groups.setdefault(flag.title, []).append("\n".join([f"  --{name}", *lines]))
   parts = [
     _reflow(script.strip(), width),
-    *("\n".join([title, *texts]) for title, texts in groups.items()),
+    *("\n".join([textwrap.fill(title, width), *texts]) for title, texts in groups.items()),
   ]
   if rare:
     parts.append(f"{rare} more flags are rarely set; --helpfull lists them.")

@@ -34,7 +34,7 @@ SHAPINGS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ShapingConfig:
-  """Changes to scores before a method sees them; rewards of segments stay as they are.
+  """Changes to scores before a method sees them. Rewards of segments stay as they are.
 
   Attributes:
     function: Function that compares a score to the scores of the reference's responses to the

@@ -382,7 +382,7 @@ def test_help_breaks_only_commands_that_are_too_wide():
   assert text == f"Does it.\n\n{fits}\n{wrapped}"
 
 
-@pytest.mark.parametrize("script, most", [("ppo", 70), ("rlhf", 40), ("overoptimization", 170)])
+@pytest.mark.parametrize("script, most", [("ppo", 70), ("rlhf", 40), ("overoptimization", 140)])
 def test_help_of_a_script_is_short(script, most):
   values = absl_flags.FlagValues()
   flags.define(loop.Session, flag_values=values)

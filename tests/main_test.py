@@ -53,4 +53,4 @@ def test_the_version(monkeypatch, capsys):
   assert capsys.readouterr().out == f"rlhf_jax {rlhf_jax.__version__}\n"
   project = (ROOT / "pyproject.toml").read_text()
   assert f'version = "{rlhf_jax.__version__}"' in project
-  assert f"version: {rlhf_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+  assert f"version: {rlhf_jax.__version__}\n" in (ROOT / "rlhf_jax" / "CITATION.cff").read_text()

@@ -58,7 +58,7 @@ def read_items(
   if config.tfds:
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
-    read = [data.without(row, config.ignore) for row in data.read_file(config.path)]
+    read = [row.without(config.ignore) for row in data.read_file(config.path)]
     rows = data.joined(read)
   else:
     who = config.annotator or "expert"

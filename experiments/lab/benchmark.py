@@ -74,7 +74,7 @@ def _read(path: str, ignore: Sequence[str]) -> tuple[list[dict[str, Any]], list[
   """Reads rows of pairs: their columns with the prompt as text, and both answers, better first."""
   rows, answers = [], []
   for row in data.read_file(path):
-    examples = data.parse_row("preferences", data.without(row, ignore), prefer_messages=True)
+    examples = data.parse_row("preferences", row.without(ignore), prefer_messages=True)
     if len(examples) != 1 or examples[0].skip:
       raise data.DataError(f"{row.where}: not one pair of responses; give chosen and rejected")
     (prompt, pair, *_) = examples[0]

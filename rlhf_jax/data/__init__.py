@@ -15,7 +15,6 @@ from rlhf_jax.data.datasets import load as load
 from rlhf_jax.data.datasets import plain_prompts as plain_prompts
 from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
 from rlhf_jax.data.datasets import require_known as require_known
-from rlhf_jax.data.datasets import without as without
 from rlhf_jax.data.files import paths_of as paths_of
 from rlhf_jax.data.files import read_file as read_file
 from rlhf_jax.data.formats import FORMATS as FORMATS

@@ -372,7 +372,7 @@ def comparison_kind(config: DataConfig) -> KindName:
   rows, _ = _open("preferences", config, 0, lambda error: None)
   for row in rows:
     with contextlib.suppress(DataError):
-      return schema.comparison_kind(without(row, config.ignore))
+      return schema.comparison_kind(row.without(config.ignore))
   return "preferences"
 
 
@@ -409,7 +409,7 @@ def given_prompts(
   """
   prompts = []
   for fields in rows:
-    row = without(Row("row", dict(fields)), ignore)
+    row = Row("row", dict(fields)).without(ignore)
     prompts.append(schema.parse_row("prompts", row, prefer_messages=prefer_messages)[0].prompt)
   return prompts
 
@@ -523,10 +523,11 @@ def _parse(
     )
   parsed = []
   for row in rows:
+    kept = row.without(config.ignore)
     try:
       read = schema.parse(
         kind,
-        without(row, config.ignore),
+        kept,
         prefer_messages=tokenizer.has_chat_template,
         annotator=config.annotator,
         votes=config.votes,
@@ -540,7 +541,7 @@ def _parse(
         tokenizer.require_prompt(prompt)
         text = tokenizer.render_prompt(prompt)
         if config.turns == "all":
-          _require_answers(without(row, config.ignore), prompt)
+          _require_answers(kept, prompt)
           text = tokenizer.render_prompt(_first_prompt(prompt))
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
@@ -569,11 +570,6 @@ def _require_answers(row: Row, prompt: Prompt) -> None:
   for i in answers_in(turns):
     if not turns[i]["content"].strip():
       raise DataError(f"messages: turn {i} is an empty answer, {fix}")
-
-
-def without(row: Row, columns: Sequence[str]) -> Row:
-  """Returns a row without columns that are to be ignored."""
-  return row._replace(fields={n: value for n, value in row.fields.items() if n not in columns})
 
 
 def _split(kind: KindName, part: _Part, config: DataConfig) -> tuple[_Part, _Part]:

@@ -95,7 +95,7 @@ def joined(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[Row]:
   groups: dict[str, Row] = {}
   result: list[Row] = []
   for row in rows:
-    score = score_of({name: value for name, value in row.fields.items() if name not in ignored})
+    score = score_of(row.without(ignored).fields)
     if score is None:
       result.append(row)
       continue

@@ -8,7 +8,7 @@ import contextlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,10 @@ class Row(NamedTuple):
   where: str
   fields: dict[str, Any]
   source: int = 0
+
+  def without(self, columns: Sequence[str]) -> "Row":
+    """Returns the row without columns that are to be ignored."""
+    return self._replace(fields={n: value for n, value in self.fields.items() if n not in columns})
 
 
 # Called with the error of a bad row: raises it, or returns to skip the row.

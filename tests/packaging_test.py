@@ -61,7 +61,9 @@ def build_wheel(repository: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(repository / name, folder / name, ignore=ignore)
   with tarfile.open(build(folder, "sdist")) as archive:
-    archive.extractall(folder / "unpacked", filter="data")
+    # Python 3.11 has filters since 3.11.4.
+    archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+    archive.extractall(folder / "unpacked")
   (unpacked,) = (folder / "unpacked").iterdir()
   return build(unpacked, "wheel")
 

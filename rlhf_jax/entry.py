@@ -280,11 +280,11 @@ def _tune_for_cpu() -> None:
 
 
 def _keep_freed_memory() -> None:
-  """Lets the C library reuse freed memory, up to 1 GiB, instead of returning it to the system.
+  """Lets the C library reuse freed memory instead of returning it to the system.
 
   XLA's CPU backend allocates the temporaries of a program anew in every call. glibc maps such
-  blocks afresh, and their page faults take up to a fifth of a training step. A no-op with
-  other C libraries.
+  blocks afresh, and their page faults take up to a fifth of a training step. A process stays as
+  large as its largest program. A no-op with other C libraries.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
@@ -294,7 +294,7 @@ def _keep_freed_memory() -> None:
   m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
   mallopt(m_mmap_max, 0)
   mallopt(m_arena_max, 1)
-  mallopt(m_trim_threshold, 1 << 30)
+  mallopt(m_trim_threshold, -1)  # Never.
 
 
 def _compile_quickly() -> None:

@@ -19,7 +19,7 @@ from rlhf_jax.losses import masked, packing
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("hidden", "params"),
-  meta_fields=("read_out", "chunk", "kept", "scored"),
+  meta_fields=("read_out", "chunk", "kept", "scored", "looked_up"),
 )
 @dataclasses.dataclass(frozen=True)
 class LazyLogits:
@@ -37,6 +37,8 @@ class LazyLogits:
       compute them again.
     scored: Maximum number of tokens per row that a loss scores; logits are computed only for them.
       0 stands for all.
+    looked_up: True to look up the logit of a target, False to sum over a mask. The same number;
+      a CPU sums in two more passes over the logits, and others cannot look up in a split V.
   """
 
   hidden: jax.Array
@@ -45,6 +47,7 @@ class LazyLogits:
   chunk: int
   kept: int = 0
   scored: int = 0
+  looked_up: bool = False
 
 
 Logits = jax.Array | LazyLogits
@@ -321,15 +324,21 @@ class _Norm(NamedTuple):
   level: jax.Array
 
 
-def _measure(logits: jax.Array, targets: jax.Array, ask: _Ask) -> tuple[TokenScores, _Norm]:
+def _measure(
+  logits: jax.Array, targets: jax.Array, ask: _Ask, *, looked_up: bool = False
+) -> tuple[TokenScores, _Norm]:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
   logits = masked.widen(logits) / ask.temperature
   highest = jnp.max(logits, axis=-1)
   logits, fine = shifted(logits)
-  # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
-  # Explicit meshes, and needs less memory on TPU.
-  target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
+  if looked_up:
+    places = targets[..., None].astype(jnp.int32)
+    target = jnp.take_along_axis(logits, places, axis=-1, mode="clip")[..., 0]
+  else:
+    # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
+    # Explicit meshes, and needs less memory on TPU.
+    target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
   powers = jnp.exp(logits)
   total = jnp.sum(powers, axis=-1)
   level = jnp.log(total)
@@ -419,7 +428,8 @@ def _scores_forward(lazy: LazyLogits, targets: jax.Array, ask: _Ask):
 
   def piece(carry, xs):
     logits = lazy.read_out(lazy.params, xs[0])
-    return carry, (*_measure(logits, xs[1], ask), logits if keep else None)
+    measured = _measure(logits, xs[1], ask, looked_up=lazy.looked_up)
+    return carry, (*measured, logits if keep else None)
 
   _, (scores, norm, logits) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
   return scores, (lazy, targets, norm, scores.entropy, logits)
@@ -458,7 +468,7 @@ def _nll_forward(lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: 
   def piece(total, xs):
     hidden, targets, weights = xs
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    scores, norm = _measure(logits, targets, ask)
+    scores, norm = _measure(logits, targets, ask, looked_up=lazy.looked_up)
     by_logits = _cotangent(logits, targets, norm, -weights, None, ask.temperature)
     by_params, by_hidden = pull(by_logits)
     return _add(total, by_params), (by_hidden, scores)

@@ -38,8 +38,9 @@ from rlhf_jax.models.transformer import (
 )
 from rlhf_jax.types import Decode, Params
 
-# Logits of so many tokens, of all rows, stay in the cache of a CPU while a loss reads them.
-_CPU_TOKENS = 256
+# Logits of so many tokens, of all rows, are computed at a time on a CPU: a product of more of them
+# is no faster.
+_CPU_TOKENS = 1024
 
 
 class Model(NamedTuple):
@@ -219,8 +220,9 @@ def build(
         copies = sharding.rows_copies({"lm_head": output}, mesh, compute)
         to_some, output = to_logits_by_part, copies["lm_head"]
       kept = max(1, chunk // config.vocab_size)
-      size = max(1, _CPU_TOKENS // len(hidden)) if sharding.is_one_cpu(mesh) else kept
-      logits = LazyLogits(hidden, output, to_some, min(kept, size), kept, scored)
+      one_cpu = sharding.is_one_cpu(mesh)
+      size = min(kept, max(1, _CPU_TOKENS // len(hidden))) if one_cpu else kept
+      logits = LazyLogits(hidden, output, to_some, size, kept, scored, one_cpu)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:

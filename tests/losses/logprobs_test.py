@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -210,6 +211,22 @@ def test_lazy_logits_change_neither_values_nor_gradients(name, chunk, kept):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6), grads, want_grads
   )
+
+
+@pytest.mark.parametrize("kept", [0, 7])
+def test_a_target_is_looked_up_or_summed_over_a_mask_to_the_same_numbers(kept):
+  make, hidden, kernel, targets = lazy_logits(chunk=3, kept=kept)
+
+  def loss(hidden, kernel, looked_up):
+    lazy = dataclasses.replace(make(hidden, kernel), looked_up=looked_up)
+    scores = logprobs.token_scores(lazy, targets, temperature=0.7, entropy=True, hits=True)
+    return jnp.sum(jnp.sin(scores.logprobs) + scores.entropy), scores
+
+  run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), static_argnums=2)
+  want, found = run(hidden, kernel, False), run(hidden, kernel, True)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6), found, want)
+  texts = [run.lower(hidden, kernel, looked_up).as_text() for looked_up in (False, True)]
+  assert ["gather" in text for text in texts] == [False, True]
 
 
 def test_lazy_logits_match_float64():

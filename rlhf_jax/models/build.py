@@ -143,7 +143,7 @@ def build(
   """
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
-  # On a mesh the partitioner would gather activations for `matmul_on_cpu`.
+  # A partitioner might gather what it splits to flatten it.
   matmul = matmul_on_cpu if sharding.is_one_cpu(mesh) else jnp.matmul
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)

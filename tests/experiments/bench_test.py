@@ -16,7 +16,7 @@ import pytest
 from absl import flags as absl_flags
 from jax.interpreters import partial_eval
 
-from experiments.bench import compare, measure, memory, save, start_up, timed, turns, works
+from experiments.bench import compare, measure, memory, runs, save, start_up, timed, turns, works
 from experiments.bench.peers import protocol
 from experiments.bench.shapes import Shape, set_up
 from rlhf_jax import flags
@@ -306,6 +306,25 @@ def answering(facts):
   """Replacement of `turns.started` for a process with these facts."""
   side = Side("ours", [], [1.0] * 9, **facts)
   return lambda *args: contextlib.nullcontext(side)
+
+
+def test_runs_in_one_program_are_timed_if_they_are_the_same_runs(tmp_path, monkeypatch, capsys):
+  file = tmp_path / "out.json"
+  config = runs.Config(**TINY, runs=2, steps=3, rounds=1, json=str(file))
+  runs.run(config)
+  rows = json.loads(file.read_text())["works"]
+  assert list(rows) == ["step by step", "scanned", "vmapped"]
+  assert rows["step by step"]["ratio"] == 1
+  require_narrow(capsys.readouterr().err)
+  ways = runs.ways
+
+  def other(*args):
+    table = ways(*args)
+    return table | {"vmapped": lambda: 1.001 * table["vmapped"]()}
+
+  monkeypatch.setattr(runs, "ways", other)
+  with pytest.raises(ArithmeticError, match="vmapped"):
+    runs.run(config)
 
 
 def test_starts_and_memory_are_measured(tmp_path, monkeypatch, capsys):

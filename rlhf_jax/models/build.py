@@ -38,9 +38,8 @@ from rlhf_jax.models.transformer import (
 )
 from rlhf_jax.types import Decode, Params
 
-# Logits of so many tokens, of all rows, are computed at a time on a CPU: a product of more of them
-# is no faster.
-_CPU_TOKENS = 1024
+# So many logits, of all rows, are held at a time on a CPU: a product that makes more is no faster.
+_CPU_LOGITS = 2**25
 
 
 class Model(NamedTuple):
@@ -221,8 +220,8 @@ def build(
         to_some, output = to_logits_by_part, copies["lm_head"]
       kept = max(1, chunk // config.vocab_size)
       one_cpu = sharding.is_one_cpu(mesh)
-      size = min(kept, max(1, _CPU_TOKENS // len(hidden))) if one_cpu else kept
-      logits = LazyLogits(hidden, output, to_some, size, kept, scored, one_cpu)
+      size = max(1, _CPU_LOGITS // config.vocab_size // len(hidden)) if one_cpu else kept
+      logits = LazyLogits(hidden, output, to_some, min(size, kept), kept, scored, one_cpu)
     return logits if head == "language" else (logits, scores)
 
   def require_positions(length: int) -> None:

@@ -234,6 +234,13 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
     workdir.atomic_write(workdir.local_path(path), json.dumps(content, indent=2) + "\n")
 
 
+def keep(config: Any, **results: Any) -> dict[str, Any]:
+  """Writes the results to the file `config.json`, if it is given; returns the content."""
+  content = content_of(config, **results)
+  write_json(config.json, content)
+  return content
+
+
 def run_script(run: Callable[[Any], Any], config: type[Any]) -> None:
   """Runs a benchmark with its config, read from the command line."""
   read = flags.define(config)

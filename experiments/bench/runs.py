@@ -11,15 +11,15 @@ losses have to be the same.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rlhf_jax import ranges, reporting, train_step
+from rlhf_jax import preflight, ranges, reporting, train_step
 from rlhf_jax.algorithms import sft
 from rlhf_jax.types import TokenBatch
 from . import measure, works
@@ -58,14 +58,16 @@ class Config(Shape):
 
 def ways(setup: Setup, runs: int, steps: int) -> dict[str, Callable[[], jax.Array]]:
   """Builds functions that train all runs, and return their losses [runs, steps]."""
-  shape, tx = setup.shape, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-  step = sft.make_sft_step(setup.policy.apply, tx, sft.SFTConfig())
+  shape = setup.shape
+  # A rate at which losses that are equal to the tolerance are those of the same updates.
+  tx = train_step.make_optimizer(dataclasses.replace(works.OPTIM, learning_rate=1e-3), steps)
+  apply = functools.partial(setup.policy.apply, scored=shape.length)
+  step = sft.make_sft_step(apply, tx, sft.SFTConfig())
   rng = np.random.default_rng(shape.seed)
   sizes = (steps, shape.batch_size, shape.length)
-  tokens = rng.integers(0, shape.vocab_size, sizes, np.int32)
-  in_response = np.broadcast_to(np.arange(shape.length) >= shape.prompt, sizes)
-  on_host = [TokenBatch(*row) for row in zip(tokens, in_response, strict=True)]
-  batches = TokenBatch(jnp.asarray(tokens), jnp.asarray(in_response))
+  fields: Any = rng.integers(0, shape.vocab_size, sizes, np.int32), np.ones(sizes, bool)
+  batches = TokenBatch(*fields)
+  on_host = [TokenBatch(*batch) for batch in zip(*fields, strict=True)]
   seeds = jnp.arange(runs)
 
   def start(seed: jax.Array) -> Any:
@@ -102,13 +104,12 @@ def run(config: Config) -> dict[str, Any]:
   for name, found in losses.items():
     if not np.allclose(found, losses["step by step"], rtol=TOLERANCE, atol=0):
       raise ArithmeticError(f"the losses of the runs {name} are not those of the runs step by step")
-  one, times = works.TRAIN_STEPS["sft"](setup), config.runs * config.steps
+  times, count = config.runs * config.steps, config.batch_size
+  forward = preflight.forward_flops(config.model, count, config.length, scored=config.length)
+  tokens = times * count * config.length
+  flops = times * preflight.training(config.model, forward).flops
   rows = measure.interleaved(
-    {
-      name: measure.Work(train, one.tokens * times, one.flops * times)
-      for name, train in table.items()
-    },
-    config.rounds,
+    {name: measure.Work(train, tokens, flops) for name, train in table.items()}, config.rounds
   )
   for row in rows.values():
     row["ratio"] = rows["step by step"]["cpu"] / row["cpu"]
@@ -124,9 +125,7 @@ def run(config: Config) -> dict[str, Any]:
       for name, row in rows.items()
     },
   )
-  content = measure.content_of(config, works=rows)
-  measure.write_json(config.json, content)
-  return content
+  return measure.keep(config, works=rows)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,7 @@ def run(config: Config) -> dict[str, Any]:
     f"A save beside {steps} steps of {step_seconds:.3g} s",
     {"stall": {"of time": f"{stall['seconds']:.1%}", "of CPU": f"{stall['cpu_seconds']:.1%}"}},
   )
-  content = measure.content_of(config, bytes=size, works=rows, stall=stall)
-  measure.write_json(config.json, content)
-  return content
+  return measure.keep(config, bytes=size, works=rows, stall=stall)
 
 
 def _stall(

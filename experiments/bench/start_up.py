@@ -62,9 +62,7 @@ def run(config: Config) -> dict[str, Any]:
       for work, row in rows.items()
     },
   )
-  content = measure.content_of(config, works=rows)
-  measure.write_json(config.json, content)
-  return content
+  return measure.keep(config, works=rows)
 
 
 if __name__ == "__main__":

@@ -43,9 +43,7 @@ def time_works(config: Config, title: str, table: Table) -> dict[str, Any]:
   limits = measure.measure_limits(config.dtype)
   measure.compare_with(limits, rows)
   measure.show(title, rows, limits)
-  content = measure.content_of(config, limits=limits._asdict(), works=rows)
-  measure.write_json(config.json, content)
-  return content
+  return measure.keep(config, limits=limits._asdict(), works=rows)
 
 
 def run(title: str, table: Table) -> None:

@@ -33,8 +33,10 @@ from rlhf_jax.models.transformer import (
   Embedding,
   ModelConfig,
   Norm,
+  Rotation,
   matmul_on_cpu,
   rope_frequencies,
+  rotation,
 )
 from rlhf_jax.types import Decode, Params
 
@@ -88,15 +90,21 @@ def _layer_arrays(config: ModelConfig) -> tuple[jax.Array | None, jax.Array | No
   """Arrays that differ between layers, besides params, to be scanned with the params.
 
   Returns:
-    Windows [L] int32 and rotary frequencies [L, R / 2] float32; None if equal in all layers.
+    Windows [L] int32 and rows [L] int32 of `_frequencies`; None if equal in all layers.
   """
   if not config.windows:
     return None, None
   windows = jnp.array([size or attention.NO_WINDOW for size in config.windows], jnp.int32)
   if config.rope_local_theta is None:
     return windows, None
-  kinds = {local: rope_frequencies(config, local=local) for local in (True, False)}
-  return windows, jnp.stack([kinds[size is not None] for size in config.windows])
+  return windows, jnp.array([size is not None for size in config.windows], jnp.int32)
+
+
+def _frequencies(config: ModelConfig) -> jax.Array:
+  """Rotary frequencies [R / 2], or [2, R / 2] of layers without and with a window."""
+  if config.rope_local_theta is None:
+    return rope_frequencies(config)
+  return jnp.stack([rope_frequencies(config, local=local) for local in (False, True)])
 
 
 def _pure(module: Callable[..., nnx.Module], *args):
@@ -143,7 +151,8 @@ def build(
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
   # A partitioner might gather what it splits to flatten it.
-  matmul = matmul_on_cpu if sharding.is_one_cpu(mesh) else jnp.matmul
+  one_cpu = sharding.is_one_cpu(mesh)
+  matmul = matmul_on_cpu if one_cpu else jnp.matmul
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)
   init_norm, norm = _pure(Norm, config, config.width)
@@ -180,7 +189,7 @@ def build(
     """[B, T, D] -> [B, T, V] by the embedding of a tied model, else by the head."""
     if config.tied:
       table = params["embedding"].astype(hidden.dtype)
-      if matmul is matmul_on_cpu and compute == jnp.float32:
+      if one_cpu and compute == jnp.float32:
         logits = matmul(hidden, table.T)
       else:
         logits = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
@@ -219,7 +228,6 @@ def build(
         copies = sharding.rows_copies({"lm_head": output}, mesh, compute)
         to_some, output = to_logits_by_part, copies["lm_head"]
       kept = max(1, chunk // config.vocab_size)
-      one_cpu = sharding.is_one_cpu(mesh)
       size = max(1, _CPU_LOGITS // config.vocab_size // len(hidden)) if one_cpu else kept
       logits = LazyLogits(hidden, output, to_some, min(size, kept), kept, scored, one_cpu)
     return logits if head == "language" else (logits, scores)
@@ -231,12 +239,18 @@ def build(
         " and responses, or packed rows, shorter"
       )
 
-  def run_layer(x, positions, frequencies, xs, attend_within, cache=None):
+  def turns(positions: jax.Array) -> Rotation | None:
+    if config.positions != "rope":
+      return None
+    often = one_cpu and positions.shape[1] > 1  # A single token is rotated faster than looped over.
+    return rotation(positions, _frequencies(config), on_cpu=often)
+
+  def run_layer(x, turned, xs, attend_within, cache=None):
     """Runs one block; `attend_within(window)` attends within the window of the layer."""
-    layer_params, window, layer_frequencies = xs
-    if layer_frequencies is not None:
-      frequencies = layer_frequencies
-    return block(layer_params, x, positions, frequencies, attend_within(window), cache)
+    layer_params, window, kind = xs
+    if kind is not None:
+      turned = jax.tree.map(lambda kinds: kinds[kind], turned)
+    return block(layer_params, x, turned, attend_within(window), cache)
 
   def apply(
     params: Params,
@@ -255,7 +269,7 @@ def build(
     if positions is None:
       segments = jnp.ones_like(tokens) if segment_ids is None else segment_ids
       positions = segment_positions(segments)
-    frequencies = rope_frequencies(config) if config.positions == "rope" else None
+    turned = turns(positions)
 
     def attend_within(window):
       within = lambda q, k, v: attend(q, k, v, segment_ids, window)  # noqa: E731
@@ -263,7 +277,7 @@ def build(
       return within if places is None else packing.apart(within, places, first)
 
     def layer(x: jax.Array, xs):
-      return by_rows(run_layer(x, positions, frequencies, xs, attend_within)[0]), None
+      return by_rows(run_layer(x, turned, xs, attend_within)[0]), None
 
     layer = REMAT[config.remat](layer)
     x = by_rows(embed(params["embed"], tokens, positions))
@@ -306,13 +320,13 @@ def build(
       cache.positions, jnp.where(mask, positions, -1), cache.index, axis=1
     )
     queries = positions, cache.index + jnp.arange(length)[None]
-    frequencies = rope_frequencies(config) if config.positions == "rope" else None
+    turned = turns(positions)
 
     def attend_within(window):
       return lambda q, k, v: attend_cache(q, k, v, queries, stored, window)
 
     def layer(x: jax.Array, xs, *state):
-      x, written = run_layer(x, positions, frequencies, xs, attend_within, state)
+      x, written = run_layer(x, turned, xs, attend_within, state)
       return by_rows(x), written
 
     x = by_rows(embed(params["embed"], tokens, positions))

@@ -267,20 +267,47 @@ def rope_frequencies(config: ModelConfig, *, local: bool = False) -> jax.Array:
   return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+class Rotation(NamedTuple):
+  """Angles by which tokens are rotated, the same for queries and keys of all heads and layers.
+
+  Attributes:
+    cos: [..., B, T, R / 2] float32, their cosines.
+    sin: [..., B, T, R / 2] float32, their sines.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def rotation(positions: jax.Array, frequencies: jax.Array, *, on_cpu: bool = False) -> Rotation:
+  """Computes the rotation of tokens by their positions.
+
+  Args:
+    positions: [B, T] int.
+    frequencies: [..., R / 2] float32.
+    on_cpu: True to compute it once on one CPU. XLA's CPU backend computes cosines again in each
+      pass that reads them, for every head, unless they come out of a loop.
+  """
+  shape = (1,) * (frequencies.ndim - 1) + positions.shape + (1,)
+  angles = positions.reshape(shape).astype(jnp.float32) * frequencies[..., None, None, :]
+  if not on_cpu:
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+  which = jnp.array([True, False])
+  return Rotation(*jax.lax.map(lambda cos: jax.lax.cond(cos, jnp.cos, jnp.sin, angles), which))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
   """Rotates halves of the first R dimensions of each head by the token's position.
 
   Args:
     x: [B, T, heads, K].
-    positions: [B, T] int.
-    frequencies: [R / 2] float32, R at most K.
+    by: Arrays [B, T, R / 2], R at most K.
 
   Returns:
     [B, T, heads, K], dtype of `x`.
   """
-  half = frequencies.shape[0]
-  angle = positions[:, :, None].astype(jnp.float32) * frequencies[None, None]  # [B, T, R / 2]
-  cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+  half = by.cos.shape[-1]
+  cos, sin = by.cos[:, :, None], by.sin[:, :, None]
   a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
   turned = [a * cos - b * sin, b * cos + a * sin, rest]
   return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -316,12 +343,16 @@ Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`x [..., D] @ kernel [D, F]` that trains faster on one CPU.
+  """`x [B, T, D] @ kernel [D, F]` that trains faster on one CPU.
 
   The gradient of a product of two matrices is one too, which XLA's CPU backend computes as it
   stands. In that of a product with several leading axes it copies the operand that it transposes,
-  with the computation fused into it; that takes a third of the step time.
+  with the computation fused into it; that takes a third of the step time. A tall gradient takes up
+  to half again as long as a wide one, hence a tall kernel is the transposition of a wide one, but
+  not in decoding, which would copy it for each token.
   """
+  tall = kernel.shape[0] > kernel.shape[1] and x.shape[1] > 1
+  kernel = jax.lax.optimization_barrier(kernel.T).T if tall else kernel
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
@@ -368,7 +399,7 @@ class Attention(nnx.Module):
       self.q_norm = Norm(c, c.head_dim, rngs=rngs)
       self.k_norm = Norm(c, c.head_dim, rngs=rngs)
 
-  def __call__(self, x, positions, frequencies, attend, cache):
+  def __call__(self, x, turned, attend, cache):
     c = self.config
     batch, length = x.shape[:2]
     q = self.q(x).reshape(batch, length, c.heads, c.head_dim)
@@ -376,8 +407,8 @@ class Attention(nnx.Module):
     v = self.v(x).reshape(batch, length, c.kv_heads, c.head_dim)
     if c.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    if frequencies is not None:
-      q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
+    if turned is not None:
+      q, k = rotate(q, turned), rotate(k, turned)
     if cache is not None:
       *written, where, slot = cache
       cache = tuple(
@@ -473,12 +504,13 @@ class Block(nnx.Module):
       self.attention_post_norm = Norm(config, config.width, rngs=rngs)
       self.mlp_post_norm = Norm(config, config.width, rngs=rngs)
 
-  def __call__(self, x, positions, frequencies, attend, cache=None):
+  def __call__(self, x, turned, attend, cache=None):
     """[B, T, D] -> [B, T, D] and the updated (keys, values), None without cache.
 
-    `cache` is (keys, values, index of the layer in them or (), first slot to write).
+    `turned` is the rotation of queries and keys, or None. `cache` is (keys, values, index of the
+    layer in them or (), first slot to write).
     """
-    out, cache = self.attention(self.attention_norm(x), positions, frequencies, attend, cache)
+    out, cache = self.attention(self.attention_norm(x), turned, attend, cache)
     x = x + (self.attention_post_norm(out) if hasattr(self, "attention_post_norm") else out)
     out = self.mlp(self.mlp_norm(x))
     return x + (self.mlp_post_norm(out) if hasattr(self, "mlp_post_norm") else out), cache

@@ -24,7 +24,7 @@ from rlhf_jax.models import (
 )
 from rlhf_jax.models.attention import dense_attention
 from rlhf_jax.models.build import actor_critic, segment_positions, shared_actor_critic
-from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequencies
+from rlhf_jax.models.transformer import REMAT, Block, RopeScaling, rope_frequencies, rotation
 from tests.testing import FAMILY_MODELS
 
 V = 24
@@ -366,10 +366,11 @@ def test_scan_equals_block_by_block():
   mask = jnp.tri(SHAPE[1], dtype=bool)[None]
   attend = functools.partial(dense_attention, mask=mask, scale=config.head_dim**-0.5)
   positions = jnp.broadcast_to(jnp.arange(SHAPE[1]), SHAPE)
+  turned = rotation(positions, rope_frequencies(config))
 
   @jax.jit
   def run_block(layer, x):
-    return nnx.merge(graph, layer)(x, positions, rope_frequencies(config), attend)[0]
+    return nnx.merge(graph, layer)(x, turned, attend)[0]
 
   x = params["embed"]["embedding"][tokens]
   for i in range(config.layers):

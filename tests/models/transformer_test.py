@@ -16,6 +16,7 @@ from rlhf_jax.models.transformer import (
   matmul_on_cpu,
   rope_frequencies,
   rotate,
+  rotation,
 )
 
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64)
@@ -72,9 +73,10 @@ def test_what_is_not_rotated_stays():
   x = np.random.default_rng(0).normal(size=(1, 3, 2, 8)).astype(np.float32)
   frequencies = jnp.array([1.0, 0.5])
   positions = jnp.arange(3)[None]
-  turned = rotate(x, positions, frequencies)
+  by = rotation(positions, frequencies)
+  turned = rotate(x, by)
   np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
-  np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], positions, frequencies))
+  np.testing.assert_array_equal(turned[..., :4], rotate(x[..., :4], by))
 
 
 def test_rotate_is_a_rotation_of_pairs():
@@ -86,11 +88,11 @@ def test_rotate_is_a_rotation_of_pairs():
   angle = positions[:, :, None, None] * frequencies.astype(np.float64)
   turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
   expected = np.concatenate([turned.real, turned.imag], -1)
-  actual = rotate(jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies))
+  actual = rotate(jnp.asarray(x), rotation(jnp.asarray(positions), jnp.asarray(frequencies)))
   np.testing.assert_allclose(actual, expected, atol=2e-4)  # float32 angles of up to 500.
-  zero = rotate(jnp.asarray(x), jnp.zeros((2, 5), jnp.int32), jnp.asarray(frequencies))
+  zero = rotate(jnp.asarray(x), rotation(jnp.zeros((2, 5), jnp.int32), jnp.asarray(frequencies)))
   np.testing.assert_array_equal(zero, x)
-  assert rotate(x.astype(jnp.bfloat16), positions, frequencies).dtype == jnp.bfloat16
+  assert rotate(x.astype(jnp.bfloat16), rotation(positions, frequencies)).dtype == jnp.bfloat16
 
 
 def test_scores_depend_on_distance_only():
@@ -99,7 +101,7 @@ def test_scores_depend_on_distance_only():
   frequencies = rope_frequencies(ModelConfig(vocab_size=8, head_dim=8))
 
   def score(i: int, j: int) -> float:
-    at = [rotate(x, jnp.full((1, 1), p), frequencies) for x, p in ((q, i), (k, j))]
+    at = [rotate(x, rotation(jnp.full((1, 1), p), frequencies)) for x, p in ((q, i), (k, j))]
     return float(jnp.sum(at[0] * at[1]))
 
   np.testing.assert_allclose(score(107, 100), score(7, 0), atol=1e-4)

@@ -323,19 +323,25 @@ class _Norm(NamedTuple):
   highest: jax.Array
   level: jax.Array
 
+  def probs(self, powers: jax.Array) -> jax.Array:
+    """Softmax [..., V] from the exponentials of logits minus `highest`."""
+    return powers / jnp.exp(self.level)[..., None]
+
 
 def _measure(
   logits: jax.Array, targets: jax.Array, ask: _Ask, *, looked_up: bool = False
-) -> tuple[TokenScores, _Norm]:
+) -> tuple[TokenScores, _Norm, jax.Array]:
+  """Scores, normaliser, and the exponentials of logits minus their maximum, [..., V]."""
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
   logits = masked.widen(logits) / ask.temperature
   highest = jnp.max(logits, axis=-1)
-  logits, fine = shifted(logits)
-  if looked_up:
+  target = None
+  if looked_up:  # Before logits are shifted, so that a compiler need not write shifted ones.
     places = targets[..., None].astype(jnp.int32)
-    target = jnp.take_along_axis(logits, places, axis=-1, mode="clip")[..., 0]
-  else:
+    target = jnp.take_along_axis(logits, places, axis=-1, mode="clip")[..., 0] - highest
+  logits, fine = shifted(logits)
+  if target is None:
     # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
     # Explicit meshes, and needs less memory on TPU.
     target = jnp.sum(logits, axis=-1, where=_is_target(logits, targets))
@@ -357,7 +363,7 @@ def _measure(
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))
-  return scores, _Norm(highest, level)
+  return scores, _Norm(highest, level), powers
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -367,29 +373,25 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _cotangent(
-  logits: jax.Array,
+  probs: jax.Array,
   targets: jax.Array,
   norm: _Norm,
-  by_logprob: jax.Array,
-  by_entropy: jax.Array | None,
   temperature: float,
+  by_logprob: jax.Array,
+  by_entropy: jax.Array | None = None,
   entropy: jax.Array | None = None,
 ) -> jax.Array:
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
-  dtype, fine = logits.dtype, jnp.isfinite(norm.highest)
 
-  def column(x: jax.Array) -> jax.Array:
-    return jnp.where(fine, x, 0.0)[..., None]
+  def column(by: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(norm.highest), by / temperature, 0.0)[..., None]
 
-  logits = masked.widen(logits) / temperature - column(norm.highest)
-  logs = jnp.where(fine[..., None], logits - column(norm.level), -jnp.inf)
-  probs = jnp.exp(logs)
-  by_logprob = column(by_logprob) / temperature
-  result = jnp.where(_is_target(logits, targets), by_logprob, 0.0) - probs * by_logprob
+  by_logprob = column(by_logprob)
+  result = jnp.where(_is_target(probs, targets), by_logprob, 0.0) - probs * by_logprob
   if by_entropy is not None and entropy is not None:
-    logs = jnp.where(probs > 0, logs, 0.0)
-    result -= probs * (logs + column(entropy)) * (column(by_entropy) / temperature)
-  return result.astype(dtype)
+    logs = jnp.log(jnp.where(probs > 0, probs, 1.0))
+    result -= probs * (logs + entropy[..., None]) * column(by_entropy)
+  return result
 
 
 def _pieces(lazy: LazyLogits) -> int:
@@ -428,24 +430,25 @@ def _scores_forward(lazy: LazyLogits, targets: jax.Array, ask: _Ask):
 
   def piece(carry, xs):
     logits = lazy.read_out(lazy.params, xs[0])
-    measured = _measure(logits, xs[1], ask, looked_up=lazy.looked_up)
-    return carry, (*measured, logits if keep else None)
+    scores, norm, powers = _measure(logits, xs[1], ask, looked_up=lazy.looked_up)
+    return carry, (scores, norm, powers if keep else None)
 
-  _, (scores, norm, logits) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
-  return scores, (lazy, targets, norm, scores.entropy, logits)
+  _, (scores, norm, powers) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
+  return scores, (lazy, targets, norm, scores.entropy, powers)
 
 
 def _scores_backward(ask: _Ask, saved, by: TokenScores):
   lazy, targets, norm, entropy, kept = saved
 
   def piece(total, xs):
-    hidden, targets, norm, by_logprob, by_entropy, entropy, logits = xs
-    # If logits are kept and linear in the hidden states, the compiler drops this product.
-    again, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    logits = again if logits is None else logits
-    by_params, by_hidden = pull(
-      _cotangent(logits, targets, norm, by_logprob, by_entropy, ask.temperature, entropy)
-    )
+    hidden, targets, norm, by_logprob, by_entropy, entropy, powers = xs
+    # If powers are kept and logits linear in the hidden states, the compiler drops this product.
+    logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
+    if powers is None:
+      powers = jnp.exp(shifted(masked.widen(logits) / ask.temperature)[0])
+    probs = norm.probs(powers)
+    by = _cotangent(probs, targets, norm, ask.temperature, by_logprob, by_entropy, entropy)
+    by_params, by_hidden = pull(by.astype(logits.dtype))
     return _add(total, by_params), by_hidden
 
   inputs = (lazy.hidden, targets, norm, by.logprobs, by.entropy, entropy, kept)
@@ -468,9 +471,9 @@ def _nll_forward(lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: 
   def piece(total, xs):
     hidden, targets, weights = xs
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    scores, norm = _measure(logits, targets, ask, looked_up=lazy.looked_up)
-    by_logits = _cotangent(logits, targets, norm, -weights, None, ask.temperature)
-    by_params, by_hidden = pull(by_logits)
+    scores, norm, powers = _measure(logits, targets, ask, looked_up=lazy.looked_up)
+    by_logits = _cotangent(norm.probs(powers), targets, norm, ask.temperature, -weights)
+    by_params, by_hidden = pull(by_logits.astype(logits.dtype))
     return _add(total, by_params), (by_hidden, scores)
 
   inputs = (lazy.hidden, targets, weights)

@@ -253,26 +253,29 @@ def _attention_forward(q, k, v, mask, scale):
     scores = scale * _products(queries, k[:, :, seen], 3, 3)
     scores = scores.reshape(*q.shape[:2], -1, scores.shape[3])
     scores = jnp.where(mask[:, None, part, seen], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).reshape(*queries.shape[:3], -1)
-    out = _products(weights.astype(v.dtype), v[:, :, seen], 3, 2).astype(v.dtype)
-    outs.append(out.reshape(*q.shape[:2], -1, q.shape[3]))
-    saved.append(weights)
+    powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    powers = powers.reshape(*queries.shape[:3], -1)
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    out = _products(powers.astype(v.dtype), v[:, :, seen], 3, 2) / total
+    outs.append(out.astype(v.dtype).reshape(*q.shape[:2], -1, q.shape[3]))
+    saved.append((powers, total, out))
   return jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2), (q, k, v, saved)
 
 
 def _attention_backward(scale, saved, dout):
-  q, k, v, saved_weights = saved
+  q, k, v, parts = saved
   dout = jax.lax.optimization_barrier(jnp.swapaxes(dout, 1, 2))
   dqs = []
   dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
-  for (part, seen), weights in zip(_parts(q.shape[2]), saved_weights, strict=True):
+  for (part, seen), (powers, total, out) in zip(_parts(q.shape[2]), parts, strict=True):
     queries, by_out = _grouped(q[:, :, part], k), _grouped(dout[:, :, part], k)
+    # Of the softmax only sums over rows are divided by its total, which is cheaper.
+    by_sum = by_out / total
     # XLA transposes the first operand of a product over rows, so it is the smaller one.
-    dv = dv.at[..., seen].add(_products(by_out, weights.astype(v.dtype), 2, 2))
-    dweights = _products(by_out, v[:, :, seen], 3, 3)
-    # Backward pass of softmax: weight times (gradient minus the weighted mean of gradients).
-    mean = jnp.sum(weights * dweights, axis=-1, keepdims=True)
-    dscores = (weights * (dweights - mean) * scale).astype(q.dtype)
+    dv = dv.at[..., seen].add(_products(by_sum.astype(v.dtype), powers.astype(v.dtype), 2, 2))
+    dpowers = _products(by_sum.astype(v.dtype), v[:, :, seen], 3, 3)
+    mean = jnp.sum(by_sum * out, axis=-1, keepdims=True)
+    dscores = (powers * (dpowers - mean) * scale).astype(q.dtype)
     dk = dk.at[..., seen].add(_products(queries, dscores, 2, 2))
     dq = _products(dscores, k[:, :, seen], 3, 2)
     dqs.append(dq.reshape(*q.shape[:2], -1, q.shape[3]))

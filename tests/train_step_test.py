@@ -722,3 +722,15 @@ def test_a_bad_minibatch_does_not_stop_the_others():
   assert np.sum(metrics["skipped_steps"]) == 2  # One minibatch of each epoch.
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(end.params))
   assert optax.tree.get(end.opt_state, "count") == 6
+
+
+@pytest.mark.parametrize("size", [1e-30, 0.0, 0.1, 0.3, 1.0, 3e4, 1e20, 1e38])
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 7.0])
+def test_gradients_of_any_size_are_scaled_down_to_the_maximum(size, max_norm):
+  direction = np.array([0.5, -0.25, 1.0, 0.0, 2.0], np.float32)
+  gradients = {"a": jnp.asarray(size * direction[:2]), "b": jnp.asarray(size * direction[2:])}
+  clipped, _ = jax.jit(train_step.clip_by_norm(max_norm).update)(gradients, optax.EmptyState())
+  exact = size * direction.astype(np.float64)
+  exact *= min(1.0, max_norm / max(np.linalg.norm(exact), 1e-300))
+  got = np.concatenate([clipped["a"], clipped["b"]])
+  np.testing.assert_allclose(got, exact, rtol=1e-6)

@@ -343,7 +343,7 @@ Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """`x [B, T, D] @ kernel [D, F]` that trains faster on one CPU.
+  """`x [..., T, D] @ kernel [D, F]` that trains faster on one CPU.
 
   The gradient of a product of two matrices is one too, which XLA's CPU backend computes as it
   stands. In that of a product with several leading axes it copies the operand that it transposes,
@@ -351,7 +351,7 @@ def matmul_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
   to half again as long as a wide one, hence a tall kernel is the transposition of a wide one, but
   not in decoding, which would copy it for each token.
   """
-  tall = kernel.shape[0] > kernel.shape[1] and x.shape[1] > 1
+  tall = kernel.shape[0] > kernel.shape[1] and x.shape[-2] > 1
   kernel = jax.lax.optimization_barrier(kernel.T).T if tall else kernel
   return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 

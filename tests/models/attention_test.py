@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import sharding
-from rlhf_jax.models import ModelConfig, build
+from rlhf_jax.models import ModelConfig, attention, build
 from rlhf_jax.models.attention import (
   NO_WINDOW,
   attend_to_cache,
@@ -81,7 +81,8 @@ def outputs_and_gradients(attend, arrays, g, segments, window=None):
 
 @pytest.mark.parametrize("window", [NO_WINDOW, 7])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_all_equal_the_oracle(window, softcap):
+def test_all_equal_the_oracle(monkeypatch, window, softcap):
+  monkeypatch.setattr(attention, "_SMALLEST", 8)  # Four parts of 10 queries.
   arrays, g = random_arrays()
   options = {"scale": 0.3, "softcap": softcap}
   xla = functools.partial(xla_attention, **options)
@@ -98,6 +99,19 @@ def test_all_equal_the_oracle(window, softcap):
     for a, b in zip(gradients, want[1:], strict=True):
       assert np.abs(b).max() > 0.1
       np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [63, 64, 129, 255, 256, 515])
+def test_parts_of_queries_read_no_keys_after_them(length):
+  arrays, _ = random_arrays(rows=2, length=length)
+  attend = jax.jit(functools.partial(xla_attention, scale=0.3, softcap=None))
+  on_cpu = jax.jit(functools.partial(xla_attention, scale=0.3, softcap=None, on_cpu=True))
+  want = attend(*arrays, None, None)
+  np.testing.assert_allclose(on_cpu(*arrays, None, None), want, atol=2e-6)
+  size = max(64, -(-length // 4))
+  last = (length - 1) // size * size  # Start of the last part.
+  q, k, v = (np.where(np.arange(length)[:, None, None] < last, x, np.nan) for x in arrays)
+  np.testing.assert_allclose(on_cpu(q, k, v, None, None)[:, :last], want[:, :last], atol=2e-6)
 
 
 @pytest.mark.parametrize("heads, kv_heads, width", [(3, 1, 8), (4, 4, 64), (2, 1, 80), (2, 2, 128)])

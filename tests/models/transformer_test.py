@@ -95,6 +95,26 @@ def test_rotate_is_a_rotation_of_pairs():
   assert rotate(x.astype(jnp.bfloat16), rotation(positions, frequencies)).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("kinds", [(), (2,)])
+def test_a_rotation_in_a_loop_is_the_same(kinds):
+  rng = np.random.default_rng(2)
+  positions = jnp.asarray(rng.integers(0, 500, (2, 5)))
+  frequencies = jnp.asarray(rng.uniform(0.01, 1.0, (*kinds, 4)), jnp.float32)
+  plain, looped = (rotation(positions, frequencies, on_cpu=on_cpu) for on_cpu in (False, True))
+  for got, want in zip(looped, plain, strict=True):
+    assert got.shape == (*kinds, 2, 5, 4)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_step_on_one_cpu_computes_cosines_once():
+  model = build(ModelConfig(vocab_size=32, width=16, heads=2, kv_heads=2, head_dim=8, remat="none"))
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((3, 7), jnp.int32)
+  loss = lambda params, tokens: jnp.sum(model.apply(params, tokens) ** 2)  # noqa: E731
+  text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+  assert text.count(" cosine(") == 1
+
+
 def test_scores_depend_on_distance_only():
   rng = np.random.default_rng(1)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
@@ -180,11 +200,12 @@ def test_the_factor_of_the_embedding_is_rounded_to_its_type():
   )
 
 
+@pytest.mark.parametrize("width", [4, 9])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6)])
-def test_matmul_on_cpu_has_the_derivatives_of_a_matmul(shape):
+def test_matmul_on_cpu_has_the_derivatives_of_a_matmul(shape, width):
   keys = jax.random.split(jax.random.key(0), 3)
-  x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (6, 4))
-  weights = jax.random.normal(keys[2], (*shape[:-1], 4))
+  x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (6, width))
+  weights = jax.random.normal(keys[2], (*shape[:-1], width))
 
   def derivatives(matmul):
     loss = lambda x, kernel: jnp.sum(weights * jnp.tanh(matmul(x, kernel)))  # noqa: E731
@@ -196,3 +217,12 @@ def test_matmul_on_cpu_has_the_derivatives_of_a_matmul(shape):
     *map(jax.tree.leaves, map(derivatives, (matmul_on_cpu, jnp.matmul))), strict=True
   ):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, tall", [(3, False), (3, True), (1, True)])
+def test_gradients_by_matrices_are_wide_on_a_cpu(tokens, tall):
+  shape = (24, 8) if tall else (8, 24)
+  x, kernel = jnp.ones((2, tokens, shape[0])), jnp.ones(shape)
+  loss = lambda x, kernel: jnp.sum(matmul_on_cpu(x, kernel) ** 2)  # noqa: E731
+  text = jax.jit(jax.grad(loss, argnums=1)).lower(x, kernel).compile().as_text()
+  assert ("f32[8,24]{1,0} dot(" in text) == (not tall or tokens > 1)

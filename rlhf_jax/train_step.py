@@ -258,10 +258,8 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
   def clip(updates: Params, state: optax.OptState, params: Params | None = None):
     del params
     norm = global_norm(updates)
-    # The root of the factor, which itself may be too small for a float. Products are merged with
-    # the optimizer's passes over the params; a division would be one more.
-    root = jnp.where(norm < max_norm, 1.0, jnp.sqrt(max_norm) / jnp.sqrt(norm))
-    return jax.tree.map(lambda x: x * root.astype(x.dtype) * root.astype(x.dtype), updates), state
+    clipped = lambda x: jnp.where(norm < max_norm, x, x / norm.astype(x.dtype) * max_norm)  # noqa: E731
+    return jax.tree.map(clipped, updates), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), clip)
 

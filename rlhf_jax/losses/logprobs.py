@@ -33,8 +33,8 @@ class LazyLogits:
     params: Params of `read_out`.
     read_out: `(params, hidden [B, t, D]) -> logits [B, t, V]`.
     chunk: Number t of tokens per row whose logits are computed at a time.
-    kept: Number of tokens per row whose logits may be kept for the backward pass. Longer rows
-      compute them again.
+    kept: Number of tokens per row whose softmax may be kept for the backward pass. Longer rows
+      compute it again.
     scored: Maximum number of tokens per row that a loss scores; logits are computed only for them.
       0 stands for all.
     looked_up: True to look up the logit of a target, False to sum over a mask. The same number;
@@ -198,8 +198,8 @@ def token_scores(
 ) -> TokenScores:
   """Log-probability of each target, and what else is asked for, in one pass over the logits.
 
-  Nothing is shifted; see `token_logprobs`. The gradient of lazy logits is written by hand: logits
-  are kept if there are at most `LazyLogits.kept` tokens per row, and computed again if not.
+  Nothing is shifted; see `token_logprobs`. The gradient of lazy logits is written by hand: the
+  softmax is kept if there are at most `LazyLogits.kept` tokens per row, and computed again if not.
 
   Args:
     logits: [..., T, V] float.
@@ -312,26 +312,23 @@ def _weighted(logprobs: jax.Array, weights: jax.Array) -> jax.Array:
   return -jnp.sum(weights * jnp.where(weights == 0, 0.0, logprobs))
 
 
-class _Norm(NamedTuple):
-  """Normaliser of a softmax, [...] each, in two parts that keep its digits.
+class _Softmax(NamedTuple):
+  """Softmax of logits as exponentials of logits minus their maximum, and what they sum to.
 
   Attributes:
-    highest: Maximum of the logits.
-    level: Logarithm of the sum of the exponentials of logits minus `highest`.
+    highest: [...] float32, maximum of the logits.
+    level: [...] float32, logarithm of the sum.
+    powers: [..., V] float32, exponentials; None if they are not kept.
   """
 
   highest: jax.Array
   level: jax.Array
-
-  def probs(self, powers: jax.Array) -> jax.Array:
-    """Softmax [..., V] from the exponentials of logits minus `highest`."""
-    return powers / jnp.exp(self.level)[..., None]
+  powers: Any = None
 
 
 def _measure(
   logits: jax.Array, targets: jax.Array, ask: _Ask, *, looked_up: bool = False
-) -> tuple[TokenScores, _Norm, jax.Array]:
-  """Scores, normaliser, and the exponentials of logits minus their maximum, [..., V]."""
+) -> tuple[TokenScores, _Softmax]:
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
   logits = masked.widen(logits) / ask.temperature
@@ -363,7 +360,7 @@ def _measure(
   if ask.collision:
     squared = jnp.log(jnp.sum(powers * powers, axis=-1)) - 2 * level
     scores = scores._replace(collision=jax.lax.stop_gradient(known(squared)))
-  return scores, _Norm(highest, level), powers
+  return scores, _Softmax(highest, level, powers)
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -373,9 +370,8 @@ def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _cotangent(
-  probs: jax.Array,
+  softmax: _Softmax,
   targets: jax.Array,
-  norm: _Norm,
   temperature: float,
   by_logprob: jax.Array,
   by_entropy: jax.Array | None = None,
@@ -384,8 +380,9 @@ def _cotangent(
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
 
   def column(by: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(norm.highest), by / temperature, 0.0)[..., None]
+    return jnp.where(jnp.isfinite(softmax.highest), by / temperature, 0.0)[..., None]
 
+  probs = softmax.powers / jnp.exp(softmax.level)[..., None]
   by_logprob = column(by_logprob)
   result = jnp.where(_is_target(probs, targets), by_logprob, 0.0) - probs * by_logprob
   if by_entropy is not None and entropy is not None:
@@ -430,28 +427,29 @@ def _scores_forward(lazy: LazyLogits, targets: jax.Array, ask: _Ask):
 
   def piece(carry, xs):
     logits = lazy.read_out(lazy.params, xs[0])
-    scores, norm, powers = _measure(logits, xs[1], ask, looked_up=lazy.looked_up)
-    return carry, (scores, norm, powers if keep else None)
+    scores, softmax = _measure(logits, xs[1], ask, looked_up=lazy.looked_up)
+    return carry, (scores, softmax if keep else softmax._replace(powers=None))
 
-  _, (scores, norm, powers) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
-  return scores, (lazy, targets, norm, scores.entropy, powers)
+  _, (scores, softmax) = _scan(piece, None, (lazy.hidden, targets), _pieces(lazy))
+  return scores, (lazy, targets, softmax, scores.entropy)
 
 
 def _scores_backward(ask: _Ask, saved, by: TokenScores):
-  lazy, targets, norm, entropy, kept = saved
+  lazy, targets, softmax, entropy = saved
 
   def piece(total, xs):
-    hidden, targets, norm, by_logprob, by_entropy, entropy, powers = xs
+    hidden, targets, softmax, by_logprob, by_entropy, entropy = xs
     # If powers are kept and logits linear in the hidden states, the compiler drops this product.
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    if powers is None:
-      powers = jnp.exp(shifted(masked.widen(logits) / ask.temperature)[0])
-    probs = norm.probs(powers)
-    by = _cotangent(probs, targets, norm, ask.temperature, by_logprob, by_entropy, entropy)
+    if softmax.powers is None:
+      fine, highest = jnp.isfinite(softmax.highest)[..., None], softmax.highest[..., None]
+      differences = jnp.where(fine, masked.widen(logits) / ask.temperature - highest, 0.0)
+      softmax = softmax._replace(powers=jnp.exp(differences))
+    by = _cotangent(softmax, targets, ask.temperature, by_logprob, by_entropy, entropy)
     by_params, by_hidden = pull(by.astype(logits.dtype))
     return _add(total, by_params), by_hidden
 
-  inputs = (lazy.hidden, targets, norm, by.logprobs, by.entropy, entropy, kept)
+  inputs = (lazy.hidden, targets, softmax, by.logprobs, by.entropy, entropy)
   params, hidden = _scan(piece, _zeros(lazy.params), inputs, _pieces(lazy))
   return _gradient(lazy, hidden, params), None
 
@@ -471,8 +469,8 @@ def _nll_forward(lazy: LazyLogits, targets: jax.Array, weights: jax.Array, ask: 
   def piece(total, xs):
     hidden, targets, weights = xs
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
-    scores, norm, powers = _measure(logits, targets, ask, looked_up=lazy.looked_up)
-    by_logits = _cotangent(norm.probs(powers), targets, norm, ask.temperature, -weights)
+    scores, softmax = _measure(logits, targets, ask, looked_up=lazy.looked_up)
+    by_logits = _cotangent(softmax, targets, ask.temperature, -weights)
     by_params, by_hidden = pull(by_logits.astype(logits.dtype))
     return _add(total, by_params), (by_hidden, scores)
 

@@ -274,6 +274,7 @@ def _attention_backward(scale, saved, dout):
     # XLA transposes the first operand of a product over rows, so it is the smaller one.
     dv = dv.at[..., seen].add(_products(by_sum.astype(v.dtype), powers.astype(v.dtype), 2, 2))
     dpowers = _products(by_sum.astype(v.dtype), v[:, :, seen], 3, 3)
+    # Mean of `dpowers` under the softmax (Dao et al., 2022, https://arxiv.org/abs/2205.14135).
     mean = jnp.sum(by_sum * out, axis=-1, keepdims=True)
     dscores = (powers * (dpowers - mean) * scale).astype(q.dtype)
     dk = dk.at[..., seen].add(_products(queries, dscores, 2, 2))

@@ -150,8 +150,8 @@ def build(
   """
   attend = attention.make_attend(config, mesh)
   init_embed, embed = _pure(Embedding, config)
-  # A partitioner might gather what it splits to flatten it.
   one_cpu = sharding.is_one_cpu(mesh)
+  # A partitioner might gather what it splits to flatten it.
   matmul = matmul_on_cpu if one_cpu else jnp.matmul
   mix = experts.make_mix(config, mesh) if config.experts else None
   init_block, block = _pure(Block, config, matmul, mix)
@@ -242,8 +242,8 @@ def build(
   def turns(positions: jax.Array) -> Rotation | None:
     if config.positions != "rope":
       return None
-    often = one_cpu and positions.shape[1] > 1  # A single token is rotated faster than looped over.
-    return rotation(positions, _frequencies(config), on_cpu=often)
+    several = positions.shape[1] > 1  # For a single token a loop costs more than it saves.
+    return rotation(positions, _frequencies(config), on_cpu=one_cpu and several)
 
   def run_layer(x, turned, xs, attend_within, cache=None):
     """Runs one block; `attend_within(window)` attends within the window of the layer."""

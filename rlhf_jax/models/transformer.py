@@ -271,8 +271,8 @@ class Rotation(NamedTuple):
   """Angles by which tokens are rotated, the same for queries and keys of all heads and layers.
 
   Attributes:
-    cos: [..., B, T, R / 2] float32, their cosines.
-    sin: [..., B, T, R / 2] float32, their sines.
+    cos: Cosines, [..., B, T, R / 2] float32.
+    sin: Sines, likewise.
   """
 
   cos: jax.Array

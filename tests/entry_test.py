@@ -196,6 +196,18 @@ print(after - before)
 """
 
 
+_LARGE_PAGES = """
+import pathlib, re, sys
+from rlhf_jax import entry
+if sys.argv[1] == "large":
+  entry._keep_freed_memory()
+  entry._use_large_pages()
+blocks = [b"x" * 2**25 for _ in range(4)]
+text = pathlib.Path("/proc/self/smaps_rollup").read_text()
+print(*(re.search(rf"^{name}: +([0-9]+) kB", text, re.M)[1] for name in ("Rss", "AnonHugePages")))
+"""
+
+
 HOSTILE = [
   "\x1b[2J\x1b[31mred",
   "\x1b]0;title\x07",
@@ -242,10 +254,25 @@ def test_freed_memory_is_reused(repository):
   assert faults["keep"] < faults["default"]
 
 
+def test_large_pages_are_used_for_what_is_touched(repository):
+  setting = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+  if not setting.exists() or "[madvise]" not in setting.read_text():
+    pytest.skip("the system gives large pages to all memory, or to none")
+  found = {}
+  for mode in ("large", "default"):
+    command = [sys.executable, "-c", _LARGE_PAGES, mode]
+    env = os.environ | {"PYTHONPATH": str(repository)}
+    result = subprocess.run(command, capture_output=True, env=env, check=True)
+    found[mode] = [int(x) / 1024 for x in result.stdout.split()]
+  assert found["large"][1] > 100 > 50 > found["default"][1]  # Of 128 MiB.
+  assert found["large"][0] < found["default"][0] + 50
+
+
 @pytest.mark.parametrize("plugins", [(), ("cuda13",)], ids=["cpu", "accelerator"])
 def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
   kept = []
   monkeypatch.setattr(entry, "_keep_freed_memory", lambda: kept.append(True))
+  monkeypatch.setattr(entry, "_use_large_pages", lambda: kept.append(True))
   monkeypatch.setattr(entry.importlib.metadata, "entry_points", lambda group: plugins)
   monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: None)
   given = "--xla_backend_optimization_level=3"
@@ -253,7 +280,7 @@ def test_the_cpu_is_tuned_where_there_is_no_accelerator(monkeypatch, plugins):
   entry._tune_for_cpu()
   before = "" if plugins else "--xla_backend_optimization_level=1 "
   assert os.environ["XLA_FLAGS"] == before + given  # What was given comes last, and wins.
-  assert len(kept) == (not plugins)
+  assert len(kept) == (0 if plugins else 2)
 
 
 @pytest.fixture

@@ -304,15 +304,18 @@ def _use_large_pages() -> None:
   Many systems give pages of 2 MiB only to memory that asks for them. They save a step of training
   3 % and one of sampling 10 % of its time. A block of half the memory of the machine is allocated
   and freed at once: the heap has grown by it, and what is not touched takes no memory. That is left
-  out where the system counts memory when it is allocated.
+  out where the system counts memory when it is allocated, or limits what may be.
   """
-  counted = pathlib.Path("/proc/sys/vm/overcommit_memory")
   try:
+    import resource  # Not on every system.
+
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    counted = pathlib.Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii")
     libc = ctypes.CDLL(None)
     malloc, free, madvise, _ = libc.malloc, libc.free, libc.madvise, libc.mallopt
-  except (AttributeError, OSError, TypeError):
+  except (AttributeError, ImportError, OSError, TypeError):
     return
-  if not counted.exists() or counted.read_text(encoding="ascii").strip() == "2":
+  if counted.strip() == "2" or any(limit != resource.RLIM_INFINITY for limit in limits):
     return
   page = os.sysconf("SC_PAGE_SIZE")
   size = os.sysconf("SC_PHYS_PAGES") // 2 * page

@@ -332,7 +332,7 @@ def _measure(
   chex.assert_rank(logits, targets.ndim + 1)
   chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
   logits = masked.widen(logits) / ask.temperature
-  highest = jnp.max(logits, axis=-1)
+  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
   target = None
   if looked_up:  # Before logits are shifted, so that a compiler need not write shifted ones.
     places = targets[..., None].astype(jnp.int32)
@@ -379,15 +379,15 @@ def _cotangent(
 ) -> jax.Array:
   """Gradient [..., V] of a loss by logits, from those by the numbers of `_measure`."""
 
-  def column(by: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(softmax.highest), by / temperature, 0.0)[..., None]
+  def column(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(softmax.highest), x, 0.0)[..., None]
 
   probs = softmax.powers / jnp.exp(softmax.level)[..., None]
-  by_logprob = column(by_logprob)
+  by_logprob = column(by_logprob / temperature)
   result = jnp.where(_is_target(probs, targets), by_logprob, 0.0) - probs * by_logprob
   if by_entropy is not None and entropy is not None:
     logs = jnp.log(jnp.where(probs > 0, probs, 1.0))
-    result -= probs * (logs + entropy[..., None]) * column(by_entropy)
+    result -= probs * (logs + column(entropy)) * column(by_entropy / temperature)
   return result
 
 

@@ -254,9 +254,10 @@ def _attention_forward(q, k, v, mask, scale):
     scores = scores.reshape(*q.shape[:2], -1, scores.shape[3])
     scores = jnp.where(mask[:, None, part, seen], scores, jnp.finfo(jnp.float32).min)
     powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-    powers = powers.reshape(*queries.shape[:3], -1)
-    total = jnp.sum(powers, axis=-1, keepdims=True)
-    out = _products(powers.astype(v.dtype), v[:, :, seen], 3, 2) / total
+    # Rounded before they are summed, so that each softmax sums to 1.
+    powers = powers.reshape(*queries.shape[:3], -1).astype(v.dtype)
+    total = jnp.sum(powers, axis=-1, keepdims=True, dtype=jnp.float32)
+    out = _products(powers, v[:, :, seen], 3, 2) / total
     outs.append(out.astype(v.dtype).reshape(*q.shape[:2], -1, q.shape[3]))
     saved.append((powers, total, out))
   return jnp.swapaxes(jnp.concatenate(outs, axis=2), 1, 2), (q, k, v, saved)
@@ -270,10 +271,10 @@ def _attention_backward(scale, saved, dout):
   for (part, seen), (powers, total, out) in zip(_parts(q.shape[2]), parts, strict=True):
     queries, by_out = _grouped(q[:, :, part], k), _grouped(dout[:, :, part], k)
     # Of the softmax only sums over rows are divided by its total, which is cheaper.
-    by_sum = by_out / total
+    by_sum = (by_out / total).astype(v.dtype)
     # XLA transposes the first operand of a product over rows, so it is the smaller one.
-    dv = dv.at[..., seen].add(_products(by_sum.astype(v.dtype), powers.astype(v.dtype), 2, 2))
-    dpowers = _products(by_sum.astype(v.dtype), v[:, :, seen], 3, 3)
+    dv = dv.at[..., seen].add(_products(by_sum, powers, 2, 2))
+    dpowers = _products(by_sum, v[:, :, seen], 3, 3)
     # Mean of `dpowers` under the softmax (Dao et al., 2022, https://arxiv.org/abs/2205.14135).
     mean = jnp.sum(by_sum * out, axis=-1, keepdims=True)
     dscores = (powers * (dpowers - mean) * scale).astype(q.dtype)

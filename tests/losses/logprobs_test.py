@@ -229,6 +229,31 @@ def test_a_target_is_looked_up_or_summed_over_a_mask_to_the_same_numbers(kept):
   assert ["gather" in text for text in texts] == [False, True]
 
 
+@pytest.mark.parametrize("looked_up", [False, True])
+@pytest.mark.parametrize("kept", [0, 7])
+@pytest.mark.parametrize("bad", [-np.inf, np.inf, np.nan])
+def test_tokens_without_a_finite_logit_pass_no_gradient(bad, kept, looked_up):
+  make, hidden, kernel, targets = lazy_logits(chunk=3, kept=kept)
+  hidden[:, 2, 0] = 99.0  # Marks the tokens to spoil.
+  spoilt = np.arange(targets.shape[1]) == 2
+
+  def gradients(bad):
+    def loss(hidden, kernel):
+      lazy = make(hidden, kernel)
+
+      def read_out(params, x):
+        return jnp.where(x[..., :1] == 99.0, bad, lazy.read_out(params, x))
+
+      spoiling = dataclasses.replace(lazy, read_out=read_out, looked_up=looked_up)
+      scores = logprobs.token_scores(spoiling, targets, entropy=True)
+      return jnp.sum(jnp.where(spoilt, 0.0, scores.logprobs + 0.3 * scores.entropy))
+
+    return jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel)
+
+  for got, want in zip(gradients(bad), gradients(0.0), strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_lazy_logits_match_float64():
   make, hidden, kernel, targets = lazy_logits(chunk=2)
   table = log_softmax(4 * np.tanh(hidden.astype(np.float64) @ kernel / 4))

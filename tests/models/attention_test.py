@@ -114,6 +114,22 @@ def test_parts_of_queries_read_no_keys_after_them(length):
   np.testing.assert_allclose(on_cpu(q, k, v, None, None)[:, :last], want[:, :last], atol=2e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_bfloat16_on_a_cpu_keeps_what_values_have_in_common_out_of_gradients(offset):
+  (q, k, v), g = random_arrays(rows=1, length=200)
+  arrays = tuple(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v + offset))
+  attend = functools.partial(xla_attention, scale=0.3, softcap=None)
+
+  def gradients(on_cpu, dtype):
+    loss = lambda *x: jnp.sum(attend(*x, None, None, on_cpu=on_cpu).astype(jnp.float32) * g)  # noqa: E731
+    found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in arrays))
+    return [np.asarray(x, np.float32) for x in found]
+
+  exact = gradients(False, jnp.float32)
+  for got, want in zip(gradients(True, jnp.bfloat16), exact, strict=True):
+    assert np.linalg.norm(got - want) < 0.006 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("heads, kv_heads, width", [(3, 1, 8), (4, 4, 64), (2, 1, 80), (2, 2, 128)])
 def test_splash_takes_any_heads(heads, kv_heads, width):
   arrays, g = random_arrays(heads, kv_heads, width, rows=3)

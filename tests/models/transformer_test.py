@@ -219,10 +219,10 @@ def test_matmul_on_cpu_has_the_derivatives_of_a_matmul(shape, width):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens, tall", [(3, False), (3, True), (1, True)])
-def test_gradients_by_matrices_are_wide_on_a_cpu(tokens, tall):
-  shape = (24, 8) if tall else (8, 24)
-  x, kernel = jnp.ones((2, tokens, shape[0])), jnp.ones(shape)
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)])
+def test_gradients_by_matrices_are_wide_on_a_cpu(shape):
+  x, kernel = jnp.ones((2, 3, shape[0])), jnp.ones(shape)
   loss = lambda x, kernel: jnp.sum(matmul_on_cpu(x, kernel) ** 2)  # noqa: E731
   text = jax.jit(jax.grad(loss, argnums=1)).lower(x, kernel).compile().as_text()
-  assert ("f32[8,24]{1,0} dot(" in text) == (not tall or tokens > 1)
+  assert "f32[8,24]{1,0} dot(" in text
+  assert "f32[24,8]{1,0} dot(" not in text

@@ -242,7 +242,7 @@ def test_tokens_without_a_finite_logit_pass_no_gradient(bad, kept, looked_up):
       lazy = make(hidden, kernel)
 
       def read_out(params, x):
-        return jnp.where(x[..., :1] == 99.0, bad, lazy.read_out(params, x))
+        return lazy.read_out(params, x) + jnp.where(x[..., :1] == 99.0, bad, 0.0)
 
       spoiling = dataclasses.replace(lazy, read_out=read_out, looked_up=looked_up)
       scores = logprobs.token_scores(spoiling, targets, entropy=True)

@@ -13,6 +13,7 @@ import os
 import pathlib
 import platform
 import re
+import resource
 import sys
 import threading
 import traceback
@@ -307,13 +308,11 @@ def _use_large_pages() -> None:
   out where the system counts memory when it is allocated, or limits what may be.
   """
   try:
-    import resource  # Not on every system.
-
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
     counted = pathlib.Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii")
     libc = ctypes.CDLL(None)
     malloc, free, madvise, _ = libc.malloc, libc.free, libc.madvise, libc.mallopt
-  except (AttributeError, ImportError, OSError, TypeError):
+  except (AttributeError, OSError, TypeError):
     return
   if counted.strip() == "2" or any(limit != resource.RLIM_INFINITY for limit in limits):
     return

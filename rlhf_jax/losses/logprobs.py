@@ -154,9 +154,13 @@ def shifted(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     [..., V] float32 and [...] bool.
   """
   logits = masked.widen(logits)
-  highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  return _minus(logits, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
+
+
+def _minus(logits: jax.Array, highest: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`shifted` logits whose maximum is known, [...] float32."""
   fine = jnp.isfinite(highest)
-  return jnp.where(fine, logits - highest, 0.0), fine[..., 0]
+  return jnp.where(fine[..., None], logits - highest[..., None], 0.0), fine
 
 
 _ROUNDING = 2.0**-20  # Relative, of a logit in float32.
@@ -337,7 +341,7 @@ def _measure(
   if looked_up:  # Before logits are shifted, so that a compiler need not write shifted ones.
     places = targets[..., None].astype(jnp.int32)
     target = jnp.take_along_axis(logits, places, axis=-1, mode="clip")[..., 0] - highest
-  logits, fine = shifted(logits)
+  logits, fine = _minus(logits, highest)
   if target is None:
     # A masked sum instead of a gather: it partitions over a sharded vocabulary on Auto and on
     # Explicit meshes, and needs less memory on TPU.
@@ -442,8 +446,7 @@ def _scores_backward(ask: _Ask, saved, by: TokenScores):
     # If powers are kept and logits linear in the hidden states, the compiler drops this product.
     logits, pull = jax.vjp(lazy.read_out, lazy.params, hidden)
     if softmax.powers is None:
-      fine, highest = jnp.isfinite(softmax.highest)[..., None], softmax.highest[..., None]
-      differences = jnp.where(fine, masked.widen(logits) / ask.temperature - highest, 0.0)
+      differences, _ = _minus(masked.widen(logits) / ask.temperature, softmax.highest)
       softmax = softmax._replace(powers=jnp.exp(differences))
     by = _cotangent(softmax, targets, ask.temperature, by_logprob, by_entropy, entropy)
     by_params, by_hidden = pull(by.astype(logits.dtype))

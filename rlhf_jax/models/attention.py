@@ -246,7 +246,7 @@ def attention_on_cpu(
 
 
 def _attention_forward(q, k, v, mask, scale):
-  q, k, v = (jax.lax.optimization_barrier(jnp.swapaxes(x, 1, 2)) for x in (q, k, v))
+  q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
   outs, saved = [], []
   for part, seen in _parts(q.shape[2]):
     queries = _grouped(q[:, :, part], k)
@@ -265,7 +265,7 @@ def _attention_forward(q, k, v, mask, scale):
 
 def _attention_backward(scale, saved, dout):
   q, k, v, parts = saved
-  dout = jax.lax.optimization_barrier(jnp.swapaxes(dout, 1, 2))
+  dout = _heads_first(dout)
   dqs = []
   dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], k.shape[2]), jnp.float32)
   for (part, seen), (powers, total, out) in zip(_parts(q.shape[2]), parts, strict=True):
@@ -304,6 +304,11 @@ def _products(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array
   return jax.lax.dot_general(
     a, b, axes, precision=precision.exact(a), preferred_element_type=jnp.float32
   )
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+  """[B, T, H, K] -> [B, H, T, K], also in memory."""
+  return jax.lax.optimization_barrier(jnp.swapaxes(x, 1, 2))
 
 
 attention_on_cpu.defvjp(_attention_forward, _attention_backward)

@@ -11,7 +11,7 @@ import pytest
 from tests.mutants import planting
 from tests.testing import full
 
-MUTANTS = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
+MUTANTS = planting.read_table()
 PARTS = (
   *("losses", "algorithms", "train_step", "generation", "models", "rewards", "evaluation"),
   *("data", "experiments", "checkpoint", "loop", "workdir", "ranges"),
@@ -77,7 +77,13 @@ def test_no_mutant_survives(part):
 
 
 def test_table_is_read():
-  text = "# About it.\n\na/b.py\n- x = 1\n+ x = 2\n! c_test.py::test[d e] & f_test.py\n# Why.\n"
+  text = (
+    "# About it.\n\na/b.py\n- x = 1\n+ x = 2\n~ N1 F2\n! c_test.py::test[d e] & f_test.py\n"
+    "# Why.\n- y\n+ z\n! f_test.py\n"
+  )
   assert planting.read_table(text) == [
-    planting.Mutant("a/b/1", "a/b.py", "x = 1", "x = 2", ("c_test.py::test[d e]", "f_test.py"))
+    planting.Mutant(
+      "a/b/1", "a/b.py", "x = 1", "x = 2", ("c_test.py::test[d e]", "f_test.py"), ("N1", "F2")
+    ),
+    planting.Mutant("a/b/2", "a/b.py", "y", "z", ("f_test.py",)),
   ]

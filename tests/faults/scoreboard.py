@@ -19,32 +19,28 @@ class Row:
     name: Name, F and N with a number.
     words: Description.
     tests: Tests that hold it, below the folder `tests`.
-    planted: Mutants in which it is planted, as `file: text of the mutant`.
     reason: Reason why it cannot be tested here; empty if it can.
   """
 
   name: str
   words: str
   tests: tuple[str, ...] = ()
-  planted: tuple[str, ...] = ()
   reason: str = ""
 
 
 def read(text: str | None = None) -> list[Row]:
-  """Reads the table: a line with name and words, then lines !, ~ and - of that row."""
+  """Reads the table: a line with name and words, then lines ! and - of that row."""
   rows: list[Row] = []
   for line in (TABLE.read_text(encoding="utf-8") if text is None else text).splitlines():
     kind, _, rest = line.partition(" ")
     if not line.strip() or kind == "#":
       continue
-    if kind not in ("!", "~", "-"):
+    if kind not in ("!", "-"):
       rows.append(Row(kind, rest))
       continue
     row = rows.pop()
     if kind == "!":
       row = dataclasses.replace(row, tests=(*row.tests, rest))
-    elif kind == "~":
-      row = dataclasses.replace(row, planted=(*row.planted, rest))
     else:
       row = dataclasses.replace(row, reason=rest)
     rows.append(row)
@@ -52,14 +48,8 @@ def read(text: str | None = None) -> list[Row]:
 
 
 def mutants_of(row: Row) -> list[planting.Mutant]:
-  """Returns the mutants of a row.
-
-  Raises:
-    KeyError: The table of mutants has none with that text.
-  """
-  table = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
-  by_text = {f"{mutant.file}: {mutant.new}": mutant for mutant in table}
-  return [by_text[text] for text in row.planted]
+  """Returns the mutants in which the fault of a row is planted."""
+  return [mutant for mutant in planting.read_table() if row.name in mutant.faults]
 
 
 def judge(
@@ -97,7 +87,7 @@ def show(rows: Sequence[Row], verdicts: Sequence[str], figures: Mapping[str, int
     if verdict != "survived"
   ]
   count = collections.Counter(verdicts)
-  planted = [verdict for row, verdict in zip(rows, verdicts, strict=True) if row.planted]
+  planted = [verdict for row, verdict in zip(rows, verdicts, strict=True) if mutants_of(row)]
   sums = f"{count['survived']} faults survived, {count['not testable here']} not testable here"
   sums += "".join(f", {count[word]} {word}" for word in ("failed", "missing") if count[word])
   sums += f"; {planted.count('survived')} of {len(planted)} that are planted were noticed"

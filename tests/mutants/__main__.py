@@ -19,7 +19,7 @@ def main(words: list[str]) -> int:
   """Runs the mutants that the words select."""
   jobs = [int(word.removeprefix("--jobs=")) for word in words if word.startswith("--jobs=")]
   words = [word for word in words if not word.startswith("--")]
-  mutants = planting.read_table(planting.TABLE.read_text(encoding="utf-8"))
+  mutants = planting.read_table()
   mutants = [m for m in mutants if not words or any(f"/{w}/" in f"/{m.name}/" for w in words)]
   for name in _LIBRARIES:
     importlib.import_module(name)

@@ -33,6 +33,7 @@ class Mutant:
     old: Part of a line, which occurs exactly once in the file.
     new: Text in its place.
     tests: Tests that fail on it, below the folder `tests`.
+    faults: Names of the faults that it plants; see `tests/faults/table.txt`.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Mutant:
   old: str
   new: str
   tests: tuple[str, ...]
+  faults: tuple[str, ...] = ()
 
   @property
   def source(self) -> str:
@@ -50,22 +52,24 @@ class Mutant:
     return source.replace(self.old, self.new)
 
 
-def read_table(text: str) -> list[Mutant]:
-  """Reads mutants: a line with a file, then for each of its mutants the lines -, + and !."""
+def read_table(text: str | None = None) -> list[Mutant]:
+  """Reads mutants: a line with a file, then for each of its mutants the lines -, +, ~ and !."""
   mutants: list[Mutant] = []
-  file, parts = "", {}
-  for line in text.splitlines():
+  file, number, parts = "", 0, {}
+  for line in (TABLE.read_text(encoding="utf-8") if text is None else text).splitlines():
     kind, text = line[:2].strip(), line[2:]
     if not line.strip() or kind == "#":
       continue
-    if kind not in ("-", "+", "!"):
+    if kind not in ("-", "+", "~", "!"):
       file, number = line, 0
       continue
     parts[kind] = text
     if kind == "!":
       number += 1
       name = f"{file.removeprefix('rlhf_jax/').removesuffix('.py')}/{number}"
-      mutants.append(Mutant(name, file, parts["-"], parts["+"], tuple(text.split(" & "))))
+      tests, faults = tuple(text.split(" & ")), tuple(parts.get("~", "").split())
+      mutants.append(Mutant(name, file, parts["-"], parts["+"], tests, faults))
+      parts = {}
   return mutants
 
 

@@ -9,6 +9,7 @@ files and commands and does nothing. launch/README.md helps to choose a target.
 
 import difflib
 import importlib.util
+import os
 import pathlib
 import pkgutil
 import re
@@ -80,9 +81,11 @@ _EX_USAGE = 64  # sysexits.h
 _SEEN_FROM_HERE = ("local", "slurm")  # Targets whose hosts have the files of this machine.
 # Flags that name files or folders, which may be several, separated by commas.
 _PATHS = (
-  *("init_from", "model.path", "reward.path", "preference.path", "opponent", "ptx_path"),
-  *("data.path", "data.eval_path"),
+  *("init_from", "model.path", "reward.path", "preference.path", "opponent", "teacher"),
+  *("dense.path", "ptx_path", "data.path", "data.eval_path"),
 )
+# End of a name that is no part of the path: a weight of data, or the step of a run.
+_BEHIND_PATH = re.compile(r":[-+.\deE]+$|@(\d+|best)$")
 # Flags that experiments.compile does not have.
 _SESSION_FLAGS = ("workdir", "seed", "trackers", "grace_seconds", "hang_seconds")
 _SESSION_FLAGS += ("replay_step", "profile_steps", "token_cache")
@@ -149,10 +152,11 @@ def check_paths(job: Job) -> None:
   if any(word.startswith(("--dependency", "-d")) for word in job.extra):
     return  # An earlier job may write it.
   for name in _PATHS:
-    for path in job.flag(name).split(","):
-      path = re.sub(r":[\d.]+$", "", path)  # A weight of --data.path.
+    value = job.flag(name)
+    for path in [value] if os.path.exists(value) else map(str.strip, value.split(",")):
       pattern = "://" in path or re.search(r"[*?\[]", path)
-      if path and not pattern and not pathlib.Path(path).exists():
+      found = map(os.path.exists, (path, _BEHIND_PATH.sub("", path)))
+      if path and not pattern and not any(found):
         raise JobError(f"--{name}={path}: there is no such file or folder; nothing was submitted")
 
 

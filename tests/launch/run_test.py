@@ -63,6 +63,33 @@ def test_a_file_that_is_not_there_is_not_submitted(name, tmp_path):
   run.check_paths(dataclasses.replace(job, flags=("--workdir=x", f"--{name}={tmp_path}/*.jsonl")))
 
 
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    *(("init_from", end) for end in ("runs/sft", "runs/sft@300", "runs/sft@best", "hf://me/my@v1")),
+    *(("reward.path", end) for end in ("runs/rm@300", "runs/rm@best,runs/sft, runs/rm")),
+    *(("data.path", end) for end in ("a.jsonl:0.7,b.jsonl:.3", "a.jsonl:1e-3, b.jsonl:2")),
+    *(("data.path", end) for end in ("x,y.jsonl", "c:3", "no/*.jsonl", "gs://b/a.jsonl")),
+  ],
+)
+def test_what_a_script_accepts_is_submitted(name, value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for folder in ("runs/sft", "runs/rm"):
+    (tmp_path / folder).mkdir(parents=True)
+  for file in ("a.jsonl", "b.jsonl", "x,y.jsonl", "c:3"):
+    (tmp_path / file).touch()
+  run.check_paths(Job(module="experiments.ppo", flags=("--workdir=x", f"--{name}={value}")))
+
+
+@pytest.mark.parametrize("value", ["absent@300", "runs/sft@last", "runs/sft,absent@best", "no:0.5"])
+def test_the_run_of_a_step_has_to_be_there(value, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs/sft").mkdir(parents=True)
+  job = Job(module="experiments.ppo", flags=("--workdir=x", f"--reward.path={value}"))
+  with pytest.raises(JobError, match=f"--reward.path={value.split(',')[-1]}: there is no such"):
+    run.check_paths(job)
+
+
 def test_help_says_how_to_use_it(launch):
   text = launch("--help").stdout
   assert text.lstrip().startswith("Runs a script here or on a cluster")

@@ -2,6 +2,7 @@
 set -euo pipefail
 
 mount_shared() {
+  [ -n "$MOUNT" ] || return 0
   mountpoint -q "$SHARED" && return
   command -v mount.nfs >/dev/null || { apt-get update -q; apt-get install -qy nfs-common; }
   mkdir -p "$SHARED"

@@ -26,7 +26,9 @@ _CODES = [*jobs.RETRIED, *(jobs.FIRST_SIGNAL + number for number in (6, 9, 11, 1
 def render(job: Job) -> Plan:
   """Renders the task and `sky jobs launch`, which copies the current folder to the hosts."""
   job.refuse("sky", "processes", "devices", "source", "image", "cluster", "project")
-  job.need("sky", accelerator="H100:8", mount="10.0.0.2:/runs")
+  job.need("sky", accelerator="H100:8")
+  if not job.in_bucket:
+    job.need("sky", mount="10.0.0.2:/runs")
   hardware = job.hardware
   if hardware.is_tpu and (job.slices > 1 or not hardware.runtime):
     raise jobs.JobError(
@@ -69,11 +71,14 @@ def _indent(lines: list[str]) -> str:
 def _setup(job: Job) -> list[str]:
   folder = shlex.quote(job.shared)
   extra = "tpu" if job.hardware.is_tpu else "cuda"
-  return [
-    "set -e",
+  mount = [
     "command -v mount.nfs || { sudo apt-get update -q; sudo apt-get install -qy nfs-common; }",
     f"sudo mkdir -p {folder}",
     f"mountpoint -q {folder} || sudo mount -t nfs -o hard {shlex.quote(job.mount)} {folder}",
+  ]
+  return [
+    "set -e",
+    *(mount if job.mount else []),
     "python3 -m pip install --quiet uv",  # The Python of the image may be too old; uv brings one.
     "python3 -m uv venv --allow-existing --python 3.12 ~/rlhf_jax",
     f"python3 -m uv pip install --python ~/rlhf_jax/bin/python '.[{extra}]'",

@@ -1,8 +1,8 @@
 """TPU VMs of Google Cloud: a queued resource whose hosts install and start the job by themselves.
 
-There is no need to wait for capacity. The start-up script of each host mounts the shared folder,
-installs `--source` and runs the script as a systemd service, which also restarts it. The same
-happens after a reboot.
+There is no need to wait for capacity. The start-up script of each host mounts the shared folder if
+there is one, installs `--source` and runs the script as a systemd service, which also restarts it.
+The same happens after a reboot.
 """
 
 import pathlib
@@ -33,7 +33,9 @@ def render(job: Job) -> Plan:
   """Renders the start-up script and `gcloud compute tpus queued-resources create`."""
   job.refuse("tpu_vm", "processes", "devices", "image", "cluster")
   job.need("tpu_vm", accelerator="v5litepod-16", zone="us-west4-a", project="my-project")
-  job.need("tpu_vm", source="git+https://HOST/REPOSITORY@COMMIT", mount="10.0.0.2:/runs")
+  job.need("tpu_vm", source="git+https://HOST/REPOSITORY@COMMIT")
+  if not job.in_bucket or job.source.startswith("/"):
+    job.need("tpu_vm", mount="10.0.0.2:/runs")
   if not re.fullmatch(r"git\+https://\S+@\S+|/\S+\.whl", job.source):
     # All hosts would build a folder at the same time, in the same place.
     raise jobs.JobError(f"--source={job.source} is neither git+https://...@COMMIT nor /....whl")

@@ -79,6 +79,13 @@ def test_every_host_gets_its_place(tmp_path, job, place):
   assert told.splitlines() == ["-m", job.module, *job.flags, *place]
 
 
+def test_a_host_that_works_in_a_bucket_mounts_nothing():
+  task = task_of(job_of(flags=("--workdir=gs://bucket/ppo",), shared="", mount=""))
+  assert "mount" not in task["setup"] and "uv pip install" in task["setup"]
+  assert "--workdir=gs://bucket/ppo" in task["run"]
+  assert "sudo mount -t nfs" in task_of(job_of())["setup"]
+
+
 def test_setup_is_bash():
   subprocess.run(["bash", "-nc", task_of(TWO_HOSTS)["setup"]], check=True)
 

@@ -1,5 +1,6 @@
 """The real gcloud, with a TPU API on this machine in the place of Google's."""
 
+import dataclasses
 import http.server
 import json
 import os
@@ -160,31 +161,39 @@ esac
 """
 
 
-def test_a_host_mounts_installs_and_starts_also_after_a_reboot(tmp_path):
-  [script] = tpu_vm.render(
-    job_of(flags=("--workdir=/mnt/runs/ppo", "--init_from=a b"))
-  ).files.values()
-  for folder in ("/opt/rlhf_jax", "/etc/systemd/system", "/mnt/runs"):
-    assert folder in script
-    script = script.replace(folder, f"{tmp_path}{folder}")
-    (tmp_path / folder[1:]).mkdir(parents=True)
-  log, stubs = tmp_path / "log", tmp_path / "stubs"
-  stubs.mkdir()
-  for name in ("mountpoint", "mount", "mount.nfs", "python3", "systemctl", "apt-get"):
-    (stubs / name).write_text(_STUB.format(log=log))
-    (stubs / name).chmod(0o755)
-  env = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"}
+@pytest.fixture
+def host(tmp_path):
+  """Makes a host of a job; returns a function that boots it and says which programs were called."""
 
-  def boot() -> list[str]:
-    log.write_text("")
-    subprocess.run(["bash", "-c", script], env=env, check=True)
-    return log.read_text().splitlines()
+  def make(job: Job):
+    [script] = tpu_vm.render(job).files.values()
+    for folder in ("/opt/rlhf_jax", "/etc/systemd/system", "/mnt/runs"):
+      script = script.replace(folder, f"{tmp_path}{folder}")
+      (tmp_path / folder[1:]).mkdir(parents=True)
+    log, stubs = tmp_path / "log", tmp_path / "stubs"
+    stubs.mkdir()
+    for name in ("mountpoint", "mount", "mount.nfs", "python3", "systemctl", "apt-get"):
+      (stubs / name).write_text(_STUB.format(log=log))
+      (stubs / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{stubs}:{os.environ['PATH']}"}
 
+    def boot() -> list[str]:
+      log.write_text("")
+      subprocess.run(["bash", "-c", script], env=env, check=True)
+      return log.read_text().splitlines()
+
+    return boot
+
+  return make
+
+
+def test_a_host_mounts_installs_and_starts_also_after_a_reboot(host, tmp_path):
+  boot = host(job_of(flags=("--workdir=/mnt/runs/ppo", "--init_from=a b")))
   first = boot()
   assert f"mount -t nfs -o hard 10.0.0.2:/runs {tmp_path}/mnt/runs" in first
   assert any("rlhf_jax[tpu] @ git+https://github.com/me/rlhf_jax@abc123" in line for line in first)
   assert first[-2:] == ["systemctl daemon-reload", "systemctl restart rlhf_jax.service"]
-  (log.with_name("log.mounted")).unlink()  # As a reboot does.
+  (tmp_path / "log.mounted").unlink()  # As a reboot does.
   again = boot()
   assert any(line.startswith("mount -t nfs") for line in again)
   assert not any(line.startswith("python3") for line in again)
@@ -203,6 +212,17 @@ def test_a_host_mounts_installs_and_starts_also_after_a_reboot(tmp_path):
     "experiments.ppo",
     *(w.replace("/mnt/runs", f"{tmp_path}/mnt/runs") for w in wanted),
   ]
+
+
+def test_a_host_that_works_in_a_bucket_mounts_nothing(host, tmp_path):
+  flags = ("--workdir=gs://bucket/ppo",)
+  job = job_of(flags=flags, accelerator="v5litepod-8", shared="", mount="")
+  lines = host(job)()
+  assert not any(line.startswith(("mount", "apt-get")) for line in lines)
+  assert lines[-1] == "systemctl restart rlhf_jax.service"
+  assert "--workdir=gs://bucket/ppo" in (tmp_path / "opt/rlhf_jax/job.sh").read_text()
+  with pytest.raises(JobError, match="--to=tpu_vm needs --mount"):  # For what lies on it.
+    tpu_vm.render(dataclasses.replace(job, source="/mnt/runs/rlhf_jax.whl"))
 
 
 @pytest.mark.parametrize("restarts", [0, 3])

@@ -22,11 +22,17 @@ from . import accelerators
 # holds another run (78).
 RETRIED = (74, 75)
 FIRST_SIGNAL = 128
-# Seconds between SIGTERM and the end, in which a script finishes a step and saves.
+# Seconds between SIGTERM and the end, in which a script finishes its step, with several processes
+# another one, and saves. The default of its --grace_seconds is a little less.
 GRACE_SECONDS = 120
 
 _AXES = ("data", "fsdp", "tensor")  # As in rlhf_jax.sharding; `data` and `fsdp` split the rows.
 _GIVEN = ("coordinator", "processes", "process_id")  # Flags that the launcher sets.
+
+
+def may_pass(code: int) -> bool:
+  """Returns whether another start may help; a signal is 128 + its number, or negative."""
+  return code in RETRIED or code > FIRST_SIGNAL or code < 0
 
 
 class JobError(ValueError):

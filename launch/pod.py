@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(number, forward)
   for left in reversed(range(RESTARTS.value + 1)):
     code = run(command, signals)
-    if asked or not left or not (code in job.RETRIED or code > job.FIRST_SIGNAL):
+    if asked or not left or not job.may_pass(code):
       break
     sys.stderr.write(f"pod: exit code {code}; starting again, {left - 1} more times at most\n")
     time.sleep(_PAUSE_SECONDS)

@@ -18,12 +18,14 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from . import job as jobs
+
 # Exit code of a process whose controller died before it could wait for it.
 LOST = 256
 
 
 class PlaceError(RuntimeError):
-  """Trials cannot be started here; the message gives the reason."""
+  """Trials cannot be started, found or stopped here now; the message gives the reason."""
 
 
 class Handle(Protocol):
@@ -202,7 +204,7 @@ class Slurm:
       f"--job-name={job_name(folder)}",
       f"--output={str(folder.resolve() / 'log').replace('%', '%%')}",
       "--open-mode=append",
-      "--signal=TERM@120",  # Reaches the script, which then saves.
+      f"--signal=TERM@{jobs.GRACE_SECONDS}",  # Reaches the script, which then saves.
       *self._options,
       f"--wrap=srun {shlex.join(argv)}; code=$?; echo $code >{code}; exit $code",
     ]

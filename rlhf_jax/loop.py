@@ -47,7 +47,8 @@ class Session(processes.Group):
       empty puts all devices on data.
     trackers: Dashboards to log to in addition to metrics.jsonl: tensorboard, wandb, trackio.
     grace_seconds: Seconds from SIGTERM or Ctrl-C to the end. A run that has not stopped by then
-      says where it hangs and exits with code 75, so that a launcher starts it again.
+      says where it hangs and exits with code 75, so that a launcher starts it again. The clusters
+      of `launch` allow 120.
     hang_seconds: Seconds in which a step has to end, compilation and evaluation included. A run in
       which none does says where it hangs and exits with code 75. 0 waits for ever.
     profile_steps: Steps to trace into WORKDIR/profile, for xprof and Perfetto: 20:23 traces the
@@ -61,7 +62,7 @@ class Session(processes.Group):
   seed: int = 0
   mesh: str = ""
   trackers: tuple[str, ...] = ()
-  grace_seconds: float = ranges.rare(60.0)
+  grace_seconds: float = ranges.rare(110.0)
   hang_seconds: float = ranges.rare(0.0)
   replay_step: int = ranges.rare(0)
   profile_steps: str = ranges.rare("")

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import signal
 
 import pytest
 
@@ -168,6 +169,25 @@ def test_a_bucket_needs_no_mount_where_hosts_lose_their_disks():
   assert job.name == "ppo"
   with pytest.raises(JobError, match="--to=slurm keeps the script of the job in the workdir"):
     slurm.render(dataclasses.replace(job, accelerator=""))
+
+
+def test_a_script_uses_the_time_that_clusters_give_it_to_save():
+  """And what hangs says so before it is killed."""
+  from rlhf_jax import loop
+
+  left = jobs.GRACE_SECONDS - loop.Session(workdir="run").grace_seconds
+  assert 5 <= left <= 15
+
+
+@pytest.mark.parametrize(
+  ("code", "may_pass"),
+  [
+    *((code, True) for code in (74, 75, 129, 134, 137, 143, -signal.SIGABRT, -signal.SIGKILL)),
+    *((code, False) for code in (0, 1, 2, 64, 65, 69, 70, 73, 78)),
+  ],
+)
+def test_codes_that_may_pass(code, may_pass):
+  assert jobs.may_pass(code) == may_pass
 
 
 def test_codes_are_those_of_the_scripts():

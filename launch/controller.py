@@ -1,6 +1,7 @@
 """Controller of a sweep: asks for trials, starts them, watches them, tells how they ended."""
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -9,21 +10,18 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from . import job as jobs
 from . import sweep_report, trials
 from .space import Flags, Space, SweepError, check_flags, flag, refuse_twice
 
 # Exit code of the scripts, and of the sweep, for "stopped and saved; start again to continue".
 PREEMPTED = 75
-# Exit codes of a process that was stopped from outside.
-_INTERRUPTED = {PREEMPTED, trials.LOST} | {
-  -number for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGINT)
-}
 # After so many interruptions in a row without a new step in between a trial has failed.
 _MAX_STALLED = 2
 # If the first trials all fail, the others will.
@@ -72,6 +70,7 @@ class Active:
     owner: Descriptor of the lock of the trial.
     handle: The process, if there is one.
     asked: True once the process was asked to stop.
+    waits: True while a failure of the place keeps the process from being found or started.
     size: Size of metrics.jsonl when it was last read.
     step: The newest step in metrics.jsonl.
     started_at: The newest step when the process was started.
@@ -81,7 +80,7 @@ class Active:
   def __init__(self, trial: optuna.Trial, folder: pathlib.Path, owner: int):
     self.trial, self.folder, self.owner = trial, folder, owner
     self.handle: trials.Handle | None = None
-    self.asked = False
+    self.asked = self.waits = False
     self.size, self.step, self.started_at, self.stalled = -1, 0, 0, 0
 
   @property
@@ -94,8 +93,8 @@ class Active:
 
   def stop(self) -> None:
     if self.handle is not None and not self.asked:
-      self.asked = True
       self.handle.stop()
+      self.asked = True
 
 
 class Controller:
@@ -113,6 +112,7 @@ class Controller:
     self._active: list[Active] = []
     self._stopping = False
     self._error = ""
+    self._has_worked, self._complaint = False, ""
 
   @property
   def was_stopped(self) -> bool:
@@ -130,14 +130,15 @@ class Controller:
       while self._fill() or self._active:
         for active in list(self._active):
           if self._stopping:
-            active.stop()
+            self._stop(active)
           if self._advance(active):
             self._active.remove(active)
             os.close(active.owner)
         self._wait()
     except Exception:
       for active in self._active:
-        active.stop()
+        with contextlib.suppress(trials.PlaceError):  # Others can still be asked.
+          active.stop()
       raise
     finally:
       for number, handler in previous.items():
@@ -157,6 +158,25 @@ class Controller:
     was_stopping, until = self._stopping, time.monotonic() + self._place.poll_seconds
     while (rest := until - time.monotonic()) > 0 and self._stopping == was_stopping:
       time.sleep(min(rest, 0.2))
+
+  @contextlib.contextmanager
+  def _patient(self) -> Iterator[None]:
+    """Lets a place that has worked once fail, as it may for a while; the caller tries again."""
+    try:
+      yield
+    except trials.PlaceError as error:
+      if not self._has_worked:
+        raise
+      if self._complaint != str(error):
+        say(f"{error}; trying again every {self._place.poll_seconds:g} seconds")
+      self._complaint = str(error)
+    else:
+      self._has_worked, self._complaint = True, ""
+
+  def _stop(self, active: Active) -> None:
+    if active.handle is not None and not active.asked:
+      with self._patient():
+        active.stop()
 
   def _give_up(self, message: str) -> None:
     self._error = self._error or message
@@ -226,38 +246,43 @@ class Controller:
     trial, folder = active.trial, active.folder
     flags = self._define(trial)
     self._read(active)
-    active.started_at = active.step
+    active.started_at, active.waits = active.step, True
     if active.is_pruned or read_summary(folder) is not None:
       # It is over, and nobody has told yet; the process may be about to end.
-      active.handle = self._place.find(folder)
-      if active.is_pruned:
-        active.stop()
+      with self._patient():
+        active.handle, active.waits = self._place.find(folder), False
       return
     where = "continues" if (folder / "log").exists() else "starts"
     settings = " ".join(flag(name, sweep_report.short(value)) for name, value in flags.items())
-    say(
-      f"trial {trial.number} {where}{' with the defaults' if active.is_default else ''}: {settings}"
-    )
     module, *common = self._args.script
     command = [sys.executable, "-m", module, *common, f"--workdir={folder}"]
     command += [flag(name, value) for name, value in flags.items()]
-    active.handle, active.asked = self._place.start(command, folder), False
+    with self._patient():
+      active.handle, active.asked = self._place.start(command, folder), False
+      active.waits = False
+      note = " with the defaults" if active.is_default else ""
+      say(f"trial {trial.number} {where}{note}: {settings}")
 
   def _advance(self, active: Active) -> bool:
     """Looks at a trial; True if this controller is done with it."""
+    if active.waits and not self._stopping:
+      self._start(active)
+      return False
+    if active.waits:
+      say(f"trial {active.trial.number} stopped at step {active.step}")
+      return True
     code = trials.LOST if active.handle is None else active.handle.poll()
-    was_pruned = active.is_pruned
     self._read(active)
     if code is None:
-      if active.is_pruned and not was_pruned:
-        active.stop()
+      if active.is_pruned:
+        self._stop(active)
       return False
     summary = read_summary(active.folder)
     if summary is not None and code in (0, trials.LOST):
       self._complete(active, summary)
     elif active.is_pruned:
       self._prune(active)
-    elif code not in _INTERRUPTED:
+    elif code != trials.LOST and not jobs.may_pass(code):
       self._fail(active, describe_exit(code))
     elif self._stopping:
       say(f"trial {active.trial.number} stopped at step {active.step}")
@@ -389,8 +414,9 @@ def describe_exit(code: int) -> str:
     return "it ended without a summary.json"
   if code == trials.LOST:
     return "it ended while no controller was watching"
-  if code < 0:
-    return f"killed by {signal.Signals(-code).name}"
+  number = -code if code < 0 else code - jobs.FIRST_SIGNAL  # The latter as a shell reports it.
+  if number in map(int, signal.Signals):
+    return f"killed by {signal.Signals(number).name}"
   return f"exit code {code}"
 
 

@@ -1,6 +1,7 @@
 """Sweeps over a fake script that takes milliseconds."""
 
 import csv
+import os
 import pathlib
 import subprocess
 import sys
@@ -82,6 +83,62 @@ def quick(monkeypatch, request):
   monkeypatch.setattr(trials.Local, "poll_seconds", 0.01)
   if "plots" not in request.fixturenames:  # They would take most of the time.
     monkeypatch.setattr(sweep_report, "draw", lambda *unused: [])
+
+
+# The commands of a Slurm whose jobs are processes of this machine. A call whose number is in the
+# file `fails` of the command fails, as all do while the daemon is away.
+_SLURM = r"""#!/bin/bash
+cd {folder}
+name=$(basename "$0")
+if [ "$name" = srun ]; then
+  cd "$OLDPWD"
+  echo $$ >{folder}/$SLURM_JOB_NAME.step
+  exec "$@"
+fi
+echo call >>$name.calls
+if grep -qsx "$(wc -l <$name.calls)" $name.fails; then
+  echo "$name: error: Unable to contact slurm controller (connect failure)" >&2
+  exit 1
+fi
+for word in "$@"; do
+  case "$word" in
+    --job-name=*) job=${{word#*=}} ;;
+    --name=*) job=${{word#*=}} ;;
+    --output=*) output=${{word#*=}} ;;
+    --wrap=*) wrap=${{word#*=}} ;;
+    [0-9]*) number=$word ;;
+  esac
+done
+case "$name" in
+  sbatch)
+    cd "$OLDPWD"
+    SLURM_JOB_NAME=$job setsid bash -c "$wrap" >>"$output" 2>&1 </dev/null &
+    echo $! >{folder}/$job.job
+    ;;
+  squeue)
+    [ -e $job.job ] && kill -0 "$(cat $job.job)" 2>/dev/null && echo "$(cat $job.job) RUNNING"
+    exit 0
+    ;;
+  scancel) kill -TERM "$(cat "$(grep -lx "$number" *.job | sed s/job$/step/)")" ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Callable[..., None]:
+  """A Slurm; `slurm(command, n, ...)` makes calls of a command fail, counted from 1."""
+  folder = tmp_path / "slurm"
+  folder.mkdir()
+  for name in ("sbatch", "squeue", "scancel", "srun"):
+    (folder / name).write_text(_SLURM.format(folder=folder))
+    (folder / name).chmod(0o755)
+  monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+  monkeypatch.setattr(trials.Slurm, "poll_seconds", 0.05)
+
+  def fail(name: str, *calls: int) -> None:
+    (folder / f"{name}.fails").write_text("".join(f"{call}\n" for call in calls))
+
+  return fail
 
 
 @pytest.fixture

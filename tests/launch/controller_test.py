@@ -181,6 +181,123 @@ def test_a_trial_that_is_always_killed_at_the_same_step_fails(study, run):
   assert table(study)[0]["reason"] == "killed by SIGKILL, 2 times without a step in between"
 
 
+@pytest.mark.parametrize("signal_name", ["KILL", "ABRT", "TERM"])
+def test_a_job_that_is_killed_goes_on(study, run, slurm, signal_name):
+  """As by a lack of memory, a neighbour that is lost, or the time limit before it listens."""
+  script = ("--kill_at=", f"--kill_by={getattr(signal, f'SIG{signal_name}'):d}")
+  code, output = run("--to=slurm", "--trials=1", script=script)
+  assert code == 0, output
+  assert table(study)[0]["state"] == "done" and len(starts(study)[0]) == 2
+  assert steps_of(study, 0) == list(range(1, 10))
+
+
+def test_a_job_that_fails_is_told(study, run, slurm):
+  run("--to=slurm", "--trials=1", script=("--fail_above=-1",))
+  assert table(study)[0]["reason"] == "exit code 70" and len(starts(study)[0]) == 1
+
+
+@pytest.mark.parametrize(
+  ("code", "words"),
+  [
+    (-9, "killed by SIGKILL"),
+    (137, "killed by SIGKILL"),
+    (134, "killed by SIGABRT"),
+    (75, "exit code 75"),
+    (255, "exit code 255"),
+  ],
+)
+def test_codes_in_words(code, words):
+  assert controller.describe_exit(code) == words
+
+
+def test_a_daemon_that_restarts_ends_no_sweep(study, run, slurm):
+  """It is away when a trial is started, when one is looked for, and when one is stopped."""
+  slurm("sbatch", 3, 4, 7)
+  slurm("squeue", *range(20, 30), *range(60, 64))
+  slurm("scancel", 1, 2)
+  flags = ("--to=slurm", "--trials=8", "--parallel=3", "--prune_on=eval/score")
+  code, output = run(*flags, script=("--pause=0.2",))
+  assert code == 0, output
+  states = [row["state"] for row in table(study)]
+  assert set(states) == {"done", "pruned"} and len(states) == 8
+  assert {number: len(each) for number, each in starts(study).items()} == dict.fromkeys(range(8), 1)
+  for number, state in enumerate(states):
+    assert (len(steps_of(study, number)) == 9) == (state == "done")
+  assert "sbatch: error: Unable to contact slurm controller (connect failure); trying" in output
+
+
+def test_a_cluster_that_refuses_the_first_job_ends_the_sweep(study, run, slurm):
+  slurm("sbatch", 1)
+  code, output = run("--to=slurm", "--trials=2")
+  assert code == 1 and not starts(study)
+  assert output.count("sbatch: error: Unable to contact slurm controller") == 1
+
+
+class _Place:
+  """A place whose processes run until they are stopped; `fails` are those that cannot be asked."""
+
+  poll_seconds = 0.01
+
+  def __init__(self, fails=(), on_poll=lambda: None, on_start=lambda name: None):
+    self.fails, self.asked = fails, []
+    self.on_poll, self.on_start = on_poll, on_start
+
+  def start(self, argv, folder):
+    self.on_start(folder.name)
+    place = self
+
+    class Process:
+      def poll(self):
+        place.on_poll()
+        return 75 if folder.name in place.asked else None
+
+      def stop(self):
+        if folder.name in place.fails:
+          raise trials.PlaceError("the daemon is away")
+        place.asked.append(folder.name)
+
+    return Process()
+
+  def find(self, folder):
+    return None
+
+
+def sweep_on(command, place, *flags):
+  args, space = sweep.parse(command(*flags))
+  return controller.Controller(args, space, sweep.open_study(args, space), place)
+
+
+def test_an_error_stops_all_trials_that_can_be_asked(command):
+  def broken():
+    if len(started) == 3:
+      raise OSError("the disk is gone")
+
+  started = []
+  place = _Place(["0000"], broken, started.append)
+  with pytest.raises(OSError, match="the disk is gone"):
+    sweep_on(command, place, "--trials=3", "--parallel=3").run()
+  assert place.asked == ["0001", "0002"]
+
+
+def test_a_sweep_that_waits_for_the_daemon_can_be_stopped(study, command, capsys):
+  def start(name):
+    tries.append(name)
+    if len(tries) == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+    if name == "0001":
+      raise trials.PlaceError("the daemon is away")
+
+  tries = []
+  place = _Place(on_start=start)
+  stopped = sweep_on(command, place, "--trials=2", "--parallel=2")
+  stopped.run()
+  assert stopped.was_stopped and place.asked == ["0000"]
+  assert tries == ["0000", *["0001"] * 4]
+  assert capsys.readouterr().err.count("the daemon is away; trying again every 0.01 seconds") == 1
+  # Both are there for the next controller.
+  assert [t.state.name for t in open_study(study).get_trials()] == ["RUNNING"] * 2
+
+
 def test_a_wrong_metric_costs_no_trial(study, run):
   code, output = run("--trials=2", "--metric=scor")
   assert code == 1 and "has no scor; did you mean score?" in output

@@ -37,7 +37,9 @@ for step in range(done + 1, steps + 1):
   with open(metrics, "a") as file:
     file.write(json.dumps(row) + "\n")
   if "kill_at" in flags and step == 3 > done:
-    os.kill(os.getpid(), signal.SIGKILL)
+    kill_by = int(flags.get("kill_by", signal.SIGKILL))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # As outside of the steps of a real one.
+    os.kill(os.getpid(), kill_by)
   time.sleep(pause)
   while step == 3 and "hold" in flags and not (os.path.exists(flags["hold"]) or asked):
     time.sleep(0.01)

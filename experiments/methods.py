@@ -23,7 +23,6 @@ run beside it in the same workdir. A method that fails is left out, and tried ag
 """
 
 import dataclasses
-import json
 import pathlib
 import resource
 import signal
@@ -68,6 +67,7 @@ def measure(config: Config) -> None:
   """Runs what has not finished, shows the results and writes them into summary.json and pages."""
   workdir = workdir_lib.local_path(config.workdir)
   names, failed = stages.with_needed(config.rows or [*stages.COMMANDS]), []
+  stages.refuse_others(workdir, config.seeds, names)
   for seed in config.seeds:
     folder = workdir / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,17 +94,16 @@ def measure(config: Config) -> None:
 
 def run_stage(name: str, folder: pathlib.Path, seed: int) -> int:
   """Runs a stage unless it has finished, and keeps its CPU minutes; returns its exit code."""
-  command, record = stages.COMMANDS[name], stages.read_record(folder, name)
-  if record.get("command") != command:
-    record = {"command": command, "cpu_minutes": 0.0}
+  record = stages.read_record(folder, name) or {"cpu_minutes": 0.0}
   if record.get("code") == 0:
     return 0
-  reporting.note(f"seed {seed}: {command}")
+  reporting.note(f"seed {seed}: {stages.COMMANDS[name]}")
+  stages.write_record(folder, name, None, None)  # A kill leaves this: the minutes are not known.
   before = cpu_minutes()
   code = run([sys.executable, "-m", *stages.words(name, folder, seed)])
-  minutes = float(record["cpu_minutes"]) + cpu_minutes() - before
-  record |= {"cpu_minutes": minutes, "code": code}
-  workdir_lib.atomic_write(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+  known = record["cpu_minutes"] is not None
+  minutes = record["cpu_minutes"] + cpu_minutes() - before if known else None
+  stages.write_record(folder, name, minutes, code)
   return code
 
 
@@ -117,20 +116,24 @@ def cpu_minutes() -> float:
 def run(line: list[str]) -> int:
   """Runs a program to its end and returns its exit code.
 
-  SIGTERM is handed on to it, so that it saves. The code then is that of a run that has saved.
+  SIGTERM is handed on to it, and the terminal sends it Ctrl-C, so that it saves. The code then is
+  that of a run that has saved.
   """
   stopped = []
   with subprocess.Popen(line) as child:
 
-    def stop(*_):
-      stopped.append(True)
-      child.terminate()
+    def stop(number, frame):
+      del frame
+      stopped.append(number)
+      if number == signal.SIGTERM:
+        child.terminate()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
       code = child.wait()
     finally:
-      signal.signal(signal.SIGTERM, before)
+      for number, handler in before.items():
+        signal.signal(number, handler)
   return loop.Preempted.exit_code if stopped else code
 
 

@@ -60,7 +60,8 @@ def read(workdir: pathlib.Path) -> dict[str, dict[int, Result]]:
       keys = ("gold/mean", "gold/win_rate", "gold/win_rate_low", "gold/win_rate_high", "kl")
       gold, rate, low, high, kl = (summary[key] for key in keys)
       minutes, of_start = (
-        stages.read_record(folder, of).get("cpu_minutes", math.nan) for of in (name, stages.START)
+        math.nan if (used := stages.read_record(folder, of).get("cpu_minutes")) is None else used
+        for of in (name, stages.START)
       )
       results[name][seed] = Result(gold, rate, low, high, kl, minutes)
       before = summary["gold/mean_before"]

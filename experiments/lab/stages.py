@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_jax import flags
+from rlhf_jax import workdir as workdir_lib
 from . import scripts
 
 START, JUDGE = "sft", "reward_model"  # Stages that come before all others.
@@ -64,14 +66,48 @@ def words(name: str, folder: pathlib.Path, seed: int) -> list[str]:
   return [scripts.module_name(script), *session, *flags]
 
 
+def commands_behind(name: str) -> dict[str, str]:
+  """Returns the commands that the numbers of a stage follow from, its own among them, by stage."""
+  behind = {name: COMMANDS[name]}
+  for before in [START, *read_by(name)] if name != START else []:
+    behind |= commands_behind(before)
+  return behind
+
+
 def read_record(folder: pathlib.Path, name: str) -> dict[str, Any]:
-  """Returns command, CPU minutes and exit code of a stage; empty before its first end."""
+  """Returns commands, CPU minutes and exit code of a stage; empty if its commands were others.
+
+  The minutes are null if they are not known, and so is the code of a stage that has not ended.
+  """
   path = folder / f"{name}.json"
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  return record if record.get("commands") == commands_behind(name) else {}
+
+
+def write_record(folder: pathlib.Path, name: str, minutes: float | None, code: int | None) -> None:
+  """Keeps the commands of a stage with its CPU minutes and exit code, None for unknown ones."""
+  record = {"commands": commands_behind(name), "cpu_minutes": minutes, "code": code}
+  workdir_lib.atomic_write(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+
+
+def refuse_others(workdir: pathlib.Path, seeds: Sequence[int], names: Sequence[str]) -> None:
+  """Refuses workdirs of stages that other commands have made.
+
+  Raises:
+    UsageError: There are some; the message names all of them.
+  """
+  folders = [workdir / f"seed_{seed}" for seed in seeds]
+  found = [of / name for of in folders for name in names if (of / name).exists()]
+  old = [str(path) for path in found if not read_record(path.parent, path.name)]
+  if old:
+    raise flags.UsageError(
+      "commands have changed since these were measured, or those of runs that they start from:"
+      f" delete {' '.join(old)}, or take another --workdir"
+    )
 
 
 def read_summary(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
-  """Returns summary.json of a stage; None if it has not finished."""
+  """Returns summary.json of a stage; None if it has not finished with the present commands."""
   if read_record(folder, name).get("code") != 0:
     return None
   return json.loads((folder / name / "summary.json").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ def cells(page):
 def finish(folder, name, summary, **metrics):
   """Writes a run that has finished: summary.json, and metrics.jsonl from lists of values."""
   (folder / name).mkdir(parents=True)
-  (folder / f"{name}.json").write_text(json.dumps({"code": 0, "cpu_minutes": 1.0}))
+  stages.write_record(folder, name, minutes=1.0, code=0)
   (folder / name / "summary.json").write_text(json.dumps(summary))
   rows = [
     dict(zip(metrics, row, strict=True), step=i)

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from experiments.lab import methods
+from experiments.lab import methods, stages
 from experiments.lab.methods import METHODS, Result
 
 PAGES = {"README.md": ["short"], "experiments/METHODS.md": ["methods", "results"]}
@@ -32,8 +32,7 @@ def test_pages_show_the_table(page, repository):
 
 def write(folder, name, minutes, summary=None):
   folder.mkdir(exist_ok=True)
-  record = {"command": name, "cpu_minutes": minutes, "code": 0 if summary else 70}
-  (folder / f"{name}.json").write_text(json.dumps(record))
+  stages.write_record(folder, name, minutes, code=0 if summary else 70)
   if summary:
     (folder / name).mkdir()
     (folder / name / "summary.json").write_text(json.dumps(summary))
@@ -66,6 +65,15 @@ def test_results_are_those_of_finished_runs(tmp_path):
   # The mean of two means with intervals of 0.03 is known to 0.03 / sqrt(2).
   assert dpo == ["DPO", "5.00 / 6.00", "0.70 / 0.80", "0.75 ± 0.02", "5.0 / 5.0", "2.0 / 2.0"]
   assert ppo == ["PPO", "– / 6.00", "– / 0.75", "0.75 ± 0.03", "– / 5.0", "– / 3.0"]
+
+
+def test_minutes_that_are_not_known_are_a_dash(tmp_path):
+  for seed, minutes in ((0, None), (1, 2.0)):
+    write(tmp_path / f"seed_{seed}", "sft", 1.5, {"eval/loss": 1.0})
+    write(tmp_path / f"seed_{seed}", "dpo", minutes, summary(5.0, 0.7))
+  results = methods.read(tmp_path)
+  page = methods.fill("<!-- results -->\n<!-- end of results -->\n", results)
+  assert [row[-1] for row in table(page, "results")[2:]] == ["1.5 / 1.5", "– / 2.0"]
 
 
 @pytest.mark.parametrize("name", ["results", "short"])

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -47,6 +48,26 @@ def test_variables_are_names_of_stages():
 )
 def test_a_stage_comes_behind_those_that_it_reads(rows, needed):
   assert stages.with_needed(rows) == ["sft", "reward_model", *needed]
+
+
+def test_numbers_of_other_commands_are_not_read(tmp_path, monkeypatch):
+  """Neither those of a line that has changed, nor of a run that starts from such a line."""
+  for name in ("sft", "reward_model", "dpo", "ppo", "kto"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "summary.json").write_text(json.dumps({"name": name}))
+    stages.write_record(tmp_path, name, minutes=2.0, code=0)
+
+  def read():
+    return [name for name in ("sft", "dpo", "ppo", "kto") if stages.read_summary(tmp_path, name)]
+
+  assert read() == ["sft", "dpo", "ppo", "kto"]
+  assert stages.read_record(tmp_path, "ppo")["cpu_minutes"] == 2.0
+  monkeypatch.setitem(stages.COMMANDS, "dpo", "dpo --steps=7")
+  assert read() == ["sft", "ppo", "kto"] and not stages.read_record(tmp_path, "dpo")
+  monkeypatch.setitem(stages.COMMANDS, "reward_model", "reward_model --steps=7")
+  assert read() == ["sft", "kto"]
+  monkeypatch.setitem(stages.COMMANDS, "sft", "sft --steps=7")
+  assert read() == []
 
 
 def test_every_stage_is_run_once():

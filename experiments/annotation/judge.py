@@ -58,10 +58,16 @@ def read_principles(path: str) -> tuple[str, ...]:
   if kind := workdir_lib.kind_of(path):
     raise flags.UsageError(f"--judge.principles={path} is {kind}, not a file")
   try:
-    lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
+    text = workdir_lib.local_path(path).read_text(encoding="utf-8-sig")
   except OSError as error:
     raise flags.UsageError(f"--judge.principles={path}: {error.strerror}") from error
-  principles = tuple(line.strip() for line in lines if line.strip())
+  except UnicodeDecodeError as error:
+    raise flags.UsageError(
+      f"--judge.principles={path} is not UTF-8 text; save the file as UTF-8"
+    ) from error
+  if "\0" in text:
+    raise flags.UsageError(f"--judge.principles={path} has a NUL; save the file as UTF-8 text")
+  principles = tuple(line.strip() for line in text.splitlines() if line.strip())
   if not principles:
     raise flags.UsageError(f"--judge.principles={path} has no line to judge by")
   return principles

@@ -37,16 +37,15 @@ class Store:
     self.path = workdir / LABELS
     self._database = workdir / _DATABASE
     self._lock = threading.Lock()  # The file has the order of the database.
-    rows = line_files.read_lines(self.path)
-    processes.agree(lambda: self._open(rows))
+    processes.agree(self._open)
 
-  def _open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+  def _open(self) -> None:
     with contextlib.closing(self._connect()) as connection:
       connection.execute("PRAGMA journal_mode=WAL")  # Readers do not wait for a writer.
     with self._transaction() as connection:
       if not connection.execute("SELECT * FROM sqlite_master WHERE name = 'answers'").fetchone():
         connection.execute(_TABLE)
-        _insert(connection, rows)
+        _insert(connection, line_files.parse_lines(self.path))
     self._export()
 
   def add(self, rows: Sequence[Mapping[str, Any]]) -> int:

@@ -85,6 +85,33 @@ class Store:
 
     return set(processes.agree(read))
 
+  def require_same(self, annotator: str, judge: str = "") -> None:
+    """Refuses a name under which somebody else has answered.
+
+    Args:
+      annotator: Name of a person or of a judge.
+      judge: Fingerprint of the judge; empty for a person.
+
+    Raises:
+      WorkdirError: There are answers of another judge, or of a judge and not of a person.
+    """
+
+    def read() -> list[str]:
+      judges = "SELECT DISTINCT ifnull(json_extract(line, '$.judge'), '') FROM answers"
+      with contextlib.closing(self._connect()) as connection:
+        found = connection.execute(f"{judges} WHERE annotator = ?", (annotator,))
+        return [judge for (judge,) in found]
+
+    others = set(processes.agree(read)) - {judge}
+    if others:
+      who = "a person" if "" in others else "a judge"
+      if judge and "" not in others:
+        who = "a judge with another model, other principles or other settings"
+      raise workdir_lib.WorkdirError(
+        f"--workdir={self.path.parent} has answers of {annotator!r}, who is {who}; give another"
+        " --annotator or another --workdir"
+      )
+
   def _connect(self) -> sqlite3.Connection:
     # Autocommit: where a transaction begins and ends is written out below.
     connection = sqlite3.connect(self._database, timeout=60, isolation_level=None)

@@ -1,7 +1,7 @@
 r"""Labels pairs of responses, by an AI judge or by a person in the terminal.
 
 An AI judge compares each pair by a list of principles, in both orders, and gives
-soft labels:
+soft labels, under the last part of its path or --annotator:
   python -m experiments.label --workdir=runs/ai --judge.path=FOLDER \
     --data.path=PAIRS.jsonl
 A person reads both responses and presses a, b, t (tie), s (skip), u (undo) or q
@@ -33,7 +33,7 @@ from rlhf_jax import entry, loop, rewards
 from .annotation import agreement, judge, labels, terminal
 from .annotation.items import check_annotator
 from .annotation.judge import JudgeOptions
-from .lab import models
+from .lab import limits, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Config(labels.LabelConfig):
   """Pairs to label, and the annotator.
 
   Attributes:
-    annotator: Name of the person who labels; empty lets the judge label.
+    annotator: Name of the person who labels. With --judge.path the judge labels, and this is its
+      name; empty takes the last part of the path.
     batch_size: Questions per call of the judge.
   """
 
@@ -54,35 +55,47 @@ class Config(labels.LabelConfig):
     super().__post_init__()
     if self.batch_size < 1:
       raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-    if self.annotator:
-      check_annotator(self.annotator)
-    if bool(self.annotator) == bool(self.judge.path):
-      raise ValueError("annotator or else judge.path says who labels; give one of the two")
+    if not self.annotator and not self.judge.path:
+      raise ValueError("annotator or judge.path says who labels; give one of the two")
+    try:
+      check_annotator(self.name)
+    except ValueError as error:
+      hint = "" if self.annotator else " as the last part of --judge.path; name the judge"
+      raise ValueError(f"{error}{hint}") from error
+
+  @property
+  def name(self) -> str:
+    """Name of the annotator, a person or a judge."""
+    return self.annotator or pathlib.Path(self.judge.path).name or "judge"
 
 
 def label(session: loop.Session, config: Config) -> dict[str, Any]:
   """Labels the pairs that are left, reports on all pairs, and returns summary.json."""
   with loop.open_run(session) as run:
-    if config.annotator:
+    if not config.judge.path:
       labels.require_one_process()
     items, store = labels.open_labels(run, config)
     labels.require_pairs(items)
     metrics: dict[str, float] = {}
-    if config.annotator:
-      with terminal.single_keys():
-        terminal.label(store, items, config.annotator)
-    else:
-      model_judge = open_judge(run, config)
-      name = pathlib.Path(config.judge.path).name or "judge"
-      judge.label(model_judge, store, items, name, config.batch_size)
-      metrics |= agreement.position_metrics(items, store.rows(name))
+    if config.judge.path:
+      principles = judge.read_principles(config.judge.principles)
+      known_as = judge.fingerprint(config.judge, config.model, principles)
+      store.require_same(config.name, known_as)
+      model_judge = open_judge(run, config, principles)
+      lengths = judge.lengths(model_judge, items, config.judge.canaries, config.batch_size)
+      limits.require(config, models.model_folder(config.judge.path), lengths)
+      judge.label(model_judge, store, items, config.name, known_as, config.batch_size)
+      metrics |= agreement.position_metrics(items, store.rows(config.name))
       metrics |= judge.meet_canaries(model_judge, items[: config.judge.canaries])
+    else:
+      store.require_same(config.name)
+      with terminal.single_keys():
+        terminal.label(store, items, config.name)
     return labels.report(run, items, store, metrics)
 
 
-def open_judge(run: loop.Run, config: Config) -> rewards.JudgeModel:
+def open_judge(run: loop.Run, config: Config, principles: tuple[str, ...]) -> rewards.JudgeModel:
   """Opens the judge of `--judge.path`."""
-  principles = judge.read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data)
   model, params = models.open_model(run, config.model, folder, tokenizer)

@@ -37,7 +37,10 @@ def exchange(session: loop.Session, config: Config) -> dict[str, Any]:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)
     if config.answers:
-      new = store.add(label_studio.read(config.answers, items))
+      answers = label_studio.read(config.answers, items)
+      for name in {row["by"] for row in answers}:
+        store.require_same(name)
+      new = store.add(answers)
       reporting.note(f"{new} answers are new")
     else:
       label_studio.export(items, run.workdir)

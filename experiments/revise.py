@@ -69,12 +69,13 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   texts = list(dict.fromkeys(data.plain_prompts(prompts)))
   texts = texts[: config.limit or len(texts)]
   limits.require_length(config, folder, answered=[prompts])
+  revision.require_length(config, folder, tokenizer, texts, principles)
   with loop.open_run(session) as run:
     settings = flags.to_dict(config)
     digests = models.digests(flags.flatten(settings)) | {"data": prompts.digest}
     loop.identify(run, "revise", settings, digests)
     model, params = models.open_model(run, config.model, folder, tokenizer)
-    answer = revision.make_answer(run, model, params, tokenizer, config.sampling, config.batch_size)
+    answer = revision.make_answer(run, model, params, tokenizer, config, folder)
     path = run.workdir / _REVISED
     done = len(line_files.read_lines(path))
     with reporting.Progress(len(texts), done, "revise") as progress:

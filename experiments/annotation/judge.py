@@ -1,12 +1,15 @@
 """Language models as judges of pairs."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from rlhf_jax import flags, reporting, rewards
 from rlhf_jax import workdir as workdir_lib
+from ..lab import limits, models
 from .items import Item, answer_row, first_share
 from .store import Store
 
@@ -58,17 +61,37 @@ def read_principles(path: str) -> tuple[str, ...]:
   if kind := workdir_lib.kind_of(path):
     raise flags.UsageError(f"--judge.principles={path} is {kind}, not a file")
   try:
-    lines = workdir_lib.local_path(path).read_text(encoding="utf-8").splitlines()
+    text = workdir_lib.local_path(path).read_text(encoding="utf-8-sig")
   except OSError as error:
     raise flags.UsageError(f"--judge.principles={path}: {error.strerror}") from error
-  principles = tuple(line.strip() for line in lines if line.strip())
+  except UnicodeDecodeError as error:
+    raise flags.UsageError(
+      f"--judge.principles={path} is not UTF-8 text; save the file as UTF-8"
+    ) from error
+  if "\0" in text:
+    raise flags.UsageError(f"--judge.principles={path} has a NUL; save the file as UTF-8 text")
+  principles = tuple(line.strip() for line in text.splitlines() if line.strip())
   if not principles:
     raise flags.UsageError(f"--judge.principles={path} has no line to judge by")
   return principles
 
 
+def fingerprint(
+  options: JudgeOptions, model: models.ModelOptions, principles: Sequence[str]
+) -> str:
+  """Returns a digest of all that the verdicts of a judge depend on, but for the pairs."""
+  known = [flags.to_dict(model), list(principles), options.max_characters]
+  known.append(models.digests({"judge.path": options.path}))
+  return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def label(
-  judge: rewards.JudgeModel, store: Store, items: Sequence[Item], name: str, batch_size: int
+  judge: rewards.JudgeModel,
+  store: Store,
+  items: Sequence[Item],
+  name: str,
+  known_as: str,
+  batch_size: int,
 ) -> None:
   """Labels the pairs that are left.
 
@@ -77,6 +100,7 @@ def label(
     store: Answers, which are on disk after each batch.
     items: Pairs to label.
     name: Annotator name of the judge.
+    known_as: Fingerprint of the judge, which each answer keeps.
     batch_size: Pairs per batch.
   """
   done = store.answered(name)
@@ -97,18 +121,41 @@ def label(
         if np.isnan(preference):
           continue
         orders = {"first": verdicts.first[i].tolist(), "second": verdicts.second[i].tolist()}
-        row = answer_row(item, name, (int(preference < 0.5), int(preference > 0.5)), **orders)
+        ranks = int(preference < 0.5), int(preference > 0.5)
+        row = answer_row(item, name, ranks, judge=known_as, **orders)
         row["annotations"][0]["probability"] = round(preference, 6)
         rows.append(row)
       store.add(rows)
       progress.update(len(done) + start + len(part))
 
 
+def lengths(
+  judge: rewards.JudgeModel, items: Sequence[Item], canaries: int, batch_size: int
+) -> Iterator[limits.Length]:
+  """Yields the length of the longest question in each batch.
+
+  Args:
+    judge: Model that judges.
+    items: Pairs to label.
+    canaries: Number of items whose better response is also compared with each canary.
+    batch_size: Pairs per batch.
+  """
+  asked = [(item.prompt, *item.responses) for item in items]
+  asked += [(i.prompt, text, _better(i)) for i in items[:canaries] for text in CANARIES.values()]
+  for start in range(0, len(asked), batch_size):
+    longest = judge.longest(*zip(*asked[start : start + batch_size], strict=True))
+    yield limits.Length(*longest, "--judge.max_characters")
+
+
+def _better(item: Item) -> str:
+  return item.responses[int(first_share(item) < 0.5)]
+
+
 def meet_canaries(judge: rewards.JudgeModel, items: Sequence[Item]) -> dict[str, float]:
   """Share of pairs in which each canary wins against the better response."""
   if not items:
     return {}
-  better = [item.responses[int(first_share(item) < 0.5)] for item in items]
+  better = [_better(item) for item in items]
   prompts = [item.prompt for item in items]
   return {
     f"canary/{name}": float(np.mean(judge(prompts, [text] * len(items), better) > 0.5))

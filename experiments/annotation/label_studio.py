@@ -13,10 +13,10 @@ from rlhf_jax import workdir as workdir_lib
 from .items import Item, answer_row, shown_order
 
 _TASKS, _INTERFACE = "label_studio.json", "label_studio.xml"
-# The pairwise tag knows no tie.
+# The pairwise tag knows no tie. A click on the chosen response takes the choice back.
 _TEMPLATE = """\
 <View>
-  <Header value="Which response is better?"/>
+  <Header value="Which response is better? Click it again to clear it, before a tie."/>
   <Text name="prompt" value="$prompt"/>
   <Pairwise name="comparison" toName="answer1,answer2"/>
   <View style="display: grid; grid-template-columns: 1fr 1fr; gap: 1em">
@@ -69,7 +69,7 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
   if kind := workdir_lib.kind_of(path):
     raise data.DataError(f"--answers={path} is {kind}, not a file")
   try:
-    content = workdir_lib.local_path(path).read_text(encoding="utf-8")
+    content = workdir_lib.local_path(path).read_text(encoding="utf-8-sig")
     tasks = json.loads(content)
   except OSError as error:
     raise data.DataError(f"--answers={path}: {error.strerror}") from error
@@ -78,7 +78,7 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
   if not isinstance(tasks, list):
     raise data.DataError(f"--answers={path}: expected a list of tasks; export as JSON")
   known = {item.id: item for item in items}
-  rows = []
+  rows, contradictory = [], []
   for number, task in enumerate(tasks):
     where = f"{path}: task {number}"
     item, order = _item(task, number, where)
@@ -88,12 +88,18 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
     if not isinstance(annotations, list):
       _fail(where, "no list of annotations", "export as JSON, not as JSON-MIN")
     for annotation in annotations:
-      ranks = _ranks(annotation, where)
-      in_row = None if ranks is None else [ranks[order.index(i)] for i in range(2)]
+      choices, annotator = _choices(annotation, where), _annotator(annotation)
+      if len(set(choices)) > 1:  # The export does not tell which came last.
+        contradictory.append(f"{item.id} by {annotator}")
+        continue
+      in_row = [choices[0][order.index(i)] for i in range(2)] if choices else None
       columns = {"shown": list(order)}
       if isinstance(annotation.get("lead_time"), (int, float)):
         columns["seconds"] = round(annotation["lead_time"], 1)
-      rows.append(answer_row(item, _annotator(annotation), in_row, **columns))
+      rows.append(answer_row(item, annotator, in_row, **columns))
+  if contradictory:
+    fix = "clear one of the two in Label Studio, and export again"
+    _fail(path, f"both a response and a tie are chosen in {', '.join(contradictory)}", fix)
   return rows
 
 
@@ -113,21 +119,23 @@ def _item(task: Any, number: int, where: str) -> tuple[Item, tuple[int, ...]]:
   return Item(str(columns.get("id", task.get("id", number))), columns["prompt"], texts), order
 
 
-def _ranks(annotation: Any, where: str) -> tuple[int, int] | None:
-  """Ranks of answer1 and answer2; None if the task was skipped or left open."""
+def _choices(annotation: Any, where: str) -> list[tuple[int, int]]:
+  """Ranks of answer1 and answer2 by each choice; none if the task was skipped or left open."""
   if not isinstance(annotation, Mapping) or not isinstance(annotation.get("result"), list):
     _fail(where, "an annotation without a list `result`", "export it again")
   if annotation.get("was_cancelled"):
-    return None
-  values = [(part.get("type"), part.get("value", {})) for part in annotation["result"]]
-  for kind, value in values:
-    if kind == "pairwise":
+    return []
+  chosen = []
+  for part in annotation["result"]:
+    value = part.get("value", {})
+    if part.get("type") == "choices" and "tie" in value.get("choices", ()):
+      chosen.append((0, 0))
+    if part.get("type") == "pairwise":
       side = value.get("selected")
       if side not in _SIDES:
         _fail(where, f"selected is {side!r}", "expected left or right")
-      return _SIDES[side]
-  is_tie = any(kind == "choices" and "tie" in value.get("choices", ()) for kind, value in values)
-  return (0, 0) if is_tie else None
+      chosen.append(_SIDES[side])
+  return chosen
 
 
 def _annotator(annotation: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.data import DataConfig
 from . import agreement
 from .items import Item, read_items
@@ -34,7 +35,7 @@ def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
 
   Raises:
     DataError: A row is not an item.
-    CheckpointError: The workdir holds answers to other data.
+    WorkdirError: The workdir holds answers to other data.
   """
   items, left_out = read_items(config.data, config.limit, run.session.seed)
   loop.identify(run, "annotate", {"data": flags.to_dict(config.data)})
@@ -46,7 +47,30 @@ def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:
       "left out": ", ".join(f"{count} {why}" for why, count in left_out.items()) or "nothing",
     },
   )
-  return items, Store(run.workdir)
+  store = Store(run.workdir)
+  require_same_texts(items, store.rows(), config.data.path)
+  return items, store
+
+
+def require_same_texts(items: Sequence[Item], rows: Sequence[Mapping[str, Any]], path: str) -> None:
+  """Refuses items whose ids are those of answers to other texts; items without answers are fine.
+
+  Args:
+    items: Items to label.
+    rows: Answers.
+    path: File of the items.
+
+  Raises:
+    WorkdirError: An answer belongs to other texts.
+  """
+  texts = {item.id: (item.prompt, item.responses) for item in items}
+  for row in rows:
+    answered = row["prompt"], tuple(row["responses"])
+    if texts.get(row["id"], answered) != answered:
+      raise workdir_lib.WorkdirError(
+        f"--data.path={path}: the row {row['id']!r} is not the one that {row['by']} has answered;"
+        " give the rows as they were, to which others may be appended, or use another --workdir"
+      )
 
 
 def require_one_process() -> None:

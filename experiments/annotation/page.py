@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax import data, flags, reporting
+from rlhf_jax import workdir as workdir_lib
 from .agreement import Agreement, agreements
 from .items import Item, answer_row, check_annotator, shown_order
 from .store import Store
@@ -69,8 +70,10 @@ class Desk:
 
     Raises:
       ValueError: The name is not fit.
+      WorkdirError: The name is that of a judge.
     """
     check_annotator(annotator)
+    self.store.require_same(annotator)
     answered = self.store.answered(annotator)
     left = (item for item in self.items if item not in answered)
     return Asked(annotator, next(left, ""), since=time.time())
@@ -310,7 +313,7 @@ def build(desk: Desk, annotator: str = "") -> Any:
         return draw(Asked())
       try:
         return draw(desk.ask(named.strip()))
-      except ValueError as error:
+      except (ValueError, workdir_lib.WorkdirError) as error:
         return draw(Asked(), str(error))
 
     def on_key(key: str, state: str) -> dict[Any, Any]:

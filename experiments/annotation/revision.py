@@ -1,15 +1,16 @@
 """Prompts for critique and revision, and the model that answers them."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
 from rlhf_jax import data, loop, rewards, sharding
-from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params
-from ..lab import models
+from ..lab import limits, models
 
 CRITIQUE = """Here is a request and a response to it.
 
@@ -28,26 +29,67 @@ REVISION = """{critique_request}
 Now write a better response to the request, and nothing else."""
 
 
+def require_length(
+  config: Any,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  prompts: Sequence[str],
+  principles: Sequence[str],
+) -> None:
+  """Refuses prompts whose last question may be beyond the positions of a model.
+
+  Args:
+    config: Config with `model`, `data` and `sampling`.
+    folder: Folder of the model.
+    tokenizer: Tokenizer of the model.
+    prompts: Prompts to answer.
+    principles: Principles to criticise by.
+  """
+  principle = max(principles, key=len)
+  asked = [CRITIQUE.format(prompt=p, response="", principle=principle) for p in prompts]
+  texts = [REVISION.format(critique_request=request, critique="") for request in asked]
+  # A response and a critique are in the question, and a revision follows.
+  new = config.sampling.max_new_tokens
+  question = max(map(len, tokenizer.encode_prompts(texts))) + 2 * new
+  names = "--sampling.max_new_tokens or --data.max_prompt_length"
+  length = limits.Length(question + new, _padded(question) + new, names)
+  limits.require(config, folder, [length])
+
+
+def _padded(length: int) -> int:
+  return length + -length % 64
+
+
 def make_answer(
   run: loop.Run,
   model: Model,
   params: Params,
   tokenizer: data.Tokenizer,
-  config: SamplingConfig,
-  batch_size: int,
+  config: Any,
+  folder: pathlib.Path | None,
 ) -> Callable[[Sequence[str], int, int], list[str]]:
-  """Builds `answer(texts, number, turn) -> texts`, whose random key depends on number and turn."""
+  """Builds `answer(texts, number, turn) -> texts`, whose random key depends on number and turn.
+
+  Args:
+    run: Opened run.
+    model: Model that answers.
+    params: Params of the model.
+    tokenizer: Tokenizer of the model.
+    config: Config with `model`, `data`, `sampling` and `batch_size`.
+    folder: Folder of the model.
+  """
   params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
   generate = models.make_sampler(
-    model, tokenizer, dataclasses.replace(config, samples_per_prompt=1)
+    model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=1)
   )
 
   def answer(texts: Sequence[str], number: int, turn: int) -> list[str]:
     dataset = data.prompts_from_texts(list(texts), tokenizer)
-    dataset = dataset._replace(padded_length=dataset.padded_length + -dataset.padded_length % 64)
+    dataset = dataset._replace(padded_length=_padded(dataset.padded_length))
+    limits.require_length(config, folder, answered=[dataset])
     key = jax.random.fold_in(jax.random.fold_in(run.key_for(3), number), turn)
     responses: list[str] = []
-    for batch, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+    for batch, valid in data.eval_batches(dataset, config.batch_size, tokenizer.pad_id):
       rollout = generate(params, batch.tokens, batch.mask, batch.prompt_id, key)
       drawn = rewards.response_texts(rollout, tokenizer.batch_decode)
       responses += [text for text, on in zip(drawn, valid, strict=True) if on]

@@ -37,16 +37,15 @@ class Store:
     self.path = workdir / LABELS
     self._database = workdir / _DATABASE
     self._lock = threading.Lock()  # The file has the order of the database.
-    rows = line_files.read_lines(self.path)
-    processes.agree(lambda: self._open(rows))
+    processes.agree(self._open)
 
-  def _open(self, rows: Sequence[Mapping[str, Any]]) -> None:
+  def _open(self) -> None:
     with contextlib.closing(self._connect()) as connection:
       connection.execute("PRAGMA journal_mode=WAL")  # Readers do not wait for a writer.
     with self._transaction() as connection:
       if not connection.execute("SELECT * FROM sqlite_master WHERE name = 'answers'").fetchone():
         connection.execute(_TABLE)
-        _insert(connection, rows)
+        _insert(connection, line_files.parse_lines(self.path))
     self._export()
 
   def add(self, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -85,6 +84,33 @@ class Store:
         return [item for (item,) in items]
 
     return set(processes.agree(read))
+
+  def require_same(self, annotator: str, judge: str = "") -> None:
+    """Refuses a name under which somebody else has answered.
+
+    Args:
+      annotator: Name of a person or of a judge.
+      judge: Fingerprint of the judge; empty for a person.
+
+    Raises:
+      WorkdirError: There are answers of another judge, or of a judge and not of a person.
+    """
+
+    def read() -> list[str]:
+      judges = "SELECT DISTINCT ifnull(json_extract(line, '$.judge'), '') FROM answers"
+      with contextlib.closing(self._connect()) as connection:
+        found = connection.execute(f"{judges} WHERE annotator = ?", (annotator,))
+        return [judge for (judge,) in found]
+
+    others = set(processes.agree(read)) - {judge}
+    if others:
+      who = "a person" if "" in others else "a judge"
+      if judge and "" not in others:
+        who = "a judge with another model, other principles or other settings"
+      raise workdir_lib.WorkdirError(
+        f"--workdir={self.path.parent} has answers of {annotator!r}, who is {who}; give another"
+        " --annotator or another --workdir"
+      )
 
   def _connect(self) -> sqlite3.Connection:
     # Autocommit: where a transaction begins and ends is written out below.

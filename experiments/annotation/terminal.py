@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ _KEYS = {
   "q": "quit",
 }
 _PLACES = {"a": (0, 1), "b": (1, 0), "t": (0, 0), "s": None}  # Ranks of the left and right one.
+
+_ESCAPE_SECONDS = 0.05  # Within which a remote terminal sends the rest of a key.
 
 
 def label(store: Store, items: Sequence[Item], annotator: str) -> None:
@@ -61,10 +64,19 @@ def read_key(keys: Mapping[str, str]) -> str:
 
 
 def next_character() -> str:
-  """Reads one character of the input; see `single_keys`."""
+  """Reads one character of the input; see `single_keys`.
+
+  An arrow or a function key sends ESC and more, such as the letters of answers. They come at once,
+  or nearly, and are dropped.
+  """
   if not sys.stdin.isatty():
     return sys.stdin.read(1)
-  return os.read(sys.stdin.fileno(), 1).decode("utf-8", "replace")
+  terminal = sys.stdin.fileno()
+  character = os.read(terminal, 1)
+  if character == b"\x1b":
+    while select.select([terminal], [], [], _ESCAPE_SECONDS)[0] and os.read(terminal, 64):
+      pass
+  return character.decode("utf-8", "replace")
 
 
 @contextlib.contextmanager

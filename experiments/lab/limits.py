@@ -11,7 +11,7 @@ from .. import records
 from . import models
 
 
-class _Length(NamedTuple):
+class Length(NamedTuple):
   """Length of the longest sequence, as it is and as it is padded, and the flags that limit it."""
 
   real: int
@@ -36,7 +36,7 @@ def require_length(
   """
   given = [length for dataset in read for length in _read(config, dataset)]
   sampled = [length for dataset in answered for length in _answered(config, dataset)]
-  _require(config, folder, [*given, *sampled])
+  require(config, folder, [*given, *sampled])
   judged = [length for length in sampled if length.real]  # Judges read no packed rows.
   reward = getattr(getattr(config, "reward", None), "paths", ())
   preference = getattr(getattr(config, "preference", None), "path", "")
@@ -48,7 +48,7 @@ def require_length(
         if hf.scalar_label(judge) == records.PREFERENCE:
           lengths += [_with_another(config, length) for length in judged]
         try:
-          _require(config, judge, lengths)
+          require(config, judge, lengths)
         except flags.UsageError:
           if not _reads_other_tokens(config, judge, folder):
             raise
@@ -62,13 +62,20 @@ def _reads_other_tokens(config: Any, judge: pathlib.Path, policy: pathlib.Path |
   return not models.reads_tokens_of(str(judge), tokenizer)
 
 
-def _with_another(config: Any, length: _Length) -> _Length:
+def _with_another(config: Any, length: Length) -> Length:
   """Returns the length of a prompt with two sampled responses, each with an end token behind it."""
   more = config.sampling.max_new_tokens + 2
   return length._replace(real=length.real + more, padded=length.padded + more)
 
 
-def _require(config: Any, folder: pathlib.Path | None, lengths: list[_Length]) -> None:
+def require(config: Any, folder: pathlib.Path | None, lengths: Iterable[Length]) -> None:
+  """Refuses sequences beyond the positions of a model.
+
+  Args:
+    config: Config with `model`.
+    folder: Folder of the model; None is a new one.
+    lengths: Lengths of the sequences.
+  """
   made_for = _architecture(config.model, folder)
   is_learned = made_for.positions == "learned"
   if config.model.extrapolate and not is_learned:
@@ -99,25 +106,25 @@ def _prompts(dataset: data.Dataset) -> list[int]:
   return [len(example["prompt"]) for example in dataset.examples]
 
 
-def _read(config: Any, dataset: data.Dataset) -> list[_Length]:
+def _read(config: Any, dataset: data.Dataset) -> list[Length]:
   if not dataset.examples or dataset.kind == "prompts":
     return []
   responses = [[len(ids) for ids in data.responses_of(example)] for example in dataset.examples]
   longest = data.KINDS[dataset.kind].longest(_prompts(dataset), responses)
   names = "--data.max_prompt_length or --data.max_response_length"
-  lengths = [_Length(longest, dataset.padded_length, names)]
+  lengths = [Length(longest, dataset.padded_length, names)]
   if config.data.packed_length:
-    lengths.append(_Length(0, config.data.packed_length, "--data.packed_length"))
+    lengths.append(Length(0, config.data.packed_length, "--data.packed_length"))
   return lengths
 
 
-def _answered(config: Any, dataset: data.Dataset) -> list[_Length]:
+def _answered(config: Any, dataset: data.Dataset) -> list[Length]:
   if not dataset.examples or not hasattr(config, "sampling"):
     return []
   longest, new = max(_prompts(dataset)), config.sampling.max_new_tokens
   padded = dataset.padded_length if dataset.kind == "prompts" else longest
   names = "--sampling.max_new_tokens or --data.max_prompt_length"
-  lengths = [_Length(longest + new, padded + new, names)]
+  lengths = [Length(longest + new, padded + new, names)]
   if packed := getattr(getattr(config, "rollout", None), "packed_length", 0):
-    lengths.append(_Length(0, packed, "--rollout.packed_length"))
+    lengths.append(Length(0, packed, "--rollout.packed_length"))
   return lengths

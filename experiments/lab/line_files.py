@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import flags, processes
+from rlhf_jax import data, flags, processes
 from rlhf_jax import workdir as workdir_lib
 
 
@@ -21,18 +21,34 @@ def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the rows of a file; an incomplete last line is removed from the file."""
+  """Reads the rows of a file on process 0, for all processes; see `parse_lines`."""
+  return processes.agree(lambda: parse_lines(path))
 
-  def read() -> list[dict[str, Any]]:
-    if not path.exists():
-      return []
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
-      os.truncate(path, len(complete))
-    return [json.loads(line) for line in complete.splitlines()]
 
-  return processes.agree(read)
+def parse_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the rows of a file; an incomplete last line is removed from the file.
+
+  Raises:
+    DataError: A line is not a JSON object.
+  """
+  if not path.exists():
+    return []
+  content = path.read_bytes()
+  complete = content[: content.rfind(b"\n") + 1]
+  if len(complete) < len(content):
+    os.truncate(path, len(complete))
+  rows = []
+  for number, line in enumerate(complete.split(b"\n")[:-1], 1):
+    fix = "fix the line, or remove it and all lines after it"
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      reason = getattr(error, "msg", error)  # Without the place, which is that in the line.
+      raise data.DataError(f"{path}:{number}: malformed JSON ({reason}); {fix}") from error
+    if not isinstance(row, dict):
+      raise data.DataError(f"{path}:{number}: not a JSON object; {fix}")
+    rows.append(row)
+  return rows
 
 
 def short_names(flag: str, paths: Sequence[str]) -> list[str]:

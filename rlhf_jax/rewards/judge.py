@@ -134,18 +134,26 @@ class JudgeModel:
       b: B responses to the same prompts.
     """
     shape = (2, len(prompts), len(self._principles))
+    answers = self._ask(self._encoded(prompts, a, b)).reshape(shape)
+    return Verdicts(answers[0], 1 - answers[1])
+
+  def longest(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> tuple[int, int]:
+    """Number of tokens of the longest question that `verdicts` asks, without and with padding."""
+    length = max(map(len, self._encoded(prompts, a, b)))
+    return length, length + -length % _LENGTH_MULTIPLE
+
+  def _encoded(self, prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> list[list[int]]:
+    """Ids of every question, in both orders, up to the verdict."""
     questions = [
       self.question(principle, prompt, *pair)
       for swapped in (False, True)
       for prompt, *pair in zip(prompts, *((b, a) if swapped else (a, b)), strict=True)
       for principle in self._principles
     ]
-    answers = self._ask(questions).reshape(shape)
-    return Verdicts(answers[0], 1 - answers[1])
+    return [[*ids, *self._lead] for ids in self._tokenizer.encode_prompts(questions)]
 
-  def _ask(self, questions: Sequence[str]) -> np.ndarray:
+  def _ask(self, encoded: Sequence[Sequence[int]]) -> np.ndarray:
     """Computes the probability of the verdict "1" for each question, in batches of one shape."""
-    encoded = [[*ids, *self._lead] for ids in self._tokenizer.encode_prompts(questions)]
     length = max(map(len, encoded))
     length += -length % _LENGTH_MULTIPLE
     answers = np.zeros(len(encoded), np.float32)

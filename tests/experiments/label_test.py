@@ -203,8 +203,7 @@ def test_more_than_two_are_ranked_on_the_page_only(tmp_path):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    ([], "--annotator or else judge.path"),
-    (["--annotator=ada", "--judge.path=x"], "give one of the two"),
+    ([], "--annotator or judge.path says who labels"),
     (["--annotator=a b"], "--annotator must be up to 64"),
     (["--annotator=ada", "--limit=-1"], "--limit must not be negative"),
     (["--annotator=ada", "--batch_size=0"], "--batch_size must be at least 1"),

@@ -95,6 +95,16 @@ def test_long_texts_are_cut():
   assert between(asked[0], "[Response 1]\n", "\n\n") == "abcd"
 
 
+def test_the_longest_question_is_known_before_it_is_asked():
+  asked = []
+  judge = judge_with(0.0, asked=asked, principles=["?", "Is it true?"], max_characters=40)
+  pairs = ["p", "prompt " * 9], ["x" * 50, "a"], ["y", "bc"]
+  real, padded = judge.longest(*pairs)
+  assert not asked
+  judge(*pairs)
+  assert real == max(map(len, asked)) and padded % 64 == 0 and 0 <= padded - real < 64
+
+
 def test_verdicts_must_have_tokens():
   class Mute(Characters):
     def encode_text(self, text):

@@ -47,6 +47,29 @@ def test_answers_come_back_as_they_were_given(tmp_path):
   assert [pair.answers for (pair,) in pairs[::2]] == [item.responses for item in ITEMS]
 
 
+def test_a_side_and_a_tie_are_refused_with_the_rows_and_the_annotators(tmp_path):
+  tie = {"type": "choices", "value": {"choices": ["tie"]}}
+  tasks = [label_studio.make_task(item) for item in ITEMS[:4]]
+  for number, task in enumerate(tasks):
+    ada, bob = annotation({"email": "ada@x.org"}, "left"), annotation(7, "right")
+    if number == 1:
+      bob["result"].append(tie)
+    if number == 3:
+      ada["result"].insert(0, tie)
+    task["annotations"] = [ada, bob]
+  path = tmp_path / "export.json"
+  path.write_text(json.dumps(tasks))
+  with pytest.raises(data.DataError, match="clear one of the two in Label Studio") as error:
+    label_studio.read(str(path), ITEMS)
+  assert "both a response and a tie are chosen in 1 by 7, 3 by ada@x.org;" in str(error.value)
+  tasks[1]["annotations"][1]["was_cancelled"] = True
+  tasks[3]["annotations"][0]["result"].pop()
+  path.write_text(json.dumps(tasks), encoding="utf-8-sig")  # As some editors save it.
+  rows = label_studio.read(str(path), ITEMS)
+  assert len(rows) == 8 and rows[3]["annotations"] == []
+  assert rows[6]["annotations"][0]["preferred"] is None
+
+
 def test_tasks_of_others(tmp_path):
   path = tmp_path / "export.json"
   columns = {"prompt": "p", "answer1": "x", "answer2": "y"}

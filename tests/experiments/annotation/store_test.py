@@ -9,6 +9,7 @@ import pytest
 from experiments.annotation import store as answers
 from experiments.annotation.items import Item, answer_row
 from experiments.lab import line_files
+from rlhf_jax import data
 
 ITEMS = [Item(str(i), f"p{i}", ("x", "y")) for i in range(12)]
 
@@ -87,6 +88,24 @@ def test_a_file_alone_makes_the_database(tmp_path):
   line_files.append_lines(tmp_path / answers.LABELS, rows)
   store = answers.Store(tmp_path)
   assert store.rows() == file_rows(store) == rows
+
+
+def test_a_broken_line_is_none_of_the_database(tmp_path):
+  rows = [answer_row(item, "ada", (0, 1)) for item in ITEMS[:2]]
+  store = answers.Store(tmp_path)
+  store.add(rows)
+  broken = store.path.read_text().replace('"id"', "id", 1)
+  store.path.write_text(broken)
+  assert answers.Store(tmp_path).rows() == file_rows(store) == rows
+
+  # Without the database the file is the record.
+  other = tmp_path / "other"
+  other.mkdir()
+  for _ in range(2):
+    (other / answers.LABELS).write_text(broken)
+    with pytest.raises(data.DataError, match=r"labels\.jsonl:1: malformed JSON"):
+      answers.Store(other)
+    assert (other / answers.LABELS).read_text() == broken
 
 
 def test_all_of_several_answers_are_kept_or_none(tmp_path):

@@ -36,7 +36,7 @@ class Config:
     init_from: Model: the workdir of a finished run, RUN@STEP or RUN@best for one of its
       checkpoints, a Hugging Face folder or hf://ORG/NAME, also of adapters of PEFT.
     prompt: Prompt to answer; empty takes those of --data.eval_path or else of --data.path.
-    limit: Maximum number of prompts; 0 answers all of a file, and 64 of the built-in task.
+    limit: Maximum number of prompts; 0 answers all of --data.path, and 64 of the built-in task.
     batch_size: Prompts per call of the model.
   """
 

@@ -12,9 +12,9 @@ Your model and prompts, against a Python reward and a constraint of your own:
 A reward is calibrated: it is the probability of beating a response of the initial policy to the
 same prompt. Without constraints this is a policy gradient on that reward.
 
-With the bonus expect violations in 0.4 % of the responses and a gold reward of 5.1. Without the
-constraint the policy earns the bonus: 91 % of the responses have filler, and the gold reward falls
-from 3.7 to 3.1. Without the bonus, under the constraint, it is 5.5.
+With the bonus expect no violations and a gold reward of 5.8, where SFT has 3.8. Without the
+constraint the policy earns the bonus: 82 % of the responses have filler, and the gold reward is
+3.9. Without the bonus, under the constraint, it is 5.6.
 
 At the end the trained and the initial policy answer the held-out prompts, and both are scored.
 The same command, run again, resumes a run that was stopped.

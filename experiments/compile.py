@@ -3,7 +3,7 @@ r"""Compiles every program of an algorithm for a TPU slice, without the TPUs, an
   python -m experiments.compile --algorithm=ppo --topology=v5p:4x4x8 --mesh=fsdp:32,tensor:4 \
     --model.preset=llama3_8b --model.dtype=bfloat16 --model.remat=full --batch_size=128
 
-It needs libtpu (pip install 'rlhf_jax[tpu]') but no TPU, and takes one to ten minutes for 8B
+It needs libtpu (pip install 'rlhf_jax[tpu]') but no TPU, and takes three to twenty minutes for 8B
 parameters. It compiles the programs that the script of the algorithm runs with the same flags, for
 the longest rows that these flags allow: --data.max_prompt_length, --data.max_response_length and
 --sampling.max_new_tokens. A reward model is assumed to have the architecture of the policy, unless

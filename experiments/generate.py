@@ -12,17 +12,20 @@ Scored by a reward model:
 Scored by a Python function, here of your file my_rewards.py:
   --reward.name=my_rewards:brevity
 
-It writes the responses to `samples/step_00000000.jsonl` and shows the first few.
+It writes the responses to `samples/step_00000000.jsonl` and shows the first few. `sft` reads that
+file. `ended` is false in a row whose response was cut at --sampling.max_new_tokens.
 """
 
 import dataclasses
 
 import numpy as np
 
-from rlhf_jax import data, entry, loop, reporting, rewards, sharding
+from rlhf_jax import data, defaults, entry, generation, loop, ranges, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .lab import given_rows, judges, limits, models
+
+_BUILT_IN = 64  # Prompts of the built-in task, which has thousands.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,25 +33,25 @@ class Config:
   """Prompts to answer, and the model.
 
   Attributes:
-    init_from: Model: the workdir of a finished run, or a Hugging Face folder.
+    init_from: Model: the workdir of a finished run, RUN@STEP or RUN@best for one of its
+      checkpoints, a Hugging Face folder or hf://ORG/NAME, also of adapters of PEFT.
     prompt: Prompt to answer; empty takes those of --data.eval_path or else of --data.path.
-    limit: Maximum number of prompts.
+    limit: Maximum number of prompts; 0 answers all of --data.path, and 64 of the built-in task.
     batch_size: Prompts per call of the model.
   """
 
   init_from: str
   prompt: str = ""
-  limit: int = 64
+  limit: int = 0
   batch_size: int = 16
   model: models.ModelOptions = models.ModelOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig()
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
   reward: judges.RewardOptions = judges.RewardOptions()
 
   def __post_init__(self):
-    for name in ("limit", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    ranges.check(self, at_least_one=("batch_size",), non_negative=("limit",))
+    defaults.settle(self)
 
 
 def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
@@ -64,7 +67,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       "Samples",
       config.data,
       tokenizer,
-      limit=config.limit,
+      limit=config.limit or (0 if data.is_given(config.data) else _BUILT_IN),
       every=True,
       model=folder,
     )
@@ -79,24 +82,33 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     rows: list[dict[str, str | float]] = []
-    for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
-      placed = sharding.place_batch(batch, run.mesh)
-      rollout = sample(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
-      repeats = config.sampling.samples_per_prompt
-      texts = rewards.response_texts(rollout, tokenizer.batch_decode)
-      ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
-      values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
-      if reward_fn is not None:
-        reward = rewards.parts_of(reward_fn(rollout, ids))
-        values |= sharding.to_host(rewards.columns(reward))
-        if reward.satisfied is not None:
-          values["satisfied"] = reward.satisfied
-      for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
-        if keep[n]:
-          numbers = {name: float(column[n]) for name, column in values.items()}
-          rows.append({"prompt": prompts.rows[i]["prompt_text"], "response": text, **numbers})
+    given, stops = data.plain_prompts(prompts), models.stops(tokenizer, config.sampling)
+    batches = data.eval_batches(prompts, batch_size, tokenizer.pad_id)
+    with reporting.Progress(len(given), description="generate", tenths=False) as progress:
+      for batch, valid in batches:
+        placed = sharding.place_batch(batch, run.mesh)
+        rollout = sample(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
+        repeats = config.sampling.samples_per_prompt
+        texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+        ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
+        ended = sharding.to_host(generation.ended(rollout, *stops))
+        values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
+        if reward_fn is not None:
+          reward = rewards.parts_of(reward_fn(rollout, ids))
+          values |= sharding.to_host(rewards.columns(reward))
+          if reward.satisfied is not None:
+            values["satisfied"] = reward.satisfied
+        for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
+          if keep[n]:
+            numbers = {name: float(column[n]) for name, column in values.items()}
+            row = {"prompt": given[i], "response": text, "ended": bool(ended[n])}
+            rows.append(row | numbers)
+        progress.update(len(rows) // repeats)
     reporting.save_samples(run.workdir, 0, rows)
     reporting.show_samples(rows, f"Samples of {config.init_from}")
+    if cut := sum(not row["ended"] for row in rows):
+      length = f"--sampling.max_new_tokens={config.sampling.max_new_tokens}"
+      reporting.note(f"{cut} of {len(rows)} responses are cut at {length}: their `ended` is false")
     if reward_fn is not None:
       scores = {name: np.array([row[name] for row in rows]) for name in rows[0] if "reward" in name}
       named = {name.partition("/")[2]: x for name, x in scores.items() if name != "reward"}

@@ -13,7 +13,7 @@ Supervised distillation: only the teacher answers, so that a new model can learn
 
 A teacher of another vocabulary can only be imitated in its answers (sequence-level distillation):
   python -m experiments.generate --workdir=runs/answers --init_from=LARGER \
-    --data.path=PROMPTS.jsonl --limit=10000
+    --data.path=PROMPTS.jsonl
   python -m experiments.sft --workdir=runs/student --init_from=FOLDER \
     --data.path=runs/answers/samples/step_00000000.jsonl
 

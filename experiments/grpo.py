@@ -1,6 +1,6 @@
 r"""Improves a policy by GRPO: the baseline is the mean reward of a prompt's samples, not a critic.
 
-Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.75):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.66):
   python -m experiments.grpo --workdir=runs/grpo --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, with a reward of 1 for the right final number:
   python -m experiments.grpo --workdir=runs/grpo --init_from=FOLDER --data.path=PROMPTS.jsonl \

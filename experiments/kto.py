@@ -1,6 +1,6 @@
 """Fine-tunes a policy on single responses with a thumbs up or down: KTO.
 
-Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.75):
+Built-in task, from the SFT model (two minutes on a laptop CPU; win rate about 0.72):
   python -m experiments.kto --workdir=runs/kto --init_from=runs/sft
 Your model and data (rows with prompt, response, label; a pair counts as two rows):
   python -m experiments.kto --workdir=runs/kto --init_from=FOLDER --data.path=FILE.jsonl

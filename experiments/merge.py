@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import entry, flags, loop, processes, reporting
+from rlhf_jax import defaults, entry, flags, loop, processes, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import hf, merge
@@ -56,9 +56,10 @@ class Config:
   model: models.ModelOptions = models.ModelOptions()
   blocks: averaging.BlockOptions = averaging.BlockOptions()
   data: DataConfig = DataConfig()
-  sampling: SamplingConfig = SamplingConfig()
+  sampling: SamplingConfig = SamplingConfig(defaults.count(40, 256))
 
   def __post_init__(self):
+    defaults.settle(self)
     on_base = self.weight_on_base
     for name in ("weight_on_base", "weights"):
       if not np.isfinite(getattr(self, name)).all():

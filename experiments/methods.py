@@ -6,10 +6,10 @@ One seed of two methods; of the runs that a claim compares; all, into the tables
   python -m experiments.methods --workdir=runs/methods --rows=gold_score,fine_grained --seeds=0
   python -m experiments.methods --workdir=runs/methods --page=experiments/METHODS.md,README.md
 
-No network and no download. A method takes one to five minutes on two CPU cores, all of them an hour
-for each seed, and the further runs of the claims a quarter of an hour. The methods are the lines of
-experiments/lab/methods.csv, the claims those of claims.csv beside it, and their further runs those
-of arms.csv.
+No network and no download. A method takes one to two minutes on two CPU cores, all of them half an
+hour for each seed, and the further runs of the claims a quarter of an hour. The methods are the
+lines of experiments/lab/methods.csv, the claims those of claims.csv beside it, and their further
+runs those of arms.csv.
 
 For each seed it trains an SFT policy and a reward model, then each method from that policy, as runs
 of their own in `workdir/seed_0/sft`, `workdir/seed_0/ppo` and so on: each is the command of the

@@ -1,14 +1,14 @@
 r"""Improves a policy by PPO-max: PPO with additions that keep long runs stable.
 
-Built-in task, after SFT and a reward model (three minutes on a laptop CPU; win rate about 0.78):
+Built-in task, after SFT and a reward model (three minutes on a laptop CPU; win rate about 0.72):
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, with demonstrations for the ptx term:
   python -m experiments.ppo_max --workdir=runs/ppo_max --init_from=FOLDER \
     --data.path=PROMPTS.jsonl --reward.path=runs/rm --ptx_path=DEMONSTRATIONS.jsonl
-An adaptive KL coefficient, and MA-RLHF: advantages per macro action, of five tokens or a sentence:
-  --ppo_max.kl_target=6 --ppo_max.segment=5 (or --ppo_max.cut=sentence)
-Scores are normalised and clipped, and only the critic trains at first.
-The same command, run again, resumes a run that was stopped.
+Advantages per macro action (MA-RLHF), of five tokens or, by --ppo_max.cut=sentence, of a sentence:
+  --ppo_max.segment=5
+Scores are normalised and clipped, and only the critic trains at first; --ppo_max.kl_target=6 adapts
+the KL coefficient. The same command, run again, resumes a run that was stopped.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Config(JudgedConfig):
   """PPO-max. `batch_size` counts prompts; each step samples responses and updates on them.
 
   Attributes:
-    ptx_path: JSON Lines file of demonstrations for --ppo_max.ptx_coef; empty is the built-in task.
+    ptx_path: File of demonstrations for --ppo_max.ptx_coef; empty is the built-in task.
   """
 
   steps: int = 45

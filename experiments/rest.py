@@ -1,6 +1,6 @@
 r"""Fine-tunes a policy on its own best samples: ReST, and with other settings RAFT and SuperHF.
 
-Built-in task, after SFT and a reward model (four minutes on a laptop CPU; win rate about 0.72):
+Built-in task, after SFT and a reward model (four minutes on a laptop CPU; win rate about 0.71):
   python -m experiments.rest --workdir=runs/rest --init_from=runs/sft --reward.path=runs/rm
 RAFT, which keeps the best of 8 samples of each prompt:
   --rest.keep=best --rest.quantiles=0 --grow_steps=3

@@ -1,6 +1,6 @@
 r"""Improves a policy by RLOO: a sequence-level policy gradient without a critic.
 
-Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.72):
+Built-in task, after SFT and a reward model (two minutes on a laptop CPU; win rate about 0.74):
   python -m experiments.rloo --workdir=runs/rloo --init_from=runs/sft --reward.path=runs/rm
 Your model and prompts, against a Python reward function:
   python -m experiments.rloo --workdir=runs/rloo --init_from=FOLDER --data.path=PROMPTS.jsonl \

@@ -43,7 +43,7 @@ def load_space(path: str) -> Space:
   """Executes a space file.
 
   Args:
-    path: Path of the file, or the name of one in `spaces`, such as dpo or ablations/dpo.
+    path: Path of the file, or the name of one in `spaces`, such as dpo or ablations/ppo_max.
 
   Raises:
     SweepError: There is no such file, or it lacks what it must define.

@@ -78,7 +78,7 @@ def kind_of(config: Any) -> Kind:
   """
   model = getattr(config, "model", None)
   path = getattr(config, "init_from", "") or getattr(model, "path", "")
-  path = path or getattr(config, "baseline", "")
+  path = path or getattr(config, "baseline", "") or getattr(config, "base", "")
   if not path:
     return "pretrained" if getattr(model, "preset", "") else "built-in"
   if not path.startswith("hf://") and is_builtin(workdir_lib.local_path(path)):

@@ -51,6 +51,8 @@ class Session(processes.Group):
       of `launch` allow 120.
     hang_seconds: Seconds in which a step has to end, compilation and evaluation included. A run in
       which none does says where it hangs and exits with code 75. 0 waits for ever.
+    replay_step: Step to run again, operation by operation, to find its first NaN or infinity;
+      writes nothing. 0 trains.
     profile_steps: Steps to trace into WORKDIR/profile, for xprof and Perfetto: 20:23 traces the
       steps 20, 21 and 22.
     token_cache: Folder of tokenised data files, which a later start with the same files, data flags
@@ -99,8 +101,8 @@ class RunConfig:
   """Length of a training run and its reporting intervals.
 
   Attributes:
-    init_from: Folder with the initial params: the workdir of a finished run, or a Hugging Face
-      folder.
+    init_from: Initial params: the workdir of a finished run, RUN@STEP or RUN@best for one of its
+      checkpoints, a Hugging Face folder or hf://ORG/NAME, also of adapters of PEFT.
     steps: Number of steps; `epochs` says it as passes over the training rows.
     epochs: Number of passes over the training rows, in place of `steps`; 0 takes `steps`.
     batch_size: Rows per step, over all devices; prompts per step for a method that samples.

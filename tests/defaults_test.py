@@ -63,24 +63,35 @@ def test_a_new_model_is_built_in_unless_it_has_a_published_size():
   assert defaults.kind_of(sft.Config(init_from="hf://org/model")) == "pretrained"
 
 
-@pytest.mark.parametrize("script", [*plans.methods(), "evaluate"])
+# What scripts that train nothing need, with the folder of a model.
+ANSWERING = {
+  "evaluate": lambda folder: {"policy": ("x",), "baseline": folder},
+  "generate": lambda folder: {"init_from": folder},
+  "merge": lambda folder: {"models": ("x",), "base": folder, "weights": (1.0,)},
+}
+
+
+@pytest.mark.parametrize("script", [*plans.methods(), *ANSWERING])
 def test_no_script_has_the_rates_of_the_built_in_model_for_another(script, folders):
   cls = importlib.import_module(f"experiments.{script}").Config
   numbers = defaults.by_name(cls)
   assert numbers
-  needs = {"policy": ("x",), "baseline": str(folders / "words")} if script == "evaluate" else {}
-  start = {} if needs else {"init_from": str(folders / "words")}
-  configs = [cls(**needs, **start)]
-  if not needs:
-    configs += [cls(), cls(**start, lora=LoRAConfig(rank=2))]
-  for config, kind in zip(configs, ("pretrained", "built-in", "adapters"), strict=False):
+  start = ANSWERING.get(script, lambda folder: {"init_from": folder})
+  configs = [cls(**start(str(folders / name))) for name in ("words", "run")]
+  if script not in ANSWERING:
+    configs += [cls(**start(str(folders / "words")), lora=LoRAConfig(rank=2)), cls()]
+  kinds = ("pretrained", "built-in", "adapters", "built-in")
+  for config, kind in zip(configs, kinds, strict=False):
     flat = flags.flatten(flags.to_dict(config))
     for name, number in numbers.items():
       assert flat[name] == number.by_kind[kind]
       assert type(flat[name]) in (int, float)
     assert not {*numbers} & {*flags.changed(config)}, "a default counts as a change"
+  for name, number in numbers.items():
+    if name == "sampling.max_new_tokens":
+      assert number.by_kind == {"built-in": 40, "pretrained": 256, "adapters": 256}
   rates = {n: x.by_kind for n, x in numbers.items() if isinstance(x, defaults.Rate)}
-  assert ("optim.learning_rate" in rates) == (script != "evaluate")
+  assert ("optim.learning_rate" in rates) == (script not in ANSWERING)
   for of in rates.values():
     assert of["built-in"] > 10 * of["pretrained"]
     assert of["adapters"] == pytest.approx(10 * of["pretrained"])

@@ -3,10 +3,13 @@
 import math
 import pathlib
 import re
+import tomllib
 
 import jax
 import numpy as np
 import pytest
+
+from rlhf_jax.losses import preference
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = (".", "experiments", "rlhf_jax", "launch")
@@ -74,6 +77,24 @@ def test_readme_is_an_entrance():
   assert (ROOT / picture).read_bytes().startswith(b"\x89PNG")
   assert (ROOT / picture).stat().st_size < 200_000
   assert readme.index("```python") < readme.index("## Methods")
+
+
+def test_the_layout_is_that_of_the_contract():
+  text = PAGES["rlhf_jax/README.md"]
+  shown: dict[str, list[str]] = {}
+  for layer, names in re.findall(r"^\| (\d) \| ([^|]*) \|", text, re.MULTILINE):
+    shown.setdefault(layer, []).extend(re.findall(r"`(\w+)`", names))
+  settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+  (contract,) = [of for of in settings["tool"]["importlinter"]["contracts"] if of["id"] == "layers"]
+  layers = [sorted(layer.split(" : ")) for layer in reversed(contract["layers"])]
+  assert {layer: sorted(names) for layer, names in shown.items()} == {
+    str(number): names for number, names in enumerate(layers, 1)
+  }
+
+
+def test_every_loss_of_pairs_is_on_the_page():
+  for name in preference.PAIRWISE_LOSSES:
+    assert f"`{name}`" in PAGES["experiments/METHODS.md"]
 
 
 def test_nothing_is_written_on_two_pages():

@@ -80,15 +80,15 @@ def prompts(
     config: Sources and limits. Without held-out rows, all rows are taken.
     tokenizer: Tokenizer of the model.
     limit: Maximum number of prompts, each of which is then taken once; 0 takes all held-out rows.
-    every: True to hold out nothing of a file.
+    every: True to hold out nothing of a file, and to take each of its prompts once.
     **rows: Further rows of the panel.
   """
   if every and data.is_given(config) and not config.eval_path:
     config = dataclasses.replace(config, eval_fraction=0.0)
   train_set, heldout = read(session, "prompts", config, tokenizer)
   chosen = source = heldout if heldout.examples else train_set
-  if limit:
-    chosen = evaluating.as_prompts(source, limit)
+  if limit or every:
+    chosen = evaluating.as_prompts(source, limit or len(source.rows))
   elif source is train_set:
     most = config.eval_rows
     chosen = source._replace(examples=source.examples[:most], rows=source.rows[:most])

@@ -2,7 +2,7 @@
 
 Responses beyond the budget have no reward. On real data, where there is no gold reward, also bound
 the violations with --constraint='reward/violations<0.02'. The learning rates are for the built-in
-task; those of a pretrained model are 300 times smaller.
+task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -1,6 +1,6 @@
 """DPO and variants: learning rate, KL penalty, weight of the chosen responses' likelihood.
 
-The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -1,7 +1,7 @@
 """GKD: learning rate, divergence, share of the student's responses.
 
 Give the teacher with the other flags of the script: --teacher=RUN. The learning rates are for the
-built-in task; those of a pretrained model are 100 times smaller.
+built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/mean"

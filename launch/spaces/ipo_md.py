@@ -1,7 +1,7 @@
 """IPO-MD: learning rate, KL penalty, weight of the reference in the opponent.
 
 The metric is the win rate against the initial policy. The learning rates are for the built-in task;
-those of a pretrained model are 300 times smaller.
+experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "preference/win_rate"

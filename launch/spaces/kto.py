@@ -1,6 +1,6 @@
 """KTO: learning rate, KL penalty, weight of undesirable responses.
 
-The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -2,7 +2,7 @@
 
 The metric is the win rate against the initial policy. It does not measure exploitability: for that,
 train a best response to the winner and compare them with experiments.evaluate. The learning rates
-are for the built-in task; those of a pretrained model are 300 times smaller.
+are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "preference/win_rate"

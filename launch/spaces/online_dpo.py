@@ -1,6 +1,6 @@
 """Online DPO: learning rate, KL penalty, choice of the samples that make a pair.
 
-The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -2,7 +2,7 @@
 
 A policy with a weak penalty exploits the reward model. On real data, where there is no gold reward,
 also bound the distance with --constraint='kl<10'. The learning rates are for the built-in task;
-those of a pretrained model are 300 times smaller.
+experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -1,6 +1,6 @@
 """Preference model: learning rate and weight decay, by the log loss on held-out comparisons.
 
-The learning rates are for the built-in task; those of a pretrained model are 100 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "log_loss"

@@ -1,6 +1,6 @@
 """ReST: learning rate and its decay, thresholds of the Improve steps, KL penalty.
 
-The learning rates are for the built-in task; those of a pretrained model are 50 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

@@ -1,6 +1,6 @@
 """Reward model: learning rate, label smoothing, centring, by the accuracy on held-out pairs.
 
-The learning rates are for the built-in task; those of a pretrained model are 100 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "accuracy"

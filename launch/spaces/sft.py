@@ -1,6 +1,6 @@
 """Supervised fine-tuning: learning rate, warm-up, weight decay, by the loss on held-out rows.
 
-The learning rates are for the built-in task; those of a pretrained model are 300 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "eval/loss"

@@ -1,6 +1,6 @@
 """SimPO: learning rate, scale of the margin, margin, weight of the chosen responses' likelihood.
 
-The learning rates are for the built-in task; those of a pretrained model are 30 times smaller.
+The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
 """
 
 METRIC = "gold/win_rate"

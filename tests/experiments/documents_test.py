@@ -365,6 +365,17 @@ def test_a_script_explains_itself(run_script, tmp_path):
   assert "--algorithm=" in shown.output
 
 
+@pytest.mark.parametrize(
+  "script", [path.stem for path in sorted(ROOT.glob("experiments/[!_]*.py"))]
+)
+def test_every_flag_has_a_help_text(script):
+  words = ["--algorithm=ppo"] if script == "compile" else []
+  registry = define_flags(f"experiments.{script}", words)[0]
+  texts = {name: registry[name].help or "" for name in registry}
+  silent = {name for name, text in texts.items() if re.match(r"(Default for|Required|$)", text)}
+  assert silent == set()
+
+
 def test_every_flag_that_is_named_exists():
   known = {"flagfile", "help", "helpfull", "check", "basetemp", "logdir"}  # Of ruff, pytest, xprof
   known |= {"xla_gpu_deterministic_ops"}  # and XLA.

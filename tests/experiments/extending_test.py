@@ -38,6 +38,7 @@ SMALL = {
   "online_dpo": SAMPLED,
   "nash_md": SAMPLED,
   "ppo": SAMPLED,
+  "rloo": SAMPLED,
   "rest": (*SAMPLED, "--prompts=16", "--grow_steps=1", "--rest.keep=best", "--rest.quantiles=0"),
   "generate": ("--limit=4", "--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=4"),
   "evaluate": ("--data.rows=64", "--data.eval_rows=8", "--sampling.max_new_tokens=4"),
@@ -143,7 +144,7 @@ def test_a_loss_of_a_folder_of_ones_own(folder, run, run_script, sft_run):
 def test_rewards_and_judges_of_a_folder_of_ones_own(folder, run_script, sft_run, others):
   (folder / "runs").mkdir()
   (folder / "runs" / "sft").symlink_to(sft_run)
-  for script in ("ppo", "rest", "generate", *others):
+  for script in ("ppo", "rloo", "rest", "generate", *others):
     (words,) = [words[1:] for words in SCRIPTS if words[0] == f"{PACKAGE}{script}"]
     words = [word for word in words if not word.startswith("--workdir=")]
     place = folder / "runs" / ("brief" if script == "ppo" else script)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from unittest import mock
 
@@ -138,6 +139,26 @@ def test_a_run_writes_what_the_next_one_reads(script, whole, sft_run, repository
   assert (session.workdir, config.steps) == (str(workdir), STEPS)
   if hasattr(config, "sampling"):
     assert list((workdir / "samples").glob("step_*.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", whole_runs(METHODS))
+def test_the_page_explains_what_a_run_writes(script, whole, repository):
+  page = (repository / "experiments" / "README.md").read_text(encoding="utf-8")
+  (left,) = re.findall(r"^## What a run leaves\n(.*?)\n\n## ", page, re.M | re.S)
+  files = {path.name for path in whole(script).iterdir() if path.name[0] != "."}
+  assert {name for name in files if not name.startswith(("grow_", "improve_"))} <= {
+    *re.findall(r"`([\w.]+)`", left)
+  }
+  rows = map(json.loads, (whole(script) / "metrics.jsonl").read_text().splitlines())
+  logged = {name for row in rows for name in row} - {"step"}
+  summary = json.loads((whole(script) / "summary.json").read_text())
+  for file, names in (("metrics.jsonl", logged), ("summary.json", summary)):
+    (lines,) = re.findall(rf"^\| `{file}` \| meaning \|\n(.*?)\n\n", page, re.M | re.S)
+    cells = [line.split("|")[1] for line in lines.splitlines()]
+    known = [re.escape(name) for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    known = [name.replace(r"\.\.\.", ".+").replace("NAME", "[^/]+") for name in known]
+    assert [name for name in names if not any(re.fullmatch(of, name) for of in known)] == []
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ SESSION = loop.Session("run", token_cache="none")
     ({}, {"every": True, "limit": 64}, 20, "answered: 20 of 20 different prompts"),
     ({"eval_fraction": 0.0}, {"every": True, "limit": 64}, 20, "answered: 20 of 20"),
     ({}, {"every": True, "limit": 5}, 5, "answered: 5 of 20 different prompts"),
+    ({"eval_rows": 7}, {"every": True}, 20, "answered: 20 of 20 different prompts"),
     ({"eval_path": "eval"}, {"every": True, "limit": 64}, 3, "answered: 3 of 3"),
     ({"eval_path": "eval"}, {}, 3, "answered: 3 of 3"),
     ({"eval_fraction": 0.0}, {}, 20, "answered: 20 of 20"),

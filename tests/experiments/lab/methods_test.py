@@ -30,6 +30,22 @@ def test_pages_show_the_table(page, repository):
   assert [name for name in marks if name in methods.TABLES] == PAGES[page]
 
 
+def test_docstrings_of_scripts_say_the_win_rates_of_the_table(repository):
+  page = (repository / "experiments/METHODS.md").read_text(encoding="utf-8")
+  means = {row[0]: float(row[3].split(" ")[0]) for row in table(page, "results")[2:]}
+  default = {
+    method.command.split(" ")[0]: means[method.title] for method in [*METHODS.values()][::-1]
+  }
+  said = {}
+  for script in default:
+    text = (repository / f"experiments/{script}.py").read_text(encoding="utf-8")
+    if found := re.search(r"CPU; win rate about (0\.\d+)", text):
+      said[script] = float(found[1])
+  assert len(said) > 8
+  del said["simpo"]  # Its line of the table is held to the chosen responses.
+  assert said == pytest.approx({script: default[script] for script in said}, abs=0.015)
+
+
 def write(folder, name, minutes, summary=None):
   folder.mkdir(exist_ok=True)
   stages.write_record(folder, name, minutes, code=0 if summary else 70)

@@ -55,6 +55,13 @@ def none_of(*names: str) -> Callable[[Fields], bool]:
   return lambda fields: not any(given(fields, name) for name in names)
 
 
+def has_objects(name: str) -> Callable[[Fields], bool]:
+  """Returns the condition that a column is a list with an object in it."""
+  return lambda fields: (
+    isinstance(fields[name], list) and any(isinstance(item, dict) for item in fields[name])
+  )
+
+
 def find(fields: Fields) -> str | None:
   """Returns the name of the format of a row in `FORMATS`; None for a row that has none."""
   for name, of in FORMATS.items():
@@ -328,8 +335,10 @@ FORMATS: dict[str, Format] = {
   "HelpSteer 2 preference": Format(
     ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer_preference
   ),
-  "UltraFeedback": Format(("instruction", "completions"), _ultrafeedback),
-  "Nectar": Format(("prompt", "answers"), _nectar),
+  "UltraFeedback": Format(
+    ("instruction", "completions"), _ultrafeedback, has_objects("completions")
+  ),
+  "Nectar": Format(("prompt", "answers"), _nectar, has_objects("answers")),
   "PKU-SafeRLHF": Format(("prompt", "response_0", "response_1", "better_response_id"), _safe_rlhf),
   "Stack Exchange pairs": Format(
     ("question", "response_j", "response_k"),

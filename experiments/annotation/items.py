@@ -59,7 +59,7 @@ def read_items(
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
     read = [row.without(config.ignore) for row in data.read_file(config.path)]
-    rows = data.joined(read)
+    rows = data.joined("comparisons", read)
   else:
     who = config.annotator or "expert"
     count = config.rows or config.eval_rows

@@ -19,8 +19,8 @@ from rlhf_jax.data.files import paths_of as paths_of
 from rlhf_jax.data.files import read_file as read_file
 from rlhf_jax.data.formats import FORMATS as FORMATS
 from rlhf_jax.data.formats import Skip as Skip
-from rlhf_jax.data.formats import joined as joined
 from rlhf_jax.data.formats import normalized as normalized
+from rlhf_jax.data.joining import joined as joined
 from rlhf_jax.data.kinds import KINDS as KINDS
 from rlhf_jax.data.kinds import Batch as Batch
 from rlhf_jax.data.kinds import Dataset as Dataset

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from rlhf_jax import processes, ranges, workdir
-from rlhf_jax.data import apart, files, formats, schema, sources, stored
+from rlhf_jax.data import apart, files, joining, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
@@ -44,7 +44,6 @@ from rlhf_jax.data.tokenizer import (
 )
 
 _BUILTIN_ROWS = 8192
-_JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
@@ -516,10 +515,11 @@ def _parse(
   on_bad_row: sources.OnBadRow,
 ) -> list[_Parsed]:
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
-  if kind in _JUDGED:
+  if kind != "prompts":
     of_sources = itertools.groupby(rows, key=lambda row: row.source)
-    rows = iter(
-      [row for _, group in of_sources for row in formats.joined(list(group), config.ignore)]
+    rows = itertools.chain.from_iterable(
+      joining.joined(kind, list(of_source), config.ignore, config.group)
+      for _, of_source in of_sources
     )
   parsed = []
   for row in rows:

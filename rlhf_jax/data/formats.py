@@ -90,34 +90,6 @@ def normalized(row: Row, chat: bool) -> tuple[Row, frozenset[str]]:
   return row._replace(fields={**rest, **of.read(row, chat)}), taken
 
 
-def joined(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[Row]:
-  """Joins rows that score one response each into a row per prompt with `responses`.
-
-  Rows without a score stay as they are.
-
-  Args:
-    rows: The rows.
-    ignored: Columns that are no scores.
-  """
-  groups: dict[str, Row] = {}
-  result: list[Row] = []
-  for row in rows:
-    score = score_of(row.without(ignored).fields)
-    if score is None:
-      result.append(row)
-      continue
-    fields = row.fields
-    response = {"text": fields["response"], "score": fields[score]}
-    if fields["prompt"] in groups:
-      groups[fields["prompt"]].fields["responses"].append(response)
-      continue
-    rest = {column: value for column, value in fields.items() if column not in ("response", score)}
-    group = row._replace(fields={**rest, "responses": [response]})
-    groups[fields["prompt"]] = group
-    result.append(group)
-  return result
-
-
 def score_of(fields: Fields) -> str | None:
   """Returns the column with the score of the single response of a row; None without one."""
   is_text = all(isinstance(fields.get(name), str) for name in ("prompt", "response"))

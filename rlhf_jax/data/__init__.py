@@ -33,6 +33,7 @@ from rlhf_jax.data.noticed import warning as warning
 from rlhf_jax.data.schema import Example as Example
 from rlhf_jax.data.schema import KindName as KindName
 from rlhf_jax.data.schema import parse_row as parse_row
+from rlhf_jax.data.schema import prompt_columns as prompt_columns
 from rlhf_jax.data.sources import DataError as DataError
 from rlhf_jax.data.sources import Row as Row
 from rlhf_jax.data.sources import read_tfds as read_tfds

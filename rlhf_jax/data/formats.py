@@ -295,7 +295,7 @@ FORMATS: dict[str, Format] = {
   "UltraFeedback binarized": Format(
     ("messages", "chosen", "rejected"),
     _renamed(chosen="chosen", rejected="rejected"),
-    lambda fields: fields["messages"] == fields["chosen"],
+    lambda fields: isinstance(fields["chosen"], list) and fields["messages"] == fields["chosen"],
   ),
   "ShareGPT": Format(
     ("conversations",), _renamed(messages="conversations"), none_of("messages", "conversation")

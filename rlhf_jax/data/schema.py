@@ -104,6 +104,10 @@ _CHANGE_TURN = (
 PROMPT_COLUMNS = (*_TEXT_PROMPTS, "messages", *_CHANGE_PROMPT)
 ANSWER_COLUMNS = (*_ANSWERS, "label")
 _SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
+# Start of a list of turns, or of one, that JSON or Python wrote; then their keys.
+_WRITTEN_CHAT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+_WRITTEN_ROLE = re.compile(r"""[{,]\s*(["'])(?:role|from)\1\s*:\s*(["'])(?P<role>\w+)\2\s*[,}]""")
+_WRITTEN_CONTENT = re.compile(r"""[{,]\s*(["'])(content|value)\1\s*:""")
 _VOTES = ("annotations", "preferences")
 _SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
 _OF_CHAT = ("role", "parent_id")  # Columns of a row that is a message, as in OASST.
@@ -242,10 +246,7 @@ def _examples(
 ) -> tuple[list[Example], bool]:
   """Returns the examples of a row, and whether annotators judged it."""
   if kind == "prompts":
-    # The turns before an answer are the prompt in every kind, so that all kinds split alike.
-    turns = _answer(row, "chosen")[0] if isinstance(row.fields.get("chosen"), list) else []
-    prompt = _prompt(row, prefer_messages, ("chosen", turns), cut_answer=True)
-    return [Example(prompt, ())], False
+    return [Example(_prompt_alone(row, prefer_messages), ())], False
   answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
   if kind == "demonstrations" and answered:
     return [_demonstration(row, prefer_messages)], False
@@ -257,6 +258,29 @@ def _examples(
   if not judged.verdicts:
     return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")], True
   return _FROM_JUDGED[kind](judged), True
+
+
+def _prompt_alone(row: Row, prefer_messages: bool) -> Prompt:
+  """Returns the prompt of a row of any kind, whose answer may be there or not."""
+  # The turns before an answer are the prompt in every kind, so that all kinds split alike.
+  chosen = row.fields.get("chosen")
+  turns = _answer(row, "chosen")[0] if isinstance(chosen, list) else []
+  if isinstance(chosen, str):
+    _require_no_chat(row, "chosen", chosen)
+  return _prompt(row, prefer_messages, ("chosen", turns), cut_answer=True)
+
+
+def prompt_columns(row: Row) -> dict[str, Any]:
+  """Returns `prompt`, `messages`, or both, which are read as the prompt of a row is.
+
+  Raises:
+    DataError: The row has no prompt.
+    Skip: The row is left out.
+  """
+  text, turns = (_prompt_alone(formats.normalized(row, on)[0], on) for on in (False, True))
+  if not isinstance(text, str):
+    return {"messages": text}
+  return {"prompt": text} | ({} if isinstance(turns, str) else {"messages": turns})
 
 
 def comparison_kind(row: Row) -> KindName:
@@ -430,6 +454,7 @@ def _responses(row: Row) -> list[str]:
     if not isinstance(text, str):
       problem = f"expected text or an object with `text`, found {formats.describe(response)}"
       fail(row, f"responses[{i}]", problem, "write it as text")
+    _require_no_chat(row, f"responses[{i}]", text)
     texts.append(text)
   return texts
 
@@ -798,12 +823,22 @@ def _text(row: Row, name: str) -> str:
   value = row.fields[name]
   if not isinstance(value, str):
     fail(row, name, f"expected text, found {formats.describe(value)}", "write it as text")
+  _require_no_chat(row, name, value)
   if not value.strip():
     fix = "remove the row"
     if name in _TEXT_PROMPTS:
       fix += ", or give plain text without a prompt in the column `text` alone"
     fail(row, name, "the text is empty", fix)
   return value
+
+
+def _require_no_chat(row: Row, at: str, text: str) -> None:
+  """Refuses turns that a table holds as text: they would be learnt as they are written."""
+  if not (_WRITTEN_CHAT.match(text) and _WRITTEN_CONTENT.search(text)):
+    return
+  if any(match["role"] in _ROLE_NAMES for match in _WRITTEN_ROLE.finditer(text)):
+    problem = "the text is a list of messages, and would be learnt with its brackets and roles"
+    fail(row, at, problem, "save it as JSON Lines, with the list itself")
 
 
 def _list(row: Row, name: str) -> list[Any]:

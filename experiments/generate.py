@@ -56,7 +56,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data)
   if config.prompt:
-    prompts = data.prompts_from_texts([config.prompt], tokenizer)
+    prompts = data.from_prompts([config.prompt], tokenizer)
     data.require_known("--prompt", [prompts.examples[0]["prompt"]], tokenizer)
   else:
     prompts = given_rows.prompts(

@@ -1,7 +1,9 @@
 """Prompts for critique and revision, and the model that answers them."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -28,6 +30,13 @@ REVISION = """{critique_request}
 Now write a better response to the request, and nothing else."""
 
 
+def distinct_prompts(prompts: data.Dataset) -> list[dict[str, Any]]:
+  """Returns the columns of each prompt of a data set, once."""
+  rows = [data.Row("row", dict(fields)).without(prompts.ignored) for fields in prompts.rows]
+  asked = [data.prompt_columns(row) for row in rows]
+  return list({json.dumps(columns): columns for columns in asked}.values())
+
+
 def make_answer(
   run: loop.Run,
   model: Model,
@@ -35,15 +44,15 @@ def make_answer(
   tokenizer: data.Tokenizer,
   config: SamplingConfig,
   batch_size: int,
-) -> Callable[[Sequence[str], int, int], list[str]]:
-  """Builds `answer(texts, number, turn) -> texts`, whose random key depends on number and turn."""
+) -> Callable[[Sequence[data.Prompt], int, int], list[str]]:
+  """Builds `answer(prompts, number, turn) -> texts`; its random key depends on number and turn."""
   params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
   generate = models.make_sampler(
     model, tokenizer, dataclasses.replace(config, samples_per_prompt=1)
   )
 
-  def answer(texts: Sequence[str], number: int, turn: int) -> list[str]:
-    dataset = data.prompts_from_texts(list(texts), tokenizer)
+  def answer(prompts: Sequence[data.Prompt], number: int, turn: int) -> list[str]:
+    dataset = data.from_prompts(prompts, tokenizer)
     dataset = dataset._replace(padded_length=dataset.padded_length + -dataset.padded_length % 64)
     key = jax.random.fold_in(jax.random.fold_in(run.key_for(3), number), turn)
     responses: list[str] = []

@@ -8,12 +8,11 @@ from rlhf_jax.data.batches import padding_fraction as padding_fraction
 from rlhf_jax.data.datasets import DataConfig as DataConfig
 from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import from_examples as from_examples
+from rlhf_jax.data.datasets import from_prompts as from_prompts
 from rlhf_jax.data.datasets import from_rows as from_rows
 from rlhf_jax.data.datasets import given_prompts as given_prompts
 from rlhf_jax.data.datasets import is_given as is_given
 from rlhf_jax.data.datasets import load as load
-from rlhf_jax.data.datasets import plain_prompts as plain_prompts
-from rlhf_jax.data.datasets import prompts_from_texts as prompts_from_texts
 from rlhf_jax.data.datasets import require_known as require_known
 from rlhf_jax.data.files import paths_of as paths_of
 from rlhf_jax.data.files import read_file as read_file

@@ -40,7 +40,6 @@ from rlhf_jax.data.tokenizer import (
   Prompt,
   Tokenizer,
   answers_in,
-  readable,
 )
 
 _BUILTIN_ROWS = 8192
@@ -375,25 +374,19 @@ def comparison_kind(config: DataConfig) -> KindName:
   return "preferences"
 
 
-def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
+def from_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Dataset:
   """Makes a data set of prompts at hand, for `eval_batches`.
 
   Raises:
     DataError: A prompt is empty.
   """
-  for i, text in enumerate(texts):
-    if not text.strip():
+  for i, prompt in enumerate(prompts):
+    if isinstance(prompt, str) and not prompt.strip():
       raise DataError(f"prompt {i} is empty; write something to answer")
-  examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
-  rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
+  examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(prompts)]
+  rows = [{"prompt": of, "prompt_text": tokenizer.render_prompt(of)} for of in prompts]
   padded = max(len(example["prompt"]) for example in examples)
   return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
-
-
-def plain_prompts(dataset: Dataset) -> list[str]:
-  """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  given = given_prompts(dataset.rows, dataset.ignored, prefer_messages=False)
-  return [readable(prompt) for prompt in given]
 
 
 def given_prompts(

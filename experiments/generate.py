@@ -17,12 +17,14 @@ file. `ended` is false in a row whose response was cut at --sampling.max_new_tok
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from rlhf_jax import data, defaults, entry, generation, loop, ranges, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
+from .annotation.items import prompt_text
 from .lab import given_rows, judges, limits, models
 
 _BUILT_IN = 64  # Prompts of the built-in task, which has thousands.
@@ -54,12 +56,12 @@ class Config:
     defaults.settle(self)
 
 
-def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:
+def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
   """Samples responses, writes and shows them, and returns the rows that were written."""
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data)
   if config.prompt:
-    prompts = data.prompts_from_texts([config.prompt], tokenizer)
+    prompts = data.from_prompts([config.prompt], tokenizer)
     data.require_known("--prompt", [prompts.examples[0]["prompt"]], tokenizer)
   else:
     prompts = given_rows.prompts(
@@ -81,8 +83,8 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
     batch_size = min(config.batch_size, len(prompts.examples))
     batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
-    rows: list[dict[str, str | float]] = []
-    given, stops = data.plain_prompts(prompts), models.stops(tokenizer, config.sampling)
+    rows: list[dict[str, Any]] = []
+    given, stops = given_rows.prompt_columns(prompts), models.stops(tokenizer, config.sampling)
     batches = data.eval_batches(prompts, batch_size, tokenizer.pad_id)
     with reporting.Progress(len(given), description="generate", tenths=False) as progress:
       for batch, valid in batches:
@@ -101,11 +103,12 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
         for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
           if keep[n]:
             numbers = {name: float(column[n]) for name, column in values.items()}
-            row = {"prompt": given[i], "response": text, "ended": bool(ended[n])}
-            rows.append(row | numbers)
+            rows.append({**given[i], "response": text, "ended": bool(ended[n]), **numbers})
         progress.update(len(rows) // repeats)
     reporting.save_samples(run.workdir, 0, rows)
-    reporting.show_samples(rows, f"Samples of {config.init_from}")
+    shown = [{"prompt": prompt_text(row), **row} for row in rows[:4]]
+    shown = [{name: of[name] for name in of if name != "messages"} for of in shown]
+    reporting.show_samples(shown, f"Samples of {config.init_from}")
     if cut := sum(not row["ended"] for row in rows):
       length = f"--sampling.max_new_tokens={config.sampling.max_new_tokens}"
       reporting.note(f"{cut} of {len(rows)} responses are cut at {length}: their `ended` is false")

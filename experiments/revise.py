@@ -9,10 +9,10 @@ Fine-tune on the revisions:
     --data.path=runs/cai/revised.jsonl
 
 Bai et al., 2022, https://arxiv.org/abs/2212.08073, section 3.1. Rows have a
-`prompt`; without a file they are those of the built-in task. Every line of
-`revised.jsonl` has the `prompt`, the first `draft`, all `steps` of critique and
-revision, and the final `response`. The same command, run again, resumes where it
-was stopped.
+`prompt` or `messages`; without a file they are those of the built-in task. Every
+line of `revised.jsonl` has the prompt, the first `draft`, all `steps` of critique
+and revision, and the final `response`. The same command, run again, resumes where
+it was stopped.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from rlhf_jax import data, entry, flags, loop, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .annotation import revision
+from .annotation.items import prompt_text
 from .annotation.judge import CriticOptions, read_principles
 from .lab import given_rows, limits, line_files, models
 
@@ -66,8 +67,9 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   source = dataclasses.replace(config.data, eval_fraction=0.0)
   prompts, heldout = given_rows.read(session, "prompts", source, tokenizer)
   given_rows.show("Revision", source, prompts, heldout, model=folder)
-  texts = list(dict.fromkeys(data.plain_prompts(prompts)))
-  texts = texts[: config.limit or len(texts)]
+  asked = revision.distinct_prompts(prompts)
+  asked = asked[: config.limit or len(asked)]
+  texts = [prompt_text(columns) for columns in asked]
   limits.require_length(config, folder, answered=[prompts])
   revision.require_length(config, folder, tokenizer, texts, principles)
   with loop.open_run(session) as run:
@@ -78,21 +80,24 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
     answer = revision.make_answer(run, model, params, tokenizer, config, folder)
     path = run.workdir / _REVISED
     done = len(line_files.read_lines(path))
-    with reporting.Progress(len(texts), done, "revise") as progress:
-      for start in range(done, len(texts), config.batch_size):
-        part = texts[start : start + config.batch_size]
-        drafts = responses = answer(part, start, 0)
+    with reporting.Progress(len(asked), done, "revise") as progress:
+      for start in range(done, len(asked), config.batch_size):
+        part = asked[start : start + config.batch_size]
+        given = data.given_prompts(part, prefer_messages=tokenizer.has_chat_template)
+        drafts = responses = answer(given, start, 0)
         steps: list[list[dict[str, str]]] = [[] for _ in part]
         for n in range(config.revisions):
           chosen = choose(principles, session.seed, start, n, len(part))
-          asked = [
+          requests = [
             revision.CRITIQUE.format(prompt=prompt, response=response, principle=principle)
-            for prompt, response, principle in zip(part, responses, chosen, strict=True)
+            for prompt, response, principle in zip(
+              texts[start : start + len(part)], responses, chosen, strict=True
+            )
           ]
-          critiques = answer(asked, start, 2 * n + 1)
+          critiques = answer(requests, start, 2 * n + 1)
           wanted = [
             revision.REVISION.format(critique_request=request, critique=critique)
-            for request, critique in zip(asked, critiques, strict=True)
+            for request, critique in zip(requests, critiques, strict=True)
           ]
           responses = answer(wanted, start, 2 * n + 2)
           for i, (principle, critique, response) in enumerate(
@@ -102,12 +107,14 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
         rows = [
           # An empty revision is no demonstration; the draft is kept instead.
           {
-            "prompt": prompt,
+            **columns,
             "response": response if response.strip() else draft,
             "draft": draft,
             "steps": of_prompt,
           }
-          for prompt, draft, response, of_prompt in zip(part, drafts, responses, steps, strict=True)
+          for columns, draft, response, of_prompt in zip(
+            part, drafts, responses, steps, strict=True
+          )
         ]
         line_files.append_lines(path, rows)
         progress.update(start + len(part))
@@ -122,7 +129,8 @@ def choose(principles: tuple[str, ...], seed: int, start: int, turn: int, count:
 
 def report(run: loop.Run, rows: list[dict[str, Any]]) -> dict[str, Any]:
   """Shows the first rows and writes the share of changed responses; returns summary.json."""
-  shown = [{name: row[name] for name in ("prompt", "draft", "response")} for row in rows[:4]]
+  answers = [{name: row[name] for name in ("draft", "response")} for row in rows[:4]]
+  shown = [{"prompt": prompt_text(row)} | of for row, of in zip(rows, answers, strict=False)]
   reporting.show_samples(shown, "Drafts and revisions")
   changed = float(np.mean([row["draft"] != row["response"] for row in rows]))
   summary = {"rows": len(rows), "changed": changed}

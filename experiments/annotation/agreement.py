@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlhf_jax import evaluation, rewards
-from .items import LABEL, Item, first_share, shown_order
+from .items import LABEL, Item, first_share, prompt_text, shown_order
 
 
 class Agreement(NamedTuple):
@@ -36,7 +36,7 @@ def agreements(items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> list
   """
   verdicts: dict[str, dict[tuple[str, int, int], bool | None]] = {}
   for row in rows:
-    order = shown_order(row["prompt"], row["responses"])
+    order = shown_order(prompt_text(row), row["responses"])
     for vote in row["annotations"]:
       a, b = vote["a"], vote["b"]
       of = verdicts.setdefault(vote["annotator"], {})

@@ -20,16 +20,18 @@ class Item(NamedTuple):
 
   Attributes:
     id: Id of the row.
-    prompt: Prompt as text.
+    prompt: Prompt as text, for a reader.
     responses: Texts of two or more responses.
     labels: Judgements in the row: `(a, b, share)`, with a < b, prefers response `a` to `b` by a
       share in [0, 1]. Empty if the row is not judged.
+    asked: Columns of the prompt for a model, which keep its turns; None if the text is all.
   """
 
   id: str
   prompt: str
   responses: tuple[str, ...]
   labels: tuple[tuple[int, int, float], ...] = ()
+  asked: Mapping[str, Any] | None = None
 
 
 def check_annotator(name: str) -> None:
@@ -59,7 +61,7 @@ def read_items(
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
     read = [row.without(config.ignore) for row in data.read_file(config.path)]
-    rows = data.joined(read)
+    rows = data.joined("comparisons", read)
   else:
     who = config.annotator or "expert"
     count = config.rows or config.eval_rows
@@ -95,8 +97,8 @@ def read_item(row: data.Row, number: int) -> Item:
     Skip: The row is left out.
   """
   row, _ = data.normalized(row, chat=True)
-  (asked,) = data.parse_row("prompts", row, prefer_messages=False)
-  prompt = data.readable(asked.prompt)
+  data.parse_row("prompts", row, prefer_messages=False)  # Refuses what is not read of the prompt.
+  asked = data.prompt_columns(row)
   responses: Any = row.fields.get("responses")
   judged: list[data.Example] = []
   if row.fields.get("chosen") or not isinstance(responses, list):
@@ -114,7 +116,14 @@ def read_item(row: data.Row, number: int) -> Item:
       a, b = (texts.index(answer) for answer in example.answers)
       if a != b:
         labels.append((a, b, example.labels[0]) if a < b else (b, a, 1 - example.labels[0]))
-  return Item(str(row.fields.get("id", number)), prompt, tuple(texts), tuple(labels))
+  id_of, prompt = str(row.fields.get("id", number)), prompt_text(asked)
+  turns = asked if "messages" in asked else None
+  return Item(id_of, prompt, tuple(texts), tuple(labels), turns)
+
+
+def prompt_text(fields: Mapping[str, Any]) -> str:
+  """Returns the prompt of columns that `data.prompt_columns` gave, as text for a reader."""
+  return fields["prompt"] if "prompt" in fields else data.readable(fields["messages"])
 
 
 def is_judged(fields: Mapping[str, Any]) -> bool:
@@ -154,7 +163,8 @@ def answer_row(
     for a, b in itertools.combinations(range(len(item.responses)), 2):
       preferred = None if ranks[a] == ranks[b] else min(a, b, key=ranks.__getitem__)
       votes.append({"annotator": annotator, "a": a, "b": b, "preferred": preferred})
-  row = {"id": item.id, "prompt": item.prompt, "responses": list(item.responses)}
+  asked = item.asked or {"prompt": item.prompt}
+  row = {"id": item.id, **asked, "responses": list(item.responses)}
   return row | {"annotations": votes, "by": annotator, **columns}
 
 

@@ -82,7 +82,8 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
   for number, task in enumerate(tasks):
     where = f"{path}: task {number}"
     item, order = _item(task, number, where)
-    if known.get(item.id, item)[:3] != item[:3]:
+    of_row = known.get(item.id, item)  # Keeps the turns of its prompt.
+    if of_row[:3] != item[:3]:
       _fail(where, f"its texts are not those of the row {item.id!r} of --data.path", "match them")
     annotations = task.get("annotations")
     if not isinstance(annotations, list):
@@ -96,7 +97,7 @@ def read(path: str, items: Sequence[Item] = ()) -> list[dict[str, Any]]:
       columns = {"shown": list(order)}
       if isinstance(annotation.get("lead_time"), (int, float)):
         columns["seconds"] = round(annotation["lead_time"], 1)
-      rows.append(answer_row(item, annotator, in_row, **columns))
+      rows.append(answer_row(of_row, annotator, in_row, **columns))
   if contradictory:
     fix = "clear one of the two in Label Studio, and export again"
     _fail(path, f"both a response and a tie are chosen in {', '.join(contradictory)}", fix)

@@ -1,6 +1,7 @@
 """Prompts for critique and revision, and the model that answers them."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 from rlhf_jax import data, loop, rewards, sharding
 from rlhf_jax.models import Model
 from rlhf_jax.types import Params
-from ..lab import limits, models
+from ..lab import given_rows, limits, models
 
 CRITIQUE = """Here is a request and a response to it.
 
@@ -27,6 +28,12 @@ REVISION = """{critique_request}
 {critique}
 
 Now write a better response to the request, and nothing else."""
+
+
+def distinct_prompts(prompts: data.Dataset) -> list[dict[str, Any]]:
+  """Returns the columns of each prompt of a data set, once."""
+  asked = given_rows.prompt_columns(prompts)
+  return list({json.dumps(columns): columns for columns in asked}.values())
 
 
 def require_length(
@@ -67,8 +74,8 @@ def make_answer(
   tokenizer: data.Tokenizer,
   config: Any,
   folder: pathlib.Path | None,
-) -> Callable[[Sequence[str], int, int], list[str]]:
-  """Builds `answer(texts, number, turn) -> texts`, whose random key depends on number and turn.
+) -> Callable[[Sequence[data.Prompt], int, int], list[str]]:
+  """Builds `answer(prompts, number, turn) -> texts`; its random key depends on number and turn.
 
   Args:
     run: Opened run.
@@ -83,8 +90,8 @@ def make_answer(
     model, tokenizer, dataclasses.replace(config.sampling, samples_per_prompt=1)
   )
 
-  def answer(texts: Sequence[str], number: int, turn: int) -> list[str]:
-    dataset = data.prompts_from_texts(list(texts), tokenizer)
+  def answer(prompts: Sequence[data.Prompt], number: int, turn: int) -> list[str]:
+    dataset = data.from_prompts(prompts, tokenizer)
     dataset = dataset._replace(padded_length=_padded(dataset.padded_length))
     limits.require_length(config, folder, answered=[dataset])
     key = jax.random.fold_in(jax.random.fold_in(run.key_for(3), number), turn)

@@ -1,6 +1,7 @@
 """Rows that a script reads without training on them, and their lines in the panel at the start."""
 
 import dataclasses
+from typing import Any
 
 from rlhf_jax import data, loop, reporting
 from rlhf_jax.data import DataConfig
@@ -27,6 +28,12 @@ def warn(config: DataConfig, train_set: data.Dataset, heldout: data.Dataset) -> 
   """Writes a warning if more than a tenth of the data was left out."""
   if warning := data.warning(config, train_set, heldout):
     reporting.note(warning)
+
+
+def prompt_columns(prompts: data.Dataset) -> list[dict[str, Any]]:
+  """Returns the columns of each prompt as they were given, which no template has rendered."""
+  rows = [data.Row("row", dict(fields)).without(prompts.ignored) for fields in prompts.rows]
+  return [data.prompt_columns(row) for row in rows]
 
 
 def demonstrations(

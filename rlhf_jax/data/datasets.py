@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 
 from rlhf_jax import processes, ranges, workdir
-from rlhf_jax.data import apart, files, formats, schema, sources, stored
+from rlhf_jax.data import apart, files, joining, schema, sources, stored
 from rlhf_jax.data.kinds import (
   COUNTS,
   KINDS,
@@ -40,11 +40,9 @@ from rlhf_jax.data.tokenizer import (
   Prompt,
   Tokenizer,
   answers_in,
-  readable,
 )
 
 _BUILTIN_ROWS = 8192
-_JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
@@ -376,25 +374,19 @@ def comparison_kind(config: DataConfig) -> KindName:
   return "preferences"
 
 
-def prompts_from_texts(texts: Sequence[str], tokenizer: Tokenizer) -> Dataset:
+def from_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer) -> Dataset:
   """Makes a data set of prompts at hand, for `eval_batches`.
 
   Raises:
     DataError: A prompt is empty.
   """
-  for i, text in enumerate(texts):
-    if not text.strip():
+  for i, prompt in enumerate(prompts):
+    if isinstance(prompt, str) and not prompt.strip():
       raise DataError(f"prompt {i} is empty; write something to answer")
-  examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(texts)]
-  rows = [{"prompt": text, "prompt_text": tokenizer.render_prompt(text)} for text in texts]
+  examples = [{"prompt": np.array(ids, np.int32)} for ids in tokenizer.encode_prompts(prompts)]
+  rows = [{"prompt": of, "prompt_text": tokenizer.render_prompt(of)} for of in prompts]
   padded = max(len(example["prompt"]) for example in examples)
   return _finish("prompts", _part_of(examples, rows), (padded, 0, 0))
-
-
-def plain_prompts(dataset: Dataset) -> list[str]:
-  """Returns the prompt of each example as text, without the chat template of a tokenizer."""
-  given = given_prompts(dataset.rows, dataset.ignored, prefer_messages=False)
-  return [readable(prompt) for prompt in given]
 
 
 def given_prompts(
@@ -516,10 +508,11 @@ def _parse(
   on_bad_row: sources.OnBadRow,
 ) -> list[_Parsed]:
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
-  if kind in _JUDGED:
+  if kind != "prompts":
     of_sources = itertools.groupby(rows, key=lambda row: row.source)
-    rows = iter(
-      [row for _, group in of_sources for row in formats.joined(list(group), config.ignore)]
+    rows = itertools.chain.from_iterable(
+      joining.joined(kind, list(of_source), config.ignore, config.group)
+      for _, of_source in of_sources
     )
   parsed = []
   for row in rows:

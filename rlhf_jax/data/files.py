@@ -38,6 +38,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JUDGEMENTS = (
   *("label", "labels", "score", "helpfulness", "preference_strength", "choice"),
   *("score_0", "score_1", "better_response_id", "correct"),
+  *("score_chosen", "score_rejected", "chosen_score", "rejected_score"),
+  *("chosen_rating", "rejected_rating", "chosen-rating", "rejected-rating"),
 )
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
 _TAR = slice(257, 262)  # Place of b"ustar" in an archive.

@@ -55,6 +55,13 @@ def none_of(*names: str) -> Callable[[Fields], bool]:
   return lambda fields: not any(given(fields, name) for name in names)
 
 
+def has_objects(name: str) -> Callable[[Fields], bool]:
+  """Returns the condition that a column is a list with an object in it."""
+  return lambda fields: (
+    isinstance(fields[name], list) and any(isinstance(item, dict) for item in fields[name])
+  )
+
+
 def find(fields: Fields) -> str | None:
   """Returns the name of the format of a row in `FORMATS`; None for a row that has none."""
   for name, of in FORMATS.items():
@@ -81,34 +88,6 @@ def normalized(row: Row, chat: bool) -> tuple[Row, frozenset[str]]:
   taken = frozenset((*of.columns, *of.optional))
   rest = {column: value for column, value in row.fields.items() if column not in taken}
   return row._replace(fields={**rest, **of.read(row, chat)}), taken
-
-
-def joined(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[Row]:
-  """Joins rows that score one response each into a row per prompt with `responses`.
-
-  Rows without a score stay as they are.
-
-  Args:
-    rows: The rows.
-    ignored: Columns that are no scores.
-  """
-  groups: dict[str, Row] = {}
-  result: list[Row] = []
-  for row in rows:
-    score = score_of(row.without(ignored).fields)
-    if score is None:
-      result.append(row)
-      continue
-    fields = row.fields
-    response = {"text": fields["response"], "score": fields[score]}
-    if fields["prompt"] in groups:
-      groups[fields["prompt"]].fields["responses"].append(response)
-      continue
-    rest = {column: value for column, value in fields.items() if column not in ("response", score)}
-    group = row._replace(fields={**rest, "responses": [response]})
-    groups[fields["prompt"]] = group
-    result.append(group)
-  return result
 
 
 def score_of(fields: Fields) -> str | None:
@@ -316,7 +295,7 @@ FORMATS: dict[str, Format] = {
   "UltraFeedback binarized": Format(
     ("messages", "chosen", "rejected"),
     _renamed(chosen="chosen", rejected="rejected"),
-    lambda fields: fields["messages"] == fields["chosen"],
+    lambda fields: isinstance(fields["chosen"], list) and fields["messages"] == fields["chosen"],
   ),
   "ShareGPT": Format(
     ("conversations",), _renamed(messages="conversations"), none_of("messages", "conversation")
@@ -328,8 +307,10 @@ FORMATS: dict[str, Format] = {
   "HelpSteer 2 preference": Format(
     ("prompt", "response_1", "response_2", "preference_strength"), _helpsteer_preference
   ),
-  "UltraFeedback": Format(("instruction", "completions"), _ultrafeedback),
-  "Nectar": Format(("prompt", "answers"), _nectar),
+  "UltraFeedback": Format(
+    ("instruction", "completions"), _ultrafeedback, has_objects("completions")
+  ),
+  "Nectar": Format(("prompt", "answers"), _nectar, has_objects("answers")),
   "PKU-SafeRLHF": Format(("prompt", "response_0", "response_1", "better_response_id"), _safe_rlhf),
   "Stack Exchange pairs": Format(
     ("question", "response_j", "response_k"),

@@ -40,11 +40,13 @@ Judged answers are a prompt and
     there are just two); `annotator` names the judge; `probability`, if given, is the judge's
     probability that `a` is better, a soft label for comparisons. Rows without votes are skipped.
 
-Several votes on the same two answers are decided by majority: the verdict with the most votes
-(ties are a verdict too), or a tie if there is no such verdict. With `votes="each"` every vote is a
-separate verdict; a model trained on them sees the share of the votes as a soft label. In a ranking,
-answers are ordered by wins minus losses. An `annotator` restricts all this to the votes of one
-annotator or group. For rows judged as a whole, the column `annotator` names the judge.
+Several votes on the same two answers are decided by majority: the verdict with the most votes (ties
+are a verdict too), or a tie if there is no such verdict. Votes of different annotators on the same
+responses to the same prompt count together even if each has a row of its own. With `votes="each"`
+every vote is a separate verdict; a model trained on them sees the share of the votes as a soft
+label. In a ranking, answers are ordered by wins minus losses. An `annotator` restricts all this to
+the votes of one annotator or group. For rows judged as a whole, the column `annotator` names the
+judge.
 """
 
 import collections
@@ -98,7 +100,14 @@ _CHANGE_TURN = (
   *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"),
   *("image", "images", "audio", "audios", "video", "videos"),
 )
+# Columns that make the prompt of a row, or are refused as they would change it; and of an answer.
+PROMPT_COLUMNS = (*_TEXT_PROMPTS, "messages", *_CHANGE_PROMPT)
+ANSWER_COLUMNS = (*_ANSWERS, "label")
 _SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
+# Start of a list of turns, or of one, that JSON or Python wrote; then their keys.
+_WRITTEN_CHAT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
+_WRITTEN_ROLE = re.compile(r"""[{,]\s*(["'])(?:role|from)\1\s*:\s*(["'])(?P<role>\w+)\2\s*[,}]""")
+_WRITTEN_CONTENT = re.compile(r"""[{,]\s*(["'])(content|value)\1\s*:""")
 _VOTES = ("annotations", "preferences")
 _SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
 _OF_CHAT = ("role", "parent_id")  # Columns of a row that is a message, as in OASST.
@@ -237,10 +246,7 @@ def _examples(
 ) -> tuple[list[Example], bool]:
   """Returns the examples of a row, and whether annotators judged it."""
   if kind == "prompts":
-    # The turns before an answer are the prompt in every kind, so that all kinds split alike.
-    turns = _answer(row, "chosen")[0] if isinstance(row.fields.get("chosen"), list) else []
-    prompt = _prompt(row, prefer_messages, ("chosen", turns), cut_answer=True)
-    return [Example(prompt, ())], False
+    return [Example(_prompt_alone(row, prefer_messages), ())], False
   answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
   if kind == "demonstrations" and answered:
     return [_demonstration(row, prefer_messages)], False
@@ -252,6 +258,29 @@ def _examples(
   if not judged.verdicts:
     return [Example(judged.prompt, tuple(judged.answers), skip="not_judged")], True
   return _FROM_JUDGED[kind](judged), True
+
+
+def _prompt_alone(row: Row, prefer_messages: bool) -> Prompt:
+  """Returns the prompt of a row of any kind, whose answer may be there or not."""
+  # The turns before an answer are the prompt in every kind, so that all kinds split alike.
+  chosen = row.fields.get("chosen")
+  turns = _answer(row, "chosen")[0] if isinstance(chosen, list) else []
+  if isinstance(chosen, str):
+    _require_no_chat(row, "chosen", chosen)
+  return _prompt(row, prefer_messages, ("chosen", turns), cut_answer=True)
+
+
+def prompt_columns(row: Row) -> dict[str, Any]:
+  """Returns `prompt`, `messages`, or both, which are read as the prompt of a row is.
+
+  Raises:
+    DataError: The row has no prompt.
+    Skip: The row is left out.
+  """
+  text, turns = (_prompt_alone(formats.normalized(row, on)[0], on) for on in (False, True))
+  if not isinstance(text, str):
+    return {"messages": text}
+  return {"prompt": text} | ({} if isinstance(turns, str) else {"messages": turns})
 
 
 def comparison_kind(row: Row) -> KindName:
@@ -266,7 +295,7 @@ def comparison_kind(row: Row) -> KindName:
   return "rankings" if ranked else "preferences"
 
 
-class _Verdict(NamedTuple):
+class Verdict(NamedTuple):
   """A comparison of the answers `a` and `b`; `preferred` is one of the two, or None for a tie.
 
   `probability` is the judge's probability that `a` is better, if given.
@@ -291,7 +320,7 @@ class _Judged(NamedTuple):
 
   prompt: Prompt
   answers: list[str]
-  verdicts: list[_Verdict]
+  verdicts: list[Verdict]
 
   @property
   def merits(self) -> list[int]:
@@ -365,7 +394,7 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
   fields = row.fields
   if _given(fields, "chosen") or not _given(fields, "responses"):
     prompt, answers = _chosen_and_rejected(row, prefer_messages)
-    verdicts = [_Verdict(0, 1, 0, _annotator(row))]
+    verdicts = [Verdict(0, 1, 0, _annotator(row))]
   else:
     prompt, answers = _prompt(row, prefer_messages), _responses(row)
     if len(answers) < 2:
@@ -378,16 +407,16 @@ def _judged(row: Row, prefer_messages: bool, annotator: str, votes: Votes) -> _J
   return _Judged(prompt, answers, _majority(verdicts) if votes == "majority" else verdicts)
 
 
-def _majority(votes: Sequence[_Verdict]) -> list[_Verdict]:
+def _majority(votes: Sequence[Verdict]) -> list[Verdict]:
   """Reduces votes to one verdict per pair of compared answers; a single vote is kept."""
-  votes_on: dict[tuple[int, int], list[_Verdict]] = {}
+  votes_on: dict[tuple[int, int], list[Verdict]] = {}
   for vote in votes:
     votes_on.setdefault((min(vote[:2]), max(vote[:2])), []).append(vote)
   verdicts = []
   for (a, b), ballots in votes_on.items():
     (preferred, most), *rest = collections.Counter(v.preferred for v in ballots).most_common(2)
     tied = rest and rest[0][1] == most
-    majority = _Verdict(a, b, None if tied else preferred)
+    majority = Verdict(a, b, None if tied else preferred)
     verdicts.append(ballots[0] if len(ballots) == 1 else majority)
   return verdicts
 
@@ -425,11 +454,24 @@ def _responses(row: Row) -> list[str]:
     if not isinstance(text, str):
       problem = f"expected text or an object with `text`, found {formats.describe(response)}"
       fail(row, f"responses[{i}]", problem, "write it as text")
+    _require_no_chat(row, f"responses[{i}]", text)
     texts.append(text)
   return texts
 
 
-def _verdicts(row: Row, count: int) -> list[_Verdict]:
+def votes_of(row: Row) -> tuple[list[str], list[Verdict]] | None:
+  """Returns the texts of the `responses` of a row and the votes on them; None without votes.
+
+  Raises:
+    DataError: A column of the two holds something else.
+  """
+  if not _first_given(row.fields, _VOTES):
+    return None
+  texts = _responses(row)
+  return texts, _verdicts(row, len(texts))
+
+
+def _verdicts(row: Row, count: int) -> list[Verdict]:
   """Lists all comparisons of the `count` responses of a row."""
   for name, other in itertools.pairwise(name for name in _VOTES if _given(row.fields, name)):
     if row.fields[other] != row.fields[name]:
@@ -444,11 +486,11 @@ def _verdicts(row: Row, count: int) -> list[_Verdict]:
   for a, b in itertools.combinations(range(count), 2):
     better = a if values[a] > values[b] else b
     preferred = None if values[a] == values[b] else better
-    verdicts.append(_Verdict(a, b, preferred, _annotator(row)))
+    verdicts.append(Verdict(a, b, preferred, _annotator(row)))
   return verdicts
 
 
-def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
+def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> Verdict:
   """Reads entry `i` of a column of votes on `count` responses."""
   at = f"{column}[{i}]"
   fix = 'write {"annotator": "...", "a": 0, "b": 1, "preferred": 0, 1 or null}'
@@ -476,7 +518,7 @@ def _vote(row: Row, column: str, i: int, vote: Any, count: int) -> _Verdict:
     problem = f"expected a number from 0 to 1, found {formats.describe(probability)}"
     fail(row, f"{at}.probability", problem, "write the probability that `a` is better")
   annotator = vote["annotator"] if "annotator" in vote else _annotator(row)
-  return _Verdict(*pair, preferred, annotator, probability)
+  return Verdict(*pair, preferred, annotator, probability)
 
 
 def _annotator(row: Row) -> Any:
@@ -781,12 +823,22 @@ def _text(row: Row, name: str) -> str:
   value = row.fields[name]
   if not isinstance(value, str):
     fail(row, name, f"expected text, found {formats.describe(value)}", "write it as text")
+  _require_no_chat(row, name, value)
   if not value.strip():
     fix = "remove the row"
     if name in _TEXT_PROMPTS:
       fix += ", or give plain text without a prompt in the column `text` alone"
     fail(row, name, "the text is empty", fix)
   return value
+
+
+def _require_no_chat(row: Row, at: str, text: str) -> None:
+  """Refuses turns that a table holds as text: they would be learnt as they are written."""
+  if not (_WRITTEN_CHAT.match(text) and _WRITTEN_CONTENT.search(text)):
+    return
+  if any(match["role"] in _ROLE_NAMES for match in _WRITTEN_ROLE.finditer(text)):
+    problem = "the text is a list of messages, and would be learnt with its brackets and roles"
+    fail(row, at, problem, "save it as JSON Lines, with the list itself")
 
 
 def _list(row: Row, name: str) -> list[Any]:

@@ -1,6 +1,6 @@
 import pytest
 
-from rlhf_jax.data.schema import Example, comparison_kind, parse_row
+from rlhf_jax.data.schema import Example, comparison_kind, parse_row, prompt_columns
 from rlhf_jax.data.sources import DataError, Row
 
 
@@ -277,6 +277,51 @@ def test_what_a_reward_model_reads_a_row_as(fields, kind):
 )
 def test_prompts(fields, prompt):
   assert parse("prompts", fields) == Example(prompt, ())
+
+
+HELLO = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant:"
+TALK = [user("Hi"), bot("Hello"), user("Bye")]
+TOOL = [user("sum"), bot("call"), {"role": "tool", "content": "result"}]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"prompt": "p"},
+    {"prompt": " p\n"},
+    {"question": HELLO},
+    {"instruction": "p", "input": "i"},
+    {"prompt": "p", "system": "s"},
+    {"prompt": HELLO, "system": "s"},
+    {"prompt": HELLO, "messages": TALK},
+    {"prompt": "Hi", "messages": TALK},
+    {"prompt": "p", "messages": [user("p")]},
+    {"prompt": "Bye", "history": [["Hi", "Hello"]], "system_prompt": "s"},
+    {"messages": [user("p")]},
+    {"messages": [SYSTEM, *TALK]},
+    {"messages": [*TALK, bot("c")]},
+    {"prompt": TOOL},
+    {"prompt": [user(HELLO)]},
+    {"conversations": [{"from": "human", "value": "p"}]},
+    {"chosen": [*TALK, bot("c")], "rejected": [*TALK, bot("r")]},
+    {"chosen": f"{HELLO} c", "rejected": f"{HELLO} r"},
+  ],
+)
+def test_columns_of_a_prompt(fields):
+  """Beside another answer they are the same prompt, with a chat template and without."""
+  row = Row("f.jsonl:7", fields)
+  columns = prompt_columns(row)
+  assert columns.keys() <= {"prompt", "messages"}
+  answers = {"responses": ["a", "b"], "annotations": [{"preferred": 0}]}
+  for on in (False, True):
+    (wanted,) = parse_row("prompts", row, prefer_messages=on)
+    for kind, more in (
+      ("prompts", {}),
+      ("preferences", answers),
+      ("demonstrations", {"output": "c"}),
+    ):
+      assert parse(kind, {**columns, **more}, prefer_messages=on).prompt == wanted.prompt
 
 
 def test_messages_count_only_with_a_chat_template():

@@ -1,5 +1,6 @@
 """Files, rows, data sets and model folders that are refused, each by a line with the fix."""
 
+import csv
 import gzip
 import io
 import json
@@ -221,7 +222,9 @@ ROWS = [
   ("preferences", TLDR | {"info": {"id": "x"}}, "info", "post"),
   ("preferences", {"instruction": "p", "completions": [{"response": "a"}, {"response": "b"}]},
    "nobody has judged it"),
-  ("preferences", {"instruction": "p", "completions": ["a"]}, "completions", "list of objects"),
+  ("preferences", {"instruction": "p", "completions": ["a", {"response": "b"}]}, "completions",
+   "list of objects"),
+  ("preferences", {"instruction": "p", "completions": ["a"]}, "chosen: missing", "`responses`"),
   ("preferences", {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 3},
    "better_response_id", "0 or 1"),
   ("demonstrations", {"instruction": "p", "context": 4, "response": "r"}, "context", "int 4"),
@@ -302,6 +305,60 @@ def test_rows(tmp_path, kind, fields, words, record_property):
   for eval_fraction in (0.05, 0):
     config = DataConfig(path=path, eval_fraction=eval_fraction)
     assert_refused(refusal(data.load, kind, config, TOKENIZER), 65, "rows.jsonl:1", *words)
+
+
+CHAT, WORSE = [user("p"), bot("c")], [user("p"), bot("r")]
+
+
+def written(fields, write_list):
+  """Returns columns whose lists are texts."""
+  return {
+    name: write_list(value) if isinstance(value, list) else value for name, value in fields.items()
+  }
+
+
+@pytest.mark.parametrize("write_list", [str, json.dumps, lambda turns: json.dumps(turns, indent=2)])
+@pytest.mark.parametrize(
+  ("kind", "fields", "column"),
+  [
+    # UltraFeedback binarized, ...
+    ("preferences", {"prompt": "p", "chosen": CHAT, "rejected": WORSE, "messages": CHAT}, "chosen"),
+    ("demonstrations", {"prompt": "p", "chosen": CHAT, "messages": CHAT}, "chosen"),
+    ("prompts", {"prompt": "p", "chosen": CHAT, "rejected": WORSE}, "chosen"),
+    # ... and the columns of TRL.
+    ("demonstrations", {"prompt": CHAT[:1], "completion": CHAT[1:]}, "completion"),
+    ("demonstrations", {"prompt": "p", "completion": CHAT[1:]}, "completion"),
+    ("prompts", {"prompt": CHAT[:1]}, "prompt"),
+    ("unpaired", {"prompt": "p", "completion": CHAT[1:], "label": 1}, "completion"),
+    ("demonstrations", {"text": [{"from": "human", "value": "p"}]}, "text"),
+    ("demonstrations", {"prompt": "p", "response": {"content": "r", "role": "assistant"}}, "resp"),
+  ],
+)
+def test_chats_that_a_table_holds_as_texts(tmp_path, kind, fields, column, write_list):
+  fields = written(
+    {name: [of] if isinstance(of, dict) else of for name, of in fields.items()}, write_list
+  )
+  path = tmp_path / "rows.csv"
+  with path.open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(fields))
+    writer.writeheader()
+    writer.writerow(fields)
+  with path.open() as file:  # A text may have lines.
+    line = sum(1 for _ in file)
+  words = (column, "list of messages", "save it as JSON Lines")
+  config = DataConfig(path=str(path), eval_fraction=0)
+  assert_refused(refusal(data.load, kind, config, TOKENIZER), 65, f"rows.csv:{line}: ", *words)
+  config = DataConfig(path=write(tmp_path, [fields]), eval_fraction=0)  # As Parquet may have them.
+  assert_refused(refusal(data.load, kind, config, TOKENIZER), 65, "rows.jsonl:1: ", *words)
+
+
+@pytest.mark.parametrize("side", ["score_{}", "{}_score", "{}_rating", "{}-rating"])
+def test_scores_of_a_table_that_contradict_the_order(tmp_path, side):
+  names = [side.format(name) for name in ("chosen", "rejected")]
+  path = tmp_path / "rows.csv"
+  path.write_text(f"prompt,chosen,rejected,{','.join(names)}\nw1,w2,w3,8,10.5\n")
+  found = refusal(data.load, "preferences", DataConfig(path=str(path)), TOKENIZER)
+  assert_refused(found, 65, f"rows.csv:2: {names[0]}: 8 is less than", f"data.ignore={names[0]}")
 
 
 def demonstrations(count, **columns):

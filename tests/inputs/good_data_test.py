@@ -181,6 +181,20 @@ ROWS = [
   ("UltraFeedback binarized", "demonstrations", BINARIZED, "Hi", ("good",), (), HI),
   ("UltraFeedback binarized", "prompts", BINARIZED, "Hi", (), (), HI),
   ("Nectar", "rankings", NECTAR, NECTAR["prompt"], ("a1", "a0"), (0, 1), HI),
+  # Lists of texts are columns for rewards.
+  ("Nectar", "prompts", {"prompt": "Where?", "answers": ["Paris", "paris"]}, "Where?",
+   (), (), None),
+  ("Nectar", "prompts", {"prompt": "Where?", "answers": []}, "Where?", (), (), None),
+  ("UltraFeedback", "prompts", {"instruction": "Where?", "completions": ["Paris"]}, "Where?",
+   (), (), None),
+  # Texts that look a little like a chat.
+  ("no chat", "demonstrations", {"prompt": "[{", "response": '[{"role": "admin", "name": "Ada"}]'},
+   "[{", ('[{"role": "admin", "name": "Ada"}]',), (), None),
+  ("no chat", "demonstrations", {"prompt": "p", "response": '{"value": 3, "from": 4}'},
+   "p", ('{"value": 3, "from": 4}',), (), None),
+  ("no chat", "demonstrations",
+   {"prompt": "p", "response": 'Say [{"role": "user", "content": 3}]'},
+   "p", ('Say [{"role": "user", "content": 3}]',), (), None),
   # A transcript in a column of its own, with and without the answers' space.
   ("transcript", "preferences", {"prompt": HELLO, "chosen": "a", "rejected": "b"}, HELLO,
    ("a", "b"), (), TALK),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.annotation import agreement
-from experiments.annotation.items import Item, answer_row, shown_order
+from experiments.annotation.items import Item, answer_row, read_item, shown_order
+from rlhf_jax import data
 
 
 def test_kappa_and_agreement_of_two_annotators():
@@ -42,6 +43,15 @@ def test_agreement_counts_the_pairs_of_rankings_and_labels():
   assert found["bob", "label"].share == 0.0
   summary = agreement.summarize(items, rows)
   assert (summary["answers"], summary["ties"], summary["skipped"]) == (3, 1, 1)
+
+
+def test_agreement_on_chats_whose_rows_keep_their_turns():
+  row = {"messages": [{"role": role, "content": role} for role in ("system", "user")]}
+  sides = {"responses": ["x", "y"], "annotations": [{"preferred": 1}]}
+  item = read_item(data.Row("r", row | sides), 0)
+  rows = [answer_row(item, "ada", (1, 0)), answer_row(item, "bob", (0, 1))]
+  found = {(a.one, a.other): a.share for a in agreement.agreements([item], rows)}
+  assert found == {("ada", "bob"): 0.0, ("ada", "label"): 1.0, ("bob", "label"): 0.0}
 
 
 def test_position_bias_and_agreement_without_swapping():

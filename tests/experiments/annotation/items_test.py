@@ -64,6 +64,36 @@ def test_columns_are_left_out_and_turns_of_tools_are_shown(tmp_path):
   ]
 
 
+ASKED = [{"role": "user", "content": "Who?"}]
+CHAT = [{"role": "system", "content": "Be brief."}, *ASKED]
+HELLO = "\n\nHuman: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"prompt": "Who?"},
+    {"prompt": "Who?", "system": "Be brief."},
+    {"prompt": HELLO, "system": "Be brief."},
+    {"prompt": "Who?", "history": [["Hi", "Hello"]]},
+    {"messages": CHAT},
+    {"prompt": [*ASKED, {"role": "tool", "content": "Ada"}]},
+    {"prompt": "Who?", "messages": ASKED},
+    {"chosen": f"{HELLO} x", "rejected": f"{HELLO} y"},
+  ],
+)
+def test_what_learns_from_labels_reads_the_prompt_of_the_row(fields):
+  row = data.Row("r", {"chosen": "x", "rejected": "y", **fields})
+  item = items.read_item(row, 0)
+  assert isinstance(item.prompt, str)
+  labelled = data.Row("labels", json.loads(json.dumps(items.answer_row(item, "ada", (1, 0)))))
+  for on in (False, True):
+    (wanted,) = data.parse_row("preferences", row, prefer_messages=on)
+    (found,) = data.parse_row("preferences", labelled, prefer_messages=on)
+    assert found.prompt == wanted.prompt
+    assert found.answers == ("y", "x")
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_order_tells_nothing(count):
   orders = [items.shown_order(f"p{i}", [f"{i}{j}" for j in range(count)]) for i in range(400)]

@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 import pytest
 
 from experiments.annotation import label_studio
-from experiments.annotation.items import Item, answer_row
+from experiments.annotation.items import Item, answer_row, read_item
 from rlhf_jax import data
 
 ITEMS = [Item(str(i), f"p{i}", (f"x{i}", f"y{i}")) for i in range(12)]
@@ -68,6 +68,18 @@ def test_a_side_and_a_tie_are_refused_with_the_rows_and_the_annotators(tmp_path)
   rows = label_studio.read(str(path), ITEMS)
   assert len(rows) == 8 and rows[3]["annotations"] == []
   assert rows[6]["annotations"][0]["preferred"] is None
+
+
+def test_answers_keep_the_turns_of_their_prompt(tmp_path):
+  turns = [{"role": role, "content": role} for role in ("system", "user")]
+  item = read_item(data.Row("r", {"messages": turns, "responses": ["x", "y"]}), 0)
+  task = label_studio.make_task(item) | {"annotations": [annotation(1, "left")]}
+  path = tmp_path / "export.json"
+  path.write_text(json.dumps([task]))
+  ((row,),) = (label_studio.read(str(path), [item]),)
+  (pair,) = data.parse_row("preferences", data.Row("r", row), prefer_messages=True)
+  assert pair.prompt == turns
+  assert "\n\nHuman: user" in task["data"]["prompt"]  # What people read.
 
 
 def test_tasks_of_others(tmp_path):

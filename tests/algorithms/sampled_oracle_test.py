@@ -213,6 +213,11 @@ def test_ppo_max(name):
   # The penalty has the weight of the controller, not that of the config.
   in_rewards = VALUES * scale + shift
   advantages, returns = ppo_targets(config, 0.3, in_rewards, config.segment)
+  seen = np.array(list(returns.values()))
+  mean = (50 * -0.7 + seen.sum()) / (50 + len(seen))
+  squares = 300 + 50 * (mean + 0.7) ** 2 + np.sum((seen - mean) ** 2)
+  if config.normalize_values:  # In the units in which the critic is read next.
+    shift, scale = mean, np.sqrt(squares / (50 + len(seen)))
   targets = {at: (x - shift) / scale for at, x in returns.items()}
   oracle = ppo_loss(config, whitened(advantages), VALUES, targets)
 
@@ -239,9 +244,6 @@ def test_ppo_max(name):
     factor += np.clip(kl / 0.4 - 1, -0.2, 0.2) * bigrams.ROWS / 40
     assert abs(factor - 1) > 0.01
   np.testing.assert_allclose(after.kl_coef, 0.3 * factor, rtol=1e-5)
-  seen = np.array(list(returns.values()))
-  mean = (50 * -0.7 + seen.sum()) / (50 + len(seen))
-  squares = 300 + 50 * (mean + 0.7) ** 2 + np.sum((seen - mean) ** 2)
   assert after.returns.count == 50 + len(seen)
   np.testing.assert_allclose([after.returns.mean, after.returns.m2], [mean, squares], rtol=1e-5)
 

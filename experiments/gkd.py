@@ -24,6 +24,7 @@ run again, resumes a run that was stopped.
 
 import dataclasses
 import functools
+import math
 
 from rlhf_jax import defaults, entry, flags, loop
 from rlhf_jax.algorithms import gkd
@@ -87,6 +88,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     def iteration(state: TrainState, prompts, key):
       rollout, metrics = respond(trainer.params(state), prompts, state.step, key)
       state, of_update = trainer.step(state, rollout, teacher.params, key)
+      if not metrics["student_share"]:
+        of_update["kl/teacher"] = math.nan  # These are responses of the teacher.
       return state, metrics | of_update
 
     judge = bench.judge(batch_size=config.batch_size * config.sampling.samples_per_prompt)

@@ -75,7 +75,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     session, config, "ppo_max", "prompts", adapted=adapted, spare=spare, extra=extra
   ) as bench:
     responses.require_fit(bench)
-    actor = critics.open_actor(bench)
+    actor = critics.open_actor(bench, normalized=config.ppo_max.normalize_values)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
     bench.describe("PPO-max", trainer, reward=config.reward.title)
     reward_of = bench.open_reward()

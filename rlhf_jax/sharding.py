@@ -217,7 +217,8 @@ def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[
   Args:
     mesh: Mesh that holds the params, placed by `DECODER_RULES`.
     dtype: Dtype of the matrices. A model rounds them to its computation dtype anyway, and a copy in
-      that dtype is read faster. Norms, biases, heads and codes of weights keep theirs.
+      that dtype is read faster. Norms, biases, heads and codes of weights keep theirs, and so does
+      `lora_b`, which a model scales before it rounds.
     onto: Mesh of the sampler, if it runs on other devices.
 
   Returns:
@@ -225,20 +226,23 @@ def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[
     returns before the copy is complete.
   """
 
-  def cast(x: jax.Array, place: NamedSharding) -> jax.Array:
-    kept = place.spec == P() or not jnp.issubdtype(x.dtype, jnp.floating)
-    return x if kept else x.astype(dtype)
+  def cast(path: Any, x: jax.Array, place: NamedSharding) -> jax.Array:
+    kept = place.spec == P() or path[-1].key == "lora_b"
+    return x if kept or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+  def over(function: Callable[..., jax.Array], params: Any, onto: Mesh) -> Any:
+    return jax.tree_util.tree_map_with_path(function, params, rollout_shardings(params, onto))
 
   if onto is not None:
-    cast_all = jax.jit(lambda params: jax.tree.map(cast, params, rollout_shardings(params, onto)))
+    cast_all = jax.jit(lambda params: over(cast, params, onto))
     return lambda params: jax.device_put(cast_all(params), rollout_shardings(params, onto))
   if mesh.shape["fsdp"] == 1 and jnp.dtype(dtype) == jnp.float32:
     return lambda params: params
 
-  def move(x: jax.Array, place: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(cast(x, place), place)
+  def move(path: Any, x: jax.Array, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(cast(path, x, place), place)
 
-  return jax.jit(lambda params: jax.tree.map(move, params, rollout_shardings(params, mesh)))
+  return jax.jit(lambda params: over(move, params, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,7 +23,9 @@ class OptimConfig:
       `adafactor` holds a row and a column per matrix. `lion` holds one moment, and takes a tenth of
       the learning rate. `muon` holds one moment of the matrices of layers and orthogonalises it;
       all else gets AdamW. `schedule_free` is AdamW at a constant rate, whose params are an average
-      of those that it steps with: nothing decays, so that a run can end at any step.
+      of those that it steps with: nothing decays, so that a run can end at any step. Responses are
+      sampled from the average, but the gradient is taken elsewhere, for which methods without a
+      probability ratio, such as RLOO, CGPO and Nash-MD, do not correct.
     schedule: Learning rate schedule after the warm-up. `constant` keeps the peak; `linear` and
       `cosine` decay to 0 at the last step.
     warmup: Fraction of all optimizer steps over which the learning rate rises from 0.

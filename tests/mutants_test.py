@@ -14,7 +14,7 @@ from tests.testing import full
 MUTANTS = planting.read_table()
 PARTS = (
   *("losses", "algorithms", "train_step", "generation", "models", "rewards", "evaluation"),
-  *("data", "experiments", "checkpoint", "loop", "workdir", "ranges"),
+  *("data", "experiments", "checkpoint", "loop", "workdir", "ranges", "sharding"),
 )
 # One in a compiled loss and one on the host.
 FEW = ("algorithms/nash_md/1", "evaluation/1")

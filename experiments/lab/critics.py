@@ -19,7 +19,8 @@ EXPLAINED = "value/explained_variance"
 class CriticOptions:
   """Critic. It starts as the reward model, or as the policy with a head of zeros.
 
-  The latter is without a reward model, or with one whose tokenizer is not that of the policy.
+  The latter is without a reward model, or with one whose tokenizer is not that of the policy. A
+  critic of normalised returns is the reward model with a head of zeros.
 
   Attributes:
     learning_rate: Learning rate of the critic, constant after the warm-up. The other settings of
@@ -62,8 +63,13 @@ def first_explained(bench: Workbench) -> dict[str, float]:
   return {f"{EXPLAINED}/first": values[0]} if values else {}
 
 
-def open_actor(bench: Workbench) -> Actor:
-  """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`."""
+def open_actor(bench: Workbench, *, normalized: bool = False) -> Actor:
+  """Opens the critic of `config.critic` for the policy of a workbench; see `CriticOptions`.
+
+  Args:
+    bench: Workbench of the script.
+    normalized: True for a critic of normalised returns, in whose units no reward model scores.
+  """
   run, config = bench.run, bench.config
   policy, frozen = bench.trained(), config.lora.rank > 0
   if config.critic.share_trunk:
@@ -72,7 +78,8 @@ def open_actor(bench: Workbench) -> Actor:
     value = models.create(run, head, run.key_for(1))
     return Actor(shared_actor_critic(both), {"policy": policy, "value": value})
   path = next(iter(config.reward.paths), "")
-  if path and models.reads_tokens_of(path, bench.tokenizer):
+  scored = path and models.reads_tokens_of(path, bench.tokenizer)
+  if scored:
     critic, value, *_ = models.open_reward_model(
       run, path, config.model, bench.tokenizer, frozen=frozen
     )
@@ -80,7 +87,8 @@ def open_actor(bench: Workbench) -> Actor:
     critic, value = models.open_model(
       run, config.model, bench.folder, bench.tokenizer, "scalar", frozen=frozen
     )
-    value |= models.create(run, zero_scores, {"score": value["score"]})
+  if normalized or not scored:
+    value = value | models.create(run, zero_scores, {"score": value["score"]})
   value = models.add_adapters(run, config.lora, value)
   return Actor(actor_critic(bench.model, critic), {"policy": policy, "value": value})
 

@@ -36,6 +36,7 @@ from rlhf_jax.models import (
   round_matrices,
 )
 from rlhf_jax.models.families import FAMILIES, Head
+from rlhf_jax.models.transformer import COMPUTATION
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 from .. import records
@@ -316,13 +317,7 @@ def open_model(
         f"{folder}: the tokenizer has {tokenizer.vocab_size} ids but the embedding has"
         f" {config.vocab_size} rows; they do not belong together"
       )
-  config = dataclasses.replace(
-    config,
-    dtype=options.dtype,
-    precision=options.precision,
-    attention=options.attention,
-    remat=options.remat,
-  )
+  config = dataclasses.replace(config, **{name: getattr(options, name) for name in COMPUTATION})
   model = build_model(run, options, config, tokenizer, head)
   key, dtype = run.key_for(1), options.frozen_dtype if frozen else "float32"
   if folder is None or sharding.is_absent(run.mesh):

@@ -1,6 +1,7 @@
 """SimPO: learning rate, scale of the margin, margin, weight of the chosen responses' likelihood.
 
 The learning rates are for the built-in task; experiments/README.md has those of a pretrained model.
+The other losses of the script read no margin and have another scale: this space is not theirs.
 """
 
 METRIC = "gold/win_rate"

@@ -25,10 +25,10 @@ GKDBatch = Rollout  # Log-probabilities of the sampler are not read.
 GKDStep = Callable[[TrainState, GKDBatch, Params, jax.Array], tuple[TrainState, Metrics]]
 
 # Name -> function of logits of teacher and student, [..., V] each, and of `mix` -> [...] nats.
-DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, float], jax.Array]] = {
+DIVERGENCES: dict[str, Callable[[jax.Array, jax.Array, float | None], jax.Array]] = {
   "forward_kl": lambda teacher, student, mix: kl.full_kl(teacher, student),
   "reverse_kl": lambda teacher, student, mix: kl.full_kl(student, teacher),
-  "jsd": lambda teacher, student, mix: kl.full_jsd(teacher, student, weight=mix),
+  "jsd": lambda teacher, student, mix: kl.full_jsd(teacher, student, weight=mix or 0.5),
 }
 
 
@@ -39,26 +39,25 @@ class GKDConfig:
   Attributes:
     divergence: Divergence of the student from the teacher. `forward_kl` covers all that the teacher
       may say, `reverse_kl` avoids what it would not say, `jsd` lies between the two.
-    mix: Weight of the teacher in the mixture of `jsd`: the beta of the paper.
+    mix: Weight of the teacher in the mixture of `jsd`, the beta of the paper; unset it is 0.5.
     student_share: Probability that the responses of a step are those of the student. The other
       steps take responses of the teacher.
     microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 
   divergence: str = "jsd"
-  mix: float = 0.5
+  mix: float | None = None
   student_share: float = 1.0
   microbatches: int = 1
 
   def __post_init__(self):
-    ranges.check(
-      self,
-      positive=("mix",),
-      below_one=("mix",),
-      fraction=("student_share",),
-      at_least_one=("microbatches",),
-      one_of={"divergence": DIVERGENCES},
-    )
+    share, known = ("student_share",), {"divergence": DIVERGENCES}
+    ranges.check(self, positive=("mix",), below_one=("mix",), fraction=share, one_of=known)
+    ranges.check(self, at_least_one=("microbatches",))
+    if self.mix is not None and self.divergence != "jsd":
+      raise ValueError(
+        f"mix is not read by divergence={self.divergence}, only by jsd; leave it out"
+      )
 
 
 def loss_fn(
@@ -86,7 +85,7 @@ def loss_fn(
 
   Returns:
     Loss in nats per token, and metrics. `kl/teacher` is the KL of whole responses to the teacher,
-    in nats, on responses of the student.
+    in nats, if the responses are those of the student.
   """
   del key
   scored = batch.logprobs.shape[1] + 1  # The output before a response predicts its first token.

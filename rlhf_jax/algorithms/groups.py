@@ -133,6 +133,7 @@ def loss_fn(
   read: reading.Read,
   config: GroupConfig,
   token_loss: TokenLoss,
+  ratio_metrics: Callable[..., Metrics] = reading.ratio_metrics,
 ) -> tuple[jax.Array, Metrics]:
   """Mean of a token loss plus `kl_coef` times k3; the metric `weight` is `Average.count`."""
   del key  # The loss is deterministic given the batch.
@@ -145,5 +146,5 @@ def loss_fn(
     "loss/policy": policy_loss,
     "loss/kl": kl_loss,
     "weight": average.count(mask).astype(jnp.float32),
-    **reading.ratio_metrics(logprobs, old, mask, **config.clips()),
+    **ratio_metrics(logprobs, old, mask, **config.clips()),
   }

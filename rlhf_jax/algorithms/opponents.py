@@ -95,18 +95,21 @@ class Judged(NamedTuple):
 
 
 def read_batch(read: reading.Read, params: Params, batch: OpponentBatch) -> Judged:
-  """Computes the log-probabilities of a batch of responses under the policy, and metrics."""
+  """Computes the log-probabilities of a batch of responses under the policy, and metrics.
+
+  `kl/ref` and `entropy` are unbiased estimates for the sampler, which is the policy, or the mixture
+  of it and the reference that IPO-MD samples.
+  """
   rollout = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch.rollout)
   ref_logprobs = batch.ref_logprobs.reshape(rollout.logprobs.shape)
   rows, mask = reading.finite_rows(rollout, batch.preference.reshape(-1), ref_logprobs)
   judged = rows.reshape(batch.preference.shape)
   now = read(params, rollout)
-  divergence = masked.masked_sum(kl.k1(now.logprobs, ref_logprobs), mask, axis=1)
+  sampled = rollout.logprobs
   tokens = jnp.sum(mask).astype(jnp.float32)
   means = {
-    "kl/ref": divergence,
-    # The tokens are samples of the policy, so this is an unbiased estimate.
-    "entropy": -masked.masked_mean(now.logprobs, mask, axis=1),
+    "kl/ref": masked.masked_sum(kl.k1(sampled, ref_logprobs), mask, axis=1),
+    "entropy": -masked.masked_mean(sampled, mask, axis=1),
     "response_length/mean": jnp.sum(mask, axis=1),
   }
   count = {f"weight/{name}": jnp.sum(rows).astype(jnp.float32) for name in means}

@@ -39,6 +39,7 @@ class Pairs(NamedTuple):
 
   Attributes:
     totals: [N, 2] float32, log-probabilities of responses; index 0 is chosen, 1 rejected.
+    means: [N, 2] float32, log-probabilities per token, with the weights of tokens in `totals`.
     lengths: [N, 2] int32, tokens of responses except a first token, which nothing predicts.
     nll: [N] float32, negative log-likelihood per token of the chosen response.
     weights: [N] float32, loss weight of each pair, without a gradient; None weights all by 1.
@@ -46,15 +47,11 @@ class Pairs(NamedTuple):
   """
 
   totals: jax.Array
+  means: jax.Array
   lengths: jax.Array
   nll: jax.Array
   weights: jax.Array | None
   real: jax.Array
-
-  @property
-  def means(self) -> jax.Array:
-    """Log-probability per token of each response, [N, 2]."""
-    return self.totals / jnp.maximum(self.lengths, 1)
 
 
 ReadPairs = Callable[[Params, PairBatch], Pairs]
@@ -74,8 +71,14 @@ def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> Read
     logprobs, mask, *collision = given.read_tokens(
       apply_fn, params, pairs, collision=config.reweight
     )
-    chosen, rejected = preference.length_desensitized_logprobs(
-      logprobs[:, 0], logprobs[:, 1], mask[:, 0], mask[:, 1], alpha=config.length_alpha
+    totals, counts = (
+      jnp.stack(
+        preference.length_desensitized_logprobs(
+          x[:, 0], x[:, 1], mask[:, 0], mask[:, 1], alpha=config.length_alpha
+        ),
+        axis=1,
+      )
+      for x in (logprobs, jnp.ones_like(logprobs))
     )
     weights = None
     if config.reweight:
@@ -85,9 +88,9 @@ def make_read_pairs(apply_fn: ApplyFn, config: PairConfig | None = None) -> Read
       weights = first * second
     packed = isinstance(pairs, PackedBatch)
     real = pairs.real.reshape(-1) if packed else jnp.any(mask, axis=(1, 2))
-    totals, lengths = jnp.stack([chosen, rejected], axis=1), jnp.sum(mask, axis=-1)
+    means, lengths = totals / jnp.where(counts > 0, counts, 1.0), jnp.sum(mask, axis=-1)
     nll = -masked.masked_mean(logprobs[:, 0], mask[:, 0], axis=1)
-    return Pairs(totals, lengths, nll, weights, real)
+    return Pairs(totals, means, lengths, nll, weights, real)
 
   return read
 

@@ -30,7 +30,7 @@ class PPOMaxConfig(ppo.PPOConfig):
       keeps `kl_coef` fixed.
     kl_horizon: Number of responses over which `kl_coef` is adapted; more adapt it more slowly.
     normalize_values: Normalisation of the critic's targets by the running mean and standard
-      deviation of the returns.
+      deviation of the returns. The critic then starts at 0, also if it is the reward model.
     segment: Tokens per macro action, the unit of credit; 1 is ordinary PPO.
     cut: Ends of macro actions: after `segment` tokens, at the end of a `sentence`, or where the
       `perplexity` under the reference rises from a token to the next.
@@ -79,6 +79,14 @@ def adapt_kl_coef(
   return kl_coef * (1 + error * responses / config.kl_horizon)
 
 
+def _units(moments: reward.RunningMoments, config: PPOMaxConfig) -> tuple[Any, Any]:
+  """Size and origin of the critic's unit, in reward: 1 and 0 before there are any returns."""
+  if not config.normalize_values:
+    return 1.0, 0.0
+  variance = moments.m2 / jnp.maximum(moments.count, 1.0)
+  return jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), moments.mean
+
+
 def make_batch(
   rollout: Rollout,
   scores: jax.Array,
@@ -91,14 +99,10 @@ def make_batch(
 ) -> tuple[ppo.PPOBatch, Control, Metrics]:
   """Turns scored responses into advantages and returns; see `ppo.make_batch`.
 
-  `values` are in the units of the critic. `ends` [B, R] are tokens that end a sentence, which
-  `config.cut` may read. The control of the next iteration is returned too.
+  `values` are in the units of `control`, the returns in those of the next one, which is returned
+  too. `ends` [B, R] are tokens that end a sentence, which `config.cut` may read.
   """
-  scale, shift = jnp.float32(1.0), jnp.float32(0.0)
-  if config.normalize_values:
-    variance = control.returns.m2 / jnp.maximum(control.returns.count, 1.0)
-    scale = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
-    shift = control.returns.mean
+  scale, shift = _units(control.returns, config)
 
   def estimate(rewards, values, mask, **discounts):
     segments = macro_actions.CUTS[config.cut](mask, ends, ref_logprobs, config.segment)
@@ -109,6 +113,7 @@ def make_batch(
   batch, metrics = ppo.make_batch(*inputs, estimate=estimate, **options)
   mask, returns = batch.mask, batch.returns
   moments = reward.update_moments(control.returns, returns.reshape(-1), mask.reshape(-1))
+  scale, shift = _units(moments, config)  # The critic is next read after it has learnt these.
   batch = batch._replace(
     values=jnp.where(mask, values, 0.0), returns=jnp.where(mask, (returns - shift) / scale, 0.0)
   )

@@ -30,7 +30,8 @@ class SimPOConfig:
     loss: Loss: `simpo`, `orpo` or `cpo`.
     beta: Scale of the margin; for `orpo` the weight of the odds-ratio term. Unset it is that of the
       paper: 2 for `simpo`, 0.1 for the others.
-    margin: Target margin of `simpo` in nats per token, the paper's gamma / beta of 0.25 to 0.8.
+    margin: Target margin of `simpo` in nats per token, the paper's gamma / beta of 0.25 to 0.8;
+      unset it is 0.25.
     sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
       Unset it is that of the paper: 0 for `simpo`, 1 for the others.
     microbatches: Micro-batches per batch; more of them save memory and give the same result.
@@ -38,7 +39,7 @@ class SimPOConfig:
 
   loss: str = "simpo"
   beta: float | None = None
-  margin: float = 0.25
+  margin: float | None = None
   sft_coef: float | None = None
   microbatches: int = 1
 
@@ -46,9 +47,11 @@ class SimPOConfig:
     not_negative = ("margin", "sft_coef")
     ranges.check(self, positive=("beta",), non_negative=not_negative, one_of={"loss": LOSSES})
     ranges.check(self, at_least_one=("microbatches",))
+    if self.margin is not None and self.loss != "simpo":
+      raise ValueError(f"margin is not read by loss={self.loss}, only by simpo; leave it out")
 
   def value(self, name: str) -> float:
-    """Returns `beta` or `sft_coef`, that of the paper of `loss` if it is unset."""
+    """Returns a setting that `loss` reads, that of the paper of `loss` if it is unset."""
     value = getattr(self, name)
     return PUBLISHED[self.loss][name] if value is None else value
 
@@ -56,7 +59,7 @@ class SimPOConfig:
 def simpo(policy: pairs_lib.Pairs, config: SimPOConfig) -> tuple[jax.Array, jax.Array]:
   """SimPO's loss [N] and the log-probabilities [N, 2] that it compares."""
   beta = config.value("beta")
-  loss = preference.simpo_loss(*policy.means.T, beta=beta, gamma=beta * config.margin)
+  loss = preference.simpo_loss(*policy.means.T, beta=beta, gamma=beta * config.value("margin"))
   return loss, policy.means
 
 
@@ -79,7 +82,7 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
 
 # Settings of the papers, where they differ.
 PUBLISHED: dict[str, dict[str, float]] = {
-  "simpo": {"beta": 2.0, "sft_coef": 0.0},
+  "simpo": {"beta": 2.0, "margin": 0.25, "sft_coef": 0.0},
   "orpo": {"beta": 0.1, "sft_coef": 1.0},
   "cpo": {"beta": 0.1, "sft_coef": 1.0},
 }

@@ -26,7 +26,7 @@ from rlhf_jax.models import peft
 from rlhf_jax.models.build import Model
 from rlhf_jax.models.errors import ModelFolderError
 from rlhf_jax.models.families import FAMILIES, REQUIRED, Family, Head
-from rlhf_jax.models.transformer import ModelConfig, RopeScaling
+from rlhf_jax.models.transformer import COMPUTATION, ModelConfig, RopeScaling
 from rlhf_jax.types import Params
 
 ARCHITECTURES: Mapping[str, tuple[str, Head]] = {
@@ -605,8 +605,7 @@ def config_json(
   lost = [
     f"{field.name}={getattr(config, field.name)!r}"
     for field in dataclasses.fields(config)
-    if field.name not in ("dtype", "attention", "remat")  # Not part of the architecture.
-    and getattr(config, field.name) != getattr(again, field.name)
+    if field.name not in COMPUTATION and getattr(config, field.name) != getattr(again, field.name)
   ]
   if lost:
     raise ModelFolderError(f"a folder of family {config.family!r} cannot say {', '.join(lost)}")

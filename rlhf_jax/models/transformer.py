@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,14 @@ REMAT = {
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
+def _computation(default: Any) -> Any:
+  """A field that says how to compute. It is no part of the architecture, so no folder says it."""
+  return dataclasses.field(default=default, metadata={"computation": True})
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Architecture of a decoder. The defaults follow Llama.
+  """Architecture of a decoder, and how to compute it. The defaults follow Llama.
 
   Attributes:
     vocab_size: Rows of the embedding, V.
@@ -139,10 +144,10 @@ class ModelConfig:
   out_bias: bool = False
   mlp_bias: bool = False
   init_std: float = 0.02
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  precision: Literal["default", "high", "highest"] = "high"
-  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-  remat: Literal["none", "full", "dots"] = "full"
+  dtype: Literal["float32", "bfloat16"] = _computation("float32")
+  precision: Literal["default", "high", "highest"] = _computation("high")
+  attention: Literal["auto", "xla", "splash", "cudnn"] = _computation("auto")
+  remat: Literal["none", "full", "dots"] = _computation("full")
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -192,6 +197,12 @@ class ModelConfig:
   def score_scale(self) -> float:
     """Factor of the attention scores."""
     return (self.query_width or self.head_dim) ** -0.5
+
+
+# Fields that say how to compute; each has a flag of the same name.
+COMPUTATION = tuple(
+  field.name for field in dataclasses.fields(ModelConfig) if "computation" in field.metadata
+)
 
 
 class Cache(NamedTuple):

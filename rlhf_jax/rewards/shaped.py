@@ -57,6 +57,8 @@ class ShapingConfig:
     if self.function and self.function not in SHAPINGS:
       known = ", ".join(SHAPINGS)
       raise ValueError(f"function must be one of {known}, or empty, got {self.function!r}")
+    if self.reference_samples > 1 and not self.function:
+      raise ValueError("reference_samples is not read without shaping.function; set both")
 
 
 def shape(

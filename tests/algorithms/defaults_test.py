@@ -49,7 +49,7 @@ DEFAULTS = {
     "microbatches": 1,
   },
   "epochs.UpdateConfig": UPDATES,
-  "gkd.GKDConfig": {"divergence": "jsd", "mix": 0.5, "student_share": 1.0, "microbatches": 1},
+  "gkd.GKDConfig": {"divergence": "jsd", "mix": None, "student_share": 1.0, "microbatches": 1},
   "groups.GroupConfig": GROUPS,
   "grpo.GRPOConfig": GROUPS,
   "gspo.GSPOConfig": GROUPS  # arXiv 2507.18071.
@@ -98,7 +98,7 @@ DEFAULTS = {
   "simpo.SimPOConfig": {
     "loss": "simpo",
     "beta": None,
-    "margin": 0.25,
+    "margin": None,
     "sft_coef": None,
     "microbatches": 1,
   },

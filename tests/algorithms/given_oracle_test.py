@@ -234,7 +234,7 @@ def test_simpo(name, sft_coef):
 
 
 def test_simpo_weighs_pairs():
-  config = simpo.SimPOConfig(beta=0.7)
+  config = simpo.SimPOConfig(beta=0.7, margin=0.4)
 
   def oracle(params, held):
     losses = []

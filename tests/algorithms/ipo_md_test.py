@@ -35,6 +35,22 @@ def test_reaches_the_equilibrium(extragradient):
   np.testing.assert_allclose(float(metrics["kl/ref"]), exact, atol=0.1)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.4])
+def test_metrics_of_a_mixture_are_exact(mix):
+  """The mixture is what the responses are samples of."""
+  policy, ref = tabular.policy_params(jax.random.key(3)), tabular.REF["policy"]
+  tables = [jax.tree.map(jax.nn.log_softmax, x) for x in (policy, ref)]
+  mixture = jax.tree.map(lambda p, r: (1 - mix) * p + mix * r, *tables)
+  key = jax.random.key(0)
+  batch = tabular.judged(mixture, mixture, key, count=2, tau=TAU, rows=20000)
+  read, config = reading.make_read(tabular.table_apply), ipo_md.IPOMDConfig()
+  _, metrics = ipo_md.loss_fn(policy, batch, key, read=read, config=config)
+  of_mixture, of_ref = map(tabular.sequence_logprobs, (mixture, ref))
+  np.testing.assert_allclose(metrics["kl/ref"], tabular.divergence(of_mixture, of_ref), atol=0.02)
+  entropy = -np.sum(np.exp(of_mixture) * of_mixture) / tabular.T
+  np.testing.assert_allclose(metrics["entropy"], entropy, atol=0.01)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_loss_is_that_of_loops(normalize):
   batch, params = opponent_batch(0, 6, 2, tau=0.2), toy.params_of()

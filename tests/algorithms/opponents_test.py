@@ -69,8 +69,8 @@ def test_metrics_are_those_of_loops(bad):
   np.testing.assert_array_equal(
     np.asarray(judged.ref_logprobs)[mask], batch.ref_logprobs.reshape(10, -1)[mask]
   )
-  log_ratio = np.where(mask, now.logprobs - batch.ref_logprobs.reshape(10, -1), 0)
-  entropy = [-np.asarray(now.logprobs)[i][mask[i]].mean() for i in range(10)]
+  log_ratio = np.where(mask, flat.logprobs - batch.ref_logprobs.reshape(10, -1), 0)
+  entropy = [-np.asarray(flat.logprobs)[i][mask[i]].mean() for i in range(10)]
   want = {
     "kl/ref": log_ratio.sum(axis=1).mean(),
     "entropy": np.mean(entropy),

@@ -40,8 +40,20 @@ def test_numbers_are_those_of_loops(alpha):
     for side, row in enumerate(rows):
       total = row[:short].sum() + alpha * row[short:].sum()  # Liu et al., 2024, eq. 10.
       np.testing.assert_allclose(policy.totals[n, side], total, rtol=1e-5)
-      np.testing.assert_allclose(policy.means[n, side], total / len(row), rtol=1e-5)
+      mean = np.average(row, weights=np.where(np.arange(len(row)) < short, 1, alpha))
+      np.testing.assert_allclose(policy.means[n, side], mean, rtol=1e-5)
     np.testing.assert_allclose(policy.nll[n], -rows[0].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
+def test_beside_an_empty_response_a_token_has_its_own_mean_or_none(alpha):
+  batch = toy.token_batch(B, 2)
+  batch.mask[2, 0] = False
+  batch.mask[2, 1] = np.arange(T) == np.argmax(batch.mask[2, 1])
+  policy = read(pairs.PairConfig(length_alpha=alpha))(PARAMS, batch)
+  logprobs, _ = given.read_tokens(toy.language, PARAMS, batch)
+  token = logprobs[2, 1][batch.mask[2, 1]] if alpha else 0.0
+  np.testing.assert_allclose(policy.means[2], [0.0, np.squeeze(token)], rtol=1e-6)
 
 
 def test_weights_are_the_product_of_both_responses_and_constants():

@@ -1,5 +1,6 @@
 """PPO-max: what it adds to PPO, against numpy and exact answers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -109,10 +110,13 @@ def test_critic_predicts_returns_in_running_deviations():
     mask = np.asarray(batch.mask)
     # Without discount or penalty the return of each token is the score.
     returns = np.broadcast_to(scores[:, None], mask.shape)[mask]
-    history = np.concatenate(seen) if seen else None
-    shift, scale = (0.0, 1.0) if history is None else (history.mean(), history.std())
+    shift, scale = (np.mean(seen), np.std(seen)) if seen else (0.0, 1.0)
+    seen.extend(returns)
     np.testing.assert_allclose(
-      np.asarray(batch.returns)[mask], (returns - shift) / scale, rtol=1e-4, atol=1e-4
+      np.asarray(batch.returns)[mask],
+      (returns - np.mean(seen)) / np.std(seen),
+      rtol=1e-4,
+      atol=1e-4,
     )
     np.testing.assert_array_equal(np.asarray(batch.values)[mask], values[mask])
     advantages = returns - (values[mask] * scale + shift)
@@ -121,10 +125,30 @@ def test_critic_predicts_returns_in_running_deviations():
     explained = 1 - np.var(advantages) / np.var(returns)
     np.testing.assert_allclose(metrics["value/explained_variance"], explained, rtol=1e-3)
     assert not np.asarray(batch.returns)[~mask].any()
-    seen.append(returns)
-  history = np.concatenate(seen)
-  np.testing.assert_allclose(control.returns.mean, history.mean(), rtol=1e-5)
-  np.testing.assert_allclose(control.returns.m2 / len(history), history.var(), rtol=1e-4)
+  np.testing.assert_allclose(control.returns.mean, np.mean(seen), rtol=1e-5)
+  np.testing.assert_allclose(control.returns.m2 / len(seen), np.var(seen), rtol=1e-4)
+
+
+def test_a_critic_that_fits_its_targets_reads_as_the_returns():
+  """In the next iteration, also in the first ones, and when the scores drift."""
+  _, rollout, _ = stopped_rollout(16)
+  config = ppo_max.PPOMaxConfig(kl_coef=0.0, lam=1.0, normalize_values=True)
+  one_step = dataclasses.replace(config, lam=0.0)
+  control = ppo_max.Control.init(config)
+  for i in range(3):
+    scores, values, _ = arrays(16, seed=i)
+    scores = np.float32(10 + 5 * i + 2 * scores)
+    inputs = rollout, scores, values, rollout.logprobs
+    batch, control, _ = to_batch(*inputs, control, config=config)
+    fitted, after, metrics = to_batch(
+      *inputs[:2], batch.returns, inputs[3], control, config=one_step
+    )
+    np.testing.assert_allclose(metrics["value/explained_variance"], 1, atol=1e-5)
+    # One step back the return is the value of the next token, in the units after this batch.
+    both = np.asarray(batch.mask[:, 1])
+    unit = np.sqrt(after.returns.m2 / after.returns.count)
+    read = np.asarray(fitted.returns)[both, 0] * unit + after.returns.mean
+    np.testing.assert_allclose(read, scores[both], rtol=1e-4)
 
 
 def test_tokens_of_a_macro_action_share_their_advantage():

@@ -93,19 +93,19 @@ def surrogate(new, before, gain, low, high, dual=0.0):
 
 
 def check_metrics(metrics, low, high, **others):
-  """Compares metrics of the ratio to the old policy, and others, with loops over tokens."""
+  """Compares metrics of the ratio to the old policy with loops over tokens, and `others`."""
   tokens = [(b, t) for b in REAL for t in range(len(PAIRS[b]))]
   log_ratios = np.array([logprob(PARAMS, PAIRS[b][t]) - old(b, t) for b, t in tokens])
   ratios = np.exp(log_ratios)
   real = sum(map(len, PAIRS)) + ROLLOUT.prompt_mask.sum()
-  want = others | {
+  want = {
     "clip_fraction": np.mean([x != clipped(x, low, high) for x in ratios]),
     "kl/old": np.mean(ratios - 1 - log_ratios),
     "ratio/mean": np.mean(ratios),
     "ratio/max": np.max(ratios),
     "ratio/first_deviation": np.max(np.abs(ratios - 1)),
     "padding": 1 - real / ROLLOUT.tokens.size,
-  }
+  } | others
   for name, value in want.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
@@ -213,6 +213,11 @@ def test_ppo_max(name):
   # The penalty has the weight of the controller, not that of the config.
   in_rewards = VALUES * scale + shift
   advantages, returns = ppo_targets(config, 0.3, in_rewards, config.segment)
+  seen = np.array(list(returns.values()))
+  mean = (50 * -0.7 + seen.sum()) / (50 + len(seen))
+  squares = 300 + 50 * (mean + 0.7) ** 2 + np.sum((seen - mean) ** 2)
+  if config.normalize_values:  # In the units in which the critic is read next.
+    shift, scale = mean, np.sqrt(squares / (50 + len(seen)))
   targets = {at: (x - shift) / scale for at, x in returns.items()}
   oracle = ppo_loss(config, whitened(advantages), VALUES, targets)
 
@@ -239,9 +244,6 @@ def test_ppo_max(name):
     factor += np.clip(kl / 0.4 - 1, -0.2, 0.2) * bigrams.ROWS / 40
     assert abs(factor - 1) > 0.01
   np.testing.assert_allclose(after.kl_coef, 0.3 * factor, rtol=1e-5)
-  seen = np.array(list(returns.values()))
-  mean = (50 * -0.7 + seen.sum()) / (50 + len(seen))
-  squares = 300 + 50 * (mean + 0.7) ** 2 + np.sum((seen - mean) ** 2)
   assert after.returns.count == 50 + len(seen)
   np.testing.assert_allclose([after.returns.mean, after.returns.m2], [mean, squares], rtol=1e-5)
 
@@ -334,11 +336,20 @@ def test_groups(name, samples):
   metrics = bigrams.check(step, PARAMS, batch, oracle)
   penalties = [[k3(PARAMS, b, t) for t in range(len(PAIRS[b]))] for b in REAL]
   kl = averaged(penalties, config.average)
+  others = {"loss/kl": kl, "loss/policy": oracle(PARAMS, PARAMS) - config.kl_coef * kl}
+  if make_step is gspo.make_gspo_step:  # What is clipped is the ratio of a response.
+    ratios = [
+      np.exp(np.mean([logprob(PARAMS, pair) - old(b, t) for t, pair in enumerate(PAIRS[b])]))
+      for b in REAL
+    ]
+    moved = [x != clipped(x, config.clip_low, config.clip_high) for x in ratios]
+    assert 0 < np.mean(moved) < 1
+    others["clip_fraction"] = np.mean(moved)
   check_metrics(
     metrics,
     config.clip_low,
     config.clip_high,
-    **{"loss/kl": kl, "loss/policy": oracle(PARAMS, PARAMS) - config.kl_coef * kl},
+    **others,
     weight=sum(map(len, penalties)) if config.average == "tokens" else len(REAL),
   )
 

@@ -46,7 +46,8 @@ def softplus(x):
 
 @pytest.mark.parametrize("name", simpo.LOSSES)
 def test_loss_is_that_of_its_paper(name):
-  config = simpo.SimPOConfig(loss=name, beta=0.7, margin=0.4, sft_coef=0.3)
+  margin = 0.4 if name == "simpo" else None
+  config = simpo.SimPOConfig(loss=name, beta=0.7, margin=margin, sft_coef=0.3)
   batch = toy.token_batch(B, 2)
   policy = pairs.make_read_pairs(toy.language)(POLICY, batch)
   totals, means = np.float64(policy.totals), np.float64(policy.totals) / batch.mask.sum(-1)
@@ -64,11 +65,13 @@ def test_loss_is_that_of_its_paper(name):
   assert metrics["tokens"] == batch.mask.sum()
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.3, 0.0])
 @pytest.mark.parametrize("name", ["simpo", "orpo"])
-def test_losses_of_means_do_not_see_the_length(name):
+def test_losses_of_means_do_not_see_the_length(name, alpha):
   """A response twice over has the same mean if the model gives every token the same odds."""
   uniform = lambda params, tokens: jnp.zeros((*tokens.shape, toy.V)) + params  # noqa: E731
-  config, read = simpo.SimPOConfig(loss=name), pairs.make_read_pairs(uniform)
+  read = pairs.make_read_pairs(uniform, pairs.PairConfig(length_alpha=alpha))
+  config = simpo.SimPOConfig(loss=name)
   _, metrics = simpo.loss_fn(
     jnp.zeros(()), toy.token_batch(B, 2), jax.random.key(0), read=read, config=config
   )
@@ -116,6 +119,13 @@ def test_impossible_settings_are_refused(settings):
     simpo.SimPOConfig(**settings)
 
 
+@pytest.mark.parametrize("name", ["orpo", "cpo"])
+def test_a_margin_that_no_loss_reads_is_refused(name):
+  for margin in (0.0, 0.25):
+    with pytest.raises(ValueError, match=f"^margin is not read by loss={name}, only by simpo"):
+      simpo.SimPOConfig(loss=name, margin=margin)
+
+
 def test_unset_settings_are_those_of_the_papers():
   want = {"simpo": (2.0, 0.0), "orpo": (0.1, 1.0), "cpo": (0.1, 1.0)}
   assert want.keys() == simpo.LOSSES.keys()
@@ -127,4 +137,4 @@ def test_unset_settings_are_those_of_the_papers():
     ):
       assert (config.value("beta"), config.value("sft_coef")) == settings
   assert simpo.SimPOConfig(loss="orpo", sft_coef=0.0).value("sft_coef") == 0
-  assert 0.25 <= simpo.SimPOConfig().margin <= 0.8  # Nats per token, at any beta.
+  assert 0.25 <= simpo.SimPOConfig().value("margin") <= 0.8  # Nats per token, at any beta.

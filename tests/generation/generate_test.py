@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_jax import hlo, sharding
 from rlhf_jax.generation import SamplingConfig, ended, make_generate, sample, stop_text
-from rlhf_jax.models import ModelConfig, build, hf
+from rlhf_jax.models import ModelConfig, build, hf, lora
 from tests.testing import compilations
 
 V, P, R, EOS, PAD = 16, 8, 10, 3, 0
@@ -198,6 +198,30 @@ def test_resharding_for_rollouts(case):
   # Where there is nothing to do, nothing is copied.
   for spec in ("data:8", "data:4,tensor:2"):
     assert sharding.make_reshard(sharding.make_mesh(spec), "float32")(params) is params
+
+
+@pytest.mark.parametrize("spec", ["data:8", "fsdp:4,tensor:2"])
+def test_adapters_of_any_rank_are_rounded_as_often_as_in_training(spec):
+  """A layer rounds `lora_scale * lora_b`, and `lora_a`, once."""
+  params = jax.eval_shape(build(TINY).init, jax.random.key(0))
+  adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(rank=12))
+  rng, mesh = np.random.default_rng(0), sharding.make_mesh(spec)
+  adapters = jax.tree.map(lambda x: np.float32(x + rng.normal(size=x.shape)), adapters)
+  places = sharding.named_shardings(adapters, mesh, sharding.DECODER_RULES)
+  moved = sharding.make_reshard(mesh, "bfloat16")(jax.device_put(adapters, places))
+  for sampled, trained in zip(*map(layers_of, (moved, adapters)), strict=True):
+    products = [
+      (np.float32(of["lora_b"]) * np.float32(of["lora_scale"])[:, None, None]).astype(jnp.bfloat16)
+      for of in (sampled, trained)
+    ]
+    np.testing.assert_array_equal(*products)
+    factors = [np.asarray(of["lora_a"]).astype(jnp.bfloat16) for of in (sampled, trained)]
+    np.testing.assert_array_equal(*factors)
+
+
+def layers_of(adapters):
+  """Adapter of each layer, in the same order for all."""
+  return [of for group in adapters["layers"].values() for of in group.values()]
 
 
 def test_a_copy_in_the_computation_dtype_computes_the_same(case):

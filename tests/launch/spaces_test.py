@@ -44,7 +44,7 @@ def test_defaults_are_those_of_the_script(case):
   given = read(drawn)
   for name in drawn:
     # What is unset is that of the paper of `--simpo.loss`.
-    unset = {"simpo.beta": 2.0, "simpo.sft_coef": 0.0}.get(name)
+    unset = {"simpo.beta": 2.0, "simpo.margin": 0.25, "simpo.sft_coef": 0.0}.get(name)
     default = getattr(script, name)
     assert getattr(given, name) == (unset if default is None else default), name
   if space.sample is None:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from rlhf_jax import checkpoint, workdir
 from rlhf_jax.data import load_tokenizer
 from rlhf_jax.generation import SamplingConfig, make_generate
 from rlhf_jax.models import ModelConfig, build, hf, round_matrices
-from rlhf_jax.models.transformer import RopeScaling
+from rlhf_jax.models.transformer import COMPUTATION, RopeScaling
 from tests.testing import FAMILY_MODELS
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -274,10 +275,18 @@ def test_what_a_folder_cannot_say_is_not_written(tmp_path, config, words):
   assert not folder.exists()
 
 
-def test_how_a_model_is_computed_is_not_said(tmp_path):
-  computed = dataclasses.replace(TINY, dtype="bfloat16", attention="xla", remat="none")
-  hf.save_folder(tmp_path, random_params(TINY), computed, token_ids=IDS)
-  assert hf.parse_config(tmp_path)[0] == TINY
+HOW = [
+  (name, value)
+  for name in COMPUTATION
+  for value in typing.get_args(typing.get_type_hints(ModelConfig)[name])
+]
+
+
+@pytest.mark.parametrize("name, value", HOW, ids=str)
+def test_how_a_model_computes_is_not_in_its_folder(tmp_path, name, value):
+  config = dataclasses.replace(TINY, **{name: value})
+  hf.save_folder(tmp_path, random_params(TINY), config, token_ids=IDS)
+  assert hf.parse_config(tmp_path) == (TINY, "language")
 
 
 @pytest.mark.parametrize("first, second", [(700, 2**30), (2**30, 700), (400, 700)])

@@ -128,3 +128,8 @@ def test_nothing_but_bad_scores_leaves_the_moments_as_they_were():
 def test_impossible_settings_are_refused(settings):
   with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
     ShapingConfig(**settings)
+
+
+def test_samples_that_no_function_reads_are_refused():
+  with pytest.raises(ValueError, match="^reference_samples is not read without shaping.function"):
+    ShapingConfig(reference_samples=4)

@@ -37,6 +37,19 @@ def test_a_critic_starts_as_the_reward_model(open_bench, sft_run, reward_run):
   assert np.any(np.asarray(expected["score"]["kernel"]) != 0)
 
 
+def test_a_critic_of_normalised_returns_starts_without_the_scores_of_the_reward_model(
+  open_bench, sft_run, reward_run
+):
+  flags = (f"--init_from={sft_run}", f"--reward.path={reward_run}")
+  bench = open_bench("ppo_max", "prompts", *flags, "--critic.warmup=0")
+  actor = critics.open_actor(bench, normalized=True)
+  config = bench.config.model
+  _, expected, *_ = models.open_reward_model(bench.run, str(reward_run), config, bench.tokenizer)
+  jax.tree.map(np.testing.assert_array_equal, actor.params["value"]["layers"], expected["layers"])
+  _, values = actor.apply(actor.params, jnp.arange(12).reshape(2, 6))
+  np.testing.assert_array_equal(values, np.zeros((2, 6)))
+
+
 def test_folders_that_get_adapters():
   reward = judges.RewardOptions(path="a,b")
   assert critics.CriticOptions().adapted(reward) == ("a",)

@@ -1,6 +1,8 @@
 """Folders of models, and models that are written and read again."""
 
+import dataclasses
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from rlhf_jax import data, flags, generation
 from rlhf_jax.losses.logprobs import over_tokens
 from rlhf_jax.models import hf
 from rlhf_jax.models.lora import LoRAConfig
+from rlhf_jax.models.transformer import COMPUTATION
 
 
 def test_folders_that_hold_no_model(tmp_path):
@@ -57,6 +60,23 @@ def test_a_model_with_adapters_is_exported_merged(open_bench, tmp_path, sft_run)
   found = over_tokens(jnp.asarray, model.apply(read, tokens))
   np.testing.assert_allclose(found, expected, atol=1e-5)
   assert models.open_tokenizer(folder).digest == bench.tokenizer.digest
+
+
+def test_each_way_to_compute_has_a_flag_that_leaves_the_export_as_it_is(open_bench, tmp_path):
+  bench = open_bench("sft", "demonstrations")
+  hints, written = typing.get_type_hints(models.ModelOptions), set()
+  for name in COMPUTATION:
+    for value in typing.get_args(hints[name]):
+      options = dataclasses.replace(bench.config.model, **{name: value})
+      try:
+        model, params = models.open_model(bench.run, options, None, bench.tokenizer)
+      except ValueError:  # Attention that this device cannot do.
+        assert name == "attention"
+        continue
+      assert getattr(model.config, name) == value
+      folder = models.export(tmp_path / name / value, params, model, bench.tokenizer)
+      written.add((folder / "config.json").read_text())
+  assert len(written) == 1
 
 
 def test_adapters_have_a_tokenizer_of_their_own_or_that_of_their_base(tmp_path, sft_run):

@@ -321,7 +321,7 @@ def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[s
 
 
 def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
-  """Returns a reward of all samples on the prompts where all of them are usable.
+  """Returns a reward of the samples of policies, on the prompts where it is usable for all of them.
 
   Args:
     name: Name of the reward.
@@ -329,10 +329,10 @@ def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
     count: Samples per prompt.
 
   Returns:
-    [P, count] for each of the samples.
+    [P, count] for each policy, NaN where a sample is unusable; each prompt has one that is not.
   """
   scores = [np.reshape(of.rewards[name], (-1, count)) for of in samples]
-  fine = np.all([np.isfinite(x).all(axis=1) for x in scores], axis=0)
+  fine = np.all([np.isfinite(x).any(axis=1) for x in scores], axis=0)
   return [x[fine] for x in scores]
 
 

@@ -64,6 +64,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
       "Samples",
       config.data,
       tokenizer,
+      config.reward.checks,
       limit=config.limit,
       every=True,
       model=folder,

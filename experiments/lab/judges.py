@@ -155,6 +155,13 @@ class RewardOptions(RemoteOptions):
     remote = {"judge": rewards.remote_reward(self.service(), ignored)} if self.url else {}
     return self.functions() | remote
 
+  @property
+  def checks(self) -> data.Checks:
+    """Checks of the rows that the rewards of `name` compare responses with, by their names."""
+    return {
+      name: rewards.REFERENCES[name] for name in _split(self.name) if name in rewards.REFERENCES
+    }
+
   def verdicts(self) -> dict[str, rewards.TextConstraint]:
     """Returns the Python constraints of `constraints` by their names."""
     arguments = ("prompts", "responses", "rows")
@@ -293,6 +300,18 @@ class JudgedConfig(loop.RunConfig):
       )
 
 
+def _check(checks: data.Checks, prompts: data.Dataset) -> None:
+  """Finds a row that a reward cannot read, of rows that were not checked as they were read."""
+  for name in checks.keys() - {*prompts.checked}:
+    for row in prompts.rows:
+      try:
+        checks[name](row)
+      except data.DataError as error:
+        raise data.DataError(
+          f"--reward.name={name}: the row of the prompt {row['prompt_text'][:80]!r}: {error}"
+        ) from error
+
+
 def _try(
   function: Callable[..., Any],
   prompts: data.Dataset,
@@ -360,6 +379,7 @@ def open_reward(
   constraints = options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+    _check(options.checks, prompts)
     scorers = {name: score_of(prompts) for name, score_of in models_of.items()}
     for name, function in options.asked(prompts.ignored).items():
       _try(function, prompts)

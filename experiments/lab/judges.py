@@ -39,7 +39,9 @@ class RemoteOptions:
     key_variable: Environment variable with the API key of url, such as OPENAI_API_KEY; empty sends
       no key. The key itself is never written or logged.
     request_timeout: Seconds that a request to url may take.
-    retries: Number of further tries of a request to url that failed.
+    retries: Number of further tries of a request to url that failed. They follow within seconds, or
+      after 15 seconds, 30 and so on up to two minutes where the service limits requests, or after
+      the time that it asks for.
     workers: Number of requests to url at the same time.
     function_timeout: Seconds that a call of a Python function of yours may take, for a batch; the
       run then ends as if the function had raised. 0 waits for ever.

@@ -33,6 +33,7 @@ _LONGEST_REPLY = 2**20  # Bytes.
 _LATER = (408, 409, 425, 429)  # Statuses, besides those of 500 and above, that may pass.
 _KEY = "key_variable names the environment variable with the key"
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # Seconds between two tries.
+_FIRST_LIMITED, _LONGEST_LIMITED = 15.0, 120.0  # The same for a service that limits requests.
 
 _SCORE = """Judge the response of an assistant to a prompt. Is it right, helpful, clear, harmless?
 
@@ -81,7 +82,9 @@ class Service:
     model: Name of the model.
     key_variable: Environment variable with the API key; empty sends none.
     request_timeout: Seconds that a request may take.
-    retries: Number of further tries of a request that failed.
+    retries: Number of further tries of a request that failed. They follow within seconds, or after
+      15 seconds, 30 and so on up to two minutes where the service limits requests, or after the
+      time that it asks for.
     workers: Number of requests at the same time.
   """
 
@@ -122,32 +125,44 @@ class Service:
 
     Raises:
       ServiceError: The service refuses, or more than `checks.MAX_SHARE` of the texts have no reply.
+        The texts that are left are then not asked about.
     """
+    ended = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(self.workers, "judge")
+    lost: list[str] = []
     try:
-      replies = [*pool.map(self._reply, texts)]
-    finally:  # After an error the others are not waited for longer than their tries take.
+      asked = [pool.submit(self._reply, text, ended) for text in texts]
+      for done in concurrent.futures.as_completed(asked):
+        if isinstance(error := done.result(), Exception):
+          lost.append(str(error))
+        if len(lost) > checks.MAX_SHARE * len(texts):
+          raise ServiceError(
+            f"{self.url}: {len(lost)} of {len(texts)} requests failed, more than"
+            f" {checks.MAX_SHARE:.0%}, each in {1 + self.retries} tries of at most"
+            f" {self.request_timeout:g} seconds; the last one: {lost[-1]}; see that the service"
+            " runs, raise retries or request_timeout, or lower workers"
+          )
+    finally:  # After an error the others are not waited for longer than their present try takes.
+      ended.set()
       pool.shutdown(cancel_futures=True)
-    lost = [str(reply) for reply in replies if isinstance(reply, Exception)]
-    if len(lost) > checks.MAX_SHARE * len(texts):
-      raise ServiceError(
-        f"{self.url}: {len(lost)} of {len(texts)} requests failed, each in {1 + self.retries}"
-        f" tries; the last one: {lost[-1]}"
-      )
     if lost:
       logging.warning("%s: %d of %d requests failed: %s", self.url, len(lost), len(texts), lost[-1])
+    replies = [done.result() for done in asked]
     return [None if isinstance(reply, Exception) else reply for reply in replies]
 
-  def _reply(self, text: str) -> str | Exception:
-    """Returns the reply to a text, or the error of the last try."""
-    error = Exception()
+  def _reply(self, text: str, ended: threading.Event) -> str | Exception:
+    """Returns the reply to a text, or the error of the last try; tries no more if it has ended."""
+    error, wait = Exception(), 0.0
     for i in range(1 + self.retries):
-      if i:
-        time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (i - 1)))
+      if ended.wait(wait):
+        break
+      wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**i)
       try:
         return self._try(text)
       except (OSError, http.client.HTTPException, _UnreadableError) as caught:
         error = caught if str(caught) else type(caught)(type(caught).__name__)
+        if isinstance(caught, _LimitedError):
+          wait = min(_LONGEST_LIMITED, caught.wait or _FIRST_LIMITED * 2**i)
     return error
 
   def _try(self, text: str) -> str:
@@ -176,6 +191,7 @@ class Service:
       connection.request("POST", path, json.dumps(body).encode(), headers)
       with connection.getresponse() as response:
         status, content, place = response.status, b"", response.getheader("Location", "")
+        pause = response.getheader("Retry-After", "")
         while part := response.read1(2**16):
           content += part
           if len(content) > _LONGEST_REPLY:
@@ -196,6 +212,8 @@ class Service:
     if status == 200:
       return _content(content)
     problem = f"status {status}: {content[:200].decode(errors='replace')}"
+    if status == 429 or (pause and status == 503):
+      raise _LimitedError(problem, pause)
     if status >= 500 or status in _LATER:
       raise _UnreadableError(problem)
     fixes = {401: _KEY, 403: _KEY, 404: "url ends before /chat/completions, often in /v1"}
@@ -214,6 +232,18 @@ def _shut(connection: http.client.HTTPConnection) -> None:
 
 class _UnreadableError(Exception):
   """An answer that may be another one at the next try."""
+
+
+class _LimitedError(_UnreadableError):
+  """An answer that asks to wait.
+
+  Attributes:
+    wait: Seconds that the service asks for; 0 if it gives no number.
+  """
+
+  def __init__(self, problem: str, pause: str):
+    super().__init__(problem)
+    self.wait = float(pause) if re.fullmatch(r"\d{1,9}(\.\d+)?", pause) else 0.0
 
 
 def _content(body: bytes) -> str:

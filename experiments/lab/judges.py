@@ -34,7 +34,9 @@ class RemoteOptions:
   Attributes:
     url: Address of a judge behind an OpenAI-compatible HTTP API, such as http://127.0.0.1:8000/v1.
       As a reward it gives a number from 0 to 10 for each response. As a preference it chooses A or
-      B, asked in both orders. A reply without a number or a letter is NaN.
+      B, asked in both orders. A reply without a number or a letter is asked for again, up to
+      `retries` times at temperature 1, and else leaves its response out of the step. More than 10 %
+      of a batch end the run.
     model: Name of the model at url.
     key_variable: Environment variable with the API key of url, such as OPENAI_API_KEY; empty sends
       no key. The key itself is never written or logged.
@@ -257,10 +259,17 @@ RewardOf = Callable[[data.Dataset], rewards.RewardFn]
 
 
 class Named(NamedTuple):
-  """Reward or preference with the flag that chose it, for messages."""
+  """Reward or preference with what is known of it.
+
+  Attributes:
+    name: Flag that chose it, for messages.
+    function: Reward or preference.
+    remote: True if a judge at an address is a part of it.
+  """
 
   name: str
   function: Callable[..., Any]
+  remote: bool = False
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args)
@@ -269,6 +278,16 @@ class Named(NamedTuple):
 def name_of(judge: Any) -> str:
   """Returns the flag that chose a judge; of one that no flag chose, its kind."""
   return judge.name if isinstance(judge, Named) else "the judge"
+
+
+def like(judge: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function that asks a judge, with what is known of the judge."""
+  return judge._replace(function=function) if isinstance(judge, Named) else function
+
+
+def watch(judge: Any) -> rewards.Watch:
+  """Returns a check of the scores of a judge."""
+  return rewards.Watch(name_of(judge), remote=isinstance(judge, Named) and judge.remote)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +383,7 @@ def open_preference(
     _try(function, prompts, answers=2)
     prefer = rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
     flag = f"url={options.url}" if options.url else f"name={options.name}"
-    return Named(f"--preference.{flag}", prefer)
+    return Named(f"--preference.{flag}", prefer, bool(options.url))
 
   return of_prompts
 
@@ -394,7 +413,7 @@ def open_reward(
     if constraints:
       verdicts = list(constraints.values())
       score = rewards.constrained_reward(score, verdicts, prompts.rows, tokenizer.batch_decode)
-    return Named(options.label, score)
+    return Named(options.label, score, bool(options.url))
 
   return of_prompts
 
@@ -524,10 +543,9 @@ def open_scores(
 
   def score_of(prompts: data.Dataset) -> rewards.RewardFn:
     prefer = prefer_of(prompts)
-    name = name_of(prefer)
     if samples > 1 or anchors is None:
-      return Named(name, rewards.tournament_reward(prefer, samples, name))
-    return Named(name, rewards.anchored_reward(prefer, anchors))
+      return like(prefer, rewards.tournament_reward(prefer, samples, watch(prefer)))
+    return like(prefer, rewards.anchored_reward(prefer, anchors))
 
   return Scores(score_of, None, prefer_of)
 

@@ -51,7 +51,7 @@ class Match:
   ):
     self._bench, self._prefer, self._settings = bench, prefer, settings
     self._gold = bench.gold(bench.train_set) if prefer else {}
-    self._watch = rewards.Watch(judges.name_of(prefer))
+    self._watch = judges.watch(prefer)
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
     self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)

@@ -242,7 +242,7 @@ class Responder:
   ):
     self._bench, self._shaping, self._constrained = bench, shaping, constrained
     self._reward = reward_of(bench.train_set)
-    self._watches = [rewards.Watch(judges.name_of(self._reward)) for _ in range(2)]
+    self._watches = [judges.watch(self._reward) for _ in range(2)]
     self._gold = bench.gold(bench.train_set)
     self._redraws = 0 if options is None else options.redraws
     self.ahead = options is not None and options.devices > 0

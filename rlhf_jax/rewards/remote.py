@@ -1,7 +1,7 @@
 """Judge behind an OpenAI-compatible HTTP API, as a reward and as a preference.
 
 It is asked by `POST URL/chat/completions`, as vLLM, SGLang, llama.cpp and hosted models are. A
-reply without a number or a letter gives NaN.
+reply without a number or a letter is asked for again, and else gives NaN.
 """
 
 import concurrent.futures
@@ -82,9 +82,9 @@ class Service:
     model: Name of the model.
     key_variable: Environment variable with the API key; empty sends none.
     request_timeout: Seconds that a request may take.
-    retries: Number of further tries of a request that failed. They follow within seconds, or after
-      15 seconds, 30 and so on up to two minutes where the service limits requests, or after the
-      time that it asks for.
+    retries: Number of further tries of a request that failed, or whose reply cannot be read, which
+      are at temperature 1. They follow within seconds, or after 15 seconds, 30 and so on up to two
+      minutes where the service limits requests, or after the time that it asks for.
     workers: Number of requests at the same time.
   """
 
@@ -120,8 +120,14 @@ class Service:
   def _key(self) -> str:
     return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
 
-  def ask(self, texts: Sequence[str]) -> list[str | None]:
+  def ask(
+    self, texts: Sequence[str], is_readable: Callable[[str], bool] = lambda reply: True
+  ) -> list[str | None]:
     """Returns the reply to each text; None where no try had one.
+
+    Args:
+      texts: Texts of the requests.
+      is_readable: Function that returns False for a reply that is asked for again.
 
     Raises:
       ServiceError: The service refuses, or more than `checks.MAX_SHARE` of the texts have no reply.
@@ -131,7 +137,7 @@ class Service:
     pool = concurrent.futures.ThreadPoolExecutor(self.workers, "judge")
     lost: list[str] = []
     try:
-      asked = [pool.submit(self._reply, text, ended) for text in texts]
+      asked = [pool.submit(self._reply, text, is_readable, ended) for text in texts]
       for done in concurrent.futures.as_completed(asked):
         if isinstance(error := done.result(), Exception):
           lost.append(str(error))
@@ -150,22 +156,29 @@ class Service:
     replies = [done.result() for done in asked]
     return [None if isinstance(reply, Exception) else reply for reply in replies]
 
-  def _reply(self, text: str, ended: threading.Event) -> str | Exception:
-    """Returns the reply to a text, or the error of the last try; tries no more if it has ended."""
-    error, wait = Exception(), 0.0
+  def _reply(
+    self, text: str, is_readable: Callable[[str], bool], ended: threading.Event
+  ) -> str | Exception:
+    """Returns the last reply to a text, or the last error if there is none; see `ask`."""
+    found: str | Exception = Exception()
+    wait = 0.0
     for i in range(1 + self.retries):
       if ended.wait(wait):
         break
-      wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**i)
-      try:
-        return self._try(text)
-      except (OSError, http.client.HTTPException, _UnreadableError) as caught:
-        error = caught if str(caught) else type(caught)(type(caught).__name__)
-        if isinstance(caught, _LimitedError):
-          wait = min(_LONGEST_LIMITED, caught.wait or _FIRST_LIMITED * 2**i)
-    return error
+      try:  # At 0 the reply would be the same again.
+        found = self._try(text, temperature=float(isinstance(found, str)))
+        if is_readable(found):
+          break
+        wait = 0.0
+      except (OSError, http.client.HTTPException, _UnreadableError) as error:
+        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**i)
+        if isinstance(error, _LimitedError):
+          wait = min(_LONGEST_LIMITED, error.wait or _FIRST_LIMITED * 2**i)
+        if isinstance(found, Exception):
+          found = error if str(error) else type(error)(type(error).__name__)
+    return found
 
-  def _try(self, text: str) -> str:
+  def _try(self, text: str, temperature: float) -> str:
     """Sends a request once, and follows no redirect: a key is for one host."""
     parts = urllib.parse.urlsplit(self.url)
     address: dict[str, Any] = {
@@ -177,7 +190,8 @@ class Service:
       connection = http.client.HTTPSConnection(**address, context=ssl.create_default_context())
     else:
       connection = http.client.HTTPConnection(**address)
-    body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+    messages = [{"role": "user", "content": text}]
+    body = {"model": self.model, "messages": messages, "temperature": temperature}
     headers = {"Content-Type": "application/json"}
     key = self._key()
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -279,7 +293,7 @@ def _read(
   service: Service, texts: Sequence[str], read: Callable[[str], float], wanted: str
 ) -> np.ndarray:
   """Returns what is read in the reply to each text."""
-  replies = service.ask(texts)
+  replies = service.ask(texts, lambda reply: not math.isnan(read(reply)))
   values = np.array([math.nan if reply is None else read(reply) for reply in replies], np.float32)
   if strange := [r for r, x in zip(replies, values, strict=True) if r is not None and x != x]:
     logging.warning(

@@ -56,7 +56,7 @@ def once(failure):
 def test_what_fails_once_is_tried_again(failure):
   with serving(once(failure)) as (url, seen, _):
     np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
-  assert len(seen) == 8
+  assert len(seen) == 8 + 1, "each once more, and again the one that cannot be read"
 
 
 def test_a_service_that_keeps_failing():
@@ -91,7 +91,7 @@ def test_a_service_that_asks_to_wait(status, asked):
   start = time.monotonic()
   with serving(once(limited)) as (url, seen, _):
     np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
-  assert len(seen) == 8 and asked <= time.monotonic() - start < asked + 5
+  assert len(seen) == 8 + 1 and asked <= time.monotonic() - start < asked + 5
 
 
 @pytest.mark.parametrize("header", [{}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}])
@@ -198,7 +198,18 @@ def test_both_orders_make_a_preference():
     a, b = zip(*pairs, strict=True)
     found = rewards.ask(prefer, PROMPTS, list(a), list(b), rows=ROWS)
   np.testing.assert_array_equal(found, np.array([1, 0, 0.5, np.nan], np.float32))
-  assert len(seen) == 8
+  assert len(seen) == 8 + 2 * 3, "the pair without a letter is asked about again"
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again():
+  replies = ["I cannot judge this.", (500, b""), "8"]
+  with serving(lambda text, nth: replies[nth - 1]) as (url, seen, _):
+    np.testing.assert_array_equal(score(url), np.full(4, 8, np.float32))
+  temperatures = [body["temperature"] for _, _, body in seen]
+  assert temperatures.count(0) == 4 and temperatures.count(1) == 8
+  with serving(lambda text, nth: [*replies[:2], None][nth - 1]) as (url, seen, _):
+    np.testing.assert_array_equal(score(url), np.full(4, np.nan, np.float32))
+  assert len(seen) == 12, "a reply that cannot be read is no request that was lost"
 
 
 @pytest.mark.parametrize(

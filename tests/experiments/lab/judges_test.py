@@ -132,11 +132,11 @@ def test_a_judge_at_an_address(open_bench):
     words = ["--workdir=it", "--init_from=sft", *words, "--reward.weights=2,0.5"]
     options = read_configs("experiments.grpo", words)[1].reward
     reward = judges.open_reward(bench.run, options, *opened)(train_set)
-    assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}"
+    assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}" and reward.remote
     result = rewards.parts_of(reward(rollout, ids))
     options = judges.PreferenceOptions(url=url, model="tiny")
     prefer = judges.open_preference(bench.run, options, *opened)(train_set)
-    assert judges.name_of(prefer) == f"--preference.url={url}"
+    assert judges.name_of(prefer) == f"--preference.url={url}" and prefer.remote
     probabilities = prefer(rollout, rollout_of(bench.tokenizer.encode_responses(texts[::-1])), ids)
   np.testing.assert_allclose(result.scores, [6, 1])
   np.testing.assert_allclose(result.named["judge"], [8, 2])
@@ -257,6 +257,11 @@ def test_a_reward_that_is_no_number_stops_a_run(open_bench, monkeypatch):
   values[:] = 1
   calls.clear()
   run()
+  values[3] = np.nan  # A judge at an address may have a few of them in every batch.
+  calls.clear()
+  run = Sampled(bench, judge._replace(remote=True), monkeypatch)
+  for _ in range(5):
+    run()
 
 
 def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_bench, monkeypatch):
@@ -291,7 +296,8 @@ def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_ben
 def test_judges_are_named_by_their_flags(open_bench):
   bench = open_bench("grpo", "prompts", "--preference.name=expert")
   named = bench.open_preference()(bench.train_set)
-  assert judges.name_of(named) == "--preference.name=expert"
+  assert judges.name_of(named) == "--preference.name=expert" and not named.remote
+  assert judges.like(named._replace(remote=True), min) == (named.name, min, True)
   scores = bench.open_scores()
   assert judges.name_of(scores.score_of(bench.train_set)) == named.name
   assert scores.reward_of is None

@@ -36,7 +36,7 @@ def measure(
   """
   baseline = next(iter(samples.values()))
   return {
-    name: evaluating.compare(baseline, drawn)
+    name: evaluating.means(baseline, drawn, count)
     | intervals(baseline, drawn, count)
     | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
     | losses[name]

@@ -336,11 +336,13 @@ def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
   return [x[fine] for x in scores]
 
 
-def compare(before: Samples, after: Samples) -> dict[str, float]:
-  """Metrics of the trained policy and of the initial policy on the same prompts.
+def means(before: Samples, after: Samples, count: int = 1) -> dict[str, float]:
+  """Means of the trained policy, and of the initial policy on the same prompts.
 
-  A win rate is the probability that a response of the one beats an independent response of the
-  other, so `before` must be sampled with the index `BASELINE`.
+  Args:
+    before: Samples of the initial policy.
+    after: Samples of the trained policy.
+    count: Samples per prompt.
   """
   metrics: dict[str, float] = {
     "kl": float(np.mean(after.kl)),
@@ -349,14 +351,25 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     "eos_fraction": float(np.mean(after.ended)),
   }
   for name in after.rewards:
-    values, start = usable(name, after, before)
+    values, start = (np.nanmean(x, axis=1) for x in usable(name, after, before, count=count))
     metrics[f"{name}/mean"] = float(np.mean(values))
     metrics[f"{name}/mean_before"] = float(np.mean(start))
-    rate = evaluation.win_rate(values, start)
+  before_violations = {f"{name}_before": share for name, share in before.violations.items()}
+  return metrics | after.violations | before_violations
+
+
+def win_rates(before: Samples, after: Samples) -> dict[str, float]:
+  """Win rates of the trained policy by each reward, with their intervals.
+
+  A win rate is the probability that a response of the one beats an independent response of the
+  other, so `before` must be sampled with the index `BASELINE`.
+  """
+  metrics = {}
+  for name in after.rewards:
+    rate = evaluation.win_rate(*usable(name, after, before))
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
-  before_violations = {f"{name}_before": share for name, share in before.violations.items()}
-  return metrics | agreement(before, after) | after.violations | before_violations
+  return metrics
 
 
 def agreement(before: Samples, after: Samples) -> dict[str, float]:
@@ -375,26 +388,19 @@ def agreement(before: Samples, after: Samples) -> dict[str, float]:
   return {"reward/accuracy": evaluation.win_rate(agrees, np.zeros_like(agrees)).value}
 
 
-def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
-  """Arranges the metrics of `compare` as rows of the final table of a script."""
+def comparison_table(metrics: Mapping[str, float], before: Samples) -> dict[str, dict[str, float]]:
+  """Arranges the metrics of `means` and `win_rates` as rows of the final table of a script."""
+  known = {**metrics, "kl_before": 0.0, "eos_fraction_before": float(np.mean(before.ended))}
+  both = lambda name: {"start": known[f"{name}_before"], "trained": known[name]}  # noqa: E731
   rows: dict[str, dict[str, float]] = {}
-  for name in after.rewards:
-    values, start = usable(name, after, before)
-    rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
-    rows[f"{name}: win rate against the start"] = {
-      "trained": evaluation.win_rate(values, start).value
-    }
-  rows["KL to the start, nats"] = {"start": 0.0, "trained": float(np.mean(after.kl))}
-  rows["length, tokens"] = {
-    "start": float(np.mean(before.lengths)),
-    "trained": float(np.mean(after.lengths)),
-  }
-  rows["ended by itself"] = {
-    "start": float(np.mean(before.ended)),
-    "trained": float(np.mean(after.ended)),
-  }
-  for name, share in after.violations.items():
-    rows["violates a constraint"] = {"start": before.violations[name], "trained": share}
+  for name in before.rewards:
+    rows[f"{name} (mean)"] = both(f"{name}/mean")
+    rows[f"{name}: win rate against the start"] = {"trained": metrics[f"{name}/win_rate"]}
+  rows["KL to the start, nats"] = both("kl")
+  rows["length, tokens"] = both("length")
+  rows["ended by itself"] = both("eos_fraction")
+  for name in before.violations:
+    rows["violates a constraint"] = both(name)
   return rows
 
 
@@ -521,8 +527,9 @@ class Judge:
     summary = dict(metrics or {})
     if self._prompts.examples:
       after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)
-      summary |= compare(before, after)
-      table = comparison_table(before, after)
+      found = means(before, after) | win_rates(before, after)
+      summary |= found | agreement(before, after)
+      table = comparison_table(found, before)
       if self._compare is not None:
         rate = self.preference(params, self._ref_params)
         summary |= {

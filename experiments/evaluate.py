@@ -130,7 +130,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
 
     metrics = comparison.measure(samples, losses, count, tokenizer)
     comparison.save(run.workdir, samples)
-    reporting.show_samples(comparison.answers(samples, count), "Baseline and policies")
+    reporting.show_samples(evaluating.answers(samples, count), "Baseline and policies")
     comparison.show(metrics, list(samples[names[0]].rewards))
     best_of_n = comparison.best_of_n(samples[names[0]], count)
     charts = comparison.frontier(metrics, best_of_n, names[0])

@@ -143,20 +143,6 @@ def frontier(
   ]
 
 
-def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[str, str]]:
-  """Returns the first answers of all policies to the first prompts, with their last reward."""
-
-  def answer(of: evaluating.Samples, i: int) -> str:
-    name = list(of.rewards)[-1]
-    return f"{of.responses[i]}  [{name} {of.rewards[name][i]:.2f}]"
-
-  prompts = next(iter(samples.values())).prompts
-  return [
-    {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
-    for i in range(0, min(4 * count, len(prompts)), count)
-  ]
-
-
 def win_rate_matrix(
   policies: Mapping[str, Any], compare: Callable[[Any, Any], np.ndarray]
 ) -> dict[str, dict[str, dict[str, float]]]:

@@ -307,16 +307,22 @@ def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
   ]
 
 
-def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
-  """Returns both answers to the first prompts, each with its last reward (the gold one), if any."""
+def answers(samples: Mapping[str, Samples], count: int = 1) -> list[dict[str, str]]:
+  """Returns the first answers of policies to the first prompts, each with its last reward, if any.
+
+  Args:
+    samples: Samples of the policies by name.
+    count: Samples per prompt.
+  """
 
   def answer(of: Samples, i: int) -> str:
     shown = [f"  [{name} {values[i]:.2f}]" for name, values in of.rewards.items()]
     return of.responses[i] + "".join(shown[-1:])
 
+  prompts = next(iter(samples.values())).prompts
   return [
-    {"prompt": after.prompts[i], "start": answer(before, i), "trained": answer(after, i)}
-    for i in range(min(limit, len(after.responses)))
+    {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
+    for i in range(0, min(4 * count, len(prompts)), count)
   ]
 
 
@@ -540,7 +546,7 @@ class Judge:
         table["preferred to the start"] = {"start": 0.5, "trained": rate.value}
       reporting.save_samples(run.workdir, 0, sample_rows(before))
       run.writer.table(step, "samples", sample_rows(after))
-      reporting.show_samples(side_by_side(before, after), "Before and after")
+      reporting.show_samples(answers({"start": before, "trained": after}), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
     trained = run.session.workdir
     samples = f"--workdir={trained.rstrip('/')}_samples"

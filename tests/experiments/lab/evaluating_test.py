@@ -61,8 +61,16 @@ def test_answers_side_by_side_with_and_without_a_reward(rewards):
   values = {name: np.array([value]) for name, value in rewards.items()}
   one = np.ones(1)
   samples = evaluating.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
-  (row,) = evaluating.side_by_side(samples, samples)
-  assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")
+  (row,) = evaluating.answers({"start": samples, "trained": samples})
+  answer = "r  [gold 2.00]" if rewards else "r"
+  assert row == {"prompt": "p", "start": answer, "trained": answer}
+
+
+def test_the_first_answers_to_the_first_prompts():
+  texts = {"prompts": [f"p{i // 2}" for i in range(12)], "responses": [f"r{i}" for i in range(12)]}
+  drawn = evaluating.Samples(**texts, rewards={}, kl=None, lengths=None, ended=None)
+  rows = evaluating.answers({"a": drawn}, 2)
+  assert rows == [{"prompt": f"p{i}", "a": f"r{2 * i}"} for i in range(4)]
 
 
 def test_two_judged_policies():

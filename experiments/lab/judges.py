@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rlhf_jax import (
   data,
@@ -15,6 +17,7 @@ from rlhf_jax import (
   sharding,
   user,
 )
+from rlhf_jax.types import Rollout
 from .. import records
 from . import line_files, models
 
@@ -558,3 +561,13 @@ def gold_rewards(
     return {}
   gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)
   return {"gold": gold}
+
+
+def mean_rewards(
+  fns: Mapping[str, rewards.RewardFn], rollout: Rollout, prompt_ids: np.ndarray
+) -> dict[str, float]:
+  """Returns the mean of each of several rewards of responses, as NAME_reward/mean."""
+  return {
+    f"{name}_reward/mean": float(np.mean(rewards.total(fn(rollout, prompt_ids))))
+    for name, fn in fns.items()
+  }

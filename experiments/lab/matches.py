@@ -110,10 +110,7 @@ class Match:
       "preference/nonfinite": jnp.sum(~usable).astype(jnp.float32),
       "eos_fraction": 1 - jnp.mean(cut),
       **bench.usage(sampled),
-      **{
-        f"{name}_reward/mean": np.mean(rewards.total(fn(sampled, ids)))
-        for name, fn in self._gold.items()
-      },
+      **judges.mean_rewards(self._gold, sampled, ids),
       "time/generate": between - start,
       "time/preference": judged - between,
       "mix": mix,

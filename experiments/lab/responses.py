@@ -292,8 +292,7 @@ class Responder:
     drawn, of_draws, again = self._draw_again(policy, drawn, keys)
     rollout, reward, ids = drawn.rollout, drawn.reward, drawn.prompt_ids
     metrics |= means_by_name(reward) | of_draws
-    golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
-    metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
+    metrics |= judges.mean_rewards(self._gold, rollout, ids)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
       **bench.usage(rollout),

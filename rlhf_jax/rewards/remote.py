@@ -30,7 +30,7 @@ from rlhf_jax.rewards.preferences import TextPreference
 
 BEST = 10.0  # Score of the best response; that of the worst one is 0.
 _LONGEST_REPLY = 2**20  # Bytes.
-_LATER = (408, 409, 425, 429)  # Statuses, besides those of 500 and above, that may pass.
+_LATER = (408, 409, 425)  # Statuses, besides 429 and those of 500 and above, that may pass.
 _KEY = "key_variable names the environment variable with the key"
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # Seconds between two tries.
 _FIRST_LIMITED, _LONGEST_LIMITED = 15.0, 120.0  # The same for a service that limits requests.

@@ -18,12 +18,12 @@ Matrix of win rates between all policies, by a preference model or function:
 A reward model instead, on pairs with a `subset`, such as those of RewardBench:
   python -m experiments.evaluate --workdir=runs/bench --rewardbench=FILE --reward.path=runs/rm
 
-It prints one row per policy: reward, win rate, KL to the baseline, length, diversity, and `nll`,
-the loss on demonstrations, with 95 % confidence intervals. It writes these metrics to summary.json
-(by policy if there are several), the responses to `samples/` (baseline and policies as steps 0, 1,
-...), and each reward over the KL to `plots/frontier.png`. More samples per prompt narrow the
-intervals. They also give the best-of-n curve, and the diversity of the responses to the same
-prompt. They take more time; --data.eval_rows=128 evaluates on fewer prompts.
+It prints one row per policy: reward and win rate with their number of prompts, KL to the baseline,
+length, diversity, and `nll`, the loss on demonstrations, with 95 % confidence intervals. It writes
+these metrics to summary.json (by policy if there are several), the responses to `samples/`
+(baseline and policies as steps 0, 1, ...), and each reward over the KL to `plots/frontier.png`.
+More samples per prompt narrow the intervals, give the best-of-n curve and the diversity of
+responses to the same prompt, and take more time; --data.eval_rows=128 evaluates on fewer prompts.
 """
 
 import dataclasses
@@ -93,7 +93,8 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     if hf.parse_config(folder)[0] != hf.parse_config(folders[0])[0]:
       raise flags.UsageError(f"--policy={path} has another architecture than --baseline")
   models_of = {"policy": ", ".join(config.policy), "baseline": config.baseline}
-  heldout = given_rows.prompts(session, "Evaluation", config.data, tokenizer, **models_of)
+  checks = config.reward.checks
+  heldout = given_rows.prompts(session, "Evaluation", config.data, tokenizer, checks, **models_of)
   count = config.sampling.samples_per_prompt
   prompts = comparison.repeat(heldout, count)
   groups = grouping.groups_of(heldout, config.data)
@@ -129,7 +130,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
 
     metrics = comparison.measure(samples, losses, count, tokenizer)
     comparison.save(run.workdir, samples)
-    reporting.show_samples(comparison.answers(samples, count), "Baseline and policies")
+    reporting.show_samples(evaluating.answers(samples, count), "Baseline and policies")
     comparison.show(metrics, list(samples[names[0]].rewards))
     best_of_n = comparison.best_of_n(samples[names[0]], count)
     charts = comparison.frontier(metrics, best_of_n, names[0])

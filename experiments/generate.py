@@ -69,6 +69,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
       "Samples",
       config.data,
       tokenizer,
+      config.reward.checks,
       limit=config.limit or (0 if data.is_given(config.data) else _BUILT_IN),
       every=True,
       model=folder,

@@ -90,10 +90,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   folder = models.source_folder(config.model, config.init_from)
   assert folder is not None  # `require` refuses a policy that nothing has trained.
   tokenizer = models.open_tokenizer(folder, config.data)
-  train_set, heldout = given_rows.read(session, "prompts", config.data, tokenizer)
+  checks = config.reward.checks
+  train_set, heldout = given_rows.read(session, "prompts", config.data, tokenizer, checks)
   given_rows.show("ReST", config.data, train_set, heldout, initial_model=folder)
-  workdir = workdir_lib.local_path(session.workdir)
-  rows, start = [], folder
+  workdir, rows, start = workdir_lib.local_path(session.workdir), [], folder
   for g in range(config.grow_steps):
     prompts = growing.take_prompts(train_set, g, config.prompts)
     stage = improving.stage(session, workdir, grow=g)

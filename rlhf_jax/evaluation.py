@@ -52,8 +52,9 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
   The interval inverts the score test for a difference of paired proportions (Tango, 1998,
   Statistics in Medicine 17, 891-908). Without ties it is Wilson's interval of a binomial
   proportion. With ties it is narrower, but it does not shrink to a point even if all are ties. With
-  several samples per prompt, all pairs are compared. The interval is then Student's over prompts,
-  because the pairs of a prompt are not independent.
+  several samples per prompt, all pairs of usable scores, neither NaN nor infinitely high, are
+  compared. The interval is then Student's over prompts, because the pairs of a prompt are not
+  independent.
 
   There are three uses: comparing policies `a` and `b` on the same prompts; the accuracy of a reward
   model, with `a` the scores of the chosen and `b` those of the rejected responses; and the accuracy
@@ -65,7 +66,7 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
     confidence: Probability that the interval covers the true rate.
 
   Returns:
-    The rate and its interval; NaN if a score is NaN or infinitely high.
+    The rate and its interval; NaN if a prompt has no pair of usable scores.
 
   Raises:
     ValueError: If the shapes differ, or there are no prompts.
@@ -73,11 +74,13 @@ def win_rate(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95) -> Estim
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   if a.shape != b.shape or a.ndim not in (1, 2) or not a.size:
     raise ValueError(f"a and b must have the shape [B] or [B, N], got {a.shape} and {b.shape}")
-  if np.isnan([a, b]).any() or np.isposinf([a, b]).any():
+  a, b = a.reshape(len(a), -1, 1), b.reshape(len(b), 1, -1)
+  usable = (a < np.inf) & (b < np.inf)  # False for NaN.
+  if not usable.any(axis=(1, 2)).all():
     return Estimate(math.nan, math.nan, math.nan)
-  if a.ndim == 2 and a.shape[1] > 1:
-    a, b = a[:, :, None], b[:, None, :]
-    return mean(np.mean((a > b) + 0.5 * (a == b), axis=(1, 2)), confidence=confidence)
+  if a.shape[1] > 1:
+    wins = np.mean((a > b) + 0.5 * (a == b), axis=(1, 2), where=usable)
+    return mean(wins, confidence=confidence)
   a, b = a.ravel(), b.ravel()
   wins, losses, n = int(np.sum(a > b)), int(np.sum(a < b)), len(a)
   critical = statistics.NormalDist().inv_cdf(0.5 + confidence / 2) ** 2

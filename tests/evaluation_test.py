@@ -101,6 +101,19 @@ def test_win_rate_of_several_samples_compares_all_pairs():
   assert evaluation.win_rate(a[:, :1], b[:, :1]) == single
 
 
+def test_win_rate_of_several_samples_leaves_out_the_unusable():
+  a, b = np.random.default_rng(0).integers(0, 4, size=(2, 30, 3)).astype(float)
+  a[:9, 1], b[5:20, 2], b[::3, 0] = np.nan, np.inf, np.nan
+  usable = [[x[x < np.inf] for x in rows] for rows in (a, b)]
+  shares = [
+    np.mean([1.0 if x > y else 0.5 if x == y else 0.0 for x in of_a for y in of_b])
+    for of_a, of_b in zip(*usable, strict=True)
+  ]
+  assert evaluation.win_rate(a, b) == pytest.approx(evaluation.mean(np.array(shares)))
+  a[4] = np.nan
+  assert np.isnan(evaluation.win_rate(a, b)).all()
+
+
 def test_mean_is_students_interval():
   x = np.random.default_rng(0).normal(3, 2, size=7)
   reference = scipy.stats.ttest_1samp(x, 0).confidence_interval(0.9)

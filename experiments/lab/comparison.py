@@ -36,7 +36,7 @@ def measure(
   """
   baseline = next(iter(samples.values()))
   return {
-    name: evaluating.compare(baseline, drawn)
+    name: evaluating.means(baseline, drawn, count)
     | intervals(baseline, drawn, count)
     | diversity(tokenizer.encode_responses(drawn.responses), count, tokenizer.vocab_size)
     | losses[name]
@@ -56,17 +56,18 @@ def intervals(
 ) -> dict[str, float]:
   """Means and win rates with their intervals, and the accuracy of the proxy on the samples.
 
-  A reward that is usable on no prompt has none.
+  A prompt counts with those of its samples on which a reward is usable, if both policies have one;
+  `NAME/prompts` is the number of these prompts. A reward without any has no metrics.
   """
-  by_prompt = lambda x: np.reshape(x, (-1, count))  # noqa: E731
-  estimates = {"kl": evaluation.mean(np.mean(by_prompt(after.kl), axis=1))}
+  estimates = {"kl": evaluation.mean(np.mean(np.reshape(after.kl, (-1, count)), axis=1))}
+  metrics: dict[str, float] = {}
   for name in after.rewards:
     values, start = evaluating.usable(name, after, before, count=count)
     if not len(values):
       continue
-    estimates[f"{name}/mean"] = evaluation.mean(np.mean(values, axis=1))
+    estimates[f"{name}/mean"] = evaluation.mean(np.nanmean(values, axis=1))
     estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
-  metrics = {}
+    metrics[f"{name}/prompts"] = len(values)
   for name, estimate in estimates.items():
     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
   return metrics | evaluating.agreement(before, after)
@@ -90,18 +91,29 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
 
 
 def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
-  """Lines by reward name: the best of 1, 2, 4, ... `count` samples, chosen by the first reward."""
+  """Lines by reward name: the best of 1, 2, 4, ... `count` samples, chosen by the first reward.
+
+  A sample with an unusable reward is never chosen; draws of no other are left out.
+  """
   if count == 1:
     return {}
   sizes = [2**i for i in range(int(math.log2(count)) + 1)]
   pools = {name: np.reshape(values, (-1, count)) for name, values in samples.rewards.items()}
-  fine = np.all([np.isfinite(pool).all(axis=1) for pool in pools.values()], axis=0)
-  pools = {name: pool[fine] for name, pool in pools.items()}
-  proxy = next(iter(pools.values()))
+  usable = np.all([np.isfinite(pool) for pool in pools.values()], axis=0)
+  if not usable.any():
+    return {}
+  kept = usable.any(axis=1)
+  usable, pools = usable[kept], {name: pool[kept] for name, pool in pools.items()}
+  proxy = np.where(usable, next(iter(pools.values())), -np.inf)
+  shares = [evaluation.best_of_n(proxy, usable, n) for n in sizes]  # Of the draws that count.
   kl = np.array([evaluation.best_of_n_kl(n) for n in sizes])
   lines = {}
   for name, pool in pools.items():
-    estimates = [evaluation.mean(evaluation.best_of_n(proxy, pool, n)) for n in sizes]
+    pool = np.where(usable, pool, 0)
+    estimates = [
+      evaluation.mean(evaluation.best_of_n(proxy, pool, n) / share)
+      for n, share in zip(sizes, shares, strict=True)
+    ]
     lines[name] = plots.Line(f"best of 1 to {sizes[-1]}", kl, *np.array(estimates).T)
   return lines
 
@@ -111,7 +123,7 @@ def frontier(
 ) -> list[plots.Chart]:
   """Makes one chart per reward: policies at their KL to the baseline, with 95 % intervals."""
   titles = {"reward": "Reward (proxy)", "gold": "Gold reward"}  # Of others, their names.
-  rewards = [name.removesuffix("/mean") for name in metrics[baseline] if name.endswith("/mean")]
+  means = dict.fromkeys(name for of in metrics.values() for name in of if name.endswith("/mean"))
 
   def point(policy: str, reward: str) -> plots.Point:
     of = metrics[policy]
@@ -124,24 +136,10 @@ def frontier(
       f"KL to {baseline} (nats per response, root scale)",
       f"{titles.get(reward, reward)}, mean of held-out prompts",
       lines=[lines[reward]] if lines else [],
-      points=[point(policy, reward) for policy in metrics],
+      points=[point(policy, reward) for policy, of in metrics.items() if f"{reward}/mean" in of],
       root_x=True,
     )
-    for reward in rewards
-  ]
-
-
-def answers(samples: Mapping[str, evaluating.Samples], count: int) -> list[dict[str, str]]:
-  """Returns the first answers of all policies to the first prompts, with their last reward."""
-
-  def answer(of: evaluating.Samples, i: int) -> str:
-    name = list(of.rewards)[-1]
-    return f"{of.responses[i]}  [{name} {of.rewards[name][i]:.2f}]"
-
-  prompts = next(iter(samples.values())).prompts
-  return [
-    {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
-    for i in range(0, min(4 * count, len(prompts)), count)
+    for reward in (name.removesuffix("/mean") for name in means)
   ]
 
 
@@ -218,8 +216,9 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
   table = {}
   for policy, of in metrics.items():
     table[policy] = {"KL, nats": pm(of, "kl")}
-    for reward in rewards:
+    for reward in (name for name in rewards if f"{name}/mean" in of):
       table[policy] |= {
+        f"{reward} (prompts)": f"{of[f'{reward}/prompts']}",
         f"{reward} (mean)": pm(of, f"{reward}/mean"),
         f"{reward} (win rate)": pm(of, f"{reward}/win_rate"),
       }

@@ -58,6 +58,6 @@ class DenseOptions:
         given = rewards.parts_of(score(rollout, prompt_ids))
         return rewards.weighted({"score": given, "dense": dense(rollout, prompt_ids)}, [1, 1])
 
-      return judges.Named(judges.name_of(score), both)
+      return judges.like(score, both)
 
     return of_prompts

@@ -307,21 +307,27 @@ def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:
   ]
 
 
-def side_by_side(before: Samples, after: Samples, limit: int = 4) -> list[dict[str, Any]]:
-  """Returns both answers to the first prompts, each with its last reward (the gold one), if any."""
+def answers(samples: Mapping[str, Samples], count: int = 1) -> list[dict[str, str]]:
+  """Returns the first answers of policies to the first prompts, each with its last reward, if any.
+
+  Args:
+    samples: Samples of the policies by name.
+    count: Samples per prompt.
+  """
 
   def answer(of: Samples, i: int) -> str:
     shown = [f"  [{name} {values[i]:.2f}]" for name, values in of.rewards.items()]
     return of.responses[i] + "".join(shown[-1:])
 
+  prompts = next(iter(samples.values())).prompts
   return [
-    {"prompt": after.prompts[i], "start": answer(before, i), "trained": answer(after, i)}
-    for i in range(min(limit, len(after.responses)))
+    {"prompt": prompts[i]} | {name: answer(of, i) for name, of in samples.items()}
+    for i in range(0, min(4 * count, len(prompts)), count)
   ]
 
 
 def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
-  """Returns a reward of all samples on the prompts where all of them are usable.
+  """Returns a reward of the samples of policies, on the prompts where it is usable for all of them.
 
   Args:
     name: Name of the reward.
@@ -329,18 +335,20 @@ def usable(name: str, *samples: Samples, count: int = 1) -> list[np.ndarray]:
     count: Samples per prompt.
 
   Returns:
-    [P, count] for each of the samples.
+    [P, count] for each policy, NaN where a sample is unusable; each prompt has one that is not.
   """
   scores = [np.reshape(of.rewards[name], (-1, count)) for of in samples]
-  fine = np.all([np.isfinite(x).all(axis=1) for x in scores], axis=0)
+  fine = np.all([np.isfinite(x).any(axis=1) for x in scores], axis=0)
   return [x[fine] for x in scores]
 
 
-def compare(before: Samples, after: Samples) -> dict[str, float]:
-  """Metrics of the trained policy and of the initial policy on the same prompts.
+def means(before: Samples, after: Samples, count: int = 1) -> dict[str, float]:
+  """Means of the trained policy, and of the initial policy on the same prompts.
 
-  A win rate is the probability that a response of the one beats an independent response of the
-  other, so `before` must be sampled with the index `BASELINE`.
+  Args:
+    before: Samples of the initial policy.
+    after: Samples of the trained policy.
+    count: Samples per prompt.
   """
   metrics: dict[str, float] = {
     "kl": float(np.mean(after.kl)),
@@ -349,14 +357,25 @@ def compare(before: Samples, after: Samples) -> dict[str, float]:
     "eos_fraction": float(np.mean(after.ended)),
   }
   for name in after.rewards:
-    values, start = usable(name, after, before)
+    values, start = (np.nanmean(x, axis=1) for x in usable(name, after, before, count=count))
     metrics[f"{name}/mean"] = float(np.mean(values))
     metrics[f"{name}/mean_before"] = float(np.mean(start))
-    rate = evaluation.win_rate(values, start)
+  before_violations = {f"{name}_before": share for name, share in before.violations.items()}
+  return metrics | after.violations | before_violations
+
+
+def win_rates(before: Samples, after: Samples) -> dict[str, float]:
+  """Win rates of the trained policy by each reward, with their intervals.
+
+  A win rate is the probability that a response of the one beats an independent response of the
+  other, so `before` must be sampled with the index `BASELINE`.
+  """
+  metrics = {}
+  for name in after.rewards:
+    rate = evaluation.win_rate(*usable(name, after, before))
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
-  before_violations = {f"{name}_before": share for name, share in before.violations.items()}
-  return metrics | agreement(before, after) | after.violations | before_violations
+  return metrics
 
 
 def agreement(before: Samples, after: Samples) -> dict[str, float]:
@@ -375,26 +394,19 @@ def agreement(before: Samples, after: Samples) -> dict[str, float]:
   return {"reward/accuracy": evaluation.win_rate(agrees, np.zeros_like(agrees)).value}
 
 
-def comparison_table(before: Samples, after: Samples) -> dict[str, dict[str, float]]:
-  """Arranges the metrics of `compare` as rows of the final table of a script."""
+def comparison_table(metrics: Mapping[str, float], before: Samples) -> dict[str, dict[str, float]]:
+  """Arranges the metrics of `means` and `win_rates` as rows of the final table of a script."""
+  known = {**metrics, "kl_before": 0.0, "eos_fraction_before": float(np.mean(before.ended))}
+  both = lambda name: {"start": known[f"{name}_before"], "trained": known[name]}  # noqa: E731
   rows: dict[str, dict[str, float]] = {}
-  for name in after.rewards:
-    values, start = usable(name, after, before)
-    rows[f"{name} (mean)"] = {"start": float(np.mean(start)), "trained": float(np.mean(values))}
-    rows[f"{name}: win rate against the start"] = {
-      "trained": evaluation.win_rate(values, start).value
-    }
-  rows["KL to the start, nats"] = {"start": 0.0, "trained": float(np.mean(after.kl))}
-  rows["length, tokens"] = {
-    "start": float(np.mean(before.lengths)),
-    "trained": float(np.mean(after.lengths)),
-  }
-  rows["ended by itself"] = {
-    "start": float(np.mean(before.ended)),
-    "trained": float(np.mean(after.ended)),
-  }
-  for name, share in after.violations.items():
-    rows["violates a constraint"] = {"start": before.violations[name], "trained": share}
+  for name in before.rewards:
+    rows[f"{name} (mean)"] = both(f"{name}/mean")
+    rows[f"{name}: win rate against the start"] = {"trained": metrics[f"{name}/win_rate"]}
+  rows["KL to the start, nats"] = both("kl")
+  rows["length, tokens"] = both("length")
+  rows["ended by itself"] = both("eos_fraction")
+  for name in before.violations:
+    rows["violates a constraint"] = both(name)
   return rows
 
 
@@ -521,8 +533,9 @@ class Judge:
     summary = dict(metrics or {})
     if self._prompts.examples:
       after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)
-      summary |= compare(before, after)
-      table = comparison_table(before, after)
+      found = means(before, after) | win_rates(before, after)
+      summary |= found | agreement(before, after)
+      table = comparison_table(found, before)
       if self._compare is not None:
         rate = self.preference(params, self._ref_params)
         summary |= {
@@ -533,7 +546,7 @@ class Judge:
         table["preferred to the start"] = {"start": 0.5, "trained": rate.value}
       reporting.save_samples(run.workdir, 0, sample_rows(before))
       run.writer.table(step, "samples", sample_rows(after))
-      reporting.show_samples(side_by_side(before, after), "Before and after")
+      reporting.show_samples(answers({"start": before, "trained": after}), "Before and after")
       reporting.show_summary(f"{title}, held-out prompts", table)
     trained = run.session.workdir
     samples = f"--workdir={trained.rstrip('/')}_samples"

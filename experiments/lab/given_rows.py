@@ -1,6 +1,7 @@
 """Rows that a script reads without training on them, and their lines in the panel at the start."""
 
 import dataclasses
+import types
 from typing import Any
 
 from rlhf_jax import data, loop, reporting
@@ -9,10 +10,14 @@ from . import evaluating
 
 
 def read(
-  session: loop.Session, kind: data.KindName, config: DataConfig, tokenizer: data.Tokenizer
+  session: loop.Session,
+  kind: data.KindName,
+  config: DataConfig,
+  tokenizer: data.Tokenizer,
+  checks: data.Checks = types.MappingProxyType({}),
 ) -> tuple[data.Dataset, data.Dataset]:
   """Reads the training and the held-out rows, from the tokens of an earlier run if it has any."""
-  return data.load(kind, config, tokenizer, seed=session.seed, cache=session.tokens)
+  return data.load(kind, config, tokenizer, seed=session.seed, cache=session.tokens, checks=checks)
 
 
 def show(
@@ -74,6 +79,7 @@ def prompts(
   title: str,
   config: DataConfig,
   tokenizer: data.Tokenizer,
+  checks: data.Checks = types.MappingProxyType({}),
   *,
   limit: int = 0,
   every: bool = False,
@@ -86,13 +92,14 @@ def prompts(
     title: Title of the panel.
     config: Sources and limits. Without held-out rows, all rows are taken.
     tokenizer: Tokenizer of the model.
+    checks: Further checks of the rows; see `data.load`.
     limit: Maximum number of prompts, each of which is then taken once; 0 takes all held-out rows.
     every: True to hold out nothing of a file, and to take each of its prompts once.
     **rows: Further rows of the panel.
   """
   if every and data.is_given(config) and not config.eval_path:
     config = dataclasses.replace(config, eval_fraction=0.0)
-  train_set, heldout = read(session, "prompts", config, tokenizer)
+  train_set, heldout = read(session, "prompts", config, tokenizer, checks)
   chosen = source = heldout if heldout.examples else train_set
   if limit or every:
     chosen = evaluating.as_prompts(source, limit or len(source.rows))

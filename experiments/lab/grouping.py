@@ -109,8 +109,8 @@ def of_policy(
   }
   together: Metrics = {}
   for name, values in after.rewards.items():
-    means = np.mean(np.reshape(values, (-1, count)), axis=1)
-    together |= _together(f"{name}/", means, groups)
+    usable = np.ma.masked_invalid(np.reshape(values, (-1, count)))
+    together |= _together(f"{name}/", usable.mean(axis=1).filled(np.nan), groups)
   return by_group, together
 
 

@@ -114,7 +114,7 @@ def _sample(
   params, stops = reshard(params), models.stops(tokenizer, config.sampling)
   generate = models.make_sampler(model, tokenizer, config.sampling)
   reward_fn = judges.open_scores(run, config, tokenizer).score_of(prompts)
-  watch = rewards.Watch(judges.name_of(reward_fn))
+  watch = judges.watch(reward_fn)
   sample_reference, ref_params, others = None, None, config.shaping.reference_samples
   if config.shaping.function:
     sampling = dataclasses.replace(config.sampling, samples_per_prompt=others)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rlhf_jax import (
   data,
@@ -15,6 +17,7 @@ from rlhf_jax import (
   sharding,
   user,
 )
+from rlhf_jax.types import Rollout
 from .. import records
 from . import line_files, models
 
@@ -34,12 +37,16 @@ class RemoteOptions:
   Attributes:
     url: Address of a judge behind an OpenAI-compatible HTTP API, such as http://127.0.0.1:8000/v1.
       As a reward it gives a number from 0 to 10 for each response. As a preference it chooses A or
-      B, asked in both orders. A reply without a number or a letter is NaN.
+      B, asked in both orders. A reply without a number or a letter is asked for again, up to
+      `retries` times at temperature 1, and else leaves its response out of the step. More than 10 %
+      of a batch end the run.
     model: Name of the model at url.
     key_variable: Environment variable with the API key of url, such as OPENAI_API_KEY; empty sends
       no key. The key itself is never written or logged.
     request_timeout: Seconds that a request to url may take.
-    retries: Number of further tries of a request to url that failed.
+    retries: Number of further tries of a request to url that failed. They follow within seconds, or
+      after 15 seconds, 30 and so on up to two minutes where the service limits requests, or after
+      the time that it asks for.
     workers: Number of requests to url at the same time.
     function_timeout: Seconds that a call of a Python function of yours may take, for a batch; the
       run then ends as if the function had raised. 0 waits for ever.
@@ -155,6 +162,13 @@ class RewardOptions(RemoteOptions):
     remote = {"judge": rewards.remote_reward(self.service(), ignored)} if self.url else {}
     return self.functions() | remote
 
+  @property
+  def checks(self) -> data.Checks:
+    """Checks of the rows that the rewards of `name` compare responses with, by their names."""
+    return {
+      name: rewards.REFERENCES[name] for name in _split(self.name) if name in rewards.REFERENCES
+    }
+
   def verdicts(self) -> dict[str, rewards.TextConstraint]:
     """Returns the Python constraints of `constraints` by their names."""
     arguments = ("prompts", "responses", "rows")
@@ -248,10 +262,17 @@ RewardOf = Callable[[data.Dataset], rewards.RewardFn]
 
 
 class Named(NamedTuple):
-  """Reward or preference with the flag that chose it, for messages."""
+  """Reward or preference with what is known of it.
+
+  Attributes:
+    name: Flag that chose it, for messages.
+    function: Reward or preference.
+    remote: True if a judge at an address is a part of it.
+  """
 
   name: str
   function: Callable[..., Any]
+  remote: bool = False
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args)
@@ -260,6 +281,16 @@ class Named(NamedTuple):
 def name_of(judge: Any) -> str:
   """Returns the flag that chose a judge; of one that no flag chose, its kind."""
   return judge.name if isinstance(judge, Named) else "the judge"
+
+
+def like(judge: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function that asks a judge, with what is known of the judge."""
+  return judge._replace(function=function) if isinstance(judge, Named) else function
+
+
+def watch(judge: Any) -> rewards.Watch:
+  """Returns a check of the scores of a judge."""
+  return rewards.Watch(name_of(judge), remote=isinstance(judge, Named) and judge.remote)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +322,18 @@ class JudgedConfig(loop.RunConfig):
       raise flags.UsageError(
         "--init_from is needed: a policy that nothing has trained samples noise"
       )
+
+
+def _check(checks: data.Checks, prompts: data.Dataset) -> None:
+  """Finds a row that a reward cannot read, of rows that were not checked as they were read."""
+  for name in checks.keys() - {*prompts.checked}:
+    for row in prompts.rows:
+      try:
+        checks[name](row)
+      except data.DataError as error:
+        raise data.DataError(
+          f"--reward.name={name}: the row of the prompt {row['prompt_text'][:80]!r}: {error}"
+        ) from error
 
 
 def _try(
@@ -343,7 +386,7 @@ def open_preference(
     _try(function, prompts, answers=2)
     prefer = rewards.text_preference(function, prompts.rows, tokenizer.batch_decode)
     flag = f"url={options.url}" if options.url else f"name={options.name}"
-    return Named(f"--preference.{flag}", prefer)
+    return Named(f"--preference.{flag}", prefer, bool(options.url))
 
   return of_prompts
 
@@ -360,6 +403,7 @@ def open_reward(
   constraints = options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
+    _check(options.checks, prompts)
     scorers = {name: score_of(prompts) for name, score_of in models_of.items()}
     for name, function in options.asked(prompts.ignored).items():
       _try(function, prompts)
@@ -372,7 +416,7 @@ def open_reward(
     if constraints:
       verdicts = list(constraints.values())
       score = rewards.constrained_reward(score, verdicts, prompts.rows, tokenizer.batch_decode)
-    return Named(options.label, score)
+    return Named(options.label, score, bool(options.url))
 
   return of_prompts
 
@@ -502,10 +546,9 @@ def open_scores(
 
   def score_of(prompts: data.Dataset) -> rewards.RewardFn:
     prefer = prefer_of(prompts)
-    name = name_of(prefer)
     if samples > 1 or anchors is None:
-      return Named(name, rewards.tournament_reward(prefer, samples, name))
-    return Named(name, rewards.anchored_reward(prefer, anchors))
+      return like(prefer, rewards.tournament_reward(prefer, samples, watch(prefer)))
+    return like(prefer, rewards.anchored_reward(prefer, anchors))
 
   return Scores(score_of, None, prefer_of)
 
@@ -518,3 +561,13 @@ def gold_rewards(
     return {}
   gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)
   return {"gold": gold}
+
+
+def mean_rewards(
+  fns: Mapping[str, rewards.RewardFn], rollout: Rollout, prompt_ids: np.ndarray
+) -> dict[str, float]:
+  """Returns the mean of each of several rewards of responses, as NAME_reward/mean."""
+  return {
+    f"{name}_reward/mean": float(np.mean(rewards.total(fn(rollout, prompt_ids))))
+    for name, fn in fns.items()
+  }

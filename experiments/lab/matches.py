@@ -51,7 +51,7 @@ class Match:
   ):
     self._bench, self._prefer, self._settings = bench, prefer, settings
     self._gold = bench.gold(bench.train_set) if prefer else {}
-    self._watch = rewards.Watch(judges.name_of(prefer))
+    self._watch = judges.watch(prefer)
     self.count, self.mixed = count, mixed
     self.reshard = bench.reshard()
     self.sample = bench.sampler(mixture=mixed, samples_per_prompt=count)
@@ -110,10 +110,7 @@ class Match:
       "preference/nonfinite": jnp.sum(~usable).astype(jnp.float32),
       "eos_fraction": 1 - jnp.mean(cut),
       **bench.usage(sampled),
-      **{
-        f"{name}_reward/mean": np.mean(rewards.total(fn(sampled, ids)))
-        for name, fn in self._gold.items()
-      },
+      **judges.mean_rewards(self._gold, sampled, ids),
       "time/generate": between - start,
       "time/preference": judged - between,
       "mix": mix,

@@ -242,7 +242,7 @@ class Responder:
   ):
     self._bench, self._shaping, self._constrained = bench, shaping, constrained
     self._reward = reward_of(bench.train_set)
-    self._watches = [rewards.Watch(judges.name_of(self._reward)) for _ in range(2)]
+    self._watches = [judges.watch(self._reward) for _ in range(2)]
     self._gold = bench.gold(bench.train_set)
     self._redraws = 0 if options is None else options.redraws
     self.ahead = options is not None and options.devices > 0
@@ -292,8 +292,7 @@ class Responder:
     drawn, of_draws, again = self._draw_again(policy, drawn, keys)
     rollout, reward, ids = drawn.rollout, drawn.reward, drawn.prompt_ids
     metrics |= means_by_name(reward) | of_draws
-    golds = {name: np.mean(rewards.total(fn(rollout, ids))) for name, fn in self._gold.items()}
-    metrics |= {f"{name}_reward/mean": float(gold) for name, gold in golds.items()}
+    metrics |= judges.mean_rewards(self._gold, rollout, ids)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
       **bench.usage(rollout),

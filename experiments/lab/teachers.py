@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlhf_jax import data, preflight, rewards, sharding
+from rlhf_jax import data, preflight, sharding
 from rlhf_jax.models import Model, hf
 from rlhf_jax.types import Params, Rollout
-from . import evaluating, models
+from . import evaluating, judges, models
 from .case import Case
 from .training import Trainer
 from .workbench import Workbench
@@ -68,10 +68,10 @@ def make_respond(
     rollout = sample(reshard(params if is_student else teacher.params), *prompts, key)
     samples = bench.config.sampling.samples_per_prompt
     ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)
-    means = {f"{n}_reward/mean": np.mean(rewards.total(fn(rollout, ids))) for n, fn in gold.items()}
+    means = judges.mean_rewards(gold, rollout, ids)
     lengths = rollout.response_mask.sum(axis=1)
     return rollout, {
-      **{name: float(mean) if is_student else np.nan for name, mean in means.items()},
+      **(means if is_student else dict.fromkeys(means, np.nan)),
       "student_share": float(is_student),
       "response_length/mean": lengths.astype(np.float32).mean(),
       "eos_fraction": bench.ended(rollout).astype(np.float32).mean(),

@@ -416,7 +416,8 @@ def open(
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data)
-  train_set, heldout = given_rows.read(session, kind, config.data, tokenizer)
+  checks = config.reward.checks if kind == "prompts" and hasattr(config, "reward") else {}
+  train_set, heldout = given_rows.read(session, kind, config.data, tokenizer, checks)
   settle_steps(config, train_set)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}

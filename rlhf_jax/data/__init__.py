@@ -5,6 +5,7 @@ from rlhf_jax.data.batches import eval_batches as eval_batches
 from rlhf_jax.data.batches import first_rows as first_rows
 from rlhf_jax.data.batches import packed_scored as packed_scored
 from rlhf_jax.data.batches import padding_fraction as padding_fraction
+from rlhf_jax.data.datasets import Checks as Checks
 from rlhf_jax.data.datasets import DataConfig as DataConfig
 from rlhf_jax.data.datasets import comparison_kind as comparison_kind
 from rlhf_jax.data.datasets import from_examples as from_examples

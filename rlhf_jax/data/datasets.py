@@ -12,7 +12,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,6 +49,9 @@ _LENGTH_MULTIPLE = 8
 _OVERLONG = ("drop", "truncate_prompt")
 # A tokenizer with more unknown tokens than this was made for other texts.
 _MOST_UNKNOWN = 0.1
+# Name -> function that raises a DataError for the columns of a row that something needs.
+Checks = Mapping[str, Callable[[Mapping[str, Any]], object]]
+_NO_CHECKS: Checks = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +212,7 @@ def load(
   *,
   seed: int = 0,
   cache: str | os.PathLike[str] | None = None,
+  checks: Checks = _NO_CHECKS,
 ) -> tuple[Dataset, Dataset]:
   """Reads, checks and tokenises all rows.
 
@@ -218,6 +223,7 @@ def load(
     seed: Seed of the built-in task; data from outside does not depend on it.
     cache: Folder of tokenised files, from which the same rows are mapped into memory the next time;
       None for no folder. Nothing else depends on it.
+    checks: Further checks of the columns of a row by their names, such as those of a reward.
 
   Returns:
     The training set and the held-out set.
@@ -240,21 +246,21 @@ def load(
     )
   if config.turns == "all" and kind != "demonstrations":
     raise DataError(f"data.turns=all is for demonstrations, and this reads {kind}; leave it out")
-  if cache is None or not (key := _key(kind, config, tokenizer)):
-    return _load(kind, config, tokenizer, seed)[:2]
+  if cache is None or not (key := _key(kind, config, tokenizer, checks)):
+    return _load(kind, config, tokenizer, seed, checks)[:2]
   path = workdir.local_path(cache) / f"{key}.tokens"
   if found := stored.read(path):
     for notice in found.notices:
       logging.warning("%s", notice)
     return found[:2]
-  found = _load(kind, config, tokenizer, seed)
-  unchanged = _key(kind, config, tokenizer) == key  # Since the files were digested.
+  found = _load(kind, config, tokenizer, seed, checks)
+  unchanged = _key(kind, config, tokenizer, checks) == key  # Since the files were digested.
   if processes.is_first() and unchanged and stored.write(path, found):
     found = stored.read(path) or found
   return found[:2]
 
 
-def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
+def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer, checks: Checks) -> str:
   """Returns the name of the tokens of files; empty for rows that are not of files."""
   if not is_given(config):
     return ""
@@ -262,10 +268,12 @@ def _key(kind: KindName, config: DataConfig, tokenizer: Tokenizer) -> str:
   paths = [pathlib.Path(path) for spec in specs if spec for path in files.paths_of(spec)]
   if config.tfds:
     paths += sources.tfds_files(config.tfds, config.tfds_dir)
-  return stored.key(kind, config, [path.expanduser() for path in paths], tokenizer)
+  return stored.key(kind, config, [path.expanduser() for path in paths], tokenizer, [*checks])
 
 
-def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -> stored.Stored:
+def _load(
+  kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int, checks: Checks
+) -> stored.Stored:
   """Reads, checks and tokenises all rows; see `load`."""
   bad: list[DataError] = []
   notices: list[str] = []
@@ -277,7 +285,7 @@ def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -
     bad.append(error)
 
   def read(rows: Iterator[Row]) -> _Part:
-    parsed = _parse(kind, rows, config, tokenizer, on_bad_row)
+    parsed = _parse(kind, rows, config, tokenizer, on_bad_row, checks)
     return _tokenize(kind, parsed, config, tokenizer, notices)
 
   def read_heldout(path: str) -> _Part:
@@ -330,8 +338,9 @@ def _load(kind: KindName, config: DataConfig, tokenizer: Tokenizer, seed: int) -
     shared = shared_length(shape[0], _round_up(all_responses(*_lengths(examples))))
 
   def finish(part: _Part) -> Dataset:
-    ignored = tuple(config.ignore)
-    return _finish(kind, part, shape)._replace(shared_length=shared, ignored=ignored)
+    ignored, checked = tuple(config.ignore), tuple(checks)
+    finished = _finish(kind, part, shape)
+    return finished._replace(shared_length=shared, ignored=ignored, checked=checked)
 
   further = {name: finish(part) for name, part in named.items()}
   mixed = finish(train)._replace(mixture=_mixture(train, config))
@@ -506,6 +515,7 @@ def _parse(
   config: DataConfig,
   tokenizer: Tokenizer,
   on_bad_row: sources.OnBadRow,
+  checks: Checks = _NO_CHECKS,
 ) -> list[_Parsed]:
   """Returns the readable rows, with the prompt as rendered text added to their columns."""
   if kind != "prompts":
@@ -536,6 +546,8 @@ def _parse(
         if config.turns == "all":
           _require_answers(kept, prompt)
           text = tokenizer.render_prompt(_first_prompt(prompt))
+        for check in checks.values():
+          check(row.fields)
       except DataError as error:
         raise DataError(f"{row.where}: {error}") from error
     except DataError as error:

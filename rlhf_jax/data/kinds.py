@@ -94,6 +94,7 @@ class Dataset(NamedTuple):
     unread: Columns that were not read; rewards still see them.
     ignored: Columns that are left out, `DataConfig.ignore`; the prompt of a row is read without
       them. Rewards see them.
+    checked: Names of the further checks that all rows have passed.
     shared_length: Length of the rows of batches that hold a prompt once, with all of its responses;
       0 gives each response a row of `padded_length`.
     mixture: Shares of the examples in `batches.batches`; empty draws all examples alike.
@@ -111,6 +112,7 @@ class Dataset(NamedTuple):
   columns: tuple[str, ...] = ()
   unread: tuple[str, ...] = ()
   ignored: tuple[str, ...] = ()
+  checked: tuple[str, ...] = ()
   shared_length: int = 0
   mixture: tuple[Share, ...] = ()
   named: "Mapping[str, Dataset]" = types.MappingProxyType({})

@@ -53,7 +53,13 @@ class Stored(NamedTuple):
   notices: list[str]
 
 
-def key(kind: str, config: Any, paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> str:
+def key(
+  kind: str,
+  config: Any,
+  paths: Sequence[pathlib.Path],
+  tokenizer: Tokenizer,
+  checks: Sequence[str],
+) -> str:
   """Returns the digest of all that the tokens depend on; empty if there is no file to read.
 
   Args:
@@ -61,6 +67,7 @@ def key(kind: str, config: Any, paths: Sequence[pathlib.Path], tokenizer: Tokeni
     config: Dataclass of the sources and limits.
     paths: Files of the rows.
     tokenizer: Tokenizer of the rows.
+    checks: Names of the further checks of the rows.
   """
   if not paths or not all(path.is_file() for path in paths):
     return ""  # Whoever reads them says what is wrong.
@@ -73,6 +80,7 @@ def key(kind: str, config: Any, paths: Sequence[pathlib.Path], tokenizer: Tokeni
     tokenizer.digest,
     tokenizer.further_stop_ids,
     tokenizer.hf.special_tokens_map,
+    [*checks],
     platform.python_version(),
     [_version(name) for name in _LIBRARIES],
   ]
@@ -217,7 +225,7 @@ def _bounds(lengths: Sequence[int]) -> np.ndarray:
 def _dataset(about: dict[str, Any], arrays: Mapping[str, Any]) -> Dataset:
   """Returns a set of a mapped file."""
   layouts = about.pop("layouts")
-  about |= {name: tuple(about[name]) for name in ("unread", "ignored", "columns")}
+  about |= {name: tuple(about[name]) for name in ("unread", "ignored", "checked", "columns")}
   about["mixture"] = tuple(Share(*share) for share in about["mixture"])
   return Dataset(examples=_Examples(layouts, arrays), rows=_Rows(arrays), **about)
 

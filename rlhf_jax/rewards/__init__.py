@@ -8,6 +8,7 @@ from rlhf_jax.rewards.checks import UnusableScoresError, Watch, require
 from rlhf_jax.rewards.dense import DenseScorer, dense_reward, make_dense_scorer
 from rlhf_jax.rewards.functions import (
   CONSTRAINTS,
+  REFERENCES,
   REWARDS,
   TextConstraint,
   TextReward,
@@ -47,6 +48,7 @@ __all__ = [
   "ENSEMBLES",
   "PREFERENCES",
   "PRINCIPLES",
+  "REFERENCES",
   "REWARDS",
   "DenseScorer",
   "JudgeModel",

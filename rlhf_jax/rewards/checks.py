@@ -17,6 +17,7 @@ TOO_LARGE = 1e9
 MAX_SHARE = 0.1  # Of the scores of a batch.
 MAX_BATCHES = 2  # In a row.
 UNUSABLE = f"NaN, infinite, or {TOO_LARGE:g} and more in size"
+_FIX = "let a function give a low number to what it cannot judge, or name another model at url"
 
 
 class UnusableScoresError(RuntimeError):
@@ -70,7 +71,7 @@ def require(judge: str, scores: Any, named: Mapping[str, Any] | None = None) -> 
   if bad > MAX_SHARE * total:
     raise UnusableScoresError(
       f"{_blame(judge, named)}: {bad} of {total} scores cannot be used ({UNUSABLE}), more than"
-      f" {MAX_SHARE:.0%}; give a low number to a response that cannot be judged"
+      f" {MAX_SHARE:.0%}; {_FIX}"
     )
   return bad
 
@@ -80,13 +81,16 @@ class Watch:
 
   Args:
     judge: Name of the judge, for messages.
+    remote: True for a judge at an address, of which a reply may be lost now and then.
   """
 
-  def __init__(self, judge: str):
-    self._judge, self._in_a_row = judge, 0
+  def __init__(self, judge: str, *, remote: bool = False):
+    self._judge, self._remote, self._in_a_row = judge, remote, 0
 
   def check(self, scores: Any, named: Mapping[str, Any] | None = None) -> None:
     """Refuses a batch with too many scores that cannot be used, or a row of batches with any.
+
+    A judge at an address may have a few of them in every batch.
 
     Args:
       scores: NumPy or JAX scores of a batch.
@@ -97,9 +101,9 @@ class Watch:
         batches in a row had one.
     """
     bad = require(self._judge, scores, named)
-    self._in_a_row = self._in_a_row + 1 if bad else 0
+    self._in_a_row = self._in_a_row + 1 if bad and not self._remote else 0
     if self._in_a_row > MAX_BATCHES:
       raise UnusableScoresError(
         f"{_blame(self._judge, named)}: {self._in_a_row} batches in a row had scores that cannot be"
-        f" used ({UNUSABLE}); give a low number to a response that cannot be judged"
+        f" used ({UNUSABLE}); {_FIX}"
       )

@@ -6,7 +6,7 @@ Add yours to `REWARDS` or `CONSTRAINTS`, or name it as `module:function` on the 
 import functools
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -249,6 +249,27 @@ def final_number(text: str) -> float | None:
   return float(numerator) / float(denominator or 1)
 
 
+def _answer(row: Mapping[str, Any], read: Callable[[str], Any], wanted: str, reward: str) -> Any:
+  """Returns what is read in the column `answer` of a row; refuses a row with nothing to read."""
+  answer = row.get("answer")
+  found = None if answer is None else read(str(answer))
+  if found is None:
+    raise DataError(
+      f"answer: {'missing' if answer is None else f'no {wanted}'}; the reward {reward} compares"
+      f" with the {wanted} in the column `answer`"
+    )
+  return found
+
+
+def _references(reward: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+  """Returns the references of rows; names the row that has none."""
+  for i, row in enumerate(rows):
+    try:
+      yield REFERENCES[reward](row)
+    except DataError as error:
+      raise DataError(f"row {row.get('id', i)}: {error}") from error
+
+
 def exact_answer(
   prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> Scores:
@@ -259,14 +280,8 @@ def exact_answer(
   """
   del prompts
   scores = np.zeros(len(responses), np.float32)
-  for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
-    answer = row.get("answer")
-    reference = None if answer is None else final_number(str(answer))
-    if reference is None:
-      raise DataError(
-        f"row {row.get('id', i)}: answer: {'missing' if answer is None else 'no number'}; "
-        "the reward exact_answer compares with a number in the column `answer`"
-      )
+  references = _references("exact_answer", rows)
+  for i, (response, reference) in enumerate(zip(responses, references, strict=True)):
     scores[i] = final_number(response) == reference
   return scores
 
@@ -276,15 +291,16 @@ def _math_verifier() -> Any:
   try:
     import math_verify
   except ImportError as error:
-    raise ImportError("the math reward needs math-verify: pip install 'rlhf_jax[math]'") from error
+    fix = "pip install 'rlhf_jax[math]'"
+    raise user.RaisedError(f"the math reward needs math-verify: {fix}") from error
   return math_verify
 
 
 @functools.lru_cache(2**14)
-def _math_reference(answer: str) -> list[Any]:
-  """Expressions of a reference answer; LaTeX may be bare."""
+def _math_reference(answer: str) -> list[Any] | None:
+  """Expressions of a reference answer, None if there are none; LaTeX may be bare."""
   parse = functools.partial(_math_verifier().parse, parsing_timeout=_math_seconds())
-  return parse(answer) or parse(f"${answer}$")
+  return parse(answer) or parse(f"${answer}$") or None
 
 
 def _math_seconds() -> int | None:
@@ -306,17 +322,17 @@ def math(
   del prompts
   library, seconds = _math_verifier(), _math_seconds()
   scores = np.zeros(len(responses), np.float32)
-  for i, (response, row) in enumerate(zip(responses, rows, strict=True)):
-    answer = row.get("answer")
-    reference = [] if answer is None else _math_reference(str(answer))
-    if not reference:
-      raise DataError(
-        f"row {row.get('id', i)}: answer: {'missing' if answer is None else 'no expression'}; "
-        "the reward math compares with an expression in the column `answer`"
-      )
+  for i, (response, reference) in enumerate(zip(responses, _references("math", rows), strict=True)):
     found = library.parse(response, parsing_timeout=seconds)
     scores[i] = library.verify(reference, found, timeout_seconds=seconds)
   return scores
+
+
+# Reward -> function that returns what the reward compares with, of a row, or raises a DataError.
+REFERENCES: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+  "exact_answer": lambda row: _answer(row, final_number, "number", "exact_answer"),
+  "math": lambda row: _answer(row, _math_reference, "expression", "math"),
+}
 
 
 def filler(

@@ -150,7 +150,9 @@ def text_preference(
   return prefer
 
 
-def tournament_reward(prefer: PreferenceFn, samples: int, judge: str = "the judge") -> RewardFn:
+def tournament_reward(
+  prefer: PreferenceFn, samples: int, watch: checks.Watch | None = None
+) -> RewardFn:
   """Scores samples by the mean preference over the other samples of the prompt.
 
   The two scores of a pair sum to 1. Comparisons without a usable preference do not count; a sample
@@ -159,11 +161,11 @@ def tournament_reward(prefer: PreferenceFn, samples: int, judge: str = "the judg
   Args:
     prefer: The preference.
     samples: Samples per prompt, in adjacent rows; at least 2.
-    judge: Name of the preference, for messages.
+    watch: Check of the preferences; None makes one.
   """
   if samples < 2:
     raise ValueError(f"a tournament needs at least 2 samples per prompt, got {samples}")
-  watch = checks.Watch(judge)
+  watch = watch or checks.Watch("the judge")
 
   def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
     ids = prompt_ids[::samples]

@@ -1,7 +1,7 @@
 """Judge behind an OpenAI-compatible HTTP API, as a reward and as a preference.
 
 It is asked by `POST URL/chat/completions`, as vLLM, SGLang, llama.cpp and hosted models are. A
-reply without a number or a letter gives NaN.
+reply without a number or a letter is asked for again, and else gives NaN.
 """
 
 import concurrent.futures
@@ -30,9 +30,10 @@ from rlhf_jax.rewards.preferences import TextPreference
 
 BEST = 10.0  # Score of the best response; that of the worst one is 0.
 _LONGEST_REPLY = 2**20  # Bytes.
-_LATER = (408, 409, 425, 429)  # Statuses, besides those of 500 and above, that may pass.
+_LATER = (408, 409, 425)  # Statuses, besides 429 and those of 500 and above, that may pass.
 _KEY = "key_variable names the environment variable with the key"
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 8.0  # Seconds between two tries.
+_FIRST_LIMITED, _LONGEST_LIMITED = 15.0, 120.0  # The same for a service that limits requests.
 
 _SCORE = """Judge the response of an assistant to a prompt. Is it right, helpful, clear, harmless?
 
@@ -81,7 +82,9 @@ class Service:
     model: Name of the model.
     key_variable: Environment variable with the API key; empty sends none.
     request_timeout: Seconds that a request may take.
-    retries: Number of further tries of a request that failed.
+    retries: Number of further tries of a request that failed, or whose reply cannot be read, which
+      are at temperature 1. They follow within seconds, or after 15 seconds, 30 and so on up to two
+      minutes where the service limits requests, or after the time that it asks for.
     workers: Number of requests at the same time.
   """
 
@@ -117,40 +120,65 @@ class Service:
   def _key(self) -> str:
     return os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
 
-  def ask(self, texts: Sequence[str]) -> list[str | None]:
+  def ask(
+    self, texts: Sequence[str], is_readable: Callable[[str], bool] = lambda reply: True
+  ) -> list[str | None]:
     """Returns the reply to each text; None where no try had one.
+
+    Args:
+      texts: Texts of the requests.
+      is_readable: Function that returns False for a reply that is asked for again.
 
     Raises:
       ServiceError: The service refuses, or more than `checks.MAX_SHARE` of the texts have no reply.
+        The texts that are left are then not asked about.
     """
+    ended = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(self.workers, "judge")
+    lost: list[str] = []
     try:
-      replies = [*pool.map(self._reply, texts)]
-    finally:  # After an error the others are not waited for longer than their tries take.
+      asked = [pool.submit(self._reply, text, is_readable, ended) for text in texts]
+      for done in concurrent.futures.as_completed(asked):
+        if isinstance(error := done.result(), Exception):
+          lost.append(str(error))
+        if len(lost) > checks.MAX_SHARE * len(texts):
+          raise ServiceError(
+            f"{self.url}: {len(lost)} of {len(texts)} requests failed, more than"
+            f" {checks.MAX_SHARE:.0%}, each in {1 + self.retries} tries of at most"
+            f" {self.request_timeout:g} seconds; the last one: {lost[-1]}; see that the service"
+            " runs, raise retries or request_timeout, or lower workers"
+          )
+    finally:  # After an error the others are not waited for longer than their present try takes.
+      ended.set()
       pool.shutdown(cancel_futures=True)
-    lost = [str(reply) for reply in replies if isinstance(reply, Exception)]
-    if len(lost) > checks.MAX_SHARE * len(texts):
-      raise ServiceError(
-        f"{self.url}: {len(lost)} of {len(texts)} requests failed, each in {1 + self.retries}"
-        f" tries; the last one: {lost[-1]}"
-      )
     if lost:
       logging.warning("%s: %d of %d requests failed: %s", self.url, len(lost), len(texts), lost[-1])
+    replies = [done.result() for done in asked]
     return [None if isinstance(reply, Exception) else reply for reply in replies]
 
-  def _reply(self, text: str) -> str | Exception:
-    """Returns the reply to a text, or the error of the last try."""
-    error = Exception()
+  def _reply(
+    self, text: str, is_readable: Callable[[str], bool], ended: threading.Event
+  ) -> str | Exception:
+    """Returns the last reply to a text, or the last error if there is none; see `ask`."""
+    found: str | Exception = Exception()
+    wait = 0.0
     for i in range(1 + self.retries):
-      if i:
-        time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (i - 1)))
-      try:
-        return self._try(text)
-      except (OSError, http.client.HTTPException, _UnreadableError) as caught:
-        error = caught if str(caught) else type(caught)(type(caught).__name__)
-    return error
+      if ended.wait(wait):
+        break
+      try:  # At 0 the reply would be the same again.
+        found = self._try(text, temperature=float(isinstance(found, str)))
+        if is_readable(found):
+          break
+        wait = 0.0
+      except (OSError, http.client.HTTPException, _UnreadableError) as error:
+        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2**i)
+        if isinstance(error, _LimitedError):
+          wait = min(_LONGEST_LIMITED, error.wait or _FIRST_LIMITED * 2**i)
+        if isinstance(found, Exception):
+          found = error if str(error) else type(error)(type(error).__name__)
+    return found
 
-  def _try(self, text: str) -> str:
+  def _try(self, text: str, temperature: float) -> str:
     """Sends a request once, and follows no redirect: a key is for one host."""
     parts = urllib.parse.urlsplit(self.url)
     address: dict[str, Any] = {
@@ -162,7 +190,8 @@ class Service:
       connection = http.client.HTTPSConnection(**address, context=ssl.create_default_context())
     else:
       connection = http.client.HTTPConnection(**address)
-    body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0}
+    messages = [{"role": "user", "content": text}]
+    body = {"model": self.model, "messages": messages, "temperature": temperature}
     headers = {"Content-Type": "application/json"}
     key = self._key()
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -176,6 +205,7 @@ class Service:
       connection.request("POST", path, json.dumps(body).encode(), headers)
       with connection.getresponse() as response:
         status, content, place = response.status, b"", response.getheader("Location", "")
+        pause = response.getheader("Retry-After", "")
         while part := response.read1(2**16):
           content += part
           if len(content) > _LONGEST_REPLY:
@@ -196,6 +226,8 @@ class Service:
     if status == 200:
       return _content(content)
     problem = f"status {status}: {content[:200].decode(errors='replace')}"
+    if status == 429 or (pause and status == 503):
+      raise _LimitedError(problem, pause)
     if status >= 500 or status in _LATER:
       raise _UnreadableError(problem)
     fixes = {401: _KEY, 403: _KEY, 404: "url ends before /chat/completions, often in /v1"}
@@ -214,6 +246,18 @@ def _shut(connection: http.client.HTTPConnection) -> None:
 
 class _UnreadableError(Exception):
   """An answer that may be another one at the next try."""
+
+
+class _LimitedError(_UnreadableError):
+  """An answer that asks to wait.
+
+  Attributes:
+    wait: Seconds that the service asks for; 0 if it gives no number.
+  """
+
+  def __init__(self, problem: str, pause: str):
+    super().__init__(problem)
+    self.wait = float(pause) if re.fullmatch(r"\d{1,9}(\.\d+)?", pause) else 0.0
 
 
 def _content(body: bytes) -> str:
@@ -249,7 +293,7 @@ def _read(
   service: Service, texts: Sequence[str], read: Callable[[str], float], wanted: str
 ) -> np.ndarray:
   """Returns what is read in the reply to each text."""
-  replies = service.ask(texts)
+  replies = service.ask(texts, lambda reply: not math.isnan(read(reply)))
   values = np.array([math.nan if reply is None else read(reply) for reply in replies], np.float32)
   if strange := [r for r, x in zip(replies, values, strict=True) if r is not None and x != x]:
     logging.warning(

@@ -194,6 +194,24 @@ def test_bad_rows_name_the_line_and_can_be_skipped(tmp_path):
   assert (train.report["kept"], train.report["bad_rows"]) == (5, 2)
 
 
+def test_rows_that_fail_a_check_are_bad_rows(tmp_path):
+  def check(row):
+    if "answer" not in row:
+      raise DataError("answer: missing")
+
+  rows = [{**row, "answer": 1} for row in prompts(6)]
+  del rows[4]["answer"]
+  path = write(tmp_path, rows)
+  with pytest.raises(DataError, match=r"rows\.jsonl:5: answer: missing; .*data\.bad_rows$"):
+    data.load("prompts", DataConfig(path), TOKENIZER, checks={"x": check})
+  for options in ({}, {"eval_path": path}, {"eval_sets": (f"a={path}",)}):
+    config = DataConfig(path, bad_rows=3, **options)
+    train, heldout = data.load("prompts", config, TOKENIZER, checks={"x": check})
+    for part in (train, heldout, *heldout.named.values()):
+      assert part.checked == ("x",) and all("answer" in row for row in part.rows)
+  assert train.report["bad_rows"] == 2
+
+
 def test_bad_bytes_count_as_bad_rows(tmp_path):
   path = tmp_path / "rows.jsonl"
   path.write_bytes(b'{"prompt": "w1"}\n{"prompt": "\xff"}\n{"prompt": "w2"}\n{"pro')

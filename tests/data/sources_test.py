@@ -198,9 +198,9 @@ def test_tokens_of_tfds_are_kept_for_the_files_of_their_split(tfds_dir, tmp_path
   change("dataset_info.json")
   read()
   assert len(reads) == 3
-  key = datasets._key("prompts", config, tokenizer)
+  key = datasets._key("prompts", config, tokenizer, {})
   change("*train.array_record*")
-  assert datasets._key("prompts", config, tokenizer) != key
+  assert datasets._key("prompts", config, tokenizer, {}) != key
 
 
 def test_tfds_errors(tfds_dir):

@@ -191,6 +191,15 @@ def test_other_rows_or_settings_are_read_anew(tmp_path, read, monkeypatch, chang
   assert found == both(kind, config, tokenizer)
 
 
+def test_rows_are_read_anew_with_other_checks(tmp_path, read):
+  config, cache = DataConfig(write(tmp_path, ROWS["prompts"])), tmp_path / "tokens"
+  for names in ([], ["x"], ["x"], ["x", "y"]):
+    checks = dict.fromkeys(names, lambda row: None)
+    for dataset in data.load("prompts", config, TOKENIZER, cache=cache, checks=checks):
+      assert dataset.checked == tuple(names)
+  assert len(read) == len(files_in(cache)) == 3
+
+
 def test_a_file_of_the_same_content_keeps_its_tokens(tmp_path, read, monkeypatch):
   for name in "ab":
     (tmp_path / name).mkdir()

@@ -51,3 +51,11 @@ def test_no_more_than_two_batches_in_a_row(batches, stops_at):
       return
     watch.check(scores)
   assert stops_at is None
+
+
+def test_a_judge_at_an_address_may_lose_a_few_of_each_batch():
+  watch = checks.Watch(JUDGE, remote=True)
+  for _ in range(9):
+    watch.check(np.where(np.arange(20) < 2, NAN, 1.0))
+  with pytest.raises(checks.UnusableScoresError, match=f"^{JUDGE}: 3 of 20.*another model at url"):
+    watch.check(np.where(np.arange(20) < 3, NAN, 1.0))

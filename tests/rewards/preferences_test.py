@@ -163,7 +163,8 @@ def test_a_match_without_a_preference_does_not_count():
   scores = np.reshape(rewards.tournament_reward(prefer, 3)(rollout, np.repeat(ids, 3)), (8, 3))
   np.testing.assert_array_equal(scores[5], [np.nan, 1, 0])
   np.testing.assert_array_equal(np.delete(scores, 5, axis=0), np.tile([1, 0.5, 0], (7, 1)))
-  broken = rewards.tournament_reward(lambda a, b, ids: np.full(8, np.nan), 3, "--judge")
+  watch = rewards.Watch("--judge")
+  broken = rewards.tournament_reward(lambda a, b, ids: np.full(8, np.nan), 3, watch)
   with pytest.raises(rewards.UnusableScoresError, match="^--judge: 24 of 24"):
     broken(rollout, np.repeat(ids, 3))
   with pytest.raises(ValueError, match="at least 2 samples per prompt, got 1"):

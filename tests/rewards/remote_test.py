@@ -21,6 +21,7 @@ ANSWERS = ["3", "ten", "7.5", "0"]
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
   monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+  monkeypatch.setattr(remote, "_FIRST_LIMITED", 0.05)
 
 
 def answer_in(text):
@@ -55,20 +56,62 @@ def once(failure):
 def test_what_fails_once_is_tried_again(failure):
   with serving(once(failure)) as (url, seen, _):
     np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
-  assert len(seen) == 8
+  assert len(seen) == 8 + 1, "each once more, and again the one that cannot be read"
 
 
 def test_a_service_that_keeps_failing():
   with serving(lambda text, nth: (503, b"away")) as (url, seen, _):
-    with pytest.raises(rewards.ServiceError, match="4 of 4 requests failed.*3 tries.*503: away"):
+    with pytest.raises(rewards.ServiceError, match="1 of 4 requests failed.*3 tries.*503: away"):
       score(url)
-  assert len(seen) == 12
-  with pytest.raises(rewards.ServiceError, match="4 of 4 requests failed.*efused") as caught:
+  assert 3 <= len(seen) <= 12
+  with pytest.raises(rewards.ServiceError, match="1 of 4 requests failed.*efused") as caught:
     score(url)  # Nobody listens there any more.
   assert caught.value.exit_code == 69
   with serving(lambda text, nth: "5", delay=0.5) as (url, _, _):
     with pytest.raises(rewards.ServiceError, match="timed out"):
       score(url, request_timeout=0.05, retries=0)
+
+
+def test_a_service_that_hangs_is_not_asked_about_the_whole_batch():
+  """With more than a tenth lost the batch is, and the message names what bounds the requests."""
+  texts, options = [f"[Response]\n{i}" for i in range(80)], {"workers": 4, "retries": 1}
+  with serving(lambda text, nth: "5", delay=0.4) as (url, seen, _):
+    service = rewards.Service(url, "tiny", request_timeout=0.1, **options)
+    with pytest.raises(rewards.ServiceError) as caught:
+      service.ask(texts)
+    assert len(seen) <= 2 * (9 + 4)
+  for part in ("9 of 80 requests", "10%", "2 tries", "0.1 sec", "retries or request_t", "workers"):
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("asked", [0.3, 0.5])
+def test_a_service_that_asks_to_wait(status, asked):
+  limited = (status, b"slow down", {"Retry-After": asked})
+  start = time.monotonic()
+  with serving(once(limited)) as (url, seen, _):
+    np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
+  assert len(seen) == 8 + 1 and asked <= time.monotonic() - start < asked + 5
+
+
+@pytest.mark.parametrize("header", [{}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}])
+def test_a_limit_is_waited_for_longer_than_a_failure(header, monkeypatch):
+  limited = lambda text, nth: (429, b"", header) if nth < 4 else "5"  # noqa: E731
+  start = time.monotonic()
+  with serving(limited) as (url, _, _):
+    np.testing.assert_array_equal(score(url, retries=3), np.full(4, 5, np.float32))
+  assert time.monotonic() - start >= 0.05 + 0.1 + 0.2
+  monkeypatch.undo()
+  waits = [min(remote._LONGEST_LIMITED, remote._FIRST_LIMITED * 2**i) for i in range(3)]
+  assert sum(waits) > 60, "a limit of each minute is waited out by the default of retries"
+
+
+def test_a_service_that_asks_to_wait_for_a_day_is_tried_sooner(monkeypatch):
+  monkeypatch.setattr(remote, "_LONGEST_LIMITED", 0.1)
+  start = time.monotonic()
+  with serving(once((429, b"", {"Retry-After": 86400}))) as (url, _, _):
+    np.testing.assert_array_equal(score(url)[2:], [7.5, 0])
+  assert time.monotonic() - start < 5
 
 
 def test_a_service_that_answers_a_few_bytes_at_a_time():
@@ -155,7 +198,18 @@ def test_both_orders_make_a_preference():
     a, b = zip(*pairs, strict=True)
     found = rewards.ask(prefer, PROMPTS, list(a), list(b), rows=ROWS)
   np.testing.assert_array_equal(found, np.array([1, 0, 0.5, np.nan], np.float32))
-  assert len(seen) == 8
+  assert len(seen) == 8 + 2 * 3, "the pair without a letter is asked about again"
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again():
+  replies = ["I cannot judge this.", (500, b""), "8"]
+  with serving(lambda text, nth: replies[nth - 1]) as (url, seen, _):
+    np.testing.assert_array_equal(score(url), np.full(4, 8, np.float32))
+  temperatures = [body["temperature"] for _, _, body in seen]
+  assert temperatures.count(0) == 4 and temperatures.count(1) == 8
+  with serving(lambda text, nth: [*replies[:2], None][nth - 1]) as (url, seen, _):
+    np.testing.assert_array_equal(score(url), np.full(4, np.nan, np.float32))
+  assert len(seen) == 12, "a reply that cannot be read is no request that was lost"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,10 @@ import time
 
 @contextlib.contextmanager
 def serving(reply, delay=0.0):
-  """Serves `(text, try) -> reply`, text or (status, body); yields its address and its requests."""
+  """Serves `(text, try) -> reply`, text or (status, body, [headers]).
+
+  Yields its address and its requests.
+  """
   seen, tries, busy, lock = [], {}, [0, 0], threading.Lock()
 
   class Handler(http.server.BaseHTTPRequestHandler):
@@ -30,10 +33,12 @@ def serving(reply, delay=0.0):
       if answer is None:  # Closed without an answer.
         self.connection.shutdown(socket.SHUT_RDWR)
         return
-      status, content = answer if isinstance(answer, tuple) else (200, completion(answer))
+      answer = answer if isinstance(answer, tuple) else (200, completion(answer))
+      status, content, *headers = answer
       with contextlib.suppress(OSError):
         self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
+        for name, value in {"Content-Length": len(content), **(headers or [{}])[0]}.items():
+          self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(content)
 

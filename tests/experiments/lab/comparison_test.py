@@ -1,5 +1,6 @@
 """Metrics of policies on held-out prompts: intervals, the best-of-n line, diversity."""
 
+import itertools
 import math
 
 import numpy as np
@@ -32,6 +33,41 @@ def test_intervals_are_over_prompts_and_not_over_samples():
   assert "reward/accuracy" not in found
 
 
+def test_each_prompt_counts_with_its_usable_samples():
+  """Each prompt has samples that are unusable, and only the one without any other is left out."""
+  rng = np.random.default_rng(0)
+  own, start = rng.normal(size=(2, 24, 16))
+  for values in (own, start):
+    values[:, 3] = values[rng.random(values.shape) < 0.05] = np.nan
+  own[7] = np.nan
+  means, wins = [], []
+  for mine, others in zip(own, start, strict=True):
+    if pairs := [a > b for a in mine for b in others if not math.isnan(a + b)]:
+      means.append(np.mean(mine[np.isfinite(mine)]))
+      wins.append(np.mean(pairs))
+  before, after = (samples_of({"reward": values.ravel()}) for values in (start, own))
+  found = comparison.intervals(before, after, 16)
+  assert found["reward/prompts"] == len(means) == 23
+  for name, values in (("mean", means), ("win_rate", wins)):
+    ends = [found[f"reward/{name}{end}"] for end in ("", "_low", "_high")]
+    np.testing.assert_allclose(ends, evaluation.mean(np.array(values)))
+
+
+def test_a_reward_that_a_policy_lacks_is_missing_from_its_table_and_chart(capsys):
+  fine = samples_of({"reward": np.arange(6.0)})
+  metrics = {"start": comparison.intervals(fine, fine, 2)}
+  broken = samples_of({"reward": np.full(6, np.nan)})
+  metrics["broken"] = comparison.intervals(fine, broken, 2)
+  lines = comparison.best_of_n(fine, 2)
+  for order in (["start", "broken"], ["broken", "start"]):
+    of = {name: metrics[name] for name in order}
+    (chart,) = comparison.frontier(of, lines, order[0])
+    assert [point.label for point in chart.points] == ["start"]
+    comparison.show(of, ["reward"])
+    assert "–" in capsys.readouterr().err
+  assert comparison.best_of_n(broken, 2) == {}
+
+
 def test_agreement_of_proxy_and_gold():
   before = samples_of({"reward": np.zeros(6), "gold": np.zeros(6)})
   after = samples_of(
@@ -49,6 +85,24 @@ def test_best_of_n_line_is_chosen_by_the_proxy():
   np.testing.assert_allclose(lines["gold"].y, [1.5, 3, 6])
   np.testing.assert_allclose(lines["gold"].x, [0, math.log(2) - 0.5, math.log(4) - 0.75])
   assert comparison.best_of_n(samples_of({"gold": gold.ravel()}), 1) == {}
+
+
+def test_best_of_n_draws_no_unusable_sample():
+  """All draws of a prompt with a usable sample count, by the best one that is usable in each."""
+  rng = np.random.default_rng(0)
+  proxy, gold = rng.normal(size=(2, 5, 4))
+  proxy[0, :2], proxy[1, 1:], proxy[2] = np.nan, np.nan, np.nan
+  lines = comparison.best_of_n(samples_of({"reward": proxy.ravel(), "gold": gold.ravel()}), 4)
+  for at, n in enumerate((1, 2, 4)):
+    expected = []
+    for row in (0, 1, 3, 4):
+      picks = []
+      for draw in itertools.combinations(range(4), n):
+        if fine := [i for i in draw if np.isfinite(proxy[row, i])]:
+          picks.append(max(fine, key=lambda i: proxy[row, i]))
+      expected.append([np.mean(x[row, picks]) for x in (proxy, gold)])
+    found = [lines[name].y[at] for name in ("reward", "gold")]
+    np.testing.assert_allclose(found, np.mean(expected, axis=0))
 
 
 def test_diversity_across_and_per_input():

@@ -61,8 +61,16 @@ def test_answers_side_by_side_with_and_without_a_reward(rewards):
   values = {name: np.array([value]) for name, value in rewards.items()}
   one = np.ones(1)
   samples = evaluating.Samples(["p"], ["r"], values, kl=one, lengths=one, ended=one)
-  (row,) = evaluating.side_by_side(samples, samples)
-  assert row["start"] == row["trained"] == ("r  [gold 2.00]" if rewards else "r")
+  (row,) = evaluating.answers({"start": samples, "trained": samples})
+  answer = "r  [gold 2.00]" if rewards else "r"
+  assert row == {"prompt": "p", "start": answer, "trained": answer}
+
+
+def test_the_first_answers_to_the_first_prompts():
+  texts = {"prompts": [f"p{i // 2}" for i in range(12)], "responses": [f"r{i}" for i in range(12)]}
+  drawn = evaluating.Samples(**texts, rewards={}, kl=None, lengths=None, ended=None)
+  rows = evaluating.answers({"a": drawn}, 2)
+  assert rows == [{"prompt": f"p{i}", "a": f"r{2 * i}"} for i in range(4)]
 
 
 def test_two_judged_policies():
@@ -72,20 +80,22 @@ def test_two_judged_policies():
 
   before = samples(np.array([0.0, 0, 0, 0]), np.zeros(4))
   after = samples(np.array([1.0, 1, 1, -1]), np.ones(4))
-  metrics = evaluating.compare(before, after)
+  metrics = evaluating.means(before, after) | evaluating.win_rates(before, after)
   assert (metrics["gold/mean"], metrics["gold/mean_before"]) == (0.5, 0.0)
   assert metrics["gold/win_rate"] == 0.75
   assert metrics["gold/win_rate_low"] < 0.75 < metrics["gold/win_rate_high"]
   assert (metrics["kl"], metrics["length"], metrics["eos_fraction"]) == (1.0, 2.0, 0.5)
-  table = evaluating.comparison_table(before, after)
+  table = evaluating.comparison_table(metrics, before)
   assert table["gold (mean)"] == {"start": 0.0, "trained": 0.5}
+  assert table["gold: win rate against the start"] == {"trained": 0.75}
   assert table["KL to the start, nats"]["trained"] == 1.0
+  assert table["ended by itself"] == {"start": 0.5, "trained": 0.5}
   assert not [name for name in (*metrics, *table) if "viola" in name]
   verdicts = [np.arange(4) < n for n in (1, 3)]
   judged = [of._replace(satisfied=x) for of, x in zip((before, after), verdicts, strict=True)]
-  metrics = evaluating.compare(*judged)
+  metrics = evaluating.means(*judged) | evaluating.win_rates(*judged)
   assert (metrics["reward/violations"], metrics["reward/violations_before"]) == (0.25, 0.75)
-  table = evaluating.comparison_table(*judged)
+  table = evaluating.comparison_table(metrics, judged[0])
   assert table["violates a constraint"] == {"start": 0.75, "trained": 0.25}
 
 

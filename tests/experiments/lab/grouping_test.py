@@ -55,6 +55,20 @@ def test_a_column_without_groups_is_refused(values, column, message):
     grouping.groups_of(heldout(*values), config(column))
 
 
+def test_a_group_has_all_prompts_with_a_usable_sample(capsys):
+  groups, values = ["a", "b"] * 6, np.random.default_rng(0).normal(size=(12, 4))
+  values[:, 2] = values[3] = np.nan
+  texts = [""] * values.size
+  drawn = evaluating.Samples(
+    texts, texts, {"gold": values.ravel()}, *(np.ones(values.size) for _ in range(3))
+  )
+  by_group, together = grouping.of_policy(drawn, drawn, groups, 4)
+  means = [np.mean([np.nanmean(row) for row in values[i::2] if row[0] == row[0]]) for i in (0, 1)]
+  np.testing.assert_allclose([by_group[name]["gold/mean"] for name in "ab"], means)
+  assert [by_group[name]["gold/prompts"] for name in "ab"] == [6, 5]
+  assert together["gold/worst_group"] == pytest.approx(min(means))
+
+
 def samples(seed, rows):
   rng = np.random.default_rng(seed)
   texts = [str(i) for i in range(rows)]
@@ -68,7 +82,7 @@ def samples(seed, rows):
 def test_a_group_without_a_usable_reward(count, capsys):
   groups = ["a", "b", "b", "c", "c", "b", "c"]
   before, after = (samples(seed, count * len(groups)) for seed in (0, 1))
-  (after if count == 1 else before).rewards["gold"][0] = np.nan
+  (after if count == 1 else before).rewards["gold"][:count] = np.nan
   metrics = {"start": {}, "policy": {}}
   found = grouping.of_policies(metrics, {"start": before, "policy": after}, groups, count)
   of_a = found["groups"]["policy"]["a"]
@@ -83,7 +97,7 @@ def test_a_group_without_a_usable_reward(count, capsys):
 def test_metrics_of_a_policy_by_group_match_loops(count):
   groups = ["a", "b", "a", "c", "b", "b", "a", "d"]
   before, after = (samples(seed, count * len(groups)) for seed in (0, 1))
-  after.rewards["gold"][2 * count] = np.nan  # Leaves out the third prompt, of group a.
+  after.rewards["gold"][2 * count : 3 * count] = np.nan  # Leaves out the third prompt, of a.
   by_group, together = grouping.of_policy(before, after, groups, count)
   means = {}
   for name in "abcd":

@@ -132,11 +132,11 @@ def test_a_judge_at_an_address(open_bench):
     words = ["--workdir=it", "--init_from=sft", *words, "--reward.weights=2,0.5"]
     options = read_configs("experiments.grpo", words)[1].reward
     reward = judges.open_reward(bench.run, options, *opened)(train_set)
-    assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}"
+    assert judges.name_of(reward) == f"--reward.name=filler --reward.url={url}" and reward.remote
     result = rewards.parts_of(reward(rollout, ids))
     options = judges.PreferenceOptions(url=url, model="tiny")
     prefer = judges.open_preference(bench.run, options, *opened)(train_set)
-    assert judges.name_of(prefer) == f"--preference.url={url}"
+    assert judges.name_of(prefer) == f"--preference.url={url}" and prefer.remote
     probabilities = prefer(rollout, rollout_of(bench.tokenizer.encode_responses(texts[::-1])), ids)
   np.testing.assert_allclose(result.scores, [6, 1])
   np.testing.assert_allclose(result.named["judge"], [8, 2])
@@ -178,11 +178,33 @@ def test_the_gold_reward_is_that_of_the_built_in_task(open_bench):
 
 
 def test_a_reward_reads_the_rows_of_its_prompts(open_bench):
-  bench = open_bench("grpo", "prompts", "--reward.name=exact_answer")
-  with pytest.raises(Exception, match="answer: missing"):
-    bench.open_reward()(bench.train_set)
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  options = judges.RewardOptions(name="exact_answer")
+  reward_of = judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
+  with pytest.raises(data.DataError, match="answer: missing"):
+    reward_of(bench.train_set)
   rows = [{**row, "answer": "7"} for row in bench.train_set.rows]
-  bench.open_reward()(bench.train_set._replace(rows=rows))
+  rollout = rollout_of(bench.tokenizer.encode_responses(["bad ."]))
+  np.testing.assert_array_equal(reward_of(bench.train_set._replace(rows=rows))(rollout, [0]), [0])
+
+
+def test_a_row_without_a_reference_is_refused_before_a_reward_is_paid(open_bench, tmp_path):
+  """Wherever it is: by its line as prompts are read, and else as the reward is opened."""
+  rows = [{"prompt": "write " * n, "answer": str(n)} for n in range(1, 31)]
+  rows[20]["answer"] = "N/A"
+  path = tmp_path / "rows.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  words = ("--reward.name=exact_answer", f"--data.path={path}")
+  with pytest.raises(data.DataError, match=r"rows\.jsonl:21: answer: no number.*data\.bad_rows$"):
+    open_bench("grpo", "prompts", *words)
+  bench = open_bench("grpo", "prompts", *words, "--data.bad_rows=1")
+  reward_of = bench.open_reward()
+  reward_of(bench.train_set)
+  unread = bench.train_set._replace(rows=rows, checked=())
+  unread.rows[20]["prompt_text"] = "how many"
+  message = "^--reward.name=exact_answer: the row of the prompt 'how many': answer: no number"
+  with pytest.raises(data.DataError, match=message):
+    reward_of(unread)
 
 
 def test_a_reward_is_not_tried_without_prompts(open_bench, monkeypatch):
@@ -235,6 +257,11 @@ def test_a_reward_that_is_no_number_stops_a_run(open_bench, monkeypatch):
   values[:] = 1
   calls.clear()
   run()
+  values[3] = np.nan  # A judge at an address may have a few of them in every batch.
+  calls.clear()
+  run = Sampled(bench, judge._replace(remote=True), monkeypatch)
+  for _ in range(5):
+    run()
 
 
 def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_bench, monkeypatch):
@@ -269,7 +296,8 @@ def test_each_of_several_rewards_is_a_metric_and_is_named_when_it_fails(open_ben
 def test_judges_are_named_by_their_flags(open_bench):
   bench = open_bench("grpo", "prompts", "--preference.name=expert")
   named = bench.open_preference()(bench.train_set)
-  assert judges.name_of(named) == "--preference.name=expert"
+  assert judges.name_of(named) == "--preference.name=expert" and not named.remote
+  assert judges.like(named._replace(remote=True), min) == (named.name, min, True)
   scores = bench.open_scores()
   assert judges.name_of(scores.score_of(bench.train_set)) == named.name
   assert scores.reward_of is None

@@ -59,12 +59,9 @@ def make_batch(
     samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
-  log_ratios = jnp.sum(old - ref, axis=1)
+  log_ratios = masked.masked_sum(rollout.logprobs - ref_logprobs, mask, axis=1)
   satisfied = jnp.ones_like(finite) if satisfied is None else satisfied
-  rewards = shaping.constrained_reward(
-    jnp.where(finite, scores, 0.0), satisfied, log_ratios, kl_max=config.kl_max
-  )
+  rewards = shaping.constrained_reward(scores, satisfied, log_ratios, kl_max=config.kl_max)
   batch, metrics = groups.compare_responses(
     rollout,
     jnp.where(finite, rewards, jnp.nan),

@@ -53,9 +53,8 @@ def make_batch(
     samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
   rewards = policy_gradient.kl_shaped_rewards(
-    jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
+    scores, rollout.logprobs, ref_logprobs, mask, kl_coef=config.kl_coef
   )
   totals = jnp.where(finite, jnp.sum(rewards, axis=1), jnp.nan)
   batch, metrics = groups.compare_responses(

@@ -435,17 +435,31 @@ def open(
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
-    # Params below adapters are not trained.
-    frozen = config.lora.rank > 0
-    model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
-    start = first if frozen else models.freeze(run, config.model, first)
-    # Losses of given responses compute no logits of prompts.
     scored = scored_tokens(config, [train_set, *further.values()])
-    model = model._replace(apply=functools.partial(model.apply, scored=scored))
+    model, start, initial = place(run, config, folder, tokenizer, head, scored)
     sets = train_set, heldout
-    initial = None if start is first else first
     yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial)
     save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def place(
+  run: loop.Run,
+  config: Any,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  head: Head,
+  scored: int,
+) -> tuple[Model, Params, Params | None]:
+  """Opens `model`, `start` and `initial` of a workbench.
+
+  Losses of given responses compute logits of `scored` tokens, the most of a response, and not of
+  the prompt.
+  """
+  frozen = config.lora.rank > 0  # Params below adapters are not trained.
+  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+  start = first if frozen else models.freeze(run, config.model, first)
+  model = model._replace(apply=functools.partial(model.apply, scored=scored))
+  return model, start, None if start is first else first
 
 
 def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:

@@ -19,7 +19,7 @@ import dataclasses
 
 import numpy as np
 
-from rlhf_jax import data, entry, loop, reporting, rewards, sharding
+from rlhf_jax import data, entry, loop, ranges, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .lab import given_rows, judges, limits, models
@@ -46,9 +46,7 @@ class Config:
   reward: judges.RewardOptions = judges.RewardOptions()
 
   def __post_init__(self):
-    for name in ("limit", "batch_size"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    ranges.check(self, at_least_one=("limit", "batch_size"))
 
 
 def generate(session: loop.Session, config: Config) -> list[dict[str, str | float]]:

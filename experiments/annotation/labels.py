@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, flags, loop, ranges, reporting
 from rlhf_jax.data import DataConfig
 from . import agreement
 from .items import Item, read_items
@@ -25,8 +25,7 @@ class LabelConfig:
   data: DataConfig = DataConfig()
 
   def __post_init__(self):
-    if self.limit < 0:
-      raise ValueError(f"limit must not be negative, got {self.limit}")
+    ranges.check(self, non_negative=("limit",))
 
 
 def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:

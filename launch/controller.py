@@ -19,7 +19,7 @@ from . import sweep_report, trials
 from .space import Flags, Space, SweepError, check_flags, flag, refuse_twice
 
 # Exit code of the scripts, and of the sweep, for "stopped and saved; start again to continue".
-PREEMPTED = 75
+PREEMPTED = os.EX_TEMPFAIL
 # Exit codes of a process that was stopped from outside.
 _INTERRUPTED = {PREEMPTED, trials.LOST} | {
   -number for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP, signal.SIGINT)

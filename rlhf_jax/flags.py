@@ -38,8 +38,6 @@ from rlhf_jax import workdir as workdir_lib
 # A flag belongs to the script that calls `define`, whose --help then lists it.
 flags.disclaim_key_flags()
 
-EX_USAGE = 64  # sysexits.h
-
 T = TypeVar("T")
 _Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
 
@@ -48,7 +46,7 @@ class UsageError(app.UsageError):
   """The command line asks for something impossible. The message names the flag and the fix."""
 
   def __init__(self, message: str):
-    super().__init__(message, exitcode=EX_USAGE)
+    super().__init__(message, exitcode=os.EX_USAGE)
 
 
 class UnknownFlagError(UsageError):

@@ -41,13 +41,13 @@ _SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
 class WorkdirError(RuntimeError):
   """A workdir holds another run, or is no folder of a file system."""
 
-  exit_code = 78  # EX_CONFIG
+  exit_code = os.EX_CONFIG
 
 
 class LostError(RuntimeError):
   """The run directory was removed or replaced while this process worked in it."""
 
-  exit_code = 74  # EX_IOERR
+  exit_code = os.EX_IOERR
 
 
 def local_path(path: epath.PathLike) -> pathlib.Path:

@@ -6,6 +6,7 @@ field. A row that is silently wrong costs more than a run that does not start.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ _UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 class DataError(ValueError):
   """Data that cannot be used. The message is "where: field: problem; fix"."""
 
-  exit_code = 65  # sysexits.h: EX_DATAERR
+  exit_code = os.EX_DATAERR
 
 
 class Row(NamedTuple):

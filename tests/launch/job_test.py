@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 
 import pytest
@@ -171,7 +172,7 @@ def test_a_bucket_needs_no_mount_where_hosts_lose_their_disks():
 
 
 def test_codes_are_those_of_the_scripts():
-  from rlhf_jax import checkpoint, flags, loop
+  from rlhf_jax import checkpoint, loop
   from rlhf_jax import workdir as workdir_lib
   from rlhf_jax.data import sources
 
@@ -181,5 +182,5 @@ def test_codes_are_those_of_the_scripts():
     *(workdir_lib.WorkdirError, workdir_lib.LockedError, loop.NumericsError, sources.DataError),
   }
   assert {error.exit_code for error in tried_again} == set(jobs.RETRIED)
-  for code in (flags.EX_USAGE, *(error.exit_code for error in stay)):
+  for code in (os.EX_USAGE, *(error.exit_code for error in stay)):
     assert code not in jobs.RETRIED and code < jobs.FIRST_SIGNAL

@@ -57,7 +57,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.cgpo.parts, shaping=self.shaping, group=2)
+    responses.check(self, parts=self.cgpo.parts, group=2)
     if self.shaping != ShapingConfig(
       "par", self.shaping.reference_samples, missing_eos_penalty=0.0
     ):

@@ -93,10 +93,10 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(make_step)
 
 
-def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
-  """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities of pairs under the reference."""
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., jax.Array]:
+  """Jitted `(params, rows) -> [B, 2]`, log-probabilities of pairs under the reference."""
   read = pairs.make_read_pairs(bench.model.apply, bench.config.pairs)
-  return jax.jit(lambda params, rows: {"ref": read(params, rows).totals})
+  return jax.jit(lambda params, rows: read(params, rows).totals)
 
 
 def programs(case: Case) -> None:

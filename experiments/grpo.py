@@ -52,7 +52,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.grpo.parts, shaping=self.shaping, group=2)
+    responses.check(self, parts=self.grpo.parts, group=2)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -87,10 +87,9 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(functools.partial(kto.make_kto_step, config=bench.config.kto))
 
 
-def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
-  """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities under the reference."""
-  apply_fn = bench.model.apply
-  return jax.jit(lambda params, rows: {"ref": kto.read_responses(apply_fn, params, rows)})
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., jax.Array]:
+  """Jitted `(params, rows) -> [B, 2]`, log-probabilities under the reference."""
+  return jax.jit(functools.partial(kto.read_responses, bench.model.apply))
 
 
 def programs(case: Case) -> None:

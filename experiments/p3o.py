@@ -50,7 +50,7 @@ class Config(JudgedConfig):
     if self.sampling.samples_per_prompt % 2:
       raise ValueError("sampling.samples_per_prompt must be even: responses are compared in pairs")
     pairs = self.sampling.samples_per_prompt // 2
-    responses.check(self, parts=self.p3o.parts, shaping=self.shaping, kept=pairs)
+    responses.check(self, parts=self.p3o.parts, kept=pairs)
     if self.rollout.importance_cap:
       raise ValueError(
         "rollout.importance_cap weighs tokens, and p3o compares responses; leave it at 0, without"

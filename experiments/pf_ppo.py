@@ -52,7 +52,7 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     kept = self.pf_ppo.kept
-    responses.check(self, parts=self.pf_ppo.parts, shaping=self.shaping, group=2, kept=kept)
+    responses.check(self, parts=self.pf_ppo.parts, group=2, kept=kept)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -64,7 +64,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.ppo.parts, shaping=self.shaping)
+    responses.check(self, parts=self.ppo.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.ppo_max.parts, shaping=self.shaping)
+    responses.check(self, parts=self.ppo_max.parts)
     if self.ptx_path and not self.ppo_max.ptx_coef:
       raise ValueError("ptx_path is not read without ppo_max.ptx_coef; set both")
     if self.ppo_max.ptx_coef and not self.ptx_path and (self.data.path or self.data.tfds):

@@ -48,7 +48,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.reinforce_pp.parts, shaping=self.shaping)
+    responses.check(self, parts=self.reinforce_pp.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

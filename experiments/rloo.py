@@ -52,7 +52,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.rloo.parts, shaping=self.shaping)
+    responses.check(self, parts=self.rloo.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

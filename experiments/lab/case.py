@@ -164,14 +164,14 @@ class Case(NamedTuple):
 
     Args:
       trainer: State and step of the policy.
-      ref_logprobs: `(params, rows) -> {"ref": ...}`.
+      ref_logprobs: `(params, rows) -> ref_logprobs`.
       rows: Rows of pairs.
       make_batch: `(rows, ref_logprobs) -> batch` of the step.
     """
     start = self.bench.start
     held, flops = (trainer.state, start), self.forward_rows(rows, self.scored)
     refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
-    batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
+    batch = make_batch(rows, self.placed(lambda x: x, refs))
     self.offline(trainer, batch, rows=rows, scored=True, held=held)
 
   def rollout(

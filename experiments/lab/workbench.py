@@ -218,9 +218,9 @@ class Workbench(NamedTuple):
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show, only)
 
   def references(
-    self, ref_logprobs: Callable[[Params, Any], Metrics]
+    self, ref_logprobs: Callable[[Params, Any], jax.Array]
   ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Computes `ref_logprobs(start, rows)["ref"]` for the training and the held-out set.
+    """Computes `ref_logprobs(start, rows)` for the training and the held-out set.
 
     Training rows that `config.steps` batches do not reach are NaN. Those of the held-out set are
     followed by those of named sets.
@@ -232,12 +232,12 @@ class Workbench(NamedTuple):
       only = data.first_rows(
         self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
       )
-      refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
+      refs = self.over(self.train_set, measure, show="reference", only=only)
       train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
       train[only] = refs
     if self.heldout.examples:
       sets = (self.heldout, *self.heldout.named.values())
-      refs = [self.over(of, measure, show="reference, held out")["ref"] for of in sets]
+      refs = [self.over(of, measure, show="reference, held out") for of in sets]
       heldout = np.concatenate(refs)
     return train, heldout
 

@@ -22,7 +22,7 @@ import numpy as np
 from rlhf_jax import data, entry, loop, ranges, reporting, rewards, sharding
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
-from .lab import given_rows, judges, limits, models
+from .lab import evaluating, given_rows, judges, limits, models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, str | floa
     reward_fn = None
     if config.reward.is_given:
       reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
-    batch_size = min(config.batch_size, len(prompts.examples))
-    batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    batch_size = evaluating.heldout_batch_size(run, prompts, config.batch_size)
     rows: list[dict[str, str | float]] = []
     for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
       placed = sharding.place_batch(batch, run.mesh)

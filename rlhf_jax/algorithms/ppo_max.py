@@ -96,7 +96,7 @@ def make_batch(
   """
   scale, shift = jnp.float32(1.0), jnp.float32(0.0)
   if config.normalize_values:
-    variance = control.returns.m2 / jnp.maximum(control.returns.count, 1.0)
+    variance = control.returns.variance
     scale = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 1.0)
     shift = control.returns.mean
 

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from absl import logging
@@ -33,7 +33,7 @@ from rlhf_jax.data.kinds import (
   shared_length,
 )
 from rlhf_jax.data.schema import Example, KindName, Votes
-from rlhf_jax.data.sources import DataError, Row
+from rlhf_jax.data.sources import DataError, HeldoutSplit, Row
 from rlhf_jax.data.tokenizer import (
   RESERVED,
   Exchange,
@@ -43,11 +43,13 @@ from rlhf_jax.data.tokenizer import (
   readable,
 )
 
+Overlong = Literal["drop", "truncate_prompt"]
+Turns = Literal["last", "all"]
+
 _BUILTIN_ROWS = 8192
 _JUDGED: tuple[KindName, ...] = ("preferences", "comparisons", "rankings", "unpaired")
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
-_OVERLONG = ("drop", "truncate_prompt")
 # A tokenizer with more unknown tokens than this was made for other texts.
 _MOST_UNKNOWN = 0.1
 
@@ -112,18 +114,18 @@ class DataConfig:
   eval_sets: tuple[str, ...] = ranges.rare(())
   rows: int = 0
   eval_rows: int = 512
-  split: Literal["eval", "shift"] = ranges.rare("eval")
+  split: HeldoutSplit = ranges.rare("eval")
   group: str = ranges.rare("")
   max_prompt_length: int = 256
   max_response_length: int = 256
-  overlong: Literal["drop", "truncate_prompt"] = "drop"
+  overlong: Overlong = "drop"
   packed_length: int = 0
   share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
   annotator: str = ranges.rare("")
-  turns: Literal["last", "all"] = ranges.rare("last")
+  turns: Turns = ranges.rare("last")
   template_args: tuple[str, ...] = ranges.rare(())
   votes: Votes = ranges.rare("majority")
 
@@ -140,10 +142,10 @@ class DataConfig:
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
       one_of={
-        "overlong": _OVERLONG,
-        "votes": schema.VOTES,
-        "split": sources.HELDOUT_SPLITS,
-        "turns": ("last", "all"),
+        "overlong": get_args(Overlong),
+        "votes": get_args(Votes),
+        "split": get_args(HeldoutSplit),
+        "turns": get_args(Turns),
       },
     )
     self.variables()

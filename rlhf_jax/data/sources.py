@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -183,7 +183,7 @@ def parse_tfds(spec: str) -> tuple[str, str]:
   return match["name"], match["split"] or "train"
 
 
-HELDOUT_SPLITS = ("eval", "shift")  # Of the built-in task.
+HeldoutSplit = Literal["eval", "shift"]  # Of the built-in task.
 
 
 def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") -> Iterator[Row]:
@@ -191,7 +191,7 @@ def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") 
 
   Args:
     kind: "demonstrations", "prompts", or a kind that compares responses.
-    split: "train" or one of `HELDOUT_SPLITS`.
+    split: "train" or a `HeldoutSplit`.
     n: Number of rows.
     seed: Seed of the rows.
     annotator: Annotator that compares; "" is the expert.

@@ -16,7 +16,7 @@ import functools
 
 import jax
 
-from rlhf_jax import defaults, entry, loop
+from rlhf_jax import data, defaults, entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
 from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
 from rlhf_jax.data import DataConfig
@@ -59,7 +59,7 @@ class Config(JudgedConfig):
     responses.check(self, parts=self.ppo_max.parts)
     if self.ptx_path and not self.ppo_max.ptx_coef:
       raise ValueError("ptx_path is not read without ppo_max.ptx_coef; set both")
-    if self.ppo_max.ptx_coef and not self.ptx_path and (self.data.path or self.data.tfds):
+    if self.ppo_max.ptx_coef and not self.ptx_path and data.is_given(self.data):
       raise ValueError("ptx_path must name a file of demonstrations for ppo_max.ptx_coef")
 
 

@@ -55,7 +55,7 @@ def triples_of(
 
   They come from the held-out set; for the built-in task they are generated.
   """
-  if not (config.path or config.tfds):
+  if not data.is_given(config):
     count = min(config.eval_rows, 256)
     rows = simulation.votes("eval", count, session.seed, config.annotator or "expert")
     heldout = data.from_rows(

@@ -70,10 +70,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       rows = dpo.row_metrics(policy, refs, config=config.dpo)
       return pairs.mean_metrics(*rows, policy.real)
 
-    @functools.cache
-    def judge():  # Opened at its first use: a reward model takes no memory before.
-      return bench.judge(bench.open_reward() if config.reward.is_given else None)
-
+    judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),

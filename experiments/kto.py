@@ -66,10 +66,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       policy, desirable = rows
       return kto.mean_metrics(policy, refs, desirable, config=config.kto)
 
-    @functools.cache
-    def judge():  # Opened at its first use: a reward model takes no memory before.
-      return bench.judge(bench.open_reward() if config.reward.is_given else None)
-
+    judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, measure, summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, KTOBatch(*batch), key),

@@ -317,6 +317,14 @@ class Workbench(NamedTuple):
       prompts = evaluating.as_prompts(prompts, len(prompts.examples))
     return make(prompts, prefer=None if prefer_of is None else prefer_of(prompts), named=named)
 
+  def later_judge(self) -> Callable[[], evaluating.Judge]:
+    """Returns a function that opens the judge, with `config.reward` if given, at its first call.
+
+    A reward model takes no memory before.
+    """
+    is_given = self.config.reward.is_given
+    return functools.cache(lambda: self.judge(self.open_reward() if is_given else None))
+
   def fit(
     self,
     step: Callable[..., Any],

@@ -77,7 +77,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       bench.batches(columns=refs, packed_length=config.data.packed_length),
       evaluate=evaluate,
-      title="dpo",
     )
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)
     return judge().finish(trainer.params(state), config.steps, "DPO", summary)

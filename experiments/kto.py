@@ -73,7 +73,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       bench.batches(columns=refs),
       evaluate=evaluate,
-      title="kto",
     )
     summary = evaluate(state, config.steps)
     return judge().finish(trainer.params(state), config.steps, "KTO", summary)

@@ -77,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
-    bench.describe("PPO-max", trainer, reward=config.reward.title)
+    bench.describe("PPO-max", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     control = ppo_max.Control.init(config.ppo_max)
@@ -103,7 +103,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       training.Zipped(respond.batches, *texts),
       state=respond.init(trainer.state, Carry(RunningMoments.zero(), control)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="ppo_max",
     )
     return judge.finish(policy_of(state), config.steps, "PPO-max", critics.first_explained(bench))
 

@@ -68,9 +68,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return preference_model.mean_metrics(**rows)
 
     evaluate = bench.evaluator(trainer, measure, summarize)
-    state = bench.fit(
-      trainer.step, trainer, bench.batches(), evaluate=evaluate, title="preference model"
-    )
+    state = bench.fit(trainer.step, trainer, bench.batches(), evaluate=evaluate)
     params = trainer.params(state)
     bench.export(params, label=records.PREFERENCE)
     logits_of = lambda rows: bench.over(rows, functools.partial(measure, params))["logits"]  # noqa: E731

@@ -83,7 +83,6 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       trainer,
       bench.batches(packed_length=config.data.packed_length),
       evaluate=evaluate,
-      title="reward model",
     )
     measure = functools.partial(measure, trainer.params(state))
     part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])

@@ -71,7 +71,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
     batches = bench.batches(packed_length=config.data.packed_length)
-    state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate, title="simpo")
+    state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate)
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)
     return judge().finish(trainer.params(state), config.steps, "SimPO", summary)
 

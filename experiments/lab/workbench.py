@@ -50,6 +50,7 @@ class Workbench(NamedTuple):
     folder: Folder that the params were read from; None for a new model.
     extra: Further data sets by name.
     initial: Initial params to train, which a trainer takes over; None if they are those of `start`.
+    script: Name of the script, also of its progress bar.
   """
 
   run: loop.Run
@@ -62,6 +63,7 @@ class Workbench(NamedTuple):
   folder: pathlib.Path | None
   extra: Mapping[str, data.Dataset] = types.MappingProxyType({})
   initial: Params | None = None
+  script: str = ""
 
   def batches(self, dataset: data.Dataset | None = None, **options: Any) -> Any:
     """Returns an endless, resumable source of training batches; see `data.batches`."""
@@ -134,7 +136,7 @@ class Workbench(NamedTuple):
     return models.add_adapters(self.run, self.config.lora, initial)
 
   def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
-    """Shows the panel at the start of a run: the sources of model and data, and further rows."""
+    """Shows the panel at the start of a run: sources of model, data and judge, and further rows."""
     sets = self.config.data, self.train_set, self.heldout
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
@@ -143,6 +145,8 @@ class Workbench(NamedTuple):
     for name, dataset in self.extra.items():
       lost = f", left out: {dataset.dropped}" if dataset.dropped else ""
       lines[f"{name} data"] = f"{len(dataset.examples)} {dataset.kind}{lost}"
+    if hasattr(self.config, "judge"):
+      lines["judge"] = self.config.judge.title
     lines |= {**named, **rates}
     idle = models.judge_shapes(self.config)
     if not (self.config.lora.rank or jax.tree.leaves(self.start)[0].is_deleted()):
@@ -333,7 +337,6 @@ class Workbench(NamedTuple):
     *,
     state: Any = None,
     evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
-    title: str = "train",
   ) -> Any:
     """Runs `config.steps` steps; see `loop.fit`.
 
@@ -343,7 +346,6 @@ class Workbench(NamedTuple):
       batches: Resumable source of batches.
       state: State before the first iteration.
       evaluate: `(state, step) -> metrics`, if there are held-out rows.
-      title: Name of the progress bar.
     """
     return loop.fit(
       self.run,
@@ -353,7 +355,7 @@ class Workbench(NamedTuple):
       batches,
       evaluate=evaluate if self.heldout.examples else None,
       learning_rate=trainer.learning_rate,
-      title=title,
+      title=self.script,
     )
 
   def show_samples(self, params: Params, title: str, count: int = 8) -> None:
@@ -446,7 +448,7 @@ def open(
     scored = scored_tokens(config, [train_set, *further.values()])
     model, start, initial = place(run, config, folder, tokenizer, head, scored)
     sets = train_set, heldout
-    yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial)
+    yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial, script)
     save_flags(run, config)  # A continued run may have been given more steps.
 
 

@@ -57,7 +57,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.cgpo.parts, shaping=self.shaping, group=2)
+    responses.check(self, parts=self.cgpo.parts, group=2)
     if self.shaping != ShapingConfig(
       "par", self.shaping.reference_samples, missing_eos_penalty=0.0
     ):
@@ -74,7 +74,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "cgpo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("CGPO", trainer, reward=config.reward.title)
+    bench.describe("CGPO", trainer)
     reward_of = bench.open_reward()
     options = config.shaping, config.rollout
     respond = responses.Responder(bench, reward_of, *options, constrained=True)
@@ -97,7 +97,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="cgpo",
     )
     return judge.finish(policy_of(state), config.steps, "CGPO")
 

@@ -16,6 +16,7 @@ exit code is 0 if all programs fit. It is 69 if one does not; the message of the
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -107,7 +108,7 @@ def main(options: Options, config: Any) -> int:
       "by_hand": hand and hand.to_dict(),
     }
     workdir.atomic_write(workdir.local_path(options.json), json.dumps(content, indent=2) + "\n")
-  return entry.EX_UNAVAILABLE if best.refused else 0
+  return os.EX_UNAVAILABLE if best.refused else 0
 
 
 def algorithm_of(argv: Sequence[str]) -> str:
@@ -122,7 +123,7 @@ def script_of(name: str) -> Any:
     return plans.script_of(name)
   except ValueError as error:
     sys.stderr.write(reporting.escape(f"--{error}") + "\n")
-    sys.exit(flags.EX_USAGE)
+    sys.exit(os.EX_USAGE)
 
 
 if __name__ == "__main__":

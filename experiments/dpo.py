@@ -70,17 +70,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       rows = dpo.row_metrics(policy, refs, config=config.dpo)
       return pairs.mean_metrics(*rows, policy.real)
 
-    @functools.cache
-    def judge():  # Opened at its first use: a reward model takes no memory before.
-      return bench.judge(bench.open_reward() if config.reward.is_given else None)
-
+    judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, DPOBatch(*batch), key),
       trainer,
       bench.batches(columns=refs, packed_length=config.data.packed_length),
       evaluate=evaluate,
-      title="dpo",
     )
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)
     return judge().finish(trainer.params(state), config.steps, "DPO", summary)
@@ -93,10 +89,10 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(make_step)
 
 
-def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
-  """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities of pairs under the reference."""
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., jax.Array]:
+  """Jitted `(params, rows) -> [B, 2]`, log-probabilities of pairs under the reference."""
   read = pairs.make_read_pairs(bench.model.apply, bench.config.pairs)
-  return jax.jit(lambda params, rows: {"ref": read(params, rows).totals})
+  return jax.jit(lambda params, rows: read(params, rows).totals)
 
 
 def programs(case: Case) -> None:

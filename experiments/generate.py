@@ -25,7 +25,7 @@ from rlhf_jax import data, defaults, entry, generation, loop, ranges, reporting,
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .annotation.items import prompt_text
-from .lab import given_rows, judges, limits, models
+from .lab import evaluating, given_rows, judges, limits, models
 
 _BUILT_IN = 64  # Prompts of the built-in task, which has thousands.
 
@@ -82,8 +82,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
     reward_fn = None
     if config.reward.is_given:
       reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
-    batch_size = min(config.batch_size, len(prompts.examples))
-    batch_size += -batch_size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    batch_size = evaluating.heldout_batch_size(run, prompts, config.batch_size)
     rows: list[dict[str, Any]] = []
     given, stops = given_rows.prompt_columns(prompts), models.stops(tokenizer, config.sampling)
     batches = data.eval_batches(prompts, batch_size, tokenizer.pad_id)

@@ -98,7 +98,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       bench.batches(),
       evaluate=judge.evaluate(trainer.params) if config.eval_every else None,
-      title="gkd",
     )
     of_teacher = teachers.heldout_rewards(bench, teacher)
     return judge.finish(trainer.params(state), config.steps, "GKD", of_teacher)

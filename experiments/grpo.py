@@ -52,7 +52,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.grpo.parts, shaping=self.shaping, group=2)
+    responses.check(self, parts=self.grpo.parts, group=2)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -62,7 +62,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "grpo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("GRPO", trainer, judge=config.judge.title)
+    bench.describe("GRPO", trainer)
     scores = bench.open_scores()
     respond = responses.Responder(bench, scores.score_of, config.shaping, config.rollout)
 
@@ -84,7 +84,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="grpo",
     )
     return judge.finish(policy_of(state), config.steps, "GRPO")
 

@@ -47,7 +47,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.gspo.parts, shaping=self.shaping, group=2)
+    responses.check(self, parts=self.gspo.parts, group=2)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -57,7 +57,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "gspo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("GSPO", trainer, reward=config.reward.title)
+    bench.describe("GSPO", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 
@@ -79,7 +79,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="gspo",
     )
     return judge.finish(policy_of(state), config.steps, "GSPO")
 

@@ -67,8 +67,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "ipo_md", "prompts") as bench:
     trainer, prefer_of = make_trainer(bench), bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), config.ipo_md, count=2, mixed=True)
-    judged_by = config.preference.path or config.preference.name or config.preference.url
-    bench.describe("IPO-MD", trainer, preference=judged_by)
+    bench.describe("IPO-MD", trainer)
     mixes, taus = config.ipo_md.schedules(config.steps)
 
     def iteration(state, prompts, key):
@@ -89,7 +88,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       bench.batches(),
       evaluate=judge.evaluate(trainer.params) if config.eval_every else None,
-      title="ipo-md",
     )
     return judge.finish(trainer.params(state), config.steps, "IPO-MD")
 

@@ -66,17 +66,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       policy, desirable = rows
       return kto.mean_metrics(policy, refs, desirable, config=config.kto)
 
-    @functools.cache
-    def judge():  # Opened at its first use: a reward model takes no memory before.
-      return bench.judge(bench.open_reward() if config.reward.is_given else None)
-
+    judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, measure, summarize, judge, heldout_refs)
     state = bench.fit(
       lambda state, batch, key: trainer.step(state, KTOBatch(*batch), key),
       trainer,
       bench.batches(columns=refs),
       evaluate=evaluate,
-      title="kto",
     )
     summary = evaluate(state, config.steps)
     return judge().finish(trainer.params(state), config.steps, "KTO", summary)
@@ -87,10 +83,9 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   return bench.trainer(functools.partial(kto.make_kto_step, config=bench.config.kto))
 
 
-def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., dict[str, jax.Array]]:
-  """Jitted `(params, rows) -> {"ref": [B, 2]}`, log-probabilities under the reference."""
-  apply_fn = bench.model.apply
-  return jax.jit(lambda params, rows: {"ref": kto.read_responses(apply_fn, params, rows)})
+def make_ref_logprobs(bench: workbench.Workbench) -> Callable[..., jax.Array]:
+  """Jitted `(params, rows) -> [B, 2]`, log-probabilities under the reference."""
+  return jax.jit(functools.partial(kto.read_responses, bench.model.apply))
 
 
 def programs(case: Case) -> None:

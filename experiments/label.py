@@ -29,7 +29,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from rlhf_jax import entry, loop, rewards
+from rlhf_jax import entry, loop, ranges, rewards
 from .annotation import agreement, judge, labels, terminal
 from .annotation.items import check_annotator
 from .annotation.judge import JudgeOptions
@@ -53,8 +53,7 @@ class Config(labels.LabelConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.batch_size < 1:
-      raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+    ranges.check(self, at_least_one=("batch_size",))
     if not self.annotator and not self.judge.path:
       raise ValueError("annotator or judge.path says who labels; give one of the two")
     try:

@@ -82,8 +82,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       fixed = models.open_policy(bench.run, config.opponent, config.model, bench.tokenizer)
     prefer_of = bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), settings, count=1)
-    judged_by = config.preference.path or config.preference.name or config.preference.url
-    bench.describe("Nash-MD", trainer, preference=judged_by)
+    bench.describe("Nash-MD", trainer)
     mixes, taus = settings.schedules(config.steps)
 
     def iteration(state: MatchState, prompts, key):
@@ -118,7 +117,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       bench.batches(),
       state=MatchState(trainer.state, average),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="nash-md",
     )
     summary = {}
     if fixed is not None and bench.heldout.examples:

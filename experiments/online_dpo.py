@@ -110,7 +110,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       bench.batches(),
       state=state._replace(carry=responses.Carry(state.carry, first)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="online dpo",
     )
     return judge.finish(policy_of(state), config.steps, "Online DPO")
 

@@ -26,7 +26,7 @@ command, run again, resumes where it was stopped.
 import dataclasses
 from typing import Any
 
-from rlhf_jax import entry, loop, reporting
+from rlhf_jax import entry, loop, ranges, reporting
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms.ppo import PPOConfig
 from rlhf_jax.data import DataConfig
@@ -61,8 +61,7 @@ class Config:
   )
 
   def __post_init__(self):
-    if self.seeds < 1:
-      raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+    ranges.check(self, at_least_one=("seeds",))
     if not self.pairs or min(self.pairs) < 1 or len(set(self.pairs)) < len(self.pairs):
       raise ValueError(f"pairs must be different numbers of at least 1, got {[*self.pairs]}")
     if self.reward_model.data.rows:

@@ -50,7 +50,7 @@ class Config(JudgedConfig):
     if self.sampling.samples_per_prompt % 2:
       raise ValueError("sampling.samples_per_prompt must be even: responses are compared in pairs")
     pairs = self.sampling.samples_per_prompt // 2
-    responses.check(self, parts=self.p3o.parts, shaping=self.shaping, kept=pairs)
+    responses.check(self, parts=self.p3o.parts, kept=pairs)
     if self.rollout.importance_cap:
       raise ValueError(
         "rollout.importance_cap weighs tokens, and p3o compares responses; leave it at 0, without"
@@ -65,7 +65,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "p3o", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("P3O", trainer, reward=config.reward.title)
+    bench.describe("P3O", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 
@@ -87,7 +87,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="p3o",
     )
     return judge.finish(policy_of(state), config.steps, "P3O")
 

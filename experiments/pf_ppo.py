@@ -52,7 +52,7 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     kept = self.pf_ppo.kept
-    responses.check(self, parts=self.pf_ppo.parts, shaping=self.shaping, group=2, kept=kept)
+    responses.check(self, parts=self.pf_ppo.parts, group=2, kept=kept)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -64,7 +64,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PF-PPO", trainer, reward=config.reward.title)
+    bench.describe("PF-PPO", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     experience = make_experience(bench, actor)
@@ -87,7 +87,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="pf_ppo",
     )
     return judge.finish(policy_of(state), config.steps, "PF-PPO", critics.first_explained(bench))
 

@@ -64,7 +64,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.ppo.parts, shaping=self.shaping)
+    responses.check(self, parts=self.ppo.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -76,7 +76,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench)
     trainer = make_trainer(bench, actor)
-    bench.describe("PPO", trainer, judge=config.judge.title)
+    bench.describe("PPO", trainer)
     scores = bench.open_scores()
     trained_by = config.dense.added_to(scores.score_of, bench)
     respond = responses.Responder(bench, trained_by, config.shaping, config.rollout)
@@ -100,7 +100,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="ppo",
     )
     return judge.finish(policy_of(state), config.steps, "PPO", critics.first_explained(bench))
 

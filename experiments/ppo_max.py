@@ -16,7 +16,7 @@ import functools
 
 import jax
 
-from rlhf_jax import defaults, entry, loop
+from rlhf_jax import data, defaults, entry, loop
 from rlhf_jax.algorithms import ppo_max, reading, sft, terms
 from rlhf_jax.algorithms.ppo_max import PPOMaxConfig
 from rlhf_jax.data import DataConfig
@@ -56,10 +56,10 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.ppo_max.parts, shaping=self.shaping)
+    responses.check(self, parts=self.ppo_max.parts)
     if self.ptx_path and not self.ppo_max.ptx_coef:
       raise ValueError("ptx_path is not read without ppo_max.ptx_coef; set both")
-    if self.ppo_max.ptx_coef and not self.ptx_path and (self.data.path or self.data.tfds):
+    if self.ppo_max.ptx_coef and not self.ptx_path and data.is_given(self.data):
       raise ValueError("ptx_path must name a file of demonstrations for ppo_max.ptx_coef")
 
 
@@ -77,7 +77,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     responses.require_fit(bench)
     actor = critics.open_actor(bench, normalized=config.ppo_max.normalize_values)
     trainer, experience = make_trainer(bench, actor), make_experience(bench, actor)
-    bench.describe("PPO-max", trainer, reward=config.reward.title)
+    bench.describe("PPO-max", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
     control = ppo_max.Control.init(config.ppo_max)
@@ -103,7 +103,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       training.Zipped(respond.batches, *texts),
       state=respond.init(trainer.state, Carry(RunningMoments.zero(), control)),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="ppo_max",
     )
     return judge.finish(policy_of(state), config.steps, "PPO-max", critics.first_explained(bench))
 

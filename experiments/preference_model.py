@@ -18,9 +18,8 @@ import dataclasses
 import functools
 
 import jax
-import numpy as np
 
-from rlhf_jax import defaults, entry, loop, reporting
+from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import given, preference_model
 from rlhf_jax.algorithms.preference_model import PreferenceModelConfig
 from rlhf_jax.data import DataConfig
@@ -68,15 +67,13 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       return preference_model.mean_metrics(**rows)
 
     evaluate = bench.evaluator(trainer, measure, summarize)
-    state = bench.fit(
-      trainer.step, trainer, bench.batches(), evaluate=evaluate, title="preference model"
-    )
+    state = bench.fit(trainer.step, trainer, bench.batches(), evaluate=evaluate)
     params = trainer.params(state)
     bench.export(params, label=records.PREFERENCE)
     logits_of = lambda rows: bench.over(rows, functools.partial(measure, params))["logits"]  # noqa: E731
     summary = {}
     if heldout.examples:
-      summary = verdicts.judge(heldout, logits_of(heldout))
+      summary = verdicts.of_comparisons(heldout, logits_of(heldout))
       summary |= verdicts.cycles(
         session,
         config.data,
@@ -84,7 +81,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
         bench.tokenizer,
         logits_of,
       )
-      show(summary)
+      verdicts.show("preference model", summary, "comparisons")
     judge = f"--preference.path={session.workdir}"
     bench.finish(summary, "nash_md", *bench.start_of("runs/nash"), judge)
   return summary
@@ -95,22 +92,6 @@ def make_trainer(bench: workbench.Workbench) -> training.Trainer:
   settings = bench.config.preference_model
   make_step = functools.partial(preference_model.make_preference_model_step, config=settings)
   return bench.trainer(make_step, keep_start=False)
-
-
-def show(summary: dict[str, float]) -> None:
-  """Shows the final table."""
-  model = "preference model"
-  rows = {
-    "accuracy": {model: summary["accuracy"], "longer wins": summary["length_baseline"]},
-    "calibration error": {model: summary["calibration_error"]},
-    "log loss, nats": {model: summary["log_loss"], "coin": float(np.log(2))},
-  }
-  if "triples" in summary:
-    rows["cycles among triples"] = {
-      model: summary["violations"],
-      "votes": summary["violations_of_votes"],
-    }
-  reporting.show_summary(f"Preference model, {summary['comparisons']} held-out comparisons", rows)
 
 
 def programs(case: Case) -> None:

@@ -48,7 +48,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.reinforce_pp.parts, shaping=self.shaping)
+    responses.check(self, parts=self.reinforce_pp.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -60,7 +60,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   ) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("REINFORCE++", trainer, reward=config.reward.title)
+    bench.describe("REINFORCE++", trainer)
     reward_of = bench.open_reward()
     respond = responses.Responder(bench, reward_of, config.shaping, config.rollout)
 
@@ -82,7 +82,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="reinforce_pp",
     )
     return judge.finish(policy_of(state), config.steps, "REINFORCE++")
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import data, entry, flags, loop, reporting
+from rlhf_jax import data, entry, flags, loop, ranges, reporting
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .annotation import revision
@@ -50,11 +50,7 @@ class Config:
   sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
 
   def __post_init__(self):
-    if self.limit < 0:
-      raise ValueError(f"limit must not be negative, got {self.limit}")
-    for name in ("batch_size", "revisions"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    ranges.check(self, non_negative=("limit",), at_least_one=("batch_size", "revisions"))
     if not self.judge.path:
       raise ValueError("judge.path is needed: the model that answers and revises")
 

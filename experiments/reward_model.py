@@ -21,16 +21,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax import data, defaults, entry, evaluation, flags, loop, reporting
+from rlhf_jax import data, defaults, entry, flags, loop
 from rlhf_jax.algorithms import given, reward_model
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.models import shift_scores
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.train_step import OptimConfig
-from .lab import evaluating, grouping, models, training, workbench
+from .lab import evaluating, grouping, models, training, verdicts, workbench
 from .lab.case import Case
 
 
@@ -83,7 +82,6 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       trainer,
       bench.batches(packed_length=config.data.packed_length),
       evaluate=evaluate,
-      title="reward model",
     )
     measure = functools.partial(measure, trainer.params(state))
     part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
@@ -94,49 +92,11 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
     summary: dict[str, Any] = {"train/accuracy": float(seen["reward/accuracy"])}
     if heldout.examples:
       scores, _ = bench.over(heldout, measure)
-      summary |= judge(heldout, scores)
-      show(summary)
+      summary |= verdicts.of_pairs(heldout, scores)
+      verdicts.show("reward model", summary, "pairs")
       summary |= grouping.of_pairs(heldout, scores, groups)
     bench.finish(summary, "ppo", *bench.start_of("runs/ppo"), f"--reward.path={session.workdir}")
   return summary
-
-
-def judge(dataset: data.Dataset, scores: np.ndarray) -> dict[str, float]:
-  """Measures a reward model, with preferring the longer response as the baseline.
-
-  Accuracy and margin are means over prompts of means over their pairs, as in training.
-
-  Args:
-    dataset: Held-out pairs or rankings.
-    scores: [rows, K] scores of the responses.
-  """
-  pairs, mask = evaluating.compared(dataset, scores)
-  lengths, _ = evaluating.compared_lengths(dataset)
-  metrics = reward_model.pair_metrics(pairs, mask)
-  calibration = evaluation.calibration(pairs[mask, 0], pairs[mask, 1])
-  return {
-    "accuracy": float(metrics["reward/accuracy"]),
-    "margin": float(metrics["reward/margin"]),
-    "pairs": int(np.sum(mask)),
-    "longer_wins": float(np.mean(lengths[mask, 0] > lengths[mask, 1])),
-    "length_baseline": float(reward_model.pair_metrics(lengths, mask)["reward/accuracy"]),
-    "calibration_error": calibration.ece,
-    "log_loss": calibration.log_loss,
-  }
-
-
-def show(summary: dict[str, float]) -> None:
-  """Shows the final table."""
-  model = "reward model"
-  reporting.show_summary(
-    f"Reward model, {summary['pairs']} held-out pairs",
-    {
-      "accuracy": {model: summary["accuracy"], "longer wins": summary["length_baseline"]},
-      "margin": {model: summary["margin"]},
-      "calibration error": {model: summary["calibration_error"]},
-      "log loss, nats": {model: summary["log_loss"], "coin": float(np.log(2))},
-    },
-  )
 
 
 def programs(case: Case) -> None:

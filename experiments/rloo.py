@@ -52,7 +52,7 @@ class Config(JudgedConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    responses.check(self, parts=self.rloo.parts, shaping=self.shaping)
+    responses.check(self, parts=self.rloo.parts)
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
@@ -62,7 +62,7 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
   with workbench.open(session, config, "rloo", "prompts", spare=config.rollout.devices) as bench:
     responses.require_fit(bench)
     trainer, experience = make_trainer(bench), make_experience(bench)
-    bench.describe("RLOO", trainer, judge=config.judge.title)
+    bench.describe("RLOO", trainer)
     scores = bench.open_scores()
     respond = responses.Responder(bench, scores.score_of, config.shaping, config.rollout)
 
@@ -84,7 +84,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       respond.batches,
       state=respond.init(trainer.state, RunningMoments.zero()),
       evaluate=judge.evaluate(policy_of) if config.eval_every else None,
-      title="rloo",
     )
     return judge.finish(policy_of(state), config.steps, "RLOO")
 

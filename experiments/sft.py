@@ -61,7 +61,6 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       trainer,
       bench.batches(packed_length=config.data.packed_length),
       evaluate=evaluate,
-      title="sft",
     )
     params = trainer.params(state)
     bench.export(params)

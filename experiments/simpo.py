@@ -68,13 +68,10 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     def summarize(policy):
       return pairs.mean_metrics(*simpo.row_metrics(policy, config=config.simpo), policy.real)
 
-    @functools.cache
-    def judge():  # Opened at its first use: a reward model takes no memory before.
-      return bench.judge(bench.open_reward() if config.reward.is_given else None)
-
+    judge = bench.later_judge()
     evaluate = bench.evaluator(trainer, jax.jit(read), summarize, judge)
     batches = bench.batches(packed_length=config.data.packed_length)
-    state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate, title="simpo")
+    state = bench.fit(trainer.step, trainer, batches, evaluate=evaluate)
     summary = evaluate(state, config.steps) | evaluating.length_baseline(bench.heldout)
     return judge().finish(trainer.params(state), config.steps, "SimPO", summary)
 

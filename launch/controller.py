@@ -21,7 +21,7 @@ from . import sweep_report, trials
 from .space import Flags, Space, SweepError, check_flags, flag, refuse_twice
 
 # Exit code of the scripts, and of the sweep, for "stopped and saved; start again to continue".
-PREEMPTED = 75
+PREEMPTED = os.EX_TEMPFAIL
 # After so many interruptions in a row without a new step in between a trial has failed.
 _MAX_STALLED = 2
 # If the first trials all fail, the others will.

@@ -77,7 +77,6 @@ _EXTRA = flags.DEFINE_string(
   "extra", "", "More flags for sbatch, gcloud, xpk or sky, such as '--partition=gpu --time=1-0'."
 )
 
-_EX_USAGE = 64  # sysexits.h
 _SEEN_FROM_HERE = ("local", "slurm")  # Targets whose hosts have the files of this machine.
 # Flags that name files or folders, which may be several, separated by commas.
 _PATHS = (
@@ -254,7 +253,7 @@ def parse(argv: Sequence[str]) -> list[str]:
     strayed = isinstance(error, flags.UnrecognizedFlagError) and "--" not in argv
     hint = "; the script and its flags come after --" if strayed else ""
     print(f"{error}{hint}", file=sys.stderr)
-    sys.exit(_EX_USAGE)
+    sys.exit(os.EX_USAGE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -263,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
     return launch(argv[1:])
   except JobError as error:
     print(error, file=sys.stderr)
-    return _EX_USAGE
+    return os.EX_USAGE
 
 
 if __name__ == "__main__":

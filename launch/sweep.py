@@ -23,6 +23,7 @@ launch/SWEEPS.md explains the rest.
 
 import argparse
 import importlib.util
+import os
 import pathlib
 import shlex
 import sys
@@ -35,8 +36,6 @@ import sqlalchemy.exc
 from . import names, sweep_report, trials
 from .controller import PREEMPTED, Controller, say
 from .space import Constraint, Space, SweepError, grid_points, load_space, refuse_twice
-
-EX_USAGE = 64
 
 
 def open_study(args: argparse.Namespace, space: Space) -> optuna.Study:
@@ -109,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
   """A parser whose errors are one line, without the usage, and exit with the code of a script."""
 
   def error(self, message: str) -> NoReturn:
-    self.exit(EX_USAGE, f"{message}\nSee {self.prog} --help\n")
+    self.exit(os.EX_USAGE, f"{message}\nSee {self.prog} --help\n")
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -256,7 +255,7 @@ def main(argv: Sequence[str]) -> int:
     study = open_study(args, space)
   except SweepError as error:
     print(error, file=sys.stderr)
-    return EX_USAGE
+    return os.EX_USAGE
   ended = sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))
   say(f"{args.study}: {ended} of {args.trials} trials have ended")
   controller = Controller(args, space, study, place)

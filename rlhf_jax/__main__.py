@@ -25,7 +25,6 @@ from collections.abc import Sequence
 
 import rlhf_jax
 
-EX_USAGE = 64  # sysexits.h
 SCRIPTS = "rlhf_jax.experiments"
 LAUNCHERS = {
   "launch": "rlhf_jax.launch.run",
@@ -88,7 +87,7 @@ def main() -> int:
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
     hint = f"did you mean {near[0]}?" if near else "rlhf-jax --help lists them"
     print(f"there is no command {name}; {hint}", file=sys.stderr)
-    return EX_USAGE
+    return os.EX_USAGE
   return 0
 
 
@@ -97,7 +96,7 @@ def _complete(words: Sequence[str], known: dict[str, str]) -> int:
 
   if len(words) != 1 or words[0] not in completion.SHELLS:
     print(f"give a shell: rlhf-jax completion {'|'.join(completion.SHELLS)}", file=sys.stderr)
-    return EX_USAGE
+    return os.EX_USAGE
   sys.stdout.write(completion.render(words[0], known))
   return 0
 

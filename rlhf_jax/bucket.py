@@ -43,19 +43,19 @@ _FIRST_RETRIES = {"max_retries": 4, "initial_delay": "0.5s", "max_delay": "4s"}
 class BucketError(RuntimeError):
   """A bucket cannot be read or written."""
 
-  exit_code = 74  # EX_IOERR
+  exit_code = os.EX_IOERR
 
 
 class BucketNameError(ValueError):
   """A name of no folder in a bucket."""
 
-  exit_code = 78  # EX_CONFIG
+  exit_code = os.EX_CONFIG
 
 
 class LockedError(RuntimeError):
   """The run directory belongs to another process or cannot be locked."""
 
-  exit_code = 73  # EX_CANTCREAT
+  exit_code = os.EX_CANTCREAT
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:

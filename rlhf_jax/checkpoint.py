@@ -48,19 +48,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class CheckpointError(RuntimeError):
   """A checkpoint does not fit this run, or none in the directory is usable."""
 
-  exit_code = 78  # EX_CONFIG
+  exit_code = os.EX_CONFIG
 
 
 class CheckpointWriteError(RuntimeError):
   """A checkpoint could not be written; the steps committed before it are untouched."""
 
-  exit_code = 74  # EX_IOERR
+  exit_code = os.EX_IOERR
 
 
 class NonFiniteError(FloatingPointError):
   """A NaN or infinity was about to be saved."""
 
-  exit_code = 70  # EX_SOFTWARE
+  exit_code = os.EX_SOFTWARE
 
 
 class Restored(NamedTuple):

@@ -29,13 +29,6 @@ from rlhf_jax import flags, hub, processes, reporting, watch, workdir
 # The flags that `run_script` defines belong to the script, whose --help then lists them.
 absl_flags.disclaim_key_flags()
 
-# Exit codes of sysexits.h, and of a shell for Ctrl-C.
-EX_UNAVAILABLE = 69
-EX_CANTCREAT = 73
-EX_IOERR = 74
-EX_TEMPFAIL = 75
-EX_INTERRUPTED = 130
-
 
 def run_script(train: Callable[..., Any], *classes: type[Any], keep_flags: bool = True) -> None:
   """Runs `train(*configs)` with one config per dataclass, each read from the command line.
@@ -103,7 +96,7 @@ def start(
 class DeviceError(RuntimeError):
   """JAX has no device to compute on."""
 
-  exit_code = EX_UNAVAILABLE
+  exit_code = os.EX_UNAVAILABLE
 
 
 def require_devices() -> None:
@@ -205,29 +198,30 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
   if isinstance(error, watch.Interrupted):
     return error.exit_code, str(error)
   if isinstance(error, KeyboardInterrupt):
-    return EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
+    return watch.EX_INTERRUPTED, "stopped; the same command starts again from the last checkpoint"
   if isinstance(error, flags.UsageError):
     return error.exitcode, str(error)
   if isinstance(error, absl_flags.Error):
-    return flags.EX_USAGE, f"FATAL Flags parsing error: {error}"
+    return os.EX_USAGE, f"FATAL Flags parsing error: {error}"
   if isinstance(error, ValueError) and str(error).startswith("--"):
-    return flags.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
+    return os.EX_USAGE, str(error)  # By convention the message of a wrong flag starts with it.
   if _has_lost_a_neighbour(error):
     reason = _short(str(error).split("\n")[0])
-    return EX_TEMPFAIL, f"another process of this run has gone ({reason}); start all of them again"
+    gone = f"another process of this run has gone ({reason}); start all of them again"
+    return os.EX_TEMPFAIL, gone
   if isinstance(error, MemoryError) or (
     isinstance(error, jax.errors.JaxRuntimeError) and _MEMORY.search(str(error))
   ):
-    return EX_UNAVAILABLE, _less_memory(absl_flags.FLAGS, str(error))
+    return os.EX_UNAVAILABLE, _less_memory(absl_flags.FLAGS, str(error))
   code = getattr(error, "exit_code", None)
   if isinstance(code, int):
     return code, f"{type(error).__name__}: {error}"
   if isinstance(error, OSError) and error.errno in _IO | _CANNOT_CREATE:
-    code = EX_IOERR if error.errno in _IO else EX_CANTCREAT
+    code = os.EX_IOERR if error.errno in _IO else os.EX_CANTCREAT
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-    return code, f"{where}{error.strerror}{_CONTINUES if code == EX_IOERR else ''}"
+    return code, f"{where}{error.strerror}{_CONTINUES if code == os.EX_IOERR else ''}"
   if reason := workdir.no_room(error):  # Of a library that has an exception of its own.
-    return EX_IOERR, f"{reason}{_CONTINUES}"
+    return os.EX_IOERR, f"{reason}{_CONTINUES}"
   return None
 
 

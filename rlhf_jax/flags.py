@@ -38,8 +38,6 @@ from rlhf_jax import workdir as workdir_lib
 # A flag belongs to the script that calls `define`, whose --help then lists it.
 flags.disclaim_key_flags()
 
-EX_USAGE = 64  # sysexits.h
-
 T = TypeVar("T")
 _Names = tuple[str, ...]  # Field names from the outermost dataclass inwards.
 
@@ -48,7 +46,7 @@ class UsageError(app.UsageError):
   """The command line asks for something impossible. The message names the flag and the fix."""
 
   def __init__(self, message: str):
-    super().__init__(message, exitcode=EX_USAGE)
+    super().__init__(message, exitcode=os.EX_USAGE)
 
 
 class UnknownFlagError(UsageError):
@@ -495,7 +493,7 @@ def _parser(hint: Any) -> _Parser:
   """Returns the parser of a field type; TypeError if there is none."""
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if hint is bool:
-    return _Parser(_read_bool, lambda v: str(v).lower(), "true or false")
+    return _Parser(flags.BooleanParser().parse, lambda v: str(v).lower(), "true or false")
   if hint is int:
     return _Parser(flags.IntegerParser().parse, str, "an integer")
   if hint is float:
@@ -509,10 +507,6 @@ def _parser(hint: Any) -> _Parser:
   if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
     return _tuple_parser(_parser(args[0]))
   raise TypeError(f"a flag cannot hold {hint}")
-
-
-def _read_bool(text: str) -> bool:
-  return flags.BooleanParser().parse(text)
 
 
 def _read_float(text: str) -> float:

@@ -37,13 +37,13 @@ _SETTLED: dict[str, set[str]] = {}  # Its workdir -> names whose commits are kno
 class HubError(ValueError):
   """A repository that cannot be read."""
 
-  exit_code = 69  # sysexits.h: EX_UNAVAILABLE
+  exit_code = os.EX_UNAVAILABLE
 
 
 class HubNameError(HubError):
   """A name of nothing that can be read."""
 
-  exit_code = 65  # EX_DATAERR
+  exit_code = os.EX_DATAERR
 
 
 class Place(NamedTuple):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 import threading
 import time
@@ -192,13 +193,13 @@ _MAX_EMPTY_IN_A_ROW = 50
 class Preempted(RuntimeError):
   """The process was told to stop and has saved its state; start it again to continue."""
 
-  exit_code = 75
+  exit_code = os.EX_TEMPFAIL
 
 
 class NumericsError(RuntimeError):
   """Several consecutive steps were skipped."""
 
-  exit_code = 70
+  exit_code = os.EX_SOFTWARE
 
 
 class Run(NamedTuple):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 class ReplicaError(RuntimeError):
   """Devices hold different copies of an array; the newest checkpoint is from before that."""
 
-  exit_code = 75  # EX_TEMPFAIL
+  exit_code = os.EX_TEMPFAIL
 
 
 def check(arrays: Mapping[str, jax.Array]) -> None:

@@ -190,7 +190,7 @@ def rows_copies(params: Any, mesh: Mesh, dtype: Any, rules: Rules = DECODER_RULE
   Returns:
     The same tree of [S, ...] arrays, one copy per part; `tensor` splits each like the params.
   """
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = row_parts(mesh)
   held, used = named_shardings(params, mesh, rules), rollout_shardings(params, mesh, rules)
 
   def copy(x: jax.Array, place: NamedSharding) -> jax.Array:
@@ -253,6 +253,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of [B, ...] arrays: the leading axis over data and fsdp."""
   return NamedSharding(mesh, ROWS)
+
+
+def row_parts(mesh: Mesh) -> int:
+  """Returns the number of parts that `batch_sharding` splits rows into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
@@ -333,7 +338,7 @@ def place_batch(tree: Any, mesh: Mesh) -> Any:
     ValueError: If B does not split evenly.
   """
   sharding = batch_sharding(mesh)
-  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  shards = row_parts(mesh)
 
   def place(path, x) -> jax.Array:
     name = jax.tree_util.keystr(path, simple=True, separator="/")

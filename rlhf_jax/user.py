@@ -33,13 +33,13 @@ _resolved: dict[str, tuple[Callable[..., Any], str]] = {}
 class ResultError(ValueError):
   """A function returned something unusable."""
 
-  exit_code = 64  # EX_USAGE
+  exit_code = os.EX_USAGE
 
 
 class RaisedError(ResultError):
   """A function raised."""
 
-  exit_code = 70  # EX_SOFTWARE
+  exit_code = os.EX_SOFTWARE
 
 
 def resolve(

@@ -16,8 +16,7 @@ from typing import Any, Self
 
 from rlhf_jax import processes
 
-EX_TEMPFAIL = 75
-EX_INTERRUPTED = 130
+EX_INTERRUPTED = 130  # Of a shell, for Ctrl-C.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds in which a second SIGTERM is the first again: a cluster may send it to the launcher, which
 # hands it on, and to the process.
@@ -75,7 +74,7 @@ class Watch:
     self._grace, self._hang, self._last = grace_seconds, hang_seconds, last
     self._seen, self._heard = _Requests(), _Requests()
     self._leave_at = float("inf")
-    self._leave_code = EX_TEMPFAIL
+    self._leave_code = os.EX_TEMPFAIL
     self._main = threading.get_ident()
     self.beat()
 
@@ -112,7 +111,7 @@ class Watch:
     del frame
     self.stop.set()
     if self._heard.is_another(number):
-      code = EX_INTERRUPTED if number == signal.SIGINT else EX_TEMPFAIL
+      code = EX_INTERRUPTED if number == signal.SIGINT else os.EX_TEMPFAIL
       raise Interrupted(f"stopped at once; {self._last()}", code)
 
   def _watch(self) -> None:
@@ -143,14 +142,14 @@ class Watch:
     if self._seen.is_another(number):
       if not (hasattr(sys, "ps1") or "ipykernel" in sys.modules):  # A notebook lives on.
         self._leave_at = time.monotonic() + _UNWIND_SECONDS
-        self._leave_code = EX_INTERRUPTED if number == signal.SIGINT else EX_TEMPFAIL
+        self._leave_code = EX_INTERRUPTED if number == signal.SIGINT else os.EX_TEMPFAIL
     elif number == signal.SIGINT and processes.is_first():
       os.write(2, _STOPPING)
 
   def _give_up(self, why: str) -> None:
     os.write(2, b"\n")
     faulthandler.dump_traceback(2, all_threads=True)
-    self._leave(f"{why}; it hangs in {self._place()}", EX_TEMPFAIL)
+    self._leave(f"{why}; it hangs in {self._place()}", os.EX_TEMPFAIL)
 
   def _leave(self, why: str, code: int) -> None:
     """Ends the process as a kill would, which loses what follows the last checkpoint only."""

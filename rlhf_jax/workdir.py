@@ -24,13 +24,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from etils import epath
 
-from rlhf_jax import bucket, processes, sharding
+from rlhf_jax import bucket, processes
 from rlhf_jax.bucket import LockedError as LockedError
-from rlhf_jax.types import Params
 
 _LOCKED: dict[
   pathlib.Path, int
@@ -41,13 +39,13 @@ _SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
 class WorkdirError(RuntimeError):
   """A workdir holds another run, or is no folder of a file system."""
 
-  exit_code = 78  # EX_CONFIG
+  exit_code = os.EX_CONFIG
 
 
 class LostError(RuntimeError):
   """The run directory was removed or replaced while this process worked in it."""
 
-  exit_code = 74  # EX_IOERR
+  exit_code = os.EX_IOERR
 
 
 def local_path(path: epath.PathLike) -> pathlib.Path:
@@ -423,24 +421,6 @@ def _show(values: Mapping[str, Any], name: str, *, short: bool = False) -> str:
   if re.fullmatch('"[0-9a-f]{64}"', text):  # A digest.
     return text[1:9]
   return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def params_digest(params: Params) -> str:
-  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of all leaves.
-
-  It depends on neither the sharding nor the container types. One leaf at a time is on the host.
-  """
-  leaves = [
-    (jax.tree_util.keystr(path, simple=True, separator="/") or "value", leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  ]
-  digest = hashlib.sha256()
-  for path, leaf in sorted(leaves, key=lambda item: item[0]):
-    kind = f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
-    array = np.ascontiguousarray(sharding.to_host(leaf))
-    digest.update(f"{path}\0{kind}\0".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-  return digest.hexdigest()
 
 
 def files_digest(files: Iterable[pathlib.Path]) -> str:

@@ -3,16 +3,12 @@ import json
 import os
 import pathlib
 import time
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from rlhf_jax import checkpoint, processes, sharding, writers
+from rlhf_jax import checkpoint, processes, writers
 from rlhf_jax import workdir as workdir_lib
 from tests.testing import forked, wait_for
 
@@ -197,26 +193,6 @@ def test_atomic_write_replaces_whole_files(tmp_path):
   workdir_lib.atomic_write(path, "é")
   assert path.read_text(encoding="utf-8") == "é"
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_params_digest_sees_values_paths_and_dtypes_but_not_placement():
-  class Pair(NamedTuple):
-    a: jax.Array
-    b: jax.Array
-
-  tree = {"a": jnp.arange(16.0), "b": jnp.ones((), jnp.bfloat16)}
-  digest = workdir_lib.params_digest(tree)
-  mesh = sharding.make_mesh("fsdp:8")
-  placed = {**tree, "a": jax.device_put(tree["a"], NamedSharding(mesh, P("fsdp")))}
-  assert workdir_lib.params_digest(placed) == digest
-  assert workdir_lib.params_digest(Pair(**tree)) == digest
-  others = [
-    {**tree, "a": tree["a"].at[3].set(-3.0)},
-    {**tree, "a": tree["a"].reshape(4, 4)},
-    {**tree, "b": jnp.ones((), jnp.float16)},
-    {"c": tree["a"], "b": tree["b"]},
-  ]
-  assert len({digest, *map(workdir_lib.params_digest, others)}) == 5
 
 
 def test_atomic_write_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rlhf_jax import flags, reporting, rewards
+from rlhf_jax import flags, ranges, reporting, rewards
 from rlhf_jax import workdir as workdir_lib
 from ..lab import limits, models
 from .items import Item, answer_row, first_share
@@ -48,10 +48,7 @@ class JudgeOptions(CriticOptions):
   canaries: int = 0
 
   def __post_init__(self):
-    if self.max_characters < 1:
-      raise ValueError(f"max_characters must be at least 1, got {self.max_characters}")
-    if self.canaries < 0:
-      raise ValueError(f"canaries must not be negative, got {self.canaries}")
+    ranges.check(self, at_least_one=("max_characters",), non_negative=("canaries",))
 
 
 def read_principles(path: str) -> tuple[str, ...]:

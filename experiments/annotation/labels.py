@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import data, flags, loop, reporting
+from rlhf_jax import data, flags, loop, ranges, reporting
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.data import DataConfig
 from . import agreement
@@ -26,8 +26,7 @@ class LabelConfig:
   data: DataConfig = DataConfig()
 
   def __post_init__(self):
-    if self.limit < 0:
-      raise ValueError(f"limit must not be negative, got {self.limit}")
+    ranges.check(self, non_negative=("limit",))
 
 
 def open_labels(run: loop.Run, config: LabelConfig) -> tuple[list[Item], Store]:

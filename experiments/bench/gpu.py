@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from rlhf_jax import preflight, ranges, reporting
+from rlhf_jax.models.transformer import RematName
 from . import measure, turns, works
 from .shapes import Setup, Shape, set_up
 
@@ -68,7 +69,7 @@ class Config:
   kv_heads: int = 8
   mlp_width: int = 8192
   dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  remat: Literal["none", "full", "dots"] = "none"
+  remat: RematName = "none"
   train_rows: int = 8
   length: int = 2048
   decode_batches: tuple[int, ...] = (64, 256)

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax import loop, ranges, sharding
 from rlhf_jax.models import Model, ModelConfig, build
+from rlhf_jax.models.transformer import RematName
 from rlhf_jax.types import Params
 from ..lab import models
 
@@ -45,7 +46,7 @@ class Shape:
   kv_heads: int = 0
   mlp_width: int = 1024
   dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: Literal["none", "full", "dots"] = "none"
+  remat: RematName = "none"
   logit_chunk: int = 2**22
   batch_size: int = 8
   prompt: int = 128

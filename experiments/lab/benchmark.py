@@ -56,9 +56,9 @@ def measure(session: loop.Session, config: Any) -> dict[str, Any]:
     prompts = data.from_examples("prompts", [{"prompt": np.zeros(1, np.int32)}] * len(rows), rows)
     prompts = prompts._replace(ignored=config.data.ignore)
     reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
-    reward, devices = reward_of(prompts), run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    reward = reward_of(prompts)
     size = min(config.batch_size, len(texts))
-    size += -size % devices
+    size += -size % sharding.row_parts(run.mesh)
     scores = [
       _scores(reward, np.arange(start, start + size) % len(texts))
       for start in range(0, len(texts), size)

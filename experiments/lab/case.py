@@ -4,7 +4,6 @@ Every training script ends with `programs(case)`, which hands each of its progra
 with abstract arguments, in the order of an iteration.
 """
 
-import functools
 import math
 import pathlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from rlhf_jax.algorithms import terms
 from rlhf_jax.models import Model
 from rlhf_jax.models.families import Head
 from rlhf_jax.types import PairBatch, Params, Rollout, SharedBatch, TokenBatch, UnpairedBatch
-from . import costs, models, responses, training
+from . import costs, models, responses, training, workbench
 from .workbench import Workbench
 
 Shapes = Any  # Shapes and shardings instead of arrays.
@@ -61,7 +60,7 @@ class Case(NamedTuple):
   @property
   def scored(self) -> int:
     """Maximum number of tokens of a response; a packed row is taken to hold nothing else."""
-    return scored_tokens(self.config)
+    return longest_response(self.config)
 
   def place(self, batch: Any) -> Any:
     """Places a batch of numpy arrays on the mesh."""
@@ -165,14 +164,14 @@ class Case(NamedTuple):
 
     Args:
       trainer: State and step of the policy.
-      ref_logprobs: `(params, rows) -> {"ref": ...}`.
+      ref_logprobs: `(params, rows) -> ref_logprobs`.
       rows: Rows of pairs.
       make_batch: `(rows, ref_logprobs) -> batch` of the step.
     """
     start = self.bench.start
     held, flops = (trainer.state, start), self.forward_rows(rows, self.scored)
     refs = self.check("reference", ref_logprobs, start, rows, work=preflight.Work(flops), held=held)
-    batch = make_batch(rows, self.placed(lambda x: x, refs["ref"]))
+    batch = make_batch(rows, self.placed(lambda x: x, refs))
     self.offline(trainer, batch, rows=rows, scored=True, held=held)
 
   def rollout(
@@ -251,7 +250,7 @@ class Case(NamedTuple):
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 
-def scored_tokens(config: Any) -> int:
+def longest_response(config: Any) -> int:
   """Returns the most response tokens of a row, as far as the config tells."""
   sampling = getattr(config, "sampling", None)
   given = config.data.packed_length or config.data.max_response_length
@@ -280,11 +279,8 @@ def open_case(
   nowhere, session = pathlib.Path(), loop.Session(workdir="absent", mesh=mesh_spec)
   run = loop.Run(nowhere, session, mesh, jax.random.key(0), writers.RunWriter(nowhere))
   shape = jax.eval_shape(lambda: jax.random.key(0))
-  frozen = config.lora.rank > 0
-  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
-  start = first if frozen else models.freeze(run, config.model, first)
+  placed = run, config, folder, tokenizer, head, longest_response(config)
+  model, start, initial = workbench.place(*placed)
   empty = data.from_examples("prompts", [], [])
-  model = model._replace(apply=functools.partial(model.apply, scored=scored_tokens(config)))
-  initial = None if start is first else first
   bench = Workbench(run, config, tokenizer, empty, empty, model, start, folder, initial=initial)
   return Case(check(mesh), bench, sharding.abstract(shape, sharding.replicated(mesh)))

@@ -4,14 +4,13 @@ A claim is one line of claims.csv. Its runs are methods, or lines of arms.csv, w
 those that are no methods, and what they read. `experiments.methods` runs both.
 """
 
-import json
 import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rlhf_jax import reporting
+from rlhf_jax import reporting, writers
 from . import methods, stages
 
 WINDOW = 5  # Steps that a metric of training is averaged over: that of one step is noisy.
@@ -74,14 +73,14 @@ def number(claim: Claim, folder: pathlib.Path, name: str) -> float | None:
   if not found:
     return float((summary[name] if claim.judgement else summary)[claim.metric])
   key, of, level = found.groups()
-  return when((folder / name / "metrics.jsonl").read_text(encoding="utf-8"), key, of, float(level))
+  return when(writers.read_metrics(folder / name / "metrics.jsonl"), key, of, float(level))
 
 
-def when(text: str, key: str, of: str, level: float) -> float:
+def when(rows: Sequence[Mapping[str, float]], key: str, of: str, level: float) -> float:
   """Returns metric `key` at the first step at which metric `of` is at least `level`.
 
   Args:
-    text: Text of metrics.jsonl.
+    rows: Rows of metrics.jsonl.
     key: Metric to return, averaged over `WINDOW` steps, or `step` itself.
     of: Metric to compare, averaged likewise, or `step`.
     level: Number to compare with.
@@ -89,7 +88,7 @@ def when(text: str, key: str, of: str, level: float) -> float:
   Returns:
     The metric, infinite if no step reaches the level.
   """
-  steps = {row["step"]: row for row in map(json.loads, text.splitlines())}
+  steps = {row["step"]: row for row in rows}
   rows = [row for _, row in sorted(steps.items()) if key in row and of in row]
 
   def mean(last: Sequence[Mapping[str, float]], name: str) -> float:

@@ -292,7 +292,7 @@ def heldout_key(run: loop.Run, index: int) -> jax.Array:
 def heldout_batch_size(run: loop.Run, dataset: data.Dataset, most: int) -> int:
   """Returns a batch size of at most `most` prompts, rounded up to a multiple of the devices."""
   size = min(most, max(len(dataset.examples), 1))
-  return size + -size % (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+  return size + -size % sharding.row_parts(run.mesh)
 
 
 def sample_rows(samples: Samples) -> Sequence[dict[str, Any]]:

@@ -557,7 +557,7 @@ def gold_rewards(
   config: data.DataConfig, prompts: data.Dataset, tokenizer: data.Tokenizer
 ) -> dict[str, rewards.RewardFn]:
   """Returns the gold reward, if the prompts are those of the built-in task."""
-  if config.path or config.tfds:
+  if data.is_given(config):
     return {}
   gold = rewards.text_reward(rewards.REWARDS["gold"], prompts.rows, tokenizer.batch_decode)
   return {"gold": gold}

@@ -36,7 +36,7 @@ from rlhf_jax.models import (
   round_matrices,
 )
 from rlhf_jax.models.families import FAMILIES, Head
-from rlhf_jax.models.transformer import COMPUTATION
+from rlhf_jax.models.transformer import COMPUTATION, AttentionName, PrecisionName, RematName
 from rlhf_jax.train_step import join
 from rlhf_jax.types import Params, Rollout
 from .. import records
@@ -90,9 +90,9 @@ class ModelOptions:
   mlp_width: int = 256
   dtype: Literal["float32", "bfloat16"] = "float32"
   frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
-  precision: Literal["default", "high", "highest"] = ranges.rare("high")
-  attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-  remat: Literal["none", "full", "dots"] = "none"
+  precision: PrecisionName = ranges.rare("high")
+  attention: AttentionName = "auto"
+  remat: RematName = "none"
   logit_chunk: int = ranges.rare(2**22)
   extrapolate: bool = ranges.rare(False)
 

@@ -65,20 +65,12 @@ class RolloutOptions:
       )
 
 
-def check(
-  config: Any,
-  *,
-  parts: int = 1,
-  shaping: shaped.ShapingConfig | None = None,
-  group: int = 1,
-  kept: int = 0,
-) -> None:
+def check(config: Any, *, parts: int = 1, group: int = 1, kept: int = 0) -> None:
   """Refuses sampling settings that a method cannot use; for `__post_init__` of a script's config.
 
   Args:
-    config: Config with `sampling`, `batch_size` and `data`.
+    config: Config with `sampling`, `batch_size` and `data`, and with `shaping` if with `rollout`.
     parts: Number of equal parts that the responses of a batch are split into.
-    shaping: Shaping of the scores.
     group: Minimum number of samples per prompt.
     kept: Number of responses or groups of them that a prompt adds to a batch; 0 for all samples.
   """
@@ -104,24 +96,24 @@ def check(
     raise ValueError(
       "data.packed_length packs rows of data; rollout.packed_length packs sampled responses"
     )
-  if "rollout" in vars(config) and config.rollout.redraws:
-    if sampling.samples_per_prompt < 2:
+  function = "shaping" in vars(config) and config.shaping.function
+  if "rollout" in vars(config):
+    if config.rollout.redraws and sampling.samples_per_prompt < 2:
       raise ValueError(
         "rollout.redraws compares the responses to a prompt; set sampling.samples_per_prompt to 2"
         " or more"
       )
-    if shaping is not None and shaping.clip:
+    if config.rollout.redraws and config.shaping.clip:
       raise ValueError(
         "rollout.redraws compares rewards before shaping.clip; leave one of them out"
       )
-  if shaping is not None and shaping.function and config.rollout.devices:
-    raise ValueError(f"rollout.devices does not go with shaping.function={shaping.function}")
-  compares = "shaping" in vars(config) and config.shaping.function
-  if compares and "preference" in vars(config) and config.preference.is_given:
+    if function and config.rollout.devices:
+      raise ValueError(f"rollout.devices does not go with shaping.function={function}")
+  if function and "preference" in vars(config) and config.preference.is_given:
     raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
-  if compares and "reward" in vars(config) and config.reward.ensemble == "worst_group":
+  if function and "reward" in vars(config) and config.reward.ensemble == "worst_group":
     raise ValueError(
-      f"shaping.function={config.shaping.function} does not go with reward.ensemble=worst_group:"
+      f"shaping.function={function} does not go with reward.ensemble=worst_group:"
       " the worst group of the reference may be another one than that of the policy"
     )
 

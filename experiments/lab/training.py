@@ -123,8 +123,8 @@ def make_trainer(
     step = make(reading.Packing(packed_length))
   else:
     assert updates is not None
-    shards = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    step = epochs.make_packed_step(make, updates, packed_length, multiple=shards)
+    parts = sharding.row_parts(run.mesh)
+    step = epochs.make_packed_step(make, updates, packed_length, multiple=parts)
   return Trainer(state, step, frozen, optimizer.learning_rate)
 
 

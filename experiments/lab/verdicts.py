@@ -1,17 +1,42 @@
-"""Quality of a preference model: agreement, calibration, and cycles among triples."""
+"""Quality of reward and preference models: agreement, calibration, and cycles among triples."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import data, evaluation, loop, simulation
-from rlhf_jax.algorithms import preference_model
+from rlhf_jax import data, evaluation, loop, reporting, simulation
+from rlhf_jax.algorithms import preference_model, reward_model
 from rlhf_jax.data import DataConfig
+from . import evaluating
 
 
-def judge(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
+def of_pairs(dataset: data.Dataset, scores: np.ndarray) -> dict[str, float]:
+  """Measures a reward model, with preferring the longer response as the baseline.
+
+  Accuracy and margin are means over prompts of means over their pairs, as in training.
+
+  Args:
+    dataset: Held-out pairs or rankings.
+    scores: [rows, K] scores of the responses.
+  """
+  pairs, mask = evaluating.compared(dataset, scores)
+  lengths, _ = evaluating.compared_lengths(dataset)
+  metrics = reward_model.pair_metrics(pairs, mask)
+  calibration = evaluation.calibration(pairs[mask, 0], pairs[mask, 1])
+  return {
+    "accuracy": float(metrics["reward/accuracy"]),
+    "margin": float(metrics["reward/margin"]),
+    "pairs": int(np.sum(mask)),
+    "longer_wins": float(np.mean(lengths[mask, 0] > lengths[mask, 1])),
+    "length_baseline": float(reward_model.pair_metrics(lengths, mask)["reward/accuracy"]),
+    "calibration_error": calibration.ece,
+    "log_loss": calibration.log_loss,
+  }
+
+
+def of_comparisons(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float]:
   """Measures a preference model on held-out comparisons, with response length as the baseline.
 
   Args:
@@ -55,7 +80,7 @@ def triples_of(
 
   They come from the held-out set; for the built-in task they are generated.
   """
-  if not (config.path or config.tfds):
+  if not data.is_given(config):
     count = min(config.eval_rows, 256)
     rows = simulation.votes("eval", count, session.seed, config.annotator or "expert")
     heldout = data.from_rows(
@@ -117,3 +142,16 @@ def cycles(
     "violations": violations(places, logits_of(dataset) > 0),
     "violations_of_votes": violations(places, np.asarray(votes)),
   }
+
+
+def show(model: str, summary: Mapping[str, float], counted: str) -> None:
+  """Shows the final table of a model; `counted` is the key of its number of rows."""
+  rows = {"accuracy": {model: summary["accuracy"], "longer wins": summary["length_baseline"]}}
+  if "margin" in summary:
+    rows["margin"] = {model: summary["margin"]}
+  rows["calibration error"] = {model: summary["calibration_error"]}
+  rows["log loss, nats"] = {model: summary["log_loss"], "coin": float(np.log(2))}
+  if "triples" in summary:
+    shares = {model: summary["violations"], "votes": summary["violations_of_votes"]}
+    rows["cycles among triples"] = shares
+  reporting.show_summary(f"{model.capitalize()}, {summary[counted]} held-out {counted}", rows)

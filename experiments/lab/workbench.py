@@ -50,6 +50,7 @@ class Workbench(NamedTuple):
     folder: Folder that the params were read from; None for a new model.
     extra: Further data sets by name.
     initial: Initial params to train, which a trainer takes over; None if they are those of `start`.
+    script: Name of the script, also of its progress bar.
   """
 
   run: loop.Run
@@ -62,6 +63,7 @@ class Workbench(NamedTuple):
   folder: pathlib.Path | None
   extra: Mapping[str, data.Dataset] = types.MappingProxyType({})
   initial: Params | None = None
+  script: str = ""
 
   def batches(self, dataset: data.Dataset | None = None, **options: Any) -> Any:
     """Returns an endless, resumable source of training batches; see `data.batches`."""
@@ -134,7 +136,7 @@ class Workbench(NamedTuple):
     return models.add_adapters(self.run, self.config.lora, initial)
 
   def describe(self, title: str, trainer: training.Trainer, **rows: object) -> None:
-    """Shows the panel at the start of a run: the sources of model and data, and further rows."""
+    """Shows the panel at the start of a run: sources of model, data and judge, and further rows."""
     sets = self.config.data, self.train_set, self.heldout
     named = {name.replace("_", " "): value for name, value in rows.items()}
     start = self.folder or "new, with random weights"
@@ -143,6 +145,8 @@ class Workbench(NamedTuple):
     for name, dataset in self.extra.items():
       lost = f", left out: {dataset.dropped}" if dataset.dropped else ""
       lines[f"{name} data"] = f"{len(dataset.examples)} {dataset.kind}{lost}"
+    if hasattr(self.config, "judge"):
+      lines["judge"] = self.config.judge.title
     lines |= {**named, **rates}
     idle = models.judge_shapes(self.config)
     if not (self.config.lora.rank or jax.tree.leaves(self.start)[0].is_deleted()):
@@ -218,9 +222,9 @@ class Workbench(NamedTuple):
     return evaluating.measure_rows(self.run, dataset, size, pad_id, measure, columns, show, only)
 
   def references(
-    self, ref_logprobs: Callable[[Params, Any], Metrics]
+    self, ref_logprobs: Callable[[Params, Any], jax.Array]
   ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Computes `ref_logprobs(start, rows)["ref"]` for the training and the held-out set.
+    """Computes `ref_logprobs(start, rows)` for the training and the held-out set.
 
     Training rows that `config.steps` batches do not reach are NaN. Those of the held-out set are
     followed by those of named sets.
@@ -232,12 +236,12 @@ class Workbench(NamedTuple):
       only = data.first_rows(
         self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
       )
-      refs = self.over(self.train_set, measure, show="reference", only=only)["ref"]
+      refs = self.over(self.train_set, measure, show="reference", only=only)
       train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
       train[only] = refs
     if self.heldout.examples:
       sets = (self.heldout, *self.heldout.named.values())
-      refs = [self.over(of, measure, show="reference, held out")["ref"] for of in sets]
+      refs = [self.over(of, measure, show="reference, held out") for of in sets]
       heldout = np.concatenate(refs)
     return train, heldout
 
@@ -317,6 +321,14 @@ class Workbench(NamedTuple):
       prompts = evaluating.as_prompts(prompts, len(prompts.examples))
     return make(prompts, prefer=None if prefer_of is None else prefer_of(prompts), named=named)
 
+  def later_judge(self) -> Callable[[], evaluating.Judge]:
+    """Returns a function that opens the judge, with `config.reward` if given, at its first call.
+
+    A reward model takes no memory before.
+    """
+    is_given = self.config.reward.is_given
+    return functools.cache(lambda: self.judge(self.open_reward() if is_given else None))
+
   def fit(
     self,
     step: Callable[..., Any],
@@ -325,7 +337,6 @@ class Workbench(NamedTuple):
     *,
     state: Any = None,
     evaluate: Callable[[Any, int], Mapping[str, float]] | None = None,
-    title: str = "train",
   ) -> Any:
     """Runs `config.steps` steps; see `loop.fit`.
 
@@ -335,7 +346,6 @@ class Workbench(NamedTuple):
       batches: Resumable source of batches.
       state: State before the first iteration.
       evaluate: `(state, step) -> metrics`, if there are held-out rows.
-      title: Name of the progress bar.
     """
     return loop.fit(
       self.run,
@@ -345,7 +355,7 @@ class Workbench(NamedTuple):
       batches,
       evaluate=evaluate if self.heldout.examples else None,
       learning_rate=trainer.learning_rate,
-      title=title,
+      title=self.script,
     )
 
   def show_samples(self, params: Params, title: str, count: int = 8) -> None:
@@ -436,17 +446,31 @@ def open(
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
     if not (run.workdir / "flags").exists():
       save_flags(run, config)
-    # Params below adapters are not trained.
-    frozen = config.lora.rank > 0
-    model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
-    start = first if frozen else models.freeze(run, config.model, first)
-    # Losses of given responses compute no logits of prompts.
     scored = scored_tokens(config, [train_set, *further.values()])
-    model = model._replace(apply=functools.partial(model.apply, scored=scored))
+    model, start, initial = place(run, config, folder, tokenizer, head, scored)
     sets = train_set, heldout
-    initial = None if start is first else first
-    yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial)
+    yield Workbench(run, config, tokenizer, *sets, model, start, folder, further, initial, script)
     save_flags(run, config)  # A continued run may have been given more steps.
+
+
+def place(
+  run: loop.Run,
+  config: Any,
+  folder: pathlib.Path | None,
+  tokenizer: data.Tokenizer,
+  head: Head,
+  scored: int,
+) -> tuple[Model, Params, Params | None]:
+  """Opens `model`, `start` and `initial` of a workbench.
+
+  Losses of given responses compute logits of `scored` tokens, the most of a response, and not of
+  the prompt.
+  """
+  frozen = config.lora.rank > 0  # Params below adapters are not trained.
+  model, first = models.open_model(run, config.model, folder, tokenizer, head, frozen=frozen)
+  start = first if frozen else models.freeze(run, config.model, first)
+  model = model._replace(apply=functools.partial(model.apply, scored=scored))
+  return model, start, None if start is first else first
 
 
 def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:

@@ -9,18 +9,17 @@ worst response.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import epochs, groups, reading, reinforce
 from rlhf_jax.losses import advantages, masked, shaping
-from rlhf_jax.types import ApplyFn, Metrics, Rollout, TrainStep
+from rlhf_jax.types import Metrics, Rollout
 
 CGPOBatch = groups.GroupBatch
+make_cgpo_step = reinforce.make_reinforce_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +59,9 @@ def make_batch(
     samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
-  log_ratios = jnp.sum(old - ref, axis=1)
+  log_ratios = masked.masked_sum(rollout.logprobs - ref_logprobs, mask, axis=1)
   satisfied = jnp.ones_like(finite) if satisfied is None else satisfied
-  rewards = shaping.constrained_reward(
-    jnp.where(finite, scores, 0.0), satisfied, log_ratios, kl_max=config.kl_max
-  )
+  rewards = shaping.constrained_reward(scores, satisfied, log_ratios, kl_max=config.kl_max)
   batch, metrics = groups.compare_responses(
     rollout,
     jnp.where(finite, rewards, jnp.nan),
@@ -75,23 +71,3 @@ def make_batch(
   )
   beyond = (log_ratios >= config.kl_max).astype(jnp.float32)
   return batch, metrics | {"kl/beyond_max": masked.defined_mean(beyond, finite)}
-
-
-def make_cgpo_step(
-  apply_fn: ApplyFn,
-  tx: optax.GradientTransformation,
-  config: CGPOConfig,
-  *,
-  temperature: float = 1.0,
-  packed: reading.Packing | None = None,
-  state_shardings: Any = None,
-) -> TrainStep:
-  """Jitted `step(state, CGPOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
-  return reinforce.make_reinforce_step(
-    apply_fn,
-    tx,
-    config,
-    temperature=temperature,
-    packed=packed,
-    state_shardings=state_shardings,
-  )

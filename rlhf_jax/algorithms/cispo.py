@@ -6,7 +6,7 @@ As in the paper there is no KL penalty and no lower bound on the weights.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import optax
@@ -26,7 +26,7 @@ class CISPOConfig(groups.GroupConfig):
   kl_coef: float = 0.0
   clip_low: float = 1.0
   clip_high: float = 4.0
-  average: Literal["responses", "tokens", "length"] = "tokens"
+  average: groups.AverageName = "tokens"
 
 
 def loss_fn(params, batch: CISPOBatch, key: jax.Array, *, read: reading.Read, config: CISPOConfig):

@@ -16,6 +16,7 @@ from rlhf_jax.algorithms import epochs, reading
 from rlhf_jax.losses import advantages, kl, masked, policy_gradient
 from rlhf_jax.types import Metrics, Params, Rollout
 
+AverageName = Literal["responses", "tokens", "length"]
 # (rewards [B / N, N], mask [B / N, N]) -> advantages [B / N, N].
 Compare = Callable[..., jax.Array]
 # (logprobs, old_logprobs, advantages, mask), [B, R] each -> losses [B, R].
@@ -57,7 +58,7 @@ class GroupConfig(epochs.UpdateConfig):
   clip_low: float = 0.2
   clip_high: float = 0.2
   scale: bool = True
-  average: Literal["responses", "tokens", "length"] = "responses"
+  average: AverageName = "responses"
 
   def __post_init__(self):
     super().__post_init__()

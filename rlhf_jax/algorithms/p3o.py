@@ -72,13 +72,13 @@ def make_batch(
   if samples_per_prompt % 2:
     raise ValueError(f"samples_per_prompt must be even, got {samples_per_prompt}")
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
+  rollout = rollout._replace(logprobs=jnp.where(mask, rollout.logprobs, 0.0))
   rewards = policy_gradient.kl_shaped_rewards(
-    jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
+    scores, rollout.logprobs, ref_logprobs, mask, kl_coef=config.kl_coef
   )
   totals = jnp.sum(rewards, axis=1)
   metrics = {"reward/shaped": masked.defined_mean(totals, finite)}
-  parts = rollout._replace(logprobs=old), mask, totals
+  parts = rollout, mask, totals
   batch = P3OBatch(*jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), parts))
   both = finite.reshape(-1, 2).all(axis=1)
   return batch._replace(mask=batch.mask & both[:, None, None]), metrics

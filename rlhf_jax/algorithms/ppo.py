@@ -93,11 +93,11 @@ def make_batch(
     estimate: `(rewards, values, mask, *, gamma, lam) -> (advantages, returns)`.
   """
   finite, mask = reading.finite_rows(rollout, scores, values, ref_logprobs)
-  kl_coef, scores = config.kl_coef if kl_coef is None else kl_coef, jnp.where(finite, scores, 0.0)
-  # Entries of padding are undefined; from here on they are zero.
-  arrays = rollout.logprobs, ref_logprobs, values, 0.0 if token_rewards is None else token_rewards
-  old, ref, values, given = (jnp.where(mask, x, 0.0) for x in arrays)
-  rewards = policy_gradient.kl_shaped_rewards(scores, old, ref, mask, kl_coef=kl_coef)
+  kl_coef = config.kl_coef if kl_coef is None else kl_coef
+  # Entries of padding are undefined; those of the batch are zero.
+  arrays = rollout.logprobs, values, 0.0 if token_rewards is None else token_rewards
+  old, values, given = (jnp.where(mask, x, 0.0) for x in arrays)
+  rewards = policy_gradient.kl_shaped_rewards(scores, old, ref_logprobs, mask, kl_coef=kl_coef)
   advantage, returns = estimate(rewards + given, values, mask, gamma=config.gamma, lam=config.lam)
   rollout, advantage = rollout._replace(logprobs=old), masked.whiten(advantage, mask)
   return PPOBatch(rollout, mask, values, advantage, returns), {

@@ -83,7 +83,7 @@ def _units(moments: reward.RunningMoments, config: PPOMaxConfig) -> tuple[Any, A
   """Size and origin of the critic's unit, in reward: 1 and 0 before there are any returns."""
   if not config.normalize_values:
     return 1.0, 0.0
-  variance = moments.m2 / jnp.maximum(moments.count, 1.0)
+  variance = moments.variance
   return jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), moments.mean
 
 

@@ -65,16 +65,15 @@ def make_batch(
     config: REINFORCE++ settings.
   """
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  # Entries of padding are undefined; from here on they are zero.
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
+  rollout = rollout._replace(logprobs=jnp.where(mask, rollout.logprobs, 0.0))
   rewards = policy_gradient.kl_shaped_rewards(
-    jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
+    scores, rollout.logprobs, ref_logprobs, mask, kl_coef=config.kl_coef
   )
   # With values of 0 and lambda 1 the advantage is the discounted sum of future rewards.
   returns, _ = advantages_lib.gae(
     rewards, jnp.zeros_like(rewards), mask, gamma=config.gamma, lam=1.0
   )
-  batch = ReinforcePPBatch(rollout._replace(logprobs=old), mask, masked.whiten(returns, mask))
+  batch = ReinforcePPBatch(rollout, mask, masked.whiten(returns, mask))
   return batch, {"reward/shaped": masked.defined_mean(jnp.sum(rewards, axis=1), finite)}
 
 

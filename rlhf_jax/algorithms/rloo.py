@@ -6,18 +6,17 @@ REINFORCE.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax import ranges
 from rlhf_jax.algorithms import epochs, groups, reading, reinforce
 from rlhf_jax.losses import advantages, policy_gradient
-from rlhf_jax.types import ApplyFn, Metrics, Rollout, TrainStep
+from rlhf_jax.types import Metrics, Rollout
 
 RLOOBatch = groups.GroupBatch
+make_rloo_step = reinforce.make_reinforce_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +53,8 @@ def make_batch(
     samples_per_prompt: Responses per prompt, in adjacent rows; 1 makes the batch one group.
   """
   finite, mask = reading.finite_rows(rollout, scores, ref_logprobs)
-  old, ref = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
   rewards = policy_gradient.kl_shaped_rewards(
-    jnp.where(finite, scores, 0.0), old, ref, mask, kl_coef=config.kl_coef
+    scores, rollout.logprobs, ref_logprobs, mask, kl_coef=config.kl_coef
   )
   totals = jnp.where(finite, jnp.sum(rewards, axis=1), jnp.nan)
   batch, metrics = groups.compare_responses(
@@ -64,23 +62,3 @@ def make_batch(
   )
   before, on = (reading.in_groups(x, samples_per_prompt) for x in (scores, finite))  # The penalty.
   return batch, metrics | {"groups/zero_std": jnp.mean(advantages.equal_groups(before, mask=on))}
-
-
-def make_rloo_step(
-  apply_fn: ApplyFn,
-  tx: optax.GradientTransformation,
-  config: RLOOConfig,
-  *,
-  temperature: float = 1.0,
-  packed: reading.Packing | None = None,
-  state_shardings: Any = None,
-) -> TrainStep:
-  """Jitted `step(state, RLOOBatch, key) -> (state, metrics)`; see `make_epochs_step`."""
-  return reinforce.make_reinforce_step(
-    apply_fn,
-    tx,
-    config,
-    temperature=temperature,
-    packed=packed,
-    state_shardings=state_shardings,
-  )

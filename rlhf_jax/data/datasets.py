@@ -14,7 +14,7 @@ import pathlib
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from absl import logging
@@ -34,7 +34,7 @@ from rlhf_jax.data.kinds import (
   shared_length,
 )
 from rlhf_jax.data.schema import Example, KindName, Votes
-from rlhf_jax.data.sources import DataError, Row
+from rlhf_jax.data.sources import DataError, HeldoutSplit, Row
 from rlhf_jax.data.tokenizer import (
   RESERVED,
   Exchange,
@@ -43,10 +43,12 @@ from rlhf_jax.data.tokenizer import (
   answers_in,
 )
 
+Overlong = Literal["drop", "truncate_prompt"]
+Turns = Literal["last", "all"]
+
 _BUILTIN_ROWS = 8192
 # Padded lengths are multiples of this: small changes of the data keep the compiled shapes.
 _LENGTH_MULTIPLE = 8
-_OVERLONG = ("drop", "truncate_prompt")
 # A tokenizer with more unknown tokens than this was made for other texts.
 _MOST_UNKNOWN = 0.1
 # Name -> function that raises a DataError for the columns of a row that something needs.
@@ -114,18 +116,18 @@ class DataConfig:
   eval_sets: tuple[str, ...] = ranges.rare(())
   rows: int = 0
   eval_rows: int = 512
-  split: Literal["eval", "shift"] = ranges.rare("eval")
+  split: HeldoutSplit = ranges.rare("eval")
   group: str = ranges.rare("")
   max_prompt_length: int = 256
   max_response_length: int = 256
-  overlong: Literal["drop", "truncate_prompt"] = "drop"
+  overlong: Overlong = "drop"
   packed_length: int = 0
   share_prompts: bool = ranges.rare(False)
   bad_rows: int = ranges.rare(0)
   ignore: tuple[str, ...] = ranges.rare(())
   end_token: str = ranges.rare("")
   annotator: str = ranges.rare("")
-  turns: Literal["last", "all"] = ranges.rare("last")
+  turns: Turns = ranges.rare("last")
   template_args: tuple[str, ...] = ranges.rare(())
   votes: Votes = ranges.rare("majority")
 
@@ -142,10 +144,10 @@ class DataConfig:
       non_negative=("rows", "bad_rows", "packed_length"),
       at_least_one=("eval_rows", "max_prompt_length", "max_response_length"),
       one_of={
-        "overlong": _OVERLONG,
-        "votes": schema.VOTES,
-        "split": sources.HELDOUT_SPLITS,
-        "turns": ("last", "all"),
+        "overlong": get_args(Overlong),
+        "votes": get_args(Votes),
+        "split": get_args(HeldoutSplit),
+        "turns": get_args(Turns),
       },
     )
     self.variables()

@@ -54,7 +54,6 @@ import itertools
 import json
 import math
 import re
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -68,7 +67,6 @@ KindName = Literal[
   "demonstrations", "preferences", "comparisons", "rankings", "unpaired", "prompts"
 ]
 Votes = Literal["majority", "each"]
-VOTES: tuple[Votes, ...] = typing.get_args(Votes)
 ROLES = ("system", "user", "assistant", "tool")
 # Names that other tools give the roles.
 _ROLE_NAMES = {

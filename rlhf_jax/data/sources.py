@@ -6,10 +6,11 @@ field. A row that is silently wrong costs more than a run that does not start.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _UNPAIRED_SURROGATE = re.compile("[\ud800-\udfff]")
 class DataError(ValueError):
   """Data that cannot be used. The message is "where: field: problem; fix"."""
 
-  exit_code = 65  # sysexits.h: EX_DATAERR
+  exit_code = os.EX_DATAERR
 
 
 class Row(NamedTuple):
@@ -182,7 +183,7 @@ def parse_tfds(spec: str) -> tuple[str, str]:
   return match["name"], match["split"] or "train"
 
 
-HELDOUT_SPLITS = ("eval", "shift")  # Of the built-in task.
+HeldoutSplit = Literal["eval", "shift"]  # Of the built-in task.
 
 
 def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") -> Iterator[Row]:
@@ -190,7 +191,7 @@ def read_builtin(kind: str, split: str, n: int, seed: int, annotator: str = "") 
 
   Args:
     kind: "demonstrations", "prompts", or a kind that compares responses.
-    split: "train" or one of `HELDOUT_SPLITS`.
+    split: "train" or a `HeldoutSplit`.
     n: Number of rows.
     seed: Seed of the rows.
     annotator: Annotator that compares; "" is the expert.

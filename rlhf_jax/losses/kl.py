@@ -24,8 +24,6 @@ import jax.numpy as jnp
 from rlhf_jax.losses import logprobs as logprobs_lib
 from rlhf_jax.losses import masked
 
-# exp(89) overflows float32.
-_MAX_LOG_RATIO = 80.0
 # Logarithm of a probability that is 0 in float32 and in float64.
 _LOG_ZERO = -1e4
 
@@ -73,7 +71,7 @@ def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     Same shape, nats, >= 0.
   """
   log_ratio = k1(logprobs, ref_logprobs)
-  return jnp.expm1(jnp.minimum(-log_ratio, _MAX_LOG_RATIO)) + log_ratio
+  return jnp.expm1(jnp.minimum(-log_ratio, masked.MAX_EXPONENT)) + log_ratio
 
 
 def reverse_kl_loss(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> jax.Array:

@@ -8,6 +8,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+# exp(89) overflows float32.
+MAX_EXPONENT = 80.0
+
 Axis = int | tuple[int, ...] | None
 Arguments = ParamSpec("Arguments")
 

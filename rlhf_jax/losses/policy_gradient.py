@@ -32,8 +32,6 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import masked
 
-# exp of anything much larger overflows float32.
-_MAX_LOG_RATIO = 80.0
 # Of ratios that are weights, which have no gradient to lose, and are multiplied by others.
 _MAX_LOG_WEIGHT = 20.0
 
@@ -73,7 +71,7 @@ def ppo_policy_loss(
   chex.assert_rank([logprobs, old_logprobs, advantages], 2)
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
   old_logprobs, advantages = jax.lax.stop_gradient((old_logprobs, advantages))
-  ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -masked.MAX_EXPONENT, masked.MAX_EXPONENT))
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
   loss = jnp.maximum(-advantages * ratio, -advantages * clipped)
   if dual_clip is None:
@@ -148,7 +146,7 @@ def cispo_loss(
   """
   chex.assert_rank([logprobs, old_logprobs, advantages], 2)
   chex.assert_equal_shape([logprobs, old_logprobs, advantages])
-  ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  ratio = jnp.exp(jnp.clip(logprobs - old_logprobs, -masked.MAX_EXPONENT, masked.MAX_EXPONENT))
   weight = jax.lax.stop_gradient(jnp.clip(ratio, 1 - clip_low, 1 + clip_high))
   return reinforce_loss(logprobs, weight * advantages)
 

@@ -25,8 +25,6 @@ import jax.numpy as jnp
 
 from rlhf_jax.losses import masked, reward
 
-# exp(89) overflows float32.
-_MAX_EXPONENT = 80.0
 # Closer to 0, 1 - exp(x) loses its digits, and the odds of a probability of 1 are infinite.
 _MAX_MEAN_LOGPROB = -1e-6
 
@@ -792,7 +790,7 @@ def alpha_divergence_score(
   chex.assert_equal_shape([policy, ref])
   log_ratio = policy - ref
   nonzero = jnp.where(alpha == 0, 1.0, alpha)
-  curved = -jnp.expm1(jnp.minimum(-nonzero * log_ratio, _MAX_EXPONENT)) / nonzero
+  curved = -jnp.expm1(jnp.minimum(-nonzero * log_ratio, masked.MAX_EXPONENT)) / nonzero
   return jnp.where(alpha == 0, log_ratio, curved)
 
 
@@ -841,7 +839,7 @@ def wpo_weights(logprobs: jax.Array, log_collision: jax.Array, mask: jax.Array) 
   chex.assert_equal_shape([logprobs, log_collision, mask])
   surprise = masked.widen(logprobs) - masked.widen(log_collision)
   surprise = masked.masked_mean(jax.lax.stop_gradient(surprise), mask, axis=1)
-  return jnp.exp(jnp.minimum(surprise, _MAX_EXPONENT))
+  return jnp.exp(jnp.minimum(surprise, masked.MAX_EXPONENT))
 
 
 def length_desensitized_logprobs(

@@ -123,6 +123,11 @@ class RunningMoments(NamedTuple):
   def zero(cls) -> "RunningMoments":
     return cls(*(jnp.zeros((), jnp.float32) for _ in range(3)))
 
+  @property
+  def variance(self) -> jax.Array:
+    """[] float32, that of all scores; 0 without any."""
+    return self.m2 / jnp.maximum(self.count, 1.0)
+
 
 def update_moments(moments: RunningMoments, x: jax.Array, mask: jax.Array) -> RunningMoments:
   """Adds a batch to the moments by the parallel-variance rule of Chan et al. (1979).
@@ -160,5 +165,4 @@ def normalize_scores(x: jax.Array, moments: RunningMoments, *, eps: float = 1e-8
   Returns:
     [B].
   """
-  variance = moments.m2 / jnp.maximum(moments.count, 1.0)
-  return (x - moments.mean) * jax.lax.rsqrt(variance + eps)
+  return (x - moments.mean) * jax.lax.rsqrt(moments.variance + eps)

@@ -114,7 +114,7 @@ def clip_to_moments(
     [B].
   """
   chex.assert_rank(scores, 1)
-  reach = width * jnp.sqrt(moments.m2 / jnp.maximum(moments.count, 1.0))
+  reach = width * jnp.sqrt(moments.variance)
   return jnp.clip(scores, moments.mean - reach, moments.mean + reach)
 
 

@@ -203,7 +203,7 @@ def build(
     return jnp.where(ids < known_tokens, logits, -jnp.inf)
 
   to_logits = precision.within(passes, to_logits)
-  parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = 1 if mesh is None else sharding.row_parts(mesh)
 
   def to_logits_by_part(copies: Params, hidden: jax.Array) -> jax.Array:
     """`to_logits` by a copy of the params for each part of the rows; see `rows_copies`."""

@@ -1,7 +1,9 @@
 """Error of model folders."""
 
+import os
+
 
 class ModelFolderError(ValueError):
   """A model folder cannot be loaded as requested; the message names the file and the fix."""
 
-  exit_code = 78
+  exit_code = os.EX_CONFIG

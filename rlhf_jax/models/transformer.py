@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,11 @@ class RopeScaling:
   original_length: int = 8192
 
 
-NORMS = ("rms", "rms_plus_one", "layer")
-POSITIONS = ("rope", "learned")
-ATTENTIONS = ("auto", "xla", "splash", "cudnn")
-PRECISIONS = ("default", "high", "highest")
+NormName = Literal["rms", "rms_plus_one", "layer"]
+PositionsName = Literal["rope", "learned"]
+AttentionName = Literal["auto", "xla", "splash", "cudnn"]
+PrecisionName = Literal["default", "high", "highest"]
+RematName = Literal["none", "full", "dots"]
 REMAT = {
   "none": lambda block: block,
   "full": jax.checkpoint,
@@ -123,13 +124,13 @@ class ModelConfig:
   normalized_router: bool = True
   max_length: int = 1024
   family: str = "llama"
-  norm: Literal["rms", "rms_plus_one", "layer"] = "rms"
+  norm: NormName = "rms"
   norm_eps: float = 1e-5
   post_norms: bool = False
   qk_norm: bool = False
   activation: Literal["silu", "gelu_tanh"] = "silu"
   gated_mlp: bool = True
-  positions: Literal["rope", "learned"] = "rope"
+  positions: PositionsName = "rope"
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   rope_local_theta: float | None = None
@@ -145,9 +146,9 @@ class ModelConfig:
   mlp_bias: bool = False
   init_std: float = 0.02
   dtype: Literal["float32", "bfloat16"] = _computation("float32")
-  precision: Literal["default", "high", "highest"] = _computation("high")
-  attention: Literal["auto", "xla", "splash", "cudnn"] = _computation("auto")
-  remat: Literal["none", "full", "dots"] = _computation("full")
+  precision: PrecisionName = _computation("high")
+  attention: AttentionName = _computation("auto")
+  remat: RematName = _computation("full")
 
   def __post_init__(self):
     if self.heads % self.kv_heads:
@@ -157,11 +158,11 @@ class ModelConfig:
       above_zero=("rotary_fraction",),
       positive=("attention_softcap", "logit_softcap", "query_width"),
       one_of={
-        "norm": NORMS,
+        "norm": get_args(NormName),
         "activation": ACTIVATIONS,
-        "positions": POSITIONS,
-        "attention": ATTENTIONS,
-        "precision": PRECISIONS,
+        "positions": get_args(PositionsName),
+        "attention": get_args(AttentionName),
+        "precision": get_args(PrecisionName),
         "remat": REMAT,
       },
     )

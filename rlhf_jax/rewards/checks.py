@@ -3,6 +3,7 @@
 A method leaves out a response whose score is NaN. A judge that gives many of them is broken.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ _FIX = "let a function give a low number to what it cannot judge, or name anothe
 class UnusableScoresError(RuntimeError):
   """A judge gave too many scores that cannot be used. The step that needed them was not taken."""
 
-  exit_code = 70  # EX_SOFTWARE
+  exit_code = os.EX_SOFTWARE
 
 
 def usable(scores: Any) -> Any:

@@ -70,7 +70,7 @@ _LETTER = re.compile(
 class ServiceError(RuntimeError):
   """A service does not answer, or refuses to."""
 
-  exit_code = 69  # EX_UNAVAILABLE
+  exit_code = os.EX_UNAVAILABLE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,8 +125,3 @@ def _annotator(name: str) -> Annotator:
   if name not in ANNOTATORS:
     raise ValueError(f"annotator must be one of {sorted(ANNOTATORS)}, got {name!r}")
   return ANNOTATORS[name]
-
-
-def majority_preference(prompts: Sequence[str], a: Sequence[str], b: Sequence[str]) -> np.ndarray:
-  """`[B]` probability that a rater of the intransitive panel prefers `a` to `b`."""
-  return preference_probability("panel", prompts, a, b)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import os
 import re
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ _WORDING_REGEXES = tuple(
 class PromptError(ValueError):
   """A text is not a prompt of the built-in task."""
 
-  exit_code = 65  # sysexits.h: EX_DATAERR
+  exit_code = os.EX_DATAERR
 
 
 @functools.lru_cache(maxsize=1 << 15)

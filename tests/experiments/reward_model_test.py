@@ -1,4 +1,4 @@
-"""Training on rankings, and the metrics beside the accuracy."""
+"""Training on rankings."""
 
 import json
 
@@ -11,7 +11,6 @@ from rlhf_jax import flags, loop, simulation
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
 from rlhf_jax.train_step import OptimConfig
-from tests.experiments.rows import RANKINGS, dataset
 
 PROMPT = "write a brief review of the film"
 # The better a response, the fewer of its words are "terrible".
@@ -66,30 +65,3 @@ def test_settings_of_pairs_are_refused_for_rankings(tmp_path, setting):
   config = config_of(write_rankings(tmp_path), reward_model=settings)
   with pytest.raises(flags.UsageError, match=f"reward_model.{setting}.*holds rankings"):
     reward_model.train(loop.Session(str(tmp_path / "run")), config)
-
-
-def test_metrics_of_pairs():
-  heldout = dataset(
-    "preferences",
-    {"prompt": [1], "chosen": [1, 2, 3], "rejected": [1]},
-    {"prompt": [1], "chosen": [1], "rejected": [1, 2]},
-    {"prompt": [1], "chosen": [1, 2], "rejected": [2, 1]},
-    {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
-  )
-  scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
-  metrics = reward_model.judge(heldout, scores)
-  assert metrics["accuracy"] == (1 + 1 + 0.5 + 0) / 4
-  assert metrics["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
-  assert metrics["longer_wins"] == 2 / 4
-  assert metrics["margin"] == 0
-  assert metrics["pairs"] == 4
-
-
-def test_metrics_of_rankings():
-  scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
-  metrics = reward_model.judge(RANKINGS, scores)
-  # Prompts count the same, as in training: one has two pairs, the other one.
-  assert metrics["accuracy"] == (1 / 2 + 1) / 2
-  assert metrics["length_baseline"] == (0 + 1) / 2
-  assert metrics["longer_wins"] == pytest.approx(1 / 3)
-  assert metrics["pairs"] == 3

@@ -117,7 +117,10 @@ def test_a_run_that_stopped_ends_with_the_same_bits(
   shutil.copytree(middle(expected), tmp_path / "run")
   assert not (tmp_path / "run" / "export").exists()
   start_here(script, tmp_path / "run", *flags_of(script))
-  assert "continuing from step 3" in capsys.readouterr().err
+  shown = capsys.readouterr().err
+  assert "continuing from step 3" in shown
+  assert f"\n{'improve' if script == 'rest' else script}: step 4/{STEPS}" in shown
+  assert ("\n  judge: " in shown) == hasattr(plans.script_of(script).Config, "judge")
   assert_same_end(tmp_path / "run", expected)
 
 

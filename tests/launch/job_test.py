@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import re
 import signal
 
@@ -191,7 +192,7 @@ def test_codes_that_may_pass(code, may_pass):
 
 
 def test_codes_are_those_of_the_scripts():
-  from rlhf_jax import checkpoint, flags, loop
+  from rlhf_jax import checkpoint, loop
   from rlhf_jax import workdir as workdir_lib
   from rlhf_jax.data import sources
 
@@ -201,5 +202,5 @@ def test_codes_are_those_of_the_scripts():
     *(workdir_lib.WorkdirError, workdir_lib.LockedError, loop.NumericsError, sources.DataError),
   }
   assert {error.exit_code for error in tried_again} == set(jobs.RETRIED)
-  for code in (flags.EX_USAGE, *(error.exit_code for error in stay)):
+  for code in (os.EX_USAGE, *(error.exit_code for error in stay)):
     assert code not in jobs.RETRIED and code < jobs.FIRST_SIGNAL

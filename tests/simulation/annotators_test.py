@@ -19,7 +19,7 @@ def texts(n=300):
 
 
 def majority(a, b):
-  return float(annotators.majority_preference([PROMPT], [a], [b])[0])
+  return float(annotators.preference_probability("panel", [PROMPT], [a], [b])[0])
 
 
 @pytest.mark.parametrize("name", annotators.ANNOTATORS)
@@ -72,7 +72,7 @@ def test_groups_disagree_on_most_pairs():
   assert np.mean(terse == lavish) < 0.5
 
 
-def test_majority_preference_is_an_exact_cycle():
+def test_the_majority_of_the_panel_is_an_exact_cycle():
   cycle = [majority(FACTS, VERDICT), majority(VERDICT, ADVICE), majority(ADVICE, FACTS)]
   np.testing.assert_allclose(cycle, 2 / 3, atol=0.01)
   np.testing.assert_allclose(cycle, cycle[0], atol=1e-6)

@@ -59,8 +59,7 @@ def test_a_metric_is_read_at_the_step_that_reaches_a_level(key, of, level, expec
   rows = [{"step": i, "gold": i - 1.0, "kl": i / 10} for i in range(1, 21)]
   # A continued run repeats steps, the last of which counts; other rows lack the metrics.
   rows = [{"step": 3, "gold": 99.0, "kl": 9.0}, *rows, {"step": 21, "eval/gold": 1.0}]
-  text = "".join(f"{json.dumps(row)}\n" for row in rows)
-  assert claims.when(text, key, of, level) == pytest.approx(expected)
+  assert claims.when(rows, key, of, level) == pytest.approx(expected)
 
 
 def test_the_table_has_the_numbers_of_finished_runs(tmp_path):

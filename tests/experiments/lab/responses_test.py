@@ -272,6 +272,7 @@ def script(**changes):
     "data": DataConfig(),
     "sampling": SamplingConfig(samples_per_prompt=2),
     "rollout": RolloutOptions(),
+    "shaping": ShapingConfig(),
     **changes,
   }
   return types.SimpleNamespace(**fields)
@@ -292,8 +293,11 @@ def script(**changes):
       "critic.warmup must be below steps, got 10",
     ),
     (
-      {"rollout": RolloutOptions(devices=1, importance_cap=2.0)},
-      {"shaping": ShapingConfig(function="par")},
+      {
+        "rollout": RolloutOptions(devices=1, importance_cap=2.0),
+        "shaping": ShapingConfig(function="par"),
+      },
+      {},
       "rollout.devices does not go with shaping.function=par",
     ),
     (
@@ -315,7 +319,7 @@ def script(**changes):
   ],
 )
 def test_settings_that_a_method_cannot_sample_with_are_refused(changes, options, message):
-  responses.check(script(), parts=4, group=2, shaping=ShapingConfig(function="par"))
+  responses.check(script(shaping=ShapingConfig(function="par")), parts=4, group=2)
   with pytest.raises(ValueError, match=message):
     responses.check(script(**changes), **options)
 

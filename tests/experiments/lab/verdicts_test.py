@@ -1,4 +1,4 @@
-"""Agreement of a preference model, and cycles among triples of responses."""
+"""Agreement of reward and preference models, and cycles among triples of responses."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from experiments.lab import verdicts
 from rlhf_jax import data, loop, simulation
 from rlhf_jax.data import DataConfig
+from tests.experiments.rows import RANKINGS, dataset
 
 TOKENIZER = data.word_level_tokenizer(simulation.WORDS)
 
@@ -24,10 +25,37 @@ def comparisons(*rows):
   return data.from_examples("comparisons", examples, [{}] * len(examples))
 
 
+def test_metrics_of_pairs():
+  heldout = dataset(
+    "preferences",
+    {"prompt": [1], "chosen": [1, 2, 3], "rejected": [1]},
+    {"prompt": [1], "chosen": [1], "rejected": [1, 2]},
+    {"prompt": [1], "chosen": [1, 2], "rejected": [2, 1]},
+    {"prompt": [1], "chosen": [1, 2], "rejected": [3]},
+  )
+  scores = np.float32([[1, 0], [2, 0], [1, 1], [0, 3]])
+  metrics = verdicts.of_pairs(heldout, scores)
+  assert metrics["accuracy"] == (1 + 1 + 0.5 + 0) / 4
+  assert metrics["length_baseline"] == (1 + 0 + 0.5 + 1) / 4
+  assert metrics["longer_wins"] == 2 / 4
+  assert metrics["margin"] == 0
+  assert metrics["pairs"] == 4
+
+
+def test_metrics_of_rankings():
+  scores = np.float32([[3, 2, 4], [1, 0, 9]])  # The last place is empty.
+  metrics = verdicts.of_pairs(RANKINGS, scores)
+  # Prompts count the same, as in training: one has two pairs, the other one.
+  assert metrics["accuracy"] == (1 / 2 + 1) / 2
+  assert metrics["length_baseline"] == (0 + 1) / 2
+  assert metrics["longer_wins"] == pytest.approx(1 / 3)
+  assert metrics["pairs"] == 3
+
+
 def test_accuracy_leaves_out_ties_and_the_loss_does_not():
-  dataset = comparisons((3, 1, 1.0), (1, 2, 1.0), (2, 1, 0.0), (1, 1, 0.5))
+  rows = comparisons((3, 1, 1.0), (1, 2, 1.0), (2, 1, 0.0), (1, 1, 0.5))
   logits = np.float32([2.0, -1.0, -3.0, 4.0])
-  summary = verdicts.judge(dataset, logits)
+  summary = verdicts.of_comparisons(rows, logits)
   assert summary["accuracy"] == pytest.approx(2 / 3)
   assert summary["length_baseline"] == pytest.approx(1 / 3)
   assert (summary["comparisons"], summary["ties"]) == (4, 1)
@@ -36,7 +64,7 @@ def test_accuracy_leaves_out_ties_and_the_loss_does_not():
   loss = -(share * np.log(right) + (1 - share) * np.log(1 - right))
   assert summary["log_loss"] == pytest.approx(loss.mean(), rel=1e-5)
   assert summary["confidence_in_ties"] == pytest.approx(1 / (1 + np.exp(-4)))
-  assert "confidence_in_ties" not in verdicts.judge(comparisons((1, 2, 1.0)), logits[:1])
+  assert "confidence_in_ties" not in verdicts.of_comparisons(comparisons((1, 2, 1.0)), logits[:1])
 
 
 def test_a_cycle_is_a_violation():

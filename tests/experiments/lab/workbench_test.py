@@ -45,7 +45,7 @@ def test_references_of_all_rows_in_their_order(open_bench):
 
   def first_token(params, batch):
     assert params is bench.start
-    return {"ref": batch.tokens[:, :, 0]}
+    return batch.tokens[:, :, 0]
 
   train, heldout = bench.references(first_token)
   for dataset, column in ((bench.train_set, train), (bench.heldout, heldout)):
@@ -109,7 +109,7 @@ def named(tmp_path):
 def test_named_sets_have_metrics_of_their_own(open_bench, named):
   bench = open_bench("dpo", "preferences", *named)
   trainer = type("Trainer", (), {"params": staticmethod(lambda state: state)})
-  _, refs = bench.references(lambda params, batch: {"ref": batch.mask.sum(axis=-1)})
+  _, refs = bench.references(lambda params, batch: batch.mask.sum(axis=-1))
   sets = {"eval": bench.heldout} | {f"eval/{n}": of for n, of in bench.heldout.named.items()}
   assert [*sets] == ["eval", "eval/b", "eval/c"]
 

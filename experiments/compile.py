@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from rlhf_jax import entry, flags, preflight, ranges, reporting, workdir
+from rlhf_jax import entry, flags, preflight, processes, ranges, reporting, workdir
 from .lab import plans
 
 
@@ -107,7 +107,7 @@ def main(options: Options, config: Any) -> int:
       "by_hand": hand and hand.to_dict(),
     }
     workdir.atomic_write(workdir.local_path(options.json), json.dumps(content, indent=2) + "\n")
-  return entry.EX_UNAVAILABLE if best.refused else 0
+  return processes.EX_UNAVAILABLE if best.refused else 0
 
 
 def algorithm_of(argv: Sequence[str]) -> str:

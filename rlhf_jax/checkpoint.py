@@ -224,7 +224,9 @@ class Checkpointer:
     contents = {name: list(tree) for name, tree in arrays.items()}
     self._commit = self._worker.submit(self._finish, step, manager, contents, score)
 
-  def restore(self, like: Mapping[str, PyTree], *, step: int | None = None) -> Restored | None:
+  def restore(
+    self, like: Mapping[str, PyTree], *, step: int | None = None, donate: bool = False
+  ) -> Restored | None:
     """Reads the newest step that is undamaged, bit for bit as it was saved.
 
     A damaged step is logged with the reason and the next older one is tried. Damaged are also a
@@ -236,6 +238,8 @@ class Checkpointer:
         structure, dtypes, shapes and shardings; nothing is ever cast. Items of the checkpoint that
         are not named here are not read.
       step: Read exactly this step.
+      donate: True to delete the arrays of `like` before a step is read, so that the devices never
+        hold them and those of the step at once. They stay if nothing has been saved yet.
 
     Returns:
       The step, its items and metadata; None if nothing has been saved yet.
@@ -243,6 +247,7 @@ class Checkpointer:
     Raises:
       CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or steps were
         saved, but none is usable, or not the one asked for.
+      JaxRuntimeError: A device has no room for the step.
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
@@ -251,11 +256,17 @@ class Checkpointer:
       return None
     rejected: dict[int, str] = {}
     while (chosen := self._choose(steps, rejected)) is not None:
+      if donate:  # What is wanted is still known by the shapes and places of deleted arrays.
+        for leaf in jax.tree.leaves(wanted):
+          if isinstance(leaf, jax.Array):
+            leaf.delete()
       try:
         items, meta = self._read(chosen, wanted)
       except CheckpointError:
         raise
       except Exception as error:
+        if processes.lacks_memory(error):  # The step is as good as it was.
+          raise
         if jax.process_count() > 1:
           raise CheckpointError(f"step {chosen} of {self.directory} cannot be read") from error
         self._reject(chosen, f"cannot be read: {_first_line(error)}", rejected)
@@ -498,7 +509,7 @@ class Checkpointer:
     items = {}
     for name, tree in wanted.items():
       items[name] = {
-        path: _like(restored[name][path], leaf) if leaf.size else _empty(leaf)
+        path: _like(restored[name].pop(path), leaf) if leaf.size else _empty(leaf)
         for path, leaf in tree.items()
       }
       # Not a mismatch of this run's config, which `_check_leaves` names, but of the stored arrays.

@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import logging as standard_logging
 import os
@@ -43,6 +44,7 @@ _META = "meta"
 _DIGEST_SUFFIX = ".digest.json"
 _TMP_MARK = ".orbax-checkpoint-tmp"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NUMBERS = itertools.count()  # Of the saves of this process, the same ones on all of a group.
 
 
 class CheckpointError(RuntimeError):
@@ -200,6 +202,7 @@ class Checkpointer:
         " restore from it, or use another --workdir"
       )
     processes.agree(lambda: workdir_lib.require_lock(self.directory))
+    name = f"manifest {next(_NUMBERS)}"
     try:
       self._discard_from(step)
       processes.agree(lambda: _require_room(self.directory, flat))
@@ -221,8 +224,8 @@ class Checkpointer:
     except Exception as error:
       raise self._failed(step, error) from error
     self._last = step
-    contents = {name: list(tree) for name, tree in arrays.items()}
-    self._commit = self._worker.submit(self._finish, step, manager, contents, score)
+    contents = {item: list(tree) for item, tree in arrays.items()}
+    self._commit = self._worker.submit(self._finish, step, manager, contents, score, name)
 
   def restore(
     self, like: Mapping[str, PyTree], *, step: int | None = None, donate: bool = False
@@ -346,18 +349,26 @@ class Checkpointer:
     manager: ocp.CheckpointManager,
     contents: Mapping[str, Sequence[str]],
     score: float | None,
+    name: str,
   ) -> None:
-    """Runs on the worker: waits for the commit of `step`, writes its manifest, deletes old steps.
+    """Runs on the worker: waits for the commit of `step` and for its manifest.
+
+    No process may end before process 0 has written the manifest: a launcher would end that one too.
 
     Args:
       step: The step.
       manager: The manager that saves it.
       contents: Item name -> names of its leaves.
       score: Score of the step.
+      name: Name of this save, that of no other one.
     """
     manager.wait_until_finished()
-    if not processes.is_first():
-      return
+    processes.do_first(name, lambda: self._complete(step, contents, score))
+
+  def _complete(
+    self, step: int, contents: Mapping[str, Sequence[str]], score: float | None
+  ) -> None:
+    """Writes the manifest of a committed step and deletes old steps."""
     bucket.push(self._record_path)  # It says that what follows is not complete yet.
     bucket.push(self.directory.parent)  # A step never has less than its metrics.
     folder = self.directory / str(step)

@@ -275,8 +275,11 @@ class _Lock:
     self._thread = threading.Thread(target=self._keep, name="bucket_lock", daemon=True)
     self.lost = False
 
-  def acquire(self) -> None:
+  def acquire(self, *, patient: bool = False) -> None:
     """Creates the object, or takes over that of an owner which is gone.
+
+    Args:
+      patient: True to wait until the owner has ended.
 
     Raises:
       LockedError: It is renewed by another process.
@@ -294,9 +297,13 @@ class _Lock:
         time.sleep(min(1.0, _RENEW_SECONDS / 2))
         again = self._store.read(_LOCK).result()
         if again.state == "value" and again.stamp.generation != found.stamp.generation:
-          raise LockedError(_in_use(self._address, again.value))
+          if not patient:
+            raise LockedError(_in_use(self._address, again.value))
+          previous, deadline = _owner(again.value), time.monotonic() + _STALE_SECONDS
         found = again
       if not self._write(found.stamp.generation):
+        if patient:
+          return self.acquire(patient=True)
         raise LockedError(_in_use(self._address, self._store.read(_LOCK).result().value))
     if found.state == "value":
       logging.warning(
@@ -347,8 +354,12 @@ _HELD: dict[pathlib.Path, tuple[_Copy, _Lock]] = {}  # Folders of the runs of th
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path) -> Iterator[None]:
+def held(folder: pathlib.Path, *, patient: bool = False) -> Iterator[None]:
   """Holds the lock of a folder in its bucket, with the files of the bucket; a no-op for others.
+
+  Args:
+    folder: Folder of this machine.
+    patient: True to wait for another process that holds it.
 
   Raises:
     LockedError: Another process holds it.
@@ -358,7 +369,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     yield
     return
   lock = _Lock(address)
-  lock.acquire()
+  lock.acquire(patient=patient)
   copy = _Copy(folder)
   try:
     copy.pull()

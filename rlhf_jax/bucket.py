@@ -123,7 +123,7 @@ class _Copy:
   def __init__(self, folder: pathlib.Path, **options: Any):
     self.folder, self.address = folder, address_of(folder)
     self._store = _open(self.address, **options)
-    self._mutex = threading.Lock()  # Of the threads of this process.
+    self._mutex = threading.RLock()  # Of the threads of this process.
     self._place: os.stat_result | None = None  # Of `.bucket.lock` at the first use.
 
   def pull(self, *, steps: bool = True) -> None:
@@ -177,6 +177,14 @@ class _Copy:
         for name, deleted in [(name, self._store.write(name, None)) for name in names]:
           deleted.result()
           del index[name]
+
+  def push_if_free(self, path: pathlib.Path) -> None:
+    """Does what `push` does, or nothing while another thread copies."""
+    if self._mutex.acquire(blocking=False):
+      try:
+        self.push(path)
+      finally:
+        self._mutex.release()
 
   def _fetch(self, name: str, known: _Known | None) -> _Known | None:
     """Reads an object unless the file has it; returns the new state, None if there is no news."""
@@ -389,10 +397,14 @@ def is_lost(folder: pathlib.Path) -> bool:
   return bool(holder and holder[1].lost)
 
 
-def push(path: pathlib.Path) -> None:
+def push(path: pathlib.Path, *, wait: bool = True) -> None:
   """Copies what has changed at or below a path to its bucket; a no-op for other paths.
 
   Nothing is written into a run that another process has taken over.
+
+  Args:
+    path: File or folder of this machine.
+    wait: False to do nothing while another thread copies to the same folder in the bucket.
   """
   if not address_of(path):
     return
@@ -404,7 +416,7 @@ def push(path: pathlib.Path) -> None:
   copy, lock = holder
   lock.renew()
   if not lock.lost:
-    copy.push(path)
+    (copy.push if wait else copy.push_if_free)(path)
 
 
 def pull(folder: pathlib.Path, *, steps: bool = True) -> None:

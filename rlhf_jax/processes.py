@@ -170,9 +170,9 @@ def do_first(name: str, function: Callable[[], None]) -> None:
   Raises:
     FirstProcessError: On the other processes, if the function raised on process 0.
   """
-  if jax.process_count() == 1:
-    return function()
   client = distributed.global_state.client
+  if client is None:  # This process is alone.
+    return function()
   if not is_first():
     _result(json.loads(client.blocking_key_value_get(name, 1000 * _LONGEST_SECONDS)))
     return

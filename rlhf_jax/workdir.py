@@ -406,12 +406,9 @@ def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None
       atomic_write(path, json.dumps(now, indent=2) + "\n")
       return now
     try:
-      was = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-      raise WorkdirError(f"{path} cannot be read: {error}; use another --workdir") from error
-    if not isinstance(was, dict):
-      raise WorkdirError(f"{path} is not the identity of a run; use another --workdir")
-    return was
+      return _read_identity(path)
+    except WorkdirError as error:
+      raise WorkdirError(f"{error}; use another --workdir") from error
 
   found = _differences(processes.agree(read), now)
   if jax.process_count() > 1:  # The data of a process may differ from that of process 0.
@@ -420,6 +417,35 @@ def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None
     raise WorkdirError(
       f"--workdir={path.parent} holds another run: {found}; use another --workdir, or what it was"
     )
+
+
+def require_identity(workdir: epath.PathLike, found: Mapping[str, Any]) -> None:
+  """Refuses what is not as the identity of a run has it. The run itself may go on.
+
+  Args:
+    workdir: The run directory.
+    found: Values of now, by some of the names of the identity.
+
+  Raises:
+    WorkdirError: A value differs. The message is one line.
+  """
+  path = local_path(workdir) / "identity.json"
+  was = _read_identity(path)
+  differing = _differences({name: was[name] for name in found if name in was}, found)
+  if differing:
+    raise WorkdirError(
+      f"{path.parent} was started with something else: {differing}; put back what it was"
+    )
+
+
+def _read_identity(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    identity = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise WorkdirError(f"{path} cannot be read: {error}") from error
+  if not isinstance(identity, dict):
+    raise WorkdirError(f"{path} is not the identity of a run")
+  return identity
 
 
 def identity_digest(workdir: epath.PathLike) -> str:

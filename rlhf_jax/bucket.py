@@ -123,7 +123,7 @@ class _Copy:
   def __init__(self, folder: pathlib.Path, **options: Any):
     self.folder, self.address = folder, address_of(folder)
     self._store = _open(self.address, **options)
-    self._mutex = threading.Lock()  # Of the threads of this process.
+    self._mutex = threading.RLock()  # Of the threads of this process.
     self._place: os.stat_result | None = None  # Of `.bucket.lock` at the first use.
 
   def pull(self, *, steps: bool = True) -> None:
@@ -177,6 +177,14 @@ class _Copy:
         for name, deleted in [(name, self._store.write(name, None)) for name in names]:
           deleted.result()
           del index[name]
+
+  def push_if_free(self, path: pathlib.Path) -> None:
+    """Does what `push` does, or nothing while another thread copies."""
+    if self._mutex.acquire(blocking=False):
+      try:
+        self.push(path)
+      finally:
+        self._mutex.release()
 
   def _fetch(self, name: str, known: _Known | None) -> _Known | None:
     """Reads an object unless the file has it; returns the new state, None if there is no news."""
@@ -275,8 +283,11 @@ class _Lock:
     self._thread = threading.Thread(target=self._keep, name="bucket_lock", daemon=True)
     self.lost = False
 
-  def acquire(self) -> None:
+  def acquire(self, *, patient: bool = False) -> None:
     """Creates the object, or takes over that of an owner which is gone.
+
+    Args:
+      patient: True to wait until the owner has ended.
 
     Raises:
       LockedError: It is renewed by another process.
@@ -294,9 +305,13 @@ class _Lock:
         time.sleep(min(1.0, _RENEW_SECONDS / 2))
         again = self._store.read(_LOCK).result()
         if again.state == "value" and again.stamp.generation != found.stamp.generation:
-          raise LockedError(_in_use(self._address, again.value))
+          if not patient:
+            raise LockedError(_in_use(self._address, again.value))
+          previous, deadline = _owner(again.value), time.monotonic() + _STALE_SECONDS
         found = again
       if not self._write(found.stamp.generation):
+        if patient:
+          return self.acquire(patient=True)
         raise LockedError(_in_use(self._address, self._store.read(_LOCK).result().value))
     if found.state == "value":
       logging.warning(
@@ -347,8 +362,12 @@ _HELD: dict[pathlib.Path, tuple[_Copy, _Lock]] = {}  # Folders of the runs of th
 
 
 @contextlib.contextmanager
-def held(folder: pathlib.Path) -> Iterator[None]:
+def held(folder: pathlib.Path, *, patient: bool = False) -> Iterator[None]:
   """Holds the lock of a folder in its bucket, with the files of the bucket; a no-op for others.
+
+  Args:
+    folder: Folder of this machine.
+    patient: True to wait for another process that holds it.
 
   Raises:
     LockedError: Another process holds it.
@@ -358,7 +377,7 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     yield
     return
   lock = _Lock(address)
-  lock.acquire()
+  lock.acquire(patient=patient)
   copy = _Copy(folder)
   try:
     copy.pull()
@@ -378,10 +397,14 @@ def is_lost(folder: pathlib.Path) -> bool:
   return bool(holder and holder[1].lost)
 
 
-def push(path: pathlib.Path) -> None:
+def push(path: pathlib.Path, *, wait: bool = True) -> None:
   """Copies what has changed at or below a path to its bucket; a no-op for other paths.
 
   Nothing is written into a run that another process has taken over.
+
+  Args:
+    path: File or folder of this machine.
+    wait: False to do nothing while another thread copies to the same folder in the bucket.
   """
   if not address_of(path):
     return
@@ -393,7 +416,7 @@ def push(path: pathlib.Path) -> None:
   copy, lock = holder
   lock.renew()
   if not lock.lost:
-    copy.push(path)
+    (copy.push if wait else copy.push_if_free)(path)
 
 
 def pull(folder: pathlib.Path, *, steps: bool = True) -> None:

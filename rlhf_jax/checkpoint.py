@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import logging as standard_logging
 import os
@@ -43,6 +44,7 @@ _META = "meta"
 _DIGEST_SUFFIX = ".digest.json"
 _TMP_MARK = ".orbax-checkpoint-tmp"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NUMBERS = itertools.count()  # Of the saves of this process, the same ones on all of a group.
 
 
 class CheckpointError(RuntimeError):
@@ -200,6 +202,7 @@ class Checkpointer:
         " restore from it, or use another --workdir"
       )
     processes.agree(lambda: workdir_lib.require_lock(self.directory))
+    name = f"manifest {next(_NUMBERS)}"
     try:
       self._discard_from(step)
       processes.agree(lambda: _require_room(self.directory, flat))
@@ -221,10 +224,12 @@ class Checkpointer:
     except Exception as error:
       raise self._failed(step, error) from error
     self._last = step
-    contents = {name: list(tree) for name, tree in arrays.items()}
-    self._commit = self._worker.submit(self._finish, step, manager, contents, score)
+    contents = {item: list(tree) for item, tree in arrays.items()}
+    self._commit = self._worker.submit(self._finish, step, manager, contents, score, name)
 
-  def restore(self, like: Mapping[str, PyTree], *, step: int | None = None) -> Restored | None:
+  def restore(
+    self, like: Mapping[str, PyTree], *, step: int | None = None, donate: bool = False
+  ) -> Restored | None:
     """Reads the newest step that is undamaged, bit for bit as it was saved.
 
     A damaged step is logged with the reason and the next older one is tried. Damaged are also a
@@ -236,6 +241,8 @@ class Checkpointer:
         structure, dtypes, shapes and shardings; nothing is ever cast. Items of the checkpoint that
         are not named here are not read.
       step: Read exactly this step.
+      donate: True to delete the arrays of `like` before a step is read, so that the devices never
+        hold them and those of the step at once. They stay if nothing has been saved yet.
 
     Returns:
       The step, its items and metadata; None if nothing has been saved yet.
@@ -243,6 +250,7 @@ class Checkpointer:
     Raises:
       CheckpointError: An item or leaf is missing, extra or of another shape or dtype. Or steps were
         saved, but none is usable, or not the one asked for.
+      JaxRuntimeError: A device has no room for the step.
     """
     self.wait()
     wanted = {name: _flatten(name, tree) for name, tree in like.items()}
@@ -251,11 +259,17 @@ class Checkpointer:
       return None
     rejected: dict[int, str] = {}
     while (chosen := self._choose(steps, rejected)) is not None:
+      if donate:  # What is wanted is still known by the shapes and places of deleted arrays.
+        for leaf in jax.tree.leaves(wanted):
+          if isinstance(leaf, jax.Array):
+            leaf.delete()
       try:
         items, meta = self._read(chosen, wanted)
       except CheckpointError:
         raise
       except Exception as error:
+        if processes.lacks_memory(error):  # The step is as good as it was.
+          raise
         if jax.process_count() > 1:
           raise CheckpointError(f"step {chosen} of {self.directory} cannot be read") from error
         self._reject(chosen, f"cannot be read: {_first_line(error)}", rejected)
@@ -335,18 +349,26 @@ class Checkpointer:
     manager: ocp.CheckpointManager,
     contents: Mapping[str, Sequence[str]],
     score: float | None,
+    name: str,
   ) -> None:
-    """Runs on the worker: waits for the commit of `step`, writes its manifest, deletes old steps.
+    """Runs on the worker: waits for the commit of `step` and for its manifest.
+
+    No process may end before process 0 has written the manifest: a launcher would end that one too.
 
     Args:
       step: The step.
       manager: The manager that saves it.
       contents: Item name -> names of its leaves.
       score: Score of the step.
+      name: Name of this save, that of no other one.
     """
     manager.wait_until_finished()
-    if not processes.is_first():
-      return
+    processes.do_first(name, lambda: self._complete(step, contents, score))
+
+  def _complete(
+    self, step: int, contents: Mapping[str, Sequence[str]], score: float | None
+  ) -> None:
+    """Writes the manifest of a committed step and deletes old steps."""
     bucket.push(self._record_path)  # It says that what follows is not complete yet.
     bucket.push(self.directory.parent)  # A step never has less than its metrics.
     folder = self.directory / str(step)
@@ -498,7 +520,7 @@ class Checkpointer:
     items = {}
     for name, tree in wanted.items():
       items[name] = {
-        path: _like(restored[name][path], leaf) if leaf.size else _empty(leaf)
+        path: _like(restored[name].pop(path), leaf) if leaf.size else _empty(leaf)
         for path, leaf in tree.items()
       }
       # Not a mismatch of this run's config, which `_check_leaves` names, but of the stored arrays.

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import functools
 import gc
 import hashlib
@@ -171,16 +170,7 @@ def run(
   app.run(checked_main, argv=list(argv) if argv is not None else None, flags_parser=flags_parser)
 
 
-# The disk, the network or the quota may be well again later; what the others say stays as it is.
-_IO = frozenset(
-  {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT}
-)
-_CANNOT_CREATE = frozenset(
-  {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
-  | {errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
-)
 _NEIGHBOUR = re.compile("Gloo .* failed|closed by peer|reset by peer|coordination service")
-_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory")
 
 
 def verdict(error: BaseException) -> tuple[int, str] | None:
@@ -209,15 +199,12 @@ def _verdict(error: BaseException) -> tuple[int, str] | None:
     reason = _short(str(error).split("\n")[0])
     gone = f"another process of this run has gone ({reason}); start all of them again"
     return os.EX_TEMPFAIL, gone
-  if isinstance(error, MemoryError) or (
-    isinstance(error, jax.errors.JaxRuntimeError) and _MEMORY.search(str(error))
-  ):
+  if processes.lacks_memory(error):
     return os.EX_UNAVAILABLE, _less_memory(absl_flags.FLAGS, str(error))
   code = getattr(error, "exit_code", None)
   if isinstance(code, int):
     return code, f"{type(error).__name__}: {error}"
-  if isinstance(error, OSError) and error.errno in _IO | _CANNOT_CREATE:
-    code = os.EX_IOERR if error.errno in _IO else os.EX_CANTCREAT
+  if isinstance(error, OSError) and (code := processes.code_of(error)) is not None:
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
     return code, f"{where}{error.strerror}{_CONTINUES if code == os.EX_IOERR else ''}"
   if reason := workdir.no_room(error):  # Of a library that has an exception of its own.

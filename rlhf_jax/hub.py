@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from rlhf_jax import processes, workdir
@@ -117,6 +117,20 @@ def settle(run_folder: str | os.PathLike[str], values: Iterable[Any]) -> None:
   _COMMITS.update(found)
   _SETTLED.clear()
   _SETTLED[folder] = names
+
+
+@contextlib.contextmanager
+def settled(run_folder: str | os.PathLike[str], values: Iterable[Any]) -> Iterator[None]:
+  """Settles the names of another run while its files are read; then those of before count again."""
+  commits, names = dict(_COMMITS), dict(_SETTLED)
+  try:
+    settle(run_folder, values)
+    yield
+  finally:
+    _COMMITS.clear()
+    _COMMITS.update(commits)
+    _SETTLED.clear()
+    _SETTLED.update(names)
 
 
 def commits(values: Iterable[Any]) -> dict[str, str]:

@@ -408,11 +408,9 @@ def fit(
     contextlib.closing(replay.BlackBox(run.workdir)) as black_box,
     contextlib.ExitStack() as stack,
   ):
-    restored = saver.restore({"state": state})
+    restored = saver.restore({"state": state}, donate=True)
     start = 0
     if restored is not None:
-      for leaf in jax.tree.leaves(state):
-        leaf.delete()  # The caller may hold it as long as the run lasts.
       start, state = restored.step, restored.items["state"]
       batches.set_state(restored.meta["data"])
       _say_where(run, config, restored, learning_rate)

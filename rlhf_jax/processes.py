@@ -8,6 +8,7 @@ files, apart from checkpoints, and only process 0 prints.
 """
 
 import dataclasses
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -27,6 +28,17 @@ _TEXT_BYTES = 1000
 _HEARTBEAT_SECONDS = 30
 # Seconds that a process which fails waits for the others to fail too.
 _LEAVE_SECONDS = 5
+_LONGEST_SECONDS = 24 * 60 * 60  # That process 0 may take for what it does alone in a thread.
+
+# The disk, the network or the quota may be well again later; what the others say stays as it is.
+_IO = frozenset(
+  {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOLCK, errno.ETIMEDOUT}
+)
+_CANNOT_CREATE = frozenset(
+  {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+  | {errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+)
+_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|Out of memory")
 
 
 class FirstProcessError(RuntimeError):
@@ -98,6 +110,29 @@ class Group:
     )
 
 
+def lacks_memory(error: BaseException) -> bool:
+  """Returns whether an error says that the host or a device has too little memory."""
+  of_device = isinstance(error, jax.errors.JaxRuntimeError) and _MEMORY.search(str(error))
+  return isinstance(error, MemoryError) or bool(of_device)
+
+
+def code_of(error: BaseException) -> int | None:
+  """Returns the exit code of an error that the system or this package has foreseen.
+
+  It is that of the error, if it has one. It is 69 if memory does not suffice, 73 if a file cannot
+  be created, 74 if a disk, the network or a quota fails, and None for every other error.
+  """
+  for code in (getattr(error, "exit_code", None), getattr(error, "exitcode", None)):
+    if isinstance(code, int):
+      return code
+  if lacks_memory(error):
+    return os.EX_UNAVAILABLE
+  number = error.errno if isinstance(error, OSError) else None
+  if number in _IO:
+    return os.EX_IOERR
+  return os.EX_CANTCREAT if number in _CANNOT_CREATE else None
+
+
 def is_first() -> bool:
   """True on process 0, which writes and prints for all."""
   return jax.process_index() == 0
@@ -111,18 +146,49 @@ def agree(function: Callable[[], Any]) -> Any:
   """
   if jax.process_count() == 1:
     return function()
-  outcome: dict[str, Any] = {}
-  error = None
-  if is_first():
-    try:
-      outcome = {"result": function()}
-    except Exception as caught:
-      error = caught
-      outcome = {"error": f"{type(error).__name__}: {error}"}
-      outcome["exit_code"] = getattr(error, "exit_code", None)
+  outcome, error = _outcome(function) if is_first() else ({}, None)
   outcome = json.loads(_broadcast(json.dumps(outcome).encode()))
   if error is not None:
     raise error
+  return _result(outcome)
+
+
+def do_first(name: str, function: Callable[[], None]) -> None:
+  """Calls a function on process 0 only; the others wait until it has ended there.
+
+  Unlike `agree` it computes nothing on the devices, so any thread may call it, and process 0 waits
+  for nobody.
+
+  Args:
+    name: Name of this call, the same on all processes, and that of no other call.
+    function: Function to call.
+
+  Raises:
+    FirstProcessError: On the other processes, if the function raised on process 0.
+  """
+  client = distributed.global_state.client
+  if client is None:  # This process is alone.
+    return function()
+  if not is_first():
+    _result(json.loads(client.blocking_key_value_get(name, 1000 * _LONGEST_SECONDS)))
+    return
+  outcome, error = _outcome(function)
+  client.key_value_set(name, json.dumps(outcome))
+  if error is not None:
+    raise error
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[dict[str, Any], Exception | None]:
+  """Calls a function; returns what the other processes are told, and its error if it raises one."""
+  try:
+    return {"result": function()}, None
+  except Exception as error:
+    told = {"error": f"{type(error).__name__}: {error}", "exit_code": code_of(error)}
+    return told, error
+
+
+def _result(outcome: dict[str, Any]) -> Any:
+  """Returns the result that process 0 has told, or raises its error."""
   if "error" in outcome:
     raise FirstProcessError(outcome["error"], outcome["exit_code"])
   return outcome["result"]

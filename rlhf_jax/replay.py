@@ -1,10 +1,12 @@
 """The black box of a run, and one of its steps run again, to see what went wrong in it."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from rlhf_jax import checkpoint, nonfinite, processes, reporting, sharding, writers
@@ -42,7 +44,8 @@ class BlackBox:
       processes.agree(lambda: checkpoint.remove(self._folder))
       run = workdir_lib.identity_digest(self._workdir)
       self._saver = checkpoint.Checkpointer(self._folder, run=run)
-    items = {"state": state, "batch": batch, "key": jax.random.key_data(key)}
+    # Of several processes, each has a key of its own, which is no array of all of them.
+    items = {"state": state, "batch": batch, "key": np.asarray(jax.random.key_data(key))}
     try:
       self._saver.save(done, items, {"data": position})
     except (checkpoint.CheckpointWriteError, checkpoint.NonFiniteError) as error:
@@ -83,17 +86,21 @@ def again(
   Returns:
     Exception that ends the run.
   """
-  source, restored = "the start", None
+  source, done = "the start", 0
   run = workdir_lib.identity_digest(workdir)
-  for folder in (FOLDER, "checkpoints"):
-    with checkpoint.Checkpointer(os.path.join(workdir, folder), run=run) as kept:
+  with contextlib.ExitStack() as stack:
+    nearest = None
+    for folder in (FOLDER, "checkpoints"):
+      path = os.path.join(workdir, folder)
+      kept = stack.enter_context(checkpoint.Checkpointer(path, run=run))
       found = kept.latest_step(wanted - 1)
-      if found is not None and (restored is None or found > restored.step):
-        source, restored = f"{folder}/{found}", kept.restore({"state": state}, step=found)
-  done = 0
-  if restored is not None:
-    done, state = restored.step, restored.items["state"]
-    batches.set_state(restored.meta["data"])
+      if found is not None and (nearest is None or found > done):
+        source, done, nearest = f"{folder}/{found}", found, kept
+    if nearest is not None:
+      restored = nearest.restore({"state": state}, step=done, donate=True)
+      assert restored is not None  # A step that was asked for is read, or refused.
+      state = restored.items["state"]
+      batches.set_state(restored.meta["data"])
   reporting.note(f"running step {wanted} again, from the state of {source}")
   found, values = [], {}
   for index in range(done, wanted):

@@ -34,6 +34,8 @@ _LOCKED: dict[
   pathlib.Path, int
 ] = {}  # Directory -> descriptor of the lock that this process holds.
 _SEEN_SECONDS = 20.0  # How long a write may take to be seen by another host.
+# How long a file server may keep the lock of a host that has crashed; a lease of NFS has 90 s.
+_LEASE_SECONDS = 120.0
 
 
 class WorkdirError(RuntimeError):
@@ -226,11 +228,16 @@ def sync_directory(path: epath.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def run_lock(workdir: epath.PathLike) -> Iterator[None]:
+def run_lock(workdir: epath.PathLike, *, patient: bool = False) -> Iterator[None]:
   """Holds `<workdir>/.lock`, so that no second process works in the same directory.
 
-  The operating system releases the lock when its owner dies, however it dies. Process 0 of a
-  multi-process run holds it for all.
+  The operating system releases the lock when its owner dies, however it dies. If a host dies, its
+  file server does so later, and that is waited for. Process 0 of a multi-process run holds it for
+  all.
+
+  Args:
+    workdir: The directory; created if missing.
+    patient: True to wait for another process that holds the lock, however long.
 
   Raises:
     LockedError: Another process holds it (named with host, pid and start time), or `workdir`
@@ -238,7 +245,7 @@ def run_lock(workdir: epath.PathLike) -> Iterator[None]:
   """
   directory = run_folder(workdir)
   with contextlib.ExitStack() as stack:
-    owner = processes.agree(lambda: stack.enter_context(_lock(directory)))
+    owner = processes.agree(lambda: stack.enter_context(_lock(directory, patient)))
     if jax.process_count() > 1:
       _require_shared(directory, owner)
     yield
@@ -267,22 +274,14 @@ def _read(path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def _lock(directory: pathlib.Path) -> Iterator[str]:
+def _lock(directory: pathlib.Path, patient: bool) -> Iterator[str]:
   """Locks a directory and yields the text of `.lock`, which names the owner."""
   with creating(directory):
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
   with os.fdopen(fd, "r+", encoding="utf-8") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-      if error.errno not in (errno.EAGAIN, errno.EACCES):
-        raise LockedError(f"--workdir={directory} cannot be locked: {error}") from error
-      raise LockedError(
-        f"--workdir={directory} is in use by {_owner(file) or 'another process'};"
-        " stop it first, or use another --workdir"
-      ) from error
-    if previous := _owner(file):
+    _acquire(file, directory, patient)
+    if previous := _named(_owner(file)):
       logging.warning(
         "--workdir=%s was not closed by %s, which no longer runs; its run goes on here",
         directory,
@@ -296,7 +295,7 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     file.flush()
     os.fsync(fd)  # For other hosts, which do not see what is only in memory here.
     try:
-      with bucket.held(directory):
+      with bucket.held(directory, patient=patient):
         _LOCKED[directory] = fd
         try:
           yield owner
@@ -305,6 +304,33 @@ def _lock(directory: pathlib.Path) -> Iterator[str]:
     finally:
       # The file stays: unlinking it would let two processes lock two files of the same name.
       os.ftruncate(fd, 0)
+
+
+def _acquire(file, directory: pathlib.Path, patient: bool) -> None:
+  """Locks the open file `.lock` of a directory.
+
+  On this host the lock of a process that is gone is gone too. That of another host may be kept for
+  a while after it has crashed.
+  """
+  deadline, is_told = time.monotonic() + _LEASE_SECONDS, False
+  while True:
+    try:
+      return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in (errno.EAGAIN, errno.EACCES):
+        raise LockedError(f"--workdir={directory} cannot be locked: {error}") from error
+      owner = _owner(file)
+      named = _named(owner) or "another process"
+      is_elsewhere = owner.get("host", socket.gethostname()) != socket.gethostname()
+      if not patient and not (is_elsewhere and time.monotonic() < deadline):
+        raise LockedError(
+          f"--workdir={directory} is in use by {named}; stop it first, or use another --workdir"
+        ) from error
+    if not is_told:
+      limit = "" if patient else f" at most {_LEASE_SECONDS:g} seconds, in case that host is gone"
+      logging.warning("%s is in use by %s; waiting%s", directory, named, limit)
+      is_told = True
+    time.sleep(0.5)
 
 
 def holds_lock(directory: pathlib.Path) -> bool:
@@ -342,13 +368,18 @@ def require_lock(path: epath.PathLike) -> None:
         )
 
 
-def _owner(file) -> str:
+def _owner(file) -> dict[str, Any]:
+  """Returns what the file `.lock` says of its owner; empty if it says nothing."""
   file.seek(0)
   try:
     owner = json.load(file)
-    return f"pid {owner['pid']} on host {owner['host']} since {owner['start']}"
-  except (ValueError, KeyError, TypeError):
-    return ""
+  except ValueError:
+    return {}
+  return owner if isinstance(owner, dict) and {"pid", "host", "start"} <= owner.keys() else {}
+
+
+def _named(owner: Mapping[str, Any]) -> str:
+  return f"pid {owner['pid']} on host {owner['host']} since {owner['start']}" if owner else ""
 
 
 def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None:
@@ -373,12 +404,9 @@ def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None
       atomic_write(path, json.dumps(now, indent=2) + "\n")
       return now
     try:
-      was = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-      raise WorkdirError(f"{path} cannot be read: {error}; use another --workdir") from error
-    if not isinstance(was, dict):
-      raise WorkdirError(f"{path} is not the identity of a run; use another --workdir")
-    return was
+      return _read_identity(path)
+    except WorkdirError as error:
+      raise WorkdirError(f"{error}; use another --workdir") from error
 
   found = _differences(processes.agree(read), now)
   if jax.process_count() > 1:  # The data of a process may differ from that of process 0.
@@ -387,6 +415,35 @@ def check_identity(workdir: epath.PathLike, identity: Mapping[str, Any]) -> None
     raise WorkdirError(
       f"--workdir={path.parent} holds another run: {found}; use another --workdir, or what it was"
     )
+
+
+def require_identity(workdir: epath.PathLike, found: Mapping[str, Any]) -> None:
+  """Refuses what is not as the identity of a run has it. The run itself may go on.
+
+  Args:
+    workdir: The run directory.
+    found: Values of now, by some of the names of the identity.
+
+  Raises:
+    WorkdirError: A value differs. The message is one line.
+  """
+  path = local_path(workdir) / "identity.json"
+  was = _read_identity(path)
+  differing = _differences({name: was[name] for name in found if name in was}, found)
+  if differing:
+    raise WorkdirError(
+      f"{path.parent} was started with something else: {differing}; put back what it was"
+    )
+
+
+def _read_identity(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    identity = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError, RecursionError) as error:
+    raise WorkdirError(f"{path} cannot be read: {error}") from error
+  if not isinstance(identity, dict):
+    raise WorkdirError(f"{path} is not the identity of a run")
+  return identity
 
 
 def identity_digest(workdir: epath.PathLike) -> str:

@@ -197,7 +197,8 @@ class JsonlWriter:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
     if time.monotonic() - self._copied >= _COPY_SECONDS:
       self._copied = time.monotonic()
-      bucket.push(pathlib.Path(self._path))
+      # Training does not wait for a checkpoint that is copied; the next time comes soon.
+      bucket.push(pathlib.Path(self._path), wait=False)
 
   def table(self, step: int, name: str, rows: Rows) -> None:
     """Writes a file in a folder beside; see `write_table`."""

@@ -7,11 +7,12 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from experiments.lab import exporting, models
-from rlhf_jax import bucket, checkpoint, data, entry, flags, loop
+from rlhf_jax import bucket, checkpoint, data, entry, flags, loop, writers
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf
 from tests import bucket_server, loop_test
@@ -119,6 +120,43 @@ def test_a_run_that_is_alive_elsewhere_is_named(other, server):
       raise AssertionError("it was opened")
   assert e.value.exit_code == 73 and "--workdir=gs://runs/team/ppo is in use by" in str(e.value)
   assert server.objects.keys() == before.keys()
+
+
+def test_a_lock_of_another_machine_can_be_waited_for(machine, server):
+  lock = bucket._Lock(RUN)
+  lock.acquire()
+  threading.Timer(1.0, lock.release).start()
+  with workdir_lib.run_lock(RUN, patient=True):
+    assert lock._done.is_set()
+  assert "team/ppo/.lock" not in server.objects
+
+
+def test_metrics_do_not_wait_for_a_checkpoint_that_is_copied(machine, server, monkeypatch):
+  folder = machine("first")
+  monkeypatch.setattr(writers, "_COPY_SECONDS", 0.0)
+  begun, go, send = threading.Event(), threading.Event(), bucket._Copy._send
+
+  def slow(self, name):
+    if name.startswith("checkpoints/"):
+      begun.set()
+      assert go.wait(60)
+    return send(self, name)
+
+  monkeypatch.setattr(bucket._Copy, "_send", slow)
+  with workdir_lib.run_lock(RUN):
+    writer = writers.JsonlWriter(folder / "metrics.jsonl", resume_step=None)
+    workdir_lib.atomic_write(folder / "checkpoints" / "8" / "x", "8")
+    copying = threading.Thread(target=bucket.push, args=(folder / "checkpoints",))
+    copying.start()
+    assert begun.wait(60)
+    for step in (1, 2):
+      writer.write(step, {"loss": 1.0})  # It returns, though the copy goes on.
+    assert "team/ppo/metrics.jsonl" not in server.objects
+    go.set()
+    copying.join()
+    writer.write(3, {"loss": 1.0})
+    assert content(server, "metrics.jsonl") == (folder / "metrics.jsonl").read_bytes()
+    writer.close()
 
 
 OWNERS = [

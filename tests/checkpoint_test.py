@@ -155,6 +155,72 @@ def test_restored_arrays_are_committed_only_where_the_originals_were(tmp_path):
   jax.jit(lambda t: t["w"] * t["n"])(new)  # Would fail with `n` pinned to device 0.
 
 
+_SIZE = 98_765  # Of no other array of this process.
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_a_step_is_read_in_the_place_of_what_is_donated(tmp_path, monkeypatch, is_committed):
+  """With a damaged step too, the devices hold one set of arrays at a time, or one leaf more."""
+  place = jax.devices()[1] if is_committed else None
+  make = lambda step: {  # noqa: E731
+    name: jax.device_put(np.full(_SIZE, step, np.float32), place) for name in "abcd"
+  }
+  counts = []
+
+  def counting(call):
+    def counted(*args, **kwargs):
+      counts.append(sum(x.size == _SIZE for x in jax.live_arrays()))
+      result = call(*args, **kwargs)
+      counts.append(sum(x.size == _SIZE for x in jax.live_arrays()))
+      return result
+
+    return counted
+
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    first = make(0)
+    assert ckpt.restore({"t": first}, donate=True) is None
+    assert not any(leaf.is_deleted() for leaf in first.values())
+    for step in (1, 2):
+      ckpt.save(step, {"t": make(step)}, {})
+    ckpt.wait()
+    flip_bit(largest_file(tmp_path / "2" / "t"))
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", counting(ocp.CheckpointManager.restore))
+    monkeypatch.setattr(checkpoint, "_like", counting(checkpoint._like))
+    restored = ckpt.restore({"t": first}, donate=True)
+  assert restored is not None and restored.step == 1
+  assert counts[0] == 0 and max(counts) <= 5
+  for leaf in restored.items["t"].values():
+    assert np.all(leaf == 1) and leaf.committed == is_committed
+    assert leaf.devices() == {jax.devices()[int(is_committed)]}
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 800 bytes."),
+    MemoryError("Unable to allocate 1.5 GiB"),
+  ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_that_finds_no_memory_is_not_damaged(
+  tmp_path, monkeypatch, warnings_logged, error, count
+):
+  save_steps(tmp_path, 1, 2)
+
+  def full(*args, **kwargs):
+    raise error
+
+  with monkeypatch.context() as patched:
+    manager = types.SimpleNamespace(restore=full)
+    patched.setattr(checkpoint.Checkpointer, "_open", lambda self: manager)
+    patched.setattr(checkpoint.processes, "agree", lambda function: function())
+    patched.setattr(jax, "process_count", lambda: count)
+    with checkpoint.Checkpointer(tmp_path) as ckpt, pytest.raises(type(error)) as e:
+      ckpt.restore({"state": weights(0), "extra": {"n": np.int32(0)}})
+  assert entry.verdict(e.value)[0] == 69 and not warnings_logged
+  assert restore(tmp_path).step == 2
+
+
 def test_other_meshes_restore_the_same_bits(tmp_path):
   rules = [("w$", P("fsdp", "tensor"))]
   tree = {"w": jax.random.normal(jax.random.key(0), (16, 8)), "b": jnp.ones(3, jnp.bfloat16)}

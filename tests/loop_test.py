@@ -105,9 +105,15 @@ def assert_same_end(workdir, state, expected):
   assert lines(workdir) == expected_lines
 
 
-def test_a_continued_run_does_not_hold_its_first_state(tmp_path):
+def test_a_continued_run_does_not_hold_its_first_state(tmp_path, monkeypatch):
   fit(tmp_path)
-  first = start_state()
+  first, read = start_state(), checkpoint.Checkpointer._read
+
+  def read_alone(*args):
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+    return read(*args)
+
+  monkeypatch.setattr(checkpoint.Checkpointer, "_read", read_alone)
   with loop.open_run(loop.Session(str(tmp_path))) as run:
     config = dataclasses.replace(CONFIG, steps=CONFIG.steps + 1)
     end = loop.fit(run, config, quadratic, first, Batches())

@@ -1,12 +1,13 @@
 """Agreement between simulated processes; `tests/experiments/multiprocess_test.py` has real ones."""
 
+import errno
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import processes
+from rlhf_jax import entry, flags, processes
 from rlhf_jax import workdir as workdir_lib
 
 ADDRESS = "10.0.0.1:1234"
@@ -54,6 +55,7 @@ def test_alone_everything_is_agreed():
   assert processes.agree(lambda: {"a": (1, 2)}) == {"a": (1, 2)}
   assert processes.gather("é" * 3) == ["ééé"]
   processes.wait()
+  processes.do_first("alone", lambda: None)
   with pytest.raises(OSError, match="planted"):
     processes.agree(fails)
 
@@ -84,18 +86,59 @@ def test_the_first_decides(two_processes, monkeypatch):
   assert processes.agree(fails) == [3, None]
 
 
-def test_an_error_of_the_first_is_that_of_all(two_processes, monkeypatch):
-  def refuse():
-    raise workdir_lib.LockedError("--workdir=x is in use")
+class Store:
+  """The values that the processes of a group share."""
 
-  for function, code in ((refuse, 73), (fails, None)):
+  def __init__(self):
+    self._values = {}
+
+  def key_value_set(self, name, value):
+    assert name not in self._values
+    self._values[name] = value
+
+  def blocking_key_value_get(self, name, milliseconds):
+    assert milliseconds > 60_000
+    return self._values[name]
+
+
+@pytest.mark.parametrize(
+  ("error", "code"),
+  [
+    (workdir_lib.LockedError("--workdir=x is in use, planted"), 73),
+    (OSError("planted"), None),
+    (OSError(errno.ESTALE, "planted"), 74),
+    (OSError(errno.ETIMEDOUT, "planted"), 74),
+    (OSError(errno.ENOSPC, "planted"), 74),
+    (PermissionError(errno.EACCES, "planted"), 73),
+    (MemoryError("planted"), 69),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: planted"), 69),
+    (flags.UsageError("--a is planted"), 64),
+    (KeyError("planted"), None),
+  ],
+)
+def test_an_error_of_the_first_is_that_of_all(two_processes, monkeypatch, error, code):
+  def raising():
+    raise error
+
+  monkeypatch.setattr(processes.distributed.global_state, "client", Store())
+  for call in (processes.agree, lambda function: processes.do_first("planted", function)):
     monkeypatch.setattr(jax, "process_index", lambda: 0)
-    with pytest.raises((workdir_lib.LockedError, OSError)):
-      processes.agree(function)
+    with pytest.raises(type(error)) as of_first:
+      call(raising)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(processes.FirstProcessError, match="in use|planted") as caught:
-      processes.agree(lambda: None)
-    assert caught.value.exit_code == code
+    with pytest.raises(processes.FirstProcessError, match="planted") as of_other:
+      call(fails)
+    codes = [(entry.verdict(e.value) or [None])[0] for e in (of_first, of_other)]
+    assert codes == [code, code]
+
+
+def test_what_the_first_does_is_done_once(two_processes, monkeypatch):
+  done = []
+  monkeypatch.setattr(processes.distributed.global_state, "client", Store())
+  processes.do_first("a", lambda: done.append(1))
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  processes.do_first("a", fails)
+  assert done == [1]
 
 
 def test_bytes_survive_the_devices():

@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import pathlib
+import threading
 import time
 
 import jax
@@ -35,6 +36,39 @@ def test_lock_names_its_holder_and_dies_with_it(tmp_path):
     pass
   with workdir_lib.run_lock(tmp_path):
     pass
+
+
+def released_after(seconds, child):
+  """Kills the process that holds a lock, later."""
+  timer = threading.Timer(seconds, child.kill)
+  timer.start()
+  return timer
+
+
+@pytest.mark.parametrize("way", ["crashed", "alive", "patient"])
+def test_a_lock_that_may_be_released_is_waited_for(tmp_path, monkeypatch, caplog, way):
+  """A file server keeps the lock of a host that has crashed for a while."""
+  child = forked(hold_lock, tmp_path)
+  try:
+    wait_for((tmp_path / "held").exists, 60, pause=0.01)
+    if way != "patient":
+      owner = json.loads((tmp_path / ".lock").read_text())
+      (tmp_path / ".lock").write_text(json.dumps(owner | {"host": "another"}))
+    monkeypatch.setattr(workdir_lib, "_LEASE_SECONDS", {"crashed": 60.0}.get(way, 0.1))
+    timer = released_after(1000 if way == "alive" else 1, child)
+    began = time.monotonic()
+    with caplog.at_level("WARNING"), contextlib.ExitStack() as stack:
+      if way == "alive":
+        stack.enter_context(pytest.raises(workdir_lib.LockedError, match="on host another since"))
+      with workdir_lib.run_lock(tmp_path, patient=way == "patient"):
+        assert not child.is_alive() or not child.join(1)
+    assert time.monotonic() - began < 30
+    assert f"{tmp_path} is in use by pid {child.pid} on host" in caplog.text
+    assert ("in case that host is gone" in caplog.text) == (way != "patient")
+  finally:
+    timer.cancel()
+    child.kill()
+    child.join()
 
 
 def test_a_lock_that_was_left_is_taken_over_with_a_word(tmp_path, caplog):

@@ -130,7 +130,7 @@ def test_a_metric_called_step_is_refused(tmp_path):
 
 def test_the_copy_in_a_bucket_is_renewed_now_and_then(tmp_path, monkeypatch):
   now, copied = [0.0], []
-  monkeypatch.setattr(writers.bucket, "push", lambda path: copied.append(_steps(path)))
+  monkeypatch.setattr(writers.bucket, "push", lambda path, **_: copied.append(_steps(path)))
   monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
   path = tmp_path / "metrics.jsonl"
   _write(path, range(3))

@@ -9,7 +9,17 @@ import jax
 import numpy as np
 from absl import flags as absl_flags
 
-from rlhf_jax import bucket, checkpoint, flags, loop, processes, reporting, sharding, writers
+from rlhf_jax import (
+  bucket,
+  checkpoint,
+  flags,
+  hub,
+  loop,
+  processes,
+  reporting,
+  sharding,
+  writers,
+)
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf, lora
 from rlhf_jax.train_step import join
@@ -23,7 +33,9 @@ _PLACES = ("params/policy/", "train/params/policy/", "params/", "train/params/")
 def export_step(workdir: pathlib.Path, step: int, mesh: str = "") -> pathlib.Path:
   """Writes the model of a checkpoint to `WORKDIR/exports/STEP`, unless it is there, and returns it.
 
-  The run may go on meanwhile. The checkpoint is verified as for a run that is continued.
+  The run may go on meanwhile. The checkpoint is verified as for a run that is continued, and so is
+  the model that the run was started from. Of several processes that want the same step, one writes
+  it, and the others wait.
 
   Args:
     workdir: Folder of the run.
@@ -33,44 +45,65 @@ def export_step(workdir: pathlib.Path, step: int, mesh: str = "") -> pathlib.Pat
   Raises:
     ModelFolderError: The folder is no run of a training script.
     CheckpointError: There is no such checkpoint, or it is damaged.
+    WorkdirError: The model that the run was started from has changed.
   """
   bucket.pull(workdir / "checkpoints")
   folder = workdir / models.EXPORTS / str(step)
-  if (folder / "config.json").exists():
+  is_there = (folder / "config.json").exists
+  if is_there():
     return folder
   script, session, config = _read_run(workdir)
-  source = models.source_folder(config.model, config.init_from)
-  tokenizer = models.open_tokenizer(source, config.data)
   devices = sharding.make_mesh(mesh or session.mesh)
   run = loop.Run(
     workdir, session, devices, jax.random.key(session.seed), writers.RunWriter(workdir)
   )
   digest = workdir_lib.identity_digest(workdir)
   with checkpoint.Checkpointer(workdir / "checkpoints", run=digest) as saver:
-    saved = saver.leaves(step)["state"]
-    place = next((p for p in _PLACES if any(path.startswith(p) for path in saved)), None)
-    if place is None:
-      raise hf.ModelFolderError(f"{workdir}: step {step} holds no model of a training script")
-    head = "scalar" if any(path.startswith(f"{place}score/") for path in saved) else "language"
+    saver.leaves(step)  # No folder is made for a step that does not exist.
+    workdir_lib.make(folder)
+    with workdir_lib.run_lock(folder, patient=True):
+      if not is_there():
+        _write(folder, run, script, config, saver, step)
+        reporting.note(f"model of step {step}: {folder}")
+  return folder
+
+
+def _write(
+  folder: pathlib.Path,
+  run: loop.Run,
+  script: str,
+  config: Any,
+  saver: checkpoint.Checkpointer,
+  step: int,
+) -> None:
+  """Writes the model of a step of a run to a folder."""
+  saved = saver.leaves(step)["state"]
+  place = next((p for p in _PLACES if any(path.startswith(p) for path in saved)), None)
+  if place is None:
+    raise hf.ModelFolderError(f"{run.workdir}: step {step} holds no model of a training script")
+  head = "scalar" if any(path.startswith(f"{place}score/") for path in saved) else "language"
+  starts = {"init_from": config.init_from, "model.path": config.model.path}
+  with hub.settled(run.workdir, starts.values()):
+    source = models.source_folder(config.model, config.init_from)
+    tokenizer = models.open_tokenizer(source, config.data)
+    # Adapters fit only the model that they were trained on.
+    found = models.digests(starts) | {"tokenizer": tokenizer.digest}
+    workdir_lib.require_identity(run.workdir, found)
     frozen = config.lora.rank > 0
     model, start = models.open_model(run, config.model, source, tokenizer, head, frozen=frozen)
-    base, trained = lora.split(models.add_adapters(run, config.lora, start))
-    like: dict[str, Any] = {path: _shape(kind) for path, kind in saved.items()}
-    paths = [
-      place + jax.tree_util.keystr(path, simple=True, separator="/")
-      for path, _ in jax.tree_util.tree_leaves_with_path(trained)
-    ]
-    like |= dict(zip(paths, jax.tree.leaves(trained), strict=True))
-    restored = saver.restore({"state": like}, step=step)
+  base, trained = lora.split(models.add_adapters(run, config.lora, start))
+  like: dict[str, Any] = {path: _shape(kind) for path, kind in saved.items()}
+  paths = [
+    place + jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, _ in jax.tree_util.tree_leaves_with_path(trained)
+  ]
+  like |= dict(zip(paths, jax.tree.leaves(trained), strict=True))
+  restored = saver.restore({"state": like}, step=step, donate=True)
   assert restored is not None
   leaves = [restored.items["state"][path] for path in paths]
   params = join(base, jax.tree.unflatten(jax.tree.structure(trained), leaves))
   label = records.PREFERENCE if script == "preference_model" else "reward"
-  workdir_lib.make(folder)
-  with workdir_lib.run_lock(folder):
-    models.export(folder, params, model, tokenizer, label, config.export_dtype)
-  reporting.note(f"model of step {step}: {folder}")
-  return folder
+  models.export(folder, params, model, tokenizer, label, config.export_dtype)
 
 
 def number_of(workdir: pathlib.Path, step: str) -> int:

@@ -56,6 +56,7 @@ def improve(
   models.require_base(config.lora, start)
   extra = {"improve": index, "start": str(start)}
   with loop.open_run(session) as run:
+    digests = models.digests(flags.flatten(flags.to_dict(config)) | extra)
     records.identify(
       run,
       "improve",
@@ -64,7 +65,8 @@ def improve(
       dataset,
       heldout,
       extra=extra,
-      digests=models.digests(flags.flatten(flags.to_dict(config)) | extra),
+      # What follows is built on this many steps; other ones would be a different run.
+      digests=digests | {"number of --steps": str(config.steps)},
     )
     if (finished := processes.agree(read)) is not None:
       return finished

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from rlhf_jax import writers
+from rlhf_jax import checkpoint, processes, writers
+from rlhf_jax import workdir as workdir_lib
 from tests.experiments.small_runs import small
 from tests.testing import full, wait_for
 
@@ -124,6 +126,47 @@ def send_at(step: int, number: int) -> None:
       os.kill(os.getpid(), number)
 
   writers.RunWriter.write = write_and_send
+
+
+def verify_slowly(seconds: float) -> None:
+  """Lets this process take so long for the files of each checkpoint, as for large ones."""
+  require = checkpoint._require_contents
+
+  def slow(*args):
+    time.sleep(seconds)
+    require(*args)
+
+  checkpoint._require_contents = slow
+
+
+def test_none_ends_before_the_last_checkpoint_is_whole(tmp_path, start_group, sft_run):
+  """A launcher kills the others when one process ends; the first still verifies the files then."""
+  flags = (f"--init_from={sft_run}", "--mesh=data:2", "--steps=100", "--checkpoint_every=100")
+  slow = functools.partial(verify_slowly, 3.0 + processes._LEAVE_SECONDS)
+  stop = functools.partial(send_at, 2, signal.SIGTERM)
+  words = (*flags, "--log_every=1")
+  first, second = start_group("sft", tmp_path / "run", *words, before={0: slow, 1: stop})
+  ended = second.end(timeout=120)
+  saved = newest(tmp_path / "run")
+  first.process.kill()
+  assert ended.code == 75, ended.output + first.end(timeout=60).output
+  first.end(timeout=60)
+  assert saved >= 2 and f"saved step {saved} of 100" in ended.output
+
+
+def test_a_group_without_a_finite_gradient_leaves_its_black_box(tmp_path, run_group, sft_run):
+  flags = (f"--init_from={sft_run}", "--mesh=data:2", "--steps=20", "--log_every=1")
+  rate = ("--optim.learning_rate=1e30", "--optim.warmup=0")
+  for finished in run_group("sft", tmp_path / "run", *flags, *rate):
+    assert finished.code == 70, finished.output
+    assert "black box is" not in finished.output
+  key = jax.random.key_data(jax.random.fold_in(jax.random.key(0), 0))
+  digest = workdir_lib.identity_digest(tmp_path / "run")
+  with checkpoint.Checkpointer(tmp_path / "run" / "black_box", run=digest) as box:
+    restored = box.restore({"key": key})
+    assert restored is not None and restored.step == metrics(tmp_path / "run")[-1]["step"]
+    assert box.leaves(restored.step).keys() == {"state", "batch", "key"}
+  np.testing.assert_array_equal(restored.items["key"], key)
 
 
 @full

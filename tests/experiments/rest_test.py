@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.lab import line_files
+from rlhf_jax import workdir as workdir_lib
 
 # The gold reward of many short answers is the same, and ties are left out.
 FLAGS = ("--reward.name=gold", "--grow_steps=2", "--batch_size=2", "--steps=3")
@@ -56,6 +57,17 @@ def test_each_step_keeps_fewer_and_better_responses(whole):
   assert (whole / "plots" / "quality.png").stat().st_size > 0
   summary = json.loads((whole / "summary.json").read_text())
   assert {"gold/win_rate", "kl", "reward/mean"} <= set(summary)
+
+
+def test_another_number_of_steps_is_another_run(tmp_path, whole, start_here, sft_run):
+  """Later Grow steps have sampled from what the Improve steps before them trained."""
+  shutil.copytree(whole, tmp_path / "run")
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
+  words = (f"--init_from={sft_run}", *FLAGS)
+  with pytest.raises(workdir_lib.WorkdirError, match='number of --steps was "3", now "5"') as e:
+    start_here("rest", tmp_path / "run", *words[:-1], "--steps=5")
+  assert e.value.exit_code == 78
+  assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.mark.slow

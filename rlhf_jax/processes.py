@@ -10,6 +10,7 @@ files, apart from checkpoints, and only process 0 prints.
 import dataclasses
 import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any

@@ -269,7 +269,7 @@ class Controller:
       self._start(active)
       return False
     if active.waits:
-      say(f"trial {active.trial.number} stopped at step {active.step}")
+      say(f"trial {active.trial.number} cannot be reached; if it runs, it runs on")
       return True
     code = trials.LOST if active.handle is None else active.handle.poll()
     self._read(active)
@@ -282,7 +282,7 @@ class Controller:
       self._complete(active, summary)
     elif active.is_pruned:
       self._prune(active)
-    elif code != trials.LOST and not jobs.may_pass(code):
+    elif not jobs.may_pass(code):
       self._fail(active, describe_exit(code))
     elif self._stopping:
       say(f"trial {active.trial.number} stopped at step {active.step}")

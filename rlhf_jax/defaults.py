@@ -27,6 +27,7 @@ KINDS: dict[Kind, str] = {
 # 2025, https://thinkingmachines.ai/blog/lora/.
 _ADAPTERS = 10
 FAR_ABOVE = 30  # Times the default, above which a learning rate is warned of.
+_DEEPEST = 16  # A longer chain of runs is cut off.
 _LARGEST_TOKENIZER = 1 << 17  # Bytes; that of the built-in model has a tenth.
 
 
@@ -73,17 +74,35 @@ def count(built_in: int, pretrained: int) -> Count:
 def kind_of(config: Any) -> Kind:
   """Returns the kind of the model of a config, by the folder that it starts from.
 
-  The built-in model is a new one, or one whose folder has the tokenizer of the built-in task. A
-  folder that is not there yet is that of a pretrained model.
+  The built-in model is a new one, or one whose folder has the tokenizer of the built-in task, or a
+  step of a run that has trained it. A folder that is not there yet is that of a pretrained model.
   """
   model = getattr(config, "model", None)
   path = getattr(config, "init_from", "") or getattr(model, "path", "")
   path = path or getattr(config, "baseline", "") or getattr(config, "base", "")
   if not path:
     return "pretrained" if getattr(model, "preset", "") else "built-in"
-  if not path.startswith("hf://") and is_builtin(workdir_lib.local_path(path)):
+  if _starts_from_builtin(path):
     return "built-in"
   return "adapters" if getattr(getattr(config, "lora", None), "rank", 0) else "pretrained"
+
+
+def _starts_from_builtin(path: str) -> bool:
+  """Returns whether a path, which may be `RUN@STEP`, is that of the built-in model."""
+  for _ in range(_DEEPEST):
+    if path.startswith("hf://"):
+      return False
+    folder, step = workdir_lib.split_step(path)
+    if step is None or is_builtin(folder):
+      return is_builtin(folder)
+    try:  # The run may not have finished: its model is that which it started from.
+      run = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
+      path = run["--init_from"] or run["--model.path"]
+      if not path:
+        return not run["--model.preset"]
+    except (OSError, ValueError, LookupError, TypeError):
+      return False
+  return False
 
 
 def is_builtin(folder: pathlib.Path) -> bool:

@@ -117,6 +117,15 @@ def irregular(folder: pathlib.Path) -> str:
 _PATTERN = re.compile(r"[*?\[\\]")
 
 
+def split_step(path: epath.PathLike) -> tuple[pathlib.Path, str | None]:
+  """Returns the folder of a run and the step of `RUN@STEP`; for every other path no step."""
+  folder = local_path(path)
+  if "@" in folder.name and not bucket.is_there(folder):
+    name, _, step = os.fspath(path).rpartition("@")
+    return local_path(name), step
+  return folder, None
+
+
 def run_folder(path: epath.PathLike) -> pathlib.Path:
   """Returns the absolute path of a folder for a run; nothing is created.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
@@ -25,6 +26,13 @@ def folders(tmp_path_factory):
   data.word_level_tokenizer(simulation.WORDS).save(root / "run" / "export")
   data.word_level_tokenizer(simulation.WORDS).save(root / "builtin")
   data.word_level_tokenizer(["an", "other", "vocabulary"]).save(root / "words")
+  new = {"script": "sft", "--init_from": "", "--model.path": "", "--model.preset": ""}
+  starts = {"again": str(root / "begun@2"), "tuned": str(root / "words")}
+  runs = {"begun": new, "scratch": new | {"--model.preset": "llama3_1b"}}
+  runs |= {name: new | {"--init_from": start} for name, start in starts.items()}
+  for name, identity in runs.items():
+    (root / name).mkdir()
+    (root / name / "identity.json").write_text(json.dumps(identity))
   (root / "empty").mkdir()
   (root / "broken").mkdir()
   (root / "broken" / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": 3}}')
@@ -38,6 +46,14 @@ def folders(tmp_path_factory):
   [
     ("run", "built-in"),
     ("run/export", "built-in"),
+    ("run@3", "built-in"),
+    ("run@best", "built-in"),
+    ("begun@3", "built-in"),
+    ("again@best", "built-in"),
+    ("scratch@3", "pretrained"),
+    ("tuned@3", "pretrained"),
+    ("words@3", "pretrained"),
+    ("nowhere@3", "pretrained"),
     ("builtin", "built-in"),
     ("words", "pretrained"),
     ("empty", "pretrained"),

@@ -10,7 +10,7 @@ from rlhf_jax import data, flags, loop, ranges, reporting
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.data import DataConfig
 from . import agreement
-from .items import Item, read_items
+from .items import Item, prompt_text, read_items
 from .store import Store
 
 
@@ -64,7 +64,7 @@ def require_same_texts(items: Sequence[Item], rows: Sequence[Mapping[str, Any]],
   """
   texts = {item.id: (item.prompt, item.responses) for item in items}
   for row in rows:
-    answered = row["prompt"], tuple(row["responses"])
+    answered = prompt_text(row), tuple(row["responses"])
     if texts.get(row["id"], answered) != answered:
       raise workdir_lib.WorkdirError(
         f"--data.path={path}: the row {row['id']!r} is not the one that {row['by']} has answered;"

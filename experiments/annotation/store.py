@@ -104,7 +104,7 @@ class Store:
 
     others = set(processes.agree(read)) - {judge}
     if others:
-      who = "a person" if "" in others else "a judge"
+      who = "a person, or a judge of an earlier version" if "" in others else "a judge"
       if judge and "" not in others:
         who = "a judge with another model, other principles or other settings"
       raise workdir_lib.WorkdirError(

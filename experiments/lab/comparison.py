@@ -136,7 +136,7 @@ def frontier(
       f"KL to {baseline} (nats per response, root scale)",
       f"{titles.get(reward, reward)}, mean of held-out prompts",
       lines=[lines[reward]] if lines else [],
-      points=[point(policy, reward) for policy, of in metrics.items() if f"{reward}/mean" in of],
+      points=[point(policy, reward) for policy, of in metrics.items() if f"{reward}/prompts" in of],
       root_x=True,
     )
     for reward in (name.removesuffix("/mean") for name in means)
@@ -216,7 +216,7 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
   table = {}
   for policy, of in metrics.items():
     table[policy] = {"KL, nats": pm(of, "kl")}
-    for reward in (name for name in rewards if f"{name}/mean" in of):
+    for reward in (name for name in rewards if f"{name}/prompts" in of):
       table[policy] |= {
         f"{reward} (prompts)": f"{of[f'{reward}/prompts']}",
         f"{reward} (mean)": pm(of, f"{reward}/mean"),

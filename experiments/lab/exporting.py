@@ -86,10 +86,10 @@ def _write(
   with hub.settled(run.workdir, starts.values()):
     source = models.source_folder(config.model, config.init_from)
     tokenizer = models.open_tokenizer(source, config.data)
-    # Adapters fit only the model that they were trained on.
-    found = models.digests(starts) | {"tokenizer": tokenizer.digest}
-    workdir_lib.require_identity(run.workdir, found)
     frozen = config.lora.rank > 0
+    # Adapters fit only the model that they were trained on.
+    found = (models.digests(starts) if frozen else {}) | {"tokenizer": tokenizer.digest}
+    workdir_lib.require_identity(run.workdir, found)
     model, start = models.open_model(run, config.model, source, tokenizer, head, frozen=frozen)
   base, trained = lora.split(models.add_adapters(run, config.lora, start))
   like: dict[str, Any] = {path: _shape(kind) for path, kind in saved.items()}

@@ -324,8 +324,12 @@ class JudgedConfig(loop.RunConfig):
       )
 
 
-def _check(checks: data.Checks, prompts: data.Dataset) -> None:
-  """Finds a row that a reward cannot read, of rows that were not checked as they were read."""
+def check_rows(checks: data.Checks, prompts: data.Dataset) -> None:
+  """Refuses a row that a reward cannot read, of rows that were not checked as they were read.
+
+  Raises:
+    DataError: There is one.
+  """
   for name in checks.keys() - {*prompts.checked}:
     for row in prompts.rows:
       try:
@@ -403,7 +407,7 @@ def open_reward(
   constraints = options.verdicts()
 
   def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:
-    _check(options.checks, prompts)
+    check_rows(options.checks, prompts)
     scorers = {name: score_of(prompts) for name, score_of in models_of.items()}
     for name, function in options.asked(prompts.ignored).items():
       _try(function, prompts)

@@ -137,9 +137,9 @@ def finished_folder(path: str) -> pathlib.Path:
   if hub.is_name(path):
     folder = hub.model_folder(path)
   else:
-    folder = workdir_lib.local_path(path)
-    if "@" in folder.name and not bucket.is_there(folder):
-      return _folder_of_step(path)
+    folder, step = workdir_lib.split_step(path)
+    if step is not None:
+      return _folder_of_step(folder, step)
   has_run, has_model = ((f / "config.json").exists() for f in (folder / EXPORT, folder))
   has_model = has_model or peft.is_adapter(folder)
   shown = bucket.name_of(folder)
@@ -156,18 +156,17 @@ def finished_folder(path: str) -> pathlib.Path:
   raise hf.ModelFolderError(f"{shown}: {_why_no_model(path, folder)}")
 
 
-def _folder_of_step(path: str) -> pathlib.Path:
+def _folder_of_step(workdir: pathlib.Path, step: str) -> pathlib.Path:
   """Returns the folder of the model of `RUN@STEP`, exported now if it is not there."""
   from . import exporting  # It imports the scripts, and they import this.
 
-  name, _, step = path.rpartition("@")
-  workdir = workdir_lib.local_path(name)
   number = exporting.number_of(workdir, step)
   folder = workdir / EXPORTS / str(number)
   if jax.process_count() > 1 and not (folder / "config.json").exists():
+    name = bucket.name_of(workdir)
     raise hf.ModelFolderError(
-      f"{path}: with several processes, first run python -m experiments.export --workdir={name}"
-      f" --step={number}"
+      f"{name}@{step}: with several processes, first run python -m experiments.export"
+      f" --workdir={name} --step={number}"
     )
   return exporting.export_step(workdir, number)
 

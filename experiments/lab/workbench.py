@@ -426,8 +426,10 @@ def open(
   folder = models.source_folder(config.model, config.init_from)
   models.require_other_folder(session.workdir, folder)
   tokenizer = models.open_tokenizer(folder, config.data)
-  checks = config.reward.checks if kind == "prompts" and hasattr(config, "reward") else {}
-  train_set, heldout = given_rows.read(session, kind, config.data, tokenizer, checks)
+  checks = config.reward.checks if hasattr(config, "reward") else {}
+  # A reward reads only the held-out rows of a method that samples nothing to learn from.
+  of_all = checks if kind == "prompts" else {}
+  train_set, heldout = given_rows.read(session, kind, config.data, tokenizer, of_all)
   settle_steps(config, train_set)
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
@@ -437,6 +439,8 @@ def open(
     )
     further[name], _ = given_rows.read(session, other, source, tokenizer)
   held = (heldout, *heldout.named.values())
+  for of in held:
+    judges.check_rows(checks, of)
   answered = (train_set, *held) if kind == "prompts" else held
   limits.require_length(config, folder, (train_set, *held, *further.values()), answered)
   with loop.open_run(session, spare=spare) as run:

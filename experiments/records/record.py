@@ -168,9 +168,9 @@ def software(mesh: jax.sharding.Mesh) -> dict[str, str]:
 
 def _run_of(path: str | pathlib.Path) -> tuple[pathlib.Path, bool]:
   """Returns the folder of the run that a model is from, and whether the model is its final one."""
-  folder = workdir_lib.local_path(path)
-  if "@" in folder.name and not bucket.is_there(folder):  # RUN@STEP
-    return workdir_lib.local_path(str(path).rpartition("@")[0]), False
+  folder, step = workdir_lib.split_step(path)
+  if step is not None:
+    return folder, False
   ends = {"export": True, "adapter": True, "exports": False}
   for run, inside in ((folder.parent, folder.name), (folder.parent.parent, folder.parent.name)):
     if inside in ends and (run / "identity.json").exists():

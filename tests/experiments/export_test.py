@@ -108,6 +108,15 @@ def test_adapters_are_not_merged_into_another_model(tmp_path, start_here, sft_ru
   assert merged.read_bytes() == (run / "export" / "model.safetensors").read_bytes()
 
 
+def test_a_model_without_adapters_is_that_of_its_checkpoint(tmp_path, start_here, sft_run):
+  start, run = tmp_path / "start", tmp_path / "run"
+  shutil.copytree(sft_run, start)
+  start_here("sft", run, f"--init_from={start}", "--steps=2", "--batch_size=4")
+  change(start / "export" / "model.safetensors")
+  own = exported(run, 2) / "model.safetensors"
+  assert own.read_bytes() == (run / "export" / "model.safetensors").read_bytes()
+
+
 def test_a_model_of_a_hub_is_that_of_the_run(tmp_path, start_here, teacher_run, server):
   """Also while another run reads the name at another commit."""
   files = {path.name: path.read_bytes() for path in teacher_run.iterdir() if path.is_file()}

@@ -10,6 +10,10 @@ from rlhf_jax import data, loop, workdir
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"x{i}", "rejected": f"y{i}"} for i in range(4)]
 NAMED = [row | {"id": f"row {i}"} for i, row in enumerate(ROWS)]
+CHATS = [
+  {"messages": [{"role": "user", "content": f"p{i}"}], "chosen": "x", "rejected": "y"}
+  for i in range(3)
+]
 NEW = {"prompt": "new", "chosen": "x", "rejected": "y"}
 
 
@@ -41,8 +45,9 @@ def answer_all(open_rows, rows):
     (NAMED, [*NAMED[:2], NAMED[2] | {"rejected": "another"}, NAMED[3]], "'row 2'"),
     (NAMED, [NAMED[0] | {"prompt": "another"}, *NAMED[1:]], "'row 0'"),
     (NAMED, [NAMED[0] | {"chosen": "y0", "rejected": "x0"}, *NAMED[1:]], "'row 0'"),
+    (CHATS, CHATS[1:], "'0'"),
   ],
-  ids=["one before", "the first gone", "one gone", "a response", "a prompt", "exchanged"],
+  ids=["one before", "the first gone", "one gone", "a response", "a prompt", "exchanged", "chats"],
 )
 def test_answers_to_other_texts_are_refused(open_rows, rows, changed, named):
   answer_all(open_rows, rows)
@@ -51,8 +56,14 @@ def test_answers_to_other_texts_are_refused(open_rows, rows, changed, named):
   assert f"pairs.jsonl: the row {named} is not the one that ada has answered" in str(error.value)
 
 
-def test_rows_may_be_appended_and_left_out(open_rows):
-  answer_all(open_rows, NAMED)
-  for rows, limit, count in ((NAMED, 0, 4), ([*NAMED, NEW], 0, 5), (NAMED, 2, 2)):
+@pytest.mark.parametrize("answered", [NAMED, CHATS], ids=["texts", "chats"])
+def test_rows_may_be_appended_and_left_out(open_rows, answered):
+  answer_all(open_rows, answered)
+  whole = len(answered)
+  for rows, limit, count in (
+    (answered, 0, whole),
+    ([*answered, NEW], 0, whole + 1),
+    (answered, 2, 2),
+  ):
     items, store = open_rows(rows, limit)
-    assert len(items) == count and len(store.rows()) == 4
+    assert len(items) == count and len(store.rows()) == whole

@@ -84,7 +84,10 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
       reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
     batch_size = evaluating.heldout_batch_size(run, prompts, config.batch_size)
     rows: list[dict[str, Any]] = []
-    given, stops = given_rows.prompt_columns(prompts), models.stops(tokenizer, config.sampling)
+    given = [{"prompt": config.prompt}]
+    if not config.prompt:
+      given = given_rows.prompt_columns(prompts)
+    stops = models.stops(tokenizer, config.sampling)
     batches = data.eval_batches(prompts, batch_size, tokenizer.pad_id)
     with reporting.Progress(len(given), description="generate", tenths=False) as progress:
       for batch, valid in batches:

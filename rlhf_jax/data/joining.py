@@ -80,9 +80,10 @@ def _join_votes(rows: Sequence[Row], ignored: Sequence[str], group: str) -> list
       left_out |= {place for place, *_ in others}
       votes = [vote for _, _, own, given in members for vote in _renumbered(given, own, texts)]
       kept = {name: value for name, value in rows[first].fields.items() if name in ignored}
-      fields = {**kept, **plain.fields, "annotations": [vote._asdict() for vote in votes]}
-      fields.pop("preferences", None)
-      result[first] = plain._replace(fields=fields)
+      kept |= {name: x for name, x in plain.fields.items() if name not in schema.VOTE_COLUMNS}
+      column = next(name for name in schema.VOTE_COLUMNS if name not in ignored)
+      votes_in_row = {column: [vote._asdict() for vote in votes]}
+      result[first] = plain._replace(fields=kept | votes_in_row)
   return [row for place, row in enumerate(result) if place not in left_out]
 
 

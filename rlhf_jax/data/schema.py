@@ -106,7 +106,7 @@ _SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assist
 _WRITTEN_CHAT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 _WRITTEN_ROLE = re.compile(r"""[{,]\s*(["'])(?:role|from)\1\s*:\s*(["'])(?P<role>\w+)\2\s*[,}]""")
 _WRITTEN_CONTENT = re.compile(r"""[{,]\s*(["'])(content|value)\1\s*:""")
-_VOTES = ("annotations", "preferences")
+VOTE_COLUMNS = ("annotations", "preferences")
 _SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
 _OF_CHAT = ("role", "parent_id")  # Columns of a row that is a message, as in OASST.
 _VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name -> sign, 1 if more is better.
@@ -463,7 +463,7 @@ def votes_of(row: Row) -> tuple[list[str], list[Verdict]] | None:
   Raises:
     DataError: A column of the two holds something else.
   """
-  if not _first_given(row.fields, _VOTES):
+  if not _first_given(row.fields, VOTE_COLUMNS):
     return None
   texts = _responses(row)
   return texts, _verdicts(row, len(texts))
@@ -471,10 +471,10 @@ def votes_of(row: Row) -> tuple[list[str], list[Verdict]] | None:
 
 def _verdicts(row: Row, count: int) -> list[Verdict]:
   """Lists all comparisons of the `count` responses of a row."""
-  for name, other in itertools.pairwise(name for name in _VOTES if _given(row.fields, name)):
+  for name, other in itertools.pairwise(name for name in VOTE_COLUMNS if _given(row.fields, name)):
     if row.fields[other] != row.fields[name]:
       _contradict(row, name, other)
-  column = _first_given(row.fields, _VOTES)
+  column = _first_given(row.fields, VOTE_COLUMNS)
   if column and row.fields[column] == []:
     return []
   if column:
@@ -531,7 +531,7 @@ def _values(row: Row) -> tuple[str, list[float]]:
   name = _first_given(first, tuple(_VALUES))
   if name is None:
     wanted = ", ".join(f"`{name}`" for name in _VALUES)
-    fix = f"give every response one of {wanted}, or the row `{'` or `'.join(_VOTES)}`"
+    fix = f"give every response one of {wanted}, or the row `{'` or `'.join(VOTE_COLUMNS)}`"
     fail(row, "responses[0]", "nobody has judged it", fix)
   values = []
   for i, response in enumerate(responses):
@@ -560,7 +560,7 @@ def _labelled(row: Row, prefer_messages: bool) -> list[Example]:
   if _given(row.fields, "label"):
     label = int(_flag(row, "label", row.fields["label"]))
     return [_demonstration(row, prefer_messages)._replace(labels=(label,))]
-  if not _given(row.fields, "responses") or _first_given(row.fields, _VOTES):
+  if not _given(row.fields, "responses") or _first_given(row.fields, VOTE_COLUMNS):
     return []
   name, values = _values(row)
   if name != "correct":

@@ -146,6 +146,14 @@ def test_votes_on_one_pair_count_by_majority_though_each_has_a_row(tmp_path):
   assert [float(example["preference"][0]) for example in train.examples] == [1, 1]
 
 
+def test_votes_are_joined_in_the_column_that_is_read(tmp_path):
+  others = {"annotations": "preferences", "preferences": "annotations"}
+  for column, ignored in others.items():
+    rows = [{**row, column: row["annotations"], ignored: [{"note": "?"}]} for row in VOTES]
+    train, _ = load("preferences", tmp_path, rows, ignore=(ignored,))
+    assert learnt(train) == [FIRST, OTHER]
+
+
 def test_votes_without_a_majority_are_a_tie(tmp_path):
   train, _ = load("preferences", tmp_path, VOTES[:3])
   assert learnt(train) == [FIRST, OTHER]

@@ -87,6 +87,8 @@ def show(options: Options, plan: plans.Plan, chip: preflight.Chip) -> None:
 
 def main(options: Options, config: Any) -> int:
   """Compiles the programs, shows and writes the plans, and returns the exit code."""
+  if config is None:
+    raise flags.UsageError("--algorithm=NAME must be on the command line, not in a file of flags")
   jax.config.update("jax_platforms", "cpu")  # JAX would look for a TPU otherwise.
   jax.config.update("jax_enable_compilation_cache", False)  # No use without the devices.
   absent = plans.Slice(*preflight.topology_devices(options.topology), known={})
@@ -113,8 +115,11 @@ def main(options: Options, config: Any) -> int:
 
 def algorithm_of(argv: Sequence[str]) -> str:
   """Reads --algorithm, which decides which other flags there are, before they are defined."""
-  prefix = "--algorithm="
-  return next((word.removeprefix(prefix) for word in argv if word.startswith(prefix)), "")
+  for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    name, given, value = word.lstrip("-").partition("=")
+    if name == "algorithm" and word.startswith("-"):
+      return value if given else following
+  return ""
 
 
 def script_of(name: str) -> Any:

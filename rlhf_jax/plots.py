@@ -323,7 +323,7 @@ def mean_line(
     peak: Text at the highest point; see `Line`.
 
   Returns:
-    The line, or None if a run has fewer than two points.
+    The line, or None if a run has fewer than two points, or no interval has one of every run.
   """
   curves = [_points(rows, x, y) for rows in runs]
   fewest = min(map(len, curves))
@@ -338,6 +338,8 @@ def mean_line(
     for i in np.unique(which):
       of_run[i] = np.mean(curve[which == i], axis=0)
   means = means[:, ~np.isnan(means).any(axis=(0, 2))]
+  if not means.shape[1]:
+    return None
   low, high = (None, None) if len(runs) == 1 else (means[..., 1].min(0), means[..., 1].max(0))
   centre, height = np.mean(means, axis=0).T
   return Line(label, centre, height, low, high, peak)

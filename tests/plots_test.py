@@ -131,6 +131,11 @@ CHART = plots.Chart(
 )
 
 
+def test_mean_line_needs_an_interval_of_every_run():
+  runs = [_rows(of, of) for of in ((0.5, 4.0), (1.5, 6.0))]
+  assert plots.mean_line("far apart", runs, "x", "y", root_x=True) is None
+
+
 def test_charts_are_two_in_a_row(tmp_path):
   path = plots.save_chart(tmp_path / "plots" / "a.png", CHART, CHART._replace(root_x=False))
   image = matplotlib.image.imread(path)[..., :3]

@@ -332,7 +332,7 @@ def _cells(name: str, row: Mapping[str, Any]) -> dict[str, str]:
   return {
     "seconds": f"{row.get('decode', row['median']):.3g}",
     "tokens/s": f"{row['tokens_per_second']:.0f}",
-    "GiB": f"{row['peak_bytes'] / 2**30:.1f}",
+    "GiB so far": f"{row['peak_bytes'] / 2**30:.1f}",  # A GPU cannot forget its peak.
     "result": result,
     "goal": goal,
   }

@@ -112,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
     {name: measure.Work(train, tokens, flops) for name, train in table.items()}, config.rounds
   )
   for row in rows.values():
-    row["ratio"] = rows["step by step"]["cpu"] / row["cpu"]
+    row["ratio"] = rows["step by step"]["median"] / row["median"]
   reporting.show_summary(
     f"{config.runs} runs of {config.steps} steps",
     {

@@ -105,7 +105,7 @@ def curves(panel: plots.Panel, groups: Groups) -> list[plots.Chart]:
   charts = []
   for i, name in enumerate(panel.metrics):
     lines = [plots.mean_line(label, runs, "step", name) for label, runs in groups.items()]
-    title = f"{panel.ylabel}: {panel.labels[i].lower()}" if panel.labels else panel.title
+    title = f"{panel.title}: {panel.labels[i].lower()}" if panel.labels else panel.title
     if any(lines):
       charts.append(
         plots.Chart(title, "Step", panel.ylabel, [line for line in lines if line is not None])

@@ -257,6 +257,14 @@ def test_a_search_takes_less_memory_until_it_fits(compile_here):
   assert "remat none, microbatches 1: train: " in " ".join(output.split())
 
 
+@pytest.mark.parametrize("words", [["--algorithm=ppo"], ["-x", "--algorithm", "ppo", "--y"]])
+def test_the_algorithm_is_read_before_the_flags_of_its_script(words):
+  assert compile_script.algorithm_of(["compile", *words]) == "ppo"
+  assert compile_script.algorithm_of(["compile", "--topology=v5e:4x4"]) == ""
+  with pytest.raises(UsageError, match="--algorithm=NAME must be on the command line"):
+    compile_script.main(compile_script.Options("ppo", "v5e:4x4"), None)
+
+
 def test_what_does_not_fit_is_refused_in_words(compile_here):
   flags = ("--mesh=fsdp:4", "--model.preset=llama3_8b", "--model.dtype=bfloat16")
   code, report, output = compile_here("ppo", "--topology=v5e:2x2", *flags, "--batch_size=8")

@@ -5,6 +5,7 @@ log-probabilities of sampled tokens are kept by the sampler.
 """
 
 import functools
+import sys
 
 import protocol
 import torch
@@ -147,6 +148,8 @@ class Sampler:
       token, logprob = self.draw(*logits)
       tokens.append(token)
       logprobs.append(logprob)
+    if caches[0].get_seq_length() != prompts.shape[1] + self.new - 1:
+      sys.exit("this release of transformers does not read `cache`; install transformers==5.24.*")
     return torch.cat(tokens, 1), torch.cat(logprobs, 1)
 
 

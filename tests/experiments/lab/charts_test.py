@@ -1,6 +1,7 @@
 """Groups of runs, by the words on the command line."""
 
 from experiments.lab import charts
+from rlhf_jax import plots
 
 
 def test_runs_before_the_first_label_are_groups_of_their_own(tmp_path):
@@ -18,3 +19,11 @@ def test_a_folder_may_have_an_equals_sign(tmp_path):
   folder.mkdir()
   assert charts.group_runs((str(folder),)) == {"lr=0.1": [str(folder)]}
   assert charts.group_runs((f"low={folder}",)) == {"low": [str(folder)]}
+
+
+def test_no_two_charts_have_the_same_title():
+  names = {name for panel in plots.PANELS.values() for name in panel.metrics}
+  groups = {"run": [[{"step": step} | dict.fromkeys(names, 1.0) for step in range(4)]]}
+  shown = [panel for panel in plots.PANELS.values() if panel.x == "step"]
+  titles = [chart.title for panel in shown for chart in charts.curves(panel, groups)]
+  assert len(set(titles)) == len(titles) > len(shown)

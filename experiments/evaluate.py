@@ -101,7 +101,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   demonstrations = given_rows.demonstrations(session, config.data, config.demonstrations, tokenizer)
   limits.require_length(config, folders[0], read=demonstrations, answered=[heldout])
   with loop.open_run(session) as run:
-    model, base_params = models.open_model(run, config.model, folders[0], tokenizer)
+    model, base_params = models.open_model(run, config.model, folders[0], tokenizer, frozen=True)
     reward_fns = judges.gold_rewards(config.data, prompts, tokenizer)
     if config.reward != judges.RewardOptions() or not reward_fns:
       reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
@@ -123,7 +123,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     samples = {names[0]: sample(base_params, evaluating.BASELINE)}
     losses, policies = {names[0]: loss_of(base_params)}, {names[0]: base_params}
     for name, folder in zip(names[1:], folders[1:], strict=True):
-      params = models.open_model(run, config.model, folder, tokenizer)[1]
+      params = models.open_model(run, config.model, folder, tokenizer, frozen=True)[1]
       samples[name], losses[name] = sample(params), loss_of(params)
       if is_pairwise:
         policies[name] = params

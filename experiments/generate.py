@@ -76,7 +76,7 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
     )
   limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
-    model, params = models.open_model(run, config.model, folder, tokenizer)
+    model, params = models.open_model(run, config.model, folder, tokenizer, frozen=True)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
     sample = models.make_sampler(model, tokenizer, config.sampling)
     reward_fn = None

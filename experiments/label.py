@@ -97,7 +97,7 @@ def open_judge(run: loop.Run, config: Config, principles: tuple[str, ...]) -> re
   """Opens the judge of `--judge.path`."""
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data)
-  model, params = models.open_model(run, config.model, folder, tokenizer)
+  model, params = models.open_model(run, config.model, folder, tokenizer, frozen=True)
   return rewards.JudgeModel(
     model.apply,
     params,

@@ -61,6 +61,8 @@ class Config:
   def __post_init__(self):
     defaults.settle(self)
     on_base = self.weight_on_base
+    if self.model.frozen_dtype != "float32":
+      raise ValueError("model.frozen_dtype does not apply: models are merged as they are stored")
     for name in ("weight_on_base", "weights"):
       if not np.isfinite(getattr(self, name)).all():
         raise ValueError(f"{name} must be finite numbers, got {[*getattr(self, name)]}")

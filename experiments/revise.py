@@ -72,7 +72,7 @@ def revise(session: loop.Session, config: Config) -> dict[str, Any]:
     settings = flags.to_dict(config)
     digests = models.digests(flags.flatten(settings)) | {"data": prompts.digest}
     loop.identify(run, "revise", settings, digests)
-    model, params = models.open_model(run, config.model, folder, tokenizer)
+    model, params = models.open_model(run, config.model, folder, tokenizer, frozen=True)
     answer = revision.make_answer(run, model, params, tokenizer, config, folder)
     path = run.workdir / _REVISED
     done = len(line_files.read_lines(path))

@@ -64,7 +64,8 @@ class ModelOptions:
     mlp_width: Width of the MLPs of a new model.
     dtype: Dtype of the computation; params and optimizer state stay float32.
     frozen_dtype: Dtype of the matrices of what is not trained: the reference, reward models,
-      judges, teachers, opponents, and the model below adapters. `bfloat16` halves their memory.
+      judges, teachers, opponents, the model below adapters, and all models of a script that trains
+      none. `bfloat16` halves their memory.
       With --model.dtype=bfloat16 it changes no result. `int8` takes half of that for the matrices
       of layers, whose weights are rounded to 255 levels, with hardly a loss. `nf4` takes a quarter,
       with 16 levels and a loss; it is meant for the model below adapters, as in QLoRA.

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,6 +48,29 @@ def test_all_prompts_of_a_file_are_answered_or_as_many_as_are_asked_for(
   )
   rows = generate.generate(loop.Session(str(tmp_path / "run")), config)
   assert [row["prompt"] for row in rows] == prompts[:count]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])
+def test_the_model_is_held_in_the_dtype_of_what_is_not_trained(
+  tmp_path, sft_run, monkeypatch, dtype
+):
+  held = []
+  make = models.make_sampler
+
+  def make_sampler(*args):
+    sample = make(*args)
+    return lambda params, *rest: (held.append(params), sample(params, *rest))[1]
+
+  monkeypatch.setattr(models, "make_sampler", make_sampler)
+  config = generate.Config(
+    str(sft_run),
+    limit=8,
+    model=models.ModelOptions(frozen_dtype=dtype),
+    sampling=SamplingConfig(max_new_tokens=2),
+  )
+  assert len(generate.generate(loop.Session(str(tmp_path)), config)) == 8
+  codes = {"bfloat16": {"bfloat16"}, "int8": {"int8"}, "nf4": {"uint4"}}[dtype]
+  assert codes <= {str(x.dtype) for x in jax.tree.leaves(held[0])}
 
 
 def test_few_prompts_of_the_built_in_task_are_answered(tmp_path, sft_run):

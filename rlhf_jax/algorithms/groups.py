@@ -105,12 +105,11 @@ def compare_responses(
   finite, mask = reading.finite_rows(rollout, rewards, ref_logprobs)
   rewards = jnp.where(finite, rewards, 0.0)
   of_prompts, on = (reading.in_groups(x, samples_per_prompt) for x in (rewards, finite))
-  compared = compare(of_prompts, mask=on).reshape(-1, 1)
+  compared = jnp.where(mask, compare(of_prompts, mask=on).reshape(-1, 1), 0.0)
   old, ref_logprobs = (jnp.where(mask, x, 0.0) for x in (rollout.logprobs, ref_logprobs))
-  rollout, compared = rollout._replace(logprobs=old), jnp.where(mask, compared, 0.0)
   metrics = {"reward/shaped": masked.defined_mean(rewards, finite)}
   metrics["groups/zero_std"] = jnp.mean(advantages.equal_groups(of_prompts, mask=on))
-  return GroupBatch(rollout, mask, compared, ref_logprobs), metrics
+  return GroupBatch(rollout._replace(logprobs=old), mask, compared, ref_logprobs), metrics
 
 
 def make_batch(

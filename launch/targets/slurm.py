@@ -18,7 +18,9 @@ code=$?
 
 _REQUEUE = """\
 # {codes} and signals may go away; a wrong flag, bad data or another run in the workdir do not.
-if (( {retried} )) && (( ${{SLURM_RESTART_COUNT:-0}} < {restarts} )); then
+# A cancelled job is completing while this script still runs, and stays cancelled.
+if (( {retried} )) && (( ${{SLURM_RESTART_COUNT:-0}} < {restarts} )) &&
+    [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != COMPLETING ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 """

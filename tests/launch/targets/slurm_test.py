@@ -198,7 +198,12 @@ def test_restarts_end(scripted):
   assert len(log.read_text().splitlines()) == 2
 
 
-def test_a_cancelled_job_stays_cancelled(scripted):
+@pytest.mark.parametrize("outlives", [False, True], ids=["ends", "outlives the step"])
+def test_a_cancelled_job_stays_cancelled(scripted, monkeypatch, outlives):
+  if outlives:  # As the batch script may on a busy machine.
+    monkeypatch.setattr(
+      slurm, "_SCRIPT", slurm._SCRIPT.replace("{exports}", "trap : TERM\n{exports}")
+    )
   job, state, log = scripted(0, 0)
   wait_for(log.read_text, 30)
   later = slurm.render(job).later

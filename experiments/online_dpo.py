@@ -93,6 +93,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
       train, of_step = trainer.step(state.train, batch, key)
       if reference is not None and int(train.step) % config.online.round_steps == 0:
         reference = jax.tree.map(jnp.copy, train.params)
+      # Of two responses; `metrics` has the tokens of all.
+      of_step.pop("tokens")
       # The implicit rewards of DPO get another name, since there is an actual reward here.
       of_step = {name.replace("reward/", "implicit_reward/"): v for name, v in of_step.items()}
       carry = responses.Carry(moments, reference)

@@ -114,8 +114,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
           f" --batch_size={config.batch_size}; raise --prompts"
         )
       improve = improving.stage(session, workdir, grow=g, improve=i)
-      examples = growing.kept_examples(grown, weights)
-      after = improving.improve(improve, config, i, start, folder, tokenizer, examples, heldout)
+      given = tokenizer, growing.kept_examples(grown, weights), heldout, session.seed
+      after = improving.improve(improve, config, i, start, folder, *given)
       rows.append(
         {
           "grown_reward/mean": float(np.nanmean(grown.rewards)),

@@ -59,11 +59,14 @@ def measure(session: loop.Session, config: Any) -> dict[str, Any]:
     reward = reward_of(prompts)
     size = min(config.batch_size, len(texts))
     size += -size % sharding.row_parts(run.mesh)
-    scores = [
+    parts = [
       _scores(reward, np.arange(start, start + size) % len(texts))
       for start in range(0, len(texts), size)
     ]
-    pairs = np.concatenate(scores)[: len(texts)].reshape(-1, 2)
+    scores = {of: np.concatenate([part[of] for part in parts])[: len(texts)] for of in parts[0]}
+    total = scores.pop("")
+    worst = judges.worst_of(reward, scores)
+    pairs = (total if worst is None else worst).reshape(-1, 2)
     rewards.require(judges.name_of(reward), pairs)
     summary = _summary(rows, pairs)
     reporting.write_summary(run.workdir, summary)
@@ -85,12 +88,14 @@ def _read(path: str, ignore: Sequence[str]) -> tuple[list[dict[str, Any]], list[
   return rows, answers
 
 
-def _scores(reward: rewards.RewardFn, ids: np.ndarray) -> np.ndarray:
-  """Scores of the responses of some ids, two of each row."""
+def _scores(reward: rewards.RewardFn, ids: np.ndarray) -> dict[str, np.ndarray]:
+  """Scores of the responses of some ids, two of each row, and under their names those in them."""
   tokens = np.stack([np.zeros_like(ids), ids], axis=1).astype(np.int32)
   response = np.broadcast_to(np.array([False, True]), tokens.shape)
   fields: Any = tokens, ~response, response, np.zeros((len(ids), 1), np.float32)
-  return np.asarray(sharding.to_host(rewards.total(reward(Rollout(*fields), ids // 2))))
+  given = rewards.parts_of(reward(Rollout(*fields), ids // 2))
+  scores = sharding.to_host({"": rewards.total(given), **(given.named or {})})
+  return {name: np.asarray(values) for name, values in scores.items()}
 
 
 def _summary(rows: Sequence[dict[str, Any]], pairs: np.ndarray) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def intervals(
   """Means and win rates with their intervals, and the accuracy of the proxy on the samples.
 
   A prompt counts with those of its samples on which a reward is usable, if both policies have one;
-  `NAME/prompts` is the number of these prompts. A reward without any has no metrics.
+  `NAME/prompts` is the number of these prompts. A reward without any has no metrics, and one that
+  is chosen for each policy no win rate.
   """
   estimates = {"kl": evaluation.mean(np.mean(np.reshape(after.kl, (-1, count)), axis=1))}
   metrics: dict[str, float] = {}
@@ -66,7 +67,8 @@ def intervals(
     if not len(values):
       continue
     estimates[f"{name}/mean"] = evaluation.mean(np.nanmean(values, axis=1))
-    estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
+    if name not in after.by_policy:
+      estimates[f"{name}/win_rate"] = evaluation.win_rate(values, start)
     metrics[f"{name}/prompts"] = len(values)
   for name, estimate in estimates.items():
     metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = estimate
@@ -74,7 +76,11 @@ def intervals(
 
 
 def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> dict[str, float]:
-  """Diversity of the first responses across prompts, and of all responses to one prompt."""
+  """Diversity of the first responses across prompts, and of all responses to one prompt.
+
+  That of one prompt is the mean over the prompts where it is defined: texts of one token have no
+  pairs of tokens. A metric that is defined for none is left out.
+  """
   texts = [ids[:-1] for ids in tokens]  # Without the end token.
   metrics = {}
   if len(texts[::count]) > 1:
@@ -83,11 +89,10 @@ def diversity(tokens: Sequence[Sequence[int]], count: int, vocab_size: int) -> d
   if count > 1:
     groups = [texts[i : i + count] for i in range(0, len(texts), count)]
     per_input = [evaluation.diversity(group, vocab_size) for group in groups]
-    metrics |= {
-      f"diversity_per_input/{name}": float(np.mean([of[name] for of in per_input]))
-      for name in per_input[0]
-    }
-  return metrics
+    for name in per_input[0]:
+      defined = [of[name] for of in per_input if not math.isnan(of[name])]
+      metrics[f"diversity_per_input/{name}"] = float(np.mean(defined)) if defined else math.nan
+  return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
 def best_of_n(samples: evaluating.Samples, count: int) -> dict[str, plots.Line]:
@@ -220,8 +225,9 @@ def show(metrics: Mapping[str, Mapping[str, float]], rewards: Sequence[str]) -> 
       table[policy] |= {
         f"{reward} (prompts)": f"{of[f'{reward}/prompts']}",
         f"{reward} (mean)": pm(of, f"{reward}/mean"),
-        f"{reward} (win rate)": pm(of, f"{reward}/win_rate"),
       }
+      if f"{reward}/win_rate" in of:
+        table[policy][f"{reward} (win rate)"] = pm(of, f"{reward}/win_rate")
   reporting.show_summary("Held-out prompts: mean or share, and half of the 95 % interval", table)
   columns = {
     "length": "length",

@@ -132,6 +132,8 @@ class Samples(NamedTuple):
     lengths: [B] lengths of the responses in tokens.
     ended: [B] bool, True on responses that ended in a stop token.
     satisfied: [B] bool, True on responses that violate no constraint; None without constraints.
+    by_policy: Names of the rewards that are chosen for each policy, as that of its worst group:
+      those of two policies are not compared response by response.
   """
 
   prompts: list[str]
@@ -141,6 +143,7 @@ class Samples(NamedTuple):
   lengths: np.ndarray
   ended: np.ndarray
   satisfied: np.ndarray | None = None
+  by_policy: tuple[str, ...] = ()
 
   @property
   def violations(self) -> dict[str, float]:
@@ -223,12 +226,14 @@ def heldout_sampler(
       responses += [text for text, on in zip(texts, valid, strict=True) if on]
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     scores = {name: joined[f"score {name}"] for columns in names.values() for name in columns}
+    by_policy = []
     for name, fn in reward_fns.items():
-      rewards.require(
-        judges.name_of(fn),
-        scores[name],
-        {of.partition("/")[2]: scores[of] for of in names[name][1:]},
-      )
+      named = {of.partition("/")[2]: scores[of] for of in names[name][1:]}
+      worst = judges.worst_of(fn, named)
+      if worst is not None:
+        by_policy.append(name)
+        scores[name] = worst
+      rewards.require(judges.name_of(fn), scores[name], named)
     return Samples(
       prompts=[row["prompt_text"] for row in dataset.rows],
       responses=responses,
@@ -237,6 +242,7 @@ def heldout_sampler(
       lengths=joined["lengths"],
       ended=joined["ended"],
       satisfied=joined.get("satisfied"),
+      by_policy=tuple(by_policy),
     )
 
   return sample
@@ -368,10 +374,13 @@ def win_rates(before: Samples, after: Samples) -> dict[str, float]:
   """Win rates of the trained policy by each reward, with their intervals.
 
   A win rate is the probability that a response of the one beats an independent response of the
-  other, so `before` must be sampled with the index `BASELINE`.
+  other, so `before` must be sampled with the index `BASELINE`. A reward that is chosen for each
+  policy has none.
   """
   metrics = {}
   for name in after.rewards:
+    if name in after.by_policy:
+      continue
     rate = evaluation.win_rate(*usable(name, after, before))
     metrics[f"{name}/win_rate"] = rate.value
     metrics[f"{name}/win_rate_low"], metrics[f"{name}/win_rate_high"] = rate.low, rate.high
@@ -382,10 +391,10 @@ def agreement(before: Samples, after: Samples) -> dict[str, float]:
   """Accuracy of the proxy on samples of a policy, as `reward/accuracy`.
 
   It is the share of prompts on which the proxy prefers the same one of the two responses, of the
-  policy and of the baseline, as the gold reward. Empty without a proxy, without a gold reward, and
-  without two responses that differ.
+  policy and of the baseline, as the gold reward. Empty without a proxy, without a gold reward,
+  without two responses that differ, and if the proxy is chosen for each policy.
   """
-  if not {"reward", "gold"} <= after.rewards.keys():
+  if not {"reward", "gold"} <= after.rewards.keys() or "reward" in after.by_policy:
     return {}
   proxy, gold = (after.rewards[name] - before.rewards[name] for name in ("reward", "gold"))
   agrees = (proxy * np.sign(gold))[(gold != 0) & np.isfinite(proxy)]
@@ -401,7 +410,8 @@ def comparison_table(metrics: Mapping[str, float], before: Samples) -> dict[str,
   rows: dict[str, dict[str, float]] = {}
   for name in before.rewards:
     rows[f"{name} (mean)"] = both(f"{name}/mean")
-    rows[f"{name}: win rate against the start"] = {"trained": metrics[f"{name}/win_rate"]}
+    if f"{name}/win_rate" in metrics:
+      rows[f"{name}: win rate against the start"] = {"trained": metrics[f"{name}/win_rate"]}
   rows["KL to the start, nats"] = both("kl")
   rows["length, tokens"] = both("length")
   rows["ended by itself"] = both("eos_fraction")

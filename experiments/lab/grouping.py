@@ -123,6 +123,7 @@ def _take(samples: evaluating.Samples, at: Sequence[int]) -> evaluating.Samples:
     kl=samples.kl[list(at)],
     lengths=samples.lengths[list(at)],
     ended=samples.ended[list(at)],
+    by_policy=samples.by_policy,
   )
 
 

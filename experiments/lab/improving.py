@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from rlhf_jax import data, flags, loop, processes
@@ -35,6 +36,7 @@ def improve(
   tokenizer: data.Tokenizer,
   kept: tuple[data.Dataset, np.ndarray],
   heldout: data.Dataset,
+  heldout_seed: int,
 ) -> dict[str, float]:
   """Fine-tunes `start` on the kept responses; exports it and returns its held-out rewards.
 
@@ -47,6 +49,8 @@ def improve(
     tokenizer: Tokenizer of both policies.
     kept: Kept responses and their weights.
     heldout: Held-out prompts to evaluate on.
+    heldout_seed: Seed of the responses to them, the same for all Improve steps of a run, so that
+      these differ by little else than their params.
   """
   dataset, weights = kept
   config = dataclasses.replace(config)  # Each has steps of its own with --epochs.
@@ -97,10 +101,11 @@ def improve(
     summary = {"responses": float(len(dataset.examples))}
     if heldout.examples:
       reward_of = judges.open_scores(run, config, tokenizer).reward_of
+      seeded = run._replace(key=jax.random.key(heldout_seed))
       for prefix, of in evaluating.prefixed(heldout).items():
         fns = ({"reward": reward_of(of)} if reward_of else {}) | bench.gold(of)
         sample = evaluating.heldout_sampler(
-          run, model, of, tokenizer, config.sampling, reward_fns=fns
+          seeded, model, of, tokenizer, config.sampling, reward_fns=fns
         )
         summary |= {
           f"{prefix}/{name}/mean".removeprefix("eval/"): float(np.nanmean(r))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import (
@@ -108,7 +109,8 @@ class RewardOptions(RemoteOptions):
     ensemble: Reduction of the scores of an ensemble: their mean, their minimum (`min`), the mean
       minus `ensemble_coef` times their variance (`uwo`), or `ensemble_coef` times the mean plus the
       rest of 1 times the minimum (`nominal_min`). `worst_group` is MaxMin: the scores of the model
-      with the lowest mean in the batch. `min`, for each response, is another, lower objective.
+      with the lowest mean in the batch, or in all held-out responses of a policy. `min`, for each
+      response, is another, lower objective.
     ensemble_coef: Weight of the variance in `uwo`, or of the mean in `nominal_min`.
   """
 
@@ -268,11 +270,14 @@ class Named(NamedTuple):
     name: Flag that chose it, for messages.
     function: Reward or preference.
     remote: True if a judge at an address is a part of it.
+    groups: Names of the rewards of groups, of which it takes the one with the lowest mean and adds
+      all others; empty without groups.
   """
 
   name: str
   function: Callable[..., Any]
   remote: bool = False
+  groups: tuple[str, ...] = ()
 
   def __call__(self, *args: Any) -> Any:
     return self.function(*args)
@@ -281,6 +286,23 @@ class Named(NamedTuple):
 def name_of(judge: Any) -> str:
   """Returns the flag that chose a judge; of one that no flag chose, its kind."""
   return judge.name if isinstance(judge, Named) else "the judge"
+
+
+def worst_of(judge: Any, scores: Mapping[str, np.ndarray]) -> np.ndarray | None:
+  """Returns a reward by the group that is the worst in all N responses; None without groups.
+
+  A reward that is asked for them in batches chooses the group of each batch.
+
+  Args:
+    judge: Reward.
+    scores: Name -> [N], each of the rewards in it.
+  """
+  groups = judge.groups if isinstance(judge, Named) else ()
+  if not groups:
+    return None
+  of_groups = np.stack([scores[name] for name in groups], axis=1)
+  worst = np.asarray(rewards.ENSEMBLES["worst_group"](jnp.asarray(of_groups), 0.0))
+  return sum((x for name, x in scores.items() if name not in groups), worst)
 
 
 def like(judge: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -420,9 +442,15 @@ def open_reward(
     if constraints:
       verdicts = list(constraints.values())
       score = rewards.constrained_reward(score, verdicts, prompts.rows, tokenizer.batch_decode)
-    return Named(options.label, score, bool(options.url))
+    return Named(options.label, score, bool(options.url), _groups(options))
 
   return of_prompts
+
+
+def _groups(options: RewardOptions) -> tuple[str, ...]:
+  """Names of the models of groups; empty if the models are none."""
+  count = len(options.paths) if options.ensemble == "worst_group" else 0
+  return tuple(f"group_{k}" for k in range(count))
 
 
 def _open_models(
@@ -440,8 +468,7 @@ def _open_models(
     raise flags.UsageError(
       f"--reward.path: reward/{taken[0]} is another metric; give the folder {taken[0]} another name"
     )
-  if options.ensemble == "worst_group":
-    names = [f"group_{k}" for k in range(len(names))]
+  names = _groups(options) or names
   opened = {
     name: _reward_of(
       run,

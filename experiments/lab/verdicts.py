@@ -69,8 +69,9 @@ def of_comparisons(dataset: data.Dataset, logits: np.ndarray) -> dict[str, float
   return summary
 
 
-# Indices of the comparisons of responses (0, 1), (1, 2) and (0, 2), for each triple.
-Places = list[tuple[int, int, int]]
+# For each triple the comparisons of responses (0, 1), (1, 2) and (0, 2): the index of each, and
+# True if it has the later response first.
+Places = list[tuple[tuple[int, bool], ...]]
 
 
 def triples_of(
@@ -99,17 +100,18 @@ def triples_of(
   places: Places = []
   for prompt, texts in answers.items():
     for a, b, c in itertools.islice(itertools.combinations(texts, 3), 20):
-      pairs = ((prompt, a, b), (prompt, b, c), (prompt, a, c))
-      if all(pair in met for pair in pairs):
-        ab, bc, ac = (met[pair] for pair in pairs)
-        places.append((ab, bc, ac))
+      ways = [((prompt, x, y), (prompt, y, x)) for x, y in ((a, b), (b, c), (a, c))]
+      found = [[(met[way], i == 1) for i, way in enumerate(two) if way in met] for two in ways]
+      if all(found):
+        places.append(tuple(of[0] for of in found))
   return (heldout, places) if places else None
 
 
 def violations(places: Places, preferences: np.ndarray) -> float:
   """Share of triples whose majorities form a cycle, from the preferences of all comparisons."""
-  values = np.asarray(preferences, np.float32)[np.asarray(places)]
-  ab, bc, ac = values.T
+  at, turned = np.moveaxis(np.asarray(places), 2, 0)
+  values = np.asarray(preferences, np.float32)[at]
+  ab, bc, ac = np.where(turned, 1 - values, values).T
   matrices = np.full([len(places), 3, 3], 0.5)
   for (i, j), p in zip(((0, 1), (1, 2), (0, 2)), (ab, bc, ac), strict=True):
     matrices[:, i, j], matrices[:, j, i] = p, 1 - p
@@ -137,9 +139,10 @@ def cycles(
     return {}
   dataset, places = triples
   votes = [float(example["preference"][0]) for example in dataset.examples]
+  judged = 0.5 * (1 + np.sign(logits_of(dataset)))
   return {
     "triples": len(places),
-    "violations": violations(places, logits_of(dataset) > 0),
+    "violations": violations(places, judged),
     "violations_of_votes": violations(places, np.asarray(votes)),
   }
 

@@ -59,6 +59,16 @@ def test_each_step_keeps_fewer_and_better_responses(whole):
   assert {"gold/win_rate", "kl", "reward/mean"} <= set(summary)
 
 
+def test_improve_steps_are_compared_with_the_same_random_numbers(tmp_path, start_here, sft_run):
+  flags = (*FLAGS[:1], "--grow_steps=1", *FLAGS[2:3], "--steps=1", "--optim.learning_rate=1e-30")
+  start_here("rest", tmp_path, f"--init_from={sft_run}", *flags)
+  rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert len(rows) == 2  # No step has changed the policy.
+  assert rows[0]["eval/gold/mean"] == rows[1]["eval/gold/mean"]
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  assert summary["gold/mean"] == pytest.approx(rows[0]["eval/gold/mean"])
+
+
 def test_another_number_of_steps_is_another_run(tmp_path, whole, start_here, sft_run):
   """Later Grow steps have sampled from what the Improve steps before them trained."""
   shutil.copytree(whole, tmp_path / "run")

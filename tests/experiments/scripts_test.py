@@ -358,9 +358,13 @@ def test_a_reward_model_judges_the_pairs_of_online_dpo(
   judge, tmp_path, start_here, sft_run, reward_run
 ):
   flags = (f"--init_from={sft_run}", f"--{judge}.path={reward_run}", "--steps=2")
-  start_here("online_dpo", tmp_path, *flags)
+  start_here("online_dpo", tmp_path, *flags, "--batch_size=8", "--sampling.samples_per_prompt=4")
   rows = lines_of(tmp_path)
   assert len(rows) == 2 and all(0 <= row["ties"] < 1 for row in rows)
+  for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    row = json.loads(line)
+    tokens = row["tokens_per_second"] * row["step_seconds"]  # Of all samples, not of the pairs.
+    assert tokens == pytest.approx(8 * 4 * row["response_length/mean"], rel=1e-3)
 
 
 @pytest.mark.parametrize("script", ["ppo", "online_dpo"])

@@ -3,10 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lab import benchmark
+from experiments.lab import benchmark, models
 from rlhf_jax import data, flags
 from tests.experiments.lab.rendered_test import folder_of, ids_by_hand
 from tests.testing import start
@@ -60,6 +61,29 @@ def test_accuracy_by_category_and_subset(tmp_path, monkeypatch):
   assert summary["subsets"]["math-prm"]["accuracy"] == 0.5
   assert summary["subsets"]["hep-cpp"]["accuracy"] == 0.75
   assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows"] == 6
+
+
+class OfTexts:
+  """Reward model of a group, with a score of its own of each text."""
+
+  def __init__(self, path):
+    self.scores = np.random.default_rng(len(path)).normal(size=2 * len(PAIRS)).astype(np.float32)
+
+  def apply(self, params, tokens, *, segment_ids):
+    return jnp.asarray(self.scores)[tokens]
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 12])
+def test_both_responses_are_judged_by_the_group_that_is_the_worst_in_all(
+  batch_size, tmp_path, monkeypatch
+):
+  opened = lambda run, path, *_: models.Scorer(OfTexts(path), {}, "", None)  # noqa: E731
+  monkeypatch.setattr(models, "open_reward_model", opened)
+  file = write(tmp_path / "bench.jsonl", rows_of(PAIRS))
+  words = ("--reward.path=a,bb,ccc", "--reward.ensemble=worst_group", f"--batch_size={batch_size}")
+  summary = measured(tmp_path, f"--rewardbench={file}", *words)
+  worst = min((OfTexts(path).scores for path in ("a", "bb", "ccc")), key=np.mean)
+  assert summary["accuracy"] == pytest.approx(np.mean(worst[::2] > worst[1::2]))
 
 
 def test_a_classifier_is_asked_as_by_hand(tmp_path):

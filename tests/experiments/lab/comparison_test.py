@@ -116,6 +116,19 @@ def test_diversity_across_and_per_input():
   assert comparison.diversity([[1, 0]], 1, 50) == {}
 
 
+def test_diversity_is_that_of_the_prompts_where_it_is_defined():
+  short, longer = [[7, 0], [8, 0]], [[1, 2, 3, 0], [1, 2, 4, 0]]
+  found = comparison.diversity(short + longer, 2, 50)
+  assert found["diversity_per_input/distinct_2"] == 3 / 4  # Of the second prompt alone.
+  assert found["diversity_per_input/distinct_1"] == (1 + 4 / 6) / 2
+  assert found["diversity/distinct_2"] == 1
+  # One token each: no pair of tokens anywhere.
+  found = comparison.diversity(short + short, 2, 50)
+  assert not [name for name in found if name.endswith("distinct_2")]
+  assert found["diversity_per_input/distinct_1"] == 1
+  assert not [name for name, value in found.items() if math.isnan(value)]
+
+
 def test_repeated_prompts_stay_together():
   prompts = Dataset(**dict.fromkeys(Dataset._fields))
   prompts = prompts._replace(examples=[{"prompt": np.array([i])} for i in (5, 7)], rows=["a", "b"])

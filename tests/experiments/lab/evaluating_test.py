@@ -1,9 +1,10 @@
 """Values of pairs, held-out prompts, and answers side by side."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lab import evaluating, models
+from experiments.lab import comparison, evaluating, grouping, judges, models
 from tests.experiments.lab.rollouts import rollout_of
 from tests.experiments.rows import RANKINGS, dataset
 
@@ -114,3 +115,67 @@ def test_each_of_several_rewards_is_measured_on_held_out_prompts(open_bench, mon
   total = values["eval/gold"] - 2 * values["eval/reward/filler"]
   np.testing.assert_allclose(values["eval/reward"], total, rtol=1e-5)
   assert values["eval/reward/violations"] == values["eval/reward/filler"] == 0.375
+
+
+class OfTokens:
+  """Reward model whose score of a response is the number of its last token, in its own table."""
+
+  def __init__(self, path):
+    values = np.random.default_rng(len(path)).normal(size=64).astype(np.float32)
+    self.scores = values - values[1:9].mean()  # Groups that are about as well served.
+
+  def apply(self, params, tokens, *, segment_ids):
+    return jnp.asarray(self.scores)[tokens]
+
+
+@pytest.mark.parametrize("added", ["", "gold"], ids=["alone", "added"])
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_the_worst_group_is_that_of_all_held_out_responses(
+  batch_size, added, open_bench, monkeypatch
+):
+  """Whatever the batch; rows that only fill the last batch have no say."""
+  opened = lambda run, path, *_: models.Scorer(OfTokens(path), {}, "", None)  # noqa: E731
+  monkeypatch.setattr(models, "open_reward_model", opened)
+  options = judges.RewardOptions(path="a,bb,ccc", ensemble="worst_group", name=added)
+  bench = open_bench("grpo", "prompts", "--reward.name=gold")
+  reward_of = judges.open_reward(bench.run, options, bench.config.model, bench.tokenizer)
+  answer = lambda *given: rollout_of([[int(i) + 1] for i in given[3]])  # noqa: E731
+  monkeypatch.setattr(models, "make_sampler", lambda *_: answer)
+  zeros = lambda params, rollout: np.zeros(len(rollout.tokens))  # noqa: E731
+  monkeypatch.setattr(evaluating, "sequence_kl", lambda *_: zeros)
+  judge = bench.judge(reward_of, batch_size=batch_size)
+  bench.run.writer.open(resume_step=0, config={})
+  values = judge.measure(bench.start, 1)
+  bench.run.writer.write(1, values)
+  assert len(bench.heldout.examples) == 8
+  of_groups = [OfTokens(path).scores[1:9].mean(dtype=float) for path in ("a", "bb", "ccc")]
+  groups = [values[f"eval/reward/group_{k}"] for k in range(3)]
+  np.testing.assert_allclose(groups, of_groups, atol=1e-6)
+  rest = values["eval/gold"] if added else 0.0
+  assert values["eval/reward"] == pytest.approx(min(groups) + rest, abs=1e-6)
+  # Another policy may have another worst group: the two are not compared by it.
+  summary = judge.finish(bench.start, 1, "GRPO")
+  assert summary["reward/mean"] == pytest.approx(min(groups) + rest, abs=1e-6)
+  assert not {"reward/win_rate", "reward/win_rate_low", "reward/accuracy"} & summary.keys()
+  assert {"gold/win_rate", *(f"reward/group_{k}/win_rate" for k in range(3))} <= summary.keys()
+
+
+def test_a_reward_that_is_chosen_for_each_policy_compares_none(capsys):
+  rng, size = np.random.default_rng(0), 8
+
+  def samples():
+    scores = {name: rng.normal(size=size) for name in ("reward", "reward/group_0", "gold")}
+    drawn = evaluating.Samples(["p"] * size, ["r"] * size, scores, *np.ones([3, size]))
+    return drawn._replace(by_policy=("reward",))
+
+  before, after = samples(), samples()
+  metrics = {"policy": comparison.intervals(before, after, 2)}
+  of_groups = grouping.of_policies(metrics, {"policy": after}, ["a", "b"] * 2, 2)["groups"]
+  for of in (*metrics.values(), *of_groups["policy"].values()):
+    assert np.isfinite(of["reward/mean"]) and of["reward/mean_low"] < of["reward/mean_high"]
+    assert not {"reward/win_rate", "reward/win_rate_low", "reward/accuracy"} & of.keys()
+    assert {"gold/win_rate", "reward/group_0/win_rate"} <= of.keys()
+  comparison.show(metrics, list(after.rewards))
+  shown = capsys.readouterr().err
+  assert "reward (mean)" in shown and "reward (win rate)" not in shown
+  assert len(comparison.frontier(metrics, {}, "start")) == 3

@@ -297,7 +297,8 @@ def test_judges_are_named_by_their_flags(open_bench):
   bench = open_bench("grpo", "prompts", "--preference.name=expert")
   named = bench.open_preference()(bench.train_set)
   assert judges.name_of(named) == "--preference.name=expert" and not named.remote
-  assert judges.like(named._replace(remote=True), min) == (named.name, min, True)
+  known = named._replace(remote=True, groups=("group_0",))
+  assert judges.like(known, min) == (named.name, min, True, ("group_0",))
   scores = bench.open_scores()
   assert judges.name_of(scores.score_of(bench.train_set)) == named.name
   assert scores.reward_of is None

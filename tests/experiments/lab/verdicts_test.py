@@ -1,5 +1,7 @@
 """Agreement of reward and preference models, and cycles among triples of responses."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -68,7 +70,7 @@ def test_accuracy_leaves_out_ties_and_the_loss_does_not():
 
 
 def test_a_cycle_is_a_violation():
-  places = [(0, 1, 2), (3, 4, 5)]
+  places = [tuple((i, False) for i in triple) for triple in ((0, 1, 2), (3, 4, 5))]
   # a > b, b > c, c > a; and a > b, b > c, a > c.
   assert verdicts.violations(places, np.array([1, 1, 0, 1, 1, 1])) == 0.5
   assert verdicts.violations(places[1:], np.array([1, 1, 0, 1, 1, 1])) == 0.0
@@ -89,6 +91,29 @@ def test_majorities_of_the_panel_are_cyclic_and_those_of_the_expert_are_not(anno
   assert (shares["violations_of_votes"] > 0) == cyclic
   assert 0 <= shares["violations"] <= 1
   assert len(met[0].examples) >= 3
+
+
+@pytest.mark.parametrize("turns", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_triples_are_found_whichever_response_of_a_comparison_is_first(cyclic, turns):
+  """Three responses of lengths 1, 2 and 3: each beats the next one, and the last one the first."""
+  config = DataConfig(path="rows.jsonl")
+  pairs = [(1, 2), (2, 3), (3, 1) if cyclic else (1, 3)]  # Better, worse.
+  examples = [
+    {
+      "prompt": np.int32([1]),
+      "response_a": np.int32([1] * (worse if turned else better)),
+      "response_b": np.int32([1] * (better if turned else worse)),
+      "preference": np.float32([0.0 if turned else 1.0]),
+    }
+    for (better, worse), turned in zip(pairs, turns, strict=True)
+  ]
+  rows = data.from_examples("comparisons", examples, [{}] * 3)
+  logits_of = lambda of: np.array([3 * e["preference"][0] - 1 for e in of.examples])  # noqa: E731
+  shares = verdicts.cycles(loop.Session("x"), config, rows, TOKENIZER, logits_of)
+  assert shares == {"triples": 1, "violations": cyclic, "violations_of_votes": cyclic}
+  undecided = verdicts.cycles(loop.Session("x"), config, rows, TOKENIZER, lambda of: np.zeros(3))
+  assert undecided["violations"] == 0
 
 
 def test_rows_without_triples_have_no_cycles():

@@ -149,9 +149,11 @@ class Case(NamedTuple):
       held: Further arrays in memory during the step.
     """
     rows = batch if rows is None else rows
-    flops = self.forward_rows(rows, self.scored if scored else None)
-    inputs = (trainer.state, batch, self.key)
-    self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
+    flops, constant = self.forward_rows(rows, self.scored if scored else None), 0.0
+    if isinstance(rows, UnpairedBatch):  # No gradient flows through the mismatched half.
+      constant = flops / 2
+    work = preflight.Work(self.training_work(flops - constant).flops + constant)
+    self.check("train", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
   def against_reference(
     self,

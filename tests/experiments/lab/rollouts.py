@@ -1,5 +1,9 @@
 """Responses written by hand."""
 
+import time
+from typing import Any
+
+import jax
 import numpy as np
 
 from rlhf_jax.types import Rollout
@@ -17,3 +21,19 @@ def rollout_of(responses, prompt=(5,)):
   prompts = np.zeros(shape, bool)
   prompts[:, : len(prompt)] = True
   return Rollout(tokens, prompts, on, np.zeros((len(responses), longest), np.float32))
+
+
+def late(params: Any, seconds: float = 2.0) -> Any:
+  """Copies params as an update does that the devices have not finished: seconds later."""
+
+  def wait(x: np.ndarray) -> np.ndarray:
+    time.sleep(seconds)
+    return np.zeros_like(x)
+
+  @jax.jit
+  def updated(params):
+    zero = jax.pure_callback(wait, jax.ShapeDtypeStruct((), np.float32), np.float32(0))
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), params)
+
+  compiled = updated.lower(params).compile()
+  return compiled(params)

@@ -66,9 +66,10 @@ def make_respond(
     draw_key, key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), step))
     is_student = float(jax.random.uniform(draw_key)) < bench.config.gkd.student_share
     reshard, sample = student if is_student else other
-    params = jax.block_until_ready(params if is_student else teacher.params)
+    params = jax.block_until_ready(params)  # The update before is timed apart.
     start = time.monotonic()
-    rollout = jax.block_until_ready(sample(reshard(params), *prompts, key))
+    rollout = sample(reshard(params if is_student else teacher.params), *prompts, key)
+    jax.block_until_ready(rollout)
     sampled = time.monotonic()
     samples = bench.config.sampling.samples_per_prompt
     ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)

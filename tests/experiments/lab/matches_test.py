@@ -49,5 +49,6 @@ def test_sampling_is_timed_apart_from_the_update_before_it(open_bench):
   prompts = jax.tree.map(jax.numpy.asarray, next(bench.batches()))
   inputs = None, prompts, jax.random.key(0)
   match(bench.start, *inputs, mix=0.5, tau=0.1)  # Compiles.
-  _, metrics = match(late(bench.start), *inputs, mix=0.5, tau=0.1)
-  assert 0 < metrics["time/generate"] < 1
+  policy, seconds = late(bench.start)
+  _, metrics = match(policy, *inputs, mix=0.5, tau=0.1)
+  assert 0 < metrics["time/generate"] < seconds / 2

@@ -244,11 +244,12 @@ class Case(NamedTuple):
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
-    trained_on = batch.rollout.tokens.size / rollout.tokens.size
+    trained = batch.rollout.tokens.size / rollout.tokens.size * (forward + values)
     if ptx:
       batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
+      trained += self.forward_rows(batch.sequences, self.scored)
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training_work(settings.epochs * trained_on * (forward + values))
+    work = self.training_work(settings.epochs * trained)
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 

@@ -82,9 +82,7 @@ class Match:
       tau: [] weight of the KL penalty.
     """
     bench, mix, keys = self._bench, jnp.asarray(mix), jax.random.split(key)
-    policy, opponent = jax.block_until_ready(
-      (policy, opponent)
-    )  # The update before is timed apart.
+    jax.block_until_ready((policy, opponent))  # The update before is timed apart.
     start = time.monotonic()
     policy, ref = self.reshard(policy), self.reshard(bench.start)
     rival = policy if opponent is None else self.reshard(opponent)

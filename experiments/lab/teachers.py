@@ -66,7 +66,7 @@ def make_respond(
     draw_key, key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), step))
     is_student = float(jax.random.uniform(draw_key)) < bench.config.gkd.student_share
     reshard, sample = student if is_student else other
-    params = jax.block_until_ready(params)  # The update before is timed apart.
+    jax.block_until_ready(params)  # The update before is timed apart.
     start = time.monotonic()
     rollout = sample(reshard(params if is_student else teacher.params), *prompts, key)
     jax.block_until_ready(rollout)

@@ -111,7 +111,7 @@ def make_trainer(bench: workbench.Workbench, teacher: Model) -> training.Trainer
     teacher_apply_fn=teacher.apply,
     temperature=bench.config.sampling.temperature,
   )
-  return bench.trainer(make_step)
+  return bench.trainer(make_step, teacher=teacher)
 
 
 def programs(case: Case) -> None:

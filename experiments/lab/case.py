@@ -149,9 +149,11 @@ class Case(NamedTuple):
       held: Further arrays in memory during the step.
     """
     rows = batch if rows is None else rows
-    flops = self.forward_rows(rows, self.scored if scored else None)
-    inputs = (trainer.state, batch, self.key)
-    self.check("train", trainer.step, *inputs, work=self.training_work(flops), held=held)
+    flops, constant = self.forward_rows(rows, self.scored if scored else None), 0.0
+    if isinstance(rows, UnpairedBatch):  # No gradient flows through the mismatched half.
+      constant = flops / 2
+    work = preflight.Work(self.training_work(flops - constant).flops + constant)
+    self.check("train", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
   def against_reference(
     self,
@@ -242,11 +244,12 @@ class Case(NamedTuple):
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)
     batch, _, _ = self.check("experience", experience, *inputs, work=work, held=held)
-    trained_on = batch.rollout.tokens.size / rollout.tokens.size
+    trained = batch.rollout.tokens.size / rollout.tokens.size * (forward + values)
     if ptx:
       batch = terms.WithSequences(batch, self.tokens(self.length, rows=rows))
+      trained += self.forward_rows(batch.sequences, self.scored)
     settings = next(x for x in vars(config).values() if hasattr(x, "epochs"))
-    work = self.training_work(settings.epochs * trained_on * (forward + values))
+    work = self.training_work(settings.epochs * trained)
     self.check("update", trainer.step, trainer.state, batch, self.key, work=work, held=held)
 
 

@@ -115,7 +115,7 @@ def make_trainer(
   optimizer = training.actor_critic_optimizer(
     config.optim, value, config.steps, updates.updates, wait=config.critic.warmup
   )
-  trainer = training.make_trainer(
+  return training.make_trainer(
     bench.run,
     actor.apply,
     actor.params,
@@ -124,5 +124,5 @@ def make_trainer(
     given=(bench.initial, actor.params["value"]),
     updates=updates,
     packed_length=config.rollout.packed_length,
+    flops=bench.flops(updates, critic=not config.critic.share_trunk),
   )
-  return bench.counted(trainer, updates, critic=not config.critic.share_trunk)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import data, flags, loop, processes
+from rlhf_jax import data, flags, loop, preflight, processes
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
 from .. import records
@@ -117,9 +117,9 @@ def improve(
 
 def make_trainer(bench: Workbench) -> training.Trainer:
   """Builds the state and the step of the policy."""
-  return bench.trainer(
-    functools.partial(rest.make_rest_step, config=bench.config.rest, ref_apply_fn=bench.model.apply)
-  )
+  settings, model = bench.config.rest, bench.model
+  make_step = functools.partial(rest.make_rest_step, config=settings, ref_apply_fn=model.apply)
+  return bench.trainer(make_step, teacher=model if settings.kappa else None)
 
 
 def programs(case: Case) -> None:
@@ -133,5 +133,7 @@ def programs(case: Case) -> None:
   trainer = make_trainer(bench)
   length = case.prompt_length + config.sampling.max_new_tokens
   batch = rest.RestBatch(case.tokens(length), case.column())
-  work = case.training_work(case.forward(bench.model, config.batch_size, length, scored=length))
+  forward = case.forward(bench.model, config.batch_size, length, scored=length)
+  reference = forward if config.rest.kappa else 0.0
+  work = preflight.Work(case.training_work(forward).flops + reference)
   case.check("improve", trainer.step, trainer.state, batch, bench.start, case.key, work=work)

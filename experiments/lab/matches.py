@@ -81,8 +81,9 @@ class Match:
       mix: [] weight of the initial policy in the opponent.
       tau: [] weight of the KL penalty.
     """
-    bench, start, mix = self._bench, time.monotonic(), jnp.asarray(mix)
-    keys = jax.random.split(key)
+    bench, mix, keys = self._bench, jnp.asarray(mix), jax.random.split(key)
+    jax.block_until_ready((policy, opponent))  # The update before is timed apart.
+    start = time.monotonic()
     policy, ref = self.reshard(policy), self.reshard(bench.start)
     rival = policy if opponent is None else self.reshard(opponent)
     source = generation.MixtureParams(policy, ref, mix) if self.mixed else policy

@@ -1,5 +1,6 @@
 """Teacher of a student: how it is opened, how it answers, and the programs of a distillation."""
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,10 +66,15 @@ def make_respond(
     draw_key, key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 1), step))
     is_student = float(jax.random.uniform(draw_key)) < bench.config.gkd.student_share
     reshard, sample = student if is_student else other
+    jax.block_until_ready(params)  # The update before is timed apart.
+    start = time.monotonic()
     rollout = sample(reshard(params if is_student else teacher.params), *prompts, key)
+    jax.block_until_ready(rollout)
+    sampled = time.monotonic()
     samples = bench.config.sampling.samples_per_prompt
     ids = np.repeat(sharding.to_host(prompts.prompt_id), samples)
     means = judges.mean_rewards(gold, rollout, ids)
+    scored = time.monotonic()
     lengths = rollout.response_mask.sum(axis=1)
     return rollout, {
       **(means if is_student else dict.fromkeys(means, np.nan)),
@@ -76,6 +82,8 @@ def make_respond(
       "response_length/mean": lengths.astype(np.float32).mean(),
       "eos_fraction": bench.ended(rollout).astype(np.float32).mean(),
       **bench.usage(rollout),
+      "time/generate": sampled - start,
+      "time/reward": scored - sampled,
     }
 
   return respond

@@ -14,7 +14,7 @@ from rlhf_jax.models import Model, count_params, lora, quantized, round_matrices
 from rlhf_jax.train_step import OptimConfig, freeze, init_state, join, make_optimizer, make_schedule
 from rlhf_jax.types import Params, TrainState
 from .. import records
-from . import models, scripts
+from . import costs, models, scripts
 
 
 class Trainer(NamedTuple):
@@ -94,6 +94,7 @@ def make_trainer(
   given: Params = (),
   updates: epochs.UpdateConfig | None = None,
   packed_length: int = 0,
+  flops: Callable[..., float] | None = None,
 ) -> Trainer:
   """Places the state of a model on the mesh and builds its step.
 
@@ -107,6 +108,7 @@ def make_trainer(
     updates: Division of a batch of sampled responses, for packing.
     packed_length: Tokens per packed row of sampled responses; 0 does not pack. With packing
       `make_step` also takes `packed`.
+    flops: `(batch, *, packed) -> operations of a step`, for its metrics; None does not count them.
   """
   frozen, trained = lora.split(params)
   state = _init(run, trained, optimizer.tx, given)
@@ -115,7 +117,8 @@ def make_trainer(
   def make(packed: reading.Packing | None = None) -> Callable[..., Any]:
     options = {} if packed is None else {"packed": packed}
     bound = functools.partial(make_step, tx=optimizer.tx, **options)
-    return freeze(bound, apply_fn, frozen, state_shardings=shardings)
+    step = freeze(bound, apply_fn, frozen, state_shardings=shardings)
+    return step if flops is None else costs.Counted(step, functools.partial(flops, packed=packed))
 
   if not packed_length:
     step = make()

@@ -82,6 +82,7 @@ class Workbench(NamedTuple):
     updates: epochs.UpdateConfig | None = None,
     *,
     keep_start: bool = True,
+    teacher: Model | None = None,
   ) -> training.Trainer:
     """Builds the state and the step of the model or its adapters; the optimizer is `config.optim`.
 
@@ -89,6 +90,7 @@ class Workbench(NamedTuple):
       make_step: `(apply_fn, tx, *, state_shardings) -> step`, a `make_x_step` with its config.
       updates: Division of a batch of sampled responses; None makes one update per step.
       keep_start: False frees the memory of `start`, except with adapters, which share it.
+      teacher: Model that is not trained and reads the same rows in the step.
     """
     config = self.config
     per_step = 1 if updates is None else updates.updates
@@ -101,34 +103,41 @@ class Workbench(NamedTuple):
       given=self.initial,
       updates=updates,
       packed_length=0 if updates is None else config.rollout.packed_length,
+      flops=self.flops(updates, teacher=teacher),
     )
     if not (keep_start or config.lora.rank or sharding.is_absent(self.run.mesh)):
       for leaf in jax.tree.leaves(self.start):
         leaf.delete()
-    return self.counted(trainer, updates)
+    return trainer
 
-  def counted(
+  def flops(
     self,
-    trainer: training.Trainer,
     updates: epochs.UpdateConfig | None = None,
     *,
     critic: bool = False,
-  ) -> training.Trainer:
-    """Adds `model_flops` to the metrics of a trainer's step; see `costs.training_flops`."""
+    teacher: Model | None = None,
+  ) -> Callable[..., float] | None:
+    """Returns `(batch, *, packed) -> operations of a step`, `costs.training_flops`; None if absent.
+
+    Args:
+      updates: Division of a batch of sampled responses.
+      critic: True if there is a critic with a model of its own.
+      teacher: Model that is not trained and reads the same rows in the step.
+    """
     if sharding.is_absent(self.run.mesh):
-      return trainer
+      return None
     scored = None  # Of a scalar head.
     if "score" not in self.start:
       scored = scored_tokens(self.config, [self.train_set, *self.extra.values()])
-    flops = functools.partial(
+    return functools.partial(
       costs.training_flops,
       self.model.config,
       scored=scored,
-      epochs=1 if updates is None else updates.epochs,
+      updates=updates,
       frozen=self.config.lora.rank > 0,
       critic=self.model.config if critic else None,
+      teacher=None if teacher is None else teacher.config,
     )
-    return trainer._replace(step=costs.Counted(trainer.step, flops))
 
   def trained(self) -> Params:
     """Returns the initial params to train, with adapters if there are any."""

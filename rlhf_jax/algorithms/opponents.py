@@ -132,13 +132,15 @@ def extragradient(step: OpponentStep) -> OpponentStep:
   Returns:
     A step with the same signature. It first steps against `opponent`. Then it steps again from the
     same state, with fresh samples, against the resulting policy. The optimizer state of the first
-    step is discarded.
+    step is discarded. Times, tokens and operations are those of both.
   """
 
   def twice(state: TrainState, opponent: Params, key: jax.Array) -> tuple[TrainState, Metrics]:
     # A copy, as train steps donate their state.
-    ahead, _ = step(jax.tree.map(jnp.copy, state), opponent, jax.random.fold_in(key, 0))
-    return step(state, ahead.params, jax.random.fold_in(key, 1))
+    ahead, first = step(jax.tree.map(jnp.copy, state), opponent, jax.random.fold_in(key, 0))
+    state, metrics = step(state, ahead.params, jax.random.fold_in(key, 1))
+    costs = [n for n in metrics if n in ("tokens", "model_flops") or n.startswith("time/")]
+    return state, metrics | {name: first[name] + metrics[name] for name in costs}
 
   return twice
 

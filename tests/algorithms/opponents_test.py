@@ -44,6 +44,16 @@ def test_looks_ahead_and_steps_from_the_start():
   assert (seen[0][2] != seen[1][2]).any()
 
 
+def test_the_costs_of_both_halves_of_a_step_are_reported():
+  """The rates of a step divide them by the seconds of both."""
+  halves = iter([(1.0, 2.0, 3.0, 40.0, 7.0), (10.0, 20.0, 30.0, 400.0, 70.0)])
+  names = ("time/generate", "time/preference", "tokens", "model_flops", "loss")
+  step = lambda state, opponent, key: (state, dict(zip(names, next(halves), strict=True)))  # noqa: E731
+  state = init_state(jnp.float32(8.0), optax.sgd(1.0))
+  _, metrics = opponents.extragradient(step)(state, jnp.float32(4.0), jax.random.key(0))
+  assert metrics == dict(zip(names, (11.0, 22.0, 33.0, 440.0, 70.0), strict=True))
+
+
 def test_moving_average():
   average, params = {"a": jnp.float32([1, 2]), "b": jnp.float32(0)}, {"a": jnp.ones(2), "b": 4.0}
   new = opponents.moving_average(average, params, 0.75)

@@ -7,6 +7,7 @@ import pytest
 from experiments.lab import judges
 from experiments.lab.matches import Match
 from rlhf_jax import rewards
+from tests.experiments.lab.rollouts import late
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -40,3 +41,14 @@ def test_answers_to_the_same_prompts_are_compared(count, open_bench):
   expected = np.linspace(0, 1, rows * count) - 0.25 * cut
   np.testing.assert_allclose(batch.preference, expected.reshape(rows, count), atol=1e-6)
   assert float(metrics["preference/mean"]) == pytest.approx(0.5)
+
+
+def test_sampling_is_timed_apart_from_the_update_before_it(open_bench):
+  bench = open_bench("nash_md", "prompts")
+  match = Match(bench, lambda a, b, ids: np.full(len(ids), 0.5), bench.config.nash_md, count=1)
+  prompts = jax.tree.map(jax.numpy.asarray, next(bench.batches()))
+  inputs = None, prompts, jax.random.key(0)
+  match(bench.start, *inputs, mix=0.5, tau=0.1)  # Compiles.
+  policy, seconds = late(bench.start)
+  _, metrics = match(policy, *inputs, mix=0.5, tau=0.1)
+  assert 0 < metrics["time/generate"] < seconds / 2

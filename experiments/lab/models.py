@@ -513,6 +513,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
       folders += [peft.base_of(folder) for folder in folders if peft.is_adapter(folder)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
+      files = [path for path in files if not path.match(hub.COPIES)]
       if folders:
         found[f"files of --{flag}"] = workdir_lib.files_digest(files)
     for flag in _FILES:

@@ -24,6 +24,7 @@ _NAME = re.compile(
 )
 _IN_TEXT = re.compile(r"hf://[^,:\s]+")
 _OF_MODELS = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
+COPIES = "consolidated*"  # The weights once more, in a format of their maker, which nothing reads.
 _OF_DATA = re.compile(r".+\.(jsonl|json|csv|tsv|parquet)(\.(gz|bz2|xz))?", re.IGNORECASE)
 _REVISION = re.compile(r"[\w.-]+(/[\w.-]+)*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -167,7 +168,7 @@ def model_folder(text: str) -> pathlib.Path:
   place = parse(text)
   if place.kind != "model":
     raise HubNameError(f"{text}: a data set; give a model, hf://ORG/NAME")
-  return _snapshot(place, list(_OF_MODELS), ["*/*"])
+  return _snapshot(place, list(_OF_MODELS), ["*/*", COPIES])
 
 
 def data_files(text: str) -> list[str]:

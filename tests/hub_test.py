@@ -23,6 +23,8 @@ MODEL = {
   "pytorch_model.bin": b"\x80 a pickle",
   "modeling.py": b"raise SystemExit",
   "original/params.json": b"{}",
+  "consolidated.safetensors": b"weights",
+  "consolidated.safetensors.index.json": b"{}",
 }
 DATA = {"data/train-0.jsonl": ROWS, "data/train-1.jsonl": ROWS, "script.py": b"raise SystemExit"}
 
@@ -134,7 +136,8 @@ def test_a_model_is_downloaded_without_code(server, name, commit):
   files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
   assert files == {"config.json", "model.safetensors", "tokenizer.json"}
   assert (folder / "model.safetensors").read_bytes() == b"weights"
-  assert not any("pytorch_model.bin" in path or ".py" in path for path in server.asked)
+  unread = ("pytorch_model.bin", ".py", "consolidated")
+  assert not any(name in path for name in unread for path in server.asked)
 
 
 def test_data_of_a_hub(server):
@@ -210,3 +213,16 @@ def test_a_repository_without_a_model_is_refused(server):
   server.repos["me/empty"] = {"main": (FIRST, {"a.json": b"{}"})}
   with pytest.raises(Exception, match=r"neither the workdir .* nor a folder with config\.json"):
     models.finished_folder("hf://me/empty")
+
+
+def test_a_digest_is_of_what_is_read(tmp_path):
+  def digest():
+    return models.digests({"model.path": str(tmp_path)})
+
+  for name in ("config.json", "tokenizer.json", "model-00001-of-00001.safetensors"):
+    (tmp_path / name).write_text("{}")
+  first = digest()
+  (tmp_path / "consolidated.safetensors").write_text("weights")
+  assert digest() == first
+  (tmp_path / "model-00001-of-00001.safetensors").write_text("others")
+  assert digest() != first

@@ -67,7 +67,7 @@ class BlockOptions:
     count: Number of blocks of layers, lower to upper; the paper takes 3. 0 gives all layers the
       same weight.
     steps: Batches of answers of the tuned model to learn from.
-    batch_size: Answers in a batch.
+    batch_size: Answers in a batch; fewer if there are fewer prompts, as many on each device.
     learning_rate: Learning rate of Adam.
     eps: Bound of the ratio of two weights, which is at most (1 + eps) / eps.
   """
@@ -121,7 +121,15 @@ def learn_blocks(
     Weights [K] on the base, and the loss on the last answers, which no step has learned from,
     with equal weights and with the learned ones.
   """
-  options = dataclasses.replace(options, batch_size=min(options.batch_size, len(prompts.examples)))
+  parts, rows = sharding.row_parts(run.mesh), len(prompts.examples)
+  batch_size = min(options.batch_size, rows) // parts * parts
+  if not batch_size:
+    few = f"--data.path has {rows} prompts"
+    if rows >= parts:
+      few = f"--blocks.batch_size={options.batch_size}"
+    raise flags.UsageError(
+      f"{few}: fewer than the {parts} devices of data and fsdp; give {parts} or more"
+    )
   sample = models.make_sampler(model, tokenizer, sampling)
   read, layers = reading.make_read(model.apply, sampling.temperature or 1.0), model.config.layers
 
@@ -142,9 +150,7 @@ def learn_blocks(
     return optax.apply_updates(logits, updates), state, loss
 
   sampled_from = sharding.make_reshard(run.mesh, model.config.dtype)(tuned)
-  batches = data.batches(
-    prompts, options.batch_size, seed=run.session.seed, pad_id=tokenizer.pad_id
-  )
+  batches = data.batches(prompts, batch_size, seed=run.session.seed, pad_id=tokenizer.pad_id)
 
   def answers(index: int) -> Rollout:
     batch = sharding.place_batch(next(batches), run.mesh)

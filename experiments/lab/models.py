@@ -408,9 +408,10 @@ def open_scorer(
   label = hf.scalar_label(folder)
   if label == records.PREFERENCE:
     require_tokens_of(folder, tokenizer)
-  read_by = tokenizer_of(folder)
-  model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
-  return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
+  own = tokenizer_of(folder)
+  other = None if own.digest == tokenizer.digest else own
+  model, params = open_model(run, options, folder, other or tokenizer, "scalar", frozen=frozen)
+  return Scorer(model, params, label, other)
 
 
 def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:
@@ -512,6 +513,7 @@ def digests(settings: Mapping[str, Any]) -> dict[str, str]:
       folders += [peft.base_of(folder) for folder in folders if peft.is_adapter(folder)]
       files = [path for folder in folders for path in sorted(folder.iterdir())]
       files = [path for path in files if path.suffix in _OF_MODELS and path.is_file()]
+      files = [path for path in files if not path.match(hub.COPIES)]
       if folders:
         found[f"files of --{flag}"] = workdir_lib.files_digest(files)
     for flag in _FILES:

@@ -108,6 +108,7 @@ class Tokenizer:
     eos_token: str | None = None,
     stop_ids: Iterable[int] = (),
     template_args: Mapping[str, Any] | None = None,
+    rows: int | None = None,
   ):
     """Wraps a transformers fast tokenizer.
 
@@ -118,6 +119,7 @@ class Tokenizer:
       stop_ids: Further ids that end a response in sampling.
       template_args: Variables of the chat template, values of JSON; None takes those that the
         tokenizer was saved with.
+      rows: Rows of the embedding of the model, if they are known.
 
     Raises:
       DataError: If `eos_token` is not one token of the vocabulary, or the chat template does not
@@ -174,13 +176,22 @@ class Tokenizer:
     self._markers_in_prompts = controls.Spelling([*known, *markers])
     self._markers_in_answers = controls.Spelling([*in_answers, *markers])
     self._prefix = self._added_prefix()
+    written = {*turns, *closing, *self._prefix, hf.bos_token_id}
+    written |= {i for text, i in known.items() if text in template.source}
+    self._unwritten, self._rows = self._silent - written, rows
     self._anchor = self._find_anchor()
     self._lead = self._decoded_lead()
 
   @functools.cached_property
   def vocab_size(self) -> int:
-    """One more than the largest id, added tokens included: the rows that an embedding needs."""
-    return max(self._vocab.values()) + 1
+    """One more than the largest id, added tokens included: the rows that an embedding needs.
+
+    Ids without a row in the embedding of the model are not counted if they are control tokens that
+    neither a text nor the chat template writes, such as those of images.
+    """
+    ids = self._vocab.values()
+    size, needed = max(ids) + 1, max(i for i in ids if i not in self._unwritten) + 1
+    return size if self._rows is None or needed > self._rows else min(size, self._rows)
 
   @property
   def vocabulary(self) -> dict[str, int]:
@@ -221,7 +232,7 @@ class Tokenizer:
   def pad_id(self) -> int:
     """The id for padding. It may equal `eos_id`: masks come from lengths, never from ids."""
     candidates = (self.hf.pad_token_id, self._end_id, 0)
-    return next(i for i in candidates if i is not None)
+    return next(i for i in candidates if i is not None and i < self.vocab_size)
 
   @property
   def has_chat_template(self) -> bool:
@@ -964,7 +975,8 @@ def load_tokenizer(
       (stories260k ends stories with "<s>"); None or "" uses the folder's.
     template_args: Variables of the chat template; None takes those that it was saved with.
     model: Folder of the model, if it is another one. The `eos_token_id` of its
-      generation_config.json and config.json end a response too.
+      generation_config.json and config.json end a response too, and the `vocab_size` of its
+      config.json is the rows of its embedding.
 
   Returns:
     The tokenizer.
@@ -983,14 +995,16 @@ def load_tokenizer(
   configs = [
     pathlib.Path(model or path) / name for name in ("generation_config.json", "config.json")
   ]
-  stop_ids = [i for config in configs for i in _stop_ids(config)]
+  settings = {config: _settings(config) for config in configs}
+  stop_ids = [i for config in configs for i in _stop_ids(config, settings[config])]
+  rows = settings[configs[-1]].get("vocab_size")
   trial = apart.Trial(folder / "tokenizer.json")
   fast_tokenizer = _fast_tokenizer_class()  # Its import takes as long as most trials.
   try:
     trial.require()
     # Not AutoTokenizer: a config.json must not choose the code that runs.
     hf = fast_tokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    return Tokenizer(hf, eos_token, stop_ids, template_args)
+    return Tokenizer(hf, eos_token, stop_ids, template_args, rows if type(rows) is int else None)
   except DataError as error:
     raise DataError(f"{folder / 'tokenizer.json'}: {error}") from error
   except BaseException as error:  # The Rust parser raises bare Exception, and panics.
@@ -1001,17 +1015,22 @@ def load_tokenizer(
     ) from error
 
 
-def _stop_ids(path: pathlib.Path) -> list[int]:
-  """Reads the `eos_token_id` of a file, a number or a list; a missing file has none."""
+def _settings(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the fields of a file of a model; a missing file has none."""
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
-    return []
+    return {}
   except (OSError, ValueError, RecursionError) as error:
     if path.name == "config.json":
-      return []  # Whoever reads the model says what is wrong with it.
+      return {}  # Whoever reads the model says what is wrong with it.
     raise DataError(f"{path}: not readable as JSON ({error}); copy the file again") from error
-  value = raw.get("eos_token_id") if isinstance(raw, dict) else None
+  return raw if isinstance(raw, dict) else {}
+
+
+def _stop_ids(path: pathlib.Path, settings: Mapping[str, Any]) -> list[int]:
+  """Returns the `eos_token_id` of the fields of a file, a number or a list."""
+  value = settings.get("eos_token_id")
   ids = value if isinstance(value, list) else [] if value is None else [value]
   if not all(type(i) is int and i >= 0 for i in ids):
     raise DataError(f"{path}: eos_token_id is {value!r}, expected an id or a list of ids")

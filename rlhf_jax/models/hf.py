@@ -6,6 +6,7 @@ understood or refused by name. Weights come from safetensors only.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -612,16 +613,37 @@ def config_json(
   return raw
 
 
+def _sizes(params: Params, tensors: list[_Tensor], dtype: np.dtype) -> dict[str, int]:
+  """Returns the bytes of the tensors by their names, in the order of `_named_tensors`."""
+  sizes = {}
+  for tensor in tensors:
+    shapes = [_get(params, path).shape for path in tensor.paths]
+    size = dtype.itemsize * sum(math.prod(shape[tensor.stacked :]) for shape in shapes)
+    sizes |= {tensor.name.format(*i): size for i in np.ndindex(shapes[0][: tensor.stacked])}
+  return sizes
+
+
+@jax.jit
+def _layer(leaf: jax.Array, i: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+
 def _named_tensors(
   params: Params, tensors: list[_Tensor], dtype: np.dtype
 ) -> Iterator[tuple[str, np.ndarray]]:
+  """Gathers the tensors layer by layer, as no host may hold all layers; all processes call it."""
   for tensor in tensors:
-    parts = [sharding.to_host(_get(params, path)) for path in tensor.paths]
-    value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    value = value.astype(dtype, copy=False)
-    for i in np.ndindex(value.shape[: tensor.stacked]):
-      part = value[i]
-      yield tensor.name.format(*i), np.ascontiguousarray(part.T if tensor.transpose else part)
+    leaves = [_get(params, path) for path in tensor.paths]
+    for layer in np.ndindex(leaves[0].shape[: min(tensor.stacked, 1)]):
+      parts = leaves
+      if layer:
+        parts = [_layer(x, *layer) if isinstance(x, jax.Array) else x[layer] for x in leaves]
+      parts = sharding.to_host(parts)
+      value = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+      value = value.astype(dtype, copy=False)
+      for i in np.ndindex(value.shape[: tensor.stacked - len(layer)]):
+        part = value[i].T if tensor.transpose else value[i]
+        yield tensor.name.format(*layer, *i), np.ascontiguousarray(part)
 
 
 def save_folder(
@@ -636,7 +658,8 @@ def save_folder(
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
 
-  With several processes, all must call it, and process 0 writes.
+  With several processes, all must call it, and process 0 writes. It holds the tensors of one file
+  at a time, and no process gathers more than one layer of a stacked leaf at once.
 
   Args:
     folder: Output folder; created if needed.
@@ -653,7 +676,8 @@ def save_folder(
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
   described = config_json(config, head, token_ids, label) | {"torch_dtype": dtype}
-  named = _named_tensors(params, _tensors(FAMILIES[config.family], params), jnp.dtype(dtype))
+  given = params, _tensors(FAMILIES[config.family], params), jnp.dtype(dtype)
+  named, sizes = _named_tensors(*given), _sizes(*given)
   if not processes.is_first():
     for _ in named:  # Gathering the tensors needs every process.
       pass
@@ -665,25 +689,22 @@ def save_folder(
     if re.fullmatch(ours, file.name):
       file.unlink()
 
-  shards: list[dict[str, np.ndarray]] = [{}]
+  shards: list[list[str]] = [[]]
   size = 0
-  for name, value in named:
-    if shards[-1] and size + value.nbytes > shard_bytes:
-      shards.append({})
+  for name, of in sizes.items():
+    if shards[-1] and size + of > shard_bytes:
+      shards.append([])
       size = 0
-    shards[-1][name] = value
-    size += value.nbytes
-  metadata = {"format": "pt"}
-  if len(shards) == 1:
-    _save_tensors(folder / "model.safetensors", shards[0], metadata)
-  else:
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-      file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-      _save_tensors(folder / file, shard, metadata)
-      weight_map |= dict.fromkeys(shard, file)
-    total = sum(value.nbytes for shard in shards for value in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    shards[-1].append(name)
+    size += of
+  weight_map: dict[str, str] = {}
+  for i, names in enumerate(shards, start=1):
+    file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    file = file if len(shards) > 1 else "model.safetensors"
+    _save_tensors(folder / file, dict(itertools.islice(named, len(names))), {"format": "pt"})
+    weight_map |= dict.fromkeys(names, file)
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
   # Written last: a folder with a config.json is complete.
   _write_json(folder / "generation_config.json", dict(token_ids))

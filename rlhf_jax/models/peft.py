@@ -164,9 +164,13 @@ def write(folder: pathlib.Path, params: Params, family: Family, base: str) -> No
     return
   ranks = {name.split(".lora_A.")[0]: len(x) for name, x in tensors.items() if ".lora_A." in name}
   rank, scale = min(ranks.values()), _scale(params)
-  targets = sorted({name.rpartition(".")[2] for name in ranks})
+  # PEFT adapts every layer whose name ends in a target: one part, or two where layers share it.
+  ends = [module.rpartition(".")[2] for module in {*family.modules.values()}]
+  depth = {end: 1 + (ends.count(end) > 1) for end in ends}
+  parts = {name: name.split(".") for name in ranks}
+  target = {name: ".".join(of[-depth[of[-1]] :]) for name, of in parts.items()}
   # Layers that PEFT sees as one, such as qkv_proj, have the ranks of their parts together.
-  wide = {name.rpartition(".")[2]: of for name, of in ranks.items() if of != rank}
+  wide = {target[name]: of for name, of in ranks.items() if of != rank}
   settings = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -175,7 +179,7 @@ def write(folder: pathlib.Path, params: Params, family: Family, base: str) -> No
     "lora_alpha": scale * rank,
     "rank_pattern": wide,
     "alpha_pattern": {name: scale * of for name, of in wide.items()},
-    "target_modules": targets,
+    "target_modules": sorted({*target.values()}),
     "fan_in_fan_out": not family.transposed,
     "lora_dropout": 0.0,
     "bias": "none",

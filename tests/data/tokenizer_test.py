@@ -117,6 +117,49 @@ def test_pad_falls_back_to_the_end_token():
     Tokenizer(hf).encode_prompt("")
 
 
+@pytest.mark.parametrize(
+  ("token", "special", "template", "end", "fits"),
+  [
+    ("<image_soft_token>", True, TEMPLATE, None, True),
+    ("<|image|>", False, TEMPLATE, None, True),  # A marker is no text, special or not.
+    ("<pad>", True, "", None, True),
+    ("pizza", False, TEMPLATE, None, False),
+    (
+      "<image_soft_token>",
+      True,
+      TEMPLATE + "{% if tools %}<image_soft_token>{% endif %}",
+      "",
+      False,
+    ),
+    ("<|tool|>", True, TEMPLATE.replace("<|end|>", "<|end|><|tool|>"), None, False),
+    ("<image_soft_token>", True, TEMPLATE, "<image_soft_token>", False),
+  ],
+)
+def test_an_id_that_nothing_writes_needs_no_row(token, special, template, end, fits, tmp_path):
+  hf = chat_tokenizer(template or None).hf
+  rows = len(hf)
+  if token == "<pad>":
+    token = "<|pad|>"
+    hf.add_special_tokens({"pad_token": token})
+  else:
+    hf.add_tokens([token], special_tokens=special)
+  assert len(hf) == rows + 1
+  hf.save_pretrained(tmp_path)
+  assert load_tokenizer(tmp_path, end).vocab_size == rows + 1
+  (tmp_path / "config.json").write_text(json.dumps({"vocab_size": rows}))
+  tok = load_tokenizer(tmp_path, end)
+  assert tok.vocab_size == rows + (not fits)
+  assert tok.pad_id < rows
+  assert len(tok.token_bytes()) == tok.vocab_size
+  if fits:
+    typed = f"the soup {token}{token} was"
+    exchange = tok.encode_exchanges([typed], [[typed]])[0]
+    assert max(*exchange.prompt, *exchange.responses[0], *tok.encode_text(typed)) < rows
+    tok.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved", model=tmp_path).digest == tok.digest
+    assert token in load_tokenizer(tmp_path / "saved").vocabulary
+
+
 def test_end_token_of_the_post_processor_is_not_in_prompts():
   from tokenizers import processors
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -87,6 +88,37 @@ def test_weights_of_blocks_are_learned_with_the_mean_that_is_asked_for(tmp_path,
   assert abs(np.mean(blocks) - 0.3) < 1e-6
   assert all(np.isfinite([summary["nll/equal"], summary["nll/blocks"]]))
   assert summary["nll/blocks"] <= summary["nll/equal"] + 1e-3
+
+
+class Sampled(Exception):
+  """Answers were asked for."""
+
+
+@pytest.mark.parametrize(
+  ("rows", "size", "wanted"),
+  [
+    (50, 64, 48),
+    (9, 64, 8),
+    (50, 20, 16),
+    (50, 6, "--blocks.batch_size=6: fewer than the 8 devices of data and fsdp; give 8 or more"),
+    (5, 64, "--data.path has 5 prompts: fewer than the 8 devices of data and fsdp; give 8 or more"),
+  ],
+)
+def test_a_batch_of_answers_fits_the_devices(rows, size, wanted, tmp_path, tuned, sft_run):
+  def make_sampler(*_):
+    def sample(params, tokens, *_):
+      raise Sampled(len(tokens))
+
+    return sample
+
+  settings = {"base": str(sft_run), "weight_on_base": (0.3,), "data": DataConfig(rows=rows)}
+  blocks = averaging.BlockOptions(count=1, batch_size=size)
+  error = flags.UsageError if isinstance(wanted, str) else Sampled
+  with (
+    mock.patch.object(averaging.models, "make_sampler", make_sampler),
+    pytest.raises(error, match=f"^{wanted}$"),
+  ):
+    run(tmp_path / "out", [tuned], blocks=blocks, **settings)
 
 
 @pytest.mark.parametrize("name", ["weights", "weight_on_base"])

@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 from absl import logging
 
-from rlhf_jax import checkpoint, workdir
+from rlhf_jax import checkpoint, sharding, workdir
 from rlhf_jax.data import load_tokenizer
 from rlhf_jax.generation import SamplingConfig, make_generate
 from rlhf_jax.models import ModelConfig, build, hf, round_matrices
@@ -191,6 +191,34 @@ def test_round_trip_is_exact(tmp_path, name, shard_bytes):
       for size, p in zip(sizes, shards, strict=True)
     )
   assert json.loads((tmp_path / "m/generation_config.json").read_text()) == IDS
+
+
+def test_no_host_holds_a_whole_model(tmp_path, monkeypatch):
+  config, limit = FAMILY_MODELS["mixtral"], 2**13
+  mesh = sharding.make_mesh("fsdp:4,tensor:2")
+  params = random_params(config)
+  placed = jax.device_put(params, sharding.named_shardings(params, mesh, sharding.DECODER_RULES))
+  to_host, gathered = sharding.to_host, []
+
+  def gather(tree):
+    files = len([*tmp_path.glob("m/*.safetensors")])
+    got = to_host(tree)
+    gathered.append((files, sum(x.nbytes for x in jax.tree.leaves(got))))
+    return got
+
+  hf.save_folder(tmp_path / "whole", params, config, token_ids=IDS)
+  monkeypatch.setattr(sharding, "to_host", gather)
+  hf.save_folder(tmp_path / "m", placed, config, token_ids=IDS, shard_bytes=limit)
+  files = [*(tmp_path / "m").glob("*.safetensors")]
+  read = [safetensors.numpy.load_file(file) for file in files]
+  whole = safetensors.numpy.load_file(tmp_path / "whole" / WEIGHTS)
+  assert_same({name: value for of in read for name, value in of.items()}, whole)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  layers = [x.nbytes / (len(x) if path[0].key == "layers" else 1) for path, x in leaves]
+  assert max(size for _, size in gathered) == max(layers)
+  held = [sum(n for at, n in gathered if at == written) for written in range(len(files))]
+  assert len(files) > 3
+  assert max(held) <= limit + max(layers)
 
 
 def test_the_folder_is_in_the_hugging_face_layout(tmp_path):

@@ -63,7 +63,7 @@ def test_a_layer_is_its_weight_plus_the_scaled_product(written):
   assert settings["base_model_name_or_path"] == str(root / "base")
   module, parts = LAYERS[family]
   end = module.rpartition(".")[2]
-  assert end in settings["target_modules"]
+  assert any(f".{module}".endswith(f".{target}") for target in settings["target_modules"])
   tensors = safetensors.numpy.load_file(root / "adapter" / "adapter_model.safetensors")
   a, b = (tensors[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
   rank = settings["rank_pattern"].get(end, settings["r"])
@@ -141,3 +141,16 @@ def test_what_cannot_be_followed_is_refused(change, message, written):
   edit(root / "adapter", **change)
   with pytest.raises(hf.ModelFolderError, match=message):
     hf.load_params(root / "adapter", model)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_MODELS))
+def test_a_target_names_no_layer_that_was_not_asked_for(family, tmp_path):
+  config = FAMILY_MODELS[family]
+  params = drawn(jax.eval_shape(build(config).init, jax.random.key(0)), 0)
+  asked = {module.format(0) for at, module in FAMILIES[family].modules.items() if at.endswith("/o")}
+  adapters = lora.init(jax.random.key(0), params, lora.LoRAConfig(RANK, ALPHA, ("o",)))
+  peft.write(tmp_path, join(params, adapters), FAMILIES[family], "base")
+  targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+  layers = {module.format(0, 0) for module in FAMILIES[family].modules.values()}
+  # PEFT adapts a layer that is a target or ends in a dot and one.
+  assert {x for x in layers if any(f".{x}".endswith(f".{t}") for t in targets)} == asked

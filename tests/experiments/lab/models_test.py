@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import typing
 
 import jax
@@ -190,3 +191,32 @@ def test_sampling_stops_at_every_end(open_bench, sft_run):
     assert ended[n] or len(ids) == 12
     reasons |= {ids[-1]} if places else {"text"} if texts[-1] else {"length"}
   assert len(reasons) >= 3
+
+
+def test_a_token_without_a_row_that_nothing_writes(open_bench, tmp_path, sft_run):
+  bench = open_bench("dpo", "preferences", f"--init_from={sft_run}")
+  folder = shutil.copytree(sft_run / "export", tmp_path / "model")
+  rows = hf.parse_config(folder)[0].vocab_size
+  more = bench.tokenizer.hf
+  spare = [f"<|unused_{i}|>" for i in range(rows - len(more))]
+  more.add_special_tokens(
+    {"additional_special_tokens": [*spare, "<image>"], "pad_token": "<|pad|>"}
+  )
+  more.save_pretrained(folder)
+  tokenizer = models.tokenizer_of(folder)
+  assert max(tokenizer.vocabulary.values()) == rows + 1
+  model, params = models.open_model(bench.run, bench.config.model, folder, tokenizer)
+  config = generation.SamplingConfig(max_new_tokens=8, temperature=9.0)
+  prompts = jnp.asarray([tokenizer.encode_prompt("Write a review")] * 64, jnp.int32)
+  inputs = (prompts, jnp.ones_like(prompts, bool), jnp.arange(64), jax.random.key(0))
+  rollout = models.make_sampler(model, tokenizer, config)(params, *inputs)
+  assert int(rollout.tokens.max()) < rows
+  again = models.export(tmp_path / "export", params, model, tokenizer)
+  assert models.tokenizer_of(again).digest == tokenizer.digest
+  assert models.tokenizer_of(again).vocabulary == tokenizer.vocabulary
+  assert json.loads((again / "config.json").read_text())["pad_token_id"] < rows
+  models.open_model(bench.run, bench.config.model, again, models.tokenizer_of(again))
+  more.add_tokens(["zyzzyva"])  # A text may have it.
+  more.save_pretrained(folder)
+  with pytest.raises(hf.ModelFolderError, match="do not belong together"):
+    models.open_model(bench.run, bench.config.model, folder, models.tokenizer_of(folder))

@@ -79,6 +79,7 @@ class Config:
 
 def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
   """Samples baseline and policies, writes and shows the comparison; returns summary.json."""
+  loop.require_no_steps(session)
   if benchmark.is_asked(config):
     return benchmark.measure(session, config)
   names = line_files.short_names("policy", (config.baseline, *config.policy))
@@ -127,7 +128,6 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       samples[name], losses[name] = sample(params), loss_of(params)
       if is_pairwise:
         policies[name] = params
-
     metrics = comparison.measure(samples, losses, count, tokenizer)
     comparison.save(run.workdir, samples)
     reporting.show_samples(evaluating.answers(samples, count), "Baseline and policies")

@@ -58,6 +58,7 @@ class Config:
 
 def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
   """Samples responses, writes and shows them, and returns the rows that were written."""
+  loop.require_no_steps(session)
   folder = models.source_folder(config.model, config.init_from)
   tokenizer = models.open_tokenizer(folder, config.data)
   if config.prompt:

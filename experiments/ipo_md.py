@@ -57,8 +57,7 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     responses.check(self)
-    if self.sampling.samples_per_prompt != 1:
-      raise ValueError("sampling.samples_per_prompt must be 1: IPO-MD samples pairs anyway")
+    models.require_one_sample(self.sampling, "IPO-MD samples pairs anyway")
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

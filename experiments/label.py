@@ -70,6 +70,7 @@ class Config(labels.LabelConfig):
 
 def label(session: loop.Session, config: Config) -> dict[str, Any]:
   """Labels the pairs that are left, reports on all pairs, and returns summary.json."""
+  loop.require_no_steps(session)
   with loop.open_run(session) as run:
     if not config.judge.path:
       labels.require_one_process()

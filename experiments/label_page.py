@@ -45,6 +45,7 @@ class Config(labels.LabelConfig):
 
 def label(session: loop.Session, config: Config) -> dict[str, Any]:
   """Serves the page until it is interrupted, reports on all answers; returns summary.json."""
+  loop.require_no_steps(session)
   with loop.open_run(session) as run:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)

@@ -33,6 +33,7 @@ class Config(labels.LabelConfig):
 
 def exchange(session: loop.Session, config: Config) -> dict[str, Any]:
   """Writes the tasks or reads the answers, reports on all answers; returns summary.json."""
+  loop.require_no_steps(session)
   with loop.open_run(session) as run:
     labels.require_one_process()
     items, store = labels.open_labels(run, config)

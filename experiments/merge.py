@@ -90,6 +90,7 @@ class Config:
 
 def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
   """Merges the models, exports the result to `workdir/export` and returns summary.json."""
+  loop.require_no_steps(session)
   paths = [*([config.base] if config.base else []), *config.models]
   line_files.short_names("models", paths)  # Refuses one that is given twice.
   folders, tokenizer = averaging.open_alike(paths, config.data)

@@ -64,8 +64,7 @@ class Config(JudgedConfig):
   def __post_init__(self):
     super().__post_init__()
     responses.check(self)
-    if self.sampling.samples_per_prompt != 1:
-      raise ValueError("sampling.samples_per_prompt must be 1: each response meets another one")
+    models.require_one_sample(self.sampling, "each response meets another one")
     if bool(self.opponent) + bool(self.nash_md.ema) + self.extragradient > 1:
       raise ValueError("opponent, nash_md.ema and extragradient all choose the opponent; keep one")
     if self.lora.rank and self.nash_md.ema:

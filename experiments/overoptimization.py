@@ -74,8 +74,11 @@ class Config:
     for name in ("reward_model", "ppo"):
       if getattr(self, name).init_from:
         raise ValueError(f"{name}.init_from is set by this script; leave it empty")
-    if self.ppo.reward != PPOStage().reward:
-      raise ValueError("ppo.reward is set by this script: the reward models are its own")
+    for name in ("reward", "preference"):
+      if getattr(self.ppo, name) != getattr(PPOStage(), name):
+        raise ValueError(
+          f"ppo.{name} does not apply: the reward models are those of this script; leave it out"
+        )
 
 
 def train(session: loop.Session, config: Config) -> dict[str, Any]:

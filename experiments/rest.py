@@ -67,15 +67,15 @@ class Config(judges.JudgedConfig):
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
+    improving.refuse_evaluations(self)
     super().__post_init__()
     least = selection.RULES[self.rest.keep].least_samples
     responses.check(self, group=max(least, 1 + self.preference.is_given))
     ranges.check(self, at_least_one=("grow_steps", "prompts"), positive=("learning_rate_decay",))
     if self.learning_rate_decay > 1:
       raise ValueError(f"learning_rate_decay must be in (0, 1], got {self.learning_rate_decay}")
-    candidates = self.prompts
-    if not selection.RULES[self.rest.keep].one_per_prompt:
-      candidates *= self.sampling.samples_per_prompt
+    one = selection.RULES[self.rest.keep].one_per_prompt
+    candidates = self.prompts * (1 if one else self.sampling.samples_per_prompt)
     fewest = int(candidates * (1 - self.rest.quantiles[-1]))
     if fewest < self.batch_size:
       raise ValueError(

@@ -53,10 +53,12 @@ class Config:
     ranges.check(self, non_negative=("limit",), at_least_one=("batch_size", "revisions"))
     if not self.judge.path:
       raise ValueError("judge.path is needed: the model that answers and revises")
+    models.require_one_sample(self.sampling, "each prompt is answered once")
 
 
 def revise(session: loop.Session, config: Config) -> dict[str, Any]:
   """Answers the prompts that are left and revises the answers; returns summary.json."""
+  loop.require_no_steps(session)
   principles = read_principles(config.judge.principles)
   folder = models.model_folder(config.judge.path)
   tokenizer = models.open_tokenizer(folder, config.data)

@@ -62,8 +62,11 @@ class Config:
         f"sft.{name} is empty here: the defaults of the chain are those of the built-in model; run"
         " experiments.sft, reward_model and ppo on yours, one after the other"
       )
-    if self.ppo.reward != PPOStage().reward:
-      raise ValueError("ppo.reward is set by the chain: PPO is trained on the reward model")
+    for name in ("reward", "preference"):
+      if getattr(self.ppo, name) != getattr(PPOStage(), name):
+        raise ValueError(
+          f"ppo.{name} does not apply: PPO learns from the reward model of the chain; leave it out"
+        )
 
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:

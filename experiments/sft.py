@@ -42,6 +42,10 @@ class Config(loop.RunConfig):
   optim: OptimConfig = OptimConfig(defaults.rate(3e-3, 2e-5))
   lora: LoRAConfig = LoRAConfig()
 
+  def __post_init__(self):
+    super().__post_init__()
+    models.require_one_sample(self.sampling, "held-out prompts are answered once")
+
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the model to `workdir/export` and returns the metrics of summary.json."""

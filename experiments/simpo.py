@@ -53,6 +53,10 @@ class Config(loop.RunConfig):
   optim: OptimConfig = OptimConfig(defaults.rate(3e-5, 5e-7))
   lora: LoRAConfig = LoRAConfig()
 
+  def __post_init__(self):
+    super().__post_init__()
+    models.require_one_sample(self.sampling, "held-out prompts are answered once")
+
 
 def train(session: loop.Session, config: Config) -> dict[str, float]:
   """Trains, exports the policy to `workdir/export` and returns the metrics of summary.json."""

@@ -224,6 +224,13 @@ class Run(NamedTuple):
     return jax.random.fold_in(self.key, purpose)
 
 
+def require_no_steps(session: Session) -> None:
+  """Refuses flags of the session that only training steps read, for a script that takes none."""
+  for name in ("trackers", "grace_seconds", "hang_seconds", "replay_step", "profile_steps"):
+    if getattr(session, name) != Session.__dataclass_fields__[name].default:
+      raise flags.UsageError(f"--{name} is for a script that trains; leave it out here")
+
+
 @contextlib.contextmanager
 def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
   """Creates and locks the workdir, and builds the mesh of all devices but the last `spare`.

@@ -117,9 +117,19 @@ def _summary(rows: Sequence[dict[str, Any]], pairs: np.ndarray) -> dict[str, Any
 
 
 def is_asked(config: Any) -> bool:
-  """Returns whether pairs are to be scored; refuses a config that has neither them nor policies."""
+  """Returns whether pairs are to be scored; refuses a config with neither or both of the two."""
   missing = [f"--{name}=..." for name in ("policy", "baseline") if not getattr(config, name)]
   if missing and not config.rewardbench:
     are = "is" if len(missing) == 1 else "are"
     raise flags.UsageError(f"{' and '.join(missing)} {are} needed, or --rewardbench=FILE")
-  return bool(config.rewardbench)
+  if not config.rewardbench:
+    return False
+  given = {name: getattr(config, name) for name in ("policy", "baseline", "demonstrations")}
+  given["preference.*"] = config.preference != judges.PreferenceOptions()
+  given |= {f"data.{name}": getattr(config.data, name) for name in ("path", "eval_path", "group")}
+  if unread := [f"--{name}" for name, value in given.items() if value]:
+    raise flags.UsageError(
+      f"--rewardbench measures a reward, and does not read {' and '.join(unread)}; leave out one or"
+      " the other"
+    )
+  return True

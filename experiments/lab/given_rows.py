@@ -41,6 +41,27 @@ def prompt_columns(prompts: data.Dataset) -> list[dict[str, Any]]:
   return [data.prompt_columns(row) for row in rows]
 
 
+def of_file(config: DataConfig, path: str, rows: int) -> DataConfig:
+  """Returns the settings of another source, none of which is held out.
+
+  Args:
+    config: Sources and limits of a script.
+    path: File of the source; empty is the built-in task.
+    rows: Number of rows to use; see `DataConfig`.
+  """
+  return dataclasses.replace(
+    config,
+    path=path,
+    tfds="",
+    tfds_dir="",
+    eval_path="",
+    eval_fraction=0.0,
+    eval_sets=(),
+    rows=rows,
+    split="eval",
+  )
+
+
 def demonstrations(
   session: loop.Session, config: DataConfig, path: str, tokenizer: data.Tokenizer
 ) -> list[data.Dataset]:
@@ -56,17 +77,7 @@ def demonstrations(
     One data set, or none.
   """
   if path:
-    file = dataclasses.replace(
-      config,
-      path=path,
-      tfds="",
-      tfds_dir="",
-      eval_path="",
-      eval_fraction=0.0,
-      eval_sets=(),
-      rows=config.eval_rows,
-      split="eval",
-    )
+    file = of_file(config, path, config.eval_rows)
     return [read(session, "demonstrations", file, tokenizer)[0]]
   if data.is_given(config):
     return []
@@ -90,7 +101,7 @@ def prompts(
   Args:
     session: Seed of the built-in task, and the folder of tokens.
     title: Title of the panel.
-    config: Sources and limits. Without held-out rows, all rows are taken.
+    config: Sources and limits. Without held-out rows, the first `eval_rows` rows are taken.
     tokenizer: Tokenizer of the model.
     checks: Further checks of the rows; see `data.load`.
     limit: Maximum number of prompts, each of which is then taken once; 0 takes all held-out rows.
@@ -111,7 +122,7 @@ def prompts(
   if chosen is heldout and data.is_given(config) and not config.eval_path:
     answered = (
       f"{len(chosen.examples)} held-out prompts; the other {len(train_set.examples)} are for"
-      " training, and data.eval_fraction=0 takes all"
+      f" training, and data.eval_fraction=0 takes all, up to data.eval_rows={config.eval_rows}"
     )
   show(title, config, train_set, heldout, **rows, answered=answered)
   return chosen

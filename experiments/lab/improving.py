@@ -18,6 +18,16 @@ from .case import Case
 from .workbench import Workbench, settle_steps
 
 
+def refuse_evaluations(config: loop.RunConfig) -> None:
+  """Refuses evaluations within an Improve step; for `__post_init__` of the script's config."""
+  for name in ("keep_best", "eval_every"):
+    if value := getattr(config, name):
+      raise ValueError(
+        f"{name}={value} does not apply: each policy is evaluated at the end of its Improve step;"
+        " leave it out"
+      )
+
+
 def stage(
   session: loop.Session, workdir: pathlib.Path, *, grow: int, improve: int = -1
 ) -> loop.Session:

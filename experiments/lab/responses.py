@@ -84,7 +84,9 @@ def check(config: Any, *, parts: int = 1, group: int = 1, kept: int = 0) -> None
     )
   if sampling.samples_per_prompt < group:
     raise ValueError(f"sampling.samples_per_prompt must be at least {group} for this method")
-  if "critic" in vars(config) and config.critic.warmup >= config.steps:
+  # The number of rows settles the steps of epochs; see `workbench.settle_steps`.
+  settled = "critic" in vars(config) and not config.epochs
+  if settled and config.critic.warmup >= config.steps:
     raise ValueError(f"critic.warmup must be below steps, got {config.critic.warmup}")
   if config.batch_size * (kept or sampling.samples_per_prompt) % parts:
     count = kept or "sampling.samples_per_prompt"

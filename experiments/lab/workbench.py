@@ -443,9 +443,8 @@ def open(
   models.require_base(config.lora, folder, *map(models.model_folder, adapted))
   further = {}
   for name, (other, path) in extra.items():
-    source = dataclasses.replace(
-      config.data, path=path, tfds="", eval_path="", eval_fraction=0.0, eval_sets=()
-    )
+    # --data.rows counts those of --data.path, not of another file.
+    source = given_rows.of_file(config.data, path, 0 if path else config.data.rows)
     further[name], _ = given_rows.read(session, other, source, tokenizer)
   held = (heldout, *heldout.named.values())
   for of in held:
@@ -495,7 +494,11 @@ def scored_tokens(config: Any, sets: Sequence[data.Dataset]) -> int:
 
 
 def settle_steps(config: Any, train_set: data.Dataset) -> None:
-  """Sets the steps of a config that has epochs, by the number of its rows, and says so."""
+  """Sets the steps of a config that has epochs, by the number of its rows, and says so.
+
+  Raises:
+    UsageError: The warm-up of a critic takes all of these steps.
+  """
   if not config.epochs:
     return
   rows, epochs = len(train_set.examples), config.epochs
@@ -505,7 +508,13 @@ def settle_steps(config: Any, train_set: data.Dataset) -> None:
       train_set, config.batch_size, seed=0, pad_id=0, epochs=1, packed_length=packed
     )
     batches = max(sum(1 for _ in one), 1)
-  config.settle_steps(math.ceil(epochs * batches - 1e-9))
+  steps = math.ceil(epochs * batches - 1e-9)
+  if "critic" in vars(config) and config.critic.warmup >= steps:
+    raise flags.UsageError(
+      f"--critic.warmup={config.critic.warmup} takes all {steps} steps of --epochs={epochs:g} over"
+      f" {rows} rows, so that no step trains the policy; lower it, or raise --epochs"
+    )
+  config.settle_steps(steps)
   reporting.note(f"--epochs={epochs:g} over {rows} rows: {config.steps} steps")
 
 

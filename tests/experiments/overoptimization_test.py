@@ -70,6 +70,7 @@ def test_overoptimization_refuses_what_it_sets_itself():
     ({"reward_model": RewardModelStage(data=DataConfig(rows=9))}, "give --pairs"),
     ({"ppo": dataclasses.replace(config.ppo, init_from="x")}, "ppo.init_from"),
     ({"ppo": ppo.Config(reward=judges.RewardOptions(name="gold"))}, "ppo.reward"),
+    ({"ppo": ppo.Config(preference=judges.PreferenceOptions(name="panel"))}, "ppo.preference"),
     ({"ppo": ppo.Config(ppo=dataclasses.replace(config.ppo.ppo, kl_coef=0.0))}, "kl_coef"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -1,10 +1,12 @@
 """The chain, with stages that do nothing."""
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import rlhf
+from experiments.lab import judges
 from rlhf_jax import loop
 
 
@@ -27,3 +29,15 @@ def test_stages_too_short_to_be_plotted(drawn, tmp_path, monkeypatch):
   assert done == ["sft", "reward_model", "ppo"]
   assert json.loads((tmp_path / "run" / "summary.json").read_text())["ppo/win_rate"] == 0.5
   assert [path.parent.name for path in tmp_path.glob("run/plots/*/loss.png")] == list(drawn)
+
+
+@pytest.mark.parametrize(
+  ("name", "given"),
+  [
+    ("reward", judges.RewardOptions(name="gold")),
+    ("preference", judges.PreferenceOptions(name="panel")),
+  ],
+)
+def test_another_judge_is_refused_before_the_first_stage(name, given):
+  with pytest.raises(ValueError, match=f"^ppo.{name} does not apply"):
+    rlhf.Config(ppo=dataclasses.replace(rlhf.Config().ppo, **{name: given}))

@@ -1,5 +1,6 @@
 """Every training script: what it writes, that it resumes bitwise, and how it refuses."""
 
+import importlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from experiments.lab import models, plans
 from launch.space import load_space
 from rlhf_jax import loop, writers
 from rlhf_jax.data import DataConfig, word_level_tokenizer
+from rlhf_jax.flags import UsageError
 from rlhf_jax.generation import SamplingConfig
 from rlhf_jax.models import build, hf
 from tests.experiments.small_runs import METHODS, SETTINGS, judges_of, whole_runs
@@ -503,6 +505,17 @@ BAD_FLAGS = [
   (("rest", GOLD), 64, "--init_from"),
   (("rest", GOLD, "--rest.quantiles=0.9,0.99", "--prompts=16"), 64, "rest.quantiles"),
   (("rest", GOLD, "--rest.keep=all"), 64, "--rest.keep must be one of"),
+  (("rest", GOLD, "--eval_every=10"), 64, "--eval_every=10 does not apply"),
+  (("rest", GOLD, "--keep_best=eval/reward"), 64, "--keep_best=eval/reward does not apply"),
+  *(
+    ((name, "--sampling.samples_per_prompt=4"), 64, "--sampling.samples_per_prompt must be 1: held")
+    for name in ("sft", "dpo", "simpo", "kto")
+  ),
+  (
+    ("revise", "--judge.path=x", "--sampling.samples_per_prompt=4"),
+    64,
+    "--sampling.samples_per_prompt must be 1: each prompt is answered once",
+  ),
 ]
 
 
@@ -522,6 +535,33 @@ def test_a_script_that_samples_asks_for_a_judge(script, tmp_path):
   code, message = refusal(script, f"--workdir={tmp_path}")
   assert code == 64
   assert all(f"--{judge}.path" in message for judge in judges_of(script))
+
+
+# Functions of scripts without training steps, and the flags that they cannot do without.
+STEPLESS = {
+  "generate.generate": ("--init_from=x",),
+  "evaluate.evaluate": ("--policy=x", "--baseline=x"),
+  "merge.run_merge": ("--models=x,y",),
+  "revise.revise": ("--judge.path=x",),
+  "label.label": ("--annotator=x",),
+  "label_page.label": (),
+  "label_studio.exchange": (),
+}
+
+
+@pytest.mark.parametrize("function", STEPLESS)
+@pytest.mark.parametrize(
+  "flag",
+  ["trackers=wandb", "hang_seconds=9", "grace_seconds=9", "replay_step=2", "profile_steps=2:3"],
+)
+def test_a_script_without_training_steps_refuses_flags_of_steps(function, flag, tmp_path):
+  name, _, run = f"experiments.{function}".rpartition(".")
+  words = [f"--workdir={tmp_path / 'run'}", *STEPLESS[function], f"--{flag}"]
+  configs = read_configs(name, words)
+  message = f"--{flag.partition('=')[0]} is for a script that trains; leave it out here"
+  with pytest.raises(UsageError, match=message):
+    getattr(importlib.import_module(name), run)(*configs)
+  assert not (tmp_path / "run").exists()
 
 
 BAD_COMMANDS = [

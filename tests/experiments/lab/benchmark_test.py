@@ -107,6 +107,12 @@ def test_what_is_refused(tmp_path):
   file = write(tmp_path / "bench.jsonl", rows_of(PAIRS))
   with pytest.raises(flags.UsageError, match="no reward: give"):
     measured(tmp_path, f"--rewardbench={file}")
+  for unread in ("policy=x", "baseline=x", "demonstrations=x", "data.group=subset", "data.path=x"):
+    name = unread.partition("=")[0]
+    with pytest.raises(flags.UsageError, match=f"does not read --{name}; leave out"):
+      measured(tmp_path, f"--rewardbench={file}", "--reward.name=gold", f"--{unread}")
+  with pytest.raises(flags.UsageError, match="--policy and --preference"):
+    measured(tmp_path, f"--rewardbench={file}", "--policy=x", "--preference.name=panel")
   file = write(tmp_path / "other.jsonl", [{"prompt": "write", "subset": "a"}])
   with pytest.raises(data.DataError, match="other.jsonl:1"):
     measured(tmp_path, f"--rewardbench={file}", "--reward.name=gold")

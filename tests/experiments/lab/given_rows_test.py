@@ -22,10 +22,11 @@ SESSION = loop.Session("run", token_cache="none")
     ({"eval_fraction": 0.0}, {}, 20, "answered: 20 of 20"),
     ({"eval_fraction": 0.0, "eval_rows": 7}, {}, 7, "answered: 7 of 20"),
     (
-      {"eval_fraction": 0.001},
+      {"eval_fraction": 0.001, "eval_rows": 7},
       {},
       1,
-      "1 held-out prompts; the other 19 are for training, and data.eval_fraction=0 takes all",
+      "1 held-out prompts; the other 19 are for training, and data.eval_fraction=0 takes all, up to"
+      " data.eval_rows=7",
     ),
   ],
 )

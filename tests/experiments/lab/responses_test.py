@@ -268,6 +268,7 @@ def test_weights_multiply_the_loss_of_each_token(cap):
 def script(**changes):
   fields = {
     "steps": 10,
+    "epochs": 0.0,
     "batch_size": 6,
     "data": DataConfig(),
     "sampling": SamplingConfig(samples_per_prompt=2),

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.lab import evaluating, workbench
 from rlhf_jax import data, simulation, workdir
+from rlhf_jax.flags import UsageError
 
 
 def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
@@ -17,6 +18,40 @@ def test_further_data_sets_are_part_of_the_identity(open_bench, tmp_path):
   assert bench.extra["ptx"].kind == "demonstrations"
   identity = json.loads((tmp_path / "run" / "identity.json").read_text())
   assert identity["ptx data"] == bench.extra["ptx"].digest
+
+
+@pytest.mark.parametrize(
+  "prompts",
+  [("--data.path={prompts}", "--data.rows=7"), ("--data.rows=7", "--data.split=shift")],
+)
+def test_a_further_file_is_read_whole_whatever_the_prompts_are(open_bench, tmp_path, prompts):
+  files = {"prompts": tmp_path / "prompts.jsonl", "ptx": tmp_path / "demonstrations.jsonl"}
+  for path in files.values():
+    rows = simulation.demonstrations("train", 30, 0)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  words = (flag.format(**files) for flag in prompts)
+  extra = {"ptx": ("demonstrations", str(files["ptx"]))}
+  bench = open_bench(
+    "ppo_max",
+    "prompts",
+    "--reward.name=gold",
+    "--steps=6",
+    *words,
+    f"--ptx_path={files['ptx']}",
+    extra=extra,
+  )
+  assert len(bench.train_set.examples) <= 7
+  assert len(bench.extra["ptx"].examples) == 30
+
+
+def test_a_warm_up_of_the_critic_is_shorter_than_the_epochs(open_bench, tmp_path):
+  flags = ("--reward.name=gold", "--data.rows=40", "--batch_size=8")
+  message = "--critic.warmup=5 takes all 5 steps of --epochs=1 over 40 rows"
+  with pytest.raises(UsageError, match=message):
+    open_bench("ppo_max", "prompts", *flags, "--epochs=1", "--critic.warmup=5")
+  assert not (tmp_path / "run" / "flags").exists()
+  bench = open_bench("ppo_max", "prompts", *flags, "--epochs=20", "--critic.warmup=50")
+  assert bench.config.steps == 100
 
 
 @pytest.mark.parametrize("packed", [0, 64])

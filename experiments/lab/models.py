@@ -378,7 +378,8 @@ class Scorer(NamedTuple):
     model: Model.
     params: Params of the model.
     label: Name of the scalar.
-    tokenizer: Tokenizer of the model; None if it is that of the policy.
+    tokenizer: Tokenizer by which the model reads the text of responses; None if it reads the tokens
+      of the policy.
   """
 
   model: Model
@@ -397,7 +398,9 @@ def open_scorer(
 ) -> Scorer:
   """Opens a model with a scalar head.
 
-  A preference model must have the policy's tokenizer, because it reads the sampled tokens.
+  A preference model must have the policy's tokenizer, because it reads the sampled tokens. So does
+  a reward model of this package with that tokenizer. Another one reads whole texts, which may go on
+  after the end of the response, as its template has them.
   `frozen` is False if it is trained; see `open_model`.
   """
   folder = model_folder(path)
@@ -410,7 +413,8 @@ def open_scorer(
     require_tokens_of(folder, tokenizer)
   read_by = tokenizer_of(folder)
   model, params = open_model(run, options, folder, read_by, "scalar", frozen=frozen)
-  return Scorer(model, params, label, None if read_by.digest == tokenizer.digest else read_by)
+  reads_tokens = read_by.is_exported and read_by.digest == tokenizer.digest
+  return Scorer(model, params, label, None if reads_tokens else read_by)
 
 
 def reads_tokens_of(path: str, tokenizer: data.Tokenizer) -> bool:

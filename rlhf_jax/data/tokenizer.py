@@ -233,6 +233,11 @@ class Tokenizer:
     """Text that the chat template writes between a prompt and its answer, such as a space."""
     return self._template.lead
 
+  @property
+  def is_exported(self) -> bool:
+    """True if this package has saved the tokenizer beside a model, which reads what it learnt."""
+    return "response_end" in self.hf.init_kwargs
+
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of all that determines the ids: vocabulary, rules, chat template, end token."""
@@ -452,7 +457,7 @@ class Tokenizer:
       prompts: Prompts; see `encode_prompt`.
       answers: Text of the response to each prompt.
     """
-    if "response_end" in self.hf.init_kwargs:
+    if self.is_exported:
       exchanges = self.encode_exchanges(prompts, [[answer] for answer in answers])
       return [[*of.prompt, *of.responses[0]] for of in exchanges]
     whole = self._rendered(list(zip(prompts, answers, strict=True)))

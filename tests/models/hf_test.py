@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from absl import logging
 
 from rlhf_jax import checkpoint, workdir
@@ -191,6 +192,21 @@ def test_round_trip_is_exact(tmp_path, name, shard_bytes):
       for size, p in zip(sizes, shards, strict=True)
     )
   assert json.loads((tmp_path / "m/generation_config.json").read_text()) == IDS
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_transformers_reads_a_score_at_the_end_token(family, tmp_path):
+  """It takes the last token that is not the padding of its config, or without padding the last."""
+
+  def padding(pad, ends, head="scalar"):
+    ids = {"eos_token_id": ends, "pad_token_id": pad}
+    raw = hf.config_json(FAMILY_MODELS[family], head, ids)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return transformers.AutoConfig.from_pretrained(tmp_path).get_text_config().pad_token_id
+
+  assert padding(2, 2) is None and padding(2, [2, 3]) is None
+  assert padding(0, 2) == 0 and padding(3, [2, 3]) == 3
+  assert padding(2, 2, "language") == 2
 
 
 def test_the_folder_is_in_the_hugging_face_layout(tmp_path):

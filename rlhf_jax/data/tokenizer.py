@@ -234,6 +234,11 @@ class Tokenizer:
     return self._template.lead
 
   @property
+  def closing_tag(self) -> str:
+    """Tag such as </think> that responses have to write as prompts open it; empty if none do."""
+    return self._template.opening.strip().replace("<", "</", 1)
+
+  @property
   def is_exported(self) -> bool:
     """True if this package has saved the tokenizer beside a model, which reads what it learnt."""
     return "response_end" in self.hf.init_kwargs
@@ -524,10 +529,9 @@ class Tokenizer:
 
   def unopened(self, prompt: Prompt, answers: Sequence[str]) -> str:
     """Describes a response that is learnt inside what the template opens; empty if none is."""
-    tag = self._template.opening.strip()
+    tag, end = self._template.opening.strip(), self.closing_tag
     if not tag or prompt == "":
       return ""
-    end = tag.replace("<", "</", 1)
     if all(answer.lstrip().startswith(tag) or end in answer for answer in answers):
       return ""
     return f"the template ends the prompt with {tag!r}, and the response has no {end!r} after it"

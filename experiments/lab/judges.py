@@ -90,9 +90,9 @@ class RewardOptions(RemoteOptions):
 
   Attributes:
     path: Workdir or Hugging Face folder of a reward model: a classifier with one label, of any
-      family that policies may have. One with another tokenizer or chat template than the policy's
-      reads the text of prompt and response, rendered by its own. Several, separated by commas, form
-      an ensemble unless there are weights.
+      family that policies may have. One with another tokenizer or chat template than the policy's,
+      and one that rlhf_jax has not trained, reads the text of prompt and response, rendered by its
+      own. Several, separated by commas, form an ensemble unless there are weights.
     name: Python reward: a key of rlhf_jax.rewards.REWARDS, such as sentiment or gold, or your own
       `module:function`, such as my_rewards:brevity for my_rewards.py in the working directory or on
       PYTHONPATH: `(prompts, responses, rows) -> one number per response`, or for each response a
@@ -510,8 +510,8 @@ def _reward_of(
     score = rewards.model_reward(model.apply, params)
     return lambda prompts: score  # It reads the tokens of any prompts.
   reporting.note(
-    f"{flag} has another tokenizer or chat template than the policy: responses are decoded, and"
-    " rendered and encoded with its own"
+    f"{flag} has another tokenizer or chat template than the policy, or comes from elsewhere:"
+    " responses are decoded, and rendered and encoded with its own"
   )
   config = model.config
   is_limited = config.positions == "learned" or not model_options.extrapolate

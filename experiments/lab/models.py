@@ -378,7 +378,8 @@ class Scorer(NamedTuple):
     model: Model.
     params: Params of the model.
     label: Name of the scalar.
-    tokenizer: Tokenizer of the model; None if it is that of the policy.
+    tokenizer: Tokenizer by which the model reads the text of responses; None if it reads the tokens
+      of the policy.
   """
 
   model: Model
@@ -397,7 +398,9 @@ def open_scorer(
 ) -> Scorer:
   """Opens a model with a scalar head.
 
-  A preference model must have the policy's tokenizer, because it reads the sampled tokens.
+  A preference model must have the policy's tokenizer, because it reads the sampled tokens. So does
+  a reward model of this package with that tokenizer. Another one reads whole texts, which may go on
+  after the end of the response, as its template has them.
   `frozen` is False if it is trained; see `open_model`.
   """
   folder = model_folder(path)
@@ -409,7 +412,7 @@ def open_scorer(
   if label == records.PREFERENCE:
     require_tokens_of(folder, tokenizer)
   own = tokenizer_of(folder)
-  other = None if own.digest == tokenizer.digest else own
+  other = None if own.is_exported and own.digest == tokenizer.digest else own
   model, params = open_model(run, options, folder, other or tokenizer, "scalar", frozen=frozen)
   return Scorer(model, params, label, other)
 

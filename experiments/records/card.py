@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import flags, hub, reporting, writers
+from rlhf_jax import data, flags, hub, reporting, writers
 from rlhf_jax import workdir as workdir_lib
 from ..lab import scripts
 from .record import (
@@ -40,15 +40,24 @@ def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[
   replayable = (run_folder / "flags").exists()
   final = numbers(writers.json_ready(summary))
   record = read(run_folder) | {"path": run_folder.name, "summary": final}
-  workdir_lib.atomic_write(export / "README.md", card(record, config, replayable=replayable))
+  tokenizer = data.load_tokenizer(export)
+  text = card(record, config, tokenizer, replayable=replayable)
+  workdir_lib.atomic_write(export / "README.md", text)
 
 
-def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) -> str:
+def card(
+  record: Record,
+  config: Mapping[str, Any],
+  tokenizer: data.Tokenizer,
+  *,
+  replayable: bool = True,
+) -> str:
   """Renders the card of a model.
 
   Args:
     record: Record of the run that trained the model.
     config: Content of the model's config.json.
+    tokenizer: Tokenizer of the model.
     replayable: False if the run has no file of its flags.
   """
   is_policy = not any(str(a).endswith("Classification") for a in config.get("architectures", ()))
@@ -68,7 +77,7 @@ def card(record: Record, config: Mapping[str, Any], *, replayable: bool = True) 
     "",
     "## Use",
     "",
-    *_usage(is_policy, is_pairwise),
+    *_usage(config, tokenizer, is_policy, is_pairwise),
     "",
     "## Final metrics, on held-out rows",
     "",
@@ -154,26 +163,59 @@ def _count(config: Mapping[str, Any], *names: str) -> str:
   return str(next(counts, "?"))
 
 
-def _usage(is_policy: bool, is_pairwise: bool) -> list[str]:
+def _usage(
+  config: Mapping[str, Any], tokenizer: data.Tokenizer, is_policy: bool, is_pairwise: bool
+) -> list[str]:
   flag = "init_from" if is_policy else "preference.path" if is_pairwise else "reward.path"
   lines = [f"The scripts of rlhf_jax take this folder as `--{flag}=FOLDER`."]
   if is_pairwise:
     return lines  # It reads two responses at once, in a format that a line of code cannot make.
   if is_policy:
-    name, text = "AutoModelForCausalLM", '"PROMPT"'
+    name = "AutoModelForCausalLM"
     last = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
   else:
-    name, text = "AutoModelForSequenceClassification", '"PROMPT RESPONSE" + tokenizer.eos_token'
-    last = "print(model(**inputs).logits[0, 0])"
+    name, last = "AutoModelForSequenceClassification", "print(model(**inputs).logits[0, 0])"
   code = [
     f"from transformers import {name}, AutoTokenizer",
     "",
     'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     f'model = {name}.from_pretrained("FOLDER")',
-    f'inputs = tokenizer({text}, return_tensors="pt", return_token_type_ids=False)',
+    *_text(tokenizer, is_policy),
+    "inputs = tokenizer(",
+    f"  text, add_special_tokens={not tokenizer.has_chat_template},"
+    ' return_tensors="pt", return_token_type_ids=False',
+    ")",
     last,
   ]
-  return [*lines, "With transformers:", "", *block(code, "python")]
+  lines += ["With transformers:", "", *block(code, "python")]
+  if not is_policy:
+    lines += [
+      "",
+      "These scores lack the tensor `score.bias` of the weights, which transformers does not read."
+      " Add it for the scores of training; it is the same for all responses.",
+    ]
+    if config.get("pad_token_id") is None:
+      lines += [
+        "",
+        "Give it one text at a time. Its config has no `pad_token_id`, because the token that pads"
+        " also ends responses: transformers would then read the score one token before the end.",
+      ]
+  return lines
+
+
+def _text(tokenizer: data.Tokenizer, is_policy: bool) -> list[str]:
+  """Returns lines of code that make the `text` which a model has learnt to read."""
+  end = str(tokenizer.hf.convert_ids_to_tokens(tokenizer.eos_id))
+  if not tokenizer.has_chat_template:
+    return ['text = "PROMPT"' if is_policy else f"text = {'PROMPT RESPONSE' + end!r}"]
+  options = "tokenize=False, add_generation_prompt=True"
+  if args := tokenizer.hf.init_kwargs.get("template_args"):
+    options += f", **{args!r}"
+  lines = [
+    'chat = [{"role": "user", "content": "PROMPT"}]',
+    f"text = tokenizer.apply_chat_template(chat, {options})",
+  ]
+  return lines if is_policy else [*lines, f"text += {tokenizer.lead + 'RESPONSE' + end!r}"]
 
 
 def _metric_table(record: Mapping[str, Any]) -> list[str]:

@@ -244,6 +244,16 @@ class Tokenizer:
     """Text that the chat template writes between a prompt and its answer, such as a space."""
     return self._template.lead
 
+  @property
+  def closing_tag(self) -> str:
+    """Tag such as </think> that responses have to write as prompts open it; empty if none do."""
+    return self._template.opening.strip().replace("<", "</", 1)
+
+  @property
+  def is_exported(self) -> bool:
+    """True if this package has saved the tokenizer beside a model, which reads what it learnt."""
+    return "response_end" in self.hf.init_kwargs
+
   @functools.cached_property
   def digest(self) -> str:
     """SHA-256 of all that determines the ids: vocabulary, rules, chat template, end token."""
@@ -463,7 +473,7 @@ class Tokenizer:
       prompts: Prompts; see `encode_prompt`.
       answers: Text of the response to each prompt.
     """
-    if "response_end" in self.hf.init_kwargs:
+    if self.is_exported:
       exchanges = self.encode_exchanges(prompts, [[answer] for answer in answers])
       return [[*of.prompt, *of.responses[0]] for of in exchanges]
     whole = self._rendered(list(zip(prompts, answers, strict=True)))
@@ -530,10 +540,9 @@ class Tokenizer:
 
   def unopened(self, prompt: Prompt, answers: Sequence[str]) -> str:
     """Describes a response that is learnt inside what the template opens; empty if none is."""
-    tag = self._template.opening.strip()
+    tag, end = self._template.opening.strip(), self.closing_tag
     if not tag or prompt == "":
       return ""
-    end = tag.replace("<", "</", 1)
     if all(answer.lstrip().startswith(tag) or end in answer for answer in answers):
       return ""
     return f"the template ends the prompt with {tag!r}, and the response has no {end!r} after it"

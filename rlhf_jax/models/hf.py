@@ -567,6 +567,9 @@ def config_json(
 ) -> dict[str, Any]:
   """Writes the fields of the config.json from which `parse_config` reads `config`.
 
+  A scalar head has no padding id if that ends responses: transformers reads the last token that is
+  another one, and so would not read the end. Without the id it reads the last token of one text.
+
   Raises:
     ModelFolderError: If the format of `config.family` cannot represent a field of `config`.
   """
@@ -602,6 +605,9 @@ def config_json(
       raw["sliding_window"] = config.max_length  # Required, though no layer has a window.
   if head == "scalar":
     raw |= {"id2label": {"0": label}, "label2id": {label: 0}}
+    ends, pad = token_ids.get("eos_token_id"), token_ids.get("pad_token_id")
+    if pad is not None and pad == (ends[0] if isinstance(ends, list) else ends):
+      raw["pad_token_id"] = None  # Not absent, as a family may have an id of its own.
   again, _ = _parse(pathlib.Path("config.json"), raw)
   lost = [
     f"{field.name}={getattr(config, field.name)!r}"
@@ -665,7 +671,8 @@ def save_folder(
     folder: Output folder; created if needed.
     params: Params of a model with either head.
     config: Architecture of the model.
-    token_ids: `bos_token_id`, `eos_token_id` (one or a list), `pad_token_id` of the tokenizer.
+    token_ids: `bos_token_id`, `eos_token_id` (one, or a list of which the first ends responses in
+      data), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
     dtype: Dtype of the weights in the folder.
     shard_bytes: Maximum size of one file.

@@ -173,6 +173,8 @@ class JudgeModel:
 def _verdict_tokens(tokenizer: Tokenizer) -> tuple[list[int], tuple[int, int]]:
   """Tokens before the verdict, and the token of each verdict, "1" and "2"."""
   opening = tokenizer.lead if tokenizer.has_chat_template else "\n\nAnswer: "
+  if tokenizer.has_chat_template and tokenizer.closing_tag:
+    opening = f"\n{tokenizer.closing_tag}\n\n"  # The verdict is no part of the thoughts.
   one, two = (tokenizer.encode_text(opening + verdict) for verdict in "12")
   lead = 0
   while lead < min(len(one), len(two)) and one[lead] == two[lead]:

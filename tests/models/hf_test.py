@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 from absl import logging
 
 from rlhf_jax import checkpoint, sharding, workdir
@@ -219,6 +220,21 @@ def test_no_host_holds_a_whole_model(tmp_path, monkeypatch):
   held = [sum(n for at, n in gathered if at == written) for written in range(len(files))]
   assert len(files) > 3
   assert max(held) <= limit + max(layers)
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_transformers_reads_a_score_at_the_end_token(family, tmp_path):
+  """It takes the last token that is not the padding of its config, or without padding the last."""
+
+  def padding(pad, ends, head="scalar"):
+    ids = {"eos_token_id": ends, "pad_token_id": pad}
+    raw = hf.config_json(FAMILY_MODELS[family], head, ids)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    return transformers.AutoConfig.from_pretrained(tmp_path).get_text_config().pad_token_id
+
+  assert padding(2, 2) is None and padding(2, [2, 3]) is None
+  assert padding(0, 2) == 0 and padding(3, [2, 3]) == 3
+  assert padding(2, 2, "language") == 2
 
 
 def test_the_folder_is_in_the_hugging_face_layout(tmp_path):

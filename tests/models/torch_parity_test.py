@@ -43,8 +43,14 @@ torch.set_num_threads(1)
 plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 def run(model, folder):
+  model.eval()
+  is_scalar = type(model).__name__.endswith("Classification")
   with torch.no_grad():
-    out = model.eval()(tokens, attention_mask=mask, position_ids=positions).logits
+    if is_scalar and model.config.get_text_config().pad_token_id is None:  # One text at a time.
+      texts = [row[on.bool()][None] for row, on in zip(tokens, mask)]
+      out = torch.cat([model(text).logits for text in texts])
+    else:
+      out = model(tokens, attention_mask=mask, position_ids=positions).logits
   numpy.save(folder / "logits.npy", out.float().numpy())
 
 for name, (kind, model_type, fields) in json.loads((root / "specs.json").read_text()).items():
@@ -88,6 +94,7 @@ for _name, _config in FAMILY_MODELS.items():
   OURS[_name] = (_config, "language")
   OURS[_name + "_other"] = (dataclasses.replace(_config, tied=not _config.tied), "language")
   OURS[_name + "_reward"] = (_config, "scalar")
+  OURS[_name + "_reward_padded_by_end"] = (_config, "scalar")
 
 _SIZES = {
   "vocab_size": 40,
@@ -198,12 +205,16 @@ THEIR_REWARDS = {
 
 
 def make_inputs(length: int) -> dict[str, np.ndarray]:
-  """A row without padding, two with padding at the right and two at the left; 0 is padding."""
+  """A row without padding, two with padding at the right and two at the left.
+
+  Token 0 is padding, and 2 the end of each row.
+  """
   index = np.arange(length)[None]
   ends = np.array([length, length * 2 // 3, 5, length, length])[:, None]
   starts = np.array([0, 0, 0, length // 4, length - 5])[:, None]
   mask = (index >= starts) & (index < ends)
   tokens = np.random.default_rng(0).integers(3, 40, mask.shape)
+  tokens = np.where(index == ends - 1, 2, tokens)
   return {"tokens": np.where(mask, tokens, 0), "mask": mask}
 
 
@@ -257,7 +268,11 @@ def child(tmp_path_factory):
       root / "ours" / name,
       params[name],
       config,
-      token_ids={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+      token_ids={
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2 if name.endswith("_padded_by_end") else 0,
+      },
       shard_bytes=2**14,
     )
   inputs = make_inputs(24)

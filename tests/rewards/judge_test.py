@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax import rewards
+from tests.data import chats
 
 
 class Characters:
@@ -103,6 +104,31 @@ def test_the_longest_question_is_known_before_it_is_asked():
   assert not asked
   judge(*pairs)
   assert real == max(map(len, asked)) and padded % 64 == 0 and 0 <= padded - real < 64
+
+
+def test_the_verdict_follows_the_thoughts_that_the_template_opens():
+  tokenizer, asked = chats.chat(chats.byte_level(), chats.OPENED), []
+
+  def read(tokens, mask):
+    asked.extend(np.asarray(ids)[np.asarray(on) > 0] for ids, on in zip(tokens, mask, strict=True))
+    logits = np.zeros((len(tokens), 1, tokenizer.vocab_size), np.float32)
+    logits[..., tokenizer.encode_text("1")[0]] = 3.0
+    return logits
+
+  def apply_fn(params, tokens, *, segment_ids, last):
+    shape = jax.ShapeDtypeStruct((len(tokens), last, tokenizer.vocab_size), jnp.float32)
+    return jax.pure_callback(read, shape, tokens, segment_ids)
+
+  judge = rewards.JudgeModel(apply_fn, {}, tokenizer, ["Which is better?"], batch_size=2)
+  verdicts = judge.verdicts(["p"], ["good"], ["bad"])
+  np.testing.assert_allclose(verdicts.first, sigmoid(3.0), rtol=1e-5)
+  assert len(asked) == 2
+  for ids in asked:
+    text = tokenizer.decode(ids.tolist(), skip_special=False)
+    assert text.endswith(
+      "Answer with 1 or 2.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert np.sum(ids == tokenizer.token_id("</think>")) == 1
 
 
 def test_verdicts_must_have_tokens():

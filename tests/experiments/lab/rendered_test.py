@@ -1,4 +1,4 @@
-"""Reward models with another tokenizer or chat template than the policy's."""
+"""Reward models from elsewhere, most with another tokenizer or chat template than the policy's."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ import transformers
 from tokenizers import models as tokenizer_models
 from tokenizers import pre_tokenizers, processors
 
-from experiments.lab import critics, judges
+from experiments.lab import critics, judges, models
 from rlhf_jax import data, simulation
 from rlhf_jax.models import build, hf
 from tests.experiments.lab.rollouts import rollout_of
@@ -27,9 +27,11 @@ BRACKETS = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [/]{% en
 
 
 def tokenizer_of(kind):
-  """Tokenizer of transformers: of characters, or of the policy with another template."""
-  if kind == "same vocabulary":
+  """Tokenizer of characters, or of the policy, as it is or with another template."""
+  if kind in ("same vocabulary", "same tokenizer"):
     own = data.word_level_tokenizer(simulation.WORDS).hf
+    if kind == "same tokenizer":
+      return own
     own.chat_template = "<bos> {% for m in messages %}{{ m['content'] }} <eos> {% endfor %}"
     return own
   letters = sorted({*"".join(simulation.WORDS), *" \n|<>[]/_:", *"abcdefghijklmnopqrstuvwxyz"})
@@ -96,7 +98,10 @@ def test_a_reward_model_of_this_package_reads_what_it_was_trained_on(tmp_path):
   assert saved.encode_texts(["no yes"], ["yes"]) == [[1, 5, 4, 4, saved.eos_id]]
 
 
-@pytest.mark.parametrize("kind, family", [("chat", "qwen3"), ("same vocabulary", "gemma3")])
+@pytest.mark.parametrize(
+  "kind, family",
+  [("chat", "qwen3"), ("same vocabulary", "gemma3"), ("same tokenizer", "qwen2")],
+)
 def test_scores_are_those_of_the_model_by_hand(kind, family, open_bench, tmp_path):
   model, params, own = folder_of(tmp_path / "judge", kind, family)
   bench, reward_of = opened(open_bench, tmp_path / "judge")
@@ -112,6 +117,22 @@ def test_scores_are_those_of_the_model_by_hand(kind, family, open_bench, tmp_pat
     tokens = jnp.zeros([1, 300], int).at[0, : len(ids)].set(jnp.array(ids))
     np.testing.assert_allclose(scores[i], by_hand(params, tokens)[0, len(ids) - 1], atol=1e-5)
   assert len({float(x) for x in scores}) == 3
+
+
+def test_only_a_model_of_this_package_reads_the_tokens_of_the_policy(open_bench, tmp_path):
+  folder_of(tmp_path / "judge", "same tokenizer")
+  bench = open_bench("ppo", "prompts", "--reward.name=gold")
+
+  def read_by():
+    folder = str(tmp_path / "judge")
+    assert models.reads_tokens_of(folder, bench.tokenizer)
+    return models.open_reward_model(
+      bench.run, folder, bench.config.model, bench.tokenizer
+    ).tokenizer
+
+  assert read_by() is not None
+  bench.tokenizer.save(tmp_path / "judge")
+  assert read_by() is None
 
 
 def test_the_critic_starts_from_the_policy(open_bench, tmp_path):

@@ -12,6 +12,7 @@ import yaml
 from experiments.records import card, record
 from rlhf_jax import data
 from rlhf_jax.models import build, hf
+from tests.data import chats
 
 CONFIG = {
   "architectures": ["LlamaForCausalLM"],
@@ -20,6 +21,7 @@ CONFIG = {
   "hidden_size": 32,
   "vocab_size": 64,
 }
+TOKENIZER = data.word_level_tokenizer(["yes", "no"])
 HOSTILE = [
   "---",
   "runs/a`b",
@@ -87,8 +89,8 @@ def split(text: str) -> tuple[dict, str]:
 def test_what_comes_from_outside_stays_where_it_is_put(text):
   """The card of any record has the outline of a harmless one, and front matter of its shape."""
   config = {**CONFIG, "model_type": text}
-  front, body = split(card.card(record_of(text), config))
-  fine_front, fine_body = split(card.card(record_of("fine"), CONFIG))
+  front, body = split(card.card(record_of(text), config, TOKENIZER))
+  fine_front, fine_body = split(card.card(record_of("fine"), CONFIG, TOKENIZER))
   assert structure(body) == structure(fine_body)
   assert front.keys() == fine_front.keys()
   names = [name for value in front.values() for name in (value if isinstance(value, list) else [])]
@@ -99,7 +101,7 @@ def test_what_comes_from_outside_stays_where_it_is_put(text):
 
 def test_a_card_says_what_its_record_does():
   of_run = record_of("fine") | {"seed": 3, "changed": {"optim.b1": 0.5, "lora.targets": ["q", "k"]}}
-  front, body = split(card.card(of_run, CONFIG))
+  front, body = split(card.card(of_run, CONFIG, TOKENIZER))
   assert front == {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -112,22 +114,60 @@ def test_a_card_says_what_its_record_does():
   assert "\n--seed=3\n--optim.b1=0.5\n--lora.targets=q,k\n" in body
   assert "--flagfile=RUN/flags" in body
   assert "AutoModelForCausalLM" in body and "2 layers, width 32" in body
-  unreplayable = card.card(of_run, CONFIG, replayable=False)
+  unreplayable = card.card(of_run, CONFIG, TOKENIZER, replayable=False)
   assert "--flagfile" not in unreplayable
   scorer = {**CONFIG, "architectures": ["LlamaForSequenceClassification"]}
-  front, body = split(card.card(of_run | {"script": "reward_model"}, scorer))
+  front, body = split(card.card(of_run | {"script": "reward_model"}, scorer, TOKENIZER))
   assert front["pipeline_tag"] == "text-classification" and "reward-model" in front["tags"]
   assert "AutoModelForSequenceClassification" in body and "--reward.path=FOLDER" in body
   assert "# Reward model from" in body
-  _, body = split(card.card(of_run, scorer | {"id2label": {"0": card.PREFERENCE}}))
+  _, body = split(card.card(of_run, scorer | {"id2label": {"0": card.PREFERENCE}}, TOKENIZER))
   assert "# Preference model from" in body and "--preference.path=FOLDER" in body
   assert "transformers" not in body
 
 
+SYSTEM = "{% if terse %}<|im_start|>system\nbe brief<|im_end|>\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+  "template, options",
+  [
+    ("chatml", {}),
+    ("chatml", {"eos_token": "</s>"}),
+    (SYSTEM + chats.TEMPLATES["chatml"], {"template_args": {"terse": True}}),
+    ("thinking", {}),
+    (chats.OPENED, {}),
+    ("", {"eos_token": "<|im_end|>"}),
+  ],
+)
+def test_the_code_reads_what_the_model_has_learnt(template, options, tmp_path):
+  chats.chat(chats.byte_level(), template, **options).save(tmp_path)
+  tokenizer = data.load_tokenizer(tmp_path)
+  answer = "RESPONSE" if template else " RESPONSE"
+  ((prompt, (response,)),) = tokenizer.encode_exchanges(["PROMPT"], [[answer]])
+  for kind, ids in (("CausalLM", prompt), ("SequenceClassification", [*prompt, *response])):
+    text = card.card(record_of("fine"), {**CONFIG, "architectures": [f"LlamaFor{kind}"]}, tokenizer)
+    code = text.partition("```python\n")[2].partition("\n```")[0]
+    code = code.partition('.from_pretrained("FOLDER")\nmodel')[2].partition("\n")[2]
+    code = code.rpartition("\nprint")[0].replace('"pt"', "None")
+    names = {"tokenizer": tokenizer.hf}
+    exec(code, names)
+    assert names["inputs"]["input_ids"] == ids, (kind, code)
+
+
+def test_scores_of_transformers_lack_the_shift():
+  scorer = {**CONFIG, "architectures": ["LlamaForSequenceClassification"]}
+  assert "score.bias" in card.card(record_of("fine"), scorer, TOKENIZER)
+  assert "score.bias" not in card.card(record_of("fine"), CONFIG, TOKENIZER)
+  is_alone = "one text at a time"
+  assert is_alone in card.card(record_of("fine"), scorer | {"pad_token_id": None}, TOKENIZER)
+  assert is_alone not in card.card(record_of("fine"), scorer | {"pad_token_id": 0}, TOKENIZER)
+
+
 def test_the_method_is_that_of_the_record_or_its_script():
   of_run = record_of("fine")
-  assert "- method: `fine`" in card.card(of_run | {"method": ""}, CONFIG)
-  assert "- method: `KTO: a, b`" in card.card(of_run | {"method": "KTO: a, b"}, CONFIG)
+  assert "- method: `fine`" in card.card(of_run | {"method": ""}, CONFIG, TOKENIZER)
+  assert "- method: `KTO: a, b`" in card.card(of_run | {"method": "KTO: a, b"}, CONFIG, TOKENIZER)
 
 
 def test_a_finished_run_exports_its_card(sft_run, reward_run, tmp_path):

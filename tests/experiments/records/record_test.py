@@ -9,9 +9,10 @@ import pytest
 
 from experiments import sft
 from experiments.records import card, record
-from rlhf_jax import bucket, flags
+from rlhf_jax import bucket, data, flags
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+TOKENIZER = data.word_level_tokenizer(["yes", "no"])
 
 
 def write_run(folder: pathlib.Path, script: str, summary: dict, **settings) -> str:
@@ -40,7 +41,7 @@ def test_lineage_goes_back_to_the_pretrained_model(tmp_path):
   assert (judge["role"], judge["summary"]) == ("reward model", {"accuracy": 0.75})
   assert judge["sources"][0]["path"] == sft
   assert card.base_model(found) == card.base_model(judge) == "org/base-1B"
-  lineage = card.card(found, CONFIG).partition("## Lineage")[2]
+  lineage = card.card(found, CONFIG, TOKENIZER).partition("## Lineage")[2]
   assert lineage.count(f"started from: `{base}`") == 2
   assert "accuracy` 0.75" in lineage and "`d1g35t`" in lineage
 
@@ -74,13 +75,13 @@ def test_a_model_that_began_at_random_has_no_base_model(tmp_path):
   sft = write_run(tmp_path / "sft", "sft", {})
   found = record.read(write_run(tmp_path / "dpo", "dpo", {}, init_from=sft))
   assert card.base_model(found) == ""
-  assert "base_model" not in card.card(found, CONFIG)
+  assert "base_model" not in card.card(found, CONFIG, TOKENIZER)
 
 
 def test_runs_that_name_each_other_end(tmp_path):
   a = write_run(tmp_path / "a", "rest", {}, init_from=str(tmp_path / "b"))
   write_run(tmp_path / "b", "rest", {}, init_from=a)
-  card.card(record.read(a), CONFIG)
+  card.card(record.read(a), CONFIG, TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_an_unreadable_record_is_a_folder_without_one(tmp_path, content):
   (tmp_path / "summary.json").write_text('{"a": 1, "b": "NaN", "c": {"d": 2}, "e": true}')
   found = record.read(tmp_path)
   assert found["summary"] == {"a": 1} and found["sources"] == [] and found["changed"] == {}
-  card.card(found, CONFIG)
+  card.card(found, CONFIG, TOKENIZER)
 
 
 def test_the_method_is_the_summary_of_the_script(monkeypatch):

@@ -553,13 +553,13 @@ def stops(
   return tokenizer.stop_ids, generation.stop_text(config.stop_strings, tokenizer.token_bytes())
 
 
-@functools.lru_cache(maxsize=16)
 def require_one_sample(sampling: generation.SamplingConfig, why: str) -> None:
   """Refuses several samples per prompt where one is taken; for `__post_init__` of a config."""
   if sampling.samples_per_prompt != 1:
     raise ValueError(f"sampling.samples_per_prompt must be 1: {why}")
 
 
+@functools.lru_cache(maxsize=16)
 def make_sampler(
   model: Model,
   tokenizer: data.Tokenizer,

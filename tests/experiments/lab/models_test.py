@@ -175,6 +175,7 @@ def test_sampling_stops_at_every_end(open_bench, sft_run):
   tokenizer = data.Tokenizer(bench.tokenizer.hf, stop_ids=ends)
   config = generation.SamplingConfig(max_new_tokens=12, samples_per_prompt=8, stop=("was g", "oo"))
   sample = models.make_sampler(bench.model, tokenizer, config)
+  assert sample is models.make_sampler(bench.model, tokenizer, dataclasses.replace(config))
   prompts = jnp.asarray([tokenizer.encode_prompt("Write a review")] * 4, jnp.int32)
   rollout = sample(
     bench.start, prompts, jnp.ones_like(prompts, bool), jnp.arange(4), jax.random.key(0)

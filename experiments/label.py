@@ -82,11 +82,13 @@ def label(session: loop.Session, config: Config) -> dict[str, Any]:
       known_as = judge.fingerprint(config.judge, config.model, principles)
       store.require_same(config.name, known_as)
       model_judge = open_judge(run, config, principles)
-      lengths = judge.lengths(model_judge, items, config.judge.canaries, config.batch_size)
+      answered, canaries = store.answered(config.name), items[: config.judge.canaries]
+      left = [item for item in items if item.id not in answered]
+      lengths = judge.lengths(model_judge, left, canaries, config.batch_size)
       limits.require(config, models.model_folder(config.judge.path), lengths)
       judge.label(model_judge, store, items, config.name, known_as, config.batch_size)
       metrics |= agreement.position_metrics(items, store.rows(config.name))
-      metrics |= judge.meet_canaries(model_judge, items[: config.judge.canaries])
+      metrics |= judge.meet_canaries(model_judge, canaries)
     else:
       store.require_same(config.name)
       with terminal.single_keys():

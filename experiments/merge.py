@@ -134,7 +134,7 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
     if summary:
       reporting.show_summary("Weights, and loss on answers of the tuned model", {"merged": summary})
     if processes.is_first():
-      records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
+      records.write_card(run.workdir, run.workdir / models.EXPORT, tokenizer, summary)
     reporting.write_summary(run.workdir, summary)
     reporting.note(f"model: {run.workdir / models.EXPORT}")
   return summary

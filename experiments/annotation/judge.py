@@ -131,18 +131,18 @@ def label(
 
 
 def lengths(
-  judge: rewards.JudgeModel, items: Sequence[Item], canaries: int, batch_size: int
+  judge: rewards.JudgeModel, items: Sequence[Item], canaries: Sequence[Item], batch_size: int
 ) -> Iterator[limits.Length]:
   """Yields the length of the longest question in each batch.
 
   Args:
     judge: Model that judges.
     items: Pairs to label.
-    canaries: Number of items whose better response is also compared with each canary.
+    canaries: Pairs whose better response is compared with each canary.
     batch_size: Pairs per batch.
   """
   asked = [(item.prompt, *item.responses) for item in items]
-  asked += [(i.prompt, text, _better(i)) for i in items[:canaries] for text in CANARIES.values()]
+  asked += [(i.prompt, text, _better(i)) for i in canaries for text in CANARIES.values()]
   for start in range(0, len(asked), batch_size):
     longest = judge.longest(*zip(*asked[start : start + batch_size], strict=True))
     yield limits.Length(*longest, "--judge.max_characters")

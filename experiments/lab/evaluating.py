@@ -487,7 +487,7 @@ class Judge:
     export: Callable[[Params], None],
     named: Mapping[str, "Judge"] = types.MappingProxyType({}),
   ):
-    self._run, self._prompts, self._named = run, prompts, named
+    self._run, self._tokenizer, self._prompts, self._named = run, tokenizer, prompts, named
     self._compare = None
     if prefer is not None:
       self._compare = heldout_comparer(
@@ -560,5 +560,5 @@ class Judge:
       reporting.show_summary(f"{title}, held-out prompts", table)
     trained = run.session.workdir
     samples = f"--workdir={trained.rstrip('/')}_samples"
-    training.finish(run, summary, "generate", samples, f"--init_from={trained}")
+    training.finish(run, self._tokenizer, summary, "generate", samples, f"--init_from={trained}")
     return summary

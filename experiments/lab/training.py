@@ -220,17 +220,20 @@ def step_tokens(config: Any, dataset: data.Dataset) -> str:
   return f"{tokens}, {data.padding_fraction(dataset, config.batch_size, packed):.0%} padding"
 
 
-def finish(run: loop.Run, summary: Mapping[str, Any], *following: str) -> None:
+def finish(
+  run: loop.Run, tokenizer: data.Tokenizer, summary: Mapping[str, Any], *following: str
+) -> None:
   """Ends a run after its export: writes plots, the model card and, last, summary.json.
 
   Args:
     run: Opened run.
+    tokenizer: Tokenizer of the model.
     summary: Metrics of summary.json.
     *following: Script that may follow, and its flags; without them nothing is said of it.
   """
   plots.plot_metrics(run.workdir)
   if processes.is_first():
-    records.write_card(run.workdir, run.workdir / models.EXPORT, summary)
+    records.write_card(run.workdir, run.workdir / models.EXPORT, tokenizer, summary)
   reporting.write_summary(run.workdir, summary)
   if following:
     script, *words = following

@@ -403,7 +403,7 @@ class Workbench(NamedTuple):
       summary: Metrics of summary.json.
       *following: Script that may follow, and its flags.
     """
-    training.finish(self.run, summary, *following)
+    training.finish(self.run, self.tokenizer, summary, *following)
 
 
 @contextlib.contextmanager

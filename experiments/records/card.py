@@ -28,19 +28,24 @@ from .record import (
 PREFERENCE = "preference"  # Label of the scalar of a preference model in its config.json.
 
 
-def write_card(run_folder: pathlib.Path, export: pathlib.Path, summary: Mapping[str, Any]) -> None:
+def write_card(
+  run_folder: pathlib.Path,
+  export: pathlib.Path,
+  tokenizer: data.Tokenizer,
+  summary: Mapping[str, Any],
+) -> None:
   """Writes the README.md of an exported folder.
 
   Args:
     run_folder: Workdir of the run, which has written `run.json`.
     export: The exported folder.
+    tokenizer: Tokenizer that has been saved into it.
     summary: Content of summary.json.
   """
   config = read_json(export / "config.json")
   replayable = (run_folder / "flags").exists()
   final = numbers(writers.json_ready(summary))
   record = read(run_folder) | {"path": run_folder.name, "summary": final}
-  tokenizer = data.load_tokenizer(export)
   text = card(record, config, tokenizer, replayable=replayable)
   workdir_lib.atomic_write(export / "README.md", text)
 

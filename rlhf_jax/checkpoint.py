@@ -228,7 +228,12 @@ class Checkpointer:
     self._commit = self._worker.submit(self._finish, step, manager, contents, score, name)
 
   def restore(
-    self, like: Mapping[str, PyTree], *, step: int | None = None, donate: bool = False
+    self,
+    like: Mapping[str, PyTree],
+    *,
+    step: int | None = None,
+    donate: bool = False,
+    parts: bool = False,
   ) -> Restored | None:
     """Reads the newest step that is undamaged, bit for bit as it was saved.
 
@@ -243,6 +248,7 @@ class Checkpointer:
       step: Read exactly this step.
       donate: True to delete the arrays of `like` before a step is read, so that the devices never
         hold them and those of the step at once. They stay if nothing has been saved yet.
+      parts: True to read only the leaves of `like` where an item has more.
 
     Returns:
       The step, its items and metadata; None if nothing has been saved yet.
@@ -264,7 +270,7 @@ class Checkpointer:
           if isinstance(leaf, jax.Array):
             leaf.delete()
       try:
-        items, meta = self._read(chosen, wanted)
+        items, meta = self._read(chosen, wanted, parts)
       except CheckpointError:
         raise
       except Exception as error:
@@ -506,17 +512,24 @@ class Checkpointer:
 
     return processes.agree(choose)
 
-  def _read(self, step: int, wanted: Mapping[str, Mapping[str, Any]]):
+  def _read(self, step: int, wanted: Mapping[str, Mapping[str, Any]], parts: bool):
     manager = self._open()
     meta_args = ocp.args.Composite(**{_META: ocp.args.JsonRestore()})
     meta = manager.restore(step, args=meta_args)[_META]
-    _check_leaves(self.directory / str(step), meta["leaves"], wanted)
-    args = {}
+    saved: dict[str, dict[str, str]] = meta["leaves"]
+    if parts:
+      saved = {n: {p: k for p, k in saved[n].items() if p in wanted.get(n, ())} for n in saved}
+    _check_leaves(self.directory / str(step), saved, wanted)
+    abstract = {}
     for name, tree in wanted.items():
-      abstract = {path: _abstract(leaf) for path, leaf in tree.items() if leaf.size}
-      if abstract:
-        args[name] = ocp.args.StandardRestore(abstract)
-    restored = manager.restore(step, args=ocp.args.Composite(**args)) if args else {}
+      if sized := {path: _abstract(leaf) for path, leaf in tree.items() if leaf.size}:
+        abstract[name] = sized
+    restored: Mapping[str, Any] = {}
+    if parts:
+      restored = {n: _read_parts(self.directory / str(step) / n, abstract[n]) for n in abstract}
+    elif abstract:
+      args = {name: ocp.args.StandardRestore(abstract[name]) for name in abstract}
+      restored = manager.restore(step, args=ocp.args.Composite(**args))
     items = {}
     for name, tree in wanted.items():
       items[name] = {
@@ -528,6 +541,14 @@ class Checkpointer:
         if _kind(items[name][path]) != _kind(leaf):
           raise ValueError(f"item {name!r}, leaf {path!r} was read as {_kind(items[name][path])}")
     return items, meta["user"]
+
+
+def _read_parts(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+  """Reads some leaves of an item; a checkpoint manager reads all of them."""
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  with ocp.PyTreeCheckpointer() as reader:
+    args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    return reader.restore(folder, args=args)
 
 
 def _flatten(name: str, tree: PyTree) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from absl import logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -96,6 +97,27 @@ def odd_tree():
     "a.b/c d": [jnp.ones(2), (jnp.zeros(1),)],
     "key_data": jax.random.key_data(key),
   }
+
+
+def test_parts_of_an_item_are_read_without_the_rest(tmp_path):
+  def bytes_read() -> int:
+    found = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+  params, moments = odd_tree(), np.random.default_rng(0).random((1024, 1024), np.float32)
+  state = {"params": params, "mu": moments, "nu": moments, "nothing": np.zeros((3, 0), np.float32)}
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    ckpt.save(1, {"state": state, "other": {"x": moments}}, {"step": 1})
+  with checkpoint.Checkpointer(tmp_path) as ckpt:
+    before = bytes_read()
+    restored = ckpt.restore({"state": {"params": params}}, parts=True)
+    assert bytes_read() - before < moments.nbytes // 4
+    assert_same(restored.items, {"state": {"params": params}})
+    assert restored.meta == {"step": 1}
+    with pytest.raises(checkpoint.CheckpointError, match="leaf 'mu': saved .*, expected nothing"):
+      ckpt.restore({"state": {"params": params}})
+    with pytest.raises(checkpoint.CheckpointError, match="leaf 'rho': saved missing"):
+      ckpt.restore({"state": {"rho": moments}}, parts=True)
 
 
 def test_round_trip_is_bitwise_for_every_dtype(tmp_path):

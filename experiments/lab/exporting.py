@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags as absl_flags
 
 from rlhf_jax import (
@@ -92,18 +91,17 @@ def _write(
     workdir_lib.require_identity(run.workdir, found)
     model, start = models.open_model(run, config.model, source, tokenizer, head, frozen=frozen)
   base, trained = lora.split(models.add_adapters(run, config.lora, start))
-  like: dict[str, Any] = {path: _shape(kind) for path, kind in saved.items()}
   paths = [
     place + jax.tree_util.keystr(path, simple=True, separator="/")
     for path, _ in jax.tree_util.tree_leaves_with_path(trained)
   ]
-  like |= dict(zip(paths, jax.tree.leaves(trained), strict=True))
-  restored = saver.restore({"state": like}, step=step, donate=True)
+  like = {"state": dict(zip(paths, jax.tree.leaves(trained), strict=True))}
+  restored = saver.restore(like, step=step, donate=True, parts=True)
   assert restored is not None
   leaves = [restored.items["state"][path] for path in paths]
   params = join(base, jax.tree.unflatten(jax.tree.structure(trained), leaves))
   label = records.PREFERENCE if script == "preference_model" else "reward"
-  models.export(folder, params, model, tokenizer, label, config.export_dtype)
+  models.export(folder, params, model, tokenizer, label, config.export_dtype, sources=[source])
 
 
 def number_of(workdir: pathlib.Path, step: str) -> int:
@@ -145,10 +143,3 @@ def _read_run(workdir: pathlib.Path) -> tuple[str, loop.Session, Any]:
   flags.parse([script, f"--flagfile={workdir / 'flags'}"], registry)
   session, config = (read() for read in readers)
   return script, session, config
-
-
-def _shape(kind: str) -> jax.ShapeDtypeStruct:
-  """Shape of a leaf from its description in a checkpoint, such as float32[3,4]."""
-  dtype, _, shape = kind.removesuffix("]").partition("[")
-  sizes = [int(size) for size in shape.split(",") if size]
-  return jax.ShapeDtypeStruct(tuple(sizes), np.dtype(dtype))

@@ -138,10 +138,10 @@ def test_of_several_that_want_a_step_one_writes_it(tmp_path, monkeypatch, sft_ru
   shutil.copytree(sft_run, tmp_path / "run")
   write, begun, waits, written = models.export, threading.Event(), threading.Event(), []
 
-  def slow(*args):
+  def slow(*args, **settings):
     begun.set()
     assert waits.wait(60)
-    written.append(write(*args))
+    written.append(write(*args, **settings))
 
   monkeypatch.setattr(models, "export", slow)
   monkeypatch.setattr(logging, "warning", lambda text, *args: waits.set())

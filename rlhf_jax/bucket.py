@@ -34,6 +34,8 @@ _TOKENS = ".tokens"  # Folder of tokenised data files, which can be made again.
 _TEMPORARY = re.compile(r"(^|/)([^/]*\.orbax-checkpoint-tmp[^/]*(/|$)|\.[^/]*\.(tmp|mode)$)")
 _STEPS = re.compile(r"(^|/)(checkpoints|black_box)/[^/]+/")
 _THREADS = 4  # Each has a file in memory.
+# Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
+_SPACED_SECONDS = 30.0
 _RENEW_SECONDS = 20.0
 _STALE_SECONDS = 90.0  # Without a renewal in this time the owner of a lock is gone.
 # Of the first request. The later ones of a run are sent again for a quarter of an hour.
@@ -417,6 +419,20 @@ def push(path: pathlib.Path, *, wait: bool = True) -> None:
   lock.renew()
   if not lock.lost:
     (copy.push if wait else copy.push_if_free)(path)
+
+
+_PUSHED: dict[pathlib.Path, float] = {}  # Files that grow, and when they were last copied.
+
+
+def push_growing(path: pathlib.Path) -> None:
+  """Copies a file after lines were added to it, if the last time is half a minute ago.
+
+  Nothing waits for another copy; the next time comes soon, at the latest at the end of the run.
+  """
+  now = time.monotonic()
+  if now - _PUSHED.setdefault(path, now) >= _SPACED_SECONDS:
+    _PUSHED[path] = now
+    push(path, wait=False)
 
 
 def pull(folder: pathlib.Path, *, steps: bool = True) -> None:

@@ -29,8 +29,6 @@ from etils import epath
 from rlhf_jax import bucket, processes
 from rlhf_jax import workdir as workdir_lib
 
-# Objects in a bucket cannot be appended to, only replaced, and replacing is rate limited.
-_COPY_SECONDS = 30.0
 _FLUSH_SECONDS = 10.0  # A flush of the events waits for the disk.
 # Rows of a table that dashboards get; the file has all.
 _SHOWN_ROWS = 32
@@ -182,7 +180,6 @@ class JsonlWriter:
     workdir_lib.atomic_write(self._path, "".join(kept))
     # Unbuffered: one write call per line, so a concurrent reader never sees half of one.
     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
-    self._copied = time.monotonic()
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Appends one line.
@@ -195,10 +192,7 @@ class JsonlWriter:
     workdir_lib.require_lock(self._path)
     if self._file.write(content) < len(content):  # The disk had room for a part of it.
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(self._path))
-    if time.monotonic() - self._copied >= _COPY_SECONDS:
-      self._copied = time.monotonic()
-      # Training does not wait for a checkpoint that is copied; the next time comes soon.
-      bucket.push(pathlib.Path(self._path), wait=False)
+    bucket.push_growing(pathlib.Path(self._path))
 
   def table(self, step: int, name: str, rows: Rows) -> None:
     """Writes a file in a folder beside; see `write_table`."""

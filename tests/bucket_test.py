@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from experiments.lab import exporting, models
+from experiments.lab import exporting, line_files, models
 from rlhf_jax import bucket, checkpoint, data, entry, flags, loop, writers
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.models import hf
@@ -131,9 +131,18 @@ def test_a_lock_of_another_machine_can_be_waited_for(machine, server):
   assert "team/ppo/.lock" not in server.objects
 
 
+def test_answers_and_labels_outlive_the_machine(machine, server, monkeypatch):
+  folder = machine("first")
+  monkeypatch.setattr(bucket, "_SPACED_SECONDS", 0.0)
+  with workdir_lib.run_lock(RUN):
+    for n in range(3):
+      line_files.append_lines(folder / "responses.jsonl", [{"n": n}])
+      assert content(server, "responses.jsonl").count(b"\n") == n + 1
+
+
 def test_metrics_do_not_wait_for_a_checkpoint_that_is_copied(machine, server, monkeypatch):
   folder = machine("first")
-  monkeypatch.setattr(writers, "_COPY_SECONDS", 0.0)
+  monkeypatch.setattr(bucket, "_SPACED_SECONDS", 0.0)
   begun, go, send = threading.Event(), threading.Event(), bucket._Copy._send
 
   def slow(self, name):

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_jax import data, flags, processes
+from rlhf_jax import bucket, data, flags, processes
 from rlhf_jax import workdir as workdir_lib
 
 
@@ -18,6 +18,7 @@ def append_lines(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     file.write("".join(json.dumps(row) + "\n" for row in rows))
     file.flush()
     os.fsync(file.fileno())
+  bucket.push_growing(path)
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

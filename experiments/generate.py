@@ -13,7 +13,8 @@ Scored by a Python function, here of your file my_rewards.py:
   --reward.name=my_rewards:brevity
 
 It writes the responses to `samples/step_00000000.jsonl` and shows the first few. `sft` reads that
-file. `ended` is false in a row whose response was cut at --sampling.max_new_tokens.
+file. `ended` is false in a row whose response was cut at --sampling.max_new_tokens. The same
+command, run again, resumes where it was stopped.
 """
 
 import dataclasses
@@ -21,11 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax import data, defaults, entry, generation, loop, ranges, reporting, rewards, sharding
+from rlhf_jax import (
+  data,
+  defaults,
+  entry,
+  flags,
+  generation,
+  loop,
+  ranges,
+  reporting,
+  rewards,
+  sharding,
+)
 from rlhf_jax.data import DataConfig
 from rlhf_jax.generation import SamplingConfig
 from .annotation.items import prompt_text
-from .lab import evaluating, given_rows, judges, limits, models
+from .lab import answering, evaluating, given_rows, judges, limits, models
 
 _BUILT_IN = 64  # Prompts of the built-in task, which has thousands.
 
@@ -77,39 +89,49 @@ def generate(session: loop.Session, config: Config) -> list[dict[str, Any]]:
     )
   limits.require_length(config, folder, answered=[prompts])
   with loop.open_run(session) as run:
+    settings = flags.to_dict(config)
+    known = loop.identity(run, "generate", settings, models.digests(flags.flatten(settings)))
     model, params = models.open_model(run, config.model, folder, tokenizer, frozen=True)
     params = sharding.make_reshard(run.mesh, model.config.dtype)(params)
     sample = models.make_sampler(model, tokenizer, config.sampling)
     reward_fn = None
     if config.reward.is_given:
       reward_fn = judges.open_reward(run, config.reward, config.model, tokenizer)(prompts)
-    batch_size = evaluating.heldout_batch_size(run, prompts, config.batch_size)
-    rows: list[dict[str, Any]] = []
     given = [{"prompt": config.prompt}]
     if not config.prompt:
       given = given_rows.prompt_columns(prompts)
     stops = models.stops(tokenizer, config.sampling)
-    batches = data.eval_batches(prompts, batch_size, tokenizer.pad_id)
-    with reporting.Progress(len(given), description="generate", tenths=False) as progress:
-      for batch, valid in batches:
-        placed = sharding.place_batch(batch, run.mesh)
-        rollout = sample(params, placed.tokens, placed.mask, placed.prompt_id, run.key_for(2))
-        repeats = config.sampling.samples_per_prompt
-        texts = rewards.response_texts(rollout, tokenizer.batch_decode)
-        ids, keep = np.repeat(batch.prompt_id, repeats), np.repeat(valid, repeats)
-        ended = sharding.to_host(generation.ended(rollout, *stops))
-        values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
-        if reward_fn is not None:
-          reward = rewards.parts_of(reward_fn(rollout, ids))
-          values |= sharding.to_host(rewards.columns(reward))
-          if reward.satisfied is not None:
-            values["satisfied"] = reward.satisfied
-        for n, (i, text) in enumerate(zip(ids.tolist(), texts, strict=True)):
-          if keep[n]:
-            numbers = {name: float(column[n]) for name, column in values.items()}
-            rows.append({**given[i], "response": text, "ended": bool(ended[n]), **numbers})
-        progress.update(len(rows) // repeats)
+    repeats = config.sampling.samples_per_prompt
+
+    def lines_of(batch: data.PromptBatch, size: int) -> list[dict[str, Any]]:
+      rollout = sample(params, *sharding.place_batch(batch, run.mesh), run.key_for(2))
+      texts = rewards.response_texts(rollout, tokenizer.batch_decode)
+      ids = np.repeat(batch.prompt_id, repeats)
+      ended = sharding.to_host(generation.ended(rollout, *stops))
+      values = {"logprob": sharding.to_host(rollout.logprobs.sum(axis=1))}
+      if reward_fn is not None:
+        reward = rewards.parts_of(reward_fn(rollout, ids))
+        values |= sharding.to_host(rewards.columns(reward))
+        if reward.satisfied is not None:
+          values["satisfied"] = reward.satisfied
+      lines = []
+      for n, (i, text) in enumerate(zip(ids[:size].tolist(), texts, strict=False)):
+        numbers = {name: float(column[n]) for name, column in values.items()}
+        lines.append({**given[i], "response": text, "ended": bool(ended[n]), **numbers})
+      return lines
+
+    part = answering.unfinished(run, known, prompts.digest)
+    rows = answering.answer(
+      part,
+      prompts,
+      lines_of,
+      repeats=repeats,
+      batch_size=evaluating.heldout_batch_size(run, prompts, config.batch_size),
+      pad_id=tokenizer.pad_id,
+      title="generate",
+    )
     reporting.save_samples(run.workdir, 0, rows)
+    answering.finish(part)
     shown = [{"prompt": prompt_text(row), **row} for row in rows[:4]]
     shown = [{name: of[name] for name in of if name != "messages"} for of in shown]
     reporting.show_samples(shown, f"Samples of {config.init_from}")

@@ -251,13 +251,13 @@ def open_run(session: Session, spare: int = 0) -> Iterator[Run]:
     processes.wait()
 
 
-def identify(
+def identity(
   run: Run, name: str, settings: Mapping[str, Any], digests: Mapping[str, str] | None = None
-) -> None:
-  """Refuses a workdir that holds another run.
+) -> dict[str, Any]:
+  """Returns what tells a run from others: JSON-able values by the names of flags, and `script`.
 
   Args:
-    run: The run being opened or continued.
+    run: The run.
     name: Name of the script.
     settings: Config of the script as a plain dict; `FREE_SETTINGS` are ignored. The files of the
       user's functions that it names are fingerprinted too.
@@ -267,7 +267,14 @@ def identify(
   flat = {"seed": run.session.seed} | flags.flatten(settings)
   fixed = {f"--{key}": value for key, value in flat.items() if key not in FREE_SETTINGS}
   found = user.digests(flat) | dict(digests or {})
-  workdir_lib.check_identity(run.workdir, {"script": name} | fixed | found)
+  return {"script": name} | fixed | found
+
+
+def identify(
+  run: Run, name: str, settings: Mapping[str, Any], digests: Mapping[str, str] | None = None
+) -> None:
+  """Refuses a workdir that holds another run than the one being opened; see `identity`."""
+  workdir_lib.check_identity(run.workdir, identity(run, name, settings, digests))
 
 
 def hyperparameters(run: Run, config: Any) -> dict[str, Any]:
@@ -335,7 +342,7 @@ class _Log:
       del scalars[name]
     scalars["step_seconds"] = seconds
     scalars |= profiling.rates(scalars, seconds, self._mesh) | profiling.memory(self._mesh)
-    for name in ("tokens", "weight", "model_flops"):
+    for name in ("tokens", "tokens/drawn", "weight", "model_flops"):
       scalars.pop(name, None)
     self._progress.update(step, scalars)
     if keep:

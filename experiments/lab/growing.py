@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax import data, flags, generation, loop, plots, reporting, rewards, sharding
 from rlhf_jax.losses.reward import RunningMoments
 from rlhf_jax.rewards import shaped
-from . import evaluating, judges, limits, line_files, models
+from . import answering, evaluating, judges, limits, line_files, models
 
 GROWN = "responses.jsonl"
 SETTINGS = ("sampling", "reward", "preference", "shaping")
@@ -32,7 +32,15 @@ class Grown(NamedTuple):
 
 
 def take_prompts(dataset: data.Dataset, step: int, count: int) -> data.Dataset:
-  """Takes the next `count` prompts for a Grow step, starting over after the last prompt."""
+  """Takes the next `count` prompts for a Grow step, starting over after the last prompt.
+
+  Raises:
+    UsageError: The prompts have weights by their files.
+  """
+  if dataset.mixture:
+    raise flags.UsageError(
+      "--data.path gives weights to files, and Grow steps take each prompt in turn; leave them out"
+    )
   size = len(dataset.examples)
   chosen = [(step * count + i) % size for i in range(min(count, size))]
   return dataset._replace(
@@ -49,9 +57,6 @@ def grow(
   prompts: data.Dataset,
 ) -> Grown:
   """Samples and scores the responses that are not in the file yet; returns all, in order.
-
-  A line that a killed process left incomplete is dropped and written again. The samples of a prompt
-  depend only on its number, so finished prompts are not sampled again.
 
   Args:
     session: Workdir, seed and devices of the Grow step.
@@ -75,7 +80,7 @@ def grow(
     path = run.workdir / GROWN
     done = line_files.read_lines(path)
     if len(done) < wanted:
-      done += _sample(run, config, start, reference, tokenizer, prompts, done, path)
+      done = _sample(run, config, start, reference, tokenizer, prompts, path)
   moments, ref_scores = RunningMoments.zero(), None
   if config.shaping.function:
     ref_scores = jnp.asarray(_scores(done, "reference_scores"))
@@ -104,10 +109,9 @@ def _sample(
   reference: pathlib.Path,
   tokenizer: data.Tokenizer,
   prompts: data.Dataset,
-  done: Sequence[Any],
   path: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """Samples the rows that follow the `done` ones, writes them to disk and returns them."""
+  """Samples the rows that are not in the file yet, and returns all."""
   count = config.sampling.samples_per_prompt
   model, params = models.open_model(run, config.model, start, tokenizer)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
@@ -121,58 +125,55 @@ def _sample(
     sample_reference = models.make_sampler(model, tokenizer, sampling)
     _, ref_params = models.open_model(run, config.model, reference, tokenizer, frozen=True)
     ref_params = reshard(ref_params)
-  batch_size = evaluating.heldout_batch_size(run, prompts, max(128 // count, 1))
-  wanted, rows = len(prompts.examples) * count, []
-  if done:
-    reporting.note(f"continuing from response {len(done)} of {path}")
-  with reporting.Progress(wanted, len(done), "grow") as progress:
-    position = 0
-    for batch, valid in data.eval_batches(prompts, batch_size, tokenizer.pad_id):
-      size = int(np.sum(valid)) * count
-      position += size
-      if position <= len(done):
-        continue
-      placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
-      rollout = generate(params, *placed, run.key_for(0))
-      ended = generation.ended(rollout, *stops)
-      reward = rewards.parts_of(reward_fn(rollout, ids))
-      scored = (rewards.total(reward), ended, rollout.tokens, rollout.response_mask)
-      scores, ended, tokens, mask = sharding.to_host(scored)
-      watch.check(scores[:size], {name: x[:size] for name, x in (reward.named or {}).items()})
-      answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
-      lines = [
-        {
-          "prompt": prompts.rows[ids[n]]["prompt_text"],
-          "response": text,
-          "score": _or_none(scores[n]),
-          "ended": bool(ended[n]),
-          "sample": n % count,
-          "prompt_tokens": prompts.examples[ids[n]]["prompt"].tolist(),
-          "tokens": answers[n],
-        }
-        for n, text in enumerate(tokenizer.batch_decode(answers)[:size])
-      ]
-      if reward.satisfied is not None:
-        for line, satisfied in zip(lines, reward.satisfied, strict=False):
-          line["satisfied"] = bool(satisfied)
-      if sample_reference is not None:
-        answered = sample_reference(ref_params, *placed, run.key_for(1))
-        compared = rewards.total(reward_fn(answered, np.repeat(batch.prompt_id, others)))
-        compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
-        for n, line in enumerate(lines):
-          line["reference_scores"] = [_or_none(score) for score in compared[n // count]]
-      lines = lines[len(done) + len(rows) - position + size :]
-      line_files.append_lines(path, lines)
-      rows += lines
-      mean = float(np.nanmean(_scores(lines)))
-      progress.update(len(done) + len(rows), {"reward/mean": mean})
-  written = [*done, *rows]
+
+  def lines_of(batch: data.PromptBatch, size: int) -> list[dict[str, Any]]:
+    placed, ids = sharding.place_batch(batch, run.mesh), np.repeat(batch.prompt_id, count)
+    rollout = generate(params, *placed, run.key_for(0))
+    ended = generation.ended(rollout, *stops)
+    reward = rewards.parts_of(reward_fn(rollout, ids))
+    scored = (rewards.total(reward), ended, rollout.tokens, rollout.response_mask)
+    scores, ended, tokens, mask = sharding.to_host(scored)
+    watch.check(scores[:size], {name: x[:size] for name, x in (reward.named or {}).items()})
+    answers = [row[on].tolist() for row, on in zip(tokens, mask, strict=True)]
+    lines = [
+      {
+        "prompt": prompts.rows[ids[n]]["prompt_text"],
+        "response": text,
+        "score": _or_none(scores[n]),
+        "ended": bool(ended[n]),
+        "sample": n % count,
+        "prompt_tokens": prompts.examples[ids[n]]["prompt"].tolist(),
+        "tokens": answers[n],
+      }
+      for n, text in enumerate(tokenizer.batch_decode(answers)[:size])
+    ]
+    if reward.satisfied is not None:
+      for line, satisfied in zip(lines, reward.satisfied, strict=False):
+        line["satisfied"] = bool(satisfied)
+    if sample_reference is not None:
+      answered = sample_reference(ref_params, *placed, run.key_for(1))
+      compared = rewards.total(reward_fn(answered, np.repeat(batch.prompt_id, others)))
+      compared = np.asarray(sharding.to_host(compared)).reshape(-1, others)
+      for n, line in enumerate(lines):
+        line["reference_scores"] = [_or_none(score) for score in compared[n // count]]
+    return lines
+
+  written = answering.answer(
+    path,
+    prompts,
+    lines_of,
+    repeats=count,
+    batch_size=evaluating.heldout_batch_size(run, prompts, max(128 // count, 1)),
+    pad_id=tokenizer.pad_id,
+    title="grow",
+    metrics_of=lambda lines: {"reward/mean": float(np.nanmean(_scores(lines)))},
+  )
   scores = _scores(written)
   summary = {"responses": len(scores), "reward/mean": float(np.nanmean(scores))}
   if config.reward.constraints:
     summary["reward/violations"] = 1 - float(np.mean([row["satisfied"] for row in written]))
   reporting.write_summary(run.workdir, summary)
-  return rows
+  return written
 
 
 def kept_examples(grown: Grown, weights: np.ndarray) -> tuple[data.Dataset, np.ndarray]:

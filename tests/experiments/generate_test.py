@@ -1,5 +1,6 @@
 """Samples to held-out prompts, and flags that are refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -48,6 +49,43 @@ def test_all_prompts_of_a_file_are_answered_or_as_many_as_are_asked_for(
   )
   rows = generate.generate(loop.Session(str(tmp_path / "run")), config)
   assert [row["prompt"] for row in rows] == prompts[:count]
+
+
+def test_what_was_answered_before_a_kill_is_not_sampled_again(tmp_path, sft_run, monkeypatch):
+  config = generate.Config(
+    str(sft_run),
+    limit=20,
+    batch_size=8,
+    data=DataConfig(rows=64, eval_rows=32),
+    sampling=SamplingConfig(max_new_tokens=4, samples_per_prompt=2),
+  )
+  whole = generate.generate(loop.Session(str(tmp_path / "whole")), config)
+  make, calls = models.make_sampler, []
+
+  def make_sampler(*args):
+    sample = make(*args)
+
+    def killed_in_the_third(*inputs):
+      calls.append(inputs)
+      if len(calls) == 3:
+        raise KeyboardInterrupt
+      return sample(*inputs)
+
+    return killed_in_the_third
+
+  monkeypatch.setattr(models, "make_sampler", make_sampler)
+  session = loop.Session(str(tmp_path / "run"))
+  with pytest.raises(KeyboardInterrupt):
+    generate.generate(session, config)
+  [part] = (tmp_path / "run" / "samples").iterdir()
+  lines = part.read_text().splitlines(keepends=True)
+  assert len(lines) == 32
+  part.write_text("".join(lines[:27]) + lines[27][:20])  # It was written when the power went.
+  other = dataclasses.replace(config, sampling=SamplingConfig(max_new_tokens=3), limit=4)
+  assert len(generate.generate(session, other)) == 4 and len(calls) == 4
+  assert generate.generate(session, config) == whole
+  assert len(calls) == 6  # Of the second batch, of which a part was lost, and of the third.
+  assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["step_00000000.jsonl"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "nf4"])

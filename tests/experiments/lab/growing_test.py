@@ -1,9 +1,11 @@
 """Prompts of Grow steps, and grown responses as demonstrations."""
 
 import numpy as np
+import pytest
 
 from experiments.lab import growing, improving
-from rlhf_jax import data, loop
+from rlhf_jax import data, flags, loop
+from rlhf_jax.data import kinds
 
 
 def test_each_step_takes_other_prompts_while_there_are_any():
@@ -14,6 +16,9 @@ def test_each_step_takes_other_prompts_while_there_are_any():
   ]
   assert taken == [["0", "1"], ["2", "3"], ["4", "0"]]
   assert len(growing.take_prompts(prompts, 1, 9).examples) == 5
+  weighted = prompts._replace(mixture=(kinds.Share("a", 2, 0.7), kinds.Share("b", 3, 0.3)))
+  with pytest.raises(flags.UsageError, match="--data.path gives weights to files"):
+    growing.take_prompts(weighted, 0, 2)
 
 
 def test_kept_responses_become_demonstrations_with_their_weights():

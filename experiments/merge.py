@@ -130,7 +130,7 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
       summary |= {f"weight_on_base/{i}": float(weight) for i, weight in enumerate(weights)}
       merged = merge.interpolate(base, tuned, averaging.weight_by_path(weights, layers))
     label = hf.scalar_label(folders[0]) or "reward"
-    models.export(run.workdir / models.EXPORT, merged, model, tokenizer, label)
+    models.export(run.workdir / models.EXPORT, merged, model, tokenizer, label, sources=folders)
     if summary:
       reporting.show_summary("Weights, and loss on answers of the tuned model", {"merged": summary})
     if processes.is_first():

@@ -78,7 +78,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     settings, trainer = config.nash_md, make_trainer(bench)
     fixed = None
     if config.opponent:
-      fixed = models.open_policy(bench.run, config.opponent, config.model, bench.tokenizer)
+      given = bench.run, config.opponent, config.model, bench.tokenizer, bench.start
+      fixed = models.open_policy(*given, "opponent")
     prefer_of = bench.open_preference()
     match = Match(bench, prefer_of(bench.train_set), settings, count=1)
     bench.describe("Nash-MD", trainer)

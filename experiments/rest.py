@@ -67,7 +67,7 @@ class Config(judges.JudgedConfig):
   lora: LoRAConfig = LoRAConfig()
 
   def __post_init__(self):
-    improving.refuse_evaluations(self)
+    improving.check(self)
     super().__post_init__()
     least = selection.RULES[self.rest.keep].least_samples
     responses.check(self, group=max(least, 1 + self.preference.is_given))

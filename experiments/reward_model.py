@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax import data, defaults, entry, flags, loop
 from rlhf_jax.algorithms import given, reward_model
@@ -84,7 +85,11 @@ def train(session: loop.Session, config: Config) -> dict[str, Any]:
       evaluate=evaluate,
     )
     measure = functools.partial(measure, trainer.params(state))
-    part = train_set._replace(examples=train_set.examples[: config.data.eval_rows])
+    count = min(config.data.eval_rows, len(train_set.examples))
+    only = np.arange(count)
+    if data.is_given(config.data):  # Rows of files may be sorted.
+      only = data.first_rows(train_set, 1, count, seed=session.seed)
+    part = train_set._replace(examples=[train_set.examples[i] for i in only.tolist()])
     scores, _ = bench.over(part, measure)
     seen = reward_model.pair_metrics(*evaluating.compared(part, scores))
     centre = evaluating.mean_score(part, scores)

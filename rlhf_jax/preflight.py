@@ -240,7 +240,6 @@ class Preflight:
     *args: Any,
     work: Work = Work(),
     held: Any = (),
-    **kwargs: Any,
   ) -> Any:
     """Compiles a program; returns the shapes of its results, to be arguments of the next one.
 
@@ -250,21 +249,20 @@ class Preflight:
       *args: `jax.ShapeDtypeStruct` with shardings, in place of arrays.
       work: Minimum work of the program.
       held: Arrays that are in memory while it runs, whether or not they are arguments.
-      **kwargs: Keyword arguments, likewise shapes in place of arrays.
 
     Raises:
       TooLargeError: If the program does not fit.
     """
     if not hasattr(function, "lower"):
-      return function(*args, **kwargs)
-    lowered = function.lower(*args, **kwargs)
+      return function(*args)
+    lowered = function.lower(*args)
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     if text not in self._known:
       self._known[text] = _compile(lowered)
     compiled = self._known[text]
     if compiled.refused:
       raise TooLargeError(name, compiled.refused)
-    inputs = jax.tree.leaves((args, kwargs, getattr(function, "frozen", None)))
+    inputs = jax.tree.leaves((args, getattr(function, "frozen", None)))
     input_ids = {id(leaf) for leaf in inputs}
     beside = bytes_per_device([x for x in jax.tree.leaves(held) if id(x) not in input_ids])
     memory = compiled.memory

@@ -93,7 +93,8 @@ def rates(
   for devices without an entry.
 
   Args:
-    metrics: Metrics of the step, with `tokens` and `model_flops` where they are known.
+    metrics: Metrics of the step, with `tokens`, `tokens/drawn` (of responses that were left out
+      too) and `model_flops` where they are known.
     seconds: Duration of the step.
     mesh: Devices that train.
   """
@@ -106,7 +107,8 @@ def rates(
   if tokens is not None:
     found["tokens_per_second"] = tokens / max(seconds, 1e-9)
     if apart:
-      found["tokens_per_second/rollout"] = tokens / max(metrics["time/generate"], 1e-9)
+      drawn = metrics.get("tokens/drawn", tokens)
+      found["tokens_per_second/rollout"] = drawn / max(metrics["time/generate"], 1e-9)
       found["tokens_per_second/update"] = tokens / update
   if "model_flops" in metrics:
     speed = metrics["model_flops"] / max(update, 1e-9)

@@ -9,6 +9,7 @@ With several processes, the host code of each works on full arrays, the same on 
 the rows of a batch nor their order depend on the number of processes.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -211,8 +212,11 @@ def rows_copies(params: Any, mesh: Mesh, dtype: Any, rules: Rules = DECODER_RULE
   return copies(params)
 
 
+@functools.lru_cache(maxsize=16)
 def make_reshard(mesh: Mesh, dtype: Any, onto: Mesh | None = None) -> Callable[[Any], Any]:
   """Builds `reshard(params)`: moves params from the training layout to the sampling layout.
+
+  The same arguments give the same function, which is compiled once.
 
   Args:
     mesh: Mesh that holds the params, placed by `DECODER_RULES`.

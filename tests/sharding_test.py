@@ -225,3 +225,10 @@ def test_copies_of_params_for_the_rows():
   gradient = grads["lm_head"]["kernel"]
   np.testing.assert_allclose(gradient, factors.sum(axis=0), rtol=1e-5, atol=1e-6)
   assert gradient.sharding.is_equivalent_to(params["lm_head"]["kernel"].sharding, 2)
+
+
+def test_one_layout_is_compiled_once():
+  mesh = sharding.make_mesh("data:2,fsdp:4")
+  reshard = sharding.make_reshard(mesh, jnp.bfloat16)
+  assert sharding.make_reshard(mesh, jnp.bfloat16) is reshard
+  assert sharding.make_reshard(mesh, jnp.float32) is not reshard

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rlhf_jax import defaults, ranges, writers
 from rlhf_jax.algorithms import epochs
-from rlhf_jax.models import actor_critic, shared_actor_critic, zero_scores
+from rlhf_jax.models import ModelConfig, actor_critic, shared_actor_critic, zero_scores
 from rlhf_jax.types import Params
 from . import judges, models, training
 from .workbench import Workbench
@@ -49,10 +49,12 @@ class Actor(NamedTuple):
     apply: `(params, tokens, *, segment_ids, last) -> (logits, values)`.
     params: `{"policy": ..., "value": ...}`, with their adapters; the trainer takes over all but
       those of the reference.
+    critic: Architecture of a critic with a model of its own; None if it shares that of the policy.
   """
 
   apply: Callable[..., Any]
   params: Params
+  critic: ModelConfig | None = None
 
 
 def first_explained(bench: Workbench) -> dict[str, float]:
@@ -90,7 +92,8 @@ def open_actor(bench: Workbench, *, normalized: bool = False) -> Actor:
   if normalized or not scored:
     value = value | models.create(run, zero_scores, {"score": value["score"]})
   value = models.add_adapters(run, config.lora, value)
-  return Actor(actor_critic(bench.model, critic), {"policy": policy, "value": value})
+  params = {"policy": policy, "value": value}
+  return Actor(actor_critic(bench.model, critic), params, critic.config)
 
 
 def make_trainer(
@@ -124,5 +127,5 @@ def make_trainer(
     given=(bench.initial, actor.params["value"]),
     updates=updates,
     packed_length=config.rollout.packed_length,
-    flops=bench.flops(updates, critic=not config.critic.share_trunk),
+    flops=bench.flops(updates, critic=actor.critic),
   )

@@ -47,8 +47,8 @@ class DenseOptions:
     """Opens the policy of DPO and returns `(prompts) -> reward` with rewards of tokens."""
     if not self.path:
       return reward_of
-    params = models.open_policy(bench.run, self.path, bench.config.model, bench.tokenizer)
-    models.require_shapes_of(bench.start, params, f"--dense.path={self.path}")
+    given = bench.run, self.path, bench.config.model, bench.tokenizer, bench.start
+    params = models.open_policy(*given, "dense.path")
     dense = rewards.dense_reward(self._read(bench), params, bench.start, **self._sizes)
 
     def of_prompts(prompts: data.Dataset) -> rewards.RewardFn:

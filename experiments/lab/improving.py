@@ -12,20 +12,31 @@ import numpy as np
 from rlhf_jax import data, flags, loop, preflight, processes
 from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import rest
+from rlhf_jax.models import quantized
 from .. import records
 from . import evaluating, judges, models, training
 from .case import Case
 from .workbench import Workbench, settle_steps
 
 
-def refuse_evaluations(config: loop.RunConfig) -> None:
-  """Refuses evaluations within an Improve step; for `__post_init__` of the script's config."""
+def check(config: Any) -> None:
+  """Refuses what Improve steps cannot use; for `__post_init__` of the script's config."""
   for name in ("keep_best", "eval_every"):
     if value := getattr(config, name):
       raise ValueError(
         f"{name}={value} does not apply: each policy is evaluated at the end of its Improve step;"
         " leave it out"
       )
+  if config.lora.rank and config.model.frozen_dtype in quantized.FORMATS:
+    raise ValueError(
+      f"model.frozen_dtype={config.model.frozen_dtype} does not go with lora.rank here: each"
+      " Improve step starts from the last one, whose adapters would be rounded away; take bfloat16"
+    )
+  if config.reward.ensemble == "worst_group":
+    raise ValueError(
+      "reward.ensemble=worst_group chooses a group for each batch of a Grow step, and ReST compares"
+      " the scores of all; take another one"
+    )
 
 
 def stage(

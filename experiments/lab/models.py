@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -295,6 +295,9 @@ def open_model(
     tokenizer: Tokenizer of the model.
     head: Head of the model.
     frozen: True for a model that is not trained, whose dtype is `options.frozen_dtype`.
+
+  Raises:
+    UsageError: The codes of `options.frozen_dtype` would round away what the model has learnt.
   """
   if folder is None and options.preset:
     config = presets.PRESETS[options.preset]
@@ -323,6 +326,12 @@ def open_model(
   if folder is None or sharding.is_absent(run.mesh):
     return model, create(run, lambda key: round_matrices(model.init(key), dtype), key)
   read = "bfloat16" if dtype in quantized.FORMATS else dtype
+  if dtype in quantized.FORMATS and hf.trained_over(folder) == dtype:
+    # Its weights lie next to those of the codes, which are thus encoded as they were.
+    raise flags.UsageError(
+      f"--model.frozen_dtype={dtype} would round away what {folder} has learnt: adapters over such"
+      " codes, merged into them; give another one, such as bfloat16"
+    )
   init = lambda key: round_matrices(model.init(key), read)  # noqa: E731
   shapes = jax.eval_shape(init, key)
   shardings = sharding.named_shardings(shapes, run.mesh, sharding.DECODER_RULES)
@@ -344,21 +353,34 @@ def open_model(
 
 
 def open_policy(
-  run: loop.Run, path: str, options: ModelOptions, tokenizer: data.Tokenizer
+  run: loop.Run,
+  path: str,
+  options: ModelOptions,
+  tokenizer: data.Tokenizer,
+  like: Params,
+  flag: str,
 ) -> Params:
-  """Opens the params of another policy of the same architecture and with the same tokenizer."""
+  """Opens the params of another policy of the same architecture and with the same tokenizer.
+
+  Args:
+    run: Opened run.
+    path: Path of the policy.
+    options: Model.
+    tokenizer: Tokenizer of the policy of the run.
+    like: Params of the policy of the run, or their shapes.
+    flag: Name of the flag that gives the path.
+  """
   folder = model_folder(path)
   if folder is None or hf.parse_config(folder)[1] != "language":
     raise hf.ModelFolderError(f"{path}: not a language model")
   require_tokens_of(folder, tokenizer)
-  return open_model(run, options, folder, tokenizer, frozen=True)[1]
-
-
-def require_shapes_of(start: Params, params: Params, given: str) -> None:
-  """Refuses params of another architecture than `start`; `given` is the flag that names them."""
-  shapes = [jax.tree.map(lambda x: x.shape, of) for of in (start, params)]
+  params = open_model(run, options, folder, tokenizer, frozen=True)[1]
+  shapes = [jax.tree.map(lambda x: x.shape, of) for of in (like, params)]
   if shapes[0] != shapes[1]:
-    raise flags.UsageError(f"{given} has another architecture than the policy of --init_from")
+    raise flags.UsageError(
+      f"--{flag}={path} has another architecture than the policy of --init_from"
+    )
+  return params
 
 
 def require_tokens_of(folder: pathlib.Path, tokenizer: data.Tokenizer) -> None:
@@ -590,6 +612,7 @@ def export(
   label: str = "reward",
   dtype: str = "float32",
   base: pathlib.Path | None = None,
+  sources: Sequence[pathlib.Path | None] = (),
 ) -> pathlib.Path:
   """Writes a folder that `--init_from` and transformers can read, with adapters merged.
 
@@ -601,6 +624,7 @@ def export(
     label: Name of the scalar of a judge.
     dtype: Dtype of the weights in the folder.
     base: Folder of the model below adapters, to write these beside the folder as well.
+    sources: Folders of the models that the params come from.
   """
   first, *others = tokenizer.stop_ids
   token_ids: dict[str, int | list[int]] = {
@@ -618,7 +642,14 @@ def export(
     peft.write(adapter, params, FAMILIES[model.config.family], str(base.resolve()))
     if processes.is_first():
       tokenizer.save(adapter)
+  over = [quantized.format_of(params), *(hf.trained_over(source) for source in sources if source)]
   hf.save_folder(
-    folder, lora.merge(params), model.config, token_ids=token_ids, label=label, dtype=dtype
+    folder,
+    lora.merge(params),
+    model.config,
+    token_ids=token_ids,
+    label=label,
+    dtype=dtype,
+    trained_over=next(filter(None, over), ""),
   )
   return folder

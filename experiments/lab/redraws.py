@@ -58,7 +58,7 @@ class Filled:
     self._samples, self._penalty, self._constrained = samples, penalty, constrained
     rows = np.arange(first.prompt_ids.size)
     _make_take(_layout(first))(first.rollout, first.rollout, rows)  # Compiled in the first step.
-    self.draw, self.draws = first, 1
+    self.draw, self.draws, self._tokens = first, 1, _tokens(first)
     self.lacking, values = self._look(first)
     self._without, self._values = [self.lacking.copy()], [values]
 
@@ -66,6 +66,7 @@ class Filled:
     """Puts the groups of a draw that have a signal in place of those that lack one, in order."""
     without, values = self._look(more)
     self.draws += 1
+    self._tokens += _tokens(more)
     self._without.append(without)
     self._values.append(values)
     places, groups = np.flatnonzero(self.lacking), np.flatnonzero(~without)
@@ -81,10 +82,11 @@ class Filled:
     self.draw = Draw(rollout, *jax.tree.map(lambda a, b: _take(a, b, rows), *small))
 
   def metrics(self) -> dict[str, float]:
-    """Number of draws; share of groups without signal and mean reward in all that was drawn."""
+    """Numbers of draws and tokens; groups without signal and mean reward in all that was drawn."""
     values = np.concatenate(self._values)
     return {
       "groups/draws": float(self.draws),
+      "tokens/drawn": self._tokens,
       "groups/zero_std/drawn": float(np.mean(np.concatenate(self._without))),
       "reward/drawn": float(np.mean(values)) if values.size else np.nan,
     }
@@ -101,6 +103,10 @@ class Filled:
     groups = jnp.asarray(compared).reshape(shape), jnp.asarray(usable).reshape(shape)
     equal = advantages.equal_groups(groups[0], mask=groups[1])
     return np.array(equal), np.asarray(totals)[usable]
+
+
+def _tokens(draw: Draw) -> float:
+  return float(jnp.sum(draw.rollout.response_mask))
 
 
 def _layout(draw: Draw) -> Rollout:

@@ -99,11 +99,17 @@ def check(config: Any, *, parts: int = 1, group: int = 1, kept: int = 0) -> None
       "data.packed_length packs rows of data; rollout.packed_length packs sampled responses"
     )
   function = "shaping" in vars(config) and config.shaping.function
+  worst = "reward" in vars(config) and config.reward.ensemble == "worst_group"
   if "rollout" in vars(config):
     if config.rollout.redraws and sampling.samples_per_prompt < 2:
       raise ValueError(
         "rollout.redraws compares the responses to a prompt; set sampling.samples_per_prompt to 2"
         " or more"
+      )
+    if config.rollout.redraws and worst:
+      raise ValueError(
+        "rollout.redraws joins the responses of several draws, each with a worst group of its own;"
+        " leave it out with reward.ensemble=worst_group"
       )
     if config.rollout.redraws and config.shaping.clip:
       raise ValueError(
@@ -113,7 +119,7 @@ def check(config: Any, *, parts: int = 1, group: int = 1, kept: int = 0) -> None
       raise ValueError(f"rollout.devices does not go with shaping.function={function}")
   if function and "preference" in vars(config) and config.preference.is_given:
     raise ValueError("shaping.function must be empty: a preference gives no scores to compare")
-  if function and "reward" in vars(config) and config.reward.ensemble == "worst_group":
+  if function and worst:
     raise ValueError(
       f"shaping.function={function} does not go with reward.ensemble=worst_group:"
       " the worst group of the reference may be another one than that of the policy"
@@ -144,8 +150,21 @@ def require_devices(options: RolloutOptions) -> None:
     )
 
 
-def require_scores(shaping: shaped.ShapingConfig, reward: rewards.Parts) -> None:
-  """Refuses to shape the scores of a reward that gives none, but rewards of segments."""
+def require_scores(
+  shaping: shaped.ShapingConfig, reward: rewards.Parts, constrained: bool = False
+) -> None:
+  """Refuses rewards of segments where a method or the shaping of scores has no use for them.
+
+  Args:
+    shaping: Shaping of the scores.
+    reward: Reward of responses.
+    constrained: True for a method to which a violation is worth 0, and no score less.
+  """
+  if constrained and reward.tokens is not None:
+    raise flags.UsageError(
+      "this method takes scores of whole responses, calibrated to be positive, and the reward gives"
+      " some to segments of them; leave that reward out"
+    )
   given = [name for name in ("function", "normalize", "clip") if getattr(shaping, name)]
   if not given or reward.tokens is None or reward.named is not None:
     return
@@ -289,7 +308,7 @@ class Responder:
     metrics |= judges.mean_rewards(self._gold, rollout, ids)
     metrics |= {
       "tokens": jnp.sum(rollout.response_mask),
-      **bench.usage(rollout),
+      **bench.usage(present.rollout),
       "time/generate": generate + again,
       "time/reward": time.monotonic() - start - generate - again,
     }
@@ -301,7 +320,7 @@ class Responder:
     """Scores responses, and with `shaping.function` those of the reference to the prompts."""
     bench = self._bench
     ids, reward = self._score(*sampled, self._watches[0])
-    require_scores(self._shaping, reward)
+    require_scores(self._shaping, reward, self._constrained)
     ref_scores = None
     if self._shaping.function:
       answers = self.sample_reference(bench.reshard()(bench.start), *prompts, key)

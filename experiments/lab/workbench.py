@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import pathlib
 import types
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from rlhf_jax import (
+  checkpoint,
   data,
   defaults,
   flags,
@@ -24,8 +26,9 @@ from rlhf_jax import (
   rewards,
   sharding,
 )
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.algorithms import epochs
-from rlhf_jax.models import Model
+from rlhf_jax.models import Model, ModelConfig
 from rlhf_jax.models.families import Head
 from rlhf_jax.train_step import reported
 from rlhf_jax.types import Metrics, Params, Rollout
@@ -114,14 +117,14 @@ class Workbench(NamedTuple):
     self,
     updates: epochs.UpdateConfig | None = None,
     *,
-    critic: bool = False,
+    critic: ModelConfig | None = None,
     teacher: Model | None = None,
   ) -> Callable[..., float] | None:
     """Returns `(batch, *, packed) -> operations of a step`, `costs.training_flops`; None if absent.
 
     Args:
       updates: Division of a batch of sampled responses.
-      critic: True if there is a critic with a model of its own.
+      critic: Architecture of a critic with a model of its own.
       teacher: Model that is not trained and reads the same rows in the step.
     """
     if sharding.is_absent(self.run.mesh):
@@ -135,7 +138,7 @@ class Workbench(NamedTuple):
       scored=scored,
       updates=updates,
       frozen=self.config.lora.rank > 0,
-      critic=self.model.config if critic else None,
+      critic=critic,
       teacher=None if teacher is None else teacher.config,
     )
 
@@ -236,7 +239,8 @@ class Workbench(NamedTuple):
     """Computes `ref_logprobs(start, rows)` for the training and the held-out set.
 
     Training rows that `config.steps` batches do not reach are NaN. Those of the held-out set are
-    followed by those of named sets.
+    followed by those of named sets. A run that goes on from a checkpoint reads those of its
+    training rows from `workdir/reference.npy`.
     """
     config, measure = self.config, functools.partial(ref_logprobs, self.start)
     train = heldout = None
@@ -245,9 +249,21 @@ class Workbench(NamedTuple):
       only = data.first_rows(
         self.train_set, config.batch_size, config.steps, seed=seed, packed_length=packed
       )
-      refs = self.over(self.train_set, measure, show="reference", only=only)
-      train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
-      train[only] = refs
+      path = self.run.workdir / "reference.npy"
+      with checkpoint.Checkpointer(self.run.workdir / "checkpoints") as saver:
+        begun = processes.agree(lambda: saver.latest_step() is not None and path.exists())
+      if begun:
+        train = np.load(path)
+        only = only[np.isnan(train[only]).reshape(len(only), -1).any(axis=1)]
+      if len(only):
+        refs = self.over(self.train_set, measure, show="reference", only=only)
+        if train is None:
+          train = np.full([rows, *refs.shape[1:]], np.nan, np.float32)
+        train[only] = refs
+        if processes.is_first():
+          content = io.BytesIO()
+          np.save(content, train)
+          workdir_lib.atomic_write(path, content.getvalue())
     if self.heldout.examples:
       sets = (self.heldout, *self.heldout.named.values())
       refs = [self.over(of, measure, show="reference, held out") for of in sets]
@@ -387,7 +403,8 @@ class Workbench(NamedTuple):
   def export(self, params: Params, label: str = "reward") -> None:
     """Writes `workdir/export`; `label` is the name of the scalar of a judge."""
     dtype, folder = self.config.export_dtype, self.run.workdir / models.EXPORT
-    models.export(folder, params, self.model, self.tokenizer, label, dtype, self.folder)
+    given = self.model, self.tokenizer, label, dtype, self.folder, [self.folder]
+    models.export(folder, params, *given)
 
   def start_of(self, workdir: str) -> list[str]:
     """Flags of a script that starts from the same model as this one, and from its own data."""
@@ -446,6 +463,12 @@ def open(
     # --data.rows counts those of --data.path, not of another file.
     source = given_rows.of_file(config.data, path, 0 if path else config.data.rows)
     further[name], _ = given_rows.read(session, other, source, tokenizer)
+    size = config.batch_size * config.sampling.samples_per_prompt  # One for each response.
+    if (rows := len(further[name].examples)) < size:
+      raise flags.UsageError(
+        f"{path}: {rows} rows, and each step takes {size} of them, --batch_size *"
+        " --sampling.samples_per_prompt; lower one of the two, or give more rows"
+      )
   held = (heldout, *heldout.named.values())
   for of in held:
     judges.check_rows(checks, of)

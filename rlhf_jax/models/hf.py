@@ -71,6 +71,9 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 # Tensors that hold no weights: rotary frequencies, and the causal mask of old GPT-2 folders.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+# Field of config.json with the name of the codes in `quantized.FORMATS` that adapters, which are
+# merged into the weights, were trained over.
+_TRAINED_OVER = "trained_over"
 _KINDS = {"sliding_attention": True, "full_attention": False}
 # Fields that do not affect the forward pass.
 _IGNORED = frozenset(
@@ -97,6 +100,7 @@ _IGNORED = frozenset(
     "rope_scaling",
     "rope_theta",
     "torch_dtype",
+    _TRAINED_OVER,
     "transformers.js_config",
     "transformers_version",
     "unk_token_id",
@@ -557,9 +561,17 @@ def load_params(
 
 def scalar_label(folder: str | pathlib.Path) -> str:
   """Label of a folder's scalar head, such as "reward" or "preference"; "" if it has none."""
+  return str((_config_of(folder).get("id2label") or {}).get("0", ""))
+
+
+def trained_over(folder: str | pathlib.Path) -> str:
+  """Name of the codes that a folder's weights lie next to; see `save_folder`."""
+  return str(_config_of(folder).get(_TRAINED_OVER) or "")
+
+
+def _config_of(folder: str | pathlib.Path) -> dict[str, Any]:
   path = peft.base_of(pathlib.Path(folder)) / "config.json"
-  raw = json.loads(path.read_text(encoding="utf-8"))
-  return str((raw.get("id2label") or {}).get("0", ""))
+  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def config_json(
@@ -660,6 +672,7 @@ def save_folder(
   token_ids: Mapping[str, int | list[int]],
   label: str = "reward",
   dtype: str = "float32",
+  trained_over: str = "",
   shard_bytes: int = 5 * 2**30,
 ) -> None:
   """Writes config.json, generation_config.json and safetensors, sharded above `shard_bytes`.
@@ -675,6 +688,8 @@ def save_folder(
       data), `pad_token_id` of the tokenizer.
     label: Label of a scalar head.
     dtype: Dtype of the weights in the folder.
+    trained_over: Name of the codes that adapters, merged into the params, were trained over; empty
+      for none.
     shard_bytes: Maximum size of one file.
 
   Raises:
@@ -683,6 +698,7 @@ def save_folder(
   folder = pathlib.Path(folder)
   head: Head = "scalar" if "score" in params else "language"
   described = config_json(config, head, token_ids, label) | {"torch_dtype": dtype}
+  described |= {_TRAINED_OVER: trained_over} if trained_over else {}
   given = params, _tensors(FAMILIES[config.family], params), jnp.dtype(dtype)
   named, sizes = _named_tensors(*given), _sizes(*given)
   if not processes.is_first():

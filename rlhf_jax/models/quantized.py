@@ -101,6 +101,16 @@ def encode(params: Params, name: str, *, inside: bool = False) -> Params:
   return encoded
 
 
+def format_of(params: Params) -> str:
+  """Returns the name of the format of the codes in params; empty without codes."""
+  for value in params.values():
+    if isinstance(value, dict) and (found := format_of(value)):
+      return found
+  if SCALE not in params:
+    return ""
+  return next(name for name, form in FORMATS.items() if form.dtype == params["kernel"].dtype)
+
+
 def decode(params: Params, dtype: jnp.dtype = jnp.dtype(jnp.float32)) -> Params:
   """Reverses `encode`, up to its rounding; a no-op for params without codes."""
   decoded = {

@@ -1,12 +1,14 @@
 """Training on rankings."""
 
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from experiments import reward_model
-from experiments.lab import models
+from experiments.lab import evaluating, models
 from rlhf_jax import flags, loop, simulation
 from rlhf_jax.algorithms.reward_model import RewardModelConfig
 from rlhf_jax.data import DataConfig
@@ -57,6 +59,31 @@ def test_learns_from_rankings(tmp_path):
   accuracies = [of["accuracy"] for of in written["groups"].values()]
   assert written["groups"].keys() == {"a", "b"}
   assert written["accuracy/worst_group"] == pytest.approx(min(accuracies))
+
+
+@pytest.mark.parametrize("weights", [("", ""), (":0.5", ":0.5")])
+def test_scores_are_centred_over_rows_of_every_file(tmp_path, monkeypatch, weights):
+  whole = pathlib.Path(write_rankings(tmp_path, 80)).read_text().splitlines(keepends=True)
+  paths = []
+  for name, rows, weight in zip("ab", (whole[:70], whole[70:]), weights, strict=True):
+    file = tmp_path / f"{name}.jsonl"
+    file.write_text("".join(rows))
+    paths.append(f"{file}{weight}")
+  seen, mean = [], evaluating.mean_score
+
+  def mean_score(part, scores):
+    seen.extend(part.examples)
+    return mean(part, scores)
+
+  monkeypatch.setattr(evaluating, "mean_score", mean_score)
+  config = config_of(",".join(paths))
+  given = dataclasses.replace(config.data, eval_rows=40, eval_fraction=0.0, group="")
+  config = dataclasses.replace(config, steps=1, eval_every=0, data=given)
+  reward_model.train(loop.Session(str(tmp_path / "run")), config)
+  tokenizer = models.open_tokenizer(None)
+  last = {tokenizer.token_id(name) for name in NAMES[70:80]}
+  share = np.mean([bool(last & {*example["prompt"].tolist()}) for example in seen])
+  assert (0.03 < share < 0.3) if not weights[0] else share > 0.2
 
 
 @pytest.mark.parametrize("setting", ["margin", "label_smoothing"])

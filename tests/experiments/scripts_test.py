@@ -420,6 +420,7 @@ def test_rewards_with_parts_and_pairs_on_a_mesh(
 
 
 START = "--init_from={sft}"
+MAXMIN = ("--reward.path=a,b", "--reward.ensemble=worst_group")
 BAD_FLAGS = [
   (("sft", "--steps=0"), 64, "--steps must be at least 1"),
   (("sft", "--optim.learning_rate=nan"), 64, "--optim.learning_rate=nan: must be a finite number"),
@@ -503,6 +504,17 @@ BAD_FLAGS = [
     "--gkd.mix is not read by divergence=forward_kl, only by jsd",
   ),
   (("rest", GOLD), 64, "--init_from"),
+  (
+    ("rest", GOLD, "--lora.rank=2", "--model.frozen_dtype=nf4"),
+    64,
+    "--model.frozen_dtype=nf4 does",
+  ),
+  (("rest", *MAXMIN), 64, "--reward.ensemble=worst_group chooses a group for each batch"),
+  (
+    ("grpo", *MAXMIN, "--rollout.redraws=1"),
+    64,
+    "--rollout.redraws joins the responses of several",
+  ),
   (("rest", GOLD, "--rest.quantiles=0.9,0.99", "--prompts=16"), 64, "rest.quantiles"),
   (("rest", GOLD, "--rest.keep=all"), 64, "--rest.keep must be one of"),
   (("rest", GOLD, "--eval_every=10"), 64, "--eval_every=10 does not apply"),

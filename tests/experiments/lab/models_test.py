@@ -13,10 +13,12 @@ import pytest
 from experiments import records
 from experiments.lab import averaging, models
 from rlhf_jax import data, flags, generation
+from rlhf_jax import workdir as workdir_lib
 from rlhf_jax.losses.logprobs import over_tokens
-from rlhf_jax.models import hf
+from rlhf_jax.models import hf, lora, quantized
 from rlhf_jax.models.lora import LoRAConfig
 from rlhf_jax.models.transformer import COMPUTATION
+from rlhf_jax.train_step import join
 
 
 def test_folders_that_hold_no_model(tmp_path):
@@ -101,11 +103,48 @@ def test_adapters_have_a_tokenizer_of_their_own_or_that_of_their_base(tmp_path, 
     models.require_other_folder(str(tmp_path), adapter)
 
 
-def test_what_is_no_policy_and_what_is_no_judge(open_bench, sft_run, reward_run, preference_run):
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_what_was_learnt_over_codes_is_not_rounded_away(form, open_bench, sft_run, tmp_path):
+  frozen = f"--model.frozen_dtype={form}"
+  bench = open_bench("sft", "demonstrations", f"--init_from={sft_run}", frozen, "--lora.rank=2")
+  run, options, tokenizer = bench.run, bench.config.model, bench.tokenizer
+  given = bench.model, tokenizer
+  assert quantized.format_of(bench.start) == form
+  base, adapters = lora.split(bench.trained())
+  adapted = join(base, jax.tree.map(lambda x: x + 1e-4, adapters))
+  folders = [tmp_path / "run" / name for name in ("adapted", "tuned", "plain")]
+  models.export(folders[0], adapted, *given)
+  trained = models.open_model(run, models.ModelOptions(), folders[0], tokenizer)[1]
+  # Its codes are those of before: what the adapters add is less than half a step.
+  both = [quantized.encode(of, form) for of in (trained, quantized.decode(bench.start))]
+  codes = [[x for x in jax.tree.leaves(of) if jnp.issubdtype(x.dtype, jnp.integer)] for of in both]
+  assert len(codes[0]) == 7 and all(map(np.array_equal, *codes))
+  models.export(folders[1], trained, *given, sources=[folders[0]])
+  models.export(folders[2], trained, *given)
+  for folder in folders[:2]:
+    with pytest.raises(flags.UsageError, match=f"{frozen} would round away what {folder} has"):
+      models.open_model(run, options, folder, tokenizer, frozen=True)
+    other = dataclasses.replace(options, frozen_dtype="bfloat16")
+    models.open_model(run, other, folder, tokenizer, frozen=True)
+  models.open_model(run, options, folders[2], tokenizer, frozen=True)
+
+
+def test_what_is_no_policy_and_what_is_no_judge(
+  open_bench, sft_run, reward_run, preference_run, tmp_path
+):
   bench = open_bench("ppo", "prompts", f"--init_from={sft_run}", "--reward.name=gold")
   run, options, tokenizer = bench.run, bench.config.model, bench.tokenizer
+  given = options, tokenizer, bench.start, "opponent"
   with pytest.raises(hf.ModelFolderError, match="not a language model"):
-    models.open_policy(run, str(reward_run), options, tokenizer)
+    models.open_policy(run, str(reward_run), *given)
+  assert jax.tree.structure(models.open_policy(run, str(sft_run), *given))
+  deeper = dataclasses.replace(bench.model.config, layers=bench.model.config.layers + 1)
+  model = models.build_model(run, options, deeper, tokenizer)
+  folder = tmp_path / "deeper"
+  with workdir_lib.run_lock(tmp_path):
+    models.export(folder, model.init(jax.random.key(0)), model, tokenizer)
+  with pytest.raises(flags.UsageError, match=f"--opponent={folder} has another architecture"):
+    models.open_policy(run, str(folder), *given)
   with pytest.raises(hf.ModelFolderError, match="not a reward model"):
     models.open_scorer(run, str(sft_run), options, tokenizer)
   with pytest.raises(hf.ModelFolderError, match="a preference model, which scores no"):

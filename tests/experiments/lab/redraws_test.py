@@ -58,6 +58,7 @@ def test_groups_without_signal_give_their_place_to_later_ones():
   metrics = batch.metrics()
   values = np.array(DRAWS).reshape(-1)
   assert metrics["groups/draws"] == 3
+  assert metrics["tokens/drawn"] == sum(d.rollout.response_mask.sum() for d in [first, *later])
   assert metrics["groups/zero_std/drawn"] == pytest.approx((4 + 3 + 2) / 15)
   assert metrics["reward/drawn"] == pytest.approx(np.nanmean(values))
 

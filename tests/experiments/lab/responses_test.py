@@ -358,6 +358,13 @@ def test_shaping_is_of_scores(given):
     responses.require_scores(shaping, segments)
 
 
+def test_a_violation_is_worth_no_more_than_any_score():
+  scores, tokens = np.ones(2), np.ones((2, 3))
+  responses.require_scores(ShapingConfig(), rewards.Parts(scores), constrained=True)
+  with pytest.raises(flags.UsageError, match="takes scores of whole responses"):
+    responses.require_scores(ShapingConfig(), rewards.Parts(scores, tokens), constrained=True)
+
+
 def test_sampling_must_leave_a_device_to_learn_with():
   responses.require_devices(RolloutOptions(devices=7, importance_cap=2.0))
   with pytest.raises(flags.UsageError, match="--rollout.devices=8 leaves none of the 8 devices"):

@@ -1,5 +1,6 @@
 """The table of a script: its data sets, references and identity."""
 
+import dataclasses
 import json
 import types
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.lab import evaluating, workbench
-from rlhf_jax import data, simulation, workdir
+from rlhf_jax import checkpoint, data, simulation, workdir
 from rlhf_jax.flags import UsageError
 
 
@@ -88,6 +89,31 @@ def test_references_of_all_rows_in_their_order(open_bench):
     np.testing.assert_array_equal(column, expected)
   empty = bench._replace(heldout=bench.heldout._replace(examples=[], rows=[]))
   assert empty.references(first_token)[1] is None
+
+
+def test_a_run_that_goes_on_reads_the_references_that_it_has(open_bench):
+  flags = ("--data.rows=48", "--batch_size=6", "--steps=2", "--nodata.share_prompts")
+  bench = open_bench("dpo", "preferences", *flags)
+  bench = bench._replace(heldout=bench.heldout._replace(examples=[], rows=[]))
+  read = []
+
+  def lengths(params, batch):
+    read.extend(batch.tokens.tolist())
+    return batch.mask.sum(axis=-1)
+
+  expected = [bench.references(lengths)[0] for _ in range(2)]
+  assert len(read) == 24  # Without a checkpoint nothing has been trained with them.
+  with checkpoint.Checkpointer(bench.run.workdir / "checkpoints") as saver:
+    saver.save(2, {"state": {"x": np.zeros(1, np.float32)}}, {})
+  expected.append(bench.references(lengths)[0])
+  assert len(read) == 24
+  for other in expected[1:]:
+    np.testing.assert_array_equal(expected[0], other)
+  longer = bench._replace(config=dataclasses.replace(bench.config, steps=4))
+  more, _ = longer.references(lengths)
+  assert len(read) == 36 and np.isfinite(more).all(axis=1).sum() == 24
+  known = np.isfinite(expected[0])
+  np.testing.assert_array_equal(more[known], expected[0][known])
 
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 8])

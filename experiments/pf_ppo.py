@@ -15,6 +15,8 @@ The same command, run again, resumes a run that was stopped.
 import dataclasses
 import functools
 
+import jax
+
 from rlhf_jax import defaults, entry, loop
 from rlhf_jax.algorithms import pf_ppo, ppo, reading
 from rlhf_jax.algorithms.pf_ppo import PFPPOConfig
@@ -72,7 +74,9 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     def iteration(state: IterationState, prompts, key):
       params = trainer.params(state.train)
       scored, following, metrics = respond(params["policy"], state, prompts, key)
-      batch, moments, of_batch = experience(params, bench.start, state.carry, scored)
+      pick_key = jax.random.fold_in(jax.random.fold_in(key, 4), state.train.step)
+      inputs = params, bench.start, state.carry, scored, pick_key
+      batch, moments, of_batch = experience(*inputs)
       train, of_update = trainer.step(state.train, batch, key)
       return IterationState(train, moments, following), metrics | of_batch | of_update
 
@@ -99,19 +103,20 @@ def make_trainer(bench: workbench.Workbench, actor: critics.Actor) -> training.T
 
 
 def make_experience(bench: workbench.Workbench, actor: critics.Actor) -> responses.Experience:
-  """Jitted `(params, ref_params, moments, responses) -> (PPOBatch, moments, metrics)`."""
+  """Jitted `(params, ref_params, moments, responses, key) -> (PPOBatch, moments, metrics)`."""
   config, temperature = bench.config, bench.config.sampling.temperature
   return responses.make_experience(
     config,
     reading.make_actor_critic_read(actor.apply, temperature),
     reading.make_read(bench.model.apply, temperature),
-    lambda ready: pf_ppo.make_batch(
+    lambda ready, key: pf_ppo.make_batch(
       ready.rollout,
       ready.scores,
       ready.policy.values,
       ready.ref_logprobs,
       config.pf_ppo,
       samples_per_prompt=config.sampling.samples_per_prompt,
+      key=key,
       token_rewards=ready.token_rewards,
       weights=ready.weights,
     ),
@@ -124,7 +129,7 @@ def programs(case: Case) -> None:
   actor = critics.open_actor(case.bench)
   trainer, experience = make_trainer(case.bench, actor), make_experience(case.bench, actor)
   critic = not case.config.critic.share_trunk
-  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic)
+  case.policy_gradient(trainer, experience, RunningMoments.zero(), critic=critic, keyed=True)
 
 
 if __name__ == "__main__":

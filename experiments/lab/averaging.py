@@ -130,8 +130,8 @@ def learn_blocks(
     raise flags.UsageError(
       f"{few}: fewer than the {parts} devices of data and fsdp; give {parts} or more"
     )
-  sample = models.make_sampler(model, tokenizer, sampling)
-  read, layers = reading.make_read(model.apply, sampling.temperature or 1.0), model.config.layers
+  sample = models.with_distinct_ids(models.make_sampler(model, tokenizer, sampling), run.mesh)
+  read, layers = reading.make_read(model.apply, sampling.temperature), model.config.layers
 
   def weights_of(logits: jax.Array) -> jax.Array:
     return merge.block_weights(logits, weight_on_base, options.eps)

@@ -207,6 +207,7 @@ class Case(NamedTuple):
     *,
     critic: bool = False,
     ptx: bool = False,
+    keyed: bool = False,
     dense: rewards.DenseScorer | None = None,
   ) -> None:
     """Checks an iteration: rollout, reward, experience, update.
@@ -217,6 +218,7 @@ class Case(NamedTuple):
       carry: State of the experience.
       critic: True if there is a critic with a model of its own.
       ptx: True if the update also takes a demonstration per response.
+      keyed: True if the experience also takes a random key.
       dense: Scorer of tokens by a policy of the same architecture; None without one.
     """
     bench, config = self.bench, self.config
@@ -240,6 +242,8 @@ class Case(NamedTuple):
       token_rewards = self.check("dense", dense, *args, work=work, held=held)
     scored = responses.Responses(rollout, scores, self.bools(rollout), ref_scores, token_rewards)
     inputs = [params, bench.start, self.carried(carry), scored]
+    if keyed:
+      inputs.append(self.key)
     forward = self.forward(bench.model, rows, length, scored=config.sampling.max_new_tokens + 1)
     values = self.forward(bench.model, rows, length) if critic else 0.0
     work = preflight.Work(2 * forward + values)

@@ -25,8 +25,9 @@ def make_sampler(bench: Workbench) -> Callable[..., Rollout]:
 
   The engine is called as `engine(params, tokens [B, P], mask [B, P], prompt_ids [B], key, sampling,
   stop_ids)`: params as jax arrays in the layout of the sampler, left-padded prompts as numpy
-  arrays, `config.sampling`, and the ids that end a response. It returns the arrays tokens, mask and
-  logprobs, [B * samples_per_prompt, R] each, with the responses to a prompt in adjacent rows.
+  arrays, ids of which no two in a batch are equal, `config.sampling`, and the ids that end a
+  response. It returns the arrays tokens, mask and logprobs, [B * samples_per_prompt, R] each, with
+  the responses to a prompt in adjacent rows.
   """
   config, tokenizer = bench.config, bench.tokenizer
   name, sampling = config.rollout.engine, config.sampling
@@ -54,7 +55,7 @@ def make_sampler(bench: Workbench) -> Callable[..., Rollout]:
     }
     return Rollout(**sharding.place_batch(rollout, bench.run.mesh))
 
-  return sample
+  return models.with_distinct_ids(sample, bench.run.mesh)
 
 
 def check(

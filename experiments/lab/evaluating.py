@@ -195,7 +195,7 @@ def heldout_sampler(
   stops = models.stops(tokenizer, config)
   generate = models.make_sampler(model, tokenizer, config)
   reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  kl_fn = sequence_kl(model, config.temperature or 1.0)
+  kl_fn = sequence_kl(model, config.temperature)
   batch_size = heldout_batch_size(run, dataset, batch_size)
 
   def sample(params: Params, index: int = 0) -> Samples:

@@ -581,7 +581,6 @@ def require_one_sample(sampling: generation.SamplingConfig, why: str) -> None:
     raise ValueError(f"sampling.samples_per_prompt must be 1: {why}")
 
 
-@functools.lru_cache(maxsize=16)
 def make_sampler(
   model: Model,
   tokenizer: data.Tokenizer,
@@ -593,6 +592,13 @@ def make_sampler(
 
   The same arguments give the same function, so training and evaluation compile it once.
   """
+  return _sampler(model, tokenizer, config, mixture)
+
+
+@functools.lru_cache(maxsize=16)
+def _sampler(
+  model: Model, tokenizer: data.Tokenizer, config: generation.SamplingConfig, mixture: bool
+) -> Callable[..., Rollout]:
   decoder = model.decode, model.init_cache
   stop_ids, stop_text = stops(tokenizer, config)
   return generation.make_generate(
@@ -602,6 +608,25 @@ def make_sampler(
     pad_id=tokenizer.pad_id,
     stop_text=stop_text,
   )
+
+
+def with_distinct_ids(
+  sample: Callable[..., Rollout], mesh: jax.sharding.Mesh
+) -> Callable[..., Rollout]:
+  """Builds a sampler that answers a prompt that is in a batch several times anew each time.
+
+  Args:
+    sample: `(params, tokens, mask, prompt_id, key) -> rollout` of prompts whose ids differ.
+    mesh: Mesh of the prompts.
+  """
+  if sharding.is_absent(mesh):
+    return sample  # It is compiled, not called.
+  distinct = jax.jit(generation.distinct_ids, out_shardings=sharding.batch_sharding(mesh))
+
+  def sample_anew(params: Any, tokens: Any, mask: Any, prompt_id: Any, key: jax.Array) -> Rollout:
+    return sample(params, tokens, mask, distinct(prompt_id), key)
+
+  return sample_anew
 
 
 def export(

@@ -420,21 +420,22 @@ def make_experience(
   *,
   weigh: bool = True,
 ) -> Experience:
-  """Builds jitted `(params, ref_params, moments, responses) -> (batch, moments, metrics)`.
+  """Builds jitted `(params, ref_params, moments, responses, ...) -> (batch, moments, metrics)`.
 
   Args:
     config: Config with `shaping` and `rollout`.
     read: Function that reads responses with the policy, and with the critic if there is one.
     read_ref: Function that reads responses with the reference.
-    make_batch: `(prepared) -> (batch, metrics)` of a method.
+    make_batch: `(prepared, ...) -> (batch, metrics)` of a method, with further arguments of the
+      experience, such as a random key.
     weigh: False for a method that applies the importance weights itself, or takes none.
   """
   prepare = make_prepare(config, read, read_ref)
 
   @jax.jit
-  def experience(params, ref_params, moments, responses):
+  def experience(params, ref_params, moments, responses, *further):
     ready = prepare(params, ref_params, moments, responses)
-    batch, metrics = make_batch(ready)
+    batch, metrics = make_batch(ready, *further)
     if weigh:
       batch = batch._replace(advantages=ready.weights * batch.advantages)
     return batch, ready.moments, ready.metrics | metrics
@@ -529,6 +530,7 @@ def sample_away(bench: Workbench) -> tuple[Callable[..., Params], Callable[..., 
   away = sharding.make_mesh(f"data:-1,tensor:{tensor}", devices)
   sampler = models.build_model(run._replace(mesh=away), config.model, model.config, bench.tokenizer)
   generate = models.make_sampler(sampler, bench.tokenizer, config.sampling)
+  generate = models.with_distinct_ids(generate, away)
 
   def generate_away(params: Params, *inputs: jax.Array) -> Rollout:
     *prompts, key = inputs

@@ -48,7 +48,8 @@ def open_teacher(bench: Workbench) -> Teacher:
 def make_sampler(bench: Workbench, teacher: Teacher) -> tuple[Callable[..., Any], ...]:
   """Returns `reshard(params)` and `sample(params, tokens, mask, prompt_id, key)` of the teacher."""
   sample = models.make_sampler(teacher.model, bench.tokenizer, bench.config.sampling)
-  return sharding.make_reshard(bench.run.mesh, teacher.model.config.dtype), sample
+  reshard = sharding.make_reshard(bench.run.mesh, teacher.model.config.dtype)
+  return reshard, models.with_distinct_ids(sample, bench.run.mesh)
 
 
 def make_respond(

@@ -169,12 +169,15 @@ class Workbench(NamedTuple):
   def sampler(self, *, mixture: bool = False, **changes: Any) -> Callable[..., Rollout]:
     """Builds `sample(params, tokens, mask, prompt_id, key)`; `params` come from `reshard`.
 
+    A prompt that is in a batch several times, as where an epoch ends, is answered anew each time.
+
     Args:
       mixture: True to sample from a mixture of two models.
       **changes: Settings of `config.sampling` to change, such as `temperature=0.0`.
     """
     sampling = dataclasses.replace(self.config.sampling, **changes)
-    return models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
+    sample = models.make_sampler(self.model, self.tokenizer, sampling, mixture=mixture)
+    return models.with_distinct_ids(sample, self.run.mesh)
 
   def usage(self, rollout: Rollout) -> dict[str, float]:
     """Returns metrics of the sampler's loop: its steps, and their share that drew a token."""
@@ -200,7 +203,9 @@ class Workbench(NamedTuple):
 
     That response is the same each time: it depends on the prompt alone.
     """
-    sample, reshard = self.sampler(samples_per_prompt=1), self.reshard()
+    sampling = dataclasses.replace(self.config.sampling, samples_per_prompt=1)
+    sample = models.make_sampler(self.model, self.tokenizer, sampling)
+    reshard = self.reshard()
     rows, key = sharding.batch_sharding(self.run.mesh), self.run.key_for(4)
 
     def anchors(rollout: Rollout, prompt_ids: np.ndarray) -> Rollout:

@@ -81,13 +81,14 @@ def loss_fn(
     apply_fn: `(params, tokens, *, segment_ids, last) -> logits` of the student.
     teacher_apply_fn: The same of the teacher. Its embedding may be padded to another size.
     config: GKD settings.
-    temperature: Sampling temperature, which divides both logits.
+    temperature: Sampling temperature, which divides both logits; 0, which is greedy, counts as 1.
 
   Returns:
     Loss in nats per token, and metrics. `kl/teacher` is the KL of whole responses to the teacher,
     in nats, if the responses are those of the student.
   """
   del key
+  temperature = temperature or 1.0  # As the sampler does.
   scored = batch.logprobs.shape[1] + 1  # The output before a response predicts its first token.
   inputs = {"segment_ids": (batch.prompt_mask | batch.response_mask).astype(jnp.int32)}
   teacher, student = (

@@ -42,15 +42,19 @@ class PFPPOConfig(ppo.PPOConfig):
 
 
 def select(
-  rewards: jax.Array, finite: jax.Array, config: PFPPOConfig, *, samples_per_prompt: int
+  rewards: jax.Array,
+  finite: jax.Array,
+  key: jax.Array,
+  config: PFPPOConfig,
+  *,
+  samples_per_prompt: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Selects K of the N responses of each group.
-
-  Samples of a prompt are exchangeable, so the first other one is a random other one.
 
   Args:
     rewards: [B] reward of each response.
     finite: [B] bool, True on responses that may be selected.
+    key: Random key, for `best_random`.
     config: PF-PPO settings.
     samples_per_prompt: Responses N per prompt, in adjacent rows.
 
@@ -60,8 +64,11 @@ def select(
   """
   shape = (-1, samples_per_prompt)
   weights = shaping.selection_weights(rewards.reshape(shape), finite.reshape(shape), config.keep)
-  weights, indices = jax.lax.top_k(weights, config.kept)
-  return indices, weights > 0
+  ranks = weights
+  if config.keep == "best_random":  # The others have equal weights.
+    ranks *= jax.random.uniform(key, ranks.shape, minval=1.0, maxval=2.0)
+  _, indices = jax.lax.top_k(ranks, config.kept)
+  return indices, jnp.take_along_axis(weights, indices, axis=1) > 0
 
 
 def make_batch(
@@ -72,6 +79,7 @@ def make_batch(
   config: PFPPOConfig,
   *,
   samples_per_prompt: int,
+  key: jax.Array,
   token_rewards: jax.Array | None = None,
   weights: jax.Array | None = None,
 ) -> tuple[ppo.PPOBatch, Metrics]:
@@ -84,6 +92,7 @@ def make_batch(
     ref_logprobs: [B, R] log-probabilities under the reference.
     config: PF-PPO settings.
     samples_per_prompt: Responses per prompt.
+    key: Random key, for `best_random`.
     token_rewards: [B, R] rewards of tokens, in addition to the scores; None for none.
     weights: [B, R] weights of the tokens, which multiply the advantages; None for none.
 
@@ -94,7 +103,7 @@ def make_batch(
   totals = scores
   if token_rewards is not None:
     totals = scores + jnp.sum(jnp.where(mask, token_rewards, 0.0), axis=1)
-  indices, kept = select(totals, finite, config, samples_per_prompt=samples_per_prompt)
+  indices, kept = select(totals, finite, key, config, samples_per_prompt=samples_per_prompt)
 
   def take(x: Any) -> jax.Array:
     groups = x.reshape(-1, samples_per_prompt, *x.shape[1:])

@@ -72,11 +72,11 @@ class Control(NamedTuple):
 def adapt_kl_coef(
   kl_coef: jax.Array, sequence_kl: jax.Array, responses: int | jax.Array, config: PPOMaxConfig
 ) -> jax.Array:
-  """Moves the coefficient towards the target KL; a no-op without a target or responses."""
+  """Moves the coefficient to the target KL by up to a fifth; a no-op without one or responses."""
   if not config.kl_target:
     return kl_coef
   error = jnp.clip(sequence_kl / config.kl_target - 1, -0.2, 0.2)
-  return kl_coef * (1 + error * responses / config.kl_horizon)
+  return kl_coef * (1 + error * jnp.minimum(responses / config.kl_horizon, 1))
 
 
 def _units(moments: reward.RunningMoments, config: PPOMaxConfig) -> tuple[Any, Any]:

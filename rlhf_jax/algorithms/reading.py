@@ -66,7 +66,7 @@ def make_read(
 
   Args:
     apply_fn: `(params, tokens, *, segment_ids, last) -> logits`; packed rows come without `last`.
-    temperature: Sampling temperature, which divides the logits.
+    temperature: Sampling temperature, which divides the logits; 0, which is greedy, counts as 1.
     packed: Packing of the sequences; None reads them padded, as they were sampled.
     **ask: `entropy=True` to compute the entropy, which takes as long as the log-probabilities.
   """
@@ -79,6 +79,7 @@ def make_actor_critic_read(
   apply_fn: ActorCriticFn, temperature: float = 1.0, packed: Packing | None = None, **ask: Any
 ) -> Read:
   """Builds `read(params, rollout) -> Reading` for a policy with a critic; see `make_read`."""
+  temperature = temperature or 1.0  # As the sampler does.
 
   def score(logits: logprobs_lib.Logits, tokens: jax.Array, values: jax.Array | None) -> Reading:
     scores = logprobs_lib.next_token_scores(logits, tokens, temperature=temperature, **ask)

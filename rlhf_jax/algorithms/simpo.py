@@ -33,7 +33,8 @@ class SimPOConfig:
     margin: Target margin of `simpo` in nats per token, the paper's gamma / beta of 0.25 to 0.8;
       unset it is 0.25.
     sft_coef: Weight of an SFT term, the negative log-likelihood per token of the chosen responses.
-      Unset it is that of the paper: 0 for `simpo`, 1 for the others.
+      Unset it is that of the paper: 0 for `simpo`, 1 for the others. The paper of `cpo` takes the
+      sum over tokens, which weighs more.
     microbatches: Micro-batches per batch; more of them save memory and give the same result.
   """
 

@@ -173,6 +173,17 @@ def row_keys(key: jax.Array, prompt_ids: jax.Array, samples: int) -> jax.Array:
   return jax.vmap(jax.random.fold_in)(prompt_keys, ids)
 
 
+def distinct_ids(prompt_ids: jax.Array) -> jax.Array:
+  """Gives the prompts of a batch ids [B] of which no two are equal, to sample with.
+
+  A prompt that is in a batch several times, as where an epoch ends, thus gets other responses each
+  time. The first one keeps its id.
+  """
+  place = jnp.arange(prompt_ids.shape[0])
+  earlier = (prompt_ids[:, None] == prompt_ids[None]) & (place[:, None] > place[None])
+  return prompt_ids + (jnp.max(prompt_ids) + 1) * jnp.sum(earlier, axis=1, dtype=prompt_ids.dtype)
+
+
 def sample(
   logits: jax.Array, keys: jax.Array, config: SamplingConfig
 ) -> tuple[jax.Array, jax.Array]:

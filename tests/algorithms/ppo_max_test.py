@@ -173,6 +173,15 @@ def test_adaptive_kl_coefficient(kl, factor):
   assert fixed == np.float32(0.2)
 
 
+@pytest.mark.parametrize("kl, factor", [(0.0, 0.8), (6.6, 1.1), (60.0, 1.2)])
+@pytest.mark.parametrize("responses", [64, 512, 100_000])
+def test_a_large_batch_moves_the_coefficient_by_at_most_a_fifth(kl, factor, responses):
+  """More would make the penalty a reward."""
+  config = ppo_max.PPOMaxConfig(kl_target=6.0, kl_horizon=64)
+  result = ppo_max.adapt_kl_coef(jnp.float32(0.2), jnp.float32(kl), responses, config)
+  np.testing.assert_allclose(result, 0.2 * factor, rtol=1e-5)
+
+
 @pytest.mark.parametrize("start", [0.01, 5.0])
 def test_adaptive_kl_coefficient_settles_at_the_target(start):
   config = ppo_max.PPOMaxConfig(kl_coef=start, kl_target=6.0, kl_horizon=1000)

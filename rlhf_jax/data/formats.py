@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from rlhf_jax.data.sources import DataError, Row
+from rlhf_jax.data.tokenizer import transcript
 
 Fields = Mapping[str, Any]
 # (row, True if a chat template renders the prompt) -> columns of `schema`.
@@ -18,6 +19,8 @@ Reader = Callable[[Row, bool], dict[str, Any]]
 _ANSWERED = ("response", "completion", "output", "solution", "chosen", "responses")
 _ASKED = ("prompt", "question", "instruction", "messages")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_CHAT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
+_SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -143,14 +146,13 @@ def _hh(row: Row, chat: bool) -> dict[str, Any]:
   if not (chosen[-1]["content"] and rejected[-1]["content"]):
     raise Skip("empty")
   *turns, _ = chosen
-  texts = [row.fields[name] for name in ("chosen", "rejected")]
-  ends = [[match.end() for match in _HH_TURN.finditer(text)][-1] for text in texts]
-  # As plain text, prompt and answer are the transcript, with its space between them.
-  answers = [text[end:].rstrip() for text, end in zip(texts, ends, strict=True)]
-  if chat:
-    answers = [chosen[-1]["content"], rejected[-1]["content"]]
-  prompt = texts[0][: ends[0]]
-  return {"prompt": prompt, "messages": turns, "chosen": answers[0], "rejected": answers[1]}
+  # As plain text, prompt and answer are the transcript, with its space between them. It is written
+  # anew: published ones have speakers that go on after an empty turn, or after another one.
+  space = "" if chat else " "
+  answers = {
+    name: space + side[-1]["content"] for name, side in (("chosen", chosen), ("rejected", rejected))
+  }
+  return {"prompt": transcript(turns), "messages": turns, **answers}
 
 
 def transcript_turns(text: str) -> list[dict[str, str]]:
@@ -163,7 +165,7 @@ def transcript_turns(text: str) -> list[dict[str, str]]:
 
 
 def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:
-  turns = _split(row.fields[name])
+  turns = _split(f"\n\n{row.fields[name].strip()}")
   if len(turns) < 2 or turns[-1]["role"] != "assistant":
     raise Skip("empty")
   return turns
@@ -185,11 +187,23 @@ def _split(text: str) -> list[dict[str, str]]:
 
 def _is_hh(fields: Fields) -> bool:
   sides = [fields["chosen"], fields["rejected"]]
-  if not all(isinstance(side, str) and side.startswith("\n\nHuman:") for side in sides):
+  if not all(isinstance(side, str) and _HH_CHAT.match(side) for side in sides):
     return False
   prompt = fields.get("prompt")
-  repeated = isinstance(prompt, str) and all(side.startswith(prompt) for side in sides)
-  return repeated or none_of(*_ASKED)(fields)
+  if isinstance(prompt, str):  # It repeats how they start, or there is another prompt.
+    return all(starts_with(side, prompt) for side in sides)
+  return none_of(*_ASKED)(fields)
+
+
+def words(text: str) -> list[str]:
+  """Returns the words of a text without the names of speakers."""
+  return _SPEAKER.sub(" ", text).split()
+
+
+def starts_with(text: str, start: str) -> bool:
+  """Returns True if a text begins with the words of another one."""
+  wanted = words(start)
+  return words(text)[: len(wanted)] == wanted
 
 
 def _shp(row: Row, chat: bool) -> dict[str, Any]:

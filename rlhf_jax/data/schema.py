@@ -101,7 +101,6 @@ _CHANGE_TURN = (
 # Columns that make the prompt of a row, or are refused as they would change it; and of an answer.
 PROMPT_COLUMNS = (*_TEXT_PROMPTS, "messages", *_CHANGE_PROMPT)
 ANSWER_COLUMNS = (*_ANSWERS, "label")
-_SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
 # Start of a list of turns, or of one, that JSON or Python wrote; then their keys.
 _WRITTEN_CHAT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value)\1\s*:""")
 _WRITTEN_ROLE = re.compile(r"""[{,]\s*(["'])(?:role|from)\1\s*:\s*(["'])(?P<role>\w+)\2\s*[,}]""")
@@ -109,6 +108,7 @@ _WRITTEN_CONTENT = re.compile(r"""[{,]\s*(["'])(content|value)\1\s*:""")
 VOTE_COLUMNS = ("annotations", "preferences")
 _SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
 _OF_CHAT = ("role", "parent_id")  # Columns of a row that is a message, as in OASST.
+_MARKED = re.compile(r"\A\s*Assistant:")
 _VALUES = {"rank": -1, "score": 1, "correct": 1}  # Name -> sign, 1 if more is better.
 
 
@@ -221,14 +221,27 @@ def parse(
     if name in unread:
       problem = "this column changes the prompt, and nothing says how"
       fail(row, name, problem, f"write it into the prompt, or leave it out: data.ignore={name}")
-  if prefer_messages:
-    examples = [_with_turns(example) for example in examples]
+  examples = [_with_turns(_unmarked(example), prefer_messages) for example in examples]
   return Parsed(examples, frozenset(unread | fields.unread), heard)
 
 
-def _with_turns(example: Example) -> Example:
-  """Returns an example whose prompt has the turns of a transcript instead of its text."""
+def _unmarked(example: Example) -> Example:
+  """Returns an example whose answers do not repeat the "Assistant:" that its prompt ends with."""
+  prompt, matches = example.prompt, [_MARKED.match(answer) for answer in example.answers]
+  if isinstance(prompt, str) and prompt.rstrip().endswith("\n\nAssistant:") and all(matches):
+    return example._replace(answers=tuple(_MARKED.sub("", text) for text in example.answers))
+  return example
+
+
+def _with_turns(example: Example, chat: bool) -> Example:
+  """Returns an example whose prompt has the turns of a transcript instead of its text.
+
+  Without a chat template only a text stays as it is: messages are written as a transcript, and one
+  in another would have its markers twice.
+  """
   prompt, before = example.prompt, []
+  if isinstance(prompt, str) and not chat:
+    return example
   if not isinstance(prompt, str):
     *before, last = prompt
     prompt = last["content"]
@@ -626,7 +639,9 @@ def _prompt(
     if not _covers(turns, text):
       _contradict(row, text_name, name)
     # The text may be one of several turns.
-    if not prefer_messages and _words(text) == _words(" ".join(t["content"] for t in turns)):
+    if not prefer_messages and formats.words(text) == formats.words(
+      " ".join(t["content"] for t in turns)
+    ):
       turns = []
   if not turns and text is None:
     _fail_missing(row, (*_TEXT_PROMPTS, "messages"))
@@ -720,12 +735,9 @@ def _history(row: Row) -> Messages:
 def _covers(turns: Messages, text: str) -> bool:
   """Returns True if a text is a transcript of turns, or the content of one of them."""
   contents = [turn["content"] for turn in turns]
-  return _words(text) in [_words(content) for content in (" ".join(contents), *contents)]
-
-
-def _words(text: str) -> list[str]:
-  """Returns the words of a text without the names of speakers."""
-  return _SPEAKER.sub(" ", text).split()
+  return formats.words(text) in [
+    formats.words(content) for content in (" ".join(contents), *contents)
+  ]
 
 
 def _answer(row: Row, name: str) -> tuple[Messages, str]:

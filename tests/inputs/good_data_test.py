@@ -119,6 +119,17 @@ ROWS = [
   ("HH-RLHF", "demonstrations", HH, HELLO, (" See you",), (), TALK),
   ("HH-RLHF", "prompts", HH, HELLO, (), (), TALK),
   ("HH-RLHF", "preferences", {"prompt": HELLO, **HH}, HELLO, (" See you", " No"), (), TALK),
+  ("HH-RLHF", "preferences", {"prompt": HELLO.strip(), **HH}, HELLO, (" See you", " No"), (), TALK),
+  ("HH-RLHF", "preferences", {"prompt": "Hi", **HH}, HELLO, (" See you", " No"), (), TALK),
+  ("HH-RLHF", "preferences", {n: t.strip() for n, t in HH.items()}, HELLO, (" See you", " No"), (),
+   TALK),
+  # Published transcripts have speakers that go on after an empty turn, or after another one.
+  ("HH-RLHF", "preferences",
+   {n: t.replace("Bye", "Bye\n\nAssistant:") for n, t in HH.items()}, HELLO, (" See you", " No"),
+   (), TALK),
+  ("HH-RLHF", "preferences",
+   {n: t.replace("Bye", "Bye\n\nAssistant: So") for n, t in HH.items()}, HELLO,
+   (" So\n\nSee you", " So\n\nNo"), (), TALK),
   ("GSM8K", "demonstrations", GSM8K, "2 + 2?", (GSM8K["answer"],), (), None),
   ("GSM8K", "prompts", GSM8K, "2 + 2?", (), (), None),
   (
@@ -201,8 +212,11 @@ ROWS = [
   ("transcript", "demonstrations", {"prompt": f" {HELLO} ", "response": "a"}, f" {HELLO} ",
    ("a",), (), TALK),
   ("transcript", "prompts", {"question": HELLO}, HELLO, (), (), TALK),
-  ("transcript", "prompts", {"prompt": [{"role": "user", "content": HELLO}]},
-   [{"role": "user", "content": HELLO}], (), (), TALK),
+  # Messages are written as a transcript, and so cannot hold one.
+  ("transcript", "prompts", {"prompt": [{"role": "user", "content": HELLO}]}, TALK, (), (), TALK),
+  ("transcript", "preferences",
+   {"prompt": HELLO, "chosen": "\n\nAssistant: a", "rejected": "Assistant: b"}, HELLO,
+   (" a", " b"), (), TALK),
   ("transcript", "demonstrations", {"system": "S", "prompt": HELLO, "response": "a"},
    f"S\n\n{HELLO}", ("a",), (), [system("S"), *TALK]),
   ("no transcript", "prompts", {"prompt": "Say \n\nHuman: x\n\nAssistant:"},
@@ -306,7 +320,7 @@ def test_rows(tmp_path, name, kind, fields, prompt, answers, labels, messages):
   (row,) = data.read_file(path)
   read = {on: data.parse_row(kind, row, prefer_messages=on) for on in (False, True)}
   assert read[False] == [Example(prompt, answers, labels)]
-  if name == "HH-RLHF":  # The transcript has a space that no turn has.
+  if name in ("HH-RLHF", "transcript"):  # The transcript has a space that no turn has.
     answers = tuple(answer.strip() for answer in answers)
   assert read[True] == [Example(messages or prompt, answers, labels)]
 

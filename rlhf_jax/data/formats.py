@@ -20,6 +20,7 @@ _ANSWERED = ("response", "completion", "output", "solution", "chosen", "response
 _ASKED = ("prompt", "question", "instruction", "messages")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_CHAT = re.compile(r"\n\nHuman:|Human:.*\n\nAssistant:", re.DOTALL)
+_STEER_TURN = re.compile(r"<extra_id_[01]>(System|User|Assistant)\n")
 _SPEAKER = re.compile(r"\n\n(?:System|Human|Assistant):|\A(?:System|Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -162,6 +163,17 @@ def transcript_turns(text: str) -> list[dict[str, str]]:
     return []
   *turns, last = _split(text)
   return turns if last["role"] == "assistant" and not last["content"] else []
+
+
+def marked_turns(text: str) -> list[dict[str, str]]:
+  """Returns the turns of a prompt with the markers of HelpSteer; none if it has no markers."""
+  first, *parts = _STEER_TURN.split(text)
+  pairs = zip(["User", *parts[::2]], [first, *parts[1::2]], strict=True)
+  turns = [{"role": role.lower(), "content": content.strip()} for role, content in pairs]
+  if turns[-1] == {"role": "assistant", "content": ""}:
+    turns.pop()
+  turns = turns if first.strip() else turns[1:]
+  return turns if parts and turns and turns[-1]["role"] == "user" else []
 
 
 def _hh_turns(row: Row, name: str) -> list[dict[str, str]]:

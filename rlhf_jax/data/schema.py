@@ -236,16 +236,14 @@ def _unmarked(example: Example) -> Example:
 def _with_turns(example: Example, chat: bool) -> Example:
   """Returns an example whose prompt has the turns of a transcript instead of its text.
 
-  Without a chat template only a text stays as it is: messages are written as a transcript, and one
-  in another would have its markers twice.
+  Without a chat template the text of a transcript stays as it is, but in messages: they are written
+  as a transcript, and one in another would have its markers twice.
   """
   prompt, before = example.prompt, []
-  if isinstance(prompt, str) and not chat:
-    return example
   if not isinstance(prompt, str):
     *before, last = prompt
-    prompt = last["content"]
-  turns = formats.transcript_turns(prompt)
+    prompt, chat = last["content"], True
+  turns = formats.marked_turns(prompt) or (formats.transcript_turns(prompt) if chat else [])
   if not turns or any(turn["role"] != "system" for turn in before):
     return example
   answers = tuple(answer.strip() for answer in example.answers)

@@ -33,6 +33,7 @@ def system(content):
 
 
 HH = {"chosen": f"{HELLO} See you", "rejected": f"{HELLO} No"}
+STEER = "Hi\n\n<extra_id_1>Assistant\nHello\n\n<extra_id_1>User\nBye"  # Of HelpSteer.
 WEBGPT = {
   "question": {"dataset": "eli5", "id": "x", "full_text": "Why?"},
   "quotes_0": {"title": ["t"], "extract": ["e"]},
@@ -219,6 +220,16 @@ ROWS = [
    (" a", " b"), (), TALK),
   ("transcript", "demonstrations", {"system": "S", "prompt": HELLO, "response": "a"},
    f"S\n\n{HELLO}", ("a",), (), [system("S"), *TALK]),
+  *(("turns with markers", kind, {"prompt": prompt, **more}, TALK, answers, (), None)
+    for prompt in (STEER, f"<extra_id_1>User\n{STEER}\n<extra_id_1>Assistant\n")
+    for kind, more, answers in (
+      ("demonstrations", {"response": "a", "helpfulness": 4}, ("a",)),
+      ("preferences", {"response_1": "a", "response_2": "b", "preference_strength": -1},
+       ("a", "b")),
+      ("prompts", {}, ()),
+    )),
+  ("no turns", "prompts", {"prompt": "Fill <extra_id_1> User in"}, "Fill <extra_id_1> User in", (),
+   (), None),
   ("no transcript", "prompts", {"prompt": "Say \n\nHuman: x\n\nAssistant:"},
    "Say \n\nHuman: x\n\nAssistant:", (), (), None),
   ("no transcript", "prompts", {"prompt": "\n\nHuman: x\n\nAssistant: y"},

@@ -30,6 +30,7 @@ _NEAR = 256  # Examples among which another prompt is looked for; thousands may 
 COUNTS = (
   "dropped_ties",
   "dropped_not_judged",
+  "dropped_undesirable",
   "dropped_single_responses",
   "dropped_different_prompts",
   "dropped_empty",
@@ -79,8 +80,9 @@ class Dataset(NamedTuple):
     scored: Number of tokens of the longest response, rounded up, shared by both sets.
     digest: sha256 of all token ids in order: two runs with the same digest see the same data.
     report: Counts: `rows_read`, `bad_rows` (training set only), `kept` examples, those dropped as
-      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_single_responses`
-      (nothing to compare with), `dropped_different_prompts` (of the two sides), `dropped_empty`,
+      `dropped_ties`, `dropped_not_judged` (by the annotator asked for), `dropped_undesirable`
+      (demonstrations with the label false), `dropped_single_responses` (nothing to compare with),
+      `dropped_different_prompts` (of the two sides), `dropped_empty`,
       `dropped_overlong` and `dropped_identical_pairs`, single responses left out of rankings as
       `dropped_overlong_responses`, `truncated_prompts` and the `truncated_turns` that were left out
       of them, `spelled_markers` (rows with markers of a chat as text), `joined_words` (rows whose

@@ -26,6 +26,7 @@ _LEFT_OUT = {
   "dropped_identical_pairs": "with two equal responses",
   "dropped_ties": "ties",
   "dropped_not_judged": "not judged",
+  "dropped_undesirable": "with the label false or 0 (data.ignore=label learns them)",
 }
 _NOTICED: dict[str, Callable[[int], str]] = {
   "duplicates": lambda n: f"{n} repeated",

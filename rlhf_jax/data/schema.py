@@ -7,6 +7,7 @@
 |                | or `messages` that end with an assistant turn                                   |
 |                | or `text` alone: an empty prompt, plain language modelling                      |
 |                | or judged answers: the best one                                                 |
+|                | (one with the `label` false or 0 is left out and counted)                       |
 | preferences    | judged answers: every pair of them, unless it is a tie                          |
 | comparisons    | judged answers: every pair that was compared, and the share of the verdicts     |
 |                | that prefer the first answer; a tie counts as half                              |
@@ -121,7 +122,8 @@ class Example(NamedTuple):
       ranking from best to worst, or nothing.
     labels: For rankings, the rank of each answer; for unpaired, 1 if it is desirable, else 0; for
       comparisons, the share of the verdicts that prefer the first answer.
-    skip: Reason to skip the example: "ties", or "not_judged" by the requested annotator.
+    skip: Reason to skip the example: "ties", "not_judged" by the requested annotator, or
+      "undesirable" by its label.
   """
 
   prompt: Prompt
@@ -258,7 +260,9 @@ def _examples(
     return [Example(_prompt_alone(row, prefer_messages), ())], False
   answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
   if kind == "demonstrations" and answered:
-    return [_demonstration(row, prefer_messages)], False
+    example = _demonstration(row, prefer_messages)
+    undesirable = row.fields.get("label") in (0, 1) and not row.fields["label"]
+    return [example._replace(skip="undesirable" if undesirable else "")], False
   if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
     return labelled, False
   if kind == "unpaired" and not any(_given(row.fields, n) for n in ("chosen", "responses")):

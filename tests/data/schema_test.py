@@ -252,6 +252,23 @@ def test_unpaired(fields, labels):
 
 
 @pytest.mark.parametrize(
+  ("label", "skip"),
+  [
+    (False, "undesirable"),
+    (0, "undesirable"),
+    (True, ""),
+    (1, ""),
+    (2, ""),
+    ("no", ""),
+    (None, ""),
+  ],
+)
+def test_undesirable_responses_are_no_demonstrations(label, skip):
+  fields = {"prompt": "p", "completion": "r", "label": label}
+  assert parse("demonstrations", fields) == Example("p", ("r",), skip=skip)
+
+
+@pytest.mark.parametrize(
   ("fields", "kind"),
   [
     ({"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences"),

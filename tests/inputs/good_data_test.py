@@ -579,6 +579,14 @@ def labelled(*labels):
       "",
       True,
     ),
+    (
+      "demonstrations",
+      [{"prompt": text(i), "response": text(2), "label": i > 3} for i in range(9)],
+      {},
+      "4 with the label false or 0 (data.ignore=label learns them)",
+      "",
+      True,
+    ),
     ("prompts", [{"prompt": text(1)}, {"prompt": 3}], {"bad_rows": 1}, "1 unusable", "", True),
     (
       "preferences",

@@ -93,12 +93,18 @@ _CHANGE_PROMPT = (
     "input",
     *_SYSTEMS,
   ),
+  "chat_template_kwargs",
   *("tools", "tool_calls", "functions", "image", "images", "audio", "audios", "video", "videos"),
 )
 _CHANGE_TURN = (
   *("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking"),
   *("image", "images", "audio", "audios", "video", "videos"),
 )
+# Fixes of columns that are no text for a prompt.
+_FIXES = {
+  "chat_template_kwargs": "the chat template has the same variables in all rows: set them as in"
+  " data.template_args=enable_thinking:false, and data.ignore=chat_template_kwargs"
+}
 # Columns that make the prompt of a row, or are refused as they would change it; and of an answer.
 PROMPT_COLUMNS = (*_TEXT_PROMPTS, "messages", *_CHANGE_PROMPT)
 ANSWER_COLUMNS = (*_ANSWERS, "label")
@@ -217,12 +223,13 @@ def parse(
     )
   except Skip as skip:
     return Parsed([Example("", ("",), skip=skip.reason)], frozenset(), True)
-  values = {name for name, value in row.fields.items() if value not in (None, "", [], {})}
+  values = {name for name, value in row.fields.items() if not _is_empty(value)}
   unread = values - fields.read - taken
   for name in _CHANGE_PROMPT:
     if name in unread:
       problem = "this column changes the prompt, and nothing says how"
-      fail(row, name, problem, f"write it into the prompt, or leave it out: data.ignore={name}")
+      fix = f"write it into the prompt, or leave it out: data.ignore={name}"
+      fail(row, name, problem, _FIXES.get(name, fix))
   examples = [_with_turns(_unmarked(example), prefer_messages) for example in examples]
   return Parsed(examples, frozenset(unread | fields.unread), heard)
 
@@ -866,6 +873,13 @@ def _flag(row: Row, at: str, value: Any) -> bool:
       row, at, f"expected true or false, found {formats.describe(value)}", "write one of the two"
     )
   return bool(value)
+
+
+def _is_empty(value: Any) -> bool:
+  """Returns True for nothing, as a table without a value has it too: an object of nulls."""
+  if isinstance(value, dict):
+    return all(item is None for item in value.values())
+  return value in (None, "", [])
 
 
 def _first_given(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:

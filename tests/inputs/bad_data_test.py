@@ -188,6 +188,9 @@ ROWS = [
     ]
   ),
   ("preferences", {**PAIR, "context": "c"}, "context", "data.ignore=context"),
+  ("prompts", {"prompt": "p", "chat_template_kwargs": {"enable_thinking": False}},
+   "changes the prompt", "data.template_args=enable_thinking:false",
+   "data.ignore=chat_template_kwargs"),
   ("prompts", {"instruction": "p", "input": "i", "context": "c"}, "changes the prompt"),
   # ... turns, ...
   ("prompts", {"messages": [user("p"), {"role": "tool", "content": "t"}]}, "'tool'", "template"),

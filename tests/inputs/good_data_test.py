@@ -293,6 +293,8 @@ ROWS = [
    HI, (), (), HI),
   ("the same twice", "demonstrations", {"prompt": "p", "response": "r", "completion": "r"},
    "p", ("r",), (), None),
+  ("no variables", "prompts", {"prompt": "p", "chat_template_kwargs": {"x": None}}, "p", (), (),
+   None),
   ("empty tools", "prompts", {"prompt": "p", "tools": [], "documents": None}, "p", (), (), None),
   # Messages that repeat the answer of another column, as in NuminaMath.
   ("the same twice", "demonstrations",

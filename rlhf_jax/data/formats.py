@@ -290,6 +290,24 @@ def _listed(row: Row, column: str, text: str, **judged: str) -> dict[str, Any]:
   return {"responses": [{"text": item.get(text), new: item.get(old)} for item in objects]}
 
 
+def _conversation(row: Row, chat: bool) -> dict[str, Any]:
+  """Reads turns, or pairs of them with `input` and `output`, as Capybara has."""
+  del chat
+  value = row.fields["conversation"]
+  first = value[0] if isinstance(value, list) and value else None
+  if not isinstance(first, dict) or "input" not in first:
+    return {"messages": value}
+  turns = []
+  for i, pair in enumerate(value):
+    for key, role in (("input", "user"), ("output", "assistant")):
+      text = pair.get(key) if isinstance(pair, dict) else None
+      if not isinstance(text, str):
+        at = f"conversation[{i}].{key}"
+        fail(row, at, f"expected text, found {describe(text)}", "give each `input` and `output`")
+      turns.append({"role": role, "content": text})
+  return {"messages": turns}
+
+
 def _safe_rlhf(row: Row, chat: bool) -> dict[str, Any]:
   del chat
   better = row.fields["better_response_id"]
@@ -326,7 +344,7 @@ FORMATS: dict[str, Format] = {
   "ShareGPT": Format(
     ("conversations",), _renamed(messages="conversations"), none_of("messages", "conversation")
   ),
-  "conversation": Format(("conversation",), _renamed(messages="conversation"), none_of("messages")),
+  "conversation": Format(("conversation",), _conversation, none_of("messages")),
   "SHP": Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
   "TL;DR comparisons": Format(("info", "summaries", "choice"), _tldr),
   "WebGPT comparisons": Format(("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),

@@ -33,6 +33,7 @@ def system(content):
 
 
 HH = {"chosen": f"{HELLO} See you", "rejected": f"{HELLO} No"}
+PAIRED = [{"input": "Hi", "output": "Hello"}, {"input": "Bye", "output": "a"}]
 STEER = "Hi\n\n<extra_id_1>Assistant\nHello\n\n<extra_id_1>User\nBye"  # Of HelpSteer.
 WEBGPT = {
   "question": {"dataset": "eli5", "id": "x", "full_text": "Why?"},
@@ -165,6 +166,8 @@ ROWS = [
     HI,
   ),
   ("ShareGPT", "prompts", {"conversations": turns("Hi", "Hello", "Bye")}, TALK, (), (), TALK),
+  ("conversation", "demonstrations", {"conversation": PAIRED}, TALK, ("a",), (), None),
+  ("conversation", "prompts", {"conversation": PAIRED}, TALK, (), (), None),
   ("conversation", "demonstrations", {"conversation": turns("Hi", "a")}, HI, ("a",), (), HI),
   ("SHP", "preferences", SHP, "How to bake?", ("Hot.", "Cold."), (), None),
   ("SHP", "preferences", SHP | {"labels": 1}, "How to bake?", ("Cold.", "Hot."), (), None),

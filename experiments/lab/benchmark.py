@@ -79,7 +79,10 @@ def _read(path: str, ignore: Sequence[str]) -> tuple[list[dict[str, Any]], list[
   for row in data.read_file(path):
     examples = data.parse_row("preferences", row.without(ignore), prefer_messages=True)
     if len(examples) != 1 or examples[0].skip:
-      raise data.DataError(f"{row.where}: not one pair of responses; give chosen and rejected")
+      raise data.DataError(
+        f"{row.where}: {len(examples)} pairs of responses, or ties; --rewardbench takes one chosen"
+        " and one rejected response in each row"
+      )
     (prompt, pair, *_) = examples[0]
     rows.append({**row.fields, "prompt_text": data.readable(prompt)})
     answers.append(pair)

@@ -308,6 +308,27 @@ def _conversation(row: Row, chat: bool) -> dict[str, Any]:
   return {"messages": turns}
 
 
+def _lists(row: Row, chat: bool) -> dict[str, Any]:
+  """Reads lists of right and of wrong answers: each of the first won over each of the second."""
+  del chat
+  right, wrong = row.fields["chosen"], row.fields["rejected"]
+  for name, side in (("chosen", right), ("rejected", wrong)):
+    for i, text in enumerate(side):
+      if not isinstance(text, str):
+        fail(row, f"{name}[{i}]", f"expected text, found {describe(text)}", "write it as text")
+  votes = [
+    {"a": a, "b": len(right) + b, "preferred": a}
+    for a in range(len(right))
+    for b in range(len(wrong))
+  ]
+  return {"responses": [*right, *wrong], "annotations": votes}
+
+
+def _are_lists(fields: Fields) -> bool:
+  sides: list[Any] = [fields["chosen"], fields["rejected"]]
+  return all(isinstance(side, list) and side and isinstance(side[0], str) for side in sides)
+
+
 def _safe_rlhf(row: Row, chat: bool) -> dict[str, Any]:
   del chat
   better = row.fields["better_response_id"]
@@ -345,6 +366,7 @@ FORMATS: dict[str, Format] = {
     ("conversations",), _renamed(messages="conversations"), none_of("messages", "conversation")
   ),
   "conversation": Format(("conversation",), _conversation, none_of("messages")),
+  "RewardBench 2": Format(("chosen", "rejected"), _lists, _are_lists),
   "SHP": Format(("history", "human_ref_A", "human_ref_B", "labels"), _shp),
   "TL;DR comparisons": Format(("info", "summaries", "choice"), _tldr),
   "WebGPT comparisons": Format(("question", "answer_0", "answer_1", "score_0", "score_1"), _webgpt),

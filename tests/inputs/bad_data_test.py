@@ -219,9 +219,11 @@ ROWS = [
   ("prompts", {"prompt": "p", "system": 3}, "system", "int 3"),
   # ... columns of published formats, ...
   ("preferences", HH | {"rejected": "b"}, "prompt: missing"),
-  ("demonstrations", {"conversation": [3, {"input": "a"}]}, "conversation[0]", "expected a message"),
+  ("demonstrations", {"conversation": [3, {"input": "a"}]}, "conversation[0]",
+   "expected a message"),
   ("demonstrations", {"conversation": [{"input": "a", "output": "b"}, {"input": "c"}]},
    "conversation[1].output", "null"),
+  ("preferences", {"prompt": "p", "chosen": ["a"], "rejected": ["b", None]}, "rejected[1]", "null"),
   ("preferences", SHP | {"labels": 2}, "labels", "1 or 0"),
   ("preferences", SHP | {"history": 3}, "history", "int 3"),
   ("preferences", TLDR | {"choice": 2}, "preferred", "int 2"),

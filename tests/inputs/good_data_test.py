@@ -34,6 +34,7 @@ def system(content):
 
 HH = {"chosen": f"{HELLO} See you", "rejected": f"{HELLO} No"}
 PAIRED = [{"input": "Hi", "output": "Hello"}, {"input": "Bye", "output": "a"}]
+LISTS = {"prompt": "Q?", "chosen": ["good"], "rejected": ["bad", "worse"], "num_rejected": 2}
 STEER = "Hi\n\n<extra_id_1>Assistant\nHello\n\n<extra_id_1>User\nBye"  # Of HelpSteer.
 WEBGPT = {
   "question": {"dataset": "eli5", "id": "x", "full_text": "Why?"},
@@ -237,6 +238,12 @@ ROWS = [
    "Say \n\nHuman: x\n\nAssistant:", (), (), None),
   ("no transcript", "prompts", {"prompt": "\n\nHuman: x\n\nAssistant: y"},
    "\n\nHuman: x\n\nAssistant: y", (), (), None),
+  *(("RewardBench 2", kind, LISTS, "Q?", answers, labels, None) for kind, answers, labels in (
+    ("rankings", ("good", "bad", "worse"), (0, 1, 1)),
+    ("demonstrations", ("good",), ()),
+    ("prompts", (), ()),
+  )),
+  ("RewardBench 2", "preferences", LISTS | {"rejected": ["bad"]}, "Q?", ("good", "bad"), (), None),
   ("PKU-SafeRLHF", "preferences", SAFE, "Q?", ("r1", "r0"), (), None),
   (
     "Stack Exchange pairs",

@@ -116,3 +116,6 @@ def test_what_is_refused(tmp_path):
   file = write(tmp_path / "other.jsonl", [{"prompt": "write", "subset": "a"}])
   with pytest.raises(data.DataError, match="other.jsonl:1"):
     measured(tmp_path, f"--rewardbench={file}", "--reward.name=gold")
+  several = write(tmp_path / "lists.jsonl", rows_of([(["a"], ["b", "c"], "Ties")]))
+  with pytest.raises(data.DataError, match=r"lists.jsonl:1: 2 pairs .* one rejected response"):
+    measured(tmp_path, f"--rewardbench={several}", "--reward.name=gold")

@@ -60,7 +60,7 @@ def read_items(
   if config.tfds:
     raise flags.UsageError("--data.tfds is not read here; write the rows to a file for --data.path")
   if config.path:
-    read = [row.without(config.ignore) for row in data.read_file(config.path)]
+    read = [row.without(config.ignore) for row in data.read_file(config.path, ignore=config.ignore)]
     rows = data.joined("comparisons", read)
   else:
     who = config.annotator or "expert"

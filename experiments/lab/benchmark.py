@@ -76,7 +76,7 @@ def measure(session: loop.Session, config: Any) -> dict[str, Any]:
 def _read(path: str, ignore: Sequence[str]) -> tuple[list[dict[str, Any]], list[tuple[str, ...]]]:
   """Reads rows of pairs: their columns with the prompt as text, and both answers, better first."""
   rows, answers = [], []
-  for row in data.read_file(path):
+  for row in data.read_file(path, ignore=ignore):
     examples = data.parse_row("preferences", row.without(ignore), prefer_messages=True)
     if len(examples) != 1 or examples[0].skip:
       raise data.DataError(

@@ -293,7 +293,7 @@ def _load(
   def read_heldout(path: str) -> _Part:
     if len(files.sources_of(path)) > 1:
       raise DataError(f"{path}: weights are for training rows; give held-out rows without them")
-    return read(files.read_file(path, on_bad_row, config.eval_rows))
+    return read(files.read_file(path, on_bad_row, config.eval_rows, config.ignore))
 
   train_rows, source = _open(kind, config, seed, on_bad_row)
   heldout_source = config.eval_path or f"held-out {source}"
@@ -494,9 +494,9 @@ def _open(
 ) -> tuple[Iterator[Row], str]:
   """Returns the training rows, and the name of their source for messages."""
   if config.path:
-    return files.read_file(config.path, on_bad_row, config.rows), config.path
+    return files.read_file(config.path, on_bad_row, config.rows, config.ignore), config.path
   if config.tfds:
-    rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row)
+    rows = sources.read_tfds(config.tfds, config.tfds_dir, on_bad_row, config.ignore)
     return itertools.islice(rows, config.rows or None), f"tfds:{config.tfds}"
   count = config.rows or _BUILTIN_ROWS
   rows = sources.read_builtin(kind, "train", count, seed, config.annotator)

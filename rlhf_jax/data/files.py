@@ -18,7 +18,7 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 from rlhf_jax import bucket, hub, workdir
@@ -137,7 +137,10 @@ def paths_of(spec: str) -> list[str]:
 
 
 def read_file(
-  path: str | os.PathLike[str], on_bad_row: OnBadRow = raise_error, limit: int = 0
+  path: str | os.PathLike[str],
+  on_bad_row: OnBadRow = raise_error,
+  limit: int = 0,
+  ignore: Sequence[str] = (),
 ) -> Iterator[Row]:
   """Reads the rows of one or more files.
 
@@ -145,6 +148,7 @@ def read_file(
     path: A file, a glob, or several of them separated by commas, with weights or without.
     on_bad_row: Function called for every row that is not an object of clean text.
     limit: Maximum number of rows of each source; 0 reads all.
+    ignore: Columns of Parquet that may hold what is not text; see `sources.plain_row`.
 
   Yields:
     The rows in order.
@@ -153,15 +157,19 @@ def read_file(
     DataError: If a file cannot be read, or from `on_bad_row`.
   """
   for i, source in enumerate(sources_of(os.fspath(path))):
-    rows = itertools.chain.from_iterable(_read(name, on_bad_row) for name in source.paths)
+    rows = itertools.chain.from_iterable(_read(name, on_bad_row, ignore) for name in source.paths)
     for row in itertools.islice(rows, limit or None):
       yield row._replace(source=i) if i else row
 
 
-def _read(name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+def _read(name: str, on_bad_row: OnBadRow, ignore: Sequence[str]) -> Iterator[Row]:
   with contextlib.ExitStack() as stack:
     file, start = _open(name, stack)
-    yield from _READERS[_format_of(name, start)](file, name, on_bad_row)
+    found = _format_of(name, start)
+    if found == "Parquet":
+      yield from _read_parquet(file, name, on_bad_row, ignore)
+    else:
+      yield from _READERS[found](file, name, on_bad_row)
 
 
 def _open(name: str, stack: contextlib.ExitStack) -> tuple[IO[bytes], bytes]:
@@ -223,7 +231,7 @@ def _advice(name: str) -> str:
 
 
 def _format_of(name: str, start: bytes) -> str:
-  """Returns the key in `_READERS` of a file by its first bytes and its name.
+  """Returns "Parquet" or the key in `_READERS` of a file by its first bytes and its name.
 
   Raises:
     DataError: There is no reader.
@@ -329,7 +337,9 @@ def _next_line(reader: Any, name: str) -> list[str] | None:
     raise DataError(f"{name}:{reader.line_num}: not CSV ({error}); {_TO_LINES}") from error
 
 
-def _read_parquet(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+def _read_parquet(
+  file: IO[bytes], name: str, on_bad_row: OnBadRow, ignore: Sequence[str]
+) -> Iterator[Row]:
   """Reads the rows of a Parquet file."""
   try:
     import pyarrow
@@ -346,7 +356,7 @@ def _read_parquet(file: IO[bytes], name: str, on_bad_row: OnBadRow) -> Iterator[
         where = f"{name}[{number}]"
         number += 1
         try:
-          yield sources.as_row(sources.to_plain(fields, where, "row"), where)
+          yield sources.plain_row(fields, where, ignore)
         except DataError as error:
           on_bad_row(error)
   except (pyarrow.ArrowException, OSError) as error:
@@ -368,5 +378,4 @@ _READERS: dict[str, Callable[[IO[bytes], str, OnBadRow], Iterator[Row]]] = {
   "JSON Lines": sources.read_jsonl,
   "JSON": _read_array,
   "columns": _read_columns,
-  "Parquet": _read_parquet,
 }

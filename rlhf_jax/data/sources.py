@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
@@ -110,13 +110,16 @@ def as_row(value: Any, where: str) -> Row:
   return Row(where, value)
 
 
-def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error) -> Iterator[Row]:
+def read_tfds(
+  spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error, ignore: Sequence[str] = ()
+) -> Iterator[Row]:
   """Reads a prepared TFDS data set stored as ArrayRecord; TensorFlow is not needed.
 
   Args:
     spec: `NAME[/CONFIG][:VERSION][:SPLIT]`; the default split is "train".
     data_dir: Folder with the prepared data set; "" is the TFDS default.
     on_bad_row: Function called for every row whose text is not clean.
+    ignore: Columns that may hold what is not text; see `plain_row`.
 
   Yields:
     The rows in stored order, with bytes decoded to text and arrays turned into lists.
@@ -130,10 +133,7 @@ def read_tfds(spec: str, data_dir: str = "", on_bad_row: OnBadRow = raise_error)
   for i in range(len(source)):
     where = f"tfds:{name}:{split}[{i}]"
     try:
-      row = {key: to_plain(value, where, key) for key, value in source[i].items()}
-      for key, value in row.items():
-        check_text(value, where, key)
-      yield Row(where, row)
+      yield plain_row(source[i], where, ignore)
     except DataError as error:
       on_bad_row(error)
 
@@ -299,6 +299,24 @@ def check_text(value: Any, where: str, field: str) -> None:
   elif isinstance(value, dict):
     for key, item in value.items():
       check_text(item, where, f"{field}.{key}")
+
+
+def plain_row(fields: Mapping[str, Any], where: str, ignore: Sequence[str] = ()) -> Row:
+  """Returns decoded columns as a row of plain Python, without columns to ignore that are no text.
+
+  Raises:
+    DataError: Another column holds bytes, such as those of an image, or text that is not clean.
+  """
+  plain = {}
+  for key, value in fields.items():
+    try:
+      plain[key] = to_plain(value, where, key)
+      check_text(plain[key], where, key)
+    except DataError as error:
+      plain.pop(key, None)
+      if key not in ignore:
+        raise DataError(f"{error}, or leave the column out: data.ignore={key}") from error
+  return Row(where, plain)
 
 
 def to_plain(value: Any, where: str, field: str) -> Any:

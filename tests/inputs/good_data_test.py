@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -643,6 +644,21 @@ def test_what_is_left_out_or_noticed(tmp_path, kind, rows, options, left_out, wa
   assert lines["left out"] == (left_out or "nothing")
   assert noticed(lines) == wanted
   assert (left_out in data.warning(config, *sets)) if is_much else not data.warning(config, *sets)
+
+
+@pytest.mark.parametrize(
+  "value", [{"bytes": b"\x89PNG", "path": "a"}, [{"bytes": b"\xff"}], b"\xff", "a\0"]
+)
+def test_ignored_columns_need_be_no_text(tmp_path, value):
+  pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+  rows = [{"prompt": text(i), "n": i, "image": value} for i in range(3)]
+  path = tmp_path / "rows.parquet"
+  parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+  config = DataConfig(path=str(path), eval_fraction=0)
+  with pytest.raises(data.DataError, match=r"rows.parquet\[0\]: image.*data\.ignore=image"):
+    data.load("prompts", config, TOKENIZER)
+  train, _ = data.load("prompts", dataclasses.replace(config, ignore=("image",)), TOKENIZER)
+  assert [row["n"] for row in train.rows] == [0, 1, 2]
 
 
 def test_ignored_columns(tmp_path):

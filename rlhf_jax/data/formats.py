@@ -389,6 +389,7 @@ FORMATS: dict[str, Format] = {
     _renamed(question="question", response="answer"),
     none_of(*_ANSWERED),
   ),
+  "MATH": Format(("problem",), _renamed(question="problem"), none_of(*_ASKED)),
   "input and output": Format(
     ("input", "output"), _renamed(prompt="input", output="output"), none_of(*_ASKED)
   ),

@@ -893,7 +893,12 @@ def _fail_missing(row: Row, names: tuple[str, ...]) -> NoReturn:
     fail(row, null, "is null", f"write {value} or remove the row")
   wanted = " or ".join(f"`{name}`" for name in names)
   columns = ", ".join(sorted(row.fields)) or "none"
-  fail(row, names[0], f"missing; the row's columns are {columns}", f"add {wanted}")
+  fail(
+    row,
+    names[0],
+    f"missing; the row's columns are {columns}",
+    f"add {wanted}, or rename the column that has it",
+  )
 
 
 def _contradict(row: Row, name: str, other: str) -> NoReturn:

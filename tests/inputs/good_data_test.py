@@ -134,6 +134,13 @@ ROWS = [
   ("HH-RLHF", "preferences",
    {n: t.replace("Bye", "Bye\n\nAssistant: So") for n, t in HH.items()}, HELLO,
    (" So\n\nSee you", " So\n\nNo"), (), TALK),
+  ("MATH", "demonstrations", {"problem": "2 + 2?", "solution": "It is 4", "level": "5"}, "2 + 2?",
+   ("It is 4",), (), None),
+  ("MATH", "prompts", {"problem": "2 + 2?", "answer": "4"}, "2 + 2?", (), (), None),
+  ("MATH", "preferences", {"problem": "2 + 2?", "chosen": "4", "rejected": "5"}, "2 + 2?",
+   ("4", "5"), (), None),
+  ("TRL", "demonstrations", {"problem": "2 + 2?", "messages": turns("2 + 2?", "a")},
+   turns("2 + 2?"), ("a",), (), None),
   ("GSM8K", "demonstrations", GSM8K, "2 + 2?", (GSM8K["answer"],), (), None),
   ("GSM8K", "prompts", GSM8K, "2 + 2?", (), (), None),
   (

@@ -36,7 +36,7 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
   Args:
     config: Architecture. "auto" uses splash on a TPU, cuDNN on a GPU that supports it, else XLA.
     mesh: Devices that the model runs on, possibly absent ones to compile for; None is the default
-      device. Splash needs the mesh if there are several devices.
+      device. Splash and cuDNN need the mesh if there are several devices.
 
   Raises:
     ValueError: If the implementation cannot be used.
@@ -56,7 +56,7 @@ def make_attend(config: ModelConfig, mesh: Mesh | None = None) -> Attend:
     return precision.both_passes("highest", attend)  # Kernels for TPUs know no other one.
   if implementation == "cudnn":
     del options["softcap"]
-    return functools.partial(cudnn_attention, **options)
+    return functools.partial(cudnn_attention, mesh=mesh, **options)
   del options["windows"]
   return functools.partial(xla_attention, on_cpu=sharding.is_one_cpu(mesh), **options)
 
@@ -344,12 +344,49 @@ def cudnn_attention(
   *,
   scale: float,
   windows: tuple[int, ...],
+  mesh: Mesh | None,
 ) -> jax.Array:
   """`Attend` by cuDNN, for bfloat16 or float16 only.
 
   If rows are single segments and all layers have the same window, no mask is passed. Otherwise
   cuDNN reads a [B, T, T] mask, which still avoids the [B, H, T, T] scores.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, T, kv_heads, K].
+    v: [B, T, kv_heads, K].
+    segment_ids: [B, T] int, or None.
+    window: [] int32, one of `windows`; None if there is only one.
+    scale: Factor of the scores.
+    windows: Window sizes of the layers.
+    mesh: Devices to split rows and heads over. JAX would leave that to the compiler, and refuses
+      queries that it splits by heads where it cannot split the keys.
   """
+  attend = functools.partial(_cudnn_on_a_device, scale=scale, windows=windows)
+  if mesh is not None and mesh.size > 1:
+    rows, heads = sharding.heads_spec(mesh, *k.shape[::2])
+    spec = jax.P(rows, None, heads)
+    attend = jax.shard_map(
+      attend,
+      mesh=mesh,
+      in_specs=(spec, spec, spec, jax.P(rows), jax.P()),
+      out_specs=spec,
+      check_vma=False,  # Kernels do not declare over which axes their results vary.
+    )
+  return attend(q, k, v, segment_ids, window)
+
+
+def _cudnn_on_a_device(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None,
+  window: jax.Array | None,
+  *,
+  scale: float,
+  windows: tuple[int, ...],
+) -> jax.Array:
+  """`cudnn_attention` over the rows and heads of one device."""
   attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
   if segment_ids is None and len(windows) == 1:
     size = None if windows[0] == NO_WINDOW else (windows[0] - 1, 0)

@@ -231,13 +231,64 @@ def test_what_cudnn_is_asked_for(monkeypatch, segmented, windows, length):
   window = jnp.int32(windows[0])
   expected = xla_attention(q, k, v, segments, window, scale=0.2, softcap=None)
   monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_gpu)
-  out = cudnn_attention(q, k, v, segments, window, scale=0.2, windows=windows)
+  out = cudnn_attention(q, k, v, segments, window, scale=0.2, windows=windows, mesh=None)
   np.testing.assert_allclose(out, expected, atol=1e-6)
   ((implementation, rows, kwargs),) = calls
   assert implementation == "cudnn"
   # A mask costs memory, and its backward pass wants an even length.
   assert ("mask" in kwargs) == (segmented or len(windows) == 2)
   assert "mask" not in kwargs or rows % 2 == 0
+
+
+MESHES = [("data:4,tensor:2", 2), ("fsdp:4,tensor:2", 1), ("data:2,tensor:4", 2)]
+
+
+@pytest.mark.parametrize("spec, kv_heads", MESHES)
+@pytest.mark.parametrize("segmented", [True, False])
+def test_cudnn_on_a_mesh(monkeypatch, spec, kv_heads, segmented):
+  # Heads of keys that the tensor axis does not divide are on each of its devices.
+  mesh = sharding.make_mesh(spec)
+  (q, k, v), g = random_arrays(kv_heads=kv_heads)
+  segments, windows = SEGMENTS if segmented else None, (6,)
+  want = outputs_and_gradients(
+    functools.partial(xla_attention, scale=0.2, softcap=None), (q, k, v), g, segments, 6
+  )
+  real, heads = jax.nn.dot_product_attention, []
+
+  def on_a_gpu(q, k, *args, implementation, **kwargs):
+    assert implementation == "cudnn" and len(q) == ROWS // sharding.row_parts(mesh)
+    heads.append((q.shape[2], k.shape[2]))
+    return real(q, k, *args, implementation="xla", **kwargs)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_gpu)
+  cudnn = functools.partial(cudnn_attention, scale=0.2, windows=windows, mesh=mesh)
+  placed = sharding.place_batch((q, k, v), mesh)
+  got = outputs_and_gradients(cudnn, placed, g, segments, 6)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  parts = mesh.shape["tensor"] if kv_heads % mesh.shape["tensor"] == 0 else 1
+  assert set(heads) == {(q.shape[2] // parts, kv_heads // parts)}
+
+
+@pytest.mark.parametrize("spec, kv_heads", MESHES)
+def test_the_compiler_splits_cudnn(monkeypatch, spec, kv_heads):
+  """Compiles for a GPU, up to its kernels, which a CPU lacks."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+  monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+  monkeypatch.setattr(attention, "choose", lambda config, device: "cudnn")
+  mesh = sharding.make_mesh(spec)
+  model = build(dataclasses.replace(BFLOAT16, heads=4, kv_heads=kv_heads, width=32), mesh=mesh)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.named_shardings(shapes, mesh, sharding.DECODER_RULES)
+  tokens = jax.ShapeDtypeStruct((8, 32), jnp.int32, sharding=sharding.batch_sharding(mesh))
+  traced = jax.jit(jax.grad(lambda params, tokens: jnp.mean(model.apply(params, tokens)))).trace(
+    sharding.abstract(shapes, places), tokens
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match=r"No registered .* call to __cudnn\$fmha"):
+    traced.lower(lowering_platforms=("cuda",)).compile()
 
 
 def device(platform, capability=None):

@@ -1,8 +1,11 @@
 """Cost of a run: a trace of a few steps, operations per second, memory of the devices."""
 
 import contextlib
+import os
 import pathlib
 import re
+import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,32 +59,47 @@ def parse_steps(text: str) -> range:
 
 
 class Profiler:
-  """Traces steps into `WORKDIR/profile`, for xprof and Perfetto; changes nothing in the run."""
+  """Traces steps into `WORKDIR/profile`, for xprof and Perfetto; changes nothing in the run.
+
+  The files of all processes of a run are in one folder, which xprof shows as one trace.
+  """
 
   def __init__(self, workdir: pathlib.Path, steps: range):
-    self._folder, self._steps, self._on = workdir / FOLDER, steps, False
+    self._folder, self._steps, self._name = workdir / FOLDER, steps, ""
+    self._own: tempfile.TemporaryDirectory[str] | None = None
 
   def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
     """Returns the context of a step, counted from 1; starts the trace with the first of them."""
     if number not in self._steps:
       return contextlib.nullcontext()
-    if not self._on:
-      self._on = True
-      jax.profiler.start_trace(self._folder, create_perfetto_trace=processes.is_first())
+    if self._own is None:
+      self._name = processes.agree(lambda: time.strftime(f"%Y_%m_%d_%H_%M_%S_step_{number}"))
+      self._folder.mkdir(parents=True, exist_ok=True)
+      # JAX names files by the host and the second, which processes may have in common.
+      self._own = tempfile.TemporaryDirectory(prefix=".trace.", dir=self._folder)
+      jax.profiler.start_trace(self._own.name, create_perfetto_trace=True)
     return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
   def after(self, number: int, state: Any) -> None:
     """Ends the trace after the last of its steps, once the devices have finished it."""
-    if self._on and number + 1 not in self._steps:
+    if self._own is not None and number + 1 not in self._steps:
       jax.block_until_ready(state)
       self.close()
 
   def close(self) -> None:
     """Writes what was traced so far."""
-    if self._on:
-      self._on, self._steps = False, range(0)
+    own, self._own = self._own, None
+    if own is None:
+      return
+    self._steps = range(0)
+    with own:
       jax.profiler.stop_trace()
-      reporting.note(f"trace: {self._folder}, for xprof --logdir or https://ui.perfetto.dev")
+      folder = self._folder / "plugins" / "profile" / self._name
+      folder.mkdir(parents=True, exist_ok=True)
+      process = f"process_{jax.process_index()}." if jax.process_count() > 1 else ""
+      for file in pathlib.Path(own.name).glob("plugins/profile/*/*"):
+        os.replace(file, folder / f"{process}{file.name}")
+    reporting.note(f"trace: {self._folder}, for xprof --logdir or https://ui.perfetto.dev")
 
 
 def rates(

@@ -169,6 +169,16 @@ def test_a_group_without_a_finite_gradient_leaves_its_black_box(tmp_path, run_gr
   np.testing.assert_array_equal(restored.items["key"], key)
 
 
+def test_each_process_has_a_trace(tmp_path, run_group, sft_run):
+  flags = (f"--init_from={sft_run}", "--mesh=data:2", "--steps=4", "--profile_steps=2:4")
+  for finished in run_group("sft", tmp_path / "run", *flags):
+    assert finished.code == 0, finished.output
+  (folder,) = (tmp_path / "run" / "profile").glob("plugins/profile/*")
+  for kind in ("xplane.pb", "perfetto_trace.json.gz"):
+    owners = [path.name.partition(".")[0] for path in sorted(folder.glob(f"*.{kind}"))]
+    assert owners == ["process_0", "process_1"], kind
+
+
 @full
 @pytest.mark.parametrize(
   ("script", "sizes"), [("ppo", [2]), ("ppo", [2, 1]), ("dpo", [1, 2]), ("sft", [2])]

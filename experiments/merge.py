@@ -133,8 +133,8 @@ def run_merge(session: loop.Session, config: Config) -> dict[str, Any]:
     models.export(run.workdir / models.EXPORT, merged, model, tokenizer, label, sources=folders)
     if summary:
       reporting.show_summary("Weights, and loss on answers of the tuned model", {"merged": summary})
-    if processes.is_first():
-      records.write_card(run.workdir, run.workdir / models.EXPORT, tokenizer, summary)
+    card = run.workdir, run.workdir / models.EXPORT, tokenizer, summary
+    processes.agree(lambda: records.write_card(*card))
     reporting.write_summary(run.workdir, summary)
     reporting.note(f"model: {run.workdir / models.EXPORT}")
   return summary

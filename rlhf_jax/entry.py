@@ -80,15 +80,14 @@ def start(
   if isinstance(first, processes.Group):
     first.connect()
   require_devices()
+  # Process 0 goes first, so that all end with its error where it can neither read nor write.
+  processes.agree(lambda: workdir.make(workdir.run_folder(first.workdir)))
   folder = workdir.run_folder(first.workdir)
-  if processes.is_first():
-    workdir.make(folder)
   settings = [flags.flatten(flags.to_dict(config)) for config in configs]
   hub.settle(folder, [value for values in settings for value in values.values()])
   result = train(*configs)
   # The flags of another run stay until this one has been accepted and has finished.
-  if processes.is_first():
-    save(folder / "flags")
+  processes.agree(lambda: save(folder / "flags"))
   return result
 
 

@@ -326,13 +326,16 @@ def save_samples(workdir: epath.PathLike, step: int, rows: Sequence[Mapping[str,
 def write_summary(workdir: epath.PathLike, summary: Mapping[str, Any]) -> None:
   """Writes the final metrics to `WORKDIR/summary.json`, atomically.
 
-  Keys are sorted and floats keep six digits, so that summaries can be compared line by line.
+  Keys are sorted and floats keep six digits, so that summaries can be compared line by line. All
+  processes of a run call it.
   """
-  if not processes.is_first():
-    return
-  ready = writers.json_ready(summary, digits=6)
-  text = json.dumps(ready, indent=2, sort_keys=True, allow_nan=False)
-  workdir_lib.atomic_write(epath.Path(workdir) / "summary.json", text + "\n")
+
+  def write() -> None:
+    ready = writers.json_ready(summary, digits=6)
+    text = json.dumps(ready, indent=2, sort_keys=True, allow_nan=False)
+    workdir_lib.atomic_write(epath.Path(workdir) / "summary.json", text + "\n")
+
+  processes.agree(write)
 
 
 def show_summary(title: str, rows: Mapping[str, Mapping[str, Cell]]) -> None:

@@ -344,6 +344,7 @@ def test_summary_on_a_terminal_is_a_table(terminal):
 
 def test_only_the_first_process_speaks(capsys, tmp_path, monkeypatch):
   monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(reporting.processes, "agree", lambda function: None)
   reporting.start_panel("PPO", {"a": "b"})
   reporting.show_samples([{"prompt": "p"}])
   reporting.save_samples(tmp_path, 1, [{"prompt": "p"}])

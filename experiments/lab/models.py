@@ -659,14 +659,12 @@ def export(
   if tokenizer.bos_id is not None:
     token_ids["bos_token_id"] = tokenizer.bos_id
   processes.agree(lambda: workdir_lib.require_lock(folder))
-  if processes.is_first():
-    tokenizer.save(folder)
+  processes.agree(lambda: tokenizer.save(folder))
   has_adapters = any(True for _ in lora.leaves(params))
   if has_adapters and "score" not in params and base is not None and not peft.is_adapter(base):
     adapter = folder.with_name(ADAPTER)
     peft.write(adapter, params, FAMILIES[model.config.family], str(base.resolve()))
-    if processes.is_first():
-      tokenizer.save(adapter)
+    processes.agree(lambda: tokenizer.save(adapter))
   over = [quantized.format_of(params), *(hf.trained_over(source) for source in sources if source)]
   hf.save_folder(
     folder,

@@ -232,8 +232,8 @@ def finish(
     *following: Script that may follow, and its flags; without them nothing is said of it.
   """
   plots.plot_metrics(run.workdir)
-  if processes.is_first():
-    records.write_card(run.workdir, run.workdir / models.EXPORT, tokenizer, summary)
+  card = run.workdir, run.workdir / models.EXPORT, tokenizer, summary
+  processes.agree(lambda: records.write_card(*card))
   reporting.write_summary(run.workdir, summary)
   if following:
     script, *words = following

@@ -484,7 +484,7 @@ def open(
     digests |= {f"{name} data": of.digest for name, of in further.items()}
     digests |= {f"held-out {name} data": of.digest for name, of in heldout.named.items()}
     records.identify(run, script, config, tokenizer, train_set, heldout, digests=digests)
-    if not (run.workdir / "flags").exists():
+    if not processes.agree((run.workdir / "flags").exists):
       save_flags(run, config)
     scored = scored_tokens(config, [train_set, *further.values()])
     model, start, initial = place(run, config, folder, tokenizer, head, scored)
@@ -548,5 +548,4 @@ def settle_steps(config: Any, train_set: data.Dataset) -> None:
 
 def save_flags(run: loop.Run, config: Any) -> None:
   """Writes the flags that repeat a run, also of one that was started from Python."""
-  if processes.is_first():
-    flags.save_configs(run.workdir / "flags", run.session, config)
+  processes.agree(lambda: flags.save_configs(run.workdir / "flags", run.session, config))

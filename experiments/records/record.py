@@ -77,24 +77,26 @@ def identify(
   if train_set and flat.get("data.tfds"):  # A file has a digest of its own, with all its columns.
     digests["rows of --data.tfds"] = rows_digest(train_set)
   loop.identify(run, script, settings, digests)
-  if not processes.is_first():
-    return
-  record = {
-    "script": script,
-    "module": module_name(script),
-    "method": method_of(script),
-    "seed": run.session.seed,
-    "settings": flat,
-    "changed": flags.changed(config) | dict(extra or {}),
-    "digests": digests,
-    "data": {
-      "training": facts(train_set) if train_set else {},
-      "held out": facts(heldout) if heldout else {},
-    },
-    "software": software(run.mesh),
-    "sources": sources_of(flat),
-  }
-  workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+
+  def write() -> None:
+    record = {
+      "script": script,
+      "module": module_name(script),
+      "method": method_of(script),
+      "seed": run.session.seed,
+      "settings": flat,
+      "changed": flags.changed(config) | dict(extra or {}),
+      "digests": digests,
+      "data": {
+        "training": facts(train_set) if train_set else {},
+        "held out": facts(heldout) if heldout else {},
+      },
+      "software": software(run.mesh),
+      "sources": sources_of(flat),
+    }
+    workdir_lib.atomic_write(run.workdir / RECORD, json.dumps(record, indent=2) + "\n")
+
+  processes.agree(write)
 
 
 def rows_digest(dataset: data.Dataset) -> str:

@@ -1,5 +1,6 @@
 """Several processes with a device each are one process, also halfway through a run."""
 
+import errno
 import functools
 import json
 import os
@@ -259,6 +260,31 @@ def test_ten_kills_of_one_of_four(tmp_path, start_group, sft_run, repository, re
   record_property("kills", KILLS)
   assert_same_run(run, tmp_path / "whole")
   assert texts_of(run) == texts_of(tmp_path / "whole")
+
+
+def fail_to(name: str) -> None:
+  """Lets the write of a file, or the making of a folder, fail for this process alone."""
+  write, make = workdir_lib.atomic_write, workdir_lib.make
+
+  def maybe(function, path, *args):
+    if pathlib.Path(path).name == name:
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+    function(path, *args)
+
+  workdir_lib.atomic_write = functools.partial(maybe, write)
+  workdir_lib.make = functools.partial(maybe, make)
+
+
+@pytest.mark.parametrize(
+  "name", ["run", "run.json", "flags", pytest.param("summary.json", marks=full)]
+)
+def test_all_end_where_the_first_cannot_write(name, tmp_path, start_group, sft_run):
+  flags = (f"--init_from={sft_run}", "--mesh=data:2", "--steps=1")
+  fail = functools.partial(fail_to, name)
+  for running in start_group("sft", tmp_path / "run", *flags, before={0: fail}):
+    finished = running.end(timeout=120)
+    assert finished.code == os.EX_CANTCREAT, finished.output
+    assert "Permission denied" in finished.output.splitlines()[-1]
 
 
 def test_all_are_refused_what_the_first_is_refused(run_group, sft_run):

@@ -54,28 +54,48 @@ class Inspection:
     self.origins: dict[str, list[Birth]] = {}
 
 
-def _bad(value: Any) -> np.ndarray | None:
-  """Returns where a value is not finite; None if it is everywhere."""
-  if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
-    return None
-  wrong = ~np.isfinite(np.asarray(value, np.float32) if np.ndim(value) == 0 else _host(value))
-  return wrong if wrong.any() else None
+def _reduce(function: Callable[[Any, Any], Any], value: Any) -> Any:
+  """Returns `function(numpy, value)`, of float32.
+
+  Of an array that is spread over several processes the devices compute it, for all of them.
+  """
+  if np.ndim(value) == 0:
+    return function(np, np.asarray(value, np.float32))
+  array = jnp.asarray(value).astype(jnp.float32)
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return function(np, np.asarray(array))
+  return jax.device_get(jax.jit(function, static_argnums=0)(jnp, array))
 
 
-def _host(value: Any) -> np.ndarray:
-  return np.asarray(jnp.asarray(value).astype(jnp.float32))
+def _any_wrong(xp: Any, x: Any) -> Any:
+  return xp.any(~xp.isfinite(x))
+
+
+def _any_nan(xp: Any, x: Any) -> Any:
+  return xp.any(xp.isnan(x))
+
+
+def _survey(xp: Any, x: Any) -> tuple[Any, Any, Any]:
+  """Returns whether there is NaN, how many of the worst kind there are, and where the first is."""
+  nan = xp.isnan(x)
+  wrong = xp.where(xp.any(nan), nan, ~xp.isfinite(x))
+  return xp.any(nan), xp.sum(wrong), xp.argmax(wrong)
+
+
+def _is_bad(value: Any) -> bool:
+  """Returns whether a value is not finite somewhere; False for keys and integers."""
+  inexact = jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+  return inexact and bool(_reduce(_any_wrong, value))
 
 
 def describe(value: Any) -> str:
   """Describes the values of an array that are not finite."""
-  array = _host(value)
-  nan, wrong = np.isnan(array), ~np.isfinite(array)
-  kind = "NaN" if nan.any() else "infinity"
-  count = nan if nan.any() else wrong
-  if array.ndim == 0:
+  is_nan, count, first = _reduce(_survey, value)
+  kind = "NaN" if is_nan else "infinity"
+  if np.ndim(value) == 0:
     return kind
-  first = [int(i) for i in np.argwhere(count)[0]]
-  return f"{kind} in {count.sum()} of {array.size} values, the first at {first}"
+  place = [int(i) for i in np.unravel_index(int(first), np.shape(value))]
+  return f"{kind} in {count} of {np.size(value)} values, the first at {place}"
 
 
 class _Around(NamedTuple):
@@ -152,17 +172,12 @@ class _Interpreter:
   def _origins(
     self, equation: core.JaxprEqn, inputs: list, output: Any, around: _Around
   ) -> _Origins:
-    if jax.dtypes.issubdtype(output.dtype, jax.dtypes.extended) or _bad(output) is None:
+    if not _is_bad(output):
       return frozenset()
-    broken = [
-      (value, of)
-      for value, of in inputs
-      if not jax.dtypes.issubdtype(jnp.result_type(value), jax.dtypes.extended)
-      and _bad(value) is not None
-    ]
+    broken = [(value, of) for value, of in inputs if _is_bad(value)]
     origins = frozenset[int]().union(*(of for _, of in broken))
-    is_nan = bool(np.isnan(_host(output)).any())
-    made = is_nan and not any(np.isnan(_host(value)).any() for value, _ in broken)
+    is_nan = bool(_reduce(_any_nan, output))
+    made = is_nan and not any(_reduce(_any_nan, value) for value, _ in broken)
     if not broken or made:
       backward = "transpose" in str(equation.source_info.name_stack)
       birth = Birth(equation.primitive.name, describe(output), around.place, around.loops, backward)
@@ -212,7 +227,7 @@ def inspect(step: Callable[..., tuple[Any, Mapping[str, Any]]], *inputs: Any) ->
   """
   result = Inspection()
   for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
-    if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) and _bad(leaf) is not None:
+    if _is_bad(leaf):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       result.inputs.append(f"{name}: {describe(leaf)}")
   closed, shape = jax.make_jaxpr(step, return_shape=True)(*inputs)
@@ -221,7 +236,7 @@ def inspect(step: Callable[..., tuple[Any, Mapping[str, Any]]], *inputs: Any) ->
   outputs = interpreter.run(closed.jaxpr, closed.consts, given, _Around())
   names = [path for path, _ in jax.tree_util.tree_leaves_with_path(shape)]
   for path, (value, origins) in zip(names, outputs, strict=True):
-    if str(path[0]) == "[1]" and _bad(value) is not None:
+    if str(path[0]) == "[1]" and _is_bad(value):
       name = jax.tree_util.keystr(path[1:], simple=True, separator="/")
       result.origins[name] = [interpreter.births[i] for i in sorted(origins)]
   return result

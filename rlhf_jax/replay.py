@@ -89,15 +89,20 @@ def again(
   source, done = "the start", 0
   run = workdir_lib.identity_digest(workdir)
   with contextlib.ExitStack() as stack:
-    nearest = None
-    for folder in (FOLDER, "checkpoints"):
-      path = os.path.join(workdir, folder)
-      kept = stack.enter_context(checkpoint.Checkpointer(path, run=run))
-      found = kept.latest_step(wanted - 1)
-      if found is not None and (nearest is None or found > done):
-        source, done, nearest = f"{folder}/{found}", found, kept
-    if nearest is not None:
-      restored = nearest.restore({"state": state}, step=done, donate=True)
+    kept = {
+      folder: stack.enter_context(checkpoint.Checkpointer(os.path.join(workdir, folder), run=run))
+      for folder in (FOLDER, "checkpoints")
+    }
+
+    def find() -> tuple[int, str] | None:
+      steps = [(of.latest_step(wanted - 1), folder) for folder, of in kept.items()]
+      known = [(step, folder) for step, folder in steps if step is not None]
+      return max(known, key=lambda place: place[0], default=None)
+
+    if (nearest := processes.agree(find)) is not None:
+      done, folder = nearest
+      source = f"{folder}/{done}"
+      restored = kept[folder].restore({"state": state}, step=done, donate=True)
       assert restored is not None  # A step that was asked for is read, or refused.
       state = restored.items["state"]
       batches.set_state(restored.meta["data"])

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -168,6 +169,11 @@ def test_a_group_without_a_finite_gradient_leaves_its_black_box(tmp_path, run_gr
     assert restored is not None and restored.step == metrics(tmp_path / "run")[-1]["step"]
     assert box.leaves(restored.step).keys() == {"state", "batch", "key"}
   np.testing.assert_array_equal(restored.items["key"], key)
+  step = restored.step + 1
+  first, second = run_group("sft", tmp_path / "run", *flags, *rate, f"--replay_step={step}")
+  assert (first.code, second.code) == (0, 0), first.output + second.output
+  assert f"running step {step} again, from the state of black_box/{step - 1}" in first.output
+  assert re.search(r"grad_norm is not finite by .* in \d+ of \d+ values, the first", first.output)
 
 
 def test_each_process_has_a_trace(tmp_path, run_group, sft_run):

@@ -50,6 +50,8 @@ DECODER_RULES: Rules = (
   (r"(^|/)layers/(attention/o|mlp/down)/lora_a$", P(None, "tensor")),
   (r"(^|/)layers/(attention/o|mlp/down)/lora_b$", P(None, None, "fsdp")),
 )
+# Tables with a row per id or position, whose number belongs to the tokenizer and not to the mesh.
+_TABLES = re.compile(r"(^|/)(embed/(embedding|positions)|lm_head/kernel)$")
 
 
 def make_mesh(spec: str = "", devices: Sequence[Any] | None = None) -> Mesh:
@@ -121,7 +123,8 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   """Assigns every leaf a sharding by the first rule that matches its '/'-joined path.
 
   A leaf without a matching rule is replicated. So is a leaf of lower rank than its rule, such as
-  the factored moments that some optimizers keep under the path of a parameter.
+  the factored moments that some optimizers keep under the path of a parameter. Embeddings and
+  output layers are not split over axes that do not divide them: each device has all of their ids.
 
   Args:
     tree: Arrays or `jax.ShapeDtypeStruct`; params, or an optimizer state that mirrors them.
@@ -132,7 +135,7 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     The same tree of NamedSharding.
 
   Raises:
-    ValueError: If a dimension does not split evenly.
+    ValueError: If a dimension of another leaf does not split evenly.
   """
 
   def place(path, leaf) -> NamedSharding:
@@ -140,6 +143,8 @@ def named_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     spec = next((spec for pattern, spec in rules if re.search(pattern, name)), P())
     if len(spec) > len(leaf.shape):
       spec = P()
+    if _TABLES.search(name):
+      spec = fitting(mesh, leaf.shape, spec)
     for dimension, axes in enumerate(spec):
       _check_divides(name, dimension, leaf.shape[dimension], axes, mesh)
     return NamedSharding(mesh, spec)

@@ -130,13 +130,21 @@ def test_first_matching_rule_wins():
   assert jax.tree.map(lambda s: s.spec, placed) == {"a": {"b": P("fsdp")}, "b": P(), "c": P()}
 
 
+@pytest.mark.parametrize("vocab, rows, columns", [(33, None, None), (34, None, "tensor")])
+def test_any_number_of_ids_has_its_place(vocab, rows, columns):
+  mesh = sharding.make_mesh("fsdp:4,tensor:2")
+  placed = sharding.named_shardings(decoder(vocab=vocab), mesh, sharding.DECODER_RULES)
+  assert placed["embed"]["embedding"].spec == P(rows, "tensor")
+  assert placed["lm_head"]["kernel"].spec == P("fsdp", columns)
+
+
 def test_uneven_split_names_leaf_axes_and_flag():
   mesh = sharding.make_mesh("fsdp:4,tensor:2")
   with pytest.raises(ValueError) as e:
-    sharding.named_shardings(decoder(vocab=34), mesh, sharding.DECODER_RULES)
+    sharding.named_shardings(decoder(width=6), mesh, sharding.DECODER_RULES)
   message = str(e.value)
   assert message.startswith("--mesh: ")  # A script then refuses it without a traceback.
-  assert "0 of embed/embedding has size 34, which is not divisible by fsdp:4;" in message
+  assert "of layers/attention/k/kernel has size 6, which is not divisible by fsdp:4;" in message
   with pytest.raises(ValueError, match=r"of x has size 4, .* fsdp:4 \* tensor:2"):
     sharding.named_shardings({"x": np.ones(4)}, mesh, [("x", P(("fsdp", "tensor")))])
 

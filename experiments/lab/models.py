@@ -303,8 +303,7 @@ def open_model(
     config = presets.PRESETS[options.preset]
   elif folder is None:
     config = ModelConfig(
-      # Unused rows let the embedding be sharded evenly.
-      vocab_size=tokenizer.vocab_size + -tokenizer.vocab_size % run.mesh.shape["fsdp"],
+      vocab_size=tokenizer.vocab_size,
       width=options.width,
       layers=options.layers,
       heads=options.heads,

@@ -593,10 +593,24 @@ def test_a_process_that_refuses_ends_with_the_code(command, code, message, tmp_p
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused(tmp_path, sft_run):
-  words = (f"--workdir={tmp_path}", f"--init_from={sft_run}", "--mesh=fsdp:2", "--data.rows=64")
-  code, message = refusal("sft", *words, devices=2)
+  words = (f"--workdir={tmp_path}", f"--init_from={sft_run}", "--mesh=fsdp:3", "--data.rows=64")
+  code, message = refusal("sft", *words, "--batch_size=6", devices=3)
   assert code == 64
-  assert message.startswith("--mesh: dimension 0 of embed/embedding has size")
+  assert message.startswith("--mesh: dimension 1 of layers/attention/")
+
+
+@pytest.mark.parametrize("devices", [(1, 2), (2, 1)])
+def test_a_run_and_its_model_go_on_on_another_mesh(devices, tmp_path, start_here):
+  """The built-in task has an odd number of ids, which `fsdp` does not divide."""
+  run = tmp_path / "run"
+  for steps, count in zip((2, 4), devices, strict=True):
+    words = (f"--mesh=fsdp:{count}", f"--steps={steps}", "--checkpoint_every=2", "--log_every=1")
+    start_here("sft", run, *words, devices=count)
+  start_here("sft", tmp_path / "one", *words[1:])
+  losses = [[row["loss"] for row in lines_of(folder)] for folder in (run, tmp_path / "one")]
+  np.testing.assert_allclose(*losses, rtol=1e-4)
+  words = (f"--init_from={run}", f"--mesh=fsdp:{devices[0]}", "--steps=2")
+  start_here("reward_model", tmp_path / "next", *words, devices=devices[0])
 
 
 def test_a_bad_row_is_named_before_anything_is_compiled(tmp_path):

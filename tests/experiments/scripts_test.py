@@ -599,7 +599,7 @@ def test_a_model_that_the_mesh_does_not_divide_is_refused(tmp_path, sft_run):
   assert message.startswith("--mesh: dimension 1 of layers/attention/")
 
 
-@pytest.mark.parametrize("devices", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("devices", [(1, 2), pytest.param((2, 1), marks=full)])
 def test_a_run_and_its_model_go_on_on_another_mesh(devices, tmp_path, start_here):
   """The built-in task has an odd number of ids, which `fsdp` does not divide."""
   run = tmp_path / "run"

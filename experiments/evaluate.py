@@ -107,6 +107,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     if config.reward != judges.RewardOptions() or not reward_fns:
       reward_of = judges.open_reward(run, config.reward, config.model, tokenizer)
       reward_fns = {"reward": reward_of(prompts), **reward_fns}
+    size = config.batch_size
     sample = evaluating.heldout_sampler(
       run,
       model,
@@ -115,19 +116,20 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
       config.sampling,
       reward_fns=reward_fns,
       ref_params=base_params,
-      batch_size=config.batch_size,
+      batch_size=size,
     )
-    loss_of = evaluating.demonstration_loss(
-      run, model, demonstrations, tokenizer, config.batch_size
-    )
-    is_pairwise = config.preference != judges.PreferenceOptions()
-    samples = {names[0]: sample(base_params, evaluating.BASELINE)}
-    losses, policies = {names[0]: loss_of(base_params)}, {names[0]: base_params}
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-      params = models.open_model(run, config.model, folder, tokenizer, frozen=True)[1]
-      samples[name], losses[name] = sample(params), loss_of(params)
+    loss_of = evaluating.demonstration_loss(run, model, demonstrations, tokenizer, size)
+    is_pairwise, answers = config.preference != judges.PreferenceOptions(), {}
+    respond = evaluating.heldout_responder(run, model, heldout, tokenizer, config.sampling, size)
+    samples, losses = {}, {}
+    for index, (name, folder) in enumerate(zip(names, folders, strict=True)):
+      params = base_params
+      if index:
+        params = models.open_model(run, config.model, folder, tokenizer, frozen=True)[1]
+      samples[name] = sample(params, 0 if index else evaluating.BASELINE)
+      losses[name] = loss_of(params)
       if is_pairwise:
-        policies[name] = params
+        answers[name] = list(respond(params, index))
     metrics = comparison.measure(samples, losses, count, tokenizer)
     comparison.save(run.workdir, samples)
     reporting.show_samples(evaluating.answers(samples, count), "Baseline and policies")
@@ -139,9 +141,7 @@ def evaluate(session: loop.Session, config: Config) -> dict[str, Any]:
     summary: dict[str, Any] = {**(metrics[names[1]] if len(names) == 2 else metrics), **by_group}
     if is_pairwise:
       prefer_of = judges.open_preference(run, config.preference, config.model, tokenizer)
-      summary |= comparison.matrix(
-        run, config, model, tokenizer, heldout, prefer_of(heldout), policies
-      )
+      summary |= comparison.matrix(prefer_of(heldout), answers)
     reporting.write_summary(run.workdir, summary)
   return summary
 

@@ -120,7 +120,8 @@ def train(session: loop.Session, config: Config) -> dict[str, float]:
     )
     summary = {}
     if fixed is not None and bench.heldout.examples:
-      summary["preference/over_opponent"] = judge.preference(policy_of(state), fixed).value
+      rate = judge.preference(policy_of(state), config.steps, fixed)
+      summary["preference/over_opponent"] = rate.value
     return judge.finish(policy_of(state), config.steps, "Nash-MD", summary)
 
 

@@ -3,13 +3,11 @@
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlhf_jax import data, evaluation, loop, plots, reporting, rewards
-from rlhf_jax.models import Model
+from rlhf_jax import data, evaluation, plots, reporting, rewards
 from . import evaluating
 
 
@@ -148,51 +146,25 @@ def frontier(
   ]
 
 
-def win_rate_matrix(
-  policies: Mapping[str, Any], compare: Callable[[Any, Any], np.ndarray]
-) -> dict[str, dict[str, dict[str, float]]]:
-  """Share of prompts on which each policy is preferred to each other one, with intervals.
+def matrix(
+  prefer: rewards.PreferenceFn, answers: Mapping[str, Sequence[evaluating.Answered]]
+) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+  """Shows and returns the share of prompts on which each policy is preferred to each other one.
 
   Args:
-    policies: Params by name.
-    compare: `(params, other) -> [B]` preferences, one per prompt.
+    prefer: Preference between two responses.
+    answers: Responses of each policy by its name, sampled with an index of their own.
 
   Returns:
-    Name -> name of the other policy -> `value`, and the ends `low` and `high` of the 95 % interval.
-    Both directions come from the same responses, so their values sum to 1.
+    `preference/win_rates`: name -> name of the other policy -> `value`, and the ends `low` and
+    `high` of the 95 % interval. Both directions come from the same responses, so their values sum
+    to 1.
   """
-  matrix: dict[str, dict[str, dict[str, float]]] = {name: {} for name in policies}
-  for a, b in itertools.combinations(policies, 2):
-    wins = compare(policies[a], policies[b])
+  rates: dict[str, dict[str, dict[str, float]]] = {name: {} for name in answers}
+  for a, b in itertools.combinations(answers, 2):
+    wins = evaluating.preferences(prefer, answers[a], answers[b])
     for first, second, values in ((a, b, wins), (b, a, 1 - wins)):
-      matrix[first][second] = evaluation.mean(values)._asdict()
-  return matrix
-
-
-def matrix(
-  run: loop.Run,
-  config: Any,
-  model: Model,
-  tokenizer: data.Tokenizer,
-  prompts: data.Dataset,
-  prefer: rewards.PreferenceFn,
-  policies: Mapping[str, Any],
-) -> dict[str, Any]:
-  """Shows and returns, as `preference/win_rates`, the matrix of `win_rate_matrix`.
-
-  Args:
-    run: Opened run.
-    config: Config with `sampling` and `batch_size`.
-    model: Architecture of the policies.
-    tokenizer: Tokenizer of the policies.
-    prompts: Held-out prompts.
-    prefer: Preference between two responses.
-    policies: Params by name.
-  """
-  compare = evaluating.heldout_comparer(
-    run, model, prompts, tokenizer, config.sampling, prefer, batch_size=config.batch_size
-  )
-  rates = win_rate_matrix(policies, compare)
+      rates[first][second] = evaluation.mean(values)._asdict()
   show_matrix(rates)
   return {"preference/win_rates": rates}
 

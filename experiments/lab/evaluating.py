@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -164,18 +164,29 @@ def sequence_kl(model: Model, temperature: float) -> Callable[..., jax.Array]:
   return kl
 
 
-def heldout_sampler(
+class Answered(NamedTuple):
+  """Responses of a policy to a batch of held-out prompts.
+
+  Attributes:
+    rollout: B responses, on the mesh.
+    prompt_ids: [B] int32 on the host, the rows of the prompts.
+    valid: [B] bool, False on rows that only fill the last batch.
+  """
+
+  rollout: Rollout
+  prompt_ids: np.ndarray
+  valid: np.ndarray
+
+
+def heldout_responder(
   run: loop.Run,
   model: Model,
   dataset: data.Dataset,
   tokenizer: data.Tokenizer,
   config: generation.SamplingConfig,
-  *,
-  reward_fns: Mapping[str, rewards.RewardFn],
-  ref_params: Params | None = None,
   batch_size: int = 128,
-) -> Callable[..., Samples]:
-  """Builds `sample(params, index=0)`: one scored response of a policy per held-out prompt.
+) -> Callable[[Params, int], Iterator[Answered]]:
+  """Builds `respond(params, index)`: one response of a policy per held-out prompt, in batches.
 
   Calls of one index share their random numbers, so that two checkpoints of a policy differ by
   little else than their params. Those of different indices are independent: win rates compare a
@@ -183,31 +194,55 @@ def heldout_sampler(
 
   Args:
     run: Opened run, with the mesh and the key.
-    model: Architecture of the policies and of the reference.
+    model: Architecture of the policies.
+    dataset: Held-out prompts.
+    tokenizer: Tokenizer of the policies.
+    config: Settings of the sampler.
+    batch_size: Prompts per call of the model.
+  """
+  config = dataclasses.replace(config, samples_per_prompt=1)
+  generate = models.make_sampler(model, tokenizer, config)
+  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
+  batch_size = heldout_batch_size(run, dataset, batch_size)
+
+  def respond(params: Params, index: int) -> Iterator[Answered]:
+    key = heldout_key(run, index)
+    params = reshard(params)
+    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
+      placed = sharding.place_batch(prompts, run.mesh)
+      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
+      yield Answered(rollout, prompts.prompt_id, valid)
+
+  return respond
+
+
+def heldout_scorer(
+  model: Model,
+  dataset: data.Dataset,
+  tokenizer: data.Tokenizer,
+  config: generation.SamplingConfig,
+  *,
+  reward_fns: Mapping[str, rewards.RewardFn],
+  ref_params: Params | None = None,
+) -> Callable[[Iterable[Answered]], Samples]:
+  """Builds the function that scores the responses of a policy to all held-out prompts.
+
+  Args:
+    model: Architecture of the reference.
     dataset: Held-out prompts.
     tokenizer: Tokenizer of the policies.
     config: Settings of the sampler.
     reward_fns: Rewards to compute, by name.
     ref_params: Reference of the KL; None makes the KL 0.
-    batch_size: Prompts per call of the model.
   """
-  config = dataclasses.replace(config, samples_per_prompt=1)
   stops = models.stops(tokenizer, config)
-  generate = models.make_sampler(model, tokenizer, config)
-  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
   kl_fn = sequence_kl(model, config.temperature)
-  batch_size = heldout_batch_size(run, dataset, batch_size)
 
-  def sample(params: Params, index: int = 0) -> Samples:
-    key = heldout_key(run, index)
+  def score(answers: Iterable[Answered]) -> Samples:
     parts: list[dict[str, np.ndarray]] = []
     responses: list[str] = []
     names: dict[str, list[str]] = {}  # Reward -> its columns.
-    params = reshard(params)
-    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
-      placed = sharding.place_batch(prompts, run.mesh)
-      rollout = generate(params, placed.tokens, placed.mask, placed.prompt_id, key)
-      ids = prompts.prompt_id
+    for rollout, ids, valid in answers:
       values: dict[str, Any] = {}
       for name, fn in reward_fns.items():
         reward = rewards.parts_of(fn(rollout, ids))
@@ -217,7 +252,7 @@ def heldout_sampler(
         if reward.satisfied is not None:
           values["satisfied"] = reward.satisfied
       values |= {
-        "kl": np.zeros(batch_size) if ref_params is None else kl_fn(ref_params, rollout),
+        "kl": np.zeros(len(valid)) if ref_params is None else kl_fn(ref_params, rollout),
         "lengths": jnp.sum(rollout.response_mask, axis=1),
         "ended": generation.ended(rollout, *stops),
       }
@@ -245,44 +280,48 @@ def heldout_sampler(
       by_policy=tuple(by_policy),
     )
 
-  return sample
+  return score
 
 
-def heldout_comparer(
+def heldout_sampler(
   run: loop.Run,
   model: Model,
   dataset: data.Dataset,
   tokenizer: data.Tokenizer,
   config: generation.SamplingConfig,
-  prefer: rewards.PreferenceFn,
   *,
+  reward_fns: Mapping[str, rewards.RewardFn],
+  ref_params: Params | None = None,
   batch_size: int = 128,
-) -> Callable[[Params, Params], np.ndarray]:
-  """Builds `compare(params, other) -> [B]`: preferences for the first policy per held-out prompt.
+) -> Callable[..., Samples]:
+  """Builds `sample(params, index=0)`: one scored response of a policy per held-out prompt.
 
-  Each policy answers once, with a different random key.
+  See `heldout_responder` and `heldout_scorer`.
   """
-  config = dataclasses.replace(config, samples_per_prompt=1)
-  generate = models.make_sampler(model, tokenizer, config)
-  reshard = sharding.make_reshard(run.mesh, model.config.dtype)
-  keys = [heldout_key(run, i) for i in range(2)]
-  batch_size = heldout_batch_size(run, dataset, batch_size)
+  given = model, dataset, tokenizer, config
+  respond = heldout_responder(run, *given, batch_size)
+  score = heldout_scorer(*given, reward_fns=reward_fns, ref_params=ref_params)
+  return lambda params, index=0: score(respond(params, index))
 
-  def compare(params: Params, other: Params) -> np.ndarray:
-    parts = []
-    policies = reshard(params), reshard(other)
-    for prompts, valid in data.eval_batches(dataset, batch_size, tokenizer.pad_id):
-      placed = sharding.place_batch(prompts, run.mesh)
-      first, second = (
-        generate(policy, placed.tokens, placed.mask, placed.prompt_id, key)
-        for policy, key in zip(policies, keys, strict=True)
-      )
-      parts.append(sharding.to_host(prefer(first, second, prompts.prompt_id))[valid])
-    preferences = np.concatenate(parts)
-    rewards.require(judges.name_of(prefer), preferences)
-    return preferences[np.isfinite(preferences)]
 
-  return compare
+def preferences(
+  prefer: rewards.PreferenceFn, first: Iterable[Answered], second: Iterable[Answered]
+) -> np.ndarray:
+  """Returns the usable preferences [B] for the responses of the first policy, one per prompt.
+
+  Args:
+    prefer: Preference between two responses.
+    first: Responses of a policy.
+    second: Responses of another one to the same prompts, sampled with another index.
+  """
+  values = np.concatenate(
+    [
+      sharding.to_host(prefer(a.rollout, b.rollout, a.prompt_ids))[a.valid]
+      for a, b in zip(first, second, strict=True)
+    ]
+  )
+  rewards.require(judges.name_of(prefer), values)
+  return values[np.isfinite(values)]
 
 
 # Index of the random key of a baseline: its samples are independent of those of the policies.
@@ -488,29 +527,23 @@ class Judge:
     named: Mapping[str, "Judge"] = types.MappingProxyType({}),
   ):
     self._run, self._tokenizer, self._prompts, self._named = run, tokenizer, prompts, named
-    self._compare = None
-    if prefer is not None:
-      self._compare = heldout_comparer(
-        run, model, prompts, tokenizer, sampling, prefer, batch_size=batch_size
-      )
-    self._ref_params, self._export = ref_params, export
-    self._sample = heldout_sampler(
-      run,
-      model,
-      prompts,
-      tokenizer,
-      sampling,
-      reward_fns=reward_fns,
-      ref_params=ref_params,
-      batch_size=batch_size,
-    )
-    self._sample_once = once_per_step(lambda params, step: self._sample(params))
+    self._ref_params, self._export, self._prefer = ref_params, export, prefer
+    given = model, prompts, tokenizer, sampling
+    self._respond = heldout_responder(run, *given, batch_size)
+    self._score = heldout_scorer(*given, reward_fns=reward_fns, ref_params=ref_params)
+    self._answers = once_per_step(lambda params, step: list(self._respond(params, 0)))
+    self._sample_once = once_per_step(lambda params, step: self._score(self._answers(params, step)))
 
-  def preference(self, params: Params, other: Params) -> evaluation.Estimate:
-    """Mean preference for the first policy over the second one on the held-out prompts."""
-    if self._compare is None:
+  def preference(self, params: Params, step: int, other: Params) -> evaluation.Estimate:
+    """Mean preference for the policy at a step over another one on the held-out prompts."""
+    return self._preferred(params, step, self._respond(other, BASELINE))
+
+  def _preferred(
+    self, params: Params, step: int, others: Iterable[Answered]
+  ) -> evaluation.Estimate:
+    if self._prefer is None:
       raise ValueError("the judge was given no preference")
-    return evaluation.mean(self._compare(params, other))
+    return evaluation.mean(preferences(self._prefer, self._answers(params, step), others))
 
   def measure(self, params: Params, step: int) -> dict[str, float]:
     """Writes responses to the held-out prompts and returns their mean rewards and KL."""
@@ -542,12 +575,13 @@ class Judge:
     self._export(params)
     summary = dict(metrics or {})
     if self._prompts.examples:
-      after, before = self._sample_once(params, step), self._sample(self._ref_params, BASELINE)
+      of_start = list(self._respond(self._ref_params, BASELINE))
+      after, before = self._sample_once(params, step), self._score(of_start)
       found = means(before, after) | win_rates(before, after)
       summary |= found | agreement(before, after)
       table = comparison_table(found, before)
-      if self._compare is not None:
-        rate = self.preference(params, self._ref_params)
+      if self._prefer is not None:
+        rate = self._preferred(params, step, of_start)
         summary |= {
           "preference/win_rate": rate.value,
           "preference/win_rate_low": rate.low,

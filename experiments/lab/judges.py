@@ -578,7 +578,8 @@ def open_scores(
   def score_of(prompts: data.Dataset) -> rewards.RewardFn:
     prefer = prefer_of(prompts)
     if samples > 1 or anchors is None:
-      return like(prefer, rewards.tournament_reward(prefer, samples, watch(prefer)))
+      meet = prefer.function if isinstance(prefer, Named) else prefer
+      return like(prefer, rewards.tournament_reward(meet, samples, watch(prefer)))
     return like(prefer, rewards.anchored_reward(prefer, anchors))
 
   return Scores(score_of, None, prefer_of)

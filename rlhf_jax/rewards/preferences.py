@@ -6,7 +6,7 @@ a response of another policy. Pairwise-RL, Yuan et al., 2025, https://arxiv.org/
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,14 +118,21 @@ def model_preference(apply_fn: ApplyFn, params: Params, *, stop_ids: Sequence[in
   return lambda a, b, prompt_ids: prefer(params, a, b)
 
 
+class _OfReward(NamedTuple):
+  """Preference of a reward, which can score each response once for all of its matches."""
+
+  reward_fn: RewardFn
+
+  def scores(self, rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    return jnp.asarray(parts.total(self.reward_fn(rollout, prompt_ids)))
+
+  def __call__(self, a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    return jax.nn.sigmoid(self.scores(a, prompt_ids) - self.scores(b, prompt_ids))
+
+
 def reward_preference(reward_fn: RewardFn) -> PreferenceFn:
   """Preferences of a Bradley-Terry reward: the sigmoid of the score difference."""
-
-  def prefer(a: Rollout, b: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    scores = (jnp.asarray(parts.total(reward_fn(side, prompt_ids))) for side in (a, b))
-    return jax.nn.sigmoid(next(scores) - next(scores))
-
-  return prefer
+  return _OfReward(reward_fn)
 
 
 def text_preference(
@@ -167,13 +174,20 @@ def tournament_reward(
     raise ValueError(f"a tournament needs at least 2 samples per prompt, got {samples}")
   watch = watch or checks.Watch("the judge")
 
-  def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
-    ids = prompt_ids[::samples]
+  def matches(rollout: Rollout, prompt_ids: np.ndarray) -> Callable[[int, int], Any]:
+    """Builds `(a, b) -> [P]`, preferences for sample a of each prompt over sample b."""
+    if isinstance(prefer, _OfReward):
+      scores = prefer.scores(rollout, prompt_ids).reshape(-1, samples)
+      return lambda a, b: jax.nn.sigmoid(scores[:, a] - scores[:, b])
     nth = [jax.tree.map(lambda x, n=n: x[n::samples], rollout) for n in range(samples)]
-    total = count = jnp.zeros([len(ids), samples])
+    return lambda a, b: prefer(nth[a], nth[b], prompt_ids[::samples])
+
+  def score(rollout: Rollout, prompt_ids: np.ndarray) -> jax.Array:
+    meet = matches(rollout, prompt_ids)
+    total = count = jnp.zeros([len(prompt_ids) // samples, samples])
     given = []
     for a, b in itertools.combinations(range(samples), 2):
-      given.append(jnp.asarray(prefer(nth[a], nth[b], ids)))
+      given.append(jnp.asarray(meet(a, b)))
       usable = jnp.isfinite(given[-1])
       wins, counts = jnp.where(usable, given[-1], 0.0), usable.astype(jnp.float32)
       total = total.at[:, a].add(wins).at[:, b].add(jnp.where(usable, 1 - wins, 0.0))

@@ -136,6 +136,24 @@ def test_a_tournament_scores_by_the_mean_of_all_matches(samples):
   np.testing.assert_allclose(np.reshape(scores, (2, -1)).sum(axis=1), samples / 2, atol=1e-6)
 
 
+@pytest.mark.parametrize("samples", [2, 4])
+def test_a_reward_scores_each_response_of_a_tournament_once(samples):
+  tokens = np.random.default_rng(0).integers(3, 30, (5 * samples, 1))
+  asked = []
+
+  def reward(rollout, ids):
+    asked.append(list(ids))
+    return np.asarray(rollout.tokens[:, P], np.float32) / 10
+
+  ids = np.repeat(np.arange(5), samples)
+  rollout = rollout_of([[5]] * len(ids), tokens.tolist())
+  compare = rewards.reward_preference(reward)
+  scores = rewards.tournament_reward(compare, samples)(rollout, ids)
+  assert asked == [list(ids)]
+  plain = rewards.tournament_reward(lambda *of: compare(*of), samples)(rollout, ids)
+  np.testing.assert_allclose(scores, plain, rtol=1e-6)
+
+
 def test_an_anchored_response_is_paid_by_its_match_alone():
   a, b = (rollout_of([[5], [6]], [[x], [y]]) for x, y in ((9, 2), (4, 7)))
   ids = np.array([3, 1])

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from experiments.lab import evaluating, workbench
-from rlhf_jax import checkpoint, data, simulation, workdir
+from experiments.lab import evaluating, models, workbench
+from rlhf_jax import checkpoint, data, rewards, simulation, workdir
 from rlhf_jax.flags import UsageError
 
 
@@ -192,11 +193,12 @@ def test_named_sets_have_metrics_of_their_own(open_bench, named):
 def test_prompts_of_named_sets_are_judged(open_bench, named, monkeypatch):
   bench = open_bench("grpo", "prompts", *named, "--reward.name=gold")
 
-  def sampler(run, model, prompts, *args, reward_fns, **options):
+  def scorer(model, prompts, *args, reward_fns, **options):
     rewards = {"reward": reward_fns["reward"] + np.arange(len(prompts.examples))}
-    return lambda params: evaluating.Samples([], [], rewards, *np.ones([3, 2]))
+    return lambda answers: evaluating.Samples([], [], rewards, *np.ones([3, 2]))
 
-  monkeypatch.setattr(evaluating, "heldout_sampler", sampler)
+  monkeypatch.setattr(evaluating, "heldout_responder", lambda *args: lambda *of: [])
+  monkeypatch.setattr(evaluating, "heldout_scorer", scorer)
   monkeypatch.setattr(evaluating, "sample_rows", lambda samples: [])
   judge = bench.judge(lambda prompts: 100 * len(prompts.examples))
   bench.run.writer.open(resume_step=0, config={})
@@ -204,6 +206,41 @@ def test_prompts_of_named_sets_are_judged(open_bench, named, monkeypatch):
   counts = {prefix: len(of.examples) for prefix, of in sets.items()}
   want = {f"{prefix}/reward": 100 * n + (n - 1) / 2 for prefix, n in counts.items()}
   assert judge.measure(bench.start, 2) == want | {f"{prefix}/kl": 1.0 for prefix in sets}
+
+
+def test_each_policy_answers_the_held_out_prompts_once(open_bench, monkeypatch):
+  def longer(prompts, a, b, rows):
+    return [0.5 + (len(x) - len(y)) / 1000 for x, y in zip(a, b, strict=True)]
+
+  monkeypatch.setitem(rewards.PREFERENCES, "longer", longer)
+  bench = open_bench("nash_md", "prompts", "--preference.name=longer", "--data.eval_rows=24")
+  make_sampler, answered = models.make_sampler, []
+
+  def counted(*args):
+    generate = make_sampler(*args)
+
+    def call(params, *of_batch):
+      answered.append(params)
+      return generate(params, *of_batch)
+
+    return call
+
+  monkeypatch.setattr(models, "make_sampler", counted)
+  judge = bench.judge(prefer_of=bench.open_preference(), batch_size=8)
+  bench.run.writer.open(resume_step=0, config={})
+  trained, opponent = (jax.tree.map(lambda x, by=by: by * x, bench.start) for by in (1.1, 5))
+  judge.measure(trained, 2)
+  over = judge.preference(trained, 2, opponent)
+  summary = judge.finish(trained, 2, "Nash-MD")
+  assert len(answered) == 3 * 3  # Batches of the policy, its opponent and the start.
+  assert summary["preference/win_rate"] != over.value
+  prefer = bench.open_preference()(bench.heldout)
+  respond = evaluating.heldout_responder(
+    bench.run, bench.model, bench.heldout, bench.tokenizer, bench.config.sampling
+  )
+  answers = respond(trained, 0), respond(bench.start, evaluating.BASELINE)
+  rate = evaluating.preferences(prefer, *answers).mean()
+  assert summary["preference/win_rate"] == pytest.approx(rate, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,8 @@ def _examples(
   answered = _first_given(row.fields, _ANSWERS) or not _given(row.fields, "responses")
   if kind == "demonstrations" and answered:
     example = _demonstration(row, prefer_messages)
-    undesirable = row.fields.get("label") in (0, 1) and not row.fields["label"]
+    # Text without a prompt answers nothing: its label is another matter, such as a sentiment.
+    undesirable = bool(example.prompt) and row.fields.get("label") in (False, 0)
     return [example._replace(skip="undesirable" if undesirable else "")], False
   if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
     return labelled, False

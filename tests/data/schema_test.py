@@ -266,6 +266,8 @@ def test_unpaired(fields, labels):
 def test_undesirable_responses_are_no_demonstrations(label, skip):
   fields = {"prompt": "p", "completion": "r", "label": label}
   assert parse("demonstrations", fields) == Example("p", ("r",), skip=skip)
+  # As in IMDb, where it is the sentiment of the text.
+  assert parse("demonstrations", {"text": "r", "label": label}) == Example("", ("r",))
 
 
 @pytest.mark.parametrize(

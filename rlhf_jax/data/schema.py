@@ -269,7 +269,8 @@ def _examples(
   if kind == "demonstrations" and answered:
     example = _demonstration(row, prefer_messages)
     # Text without a prompt answers nothing: its label is another matter, such as a sentiment.
-    undesirable = bool(example.prompt) and row.fields.get("label") in (False, 0)
+    judged = bool(example.prompt) and row.fields.get("label") in (0, 1)
+    undesirable = judged and not row.fields["label"]
     return [example._replace(skip="undesirable" if undesirable else "")], False
   if kind == "unpaired" and (labelled := _labelled(row, prefer_messages)):
     return labelled, False

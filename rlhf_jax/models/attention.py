@@ -365,14 +365,7 @@ def cudnn_attention(
   attend = functools.partial(_cudnn_on_a_device, scale=scale, windows=windows)
   if mesh is not None and mesh.size > 1:
     rows, heads = sharding.heads_spec(mesh, *k.shape[::2])
-    spec = jax.P(rows, None, heads)
-    attend = jax.shard_map(
-      attend,
-      mesh=mesh,
-      in_specs=(spec, spec, spec, jax.P(rows), jax.P()),
-      out_specs=spec,
-      check_vma=False,  # Kernels do not declare over which axes their results vary.
-    )
+    attend = _on_each_device(attend, mesh, jax.P(rows, None, heads), jax.P())
   return attend(q, k, v, segment_ids, window)
 
 
@@ -468,17 +461,30 @@ def splash_attention(
   branches: list[Callable[..., Any]] = [functools.partial(attend, size) for size in windows]
   if mesh is not None:
     spec = sharding.heads_spec(mesh, *k.shape[::2])
-    split = functools.partial(
-      jax.shard_map,
-      mesh=mesh,
-      in_specs=(spec, spec, spec, jax.P(spec[0])),
-      out_specs=spec,
-      check_vma=False,  # Kernels do not declare over which axes their results vary.
-    )
-    branches = [split(branch) for branch in branches]
+    branches = [_on_each_device(branch, mesh, spec) for branch in branches]
   which = jnp.int32(0) if window is None else jnp.sum(window > jnp.array(windows[:-1], jnp.int32))
   out = jax.lax.switch(which, branches, *arguments)
   return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+def _on_each_device(
+  attend: Callable[..., jax.Array], mesh: Mesh, spec: jax.P, *others: jax.P
+) -> Callable[..., jax.Array]:
+  """Builds `attend` that runs a kernel on each device, over its own rows and heads.
+
+  Args:
+    attend: `(q, k, v, segment_ids, ...) -> out`.
+    mesh: Devices.
+    spec: Spec of q, k, v and out, which begins with the axes of the rows.
+    *others: Specs of the further arguments.
+  """
+  return jax.shard_map(
+    attend,
+    mesh=mesh,
+    in_specs=(spec, spec, spec, jax.P(spec[0]), *others),
+    out_specs=spec,
+    check_vma=False,  # Kernels do not declare over which axes their results vary.
+  )
 
 
 def _lengthen(multiple: int, *arrays: jax.Array | None) -> list[Any]:
